@@ -1,0 +1,65 @@
+"""What the user is told when something is wrong: one sentence that says what came, what was expected, what to try.
+
+Every mistake a person can make raises a `DinoError` or one of its few children; the command line prints the message
+without a traceback. Our own certainties are asserts, not these.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+
+
+class DinoError(Exception):
+    """Base of every error that is the message: `str(error)` is meant to be read by a person."""
+
+
+class UnknownName(DinoError):
+    """A name (model, option, column, …) that nothing answers to; the message proposes the nearest ones."""
+
+
+class WeightsError(DinoError):
+    """A weights file that cannot be found, opened, trusted or identified."""
+
+
+class WeightsMismatch(WeightsError):
+    """A readable weights file that does not fit the model asked for."""
+
+
+class UnsafeFile(WeightsError):
+    """A pickle that would have to run code to be read; never opened."""
+
+
+class PictureError(DinoError):
+    """One picture that cannot be decoded; `str(error)` is the reason kept in a job's `failed` list."""
+
+
+class IncompatibleFeatures(DinoError):
+    """Features that differ in model, layer, norm or preprocessing and so must not be compared or joined."""
+
+
+class StoreError(DinoError):
+    """An embedding store that is missing, locked, or holds something else than what is being added."""
+
+
+class MissingExtra(DinoError):
+    """An optional dependency is not installed."""
+
+
+def did_you_mean(name: str, known: Iterable[str], *, most: int = 3) -> str:
+    """`"; did you mean 'a' or 'b'?"` for the names nearest to `name`, or an empty string if none is near."""
+    lowered = {k.lower(): k for k in known}
+    near = [lowered[m] for m in difflib.get_close_matches(name.lower(), lowered, n=most, cutoff=0.6)]
+    return "; did you mean " + " or ".join(repr(n) for n in near) + "?" if near else ""
+
+
+def require(module: str, extra: str, purpose: str) -> ModuleType:
+    """Import an optional module, or raise `MissingExtra` with the command that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module == error.name or module.startswith(error.name + ".")):
+            raise  # the module is there, something inside it is broken: that is another story
+        raise MissingExtra(f"{purpose} needs {error.name}; install it with: pip install 'dinov3[{extra}]'") from None
