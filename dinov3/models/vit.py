@@ -1,0 +1,523 @@
+"""The DINOv3 vision transformer (paper §3.1, Tab. 2): pre-norm blocks, axial RoPE, register tokens. Torch only.
+
+Legend: B images, C channels, H×W patch grid, N tokens = 1 CLS + R registers + H·W patches, D width, h heads, d = D/h.
+
+Attribute names that appear in checkpoints are given from outside and kept: the register tokens are called
+`storage_tokens` there and here. The model knows nothing of scale, files or sizes: activation checkpointing,
+compilation and sharding are applied from outside, and an image whose sides are no multiple of the patch loses its
+right and bottom remainder, as in the reference (`dinov3.features` is where no pixel gets lost).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinov3.errors import DinoError, UnknownName, did_you_mean
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """What defines a ViT. Field names are those of the reference constructor and of its configuration files."""
+
+    img_size: int = 224  # informative only: any size is accepted
+    patch_size: int = 16
+    in_chans: int = 3
+    pos_embed_rope_base: float | None = 100.0
+    pos_embed_rope_min_period: float | None = None
+    pos_embed_rope_max_period: float | None = None
+    pos_embed_rope_normalize_coords: str = "separate"  # "min" | "max" | "separate"
+    pos_embed_rope_shift_coords: float | None = None  # these three augment coordinates in training mode only
+    pos_embed_rope_jitter_coords: float | None = None
+    pos_embed_rope_rescale_coords: float | None = None
+    pos_embed_rope_dtype: str = "fp32"
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    ffn_ratio: float = 4.0
+    qkv_bias: bool = True
+    drop_path_rate: float = 0.0
+    layerscale_init: float | None = None
+    norm_layer: str = "layernorm"  # "layernorm" eps 1e-6 | "layernormbf16" eps 1e-5 (nothing bf16) | "rmsnorm"
+    ffn_layer: str = "mlp"  # "mlp" | "swiglu" | "swiglu32" | "swiglu64" | "swiglu128": hidden width aligned to that
+    ffn_bias: bool = True
+    proj_bias: bool = True
+    n_storage_tokens: int = 0
+    mask_k_bias: bool = False
+    untie_cls_and_patch_norms: bool = False
+    untie_global_and_local_cls_norm: bool = False
+
+    @classmethod
+    def of(cls, **options: Any) -> ViTConfig:
+        """Like the constructor, but an unknown option is refused with a proposal instead of a TypeError."""
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise UnknownName(f"a ViT has no option {name!r}{did_you_mean(name, known)}")
+        return cls(**options)
+
+    @property
+    def head_dim(self) -> int:
+        return self.embed_dim // self.num_heads
+
+    @property
+    def ffn_hidden(self) -> int:
+        """Width inside the FFN. SwiGLU takes 2/3 of the nominal width, rounded up to its alignment."""
+        nominal = int(self.embed_dim * self.ffn_ratio)
+        if self.ffn_layer == "mlp":
+            return nominal
+        align = int(self.ffn_layer.removeprefix("swiglu") or 8)
+        return math.ceil(int(nominal * 2 / 3) / align) * align
+
+
+# The size functions that training configurations name: (embed_dim, depth, num_heads, ffn_ratio).
+SIZES: dict[str, tuple[int, int, int, float]] = {
+    "vit_small": (384, 12, 6, 4.0),
+    "vit_base": (768, 12, 12, 4.0),
+    "vit_large": (1024, 24, 16, 4.0),
+    "vit_so400m": (1152, 27, 18, 3.777777778),
+    "vit_huge2": (1280, 32, 20, 4.0),
+    "vit_giant2": (1536, 40, 24, 4.0),
+    "vit_7b": (4096, 40, 32, 3.0),
+}
+
+
+def sized(name: str, **options: Any) -> ViTConfig:
+    """The configuration of a named size (`SIZES`), with options on top."""
+    if name not in SIZES:
+        raise UnknownName(f"unknown ViT size {name!r}{did_you_mean(name, SIZES)}")
+    embed_dim, depth, num_heads, ffn_ratio = SIZES[name]
+    return ViTConfig.of(
+        **{"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, "ffn_ratio": ffn_ratio} | options
+    )
+
+
+# ---- position ------------------------------------------------------------------------------------------------------
+
+
+class RopeEmbedding(nn.Module):
+    """Axial rotary position embedding (paper §3.1): sines and cosines of every patch centre, y angles then x angles.
+
+    `periods` [d/4] is a persistent buffer: published files hold values rounded to bfloat16, and outputs equal to the
+    published ones need exactly those, so it is loaded and never recomputed.
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        c = config
+        if c.embed_dim % (4 * c.num_heads):
+            raise DinoError(f"embed_dim {c.embed_dim} must be a multiple of 4 × num_heads = {4 * c.num_heads} for RoPE")
+        by_range = c.pos_embed_rope_min_period is not None and c.pos_embed_rope_max_period is not None
+        if by_range == (c.pos_embed_rope_base is not None):
+            raise DinoError("RoPE takes either pos_embed_rope_base or both min_period and max_period")
+        if c.pos_embed_rope_normalize_coords not in ("min", "max", "separate"):
+            raise DinoError(
+                f"normalize_coords is 'min', 'max' or 'separate', not {c.pos_embed_rope_normalize_coords!r}"
+            )
+        self.base, self.min_period, self.max_period = (
+            c.pos_embed_rope_base,
+            c.pos_embed_rope_min_period,
+            c.pos_embed_rope_max_period,
+        )
+        self.head_dim = c.head_dim
+        self.normalize_coords = c.pos_embed_rope_normalize_coords
+        self.shift_coords = c.pos_embed_rope_shift_coords
+        self.jitter_coords = c.pos_embed_rope_jitter_coords
+        self.rescale_coords = c.pos_embed_rope_rescale_coords
+        self.dtype = DTYPES[c.pos_embed_rope_dtype]  # of the tables; stays when the model is cast
+        self.periods: Tensor
+        self.register_buffer("periods", torch.empty(self.head_dim // 4, dtype=self.dtype), persistent=True)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        n, options = self.head_dim // 4, {"device": self.periods.device, "dtype": self.dtype}
+        if self.base is not None:
+            periods = self.base ** (2 * torch.arange(n, **options) / (2 * n))
+        else:
+            assert self.min_period is not None
+            assert self.max_period is not None
+            ratio = self.max_period / self.min_period
+            periods = self.max_period * (ratio ** torch.linspace(0, 1, n, **options) / ratio)
+        self.periods.copy_(periods)
+
+    def coordinates(self, height: int, width: int) -> Tensor:
+        """Patch centres as (y, x) in [-1, 1], row-major [HW, 2]; augmented in training mode (a fresh draw each call)."""
+        options = {"device": self.periods.device, "dtype": self.dtype}
+        over = {"separate": (height, width), "max": (max(height, width),) * 2, "min": (min(height, width),) * 2}
+        over_y, over_x = over[self.normalize_coords]
+        y = torch.arange(0.5, height, **options) / over_y
+        x = torch.arange(0.5, width, **options) / over_x
+        coords = 2.0 * torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1) - 1.0  # [HW, 2]
+        if self.training:  # the order of draws is part of the recorded numbers
+            if self.shift_coords is not None:
+                coords = coords + torch.empty(2, **options).uniform_(-self.shift_coords, self.shift_coords)
+            if self.jitter_coords is not None:
+                bound = math.log(self.jitter_coords)
+                coords = coords * torch.empty(2, **options).uniform_(-bound, bound).exp()
+            if self.rescale_coords is not None:
+                bound = math.log(self.rescale_coords)
+                coords = coords * torch.empty(1, **options).uniform_(-bound, bound).exp()
+        return coords
+
+    @property
+    def draws(self) -> bool:
+        """Whether two calls give different tables (training mode with an augmentation configured)."""
+        return self.training and any(
+            v is not None for v in (self.shift_coords, self.jitter_coords, self.rescale_coords)
+        )
+
+    def forward(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """(sin, cos), each [HW, d], for a grid of height × width patches."""
+        angles = 2 * math.pi * self.coordinates(height, width)[:, :, None] / self.periods  # [HW, 2, d/4]
+        angles = angles.flatten(1, 2).tile(2)  # [HW, d]
+        return angles.sin(), angles.cos()
+
+
+def rotate(z: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+    """Turns the last HW tokens of z [B, h, N, d]; the CLS and register tokens before them have no position.
+
+    Element i is paired with i + d/2. Computed in the tables' dtype, prefix included, and cast back: in low precision
+    the rounding of every token is then the same.
+    """
+    dtype, prefix = z.dtype, z.shape[-2] - sin.shape[-2]
+    z = z.to(sin.dtype)
+    patches = z[..., prefix:, :]
+    first, second = patches.chunk(2, dim=-1)
+    patches = patches * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([z[..., :prefix, :], patches], dim=-2).to(dtype)
+
+
+# ---- one block -----------------------------------------------------------------------------------------------------
+
+
+class MaskedKeyBiasLinear(nn.Linear):
+    """The qkv projection whose key bias never acts: softmax cancels it, so training leaves noise in it.
+
+    `bias_mask` [3D] is 1/0/1 by thirds, persistent: published files carry it and strict loading expects it.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=True)
+        self.bias_mask: Tensor
+        self.register_buffer("bias_mask", torch.ones(out_features), persistent=True)
+        self.init_mask()
+
+    @torch.no_grad()
+    def init_mask(self) -> None:
+        width = self.out_features // 3
+        self.bias_mask.fill_(1.0)
+        self.bias_mask[width : 2 * width] = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias * self.bias_mask.to(self.bias.dtype))
+
+
+class Attention(nn.Module):
+    def __init__(self, c: ViTConfig) -> None:
+        super().__init__()
+        self.num_heads = c.num_heads
+        if c.qkv_bias and c.mask_k_bias:
+            self.qkv: nn.Linear = MaskedKeyBiasLinear(c.embed_dim, 3 * c.embed_dim)
+        else:
+            self.qkv = nn.Linear(c.embed_dim, 3 * c.embed_dim, bias=c.qkv_bias)
+        self.proj = nn.Linear(c.embed_dim, c.embed_dim, bias=c.proj_bias)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        B, N, D = x.shape
+        qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, h, N, d] each
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+
+
+class MLP(nn.Module):
+    def __init__(self, c: ViTConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(c.embed_dim, c.ffn_hidden, bias=c.ffn_bias)
+        self.fc2 = nn.Linear(c.ffn_hidden, c.embed_dim, bias=c.ffn_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, c: ViTConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(c.embed_dim, c.ffn_hidden, bias=c.ffn_bias)  # the gate
+        self.w2 = nn.Linear(c.embed_dim, c.ffn_hidden, bias=c.ffn_bias)
+        self.w3 = nn.Linear(c.ffn_hidden, c.embed_dim, bias=c.ffn_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+
+
+class LayerScale(nn.Module):
+    def __init__(self, dim: int, init: float) -> None:
+        super().__init__()
+        self.init = init
+        self.gamma = nn.Parameter(torch.full((dim,), float(init)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, cast back, then times weight (the order matters in low precision)."""
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return y.to(x.dtype) * self.weight
+
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "layernorm": lambda dim: nn.LayerNorm(dim, eps=1e-6),
+    "layernormbf16": lambda dim: nn.LayerNorm(dim, eps=1e-5),
+    "rmsnorm": lambda dim: RMSNorm(dim, eps=1e-5),
+}
+FFNS: dict[str, type[nn.Module]] = {
+    "mlp": MLP,
+    "swiglu": SwiGLU,
+    "swiglu32": SwiGLU,
+    "swiglu64": SwiGLU,
+    "swiglu128": SwiGLU,
+}
+
+
+class Block(nn.Module):
+    """x + γ1 ⊙ Attn(norm1 x), then x + γ2 ⊙ FFN(norm2 x), over a list of crop groups of different sizes.
+
+    Groups never see each other; they travel together so that stochastic depth draws in the recorded order: one
+    permutation per group for the attention branch, then one per group for the FFN branch.
+    """
+
+    def __init__(self, c: ViTConfig) -> None:
+        super().__init__()
+        scale: Callable[[], nn.Module] = (
+            (lambda: LayerScale(c.embed_dim, c.layerscale_init)) if c.layerscale_init else nn.Identity
+        )
+        self.drop_path_rate = c.drop_path_rate
+        self.norm1 = NORMS[c.norm_layer](c.embed_dim)
+        self.attn = Attention(c)
+        self.ls1 = scale()
+        self.norm2 = NORMS[c.norm_layer](c.embed_dim)
+        self.mlp = FFNS[c.ffn_layer](c)
+        self.ls2 = scale()
+
+    def forward(self, groups: list[Tensor], ropes: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        def attention(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+            return self.ls1(self.attn(self.norm1(x), rope))
+
+        def ffn(x: Tensor, _rope: tuple[Tensor, Tensor]) -> Tensor:
+            return self.ls2(self.mlp(self.norm2(x)))
+
+        for branch in (attention, ffn):
+            groups = [self._add(x, branch, rope) for x, rope in zip(groups, ropes)]
+        return groups
+
+    def _add(self, x: Tensor, branch: Callable[..., Tensor], rope: tuple[Tensor, Tensor]) -> Tensor:
+        """The residual sum; with stochastic depth only over a random subset of the batch, scaled up by b/m."""
+        if not self.training or self.drop_path_rate == 0:
+            return x + branch(x, rope)
+        b = len(x)
+        m = max(int(b * (1 - self.drop_path_rate)), 1)
+        chosen = torch.randperm(b, device=x.device)[:m]
+        return torch.index_add(x, 0, chosen, branch(x[chosen], rope).to(x.dtype), alpha=b / m)
+
+
+# ---- the whole -----------------------------------------------------------------------------------------------------
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, c: ViTConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(c.in_chans, c.embed_dim, kernel_size=c.patch_size, stride=c.patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)  # [B, D, H, W]
+
+
+class VisionTransformer(nn.Module):
+    """A DINOv3 ViT backbone. `forward` gives the normalised CLS token [B, D]; `forward_features` gives everything."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        for option, table in ((c.norm_layer, NORMS), (c.ffn_layer, FFNS), (c.pos_embed_rope_dtype, DTYPES)):
+            if option not in table:
+                raise UnknownName(f"{option!r} is none of {', '.join(table)}")
+        self.embed_dim = self.num_features = c.embed_dim
+        self.n_blocks, self.num_heads, self.patch_size = c.depth, c.num_heads, c.patch_size
+        self.n_storage_tokens = c.n_storage_tokens
+        self.chunked_blocks = False
+        self.stride = c.patch_size
+
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, c.embed_dim))
+        if c.n_storage_tokens:
+            self.storage_tokens = nn.Parameter(torch.zeros(1, c.n_storage_tokens, c.embed_dim))
+        self.mask_token = nn.Parameter(torch.zeros(1, c.embed_dim))
+        self.patch_embed = PatchEmbed(c)
+        self.rope_embed = RopeEmbedding(c)
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
+        norm = NORMS[c.norm_layer]
+        self.norm = norm(c.embed_dim)
+        self.cls_norm = norm(c.embed_dim) if c.untie_cls_and_patch_norms else None
+        self.local_cls_norm = norm(c.embed_dim) if c.untie_global_and_local_cls_norm else None
+        self.head = nn.Identity()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Fresh weights, as training begins with them (spec: Initialisation)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            if isinstance(module, MaskedKeyBiasLinear):
+                module.init_mask()
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+            elif isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+            elif isinstance(module, LayerScale):
+                nn.init.constant_(module.gamma, module.init)
+        bound = (self.config.in_chans * self.patch_size**2) ** -0.5
+        nn.init.uniform_(self.patch_embed.proj.weight, -bound, bound)
+        assert self.patch_embed.proj.bias is not None
+        nn.init.uniform_(self.patch_embed.proj.bias, -bound, bound)
+        nn.init.normal_(self.cls_token, std=0.02)
+        if self.n_storage_tokens:
+            nn.init.normal_(self.storage_tokens, std=0.02)
+        nn.init.zeros_(self.mask_token)
+        self.rope_embed.init_weights()
+
+    def patch_grid(self, height: int, width: int) -> tuple[int, int]:
+        """(H, W) of the patch grid for an image of height × width pixels."""
+        return height // self.patch_size, width // self.patch_size
+
+    def tokens(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
+        """Images [B, C, height, width] to the first block's input [B, N, D] and the patch grid."""
+        if x.shape[-2] < self.patch_size or x.shape[-1] < self.patch_size:
+            raise DinoError(
+                f"an image of {x.shape[-1]}×{x.shape[-2]} pixels is smaller than one patch ({self.patch_size}); resize"
+            )
+        patches = self.patch_embed(x)
+        grid = (patches.shape[-2], patches.shape[-1])
+        patches = patches.flatten(2).transpose(1, 2)  # [B, HW, D]
+        cls = self.cls_token
+        if mask is not None:
+            patches = torch.where(mask.unsqueeze(-1), self.mask_token.to(patches.dtype).unsqueeze(0), patches)
+        elif self.training:
+            cls = cls + 0 * self.mask_token  # keeps the parameter in every rank's graph
+        prefix = [cls.expand(len(x), -1, -1)]
+        if self.n_storage_tokens:
+            prefix.append(self.storage_tokens.expand(len(x), -1, -1))
+        return torch.cat([*prefix, patches], dim=1), grid
+
+    def _run(self, groups: list[Tensor], grids: list[tuple[int, int]], keep: Sequence[int] = ()) -> list[list[Tensor]]:
+        """All blocks over all groups; the outputs after the blocks in `keep`, or after the last one."""
+        ropes = [self.rope_embed(*grid) for grid in grids] if not self.rope_embed.draws else []
+        kept = []
+        for i, block in enumerate(self.blocks):
+            # in training every block sees a fresh draw of the coordinates, one per group
+            groups = block(groups, ropes or [self.rope_embed(*grid) for grid in grids])
+            if i in keep:
+                kept.append(groups)
+        return kept if keep else [groups]
+
+    def _final_norm(self, x: Tensor, *, local_crops: bool = False) -> Tensor:
+        """The last norm(s) over [B, N, D]; CLS and registers may have their own."""
+        cls_norm = self.cls_norm or self.norm
+        if local_crops and self.training and self.local_cls_norm is not None:
+            cls_norm = self.local_cls_norm
+        if cls_norm is self.norm:
+            return self.norm(x)
+        prefix = 1 + self.n_storage_tokens
+        return torch.cat([cls_norm(x[:, :prefix]), self.norm(x[:, prefix:])], dim=1)
+
+    def forward_features(self, x: Tensor | list[Tensor], masks: Any = None) -> Any:
+        """Normalised tokens of images [B, C, height, width], or of a list of crop groups of different sizes.
+
+        `masks` [B, HW] boolean: True replaces the patch by the mask token (paper: iBOT). For a list, a list of the
+        same length whose entries may be None. Returns a dict, or a list of dicts, with `x_norm_clstoken` [B, D],
+        `x_storage_tokens` [B, R, D] (normalised registers), `x_norm_patchtokens` [B, HW, D], `x_prenorm` [B, N, D]
+        and `masks`.
+        """
+        if isinstance(x, Tensor):
+            return self.forward_features_list([x], [masks])[0]
+        return self.forward_features_list(x, masks if masks is not None else [None] * len(x))
+
+    def forward_features_list(self, x_list: list[Tensor], masks_list: list[Tensor | None]) -> list[dict[str, Any]]:
+        embedded = [self.tokens(x, mask) for x, mask in zip(x_list, masks_list, strict=True)]
+        (groups,) = self._run([tokens for tokens, _ in embedded], [grid for _, grid in embedded])
+        outputs, prefix = [], 1 + self.n_storage_tokens
+        for i, (x, mask) in enumerate(zip(groups, masks_list)):
+            normed = self._final_norm(x, local_crops=i == 1)
+            outputs.append(
+                {
+                    "x_norm_clstoken": normed[:, 0],
+                    "x_storage_tokens": normed[:, 1:prefix],
+                    "x_norm_patchtokens": normed[:, prefix:],
+                    "x_prenorm": x,
+                    "masks": mask,
+                }
+            )
+        return outputs
+
+    def forward(self, x: Any, masks: Any = None, is_training: bool = False) -> Any:
+        if is_training:
+            return self.forward_features(x, masks)
+        if not isinstance(x, Tensor):
+            raise TypeError("a list of crop groups is a training input: pass is_training=True")
+        return self.head(self.forward_features(x, masks)["x_norm_clstoken"])
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        *,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        return_extra_tokens: bool = False,
+        norm: bool = True,
+    ) -> tuple[Any, ...]:
+        """Outputs of chosen blocks: the last `n`, or the 0-based indices in `n`; always in ascending block order.
+
+        One element per block: patches [B, HW, D], or [B, D, H, W] with `reshape`; with the flags a tuple (patches,
+        class token [B, D], register tokens [B, R, D]). `norm` applies the final norm to every chosen block.
+        """
+        layers = chosen_layers(n, self.n_blocks, "block")
+        tokens, (H, W) = self.tokens(x)
+        results, prefix = [], 1 + self.n_storage_tokens
+        for (y,) in self._run([tokens], [(H, W)], keep=layers):
+            if norm:
+                y = self._final_norm(y)
+            patches = y[:, prefix:]
+            if reshape:
+                patches = patches.transpose(1, 2).reshape(len(x), self.embed_dim, H, W).contiguous()
+            extras = [y[:, 0]] * return_class_token + [y[:, 1:prefix]] * return_extra_tokens
+            results.append((patches, *extras) if extras else patches)
+        return tuple(results)
+
+
+def chosen_layers(n: int | Sequence[int], total: int, what: str) -> list[int]:
+    """Ascending 0-based layer indices from "the last n" or an explicit choice."""
+    layers = list(range(total - n, total)) if isinstance(n, int) else sorted(n)
+    if not layers or len(set(layers)) != len(layers) or layers[0] < 0 or layers[-1] >= total:
+        raise DinoError(f"{what}s {n} were asked for, but there are {total} (0 to {total - 1}), each at most once")
+    return layers

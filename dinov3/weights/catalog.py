@@ -1,0 +1,220 @@
+"""One table of every published backbone file and every name people call it by. Cheap to import: no torch.
+
+A name may mean one file ("facebook/dinov3-vitl16-pretrain-sat493m") or an architecture of which several files exist
+("dinov3_vitl16"): `resolve` gives the rows in the order of preference, the file's content then decides. Published
+scores are copied from the paper and the model card (arXiv 2508.10104, Tab. 3-9, 14, 15, 17, 18); where the two
+contradict each other the paper is cited.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
+
+from dinov3.errors import UnknownName, did_you_mean
+
+if TYPE_CHECKING:
+    from dinov3.models import BackboneConfig
+
+# What `dinov3 embed` and `make demo` use when no model is named. "random" weights are said to be random wherever they
+# are used; the day a model of our own ships, this line names it and its file.
+DEFAULT_MODEL, DEFAULT_WEIGHTS = "dinov3_vits16", "random"
+
+# Statistics of the training pictures, RGB in [0, 1].
+STATISTICS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
+    "lvd1689m": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "sat493m": ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143)),
+}
+DATASETS = {"lvd1689m": "LVD-1689M, web pictures", "sat493m": "SAT-493M, satellite pictures at 0.6 m"}
+
+DOWNLOAD_BASE = "https://dl.fbaipublicfiles.com/dinov3"  # DINOV3_DOWNLOAD_BASE in the environment overrides it
+DOWNLOAD_PAGE = "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/"
+
+_HUB_VIT: dict[str, Any] = {
+    "layerscale_init": 1e-5,
+    "norm_layer": "layernormbf16",
+    "n_storage_tokens": 4,
+    "mask_k_bias": True,
+    "pos_embed_rope_rescale_coords": 2.0,
+}
+Family = Literal["vit", "convnext"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A published file. `options` are the constructor's arguments (`ViTConfig` or `ConvNeXtConfig`)."""
+
+    arch: str  # the hub function's name
+    dataset: str  # a key of STATISTICS
+    family: Family
+    options: Mapping[str, Any] = field(repr=False)
+    parameters: int
+    hash: str | None  # first 8 hex digits of the published file's sha256
+    released: bool = True
+    timm: tuple[str, ...] = ()
+    scores: Mapping[str, float] = field(default_factory=dict, repr=False)
+
+    @property
+    def id(self) -> str:
+        return f"{self.arch}_{self.dataset}"
+
+    @property
+    def config(self) -> BackboneConfig:
+        from dinov3.models import ConvNeXtConfig, ViTConfig
+
+        return ViTConfig(**self.options) if self.family == "vit" else ConvNeXtConfig(**self.options)
+
+    @property
+    def sha256_prefix(self) -> str | None:
+        return self.hash
+
+    @property
+    def file(self) -> str | None:
+        """Meta's file name."""
+        return f"{self.arch}_pretrain_{self.dataset}-{self.hash}.pth" if self.hash else None
+
+    @property
+    def url(self) -> str | None:
+        """Where Meta serves the file; gated, see DOWNLOAD_PAGE."""
+        import os
+
+        base = os.environ.get("DINOV3_DOWNLOAD_BASE", DOWNLOAD_BASE)
+        return f"{base}/{self.arch}/{self.file}" if self.file else None
+
+    @property
+    def hf(self) -> str | None:
+        """The Hugging Face repository in transformers' layout."""
+        name = self.arch.replace("_", "-")
+        return f"facebook/{name}-pretrain-{self.dataset}" if self.released else None
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        return STATISTICS[self.dataset][0]
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        return STATISTICS[self.dataset][1]
+
+    @property
+    def width(self) -> int:
+        return self.options["embed_dim"] if self.family == "vit" else self.options["dims"][-1]
+
+    def tokens(self, size: int) -> int:
+        """Length of the sequence for a size × size picture: CLS + registers + patches (ConvNeXt: pooled + pixels)."""
+        if self.family == "convnext":
+            return 1 + (size // 32) ** 2
+        return 1 + self.options["n_storage_tokens"] + (size // self.options.get("patch_size", 16)) ** 2
+
+
+_VIT_SCORES = ("IN-ReaL", "IN-R", "ObjectNet", "Oxford-H", "ADE20k", "NYU↓", "DAVIS", "NAVI", "SPair")
+_CNX_SCORES = ("IN-ReaL", "IN-R", "ObjectNet", "ADE20k", "NYU↓")
+_SAT_SCORES = ("GEO-Bench cls", "GEO-Bench seg", "Open-Canopy MAE↓")
+
+
+def _vit(
+    arch: str,
+    parameters: int,
+    hash: str,
+    dims: tuple[int, int, int],
+    timm: str | None = None,
+    scores: tuple[float, ...] = (),
+    dataset: str = "lvd1689m",
+    released: bool = True,
+    **options: Any,
+) -> Row:
+    embed_dim, depth, num_heads = dims
+    names = [f"vit_{timm}_patch16_dinov3"] if timm else []
+    if timm and timm != "7b":
+        names.append(f"vit_{timm}_patch16_dinov3_qkvb")
+    return Row(
+        arch=arch,
+        dataset=dataset,
+        family="vit",
+        options=_HUB_VIT | {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads} | options,
+        parameters=parameters,
+        hash=hash,
+        released=released,
+        timm=tuple(f"{n}.{dataset}" for n in names),
+        scores=dict(zip(_SAT_SCORES if dataset == "sat493m" else _VIT_SCORES, scores)),
+    )
+
+
+def _convnext(
+    size: str, parameters: int, hash: str, depths: tuple[int, ...], dims: tuple[int, ...], scores: tuple[float, ...]
+) -> Row:
+    return Row(
+        arch=f"dinov3_convnext_{size}",
+        dataset="lvd1689m",
+        family="convnext",
+        options={"depths": depths, "dims": dims},
+        parameters=parameters,
+        hash=hash,
+        timm=(f"convnext_{size}.dinov3_lvd1689m",),
+        scores=dict(zip(_CNX_SCORES, scores)),
+    )
+
+
+_SWIGLU = {"ffn_layer": "swiglu", "ffn_ratio": 6.0}
+_7B: dict[str, Any] = {
+    "ffn_layer": "swiglu64",
+    "ffn_ratio": 3.0,
+    "qkv_bias": False,
+    "untie_global_and_local_cls_norm": True,
+}
+S, B, L, H, G7 = (384, 12, 6), (768, 12, 12), (1024, 24, 16), (1280, 32, 20), (4096, 40, 32)
+
+# fmt: off
+ROWS: tuple[Row, ...] = (
+    _vit("dinov3_vits16", 21_601_152, "08c60483", S, "small", (87.0, 60.4, 50.9, 49.5, 47.0, .403, 72.7, 56.3, 50.4)),
+    _vit("dinov3_vits16plus", 28_697_472, "4057cbaa", S, "small_plus", (88.0, 68.8, 54.6, 50.0, 48.8, .399, 75.5, 57.1, 55.2), **_SWIGLU),  # noqa: E501
+    _vit("dinov3_vitb16", 85_669_632, "73cec8be", B, "base", (89.3, 76.7, 64.1, 58.5, 51.8, .373, 77.2, 58.8, 57.2)),
+    _vit("dinov3_vitl16", 303_154_176, "8aa4cbdd", L, "large", (90.2, 88.1, 74.8, 63.1, 54.9, .352, 79.9, 62.3, 61.2)),
+    _vit("dinov3_vitl16plus", 403_915_776, "46503df0", L, released=False, **_SWIGLU),
+    _vit("dinov3_vith16plus", 840_633_600, "7c1da9a5", H, "huge_plus", (90.3, 90.0, 78.6, 64.5, 54.8, .352, 79.3, 63.3, 56.3), **_SWIGLU),  # noqa: E501
+    _vit("dinov3_vit7b16", 6_716_043_264, "a955f4ea", G7, "7b", (90.4, 91.1, 79.0, 60.7, 55.9, .309, 79.7, 64.4, 58.7), **_7B),  # noqa: E501
+    _vit("dinov3_vitl16", 303_156_224, "eadcf0ff", L, "large", (79.6, 74.5, 2.07), "sat493m", untie_global_and_local_cls_norm=True),  # noqa: E501
+    _vit("dinov3_vit7b16", 6_716_043_264, "a6675841", G7, "7b", (81.1, 75.0, 2.02), "sat493m", **_7B),
+    _convnext("tiny", 27_820_128, "21b726bb", (3, 3, 9, 3), (96, 192, 384, 768), (87.7, 74.1, 58.7, 42.7, .448)),
+    # the published IN-R and ObjectNet of Small repeat Tiny's, probably a copying error: left out
+    _convnext("small", 49_454_688, "296db49d", (3, 3, 27, 3), (96, 192, 384, 768), (88.7, float("nan"), float("nan"), 44.8, .432)),  # noqa: E501
+    _convnext("base", 87_566_464, "801f2ba9", (3, 3, 27, 3), (128, 256, 512, 1024), (89.2, 78.2, 61.3, 46.3, .420)),
+    _convnext("large", 196_230_336, "61fa432d", (3, 3, 27, 3), (192, 384, 768, 1536), (89.4, 82.4, 65.2, 47.8, .403)),
+)
+# fmt: on
+ARCHITECTURES: tuple[str, ...] = tuple(dict.fromkeys(row.arch for row in ROWS))
+
+
+@lru_cache(maxsize=1)
+def aliases() -> dict[str, tuple[Row, ...]]:
+    """Every name, lower case, with the rows it may mean (preferred first)."""
+    table: dict[str, list[Row]] = {}
+    for row in ROWS:
+        names = {row.arch, row.arch.removeprefix("dinov3_"), row.id, row.id.removeprefix("dinov3_")}
+        names |= {row.arch.replace("_", "-"), row.arch.replace("_", "-").removeprefix("dinov3-")}
+        if row.file:
+            names |= {row.file, row.file.removesuffix(".pth")}
+        if row.hf:
+            names |= {row.hf, row.hf.removeprefix("facebook/")}
+        for name in row.timm:
+            names |= {name, f"timm/{name}"}
+            if row.family == "vit":  # without its tag the name says only the architecture
+                names.add(name.split(".")[0])
+        for name in names:
+            table.setdefault(name.lower(), []).append(row)
+    return {name: tuple(rows) for name, rows in table.items()}
+
+
+def resolve(name: str) -> tuple[Row, ...]:
+    """The rows a name may mean; more than one when several files of that architecture are published.
+
+    Raises `UnknownName` with the nearest names.
+    """
+    rows = aliases().get(str(name).lower())
+    if rows is None:
+        hub = [row.arch for row in ROWS] + [n for row in ROWS for n in (*row.timm, row.hf or row.arch)]
+        hint = did_you_mean(str(name), hub) or did_you_mean(re.sub(r"[-_ ]", "_", str(name)), ARCHITECTURES)
+        raise UnknownName(f"unknown model {name!r}{hint or '; `dinov3 models` lists them'}")
+    return rows
