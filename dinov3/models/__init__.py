@@ -1,4 +1,4 @@
-"""The two families of backbones and the protocol both meet. One file per family; they know nothing of scale or files."""
+"""The two families of backbones and the protocol both meet; one file per family."""
 
 from __future__ import annotations
 

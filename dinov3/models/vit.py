@@ -139,7 +139,8 @@ class RopeEmbedding(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        n, options = self.head_dim // 4, {"device": self.periods.device, "dtype": self.dtype}
+        n = self.head_dim // 4
+        options: dict[str, Any] = {"device": self.periods.device, "dtype": self.dtype}
         if self.base is not None:
             periods = self.base ** (2 * torch.arange(n, **options) / (2 * n))
         else:
@@ -150,8 +151,8 @@ class RopeEmbedding(nn.Module):
         self.periods.copy_(periods)
 
     def coordinates(self, height: int, width: int) -> Tensor:
-        """Patch centres as (y, x) in [-1, 1], row-major [HW, 2]; augmented in training mode (a fresh draw each call)."""
-        options = {"device": self.periods.device, "dtype": self.dtype}
+        """Patch centres as (y, x) in [-1, 1], row-major [HW, 2]; freshly augmented at each call in training mode."""
+        options: dict[str, Any] = {"device": self.periods.device, "dtype": self.dtype}
         over = {"separate": (height, width), "max": (max(height, width),) * 2, "min": (min(height, width),) * 2}
         over_y, over_x = over[self.normalize_coords]
         y = torch.arange(0.5, height, **options) / over_y
@@ -308,9 +309,8 @@ class Block(nn.Module):
 
     def __init__(self, c: ViTConfig) -> None:
         super().__init__()
-        scale: Callable[[], nn.Module] = (
-            (lambda: LayerScale(c.embed_dim, c.layerscale_init)) if c.layerscale_init else nn.Identity
-        )
+        init = c.layerscale_init  # None or 0: no layer scale, and no key in the state dict
+        scale: Callable[[], nn.Module] = (lambda: LayerScale(c.embed_dim, init)) if init else nn.Identity
         self.drop_path_rate = c.drop_path_rate
         self.norm1 = NORMS[c.norm_layer](c.embed_dim)
         self.attn = Attention(c)
@@ -419,7 +419,7 @@ class VisionTransformer(nn.Module):
         patches = self.patch_embed(x)
         grid = (patches.shape[-2], patches.shape[-1])
         patches = patches.flatten(2).transpose(1, 2)  # [B, HW, D]
-        cls = self.cls_token
+        cls: Tensor = self.cls_token
         if mask is not None:
             patches = torch.where(mask.unsqueeze(-1), self.mask_token.to(patches.dtype).unsqueeze(0), patches)
         elif self.training:

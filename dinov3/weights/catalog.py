@@ -157,7 +157,7 @@ def _convnext(
     )
 
 
-_SWIGLU = {"ffn_layer": "swiglu", "ffn_ratio": 6.0}
+_SWIGLU: dict[str, Any] = {"ffn_layer": "swiglu", "ffn_ratio": 6.0}
 _7B: dict[str, Any] = {
     "ffn_layer": "swiglu64",
     "ffn_ratio": 3.0,
