@@ -1,0 +1,324 @@
+"""From pictures to `Features`: the one loop that every activity uses, and the contract its result keeps.
+
+Legend: B pictures, R registers, D width, h×w patch grid. Patch positions are (row, column); pixel positions are (x, y) in
+the ORIGINAL picture, x to the right, y down, (0, 0) the top left corner.
+
+The commonest silent mistakes with these features are a layer taken before the norm, a mixture of preprocessings, and a
+patch map read with the wrong scale. So every `Features` says which layer it is, whether it is normed and what was done
+to the pictures, and refuses to be compared or joined with one that differs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinov3.data.pictures import Picture, open_picture, upright_rgb
+from dinov3.data.transforms import Geometry, Preprocessing
+from dinov3.errors import DinoError, IncompatibleFeatures
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """What a backbone says of B pictures.
+
+    cls [B, D] · registers [B, R, D] · patches [B, h, w, D]. `layer` is the 0-based index of the block (ConvNeXt: stage)
+    they come from, `normed` whether the final norm was applied, `preprocessing` the id of the rule, `model` whose
+    features these are, `geometry` what was done to each picture.
+    """
+
+    cls: Tensor
+    registers: Tensor
+    patches: Tensor
+    layer: int
+    n_layers: int
+    normed: bool
+    preprocessing: str
+    model: str
+    geometry: tuple[Geometry, ...]
+
+    def __len__(self) -> int:
+        return len(self.cls)
+
+    def __repr__(self) -> str:
+        (h, w), (B, D) = self.grid_hw, self.cls.shape
+        norm = "normed" if self.normed else "before the norm"
+        where = f"layer {self.layer} of {self.n_layers}, {norm}"
+        return f"Features({B} pictures, grid {h}×{w}, width {D}, {where}, {self.preprocessing}, {self.model})"
+
+    def __getitem__(self, index: int | slice | Sequence[int]) -> Features:
+        """The features of some of the pictures; an int keeps the batch dimension."""
+        if isinstance(index, int):
+            index = [range(len(self))[index]]
+        rows = list(range(len(self))[index]) if isinstance(index, slice) else list(index)
+        return replace(
+            self,
+            cls=self.cls[rows],
+            registers=self.registers[rows],
+            patches=self.patches[rows],
+            geometry=tuple(self.geometry[i] for i in rows),
+        )
+
+    @property
+    def grid_hw(self) -> tuple[int, int]:
+        return (self.patches.shape[1], self.patches.shape[2])
+
+    @property
+    def pooled(self) -> Tensor:
+        """What transformers calls `pooler_output` [B, D]: the normed CLS token of the last layer."""
+        if self.layer != self.n_layers - 1 or not self.normed:
+            raise IncompatibleFeatures(
+                f"pooled is the normed output of the last layer ({self.n_layers - 1}); these features are of layer "
+                f"{self.layer}, {'normed' if self.normed else 'before the norm'}. Use .cls for those"
+            )
+        return self.cls
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the patches [B, D]."""
+        return self.patches.mean((1, 2))
+
+    def to(self, *args: Any, **kwargs: Any) -> Features:
+        """As `Tensor.to`, for all three tensors."""
+        return replace(
+            self,
+            cls=self.cls.to(*args, **kwargs),
+            registers=self.registers.to(*args, **kwargs),
+            patches=self.patches.to(*args, **kwargs),
+        )
+
+    # ---- patches and pixels --------------------------------------------------------------------------------------
+
+    def _patch_size(self, image: int) -> tuple[Geometry, float, float]:
+        geometry, (h, w) = self.geometry[image], self.grid_hw
+        return geometry, geometry.input_hw[1] / w, geometry.input_hw[0] / h
+
+    def pixel_of_patch(self, row: float, col: float, image: int = 0) -> tuple[float, float]:
+        """(x, y) of the patch's centre in the original picture."""
+        geometry, pw, ph = self._patch_size(image)
+        return geometry.to_original((col + 0.5) * pw, (row + 0.5) * ph)
+
+    def box_of_patch(self, row: int, col: int, image: int = 0) -> tuple[float, float, float, float]:
+        """(x0, y0, x1, y1) of the patch in the original picture; beyond the picture where the patch is padding."""
+        geometry, pw, ph = self._patch_size(image)
+        return (*geometry.to_original(col * pw, row * ph), *geometry.to_original((col + 1) * pw, (row + 1) * ph))
+
+    def patch_of_pixel(self, x: float, y: float, image: int = 0) -> tuple[int, int]:
+        """(row, column) of the patch that sees a pixel of the original picture.
+
+        Raises `DinoError` outside the picture, and where the pixel was cropped away.
+        """
+        geometry, pw, ph = self._patch_size(image)
+        if not (0 <= x < geometry.width and 0 <= y < geometry.height):
+            raise DinoError(f"pixel ({x}, {y}) is outside the picture, which is {geometry.width}×{geometry.height}")
+        u, v = geometry.to_input(x, y)
+        row, col = int(v // ph), int(u // pw)
+        (h, w) = self.grid_hw
+        if not (u >= 0 and v >= 0 and row < h and col < w):
+            raise DinoError(f"pixel ({x}, {y}) was cropped away ({geometry}); use fit='resize' or 'pad'")
+        return row, col
+
+    # ---- joining and comparing -----------------------------------------------------------------------------------
+
+    def check_comparable(self, other: Features, *, ignore: Iterable[str] = ()) -> None:
+        """Raises `IncompatibleFeatures` where model, layer, norm or preprocessing differ."""
+        for name in ("model", "layer", "normed", "preprocessing"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs and name not in ignore:
+                raise IncompatibleFeatures(
+                    f"these features differ in {name}: {mine!r} and {theirs!r}. Extract both the same way, or pass "
+                    f"ignore=[{name!r}] if you mean it"
+                )
+
+    @staticmethod
+    def cat(parts: Sequence[Features]) -> Features:
+        """Several batches as one. All must agree in model, layer, norm, preprocessing and grid."""
+        if not parts:
+            raise DinoError("nothing to concatenate: the list of features is empty")
+        for other in parts[1:]:
+            parts[0].check_comparable(other)
+            if parts[0].grid_hw != other.grid_hw:
+                raise IncompatibleFeatures(
+                    f"patch grids {parts[0].grid_hw} and {other.grid_hw} differ: give the pictures one size "
+                    "(shape='square'), or keep the features apart"
+                )
+        return replace(
+            parts[0],
+            cls=torch.cat([p.cls for p in parts]),
+            registers=torch.cat([p.registers for p in parts]),
+            patches=torch.cat([p.patches for p in parts]),
+            geometry=tuple(g for p in parts for g in p.geometry),
+        )
+
+    def similarity(self, other: Features, *, ignore: Iterable[str] = ()) -> Tensor:
+        """Cosine similarities of the CLS tokens [B, B']."""
+        self.check_comparable(other, ignore=ignore)
+        return F.normalize(self.cls.float(), dim=-1) @ F.normalize(other.cls.float(), dim=-1).T
+
+    def patch_similarity(self, row: int, col: int, other: Features | None = None, *, image: int = 0) -> Tensor:
+        """Cosine similarity of one patch to every patch of `other` (default: these) [B', h', w']."""
+        other = other if other is not None else self
+        self.check_comparable(other)
+        query = F.normalize(self.patches[image, row, col].float(), dim=-1)
+        return F.normalize(other.patches.float(), dim=-1) @ query
+
+
+# ---- pictures in ----------------------------------------------------------------------------------------------------
+
+
+def default_preprocessing(model: nn.Module, **changes: Any) -> Preprocessing:
+    """The reference's rule with the statistics the model's weights were trained with."""
+    origin = getattr(model, "origin", None)
+    statistics = {"mean": origin.mean, "std": origin.std} if origin is not None else {}
+    return Preprocessing(**({"multiple": int(model.stride)} | statistics | changes))
+
+
+def _pictures(images: Any) -> Iterator[Any]:
+    """One picture at a time from what people pass: one picture, a list of them, a [B, 3, h, w] tensor."""
+    if isinstance(images, (Tensor, np.ndarray)) and images.ndim == 4:
+        yield from images
+    elif isinstance(images, (str, bytes, os.PathLike, Tensor, np.ndarray)) or not isinstance(images, Iterable):
+        yield images
+    else:
+        yield from images
+
+
+def prepare(image: Any, preprocessing: Preprocessing) -> tuple[Tensor, Geometry]:
+    """Any picture (path, bytes, PIL, array, tensor) to a network input [3, h, w] and its geometry."""
+    if isinstance(image, (str, bytes, os.PathLike)):
+        image = open_picture(image, target_short_side=preprocessing.target_short_side)
+    elif hasattr(image, "getexif"):  # PIL
+        image = upright_rgb(image)
+    if isinstance(image, Picture):
+        return preprocessing(image.image, original_wh=(image.width, image.height))
+    return preprocessing(image)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while: in training mode positions are drawn at random and outputs differ from call to call."""
+    was = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was)
+
+
+def run(model: nn.Module, x: Tensor, *, layer: int = -1, norm: bool = True) -> dict[str, Any]:
+    """One batch [B, 3, height, width] through the model: cls, registers, patches, layer, n_layers, normed."""
+    n_layers = int(model.n_blocks)
+    index = range(n_layers)[layer] if -n_layers <= layer < n_layers else None
+    if index is None:
+        raise DinoError(
+            f"layer {layer} does not exist: this model has {n_layers} (0 to {n_layers - 1}, or -1 for the last)"
+        )
+    h, w = model.patch_grid(x.shape[-2], x.shape[-1])  # type: ignore[operator]
+    if index == n_layers - 1 and norm:
+        out = model.forward_features(x)  # type: ignore[operator]
+        cls, registers, patches = out["x_norm_clstoken"], out["x_storage_tokens"], out["x_norm_patchtokens"]
+        patches, normed = patches.unflatten(1, (h, w)), True
+    else:
+        options: dict[str, Any] = {"n": [index], "reshape": True, "return_class_token": True, "norm": norm}
+        has_registers = int(model.n_storage_tokens) > 0
+        if has_registers:
+            options["return_extra_tokens"] = True
+        ((patches, cls, *extra),) = model.get_intermediate_layers(x, **options)  # type: ignore[operator]
+        registers = extra[0] if extra else cls[:, None][:, 1:]
+        patches = patches.permute(0, 2, 3, 1)
+        # a ConvNeXt has a norm on its last stage only
+        normed = norm and (not hasattr(model, "norms") or index == n_layers - 1)
+    return {
+        "cls": cls,
+        "registers": registers,
+        "patches": patches,
+        "layer": index,
+        "n_layers": n_layers,
+        "normed": normed,
+    }
+
+
+def extract(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Sequence[Geometry]]],
+    *,
+    preprocessing: Preprocessing,
+    layer: int = -1,
+    norm: bool = True,
+) -> Iterator[Features]:
+    """The loop: normalised batches [B, 3, height, width] with their geometries in, `Features` out, batch by batch.
+
+    Runs on the model's device and in its dtype; there is no hidden autocast. The model's mode is restored after every
+    batch.
+    """
+    weight = next(model.parameters())
+    label = model_label(model)
+    for x, geometry in batches:
+        with _evaluating(model):
+            parts = run(model, x.to(weight.device, weight.dtype, non_blocking=True), layer=layer, norm=norm)
+        yield Features(preprocessing=preprocessing.id, model=label, geometry=tuple(geometry), **parts)
+
+
+def model_label(model: nn.Module) -> str:
+    """Whose features these are: the catalogue's name and the weights' source, or the class and object."""
+    origin = getattr(model, "origin", None)
+    return str(origin) if origin is not None else f"{type(model).__name__} at {id(model):#x}"
+
+
+def batched(
+    images: Iterable[Any], preprocessing: Preprocessing, batch_size: int
+) -> Iterator[tuple[Tensor, list[Geometry]]]:
+    """Network inputs in batches of at most `batch_size` pictures of one size, in order."""
+    inputs: list[Tensor] = []
+    geometry: list[Geometry] = []
+    for image in images:
+        x, g = prepare(image, preprocessing)
+        if inputs and (len(inputs) == batch_size or inputs[0].shape != x.shape):
+            yield torch.stack(inputs), geometry
+            inputs, geometry = [], []
+        inputs.append(x)
+        geometry.append(g)
+    if inputs:
+        yield torch.stack(inputs), geometry
+
+
+def embed(
+    model: nn.Module,
+    images: Any,
+    *,
+    preprocessing: Preprocessing | None = None,
+    layer: int = -1,
+    norm: bool = True,
+    batch_size: int = 16,
+    **changes: Any,
+) -> Features:
+    """Pictures to `Features`.
+
+    `images`: a path, PIL picture, array [h, w, 3], tensor [3, h, w] (uint8, or floats in [0, 1]), or a list of those, or
+    a tensor [B, 3, h, w]. `preprocessing`: default the reference's rule (256 × 256, nothing cropped) with the statistics
+    of the model's weights; single fields can be given by name: `embed(model, x, size=512, shape="short", fit="pad")`.
+    `layer`: 0-based block (ConvNeXt: stage), -1 the last; `norm`: apply the final norm.
+
+    Raises `PictureError` for a picture that cannot be decoded and `IncompatibleFeatures` where the pictures come out at
+    different grids (possible with shape="short", "long" or "native": then use one call per picture).
+    """
+    rule = preprocessing.with_(**changes) if preprocessing is not None else default_preprocessing(model, **changes)
+    batches = batched(_pictures(images), rule, batch_size)
+    parts = list(extract(model, batches, preprocessing=rule, layer=layer, norm=norm))
+    if not parts:
+        raise DinoError("no pictures were given")
+    return Features.cat(parts)

@@ -1,0 +1,133 @@
+"""A model by name: `load` assembles the catalogue (what a name means), a weights file (what it really is) and a module."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dinov3.errors import DinoError, WeightsError
+from dinov3.weights import catalog
+
+if TYPE_CHECKING:
+    from dinov3.models import BackboneConfig
+    from dinov3.weights.loading import OpenedWeights
+
+__all__ = ["Origin", "load"]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model's weights come from; kept on the model as `model.origin`."""
+
+    name: str  # the catalogue's id ("dinov3_vits16_lvd1689m"), or "custom" for an architecture that is not published
+    source: str  # what was opened, or "random (seed 0)"
+    form: str  # "meta", "transformers", "timm", "dinov3" or "random"
+    mean: tuple[float, float, float]  # statistics of the pictures the weights were trained on
+    std: tuple[float, float, float]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def random(self) -> bool:
+        return self.form == "random"
+
+    def __str__(self) -> str:
+        return f"{self.name} from {self.source}"
+
+
+def load(
+    name: str | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    check_hash: bool = False,
+    seed: int = 0,
+    **options: Any,
+) -> nn.Module:
+    """A backbone in evaluation mode, with its weights.
+
+    `name`: any public alias (hub, Hugging Face or timm; `dinov3 models` lists them), or None to take what the file says.
+    `weights`: a path to Meta's .pth, a transformers or timm file or folder, our own checkpoint, an http(s) URL, a Hugging
+    Face id; the form is found by content. "random" for fresh weights (`seed`), None for the published ones, which are
+    looked for in the Hugging Face cache and fetched from there if you have access. `options` change constructor
+    arguments that leave the weights alone (`patch_size=16` for a ConvNeXt, `drop_path_rate=0.1`).
+
+    The model carries `model.origin`: what was loaded and from where. Raises `UnknownName`, `WeightsMismatch` (at most ten
+    lines: what the file seems to be, what to call instead), `UnsafeFile` and other `WeightsError`s.
+    """
+    if name is None and weights is None:
+        name, weights = catalog.DEFAULT_MODEL, catalog.DEFAULT_WEIGHTS
+    rows = catalog.resolve(name) if name is not None else ()
+    if weights == "random":
+        if not rows:
+            raise DinoError("random weights need a model's name, for example load('dinov3_vits16', 'random')")
+        return fresh(rows[0], seed=seed, device=device, dtype=dtype, **options)
+
+    from dinov3.weights import loading
+
+    source = os.fspath(weights) if weights is not None else published_source(rows[0])
+    return assemble(loading.open(source, check_hash=check_hash), rows, device=device, dtype=dtype, **options)
+
+
+def published_source(row: catalog.Row) -> str:
+    """Where a catalogue row's file is looked for when no weights are named."""
+    import importlib.util
+
+    if not row.released:
+        raise WeightsError(f"no weights of {row.arch} were published; pass weights=PATH, or weights='random'")
+    if row.hf and importlib.util.find_spec("huggingface_hub"):
+        return row.hf
+    assert row.url is not None
+    return row.url
+
+
+def fresh(row: catalog.Row, *, seed: int | None, device: Any = "cpu", dtype: Any = None, **options: Any) -> nn.Module:
+    """A model with initial weights. `seed` None draws from torch's current random state."""
+    from dinov3.models import backbone
+
+    model = backbone(with_options(row.config, options))
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        model.init_weights()
+    source = f"random (seed {seed})" if seed is not None else "random"
+    model.origin = Origin(row.id, source, "random", row.mean, row.std)  # type: ignore[assignment]
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def with_options(config: BackboneConfig, options: dict[str, Any]) -> BackboneConfig:
+    if not options:
+        return config
+    type(config).of(**options)  # refuses unknown names with a proposal
+    return replace(config, **options)
+
+
+def assemble(
+    opened: OpenedWeights, wanted: tuple[catalog.Row, ...], *, device: Any = "cpu", dtype: Any = None, **options: Any
+) -> nn.Module:
+    """The module of an opened file. `wanted` are the rows the user's name may mean; empty: whatever the file is."""
+    from dinov3.weights import loading
+
+    fitting = [row for row in opened.rows if not wanted or row in wanted]
+    if wanted and not fitting:
+        # the strict loader says in ten lines what the file is and what to call instead
+        config = wanted[0].config
+    else:
+        config = fitting[0].config if fitting else opened.config
+    notes = list(opened.notes)
+    model = loading.build(with_options(config, options), opened, device=device, dtype=dtype, asked=wanted)
+    chosen = fitting[0] if fitting else (wanted[0] if wanted else None)
+    if len(fitting) > 1 and opened.mean is None and len({row.dataset for row in fitting}) > 1:
+        ids = " or ".join(row.id for row in fitting)
+        notes.append(f"this file can be {ids}; taken as {fitting[0].id}. Name the right one: their statistics differ")
+        warnings.warn(f"{opened.source}: {notes[-1]}", stacklevel=3)
+    mean = opened.mean or (chosen.mean if chosen else catalog.STATISTICS["lvd1689m"][0])
+    std = opened.std or (chosen.std if chosen else catalog.STATISTICS["lvd1689m"][1])
+    name = chosen.id if chosen else "custom"
+    model.origin = Origin(name, opened.source, opened.form, mean, std, tuple(notes))  # type: ignore[assignment]
+    return model
