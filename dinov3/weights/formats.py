@@ -88,7 +88,7 @@ def _names(family: Family, form: Form, gated: bool) -> dict[str, str]:
 
 
 def _rename(key: str, names: Mapping[str, str]) -> str | None:
-    """`blocks.3.norm1.bias` → `layer.3.norm1.bias`: numbers are carried over in order. None for a key not in the table."""
+    """`blocks.3.norm1.bias` → `layer.3.norm1.bias`: numbers keep their order. None for a key not in the table."""
     parts = key.split(".")
     target = names.get(".".join("#" if p.isdigit() else p for p in parts))
     if target is None:
@@ -684,9 +684,8 @@ def timm_config(
         gated, width = config.ffn_layer != "mlp", config.embed_dim
         names = row.timm if row else ()
         name = next((n for n in names if ("_qkvb" in n) == qkv_bias), None)
-        architecture, tag = (
-            name or "vit_small_plus_patch16_dinov3." if gated else name or "vit_small_patch16_dinov3."
-        ).split(".")  # noqa: E501
+        fallback = "vit_small_plus_patch16_dinov3." if gated else "vit_small_patch16_dinov3."
+        architecture, tag = (name or fallback).split(".")
         if name is None:
             architecture += "_qkvb" if qkv_bias else ""
             args |= {
