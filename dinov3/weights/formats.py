@@ -348,10 +348,11 @@ def _alias_final_norm(meta: State) -> None:
 
 def _periods(meta: State, hints: Mapping[str, Any], *, bf16: bool) -> Tensor:
     """[d/4] float32 by the formula of the paper's rope; `bf16` rounds them as the published files are."""
-    options = {k: hints[k] for k in hints if k.startswith("pos_embed_rope_m") or k == "pos_embed_rope_base"}
-    width = meta["norm.weight"].shape[0] if "norm.weight" in meta else meta["cls_token"].shape[-1]
     if "rope_embed.periods" in meta:
-        options = rope_options(meta["rope_embed.periods"]) | options
+        options = rope_options(meta["rope_embed.periods"])
+    else:
+        options = {k: hints[k] for k in _ROPE if k in hints}
+    width = meta["norm.weight"].shape[0] if "norm.weight" in meta else meta["cls_token"].shape[-1]
     heads = _heads(width, meta, hints)
     exact = RopeEmbedding(ViTConfig(embed_dim=width, num_heads=heads, **options)).periods
     return exact.bfloat16().float() if bf16 else exact
@@ -368,19 +369,22 @@ def _heads(width: int, meta: Mapping[str, Tensor], hints: Mapping[str, Any]) -> 
     return max(width // 64, 1)
 
 
+_ROPE = ("pos_embed_rope_base", "pos_embed_rope_min_period", "pos_embed_rope_max_period")
+
+
 def rope_options(periods: Tensor) -> dict[str, Any]:
-    """The constructor arguments that give these periods [d/4], to the rounding of bfloat16."""
+    """The constructor arguments (base, min, max) that give these periods [d/4], to the rounding of bfloat16."""
     p = periods.double()
     n = len(p)
     if n == 1:
-        return {"pos_embed_rope_base": 100.0}
+        return dict(zip(_ROPE, (100.0, None, None)))
     base = float(p[-1] ** (n / (n - 1)))
-    base = round(base, -1) if abs(base - round(base, -1)) < 0.02 * base else base  # 100.012 was meant as 100
+    short = float(f"{base:.2g}")
+    base = short if abs(short / base - 1) < 0.01 else base  # 100.02, from bfloat16, means 100
     formula = base ** (torch.arange(n, dtype=torch.float64) / n)
     if bool(((formula / p - 1).abs() < 0.01).all()):
-        return {"pos_embed_rope_base": base}
-    ends = {"pos_embed_rope_min_period": float(p[0]), "pos_embed_rope_max_period": float(p[-1])}
-    return {"pos_embed_rope_base": None} | ends
+        return dict(zip(_ROPE, (base, None, None)))
+    return dict(zip(_ROPE, (None, float(p[0]), float(p[-1]))))
 
 
 def complete(meta: State, config: BackboneConfig) -> State:
@@ -519,7 +523,7 @@ def infer_config(meta: Mapping[str, Tensor], hints: Mapping[str, Any] | None = N
         free |= {"layerscale_init"} if shaped.layerscale_init is not None else set()
     hinted = {k: v for k, v in hints.items() if k in free}
     if isinstance(shaped, ViTConfig) and "rope_embed.periods" in meta:  # the file's own periods say the base
-        hinted = {k: v for k, v in hinted.items() if k not in rope_options(meta["rope_embed.periods"])}
+        hinted = {k: v for k, v in hinted.items() if k not in _ROPE}
     for row in ROWS:
         if signature(row.config) == signature(shaped):
             return replace(row.config, **hinted)

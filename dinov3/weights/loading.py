@@ -1,0 +1,597 @@
+"""Opening weights: any published form, from anywhere, recognised by content; and building a model with them.
+
+`open` takes a path of any name, a folder of transformers or timm, our own checkpoint, a URL or a Hugging Face id, and
+gives one thing: a state dict in Meta's names with the configuration it was made for. The file's name never decides
+what it is (magic bytes and keys do); it is used only as a hint about the training data when two published files have
+the same shapes. Pickles are read with `weights_only=True` and refused if that does not suffice.
+
+Left out: heads (their files are opened by the hub's head functions through `read`), translation itself (`formats`),
+downloads (`cache`), distributed training checkpoints.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import struct
+import tempfile
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dinov3.errors import UnsafeFile, WeightsError, WeightsMismatch, did_you_mean, require
+from dinov3.models import BackboneConfig, ConvNeXtConfig, backbone
+from dinov3.weights import cache, formats
+from dinov3.weights.catalog import Row, aliases
+
+RESIDUE_FILE = "dinov3_residue.safetensors"
+MAIN_HASH = "dinov3_main"  # metadata key of a residue: what it belongs to
+OURS = "dinov3"  # metadata key of our own checkpoints: JSON
+
+Triple = tuple[float, float, float]
+
+
+@dataclass
+class OpenedWeights:
+    """A readable file of weights, whatever form it came in."""
+
+    state_dict: dict[str, Tensor] = field(repr=False)  # Meta's names
+    form: formats.Form  # how it was written
+    config: BackboneConfig
+    rows: tuple[Row, ...]  # catalogue rows it may be; several if the content cannot tell, () if it is none of them
+    source: str  # as it was asked for
+    path: Path  # the file, or the folder
+    metadata: dict[str, Any] = field(default_factory=dict, repr=False)  # of our own checkpoints, else safetensors'
+    mean: Triple | None = None  # input statistics that the source itself states, RGB in [0, 1]
+    std: Triple | None = None
+    notes: list[str] = field(default_factory=list)  # what a careful person would want to know, a sentence each
+
+
+# ---- opening -------------------------------------------------------------------------------------------------------
+
+
+def open(
+    source: str | os.PathLike[str],
+    *,
+    check_hash: bool = False,
+    sha256: str | None = None,
+    periods: formats.Periods = "source",
+    progress: cache.Progress | None = None,
+) -> OpenedWeights:
+    """Opens backbone weights from anywhere.
+
+    source: a file of any name (.pth, .safetensors, .bin; the content decides), a folder of transformers or timm, an
+    http(s):// or file:// URL, or a Hugging Face id `org/name[@revision]`.
+    check_hash: compare the file's sha256 with the 8 digits in its name; `sha256`: with this one (or a prefix of it).
+    periods: rope periods "source" (what the file holds, else what its library computes), "exact" or "bf16".
+
+    Tensors are memory-mapped where the file allows. Raises `WeightsError` (missing, damaged, not a DINOv3 backbone),
+    `UnsafeFile` (a pickle that needs to run code), `MissingExtra` (a Hugging Face id without huggingface_hub).
+    """
+    source = os.fspath(source)
+    path = locate(source, check_hash=check_hash, sha256=sha256, progress=progress)
+    if path.is_dir():
+        files = _files_of(path)
+        if (check_hash or sha256) and len(files) == 1:
+            cache.check(cache.sha256_of(files[0]), files[0].name, check_hash=check_hash, sha256=sha256)
+        elif check_hash or sha256:
+            raise WeightsError(f"{path} holds {len(files)} shards; a hash can be compared with one file only")
+    else:
+        files = [path]
+    raw: dict[str, Tensor] = {}
+    metadata: dict[str, Any] = {}
+    for file in files:
+        tensors, meta = read(file)
+        raw |= tensors
+        metadata |= meta
+    try:
+        detected = formats.detect(raw)
+        opened = _understand(raw, detected, metadata, source, path, files, periods)
+    except WeightsError as error:
+        raise type(error)(f"{_shown(source)}: {error}") from None
+    return opened
+
+
+def _understand(
+    raw: dict[str, Tensor],
+    detected: formats.Detected,
+    metadata: dict[str, Any],
+    source: str,
+    path: Path,
+    files: list[Path],
+    periods: formats.Periods,
+) -> OpenedWeights:
+    ours = json.loads(metadata[OURS]) if OURS in metadata else {}
+    beside = path if path.is_dir() else path.parent
+    # A folder's config.json speaks for its model; beside a lone file of Meta's form it may belong to anything.
+    config_json = _json(beside / "config.json") if path.is_dir() or detected.form != "meta" else {}
+    hints = dict(ours.get("config", {})) or formats.config_from_json(config_json)
+    notes: list[str] = []
+    if config_json and not formats.is_dinov3_json(config_json) and path.is_dir():
+        notes.append(f"config.json describes a {config_json.get('model_type', 'model of another kind')}; left aside")
+        config_json = {}
+
+    state, more = formats.to_meta(raw, detected, hints=hints, periods=periods)
+    notes += more
+    residue = beside / RESIDUE_FILE
+    if residue.is_file() and residue not in files and detected.form != "meta":
+        tensors, about = read(residue)
+        if about.get(MAIN_HASH) == main_hash(raw):
+            state |= {k: v for k, v in tensors.items() if periods == "source" or k != "rope_embed.periods"}
+            notes.append(f"{RESIDUE_FILE} put back what {detected.form} files cannot hold")
+        else:
+            notes.append(f"{RESIDUE_FILE} beside the file belongs to other weights; left aside")
+    config = formats.infer_config(state, hints)
+    rows = formats.fitting_rows(config, detected.form)
+    mean, std = (
+        _statistics(beside, config_json, ours) if path.is_dir() or detected.form != "meta" or ours else (None,) * 2
+    )
+    if len(rows) > 1:
+        names = [source, path.name, str(config_json.get("_name_or_path", "")), json.dumps(config_json)]
+        rows = _which(
+            rows,
+            state,
+            files,
+            mean,
+            [*names, str(ours.get("row", ""))],
+            lone=detected.form == "meta" and path.is_file(),
+        )
+    if rows and detected.form != "meta":
+        state = formats.complete(state, rows[0].config)
+        config = formats.infer_config(state, hints)
+    return OpenedWeights(
+        state_dict=state,
+        form=detected.form,
+        config=config,
+        rows=rows,
+        source=source,
+        path=path,
+        metadata=ours or metadata,
+        mean=mean,
+        std=std,
+        notes=notes,
+    )
+
+
+def _which(
+    rows: tuple[Row, ...],
+    state: Mapping[str, Tensor],
+    files: list[Path],
+    mean: Triple | None,
+    names: Iterable[str],
+    *,
+    lone: bool,
+) -> tuple[Row, ...]:
+    """Which of several published files of one architecture this is; all of them if nothing tells."""
+    if "local_cls_norm.weight" in state:  # L has it only when trained on satellite pictures
+        rows = tuple(r for r in rows if r.options.get("untie_global_and_local_cls_norm")) or rows
+    text = " ".join(names).lower()
+    by_hash = tuple(r for r in rows if r.sha256_prefix and f"-{r.sha256_prefix}." in text)
+    by_name = tuple(r for r in rows if r.dataset in text)
+    by_mean = tuple(r for r in rows if mean and _near(mean, r.mean))
+    if len(rows) > 1 and len(by_hash) != 1 and lone:  # Meta's file under another name: read it all
+        digest = cache.sha256_of(files[0])
+        by_hash = tuple(r for r in rows if r.sha256_prefix and digest.startswith(r.sha256_prefix))
+    if len(by_hash) == 1:
+        return by_hash
+    # A processor saved without thought says ImageNet's mean, so only the satellite one outweighs a name.
+    if by_mean and by_mean[0].dataset == "sat493m":
+        return by_mean
+    for candidates in (by_name, by_mean):
+        if len(candidates) == 1:
+            return candidates
+    return rows
+
+
+def _near(a: Iterable[float], b: Iterable[float]) -> bool:
+    return all(abs(x - y) < 2e-3 for x, y in zip(a, b))
+
+
+def _statistics(folder: Path, config_json: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[Any, Any]:
+    """(mean, std) that the source states: our metadata, preprocessor_config.json, timm's pretrained_cfg."""
+    processor = _json(folder / "preprocessor_config.json")
+    for holder, keys in (
+        (ours, ("mean", "std")),
+        (processor, ("image_mean", "image_std")),
+        (config_json.get("pretrained_cfg") or {}, ("mean", "std")),
+    ):
+        mean, std = (holder.get(k) for k in keys)
+        if isinstance(mean, list) and isinstance(std, list) and len(mean) == len(std) == 3:
+            return tuple(map(float, mean)), tuple(map(float, std))
+    return None, None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path.name} cannot be read: {error}") from None
+    return value if isinstance(value, dict) else {}
+
+
+def main_hash(state: Mapping[str, Tensor]) -> str:
+    """Ties a residue to its weights: every name, dtype and shape, and the values of all vectors and tokens.
+
+    Two trainings differ in every norm and bias, so the matrices (nearly all the bytes) need not be read.
+    """
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        value = state[key]
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        if value.numel() <= 1 << 16:
+            digest.update(_bytes(value))
+    return digest.hexdigest()
+
+
+# ---- where it is ---------------------------------------------------------------------------------------------------
+
+_HF_ID = re.compile(r"(?:hf-hub:|hf_hub:|hf://)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+_ENDINGS = (".pth", ".pt", ".safetensors", ".bin", ".ckpt")
+
+
+def locate(
+    source: str | os.PathLike[str],
+    *,
+    check_hash: bool = False,
+    sha256: str | None = None,
+    progress: cache.Progress | None = None,
+) -> Path:
+    """The local file or folder of a path, URL or Hugging Face id, fetched if need be."""
+    source = os.fspath(source)
+    if urlsplit(source).scheme in ("http", "https", "file"):
+        return cache.fetch(source, check_hash=check_hash, sha256=sha256, progress=progress)
+    path = Path(source).expanduser()
+    if path.is_file():
+        if check_hash or sha256:
+            cache.check(cache.sha256_of(path), path.name, check_hash=check_hash, sha256=sha256)
+        return path
+    if path.is_dir():
+        return path
+    match = _HF_ID.fullmatch(source)
+    if match and not source.endswith(_ENDINGS) and not source.startswith((".", "~", "/")):
+        return _from_hub(match[1], match[2])
+    known = aliases()
+    if source.lower() in known:
+        row = known[source.lower()][0]
+        raise WeightsError(f"{source!r} names a model, not a file: pass a path, a URL, or {row.hf or row.file!r}")
+    hint = did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
+    raise WeightsError(f"no file, folder, URL or Hugging Face id: {source!r}{hint}")
+
+
+_FROM_HUB = ["config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json"]
+_FROM_HUB += [RESIDUE_FILE, "LICENSE*", "NOTICE*"]
+
+
+def _from_hub(repository: str, revision: str | None) -> Path:
+    """The snapshot folder of a Hugging Face repository, through its own client and cache (HF_ENDPOINT, HF_HUB_OFFLINE
+    and tokens are the client's business)."""
+    hub = require("huggingface_hub", "hub", f"loading {repository} from Hugging Face")
+    from huggingface_hub import errors
+
+    at = repository + (f"@{revision}" if revision else "")
+    page = f"https://huggingface.co/{repository}"
+
+    def snapshot(patterns: list[str]) -> Path:
+        try:
+            return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=patterns))
+        except errors.GatedRepoError:
+            raise WeightsError(
+                f"{at} is gated: accept its terms at {page}, then run `hf auth login` (or set HF_TOKEN); "
+                "a downloaded file's path works too"
+            ) from None
+        except errors.RevisionNotFoundError:
+            raise WeightsError(f"{repository} has no revision {revision!r} on Hugging Face") from None
+        except errors.RepositoryNotFoundError:
+            raise WeightsError(
+                f"Hugging Face knows no {at}, or shows it only after `hf auth login`; check the name at {page}"
+                f"{did_you_mean(repository, aliases())}"
+            ) from None
+        except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+            why = (
+                "HF_HUB_OFFLINE is set"
+                if getattr(hub.constants, "HF_HUB_OFFLINE", False)
+                else "the hub is out of reach"
+            )
+            raise WeightsError(
+                f"{at} is not in the local Hugging Face cache and {why}; go online once, or pass a file's path"
+            ) from None
+        except errors.HfHubHTTPError as error:
+            code = getattr(error.response, "status_code", "?")
+            if code in (401, 403):
+                raise WeightsError(
+                    f"Hugging Face refuses {at} (HTTP {code}): accept the terms at {page} and run `hf auth login`, "
+                    "or pass a downloaded file's path"
+                ) from None
+            raise WeightsError(f"Hugging Face answered HTTP {code} for {at}; try again later") from None
+        except errors.HFValidationError as error:
+            raise WeightsError(f"{at!r} is no Hugging Face id: {error}") from None
+
+    folder = snapshot(_FROM_HUB)
+    if not any(folder.glob("model*.safetensors")):
+        folder = snapshot([*_FROM_HUB, "pytorch_model*", "*.pth", "*.pt"])
+    return folder
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """The weight files of a folder: the shards of an index, or the one file."""
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{stem}.index.json"
+        if index.is_file():
+            shards = sorted(set(_json(index).get("weight_map", {}).values()))
+            missing = [s for s in shards if not (folder / s).is_file()]
+            if missing:
+                more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+                raise WeightsError(f"{folder}: shard {missing[0]}{more} of {len(shards)} is missing; fetch it again")
+            if shards:
+                return [folder / s for s in shards]
+        if (folder / stem).is_file():
+            return [folder / stem]
+    others = sorted(p for p in folder.iterdir() if p.suffix in _ENDINGS and p.name != RESIDUE_FILE)
+    if len(others) == 1:
+        return others
+    if (folder / ".metadata").is_file():
+        raise WeightsError(f"{folder} is a distributed training checkpoint; pass the teacher exported from it")
+    if others:
+        shown = ", ".join(p.name for p in others[:4]) + (", …" if len(others) > 4 else "")
+        raise WeightsError(f"{folder} holds {len(others)} files of weights ({shown}); pass the one you mean")
+    raise WeightsError(f"{folder} holds no weights (no model.safetensors, pytorch_model.bin or .pth)")
+
+
+# ---- reading one file ----------------------------------------------------------------------------------------------
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All tensors of one file, nested dicts flattened to dotted keys, and the file's metadata. What kind of file it is
+    is decided by its first bytes. Raises `WeightsError` or `UnsafeFile` with one sentence."""
+    path = Path(path)
+    size = path.stat().st_size
+    if size == 0:
+        raise WeightsError(f"{path} is empty")
+    with path.open("rb") as file:
+        start = file.read(512)
+    text = start.lstrip().lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise WeightsError(f"{path} is a web page, not weights: the download was answered with a page (log in first?)")
+    if start.startswith(b"version https://git-lfs"):
+        raise WeightsError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull`")
+    if len(start) > 8 and start[8:9] == b"{" and struct.unpack("<Q", start[:8])[0] < 1 << 30:
+        return _read_safetensors(path, size)
+    if start.startswith(b"PK\x03\x04"):
+        return _flat(_read_zip(path)), {}
+    if start[:1] == b"\x80" and len(start) > 1 and start[1] <= 5:  # a pickle's protocol mark
+        return _flat(_read_pickle(path, mmap=False)), {}
+    what = "a GGUF file" if start.startswith(b"GGUF") else "no checkpoint (neither safetensors nor a torch file)"
+    raise WeightsError(f"{path} is {what}; it starts with {start[:8]!r}")
+
+
+def _read_safetensors(path: Path, size: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    with path.open("rb") as file:
+        header_bytes = struct.unpack("<Q", file.read(8))[0]
+        header_text = file.read(header_bytes)
+    try:
+        header = json.loads(header_text)
+        ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        short = len(header_text) < header_bytes
+        raise WeightsError(f"{path} is {'truncated' if short else 'damaged'} (its safetensors header)") from None
+    whole = 8 + header_bytes + max(ends, default=0)
+    if size != whole:
+        state = "truncated" if size < whole else "damaged"
+        raise WeightsError(f"{path} is {state}: it has {size} bytes, its header promises {whole}; fetch it again")
+    try:
+        return load_file(path), dict(header.get("__metadata__") or {})
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is damaged: {error}") from None
+
+
+def _read_zip(path: Path) -> Any:
+    if not zipfile.is_zipfile(path):  # the directory of a zip is at its end
+        raise WeightsError(f"{path} is truncated (a torch file without its end); fetch it again")
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    if not any(n.endswith("/data.pkl") for n in names):
+        raise WeightsError(f"{path} is a zip archive without a checkpoint in it (it holds {', '.join(names[:3])}, …)")
+    if any(n.endswith("/constants.pkl") for n in names):
+        raise WeightsError(f"{path} is a TorchScript program, not a file of weights: save its state_dict() instead")
+    return _read_pickle(path, mmap=True)
+
+
+def _read_pickle(path: Path, *, mmap: bool) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        message = str(error)
+        found = (re.search(p, message) for p in (r"GLOBAL ([\w.]+)", r"[Uu]nsupported (?:class|global)[: ]+`?([\w.]+)"))
+        culprit = next((m[1].rstrip(".") for m in found if m), None)
+        if culprit or "weights_only" in message.lower():
+            raise UnsafeFile(
+                f"{path} is a pickle that wants to run {culprit or 'code'}; it was not opened. "
+                "Ask its author for the bare state_dict or a safetensors file"
+            ) from None
+        raise WeightsError(f"{path} is no torch checkpoint: {message.splitlines()[0][:120]}") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, struct.error, OSError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise WeightsError(f"{path} is truncated or damaged ({first[:120]}); fetch it again") from None
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Tensor]:
+    """Tensors of nested dicts under dotted keys: `{"teacher": {"backbone.x": t}}` → `{"teacher.backbone.x": t}`."""
+    if isinstance(value, Tensor):
+        return {prefix: value}
+    flat: dict[str, Tensor] = {}
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            flat |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+# ---- building a model ----------------------------------------------------------------------------------------------
+
+
+def build(
+    config: BackboneConfig,
+    opened: OpenedWeights,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """The model of `config` with these weights, in eval mode.
+
+    Built without allocating (meta device); every key and shape must fit. `dtype` converts all values except the rope
+    periods, which bfloat16 would change. Raises `WeightsMismatch` with `explain_mismatch`'s lines.
+    """
+    state = opened.state_dict if opened.form == "meta" else formats.complete(opened.state_dict, config)
+    with torch.device("meta"):
+        model = backbone(config)
+    expected = model.state_dict()
+    if expected.keys() != state.keys() or any(expected[k].shape != state[k].shape for k in expected):
+        raise WeightsMismatch(explain_mismatch(config, opened))
+    moved: dict[int, Tensor] = {}  # two names of one tensor stay one tensor
+
+    def move(key: str, value: Tensor) -> Tensor:
+        keep = dtype is None or key == "rope_embed.periods" or not value.is_floating_point()
+        return moved.setdefault(id(value), value.to(device, None if keep else dtype))
+
+    model.load_state_dict({k: move(k, v) for k, v in state.items()}, strict=True, assign=True)
+    left = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
+    assert not left, f"not loaded: {left}"
+    return model.eval()
+
+
+def explain_mismatch(config: BackboneConfig, opened: OpenedWeights) -> str:
+    """Why these weights are not for this model, in at most ten lines: what the file is, what was asked for, the first
+    differences, what to call instead."""
+    state = opened.state_dict if opened.form == "meta" else formats.complete(opened.state_dict, config)
+    with torch.device("meta"):
+        expected = backbone(config).state_dict()
+    asked = formats.fitting_rows(config, "meta")
+    seems = " or ".join(r.id for r in opened.rows) or _words(opened.config)
+    lines = [
+        f"{_shown(opened.source)} does not fit the model asked for",
+        f"  the file is: {seems} ({opened.form} form)",
+        f"  asked for:   {' or '.join(r.id for r in asked) or _words(config)}",
+    ]
+    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    for what, keys in (("missing in the file", missing), ("not in the model", unexpected)):
+        if keys:
+            lines.append(f"  {what}: {', '.join(keys[:2])}" + (f" and {len(keys) - 2} more" if len(keys) > 2 else ""))
+    shapes = [k for k in expected if k in state and expected[k].shape != state[k].shape]
+    for key in shapes[:2]:
+        lines.append(f"  {key}: {tuple(state[key].shape)} in the file, {tuple(expected[key].shape)} in the model")
+    if len(shapes) > 2:
+        lines.append(f"  and {len(shapes) - 2} more shapes differ")
+    if opened.rows:
+        lines.append(f"  call {opened.rows[0].arch} with this file, or give it another file")
+    elif type(opened.config) is type(config):
+        differing = [
+            f"{k}={v!r}"
+            for k, v in asdict(opened.config).items()
+            if v != asdict(config)[k] and not k.startswith("pos_")
+        ]
+        lines.append(f"  a model with {', '.join(differing[:6]) or 'the file’s own config'} would fit")
+    return "\n".join(lines[:10])
+
+
+def _words(config: BackboneConfig) -> str:
+    if isinstance(config, ConvNeXtConfig):
+        return f"a ConvNeXt with depths {tuple(config.depths)} and widths {tuple(config.dims)}"
+    return f"a ViT of width {config.embed_dim}, {config.depth} blocks, {config.num_heads} heads, {config.ffn_layer} FFN"
+
+
+def _shown(source: str) -> str:
+    return source.split("?")[0] if "://" in source else source
+
+
+# ---- identity, saving ----------------------------------------------------------------------------------------------
+
+
+def fingerprint(model_or_state: nn.Module | Mapping[str, Tensor]) -> str:
+    """16 hex digits that name the weights: the same for the same weights in whatever form they came.
+
+    The sha256 over (key, dtype, shape, bytes) of what acts at inference, in Meta's names, sorted. Not counted: the mask
+    token, `bias_mask`, `local_cls_norm`, the masked K third of the qkv bias, an all-zero qkv bias, ConvNeXt's second
+    name of the norm. Rope periods count after rounding to bfloat16: published files hold them so, transformers and timm
+    compute them exactly, and both mean the same model.
+    """
+    state = model_or_state.state_dict() if isinstance(model_or_state, nn.Module) else model_or_state
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        value = state[key].detach()
+        if key == "mask_token" or key.endswith(".bias_mask") or key.startswith(("local_cls_norm.", "norms.")):
+            continue
+        if key == "rope_embed.periods":
+            value = value.bfloat16()
+        elif key.endswith(".attn.qkv.bias"):
+            q, k, v = value.chunk(3)
+            masked = key + "_mask" in state
+            value = torch.cat([q, torch.zeros_like(k) if masked else k, v])
+            if not value.count_nonzero():
+                continue
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(_bytes(value))
+    return digest.hexdigest()[:16]
+
+
+def _bytes(value: Tensor) -> memoryview:
+    return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def save(
+    model_or_state: nn.Module | Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes our own checkpoint: one safetensors file in Meta's names, with a JSON of `metadata` (config, row, mean, …).
+
+    A model's configuration is added under "config". The file appears whole or not at all. Returns its path.
+    """
+    state = model_or_state.state_dict() if isinstance(model_or_state, nn.Module) else dict(model_or_state)
+    about = dict(metadata or {})
+    config = getattr(model_or_state, "config", None)
+    if "config" not in about and config is not None:
+        about["config"] = asdict(config)
+    tensors = {k: v for k, v in state.items() if not k.startswith("norms.")}  # a second name; `open` adds it back
+    write_safetensors(tensors, Path(path), {"format": "pt", OURS: json.dumps(about)})
+    return Path(path)
+
+
+def write_safetensors(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Atomically: a temporary name beside the target, flushed to the disk, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        save_file({k: owned(v) for k, v in state.items()}, temporary, metadata)
+        publish(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def owned(value: Tensor) -> Tensor:
+    """The tensor on the CPU with a storage of its own: views would be written with all they are a view of."""
+    value = value.detach().cpu().contiguous()
+    return value if value.untyped_storage().nbytes() == value.numel() * value.element_size() else value.clone()
+
+
+def publish(temporary: str | os.PathLike[str], path: Path) -> None:
+    """Renames a finished temporary file into place, so that a crash leaves the old file or the new one."""
+    with Path(temporary).open("rb") as file:
+        os.fsync(file.fileno())
+    umask = os.umask(0)
+    os.umask(umask)
+    Path(temporary).chmod(0o666 & ~umask)  # mkstemp's files are private
+    Path(temporary).replace(path)
