@@ -1,0 +1,308 @@
+"""Which stored pictures are most like this one: cosine similarity over an `EmbeddingStore`.
+
+Exact up to `EXACT_LIMIT` rows that pass the filter; above it through an approximate index (IVF with RabitQ codes, the
+candidates re-ranked by their full vectors), if `build_index` was called. Without an index the answer is still right,
+only slow. Rows added after the index was built are scanned, so they are found; `index_status` counts them, and
+`EmbeddingStore.compact` takes them into the index.
+
+The limit counts filtered rows because IVF looks into the cells nearest to the query, and a filter that keeps few rows
+leaves little there: keeping 1 % of 60,000 rows, 40 of 245 cells found 0.60 of the ten true neighbours. Few rows are
+quick to scan anyway; for the others the number of cells looked into grows as the filter tightens.
+
+Measured on 2 cores at 164,000 rows of D = 384: exact 0.15 s for one query, 0.02 s each for sixteen together.
+
+`sheet` draws an answer as one picture. Left out: embedding the query (the pipeline does), full-text search.
+
+Shapes: Q queries, D width, N rows.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from dinov3.embed.store import EmbeddingStore, as_matrix
+from dinov3.errors import StoreError
+
+EXACT_LIMIT = 200_000  # rows; about 0.2 s for one query of D = 384
+QUERIES_AT_ONCE = 64
+ROWS_PER_CELL = 4096
+FEWEST_INDEXED = 256  # rows; what one cell's k-means is trained on
+FEWEST_CELLS, CELLS_SHARE = 16, 0.15  # how many cells of the index a query looks into
+REFINE = 25  # candidates re-ranked by full vectors, as a multiple of `top`
+SLACK = 10  # more candidates than asked for: LanceDB's float32 distances may swap what float64 tells apart
+TIE = 1e-6  # distances closer than this may be a tie, which paths decide
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One neighbour. `score` is the cosine similarity, 1 for the same direction; `extra` holds the columns asked for."""
+
+    rank: int  # from 1
+    path: str
+    score: float
+    width: int
+    height: int
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class IndexStatus:
+    """How much of the store the approximate index covers; rows outside it are scanned."""
+
+    indexed: int
+    unindexed: int
+
+    @property
+    def stale(self) -> bool:
+        return self.unindexed > 0
+
+
+def search(
+    store: EmbeddingStore,
+    vectors: np.ndarray,
+    top: int = 10,
+    *,
+    where: str | None = None,
+    columns: Sequence[str] | None = None,
+    exact: bool | None = None,
+) -> list[list[Hit]]:
+    """The `top` nearest pictures to each query, best first, equal scores by path.
+
+    `vectors` is [Q, D] or [D]; the answer has one list per query. `where` is an SQL filter on the store's columns,
+    applied before ranking, e.g. `"width > 640 AND label = 'cat'"`. `exact=True` scans whatever the size, `exact=False`
+    insists on the index, None decides by the number of rows. A wrong query, filter or column is a `DinoError`.
+    """
+    queries = _checked(store, vectors)
+    if top < 1:
+        raise StoreError(f"top is {top}; ask for at least one neighbour")
+    wanted = list(dict.fromkeys(columns or ()))
+    store.check_columns(wanted)
+    rows = store.count(where)
+    if rows == 0:
+        return [[] for _ in queries]
+    status = index_status(store)
+    if exact is False and status is None:
+        raise StoreError(f"the store at {store.uri} has no index; build it with build_index, or search exactly")
+    cells = None  # exact
+    if status is not None and (exact is False or (exact is None and rows > EXACT_LIMIT)):
+        cells = _cells_to_look_into(status.indexed, rows / (status.indexed + status.unindexed))
+    answers: list[list[Hit]] = []
+    for start in range(0, len(queries), QUERIES_AT_ONCE):
+        answers += _search_some(store, queries[start : start + QUERIES_AT_ONCE], top, where, wanted, rows, cells)
+    return answers
+
+
+def build_index(store: EmbeddingStore) -> IndexStatus:
+    """Builds (or rebuilds) the approximate index over all rows; a write, so it takes the store's lock."""
+    rows = len(store)
+    if rows < FEWEST_INDEXED:
+        raise StoreError(
+            f"{rows} pictures are too few for an index (it needs {FEWEST_INDEXED}); exact search is instant"
+        )
+    from lancedb.index import IvfRq
+
+    config = IvfRq(distance_type="cosine", num_partitions=_cells(rows))
+    store.write(
+        f"cannot build the index of {store.uri}",
+        lambda table: table.create_index("vector", config=config, replace=True),
+    )
+    status = index_status(store)
+    assert status is not None
+    return status
+
+
+def index_status(store: EmbeddingStore) -> IndexStatus | None:
+    """What the index covers; None where there is none."""
+    return store.read(_index_status)
+
+
+def _index_status(table: Any) -> IndexStatus | None:
+    for index in table.list_indices():
+        if list(index.columns) == ["vector"]:
+            statistics = table.index_stats(index.name)
+            return IndexStatus(statistics.num_indexed_rows, statistics.num_unindexed_rows)
+    return None
+
+
+def _cells(rows: int) -> int:
+    return max(1, rows // ROWS_PER_CELL)
+
+
+def _cells_to_look_into(indexed: int, kept: float) -> int:
+    """`kept` is the share of rows that pass the filter: half of them, twice the cells."""
+    return min(_cells(indexed), math.ceil(max(FEWEST_CELLS, CELLS_SHARE * _cells(indexed)) / kept))
+
+
+def _checked(store: EmbeddingStore, vectors: np.ndarray) -> np.ndarray:
+    """Queries as float32 [Q, D], finite and not zero."""
+    queries = np.asarray(vectors, dtype=np.float32)
+    if queries.ndim == 1:
+        queries = queries[None]
+    dim = store.facts.dim
+    if queries.ndim != 2 or queries.shape[1] != dim:
+        raise StoreError(
+            f"queries have shape {np.shape(vectors)}, expected (Q, {dim}) or ({dim},) for {store.facts.model}"
+        )
+    bad = ~np.isfinite(queries).all(axis=1) | ~queries.any(axis=1)
+    if bad.any():
+        raise StoreError(f"query {int(bad.argmax())} is zero, infinite or not a number: it has no direction to compare")
+    return queries
+
+
+def _search_some(
+    store: EmbeddingStore,
+    queries: np.ndarray,
+    top: int,
+    where: str | None,
+    columns: list[str],
+    rows: int,
+    cells: int | None,
+) -> list[list[Hit]]:
+    """`search` for a few queries; `rows` pass the filter, `cells` of the index are looked into (None: exact)."""
+    limit = min(rows, top + SLACK)
+    answers = []
+    for query, found in zip(queries, _nearest(store, queries, limit, where, columns, cells)):
+        asked = limit
+        # Rows that tie with the last place may lie beyond what was fetched (a folder of copies): fetch until they do not.
+        while cells is None and asked < rows and _tie_at_the_end(found, top):
+            asked = min(rows, asked * 8)
+            (found,) = _nearest(store, query[None], asked, where, columns, cells)
+        answers.append(_ranked(store, query, found, top, columns))
+    return answers
+
+
+def _nearest(
+    store: EmbeddingStore, queries: np.ndarray, limit: int, where: str | None, columns: list[str], cells: int | None
+) -> list[Any]:
+    """LanceDB's `limit` nearest rows to each query, as Arrow tables with `_distance` ascending."""
+    names = list(dict.fromkeys(["path", "width", "height", "vector", *columns]))
+
+    def ask(table: Any) -> Any:
+        question = table.search(list(queries) if len(queries) > 1 else queries[0], vector_column_name="vector")
+        question = question.distance_type("cosine").limit(limit).select([*names, "_distance"])
+        if where:
+            question = question.where(where, prefilter=True)
+        question = question.nprobes(cells).refine_factor(REFINE) if cells else question.bypass_vector_index()
+        return question.to_arrow()
+
+    found = store.read(ask, where)
+    if len(queries) == 1:
+        return [found.sort_by("_distance")]
+    of = found["query_index"].to_numpy()
+    return [found.filter(of == index).sort_by("_distance") for index in range(len(queries))]
+
+
+def _tie_at_the_end(found: Any, top: int) -> bool:
+    distance = found["_distance"].to_numpy()
+    return len(distance) > top - 1 and bool(distance[-1] - distance[top - 1] <= TIE)
+
+
+def _ranked(store: EmbeddingStore, query: np.ndarray, found: Any, top: int, columns: list[str]) -> list[Hit]:
+    vectors = as_matrix(found["vector"], store.facts.dim).astype(np.float64)  # [n, D]
+    wanted = query.astype(np.float64)
+    # einsum adds each row in the same order, so equal vectors get equal scores; a matmul may not.
+    norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors) * (wanted @ wanted))
+    scores = np.einsum("nd,d->n", vectors, wanted) / norms
+    others = found.drop_columns(["vector"]).to_pylist()
+    order = sorted(range(len(others)), key=lambda n: (-scores[n], others[n]["path"]))[:top]
+    return [
+        Hit(
+            rank,
+            others[n]["path"],
+            float(scores[n]),
+            others[n]["width"],
+            others[n]["height"],
+            {name: others[n][name] for name in columns},
+        )
+        for rank, n in enumerate(order, start=1)
+    ]
+
+
+# -------------------------------------------------------------------------------------------------- the contact sheet
+
+TILE, GAP, MARGIN, CAPTION = 220, 18, 36, 52  # px: a tile's side, between tiles, around all, under a tile
+PER_ROW = 5
+PAPER, INK, FAINT, GREY = (250, 250, 248), (28, 28, 30), (112, 112, 118), (222, 222, 220)
+
+
+def sheet(
+    query_image: str | os.PathLike[str] | Image.Image,
+    hits: Sequence[Hit],
+    out_png: str | os.PathLike[str],
+    root: str | os.PathLike[str] = "",
+) -> None:
+    """Draws the query and its neighbours, with rank, score and file name, into one PNG.
+
+    Paths of hits are relative to `root`. A picture that is missing or unreadable is a grey tile that says so.
+    """
+    across = max(1, min(PER_ROW, len(hits)))
+    down = max(1, math.ceil(len(hits) / PER_ROW))
+    big = TILE + TILE // 3  # the query is a third larger than its neighbours
+    left = MARGIN + big + 2 * GAP + 1  # where the neighbours begin, after a hairline
+    title = 34
+    width = left + 2 * GAP + across * (TILE + GAP) - GAP + MARGIN
+    height = MARGIN + title + max(big + CAPTION, down * (TILE + CAPTION + GAP) - GAP) + MARGIN
+    page = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(page)
+    large, normal, small = (ImageFont.load_default(size=size) for size in (18, 15, 13))
+    top = MARGIN + title
+
+    draw.text((MARGIN, MARGIN), "Query", font=large, fill=INK)
+    _put(page, query_image, (MARGIN, top), big, small)
+    name = "" if isinstance(query_image, Image.Image) else Path(query_image).name
+    draw.text((MARGIN, top + big + 8), _shortened(name, normal, big), font=normal, fill=FAINT)
+
+    draw.line([(left, MARGIN), (left, height - MARGIN)], fill=GREY, width=1)
+    left += 2 * GAP
+    heading = f"{len(hits)} nearest pictures" if len(hits) > 1 else "Nearest picture" if hits else "No neighbours"
+    draw.text((left, MARGIN), heading, font=large, fill=INK)
+    for n, hit in enumerate(hits):
+        x, y = left + n % PER_ROW * (TILE + GAP), top + n // PER_ROW * (TILE + CAPTION + GAP)
+        _put(page, Path(root) / hit.path, (x, y), TILE, small)
+        draw.text((x, y + TILE + 7), f"{hit.rank}.", font=normal, fill=INK)
+        score = f"{hit.score:.3f}"
+        draw.text((x + TILE - normal.getlength(score), y + TILE + 7), score, font=normal, fill=INK)
+        draw.text((x, y + TILE + 28), _shortened(Path(hit.path).name, small, TILE), font=small, fill=FAINT)
+    try:
+        page.save(out_png, format="PNG")
+    except OSError as error:
+        raise StoreError(f"cannot write the contact sheet {os.fspath(out_png)}: {error.strerror or error}") from error
+
+
+def _put(page: Image.Image, picture: Any, corner: tuple[int, int], side: int, font: Any) -> None:
+    """The whole picture, as large as fits, in the middle of a square; a grey square with the reason if it cannot."""
+    x, y = corner
+    try:
+        if isinstance(picture, Image.Image):
+            opened = picture
+        else:
+            opened = Image.open(picture)
+            opened.draft("RGB", (2 * side, 2 * side))  # a JPEG decoder's cheap way to a small picture
+        upright = ImageOps.exif_transpose(opened).convert("RGBA")
+        fitted = ImageOps.contain(upright, (side, side), Image.Resampling.LANCZOS)
+    except Exception as error:  # whatever a broken file makes a decoder do, the sheet is drawn
+        reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
+        draw = ImageDraw.Draw(page)
+        draw.rectangle([x, y, x + side - 1, y + side - 1], fill=GREY)
+        draw.text((x + side / 2, y + side / 2), reason, font=font, fill=FAINT, anchor="mm")
+        return
+    page.paste(fitted, (x + (side - fitted.width) // 2, y + (side - fitted.height) // 2), fitted)
+
+
+def _shortened(text: str, font: Any, width: float) -> str:
+    """`text`, or as much of its beginning and end as fits: the end of a file name often tells files apart."""
+    if font.getlength(text) <= width:
+        return text
+    for kept in range(len(text) - 1, 1, -1):
+        shorter = text[: (kept + 1) // 2] + "…" + text[len(text) - kept // 2 :]
+        if font.getlength(shorter) <= width:
+            return shorter
+    return "…"

@@ -1,0 +1,753 @@
+"""Where embeddings live: one LanceDB database with a table `pictures`, a row for every picture.
+
+The store can be killed at any moment. Every write is one commit that is either wholly there or not at all, and what
+was acknowledged (the call returned) stays. What the store holds (model, preprocessing, pooling, …) is written into the
+table's Arrow schema metadata: it arrives in the commit that creates the table, so no store exists without its facts,
+and it survives appends, upserts, new columns and compaction. `uri` is a folder, or `s3://…`, `gs://…`, `az://…` with
+credentials from the usual environment variables.
+
+One writer at a time: `create` and `open_or_create` take the folder's lock, `open` takes it with the first write,
+`close` gives it back. It is an `flock`, so a dead process holds nothing. Readers need no lock and see each commit at
+once. On object storage, and where there is no `flock` (Windows), nobody checks: two writers may store a path twice.
+
+LanceDB runs threads that do not survive `fork`: open the store in the process that uses it, and start workers with
+`spawn` or before the store is opened. A store that notices it was carried through a fork refuses.
+
+Left out: computing features (`pipeline.py`), asking for neighbours (`search.py`), several models in one store.
+
+Shapes: D width of the vector, h × w grid of patches, N rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import socket
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from dinov3.errors import StoreError, UnknownName, did_you_mean, require
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SCHEMA_VERSION = 1
+FACTS_KEY = b"dinov3.store"  # in the table's schema metadata: schema version and StoreFacts as JSON
+PICTURES, FAILED, LOCK = "pictures", "failed", ".writer.lock"
+
+# Every commit adds a fragment, and every commit rewrites the manifest that lists them all (about 80 bytes each).
+# Compacting merges fragments but rewrites the rows. Compacting once F fragments are loose costs as much as the
+# manifests in between when F = sqrt(2 · bytes of rows / 80): the point of least writing, about 2,500 for 150,000 rows
+# of D = 384.
+MANIFEST_BYTES_PER_FRAGMENT = 80
+FEWEST_FRAGMENTS = 256
+KEEP_OLD_VERSIONS = timedelta(minutes=1)  # during a job: a reader in the middle of a scan still finds its files
+
+PatchPrecision = Literal["none", "float16", "float32", "int8"]
+
+# What two runs must share to write into one store, and the option a person would change.
+_IDENTITY = {
+    "model": "the same --model",
+    "preprocessing": "the same --size",
+    "pooling": "the same pooling",
+    "layer": "the same layer",
+    "normed": "the same final norm",
+    "dim": "the same --model",
+    "vector_dtype": "the same vector precision",
+    "patches": "the same patch precision",
+}
+
+
+@dataclass(frozen=True)
+class StoreFacts:
+    """What is true of every row of a store.
+
+    `model` is an id that changes with the weights' content; `model_name` and `weights` are what loads the model again
+    for a search (they may change without making the store another one), as `preprocessing_json` rebuilds the transform.
+    """
+
+    model: str  # "dinov3_vits16_lvd1689m@<fingerprint>"
+    dim: int  # D
+    preprocessing: str  # short id
+    preprocessing_json: str = "{}"
+    model_name: str = ""
+    weights: str = ""
+    pooling: str = "cls"
+    layer: int = -1
+    normed: bool = True
+    vector_dtype: Literal["float32", "float16"] = "float32"
+    patches: PatchPrecision = "none"
+
+    def __post_init__(self) -> None:
+        if self.dim < 1:
+            raise StoreError(f"a store needs vectors of at least one number, not dim = {self.dim}")
+        for name, allowed in (
+            ("vector_dtype", ("float32", "float16")),
+            ("patches", ("none", "float16", "float32", "int8")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise StoreError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One embedded picture; the store adds model and preprocessing, which are the same for all."""
+
+    path: str
+    content_hash: str  # sha256 of the picture's bytes, hex
+    stamp: str  # the source's cheap change detector, e.g. size and time of modification
+    width: int  # original upright pixels
+    height: int
+    vector: np.ndarray  # [D]
+    patches: np.ndarray | None = None  # [h, w, D], exactly where the store keeps patches
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One picture that could not be embedded; kept so that the next run need not try it again."""
+
+    path: str
+    stamp: str
+    reason: str
+
+
+class EmbeddingStore:
+    """A table of embedded pictures, unique by path. Made by `create`, `open` or `open_or_create`; a context manager."""
+
+    def __init__(self, uri: str, database: Any, table: Any, facts: StoreFacts, lock: _Lock | None) -> None:
+        self.uri, self.facts = uri, facts
+        self._database, self._table, self._failed_table, self._lock = database, table, None, lock
+        self._pid = os.getpid()
+        self._paths: set[str] | None = None  # the writer's: what append must not add again
+        self._loose = self._bytes = 0
+
+    # ------------------------------------------------------------------------------------------ opening and closing
+
+    @classmethod
+    def create(cls, uri: str | os.PathLike[str], about: StoreFacts) -> EmbeddingStore:
+        """A new, empty store, open for writing; refuses a place that already holds one, or other files."""
+        uri, folder = _place(uri)
+        lock = None
+        if folder is not None:
+            if folder.exists() and not folder.is_dir():
+                raise StoreError(f"{uri} is a file; an embedding store needs a folder of its own")
+            _refuse_damaged(uri, folder)
+            if folder.is_dir() and not (folder / f"{PICTURES}.lance").is_dir():
+                foreign = sorted(p.name for p in folder.iterdir() if p.name[0] != "." and p.name != f"{FAILED}.lance")
+                if foreign:
+                    raise StoreError(
+                        f"{uri} holds other files ({foreign[0]}, …) and no embedding store; give a new folder"
+                    )
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise StoreError(f"cannot make the folder {uri}: {error.strerror}") from error
+            lock = _Lock(uri, folder / LOCK)
+        try:
+            database = _connect(uri)
+            if _has_table(database, uri):
+                raise StoreError(f"{uri} already holds an embedding store; open it, or give another --out")
+            with _saying(f"cannot create a store at {uri}"):
+                # The one commit that makes a store. Killed before it: no store. Killed after it: a complete, empty one.
+                table = database.create_table(PICTURES, schema=_schema(about))
+        except BaseException:
+            if lock:
+                lock.release()
+            raise
+        return cls(uri, database, table, about, lock)
+
+    @classmethod
+    def open(cls, uri: str | os.PathLike[str]) -> EmbeddingStore:
+        """An existing store, for reading; its first write takes the lock."""
+        uri, folder = _place(uri)
+        if folder is not None:
+            if not folder.exists():
+                raise StoreError(
+                    f"there is no embedding store at {uri}: no such folder; embed some pictures into it first"
+                )
+            if not (folder / f"{PICTURES}.lance").is_dir():
+                raise StoreError(f"{uri} is not an embedding store (it has no table {PICTURES!r})")
+            _refuse_damaged(uri, folder)
+        database = _connect(uri)
+        if not _has_table(database, uri):
+            raise StoreError(
+                f"there is no embedding store at {uri} (or its creation was interrupted); embed into it first"
+            )
+        with _saying(f"the store at {uri} cannot be opened, it may be damaged"):
+            table = database.open_table(PICTURES)
+            schema = table.schema
+        return cls(uri, database, table, _facts_of(schema, uri), None)
+
+    @classmethod
+    def open_or_create(cls, uri: str | os.PathLike[str], about: StoreFacts) -> EmbeddingStore:
+        """The store at `uri` for more rows like `about`, made if need be, open for writing.
+
+        `StoreError` if it holds embeddings of another kind; one whose creation was cut short is completed.
+        """
+        uri, folder = _place(uri)
+        if folder is not None and not (folder / f"{PICTURES}.lance").is_dir():
+            return cls.create(uri, about)
+        if folder is not None:
+            _refuse_damaged(uri, folder)
+        if not _has_table(_connect(uri), uri):
+            return cls.create(uri, about)
+        store = cls.open(uri)
+        for name, way_out in _IDENTITY.items():
+            here, asked = getattr(store.facts, name), getattr(about, name)
+            if here != asked:
+                raise StoreError(
+                    f"the store at {uri} holds embeddings with {name.replace('_', ' ')} {here!r}, not {asked!r}; "
+                    f"give another --out, or {way_out}"
+                )
+        store._claim()
+        return store
+
+    def close(self) -> None:
+        """Gives the writer's lock back; the store can still be read."""
+        if self._lock:
+            self._lock.release()
+        self._lock = self._paths = None
+        self._bytes = 0  # the next writer here counts anew
+
+    def __enter__(self) -> EmbeddingStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"EmbeddingStore({self.uri!r}, {self.facts.model}, dim={self.facts.dim})"
+
+    # ----------------------------------------------------------------------------------------------------- reading
+
+    @property
+    def table(self) -> Any:
+        """The LanceDB table, for what this class does not do."""
+        if os.getpid() != self._pid:
+            raise StoreError("an embedding store does not survive fork: open it in this process, or use spawn")
+        return self._table
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self.table.schema.names)
+
+    def __len__(self) -> int:
+        return self.count()
+
+    def count(self, where: str | None = None) -> int:
+        """How many rows there are, or how many pass the SQL filter `where`."""
+        return self.read(lambda table: int(table.count_rows(where)), where)
+
+    def known(self) -> dict[str, str]:
+        """path → stamp of every embedded picture; reads those two columns only."""
+        table = self.rows(["path", "stamp"])
+        return dict(zip(table["path"].to_pylist(), table["stamp"].to_pylist()))
+
+    def known_failed(self) -> dict[str, str]:
+        """path → stamp of every picture that could not be embedded."""
+        return {failure.path: failure.stamp for failure in self.failures()}
+
+    def failures(self) -> list[Failure]:
+        failed = self._failed(create=False)
+        if failed is None:
+            return []
+        with _saying(f"cannot read the failures of {self.uri}"):
+            return [Failure(**row) for row in failed.search().to_arrow().to_pylist()]
+
+    def rows(self, columns: Sequence[str] | None = None, where: str | None = None) -> pa.Table:
+        """Rows as an Arrow table; without `columns`, all but the vectors and patches. `where` is an SQL filter."""
+        columns = [c for c in self.columns if c not in ("vector", "patches")] if columns is None else list(columns)
+        self.check_columns(columns)
+
+        def read(table: Any) -> pa.Table:
+            query = table.search()
+            return (query.where(where) if where else query).select(columns).to_arrow()
+
+        return self.read(read, where)
+
+    def vectors(self, where: str | None = None) -> tuple[list[str], np.ndarray]:
+        """(paths, vectors as float32 [N, D]), in the store's order."""
+        table = self.rows(["path", "vector"], where)
+        return table["path"].to_pylist(), as_matrix(table["vector"], self.facts.dim)
+
+    def patches(self, paths: Sequence[str]) -> list[np.ndarray]:
+        """The patch features of these pictures as float32 [h, w, D], whatever precision they are kept in."""
+        if self.facts.patches == "none":
+            raise StoreError(f"the store at {self.uri} keeps no patch features; embed into another --out with patches")
+        kept = ["path", *_patch_columns(self.facts)]
+        found: dict[str, dict[str, Any]] = {}
+        for some in _chunks(list(paths), 1000):
+            found |= {row["path"]: row for row in self.rows(kept, f"path IN ({_quoted(some)})").to_pylist()}
+        for path in paths:
+            if path not in found:
+                raise UnknownName(f"the store at {self.uri} has no picture {path!r}{did_you_mean(path, found)}")
+        return [_decode_patches(found[path], self.facts) for path in paths]
+
+    def read(self, ask: Callable[[Any], Any], where: str | None = None) -> Any:
+        """`ask(table)`, once more if it fails on files that a compaction deleted meanwhile; errors are sentences."""
+        what = f"the filter {where!r} cannot be used" if where else f"cannot read the store at {self.uri}"
+        with _saying(what, self._names_for_errors):
+            try:
+                return ask(self.table)
+            except (RuntimeError, OSError) as error:
+                if "not found" not in str(error).lower():
+                    raise
+                self.table.checkout_latest()
+                return ask(self.table)
+
+    def check_columns(self, names: Iterable[str]) -> None:
+        """`UnknownName` with the columns that exist, if one of `names` does not."""
+        known = self.columns
+        for name in names:
+            if name not in known:
+                near = did_you_mean(name, known)
+                raise UnknownName(f"the store at {self.uri} has no column {name!r}{near} (columns: {', '.join(known)})")
+
+    # ----------------------------------------------------------------------------------------------------- writing
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """New pictures, all in one commit. A path that is there already is refused; that is what `replace` is for."""
+        if not rows:
+            return
+        self._claim()
+        table = self._arrow(rows)
+        if self._paths is None:  # once per writer; from here on nobody else can add a path
+            self._paths = set(self.rows(["path"])["path"].to_pylist())
+        for row in rows:
+            if row.path in self._paths:
+                raise StoreError(f"{row.path!r} is in the store at {self.uri} already; replace it instead of appending")
+        with _saying(f"cannot write to the store at {self.uri}"):
+            self.table.add(table)
+        self._paths.update(row.path for row in rows)
+        self._committed(table.nbytes)
+
+    def replace(self, rows: Sequence[Row]) -> None:
+        """Changed or new pictures, all in one commit; columns added by `add_column` keep their values."""
+        if not rows:
+            return
+        self._claim()
+        table = self._arrow(rows)
+        with _saying(f"cannot write to the store at {self.uri}"):
+            self.table.merge_insert("path").when_matched_update_all().when_not_matched_insert_all().execute(table)
+        if self._paths is not None:
+            self._paths.update(row.path for row in rows)
+        self._committed(table.nbytes)
+
+    def remove(self, paths: Iterable[str]) -> int:
+        """Deletes these pictures (unknown paths are no mistake); the number that were there. One commit per 1,000."""
+        self._claim()
+        paths, removed = list(paths), 0
+        for some in _chunks(paths, 1000):
+            with _saying(f"cannot remove rows from the store at {self.uri}"):
+                removed += int(self.table.delete(f"path IN ({_quoted(some)})").num_deleted_rows)
+        if self._paths is not None:
+            self._paths.difference_update(paths)
+        return removed
+
+    def record_failures(self, failures: Sequence[Failure]) -> None:
+        """Remembers pictures that could not be embedded, one commit; a path recorded before gets the new reason."""
+        import pyarrow as pa
+
+        if not failures:
+            return
+        self._claim()
+        latest = {failure.path: dataclasses.asdict(failure) for failure in failures}
+        table = pa.Table.from_pylist(list(latest.values()), schema=_failed_schema())
+        with _saying(f"cannot record failures in {self.uri}"):
+            failed = self._failed(create=True)
+            failed.merge_insert("path").when_matched_update_all().when_not_matched_insert_all().execute(table)
+
+    def clear_failures(self, paths: Iterable[str]) -> None:
+        """Forgets these failures, e.g. because the pictures were embedded after all."""
+        self._claim()
+        failed = self._failed(create=False)
+        for some in _chunks(list(paths), 1000) if failed is not None else ():
+            with _saying(f"cannot clear failures in {self.uri}"):
+                failed.delete(f"path IN ({_quoted(some)})")
+
+    def add_column(self, name: str, values: Mapping[str, Any] | Callable[[str], Any] | str) -> None:
+        """A new column: a mapping or a function from path to value, or an SQL expression (`"width * height"`).
+
+        Paths the mapping lacks get null, as do pictures appended later. A mapping or function makes two commits:
+        killed between them the column is there, all null, and `set_metadata` fills it.
+        """
+        import pyarrow as pa
+
+        self._claim()
+        if not re.fullmatch(r"[a-z_][a-z0-9_]*", name):  # SQL folds unquoted names to lower case
+            raise StoreError(f"{name!r} cannot be a column: use lower-case letters, digits and _")
+        if name in self.columns:
+            raise StoreError(f"the store at {self.uri} has a column {name!r} already; change it with set_metadata")
+        if isinstance(values, str):
+            with _saying(f"cannot compute column {name!r} from {values!r}", self._names_for_errors):
+                self.table.add_columns({name: values})
+                self._let_columns_be_empty()
+            return
+        paths = self.rows(["path"])["path"].to_pylist()
+        if isinstance(values, Mapping):
+            self._refuse_unknown(values, paths)
+            by_path = dict(values)
+        else:
+            by_path = {path: values(path) for path in paths}
+        with _saying(f"the values of column {name!r} do not share a type that can be stored"):
+            array = pa.array(list(by_path.values()))
+        if pa.types.is_null(array.type):
+            raise StoreError(f"column {name!r} would hold no value at all; give at least one")
+        with _saying(f"cannot add column {name!r} to {self.uri}"):
+            self.table.add_columns(pa.field(name, array.type))
+            self._update(pa.table({"path": pa.array(list(by_path), pa.string()), name: array}))
+
+    def set_metadata(self, values: Mapping[str, Mapping[str, Any]]) -> None:
+        """Sets columns made by `add_column`, one commit: {path: {column: value}}; what is not named stays."""
+        import pyarrow as pa
+
+        self._claim()
+        schema = self.table.schema
+        ours = set(_schema(self.facts).names)
+        names = list(dict.fromkeys(name for row in values.values() for name in row))
+        self.check_columns(names)
+        for name in names:
+            if name in ours:
+                raise StoreError(f"column {name!r} is the store's own and comes with the picture; it cannot be set")
+        if not names:
+            return
+        now = self.rows(["path", *names])
+        self._refuse_unknown(values, now["path"].to_pylist())
+        rows = [row | dict(values[row["path"]]) for row in now.to_pylist() if row["path"] in values]
+        wanted = pa.schema([schema.field(name) for name in ("path", *names)])
+        with _saying(f"cannot set {', '.join(names)}: a value does not fit the column's type"):
+            self._update(pa.Table.from_pylist(rows, schema=wanted))
+
+    def write(self, what: str, act: Callable[[Any], Any]) -> Any:
+        """`act(table)` as the writer, for what this class does not do; `what` begins the sentence if it fails."""
+        self._claim()
+        with _saying(what, self._names_for_errors):
+            return act(self.table)
+
+    def compact(self) -> None:
+        """Merges small fragments, brings the search index up to date, and deletes every older version.
+
+        The end of a job. The table shrinks to its latest version; while merging, it needs its size once more. A reader
+        in the middle of a scan starts it again, see `read`. During a job, appends compact by themselves when it pays.
+        """
+        self._compact(timedelta(0))
+
+    # ------------------------------------------------------------------------------------------------------ inside
+
+    def _names_for_errors(self) -> list[str]:
+        return self.columns  # a method: looked up only when something is wrong
+
+    def _claim(self) -> None:
+        """Becomes the writer, if this is not yet so."""
+        self.table  # noqa: B018  # refuses in a forked child
+        if self._lock is None and (folder := _place(self.uri)[1]) is not None:
+            self._lock = _Lock(self.uri, folder / LOCK)
+        if self._bytes == 0:
+            with _saying(f"cannot read the store at {self.uri}"):
+                self._let_columns_be_empty()  # mends an add_column that was killed half-way
+                stats = self._table.stats()
+            self._bytes, self._loose = max(1, stats["total_bytes"]), stats["fragment_stats"]["num_small_fragments"]
+
+    def _committed(self, new_bytes: int) -> None:
+        self._loose += 1
+        self._bytes += new_bytes
+        if self._loose >= max(FEWEST_FRAGMENTS, math.sqrt(2 * self._bytes / MANIFEST_BYTES_PER_FRAGMENT)):
+            self._compact(KEEP_OLD_VERSIONS)
+
+    def _compact(self, keep: timedelta) -> None:
+        self._claim()
+        with _saying(f"cannot compact the store at {self.uri}"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that readers of old versions fail: they try again
+            for table in (self.table, self._failed(create=False)):
+                if table is not None:
+                    table.optimize(cleanup_older_than=keep)
+            self._loose = 0
+
+    def _failed(self, create: bool) -> Any:
+        self.table  # noqa: B018  # refuses in a forked child
+        if self._failed_table is None:
+            if _has_table(self._database, self.uri, FAILED):
+                self._failed_table = self._database.open_table(FAILED)
+            elif create:
+                self._failed_table = self._database.create_table(FAILED, schema=_failed_schema())
+        return self._failed_table
+
+    def _arrow(self, rows: Sequence[Row]) -> pa.Table:
+        """Rows as a table of the store's own columns, after everything that can be wrong with them was looked for."""
+        import pyarrow as pa
+
+        facts, schema = self.facts, _schema(self.facts)
+        twice = _first_repeated(row.path for row in rows)
+        if twice is not None:
+            raise StoreError(f"{twice!r} comes twice in one batch; a store holds each path once")
+        for row in rows:
+            if np.shape(row.vector) != (facts.dim,):
+                raise StoreError(f"the vector of {row.path!r} has shape {np.shape(row.vector)}, not ({facts.dim},)")
+        with np.errstate(over="ignore"):  # too large for float16 becomes infinite and is refused below
+            vectors = np.stack([np.asarray(row.vector) for row in rows]).astype(facts.vector_dtype)  # [N, D]
+        bad = ~np.isfinite(vectors).all(axis=1) | ~vectors.any(axis=1)
+        if bad.any():
+            raise StoreError(f"the vector of {rows[int(bad.argmax())].path!r} is zero, infinite or not a number")
+        columns: dict[str, Any] = {
+            name: [getattr(row, name) for row in rows] for name in ("path", "content_hash", "stamp", "width", "height")
+        }
+        columns["model"] = [facts.model] * len(rows)
+        columns["preprocessing"] = [facts.preprocessing] * len(rows)
+        columns["vector"] = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), facts.dim)
+        encoded = [_encode_patches(row, facts) for row in rows]
+        columns |= {name: [patches[name] for patches in encoded] for name in _patch_columns(facts)}
+        try:
+            return pa.table(columns, schema=schema)
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise StoreError(f"these rows do not fit the store at {self.uri}: {_first_line(error)}") from error
+
+    def _update(self, table: pa.Table) -> None:
+        """Overwrites the given columns of the given paths."""
+        self.table.merge_insert("path").when_matched_update_all().execute(table)
+        self._committed(table.nbytes)
+
+    def _let_columns_be_empty(self) -> None:
+        """An SQL expression without nulls makes a NOT NULL column; pictures without a value could not be added."""
+        ours = set(_schema(self.facts).names)
+        for field in self._table.schema:
+            if field.name not in ours and not field.nullable:
+                self._table.alter_columns({"path": field.name, "nullable": True})
+
+    def _refuse_unknown(self, paths: Iterable[str], known: Iterable[str]) -> None:
+        known = set(known)
+        for path in paths:
+            if path not in known:
+                raise UnknownName(f"the store at {self.uri} has no picture {path!r}{did_you_mean(path, known)}")
+
+
+def as_matrix(column: Any, dim: int) -> np.ndarray:
+    """An Arrow column of vectors as float32 [N, D]."""
+    flat = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
+    return (np.concatenate(flat) if flat else np.empty(0)).astype(np.float32, copy=False).reshape(-1, dim)
+
+
+# ------------------------------------------------------------------------------------------------ schema and patches
+
+
+def _schema(facts: StoreFacts) -> pa.Schema:
+    import pyarrow as pa
+
+    number = {"float16": pa.float16(), "float32": pa.float32()}[facts.vector_dtype]
+    types: dict[str, Any] = {
+        "path": pa.string(),
+        "content_hash": pa.string(),
+        "stamp": pa.string(),
+        "width": pa.int32(),
+        "height": pa.int32(),
+        "model": pa.string(),
+        "preprocessing": pa.string(),
+        "vector": pa.list_(number, facts.dim),
+        "patches": pa.large_binary(),  # [h, w, D] little-endian; h and w differ from picture to picture
+        "grid_h": pa.int32(),
+        "grid_w": pa.int32(),
+        "patches_scale": pa.float32(),  # int8 only: value = number · scale
+    }
+    kept = [name for name in types if name not in _ALL_PATCH_COLUMNS or name in _patch_columns(facts)]
+    about = json.dumps({"schema_version": SCHEMA_VERSION, **dataclasses.asdict(facts)}).encode()
+    return pa.schema([pa.field(name, types[name], nullable=False) for name in kept], metadata={FACTS_KEY: about})
+
+
+def _failed_schema() -> pa.Schema:
+    import pyarrow as pa
+
+    return pa.schema([pa.field(field.name, pa.string(), nullable=False) for field in dataclasses.fields(Failure)])
+
+
+_ALL_PATCH_COLUMNS = ("patches", "grid_h", "grid_w", "patches_scale")
+
+
+def _patch_columns(facts: StoreFacts) -> tuple[str, ...]:
+    return {"none": (), "int8": _ALL_PATCH_COLUMNS}.get(facts.patches, _ALL_PATCH_COLUMNS[:3])
+
+
+def _facts_of(schema: pa.Schema, uri: str) -> StoreFacts:
+    written = (schema.metadata or {}).get(FACTS_KEY)
+    if written is None:
+        raise StoreError(
+            f"the database at {uri} was not made by dinov3: its table {PICTURES!r} does not say what it holds"
+        )
+    try:
+        about = json.loads(written)
+        version = int(about.pop("schema_version"))
+        if version > SCHEMA_VERSION:
+            raise StoreError(
+                f"the store at {uri} has schema version {version}, made by a newer dinov3; "
+                f"this one reads up to {SCHEMA_VERSION}: upgrade it"
+            )
+        return StoreFacts(**about)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(
+            f"the store at {uri} is damaged: what it says about itself cannot be read ({error})"
+        ) from error
+
+
+def _encode_patches(row: Row, facts: StoreFacts) -> dict[str, Any]:
+    if facts.patches == "none":
+        if row.patches is not None:
+            raise StoreError(f"patches came with {row.path!r}, but the store was created without them")
+        return {}
+    shape = np.shape(row.patches) if row.patches is not None else None
+    if shape is None or len(shape) != 3 or shape[2] != facts.dim:
+        raise StoreError(f"the patches of {row.path!r} have shape {shape}, expected (h, w, {facts.dim})")
+    values = np.asarray(row.patches, dtype=np.float32)
+    if not np.isfinite(values).all():
+        raise StoreError(f"the patches of {row.path!r} hold an infinite number or one that is none")
+    scale = 1.0
+    if facts.patches == "int8":
+        scale = float(np.abs(values).max(initial=0.0)) / 127 or 1.0
+        kept = np.rint(values / scale).astype(np.int8)
+    else:
+        with np.errstate(over="ignore"):
+            kept = values.astype({"float16": "<f2", "float32": "<f4"}[facts.patches])
+        if not np.isfinite(kept).all():
+            raise StoreError(f"the patches of {row.path!r} are too large for {facts.patches}")
+    return {"patches": kept.tobytes(), "grid_h": shape[0], "grid_w": shape[1], "patches_scale": scale}
+
+
+def _decode_patches(row: Mapping[str, Any], facts: StoreFacts) -> np.ndarray:
+    kind = {"float16": "<f2", "float32": "<f4", "int8": "i1"}[facts.patches]
+    kept = np.frombuffer(row["patches"], dtype=kind).astype(np.float32)
+    return kept.reshape(row["grid_h"], row["grid_w"], facts.dim) * np.float32(row.get("patches_scale", 1.0))
+
+
+# ---------------------------------------------------------------------------------------------------- place and lock
+
+
+class _Lock:
+    """The right to write, held until `release` or the end of the process, however it ends."""
+
+    def __init__(self, uri: str, path: Path) -> None:
+        self._file: int | None = None
+        try:
+            import fcntl
+        except ModuleNotFoundError:  # Windows
+            return
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise StoreError(f"cannot write to {uri}: {error.strerror}") from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.read(self._file, 200).decode(errors="replace").strip() or "another process"
+            self.release()
+            raise StoreError(f"{holder} is writing to the store at {uri}; wait for it, or give another --out") from None
+        os.ftruncate(self._file, 0)
+        os.write(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        # A forked child would share the lock and keep it after this process is dead.
+        this = weakref.ref(self)
+
+        def let_go() -> None:
+            if lock := this():
+                lock.release()
+
+        os.register_at_fork(after_in_child=let_go)
+
+    def release(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+        self._file = None
+
+    __del__ = release
+
+
+def _place(uri: str | os.PathLike[str]) -> tuple[str, Path | None]:
+    """(uri, folder), the folder None on object storage."""
+    text = os.fspath(uri)
+    if text.startswith("file://"):
+        text = text[len("file://") :]
+    return text, (None if "://" in text else Path(text))
+
+
+def _refuse_damaged(uri: str, folder: Path) -> None:
+    """Data without any version is a table that lost its manifests: LanceDB calls it absent and would write over it.
+
+    A store whose creation was cut short has no data, for it is created empty; its remains are left to LanceDB.
+    """
+    table = folder / f"{PICTURES}.lance"
+    versions = list((table / "_versions").glob("*.manifest"))
+    if not versions and any((table / "data").glob("*")):
+        raise StoreError(
+            f"the store at {uri} is damaged: it has data but no version of its table; restore it or delete it"
+        )
+
+
+def _connect(uri: str) -> Any:
+    lancedb = require("lancedb", "search", "an embedding store")
+    require("pyarrow", "search", "an embedding store")
+    with _saying(f"cannot open {uri}"):
+        # A reader looks for a newer version before each question: it sees every commit of the writer at once.
+        return lancedb.connect(uri, read_consistency_interval=timedelta(0))
+
+
+def _has_table(database: Any, uri: str, name: str = PICTURES) -> bool:
+    try:
+        database.open_table(name)
+    except ValueError as error:
+        if "was not found" in str(error):
+            return False
+        raise StoreError(f"the store at {uri} cannot be opened, it may be damaged: {_first_line(error)}") from error
+    except (RuntimeError, OSError) as error:
+        raise StoreError(f"the store at {uri} cannot be opened, it may be damaged: {_first_line(error)}") from error
+    return True
+
+
+# ------------------------------------------------------------------------------------------------------------- words
+
+
+@contextlib.contextmanager
+def _saying(what: str, columns: Callable[[], Sequence[str]] = tuple) -> Iterator[None]:
+    """LanceDB's errors, which are plain ValueErrors and RuntimeErrors of several lines, as one sentence of ours."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, OSError, NotImplementedError) as error:
+        unknown = re.search(r"No field named ([^\s.]+)\.", str(error))
+        if unknown:
+            name = unknown[1].strip("`\"'")
+            known = columns()
+            near = did_you_mean(name, known)
+            raise UnknownName(f"{what}: unknown column {name!r}{near} (columns: {', '.join(known)})") from error
+        raise StoreError(f"{what}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    """The part of a LanceDB message that says something: no source locations, no second line."""
+    text = str(error).split("\n")[0]
+    text = re.sub(r",? ?(location: )?/\S+\.rs:\d+:\d+.*$", "", text)
+    return re.sub(r"^(lance error: |Invalid input, |LanceError\(IO\): )+", "", text).strip() or type(error).__name__
+
+
+def _quoted(values: Iterable[str]) -> str:
+    return ", ".join("'" + value.replace("'", "''") + "'" for value in values)
+
+
+def _chunks(values: list[str], size: int) -> Iterator[list[str]]:
+    return (values[start : start + size] for start in range(0, len(values), size))
+
+
+def _first_repeated(values: Iterable[str]) -> str | None:
+    seen: set[str] = set()
+    for value in values:
+        if value in seen:
+            return value
+        seen.add(value)
+    return None
