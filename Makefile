@@ -1,0 +1,44 @@
+# make demo   a virtual environment, installation, and a picture to look at in demo-out/
+# make test   what CI runs: lint, types, layers, the default tests (minutes)
+# make test-all   the slow tests too
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN = $(VENV)/bin
+# Only Python and its pip are assumed: a venv without pip of its own also works where ensurepip is packaged apart.
+INSTALL = $(PYTHON) -m pip --python $(BIN)/python install -q --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test test-all check format clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/demo.py --out demo-out
+
+test: $(VENV)/.test check
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: $(VENV)/.test check
+	$(BIN)/python -m pytest -n 2
+
+check: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(BIN)/python:
+	$(PYTHON) -m venv --without-pip $(VENV)
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e '.[demo]'
+	touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e '.[test]'
+	touch $@ $(VENV)/.demo
+
+clean:
+	rm -rf $(VENV) demo-out build dist *.egg-info

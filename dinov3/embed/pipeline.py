@@ -1,0 +1,324 @@
+"""A folder of pictures into an embedding store: read, decode, prepare, run, commit; resumable at any moment.
+
+The plot: what the store already knows is skipped; threads read and decode ahead; pictures of one input size form a
+batch; every batch is one commit. A picture that cannot be read goes to the store's `failed` table with its reason and
+never stops the job. Whatever kills the process, the store holds whole batches, and the same command continues.
+
+`prepare_item` and `Embedder` are the two halves that any engine runs (`ray_engine.py` puts a cluster between them).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dinov3.data.pictures import open_picture
+from dinov3.data.sources import Item, Source
+from dinov3.data.transforms import Geometry, Preprocessing
+from dinov3.embed.store import EmbeddingStore, Failure, PatchPrecision, Row, StoreFacts
+from dinov3.errors import DinoError, PictureError
+from dinov3.features import Features, extract
+
+if TYPE_CHECKING:
+    from typing import Self
+
+POOLINGS = ("cls", "mean", "cls+mean")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One decoded picture on its way to the model."""
+
+    item: Item
+    content_hash: str  # sha256 of the bytes
+    width: int  # original upright pixels
+    height: int
+    input: Tensor  # [3, h, w], normalised
+    geometry: Geometry
+
+
+def prepare_item(item: Item, preprocessing: Preprocessing) -> Prepared | Failure:
+    """Reads, hashes, decodes and transforms one picture; what is wrong with it is returned, not raised."""
+    try:
+        data = item.read()
+        picture = open_picture(data, target_short_side=preprocessing.target_short_side)
+        x, geometry = preprocessing(picture.image, original_wh=(picture.width, picture.height))
+    except (PictureError, DinoError) as error:
+        return Failure(item.path, item.stamp, str(error))
+    return Prepared(item, hashlib.sha256(data).hexdigest(), picture.width, picture.height, x, geometry)
+
+
+def pool(features: Features, pooling: str) -> Tensor:
+    """One vector a picture [B, D], or [B, 2D] for "cls+mean"."""
+    if pooling == "cls":
+        return features.cls
+    if pooling == "mean":
+        return features.mean
+    if pooling == "cls+mean":
+        return torch.cat([features.cls, features.mean], dim=-1)
+    raise DinoError(f"pooling is one of {', '.join(POOLINGS)}, not {pooling!r}")
+
+
+@dataclass
+class Embedder:
+    """Batches of prepared pictures to rows of the store. Halves the batch when the accelerator's memory runs out."""
+
+    model: nn.Module
+    preprocessing: Preprocessing
+    pooling: str = "cls"
+    patches: PatchPrecision = "none"
+
+    def rows(self, batch: list[Prepared]) -> list[Row]:
+        inputs = torch.stack([p.input for p in batch])
+        try:
+            (features,) = extract(self.model, [(inputs, [p.geometry for p in batch])], preprocessing=self.preprocessing)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise DinoError(
+                    f"one picture of {inputs.shape[-1]}×{inputs.shape[-2]} does not fit into the accelerator's memory; "
+                    "use a smaller --size or --dtype bfloat16"
+                ) from None
+            torch.cuda.empty_cache()
+            half = len(batch) // 2
+            return self.rows(batch[:half]) + self.rows(batch[half:])
+        vectors = pool(features, self.pooling).float().cpu().numpy()
+        maps = features.patches.float().cpu().numpy() if self.patches != "none" else [None] * len(batch)
+        return [
+            Row(p.item.path, p.content_hash, p.item.stamp, p.width, p.height, vector, patches)
+            for p, vector, patches in zip(batch, vectors, maps)
+        ]
+
+    def facts(self, vector_dtype: str = "float32") -> StoreFacts:
+        """What a store filled by this embedder says of itself."""
+        from dinov3.weights.loading import fingerprint
+
+        origin = getattr(self.model, "origin", None)
+        name = origin.name if origin is not None else type(self.model).__name__
+        width = int(self.model.embed_dim)  # type: ignore[arg-type]
+        dtype = next(self.model.parameters()).dtype
+        precision = "" if dtype == torch.float32 else f"-{str(dtype).removeprefix('torch.')}"
+        return StoreFacts(
+            model=f"{name}@{fingerprint(self.model)}{precision}",
+            dim=2 * width if self.pooling == "cls+mean" else width,
+            patch_dim=width,
+            preprocessing=self.preprocessing.id,
+            preprocessing_json=self.preprocessing.to_json(),
+            model_name=name,
+            weights=origin.source if origin is not None else "",
+            pooling=self.pooling,
+            layer=int(self.model.n_blocks) - 1,  # type: ignore[arg-type]
+            vector_dtype=vector_dtype,  # type: ignore[arg-type]
+            patches=self.patches,
+        )
+
+
+@dataclass
+class Report:
+    """What a run did. `failed` counts the pictures of this source that are listed as unreadable, also from earlier runs."""
+
+    found: int = 0
+    embedded: int = 0
+    skipped: int = 0  # in the store already
+    failures: list[Failure] = field(default_factory=list)
+    seconds: float = 0.0
+    interrupted: bool = False
+
+    @property
+    def rate(self) -> float:
+        """Pictures embedded a second."""
+        return self.embedded / self.seconds if self.seconds else 0.0
+
+
+def auto_batch(model: nn.Module, preprocessing: Preprocessing) -> int:
+    """A batch size: small on the CPU, where larger ones gain nothing; by free memory on an accelerator."""
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        return 16
+    h, w = preprocessing.input_hw or (preprocessing.size, 2 * preprocessing.size)
+    # activations at inference: about 40 values per token and channel in flight, and the input itself
+    grid_h, grid_w = model.patch_grid(h, w)  # type: ignore[operator]
+    values = 40 * grid_h * grid_w * int(model.embed_dim) + 3 * h * w  # type: ignore[arg-type]
+    free, _ = torch.cuda.mem_get_info(device)
+    size = int(0.5 * free / (values * next(model.parameters()).element_size()))
+    return max(1, min(512, 2 ** (size.bit_length() - 1) if size else 1))
+
+
+def todo(
+    source: Iterable[Item], store: EmbeddingStore, report: Report, *, retry_failed: bool = False
+) -> Iterator[Item]:
+    """The items that the store does not hold in their present state; the rest is counted in the report."""
+    known = store.known()
+    failed = {f.path: f for f in store.failures()}
+    seen: set[str] = set()
+    for item in source:
+        if item.path in seen:  # a list file may name a picture twice
+            continue
+        seen.add(item.path)
+        report.found += 1
+        if known.get(item.path) == item.stamp:
+            report.skipped += 1
+        elif not retry_failed and item.path in failed and failed[item.path].stamp == item.stamp:
+            report.failures.append(failed[item.path])
+        else:
+            yield item
+
+
+class Ahead:
+    """Prepares items in threads, a bounded number ahead of the consumer, and yields them in order.
+
+    Threads suffice: reading, decoding, hashing and resizing all release the interpreter's lock.
+    """
+
+    def __init__(self, items: Iterable[Item], preprocessing: Preprocessing, workers: int, ahead: int) -> None:
+        self.items, self.preprocessing, self.ahead = iter(items), preprocessing, ahead
+        # one thread a worker: the picture's own resize must not start a thread pool inside each of them
+        self.pool = ThreadPoolExecutor(workers, "decode", initializer=torch.set_num_threads, initargs=(1,))
+        self.waiting: deque[Future[Prepared | Failure]] = deque()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def __iter__(self) -> Iterator[Prepared | Failure]:
+        while True:
+            while len(self.waiting) < self.ahead and (item := next(self.items, None)) is not None:
+                self.waiting.append(self.pool.submit(prepare_item, item, self.preprocessing))
+            if not self.waiting:
+                return
+            yield self.waiting.popleft().result()
+
+
+def batches_by_size(
+    prepared: Iterable[Prepared | Failure], batch_size: int, failed: Callable[[Failure], None]
+) -> Iterator[list[Prepared]]:
+    """Full batches of one input size each, then the rest. Failures go aside."""
+    open_batches: dict[tuple[int, ...], list[Prepared]] = {}
+    for p in prepared:
+        if isinstance(p, Failure):
+            failed(p)
+            continue
+        batch = open_batches.setdefault(tuple(p.input.shape), [])
+        batch.append(p)
+        if len(batch) == batch_size:
+            del open_batches[tuple(p.input.shape)]
+            yield batch
+        elif sum(map(len, open_batches.values())) >= 4 * batch_size:
+            # pictures of many sizes: let none wait for ever, and keep memory bounded
+            yield open_batches.pop(max(open_batches, key=lambda s: len(open_batches[s])))
+    yield from open_batches.values()
+
+
+def write(store: EmbeddingStore, rows: list[Row], known: dict[str, str]) -> None:
+    """One commit for new pictures, one for those whose file changed."""
+    store.append([row for row in rows if row.path not in known])
+    store.replace([row for row in rows if row.path in known])
+
+
+def embed_source(
+    model: nn.Module,
+    source: Source,
+    uri: str | os.PathLike[str],
+    *,
+    preprocessing: Preprocessing,
+    pooling: str = "cls",
+    patches: PatchPrecision = "none",
+    batch_size: int | None = None,
+    workers: int | None = None,
+    retry_failed: bool = False,
+    on_progress: Callable[[Report], None] | None = None,
+) -> Report:
+    """Embeds every picture of `source` that the store at `uri` lacks; the report says what happened.
+
+    `batch_size` None chooses one. `workers` decoding threads (default: the number of cores). Ctrl-C ends the job after
+    the last commit with `report.interrupted`; nothing that was committed is lost. Raises `StoreError` where the store
+    holds another model, preprocessing, pooling or precision.
+    """
+    if pooling not in POOLINGS:
+        raise DinoError(f"pooling is one of {', '.join(POOLINGS)}, not {pooling!r}")
+    embedder = Embedder(model, preprocessing, pooling, patches)
+    batch_size = batch_size or auto_batch(model, preprocessing)
+    workers = workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else workers or os.cpu_count()
+    report, start = Report(), time.perf_counter()
+    new_failures: list[Failure] = []
+
+    def failed(failure: Failure) -> None:
+        report.failures.append(failure)
+        new_failures.append(failure)
+
+    def tell() -> None:
+        report.seconds = time.perf_counter() - start
+        if on_progress:
+            on_progress(report)
+
+    with EmbeddingStore.open_or_create(uri, embedder.facts()) as store:
+        known, known_failed = store.known(), store.known_failed()
+        items = todo(source, store, report, retry_failed=retry_failed)
+        try:
+            with Ahead(items, preprocessing, workers or 1, ahead=2 * batch_size + (workers or 1)) as ahead:
+                for batch in batches_by_size(ahead, batch_size, failed):
+                    write(store, embedder.rows(batch), known)
+                    report.embedded += len(batch)
+                    mended = [p.item.path for p in batch if p.item.path in known_failed]
+                    store.clear_failures(mended)
+                    if new_failures:
+                        store.record_failures(new_failures)
+                        new_failures.clear()
+                    tell()
+        except KeyboardInterrupt:
+            report.interrupted = True
+        if new_failures:
+            store.record_failures(new_failures)
+        if report.embedded:
+            store.compact()
+        tell()
+    return report
+
+
+# ---- asking ---------------------------------------------------------------------------------------------------------
+
+
+def model_of(
+    store: EmbeddingStore, *, device: Any = "cpu", weights: str | None = None
+) -> tuple[nn.Module, Preprocessing]:
+    """The model and preprocessing a store was filled with, so that a query is embedded the same way.
+
+    Raises `DinoError` if the weights found are not those of the store.
+    """
+    from dinov3.hub import load
+
+    facts = store.facts
+    source = weights or facts.weights
+    seed, dtype = 0, torch.float32
+    if source.startswith("random"):
+        seed, source = int(source.removeprefix("random (seed ").removesuffix(")")), "random"
+    for name in ("bfloat16", "float16"):
+        if facts.model.endswith(f"-{name}"):
+            dtype = getattr(torch, name)
+    name_or_file = None if facts.model_name == "custom" else facts.model_name
+    model = load(name_or_file, source, device=device, dtype=dtype, seed=seed)
+    preprocessing = Preprocessing.from_json(facts.preprocessing_json)
+    found = Embedder(model, preprocessing, facts.pooling, facts.patches).facts().model
+    if found != facts.model:
+        raise DinoError(
+            f"{source} is now {found}, but the store was filled with {facts.model}: pass --weights with the file used then"
+        )
+    return model, preprocessing
+
+
+def query_vector(store: EmbeddingStore, image: Any, model: nn.Module, preprocessing: Preprocessing) -> Any:
+    """The vector [D] of one picture (path, bytes, PIL, array), made exactly as the store's rows were."""
+    from dinov3.features import embed
+
+    features = embed(model, image, preprocessing=preprocessing)
+    return pool(features, store.facts.pooling)[0].float().cpu().numpy()
