@@ -261,7 +261,7 @@ def to_meta(
         meta = _vit_to_meta(inside, detected.form)
 
     if detected.family == "convnext":
-        _alias_final_norm(meta)
+        alias_final_norm(meta)
     else:
         had = "rope_embed.periods" in meta
         if periods != "source" or not had:
@@ -335,7 +335,7 @@ def _convnext_to_meta(inside: State, form: Form) -> State:
     return meta
 
 
-def _alias_final_norm(meta: State) -> None:
+def alias_final_norm(meta: State) -> None:
     """ConvNeXt files hold the final norm under two names; the module has one."""
     last = sum(1 for k in meta if k.startswith("downsample_layers.") and k.endswith(".0.weight")) - 1
     for leaf in ("weight", "bias"):
@@ -356,6 +356,11 @@ def _periods(meta: State, hints: Mapping[str, Any], *, bf16: bool) -> Tensor:
     heads = _heads(width, meta, hints)
     exact = RopeEmbedding(ViTConfig(embed_dim=width, num_heads=heads, **options)).periods
     return exact.bfloat16().float() if bf16 else exact
+
+
+def exact_periods(config: BackboneConfig) -> Tensor | None:
+    """[d/4] float32: what the formula gives for a ViT; None for a ConvNeXt."""
+    return RopeEmbedding(config).periods.float() if isinstance(config, ViTConfig) else None
 
 
 def _heads(width: int, meta: Mapping[str, Tensor], hints: Mapping[str, Any]) -> int:

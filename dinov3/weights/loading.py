@@ -19,7 +19,7 @@ import re
 import struct
 import tempfile
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ def open(
         detected = formats.detect(raw)
         opened = _understand(raw, detected, metadata, source, path, files, periods)
     except WeightsError as error:
-        raise type(error)(f"{_shown(source)}: {error}") from None
+        raise type(error)(f"{shown(source)}: {error}") from None
     return opened
 
 
@@ -447,18 +447,20 @@ def build(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    asked: Sequence[Row] = (),
 ) -> nn.Module:
     """The model of `config` with these weights, in eval mode.
 
     Built without allocating (meta device); every key and shape must fit. `dtype` converts all values except the rope
-    periods, which bfloat16 would change. Raises `WeightsMismatch` with `explain_mismatch`'s lines.
+    periods, which bfloat16 would change. `asked`: the catalogue rows that the caller's name meant, for the message.
+    Raises `WeightsMismatch` with `explain_mismatch`'s lines.
     """
     state = opened.state_dict if opened.form == "meta" else formats.complete(opened.state_dict, config)
     with torch.device("meta"):
         model = backbone(config)
     expected = model.state_dict()
     if expected.keys() != state.keys() or any(expected[k].shape != state[k].shape for k in expected):
-        raise WeightsMismatch(explain_mismatch(config, opened))
+        raise WeightsMismatch(explain_mismatch(config, opened, asked))
     moved: dict[int, Tensor] = {}  # two names of one tensor stay one tensor
 
     def move(key: str, value: Tensor) -> Tensor:
@@ -471,16 +473,16 @@ def build(
     return model.eval()
 
 
-def explain_mismatch(config: BackboneConfig, opened: OpenedWeights) -> str:
+def explain_mismatch(config: BackboneConfig, opened: OpenedWeights, asked: Sequence[Row] = ()) -> str:
     """Why these weights are not for this model, in at most ten lines: what the file is, what was asked for, the first
     differences, what to call instead."""
     state = opened.state_dict if opened.form == "meta" else formats.complete(opened.state_dict, config)
     with torch.device("meta"):
         expected = backbone(config).state_dict()
-    asked = formats.fitting_rows(config, "meta")
+    asked = asked or formats.fitting_rows(config, "meta")
     seems = " or ".join(r.id for r in opened.rows) or _words(opened.config)
     lines = [
-        f"{_shown(opened.source)} does not fit the model asked for",
+        f"{shown(opened.source)} does not fit the model asked for",
         f"  the file is: {seems} ({opened.form} form)",
         f"  asked for:   {' or '.join(r.id for r in asked) or _words(config)}",
     ]
@@ -511,7 +513,8 @@ def _words(config: BackboneConfig) -> str:
     return f"a ViT of width {config.embed_dim}, {config.depth} blocks, {config.num_heads} heads, {config.ffn_layer} FFN"
 
 
-def _shown(source: str) -> str:
+def shown(source: str) -> str:
+    """A source as it may be told: a URL's query may be a signature."""
     return source.split("?")[0] if "://" in source else source
 
 

@@ -1,0 +1,210 @@
+"""Rewriting weights from any form into a folder that Meta's code, transformers or timm loads as its own.
+
+    convert("dinov3_vits16_pretrain_lvd1689m-08c60483.pth", "out", "transformers")
+    convert("facebook/dinov3-vits16-pretrain-lvd1689m", "out", "timm")      # timm.create_model("local-dir:out", …)
+
+Beside the model lies what its form cannot hold (`dinov3_residue.safetensors`, see `dinov3.weights.formats`), which this
+package merges back on loading, so that a detour through another library's files is lossless bit for bit; and the licence
+of the weights, which goes wherever they go. The folder appears whole or not at all.
+
+Left out: heads; quantisation (ONNX and others have their own files here).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinov3.errors import DinoError, did_you_mean
+from dinov3.models import ConvNeXtConfig, ViTConfig
+from dinov3.weights import cache, formats, loading
+from dinov3.weights.catalog import STATISTICS, Row
+
+LICENCE_URL = "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"
+
+
+@dataclass
+class Report:
+    """What was written."""
+
+    folder: Path
+    form: formats.Form
+    files: tuple[str, ...]
+    row: Row | None  # the published model it is, if that is certain
+    fingerprint: str  # `weights.loading.fingerprint` of what was written
+    notes: list[str] = field(default_factory=list)
+
+
+def convert(
+    source: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    to: formats.Form = "transformers",
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: float = 5e9,
+    periods: formats.Periods = "source",
+) -> Report:
+    """Writes `source` (anything `weights.open` takes) as a folder in the form `to`.
+
+    meta: one `dinov3_<arch>_pretrain_<dataset>-<first 8 digits of its sha256>.pth`. transformers: config.json,
+    model.safetensors (above `max_shard_bytes` in shards with an index), preprocessor_config.json. timm: config.json and
+    one model.safetensors. `dtype` converts all values but the rope periods. `periods` as in `weights.open`.
+
+    Raises `WeightsError` if the source is not a DINOv3 backbone or the form cannot express it, `DinoError` if `out_dir`
+    is there and not empty.
+    """
+    if to not in formats.FORMS:
+        raise DinoError(f"unknown form {to!r}{did_you_mean(str(to), formats.FORMS) or '; meta, transformers or timm'}")
+    out = Path(out_dir)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DinoError(f"{out} is not an empty folder; name a new one, nothing is overwritten")
+    opened = loading.open(source, periods=periods)
+    state, config, notes = opened.state_dict, opened.config, list(opened.notes)
+    if dtype is not None:
+        state = {k: v if k == "rope_embed.periods" else v.to(dtype) for k, v in state.items()}
+        if isinstance(config, ConvNeXtConfig):
+            formats.alias_final_norm(state)
+    row = opened.rows[0] if len(opened.rows) == 1 else None
+    if len(opened.rows) > 1:
+        notes.append(
+            f"the weights may be {' or '.join(r.id for r in opened.rows)}; the statistics of the first are written"
+        )
+    mean, std = opened.mean, opened.std
+    if mean is None or std is None:
+        mean, std = (opened.rows[0].mean, opened.rows[0].std) if opened.rows else STATISTICS["lvd1689m"]
+        if not opened.rows:
+            notes.append("nothing says the input statistics; ImageNet's are written")
+
+    tensors, residue = formats.from_meta(state, to, config)
+    if "rope_embed.periods" in residue:
+        exact = formats.exact_periods(config)
+        if exact is not None and not torch.equal(exact, residue["rope_embed.periods"].float()):
+            notes.append(
+                f"{to} computes rope periods exactly, these weights hold rounded ones: its outputs differ by up to "
+                "4e-3 from the source's; the residue keeps them for this package"
+            )
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        if to == "meta":
+            _write_meta(work, tensors, row.id if row else _label(opened))
+        elif to == "transformers":
+            _write_json(work / "config.json", formats.transformers_config(config) | {"dtype": _dtype_name(tensors)})
+            _write_json(work / "preprocessor_config.json", preprocessor_config(mean, std))
+            _write_shards(work, tensors, max_shard_bytes)
+        else:
+            bias = any(k.endswith(".attn.q_bias") for k in tensors)
+            about = formats.timm_config(
+                config, qkv_bias=bias, row=opened.rows[0] if opened.rows else None, mean=mean, std=std
+            )
+            _write_json(work / "config.json", about)
+            loading.write_safetensors(tensors, work / "model.safetensors", {"format": "pt"})
+        if residue:
+            about_residue = {"format": "pt", loading.MAIN_HASH: loading.main_hash(tensors), "form": to}
+            loading.write_safetensors(residue, work / loading.RESIDUE_FILE, about_residue)
+        _write_licence(work, opened, row)
+        umask = os.umask(0)
+        os.umask(umask)
+        work.chmod(0o777 & ~umask)
+        if out.is_dir():
+            out.rmdir()  # empty; a rename does not replace folders everywhere
+        work.replace(out)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    files = tuple(sorted(p.name for p in out.iterdir()))
+    return Report(out, to, files, row, loading.fingerprint(state), notes)
+
+
+def preprocessor_config(mean: tuple[float, float, float], std: tuple[float, float, float]) -> dict[str, Any]:
+    """transformers' image processor for DINOv3: 224×224 bilinear after division by 255, then these statistics."""
+    return {
+        "image_processor_type": "DINOv3ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": 224, "width": 224},
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+    }
+
+
+def _label(opened: loading.OpenedWeights) -> str:
+    """A name for weights that are no catalogue row: what one can say about them without lying."""
+    if opened.rows:
+        return opened.rows[0].arch
+    c = opened.config
+    return f"dinov3_vit_{c.embed_dim}x{c.depth}" if isinstance(c, ViTConfig) else f"dinov3_convnext_{c.dims[-1]}"
+
+
+def _write_meta(work: Path, tensors: Mapping[str, Tensor], label: str) -> None:
+    """A flat dict, whose file name ends in its own hash, as Meta's do."""
+    own: dict[int, Tensor] = {}  # ConvNeXt's two names of one norm stay one tensor
+    state = {k: own.setdefault(id(v), loading.owned(v)) for k, v in tensors.items()}
+    temporary = work / "weights.tmp"
+    torch.save(state, temporary)
+    arch, _, dataset = label.rpartition("_")
+    name = f"{arch}_pretrain_{dataset}" if dataset in STATISTICS else f"{label}_pretrain"
+    loading.publish(temporary, work / f"{name}-{cache.sha256_of(temporary)[:8]}.pth")
+
+
+def _write_shards(work: Path, tensors: Mapping[str, Tensor], most_bytes: float) -> None:
+    """model.safetensors, or model-0000i-of-0000n.safetensors and their index, none larger than `most_bytes` unless one
+    tensor alone is."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for key, value in tensors.items():
+        size = value.numel() * value.element_size()
+        if filled + size > most_bytes and shards[-1]:
+            shards.append([])
+            filled = 0
+        shards[-1].append(key)
+        filled += size
+    if len(shards) == 1:
+        loading.write_safetensors(tensors, work / "model.safetensors", {"format": "pt"})
+        return
+    where: dict[str, str] = {}
+    for i, keys in enumerate(shards, 1):
+        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        loading.write_safetensors({k: tensors[k] for k in keys}, work / name, {"format": "pt"})
+        where |= dict.fromkeys(keys, name)
+    total = sum(v.numel() * v.element_size() for v in tensors.values())
+    _write_json(work / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def _dtype_name(tensors: Mapping[str, Tensor]) -> str:
+    return str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+
+
+def _write_licence(work: Path, opened: loading.OpenedWeights, row: Row | None) -> None:
+    """The licence and notice files found beside the input; without any, a NOTICE that says whose terms apply."""
+    folder = opened.path if opened.path.is_dir() else opened.path.parent
+    found = [p for pattern in ("LICEN[SC]E*", "NOTICE*") for p in sorted(folder.glob(pattern)) if p.is_file()]
+    for path in found:
+        shutil.copyfile(path, work / path.name)
+    if found:
+        return
+    name = opened.path.name if opened.path.exists() and "://" not in opened.source else loading.shown(opened.source)
+    text = f"These weights are a conversion of {name}; the terms of that source go with them.\n"
+    if opened.rows:
+        text += f"They have the architecture of {(row or opened.rows[0]).arch}. If they derive from Meta's release, t"
+    else:
+        text += "If they derive from Meta's DINOv3 release, t"
+    text += f"hey are\nDINO Materials under the DINOv3 License, {LICENCE_URL}\n"
+    (work / "NOTICE").write_text(text)
