@@ -104,6 +104,14 @@ def test_patches_of_differing_grids_come_back_within_their_precision(tmp_path, p
             store.append(rows("without"))
 
 
+def test_patches_may_be_narrower_than_the_vector(tmp_path):
+    with EmbeddingStore.create(tmp_path / "s", dataclasses.replace(FACTS, patches="float32", patch_dim=4)) as store:
+        store.append([row("a", patches=np.ones((2, 3, 4)))])
+        assert EmbeddingStore.open(store.uri).patches(["a"])[0].shape == (2, 3, 4)
+        with pytest.raises(StoreError, match=r"expected \(h, w, 4\)"):
+            store.append([row("b", patches=np.ones((2, 3, D)))])
+
+
 def test_zero_patches_survive_int8(tmp_path):
     with EmbeddingStore.create(tmp_path / "s", dataclasses.replace(FACTS, patches="int8")) as store:
         store.append([row("a", patches=np.zeros((1, 2, D)))])

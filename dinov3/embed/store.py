@@ -15,7 +15,7 @@ LanceDB runs threads that do not survive `fork`: open the store in the process t
 
 Left out: computing features (`pipeline.py`), asking for neighbours (`search.py`), several models in one store.
 
-Shapes: D width of the vector, h × w grid of patches, N rows.
+Shapes: D width of the vector, h × w grid of patches, P width of a patch's features, N rows.
 """
 
 from __future__ import annotations
@@ -89,8 +89,10 @@ class StoreFacts:
     normed: bool = True
     vector_dtype: Literal["float32", "float16"] = "float32"
     patches: PatchPrecision = "none"
+    patch_dim: int = 0  # width of the patches where the vector is wider (cls and mean side by side); 0: as the vector
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "patch_dim", self.patch_dim or self.dim)
         if self.dim < 1:
             raise StoreError(f"a store needs vectors of at least one number, not dim = {self.dim}")
         for name, allowed in (
@@ -111,7 +113,7 @@ class Row:
     width: int  # original upright pixels
     height: int
     vector: np.ndarray  # [D]
-    patches: np.ndarray | None = None  # [h, w, D], exactly where the store keeps patches
+    patches: np.ndarray | None = None  # [h, w, P], exactly where the store keeps patches
 
 
 @dataclass(frozen=True)
@@ -285,7 +287,7 @@ class EmbeddingStore:
         return table["path"].to_pylist(), as_matrix(table["vector"], self.facts.dim)
 
     def patches(self, paths: Sequence[str]) -> list[np.ndarray]:
-        """The patch features of these pictures as float32 [h, w, D], whatever precision they are kept in."""
+        """The patch features of these pictures as float32 [h, w, P], whatever precision they are kept in."""
         if self.facts.patches == "none":
             raise StoreError(f"the store at {self.uri} keeps no patch features; embed into another --out with patches")
         kept = ["path", *_patch_columns(self.facts)]
@@ -556,7 +558,7 @@ def _schema(facts: StoreFacts) -> pa.Schema:
         "model": pa.string(),
         "preprocessing": pa.string(),
         "vector": pa.list_(number, facts.dim),
-        "patches": pa.large_binary(),  # [h, w, D] little-endian; h and w differ from picture to picture
+        "patches": pa.large_binary(),  # [h, w, P] little-endian; h and w differ from picture to picture
         "grid_h": pa.int32(),
         "grid_w": pa.int32(),
         "patches_scale": pa.float32(),  # int8 only: value = number · scale
@@ -606,8 +608,8 @@ def _encode_patches(row: Row, facts: StoreFacts) -> dict[str, Any]:
             raise StoreError(f"patches came with {row.path!r}, but the store was created without them")
         return {}
     shape = np.shape(row.patches) if row.patches is not None else None
-    if shape is None or len(shape) != 3 or shape[2] != facts.dim:
-        raise StoreError(f"the patches of {row.path!r} have shape {shape}, expected (h, w, {facts.dim})")
+    if shape is None or len(shape) != 3 or shape[2] != facts.patch_dim:
+        raise StoreError(f"the patches of {row.path!r} have shape {shape}, expected (h, w, {facts.patch_dim})")
     values = np.asarray(row.patches, dtype=np.float32)
     if not np.isfinite(values).all():
         raise StoreError(f"the patches of {row.path!r} hold an infinite number or one that is none")
@@ -626,7 +628,7 @@ def _encode_patches(row: Row, facts: StoreFacts) -> dict[str, Any]:
 def _decode_patches(row: Mapping[str, Any], facts: StoreFacts) -> np.ndarray:
     kind = {"float16": "<f2", "float32": "<f4", "int8": "i1"}[facts.patches]
     kept = np.frombuffer(row["patches"], dtype=kind).astype(np.float32)
-    return kept.reshape(row["grid_h"], row["grid_w"], facts.dim) * np.float32(row.get("patches_scale", 1.0))
+    return kept.reshape(row["grid_h"], row["grid_w"], facts.patch_dim) * np.float32(row.get("patches_scale", 1.0))
 
 
 # ---------------------------------------------------------------------------------------------------- place and lock
@@ -684,8 +686,7 @@ def _refuse_damaged(uri: str, folder: Path) -> None:
     A store whose creation was cut short has no data, for it is created empty; its remains are left to LanceDB.
     """
     table = folder / f"{PICTURES}.lance"
-    versions = list((table / "_versions").glob("*.manifest"))
-    if not versions and any((table / "data").glob("*")):
+    if not any((table / "_versions").glob("*.manifest")) and any((table / "data").glob("*")):
         raise StoreError(
             f"the store at {uri} is damaged: it has data but no version of its table; restore it or delete it"
         )
@@ -700,15 +701,12 @@ def _connect(uri: str) -> Any:
 
 
 def _has_table(database: Any, uri: str, name: str = PICTURES) -> bool:
-    try:
-        database.open_table(name)
-    except ValueError as error:
-        if "was not found" in str(error):
-            return False
-        raise StoreError(f"the store at {uri} cannot be opened, it may be damaged: {_first_line(error)}") from error
-    except (RuntimeError, OSError) as error:
-        raise StoreError(f"the store at {uri} cannot be opened, it may be damaged: {_first_line(error)}") from error
-    return True
+    """A table is there once it has a version; LanceDB also lists a folder whose creation was cut short."""
+    folder = _place(uri)[1]
+    if folder is not None:
+        return any((folder / f"{name}.lance" / "_versions").glob("*.manifest"))
+    with _saying(f"cannot open {uri}"):
+        return name in database.list_tables(limit=1000).tables
 
 
 # ------------------------------------------------------------------------------------------------------------- words
