@@ -90,7 +90,9 @@ def fresh(row: catalog.Row, *, seed: int | None, device: Any = "cpu", dtype: Any
     """A model with initial weights. `seed` None draws from torch's current random state."""
     from dinov3.models import backbone
 
-    model = backbone(with_options(row.config, options))
+    with torch.device("meta"):  # init_weights fills everything, so nothing is drawn twice
+        model = backbone(with_options(row.config, options))
+    model.to_empty(device="cpu")
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)

@@ -26,8 +26,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dinov3.errors import UnsafeFile, WeightsError, WeightsMismatch, did_you_mean, require
@@ -391,8 +389,12 @@ def _read_safetensors(path: Path, size: int) -> tuple[dict[str, Tensor], dict[st
     if size != whole:
         state = "truncated" if size < whole else "damaged"
         raise WeightsError(f"{path} is {state}: it has {size} bytes, its header promises {whole}; fetch it again")
+    # imported here: Meta's .pth files load with torch alone
+    safetensors = require("safetensors.torch", "hub", f"reading {path}")
+    from safetensors import SafetensorError
+
     try:
-        return load_file(path), dict(header.get("__metadata__") or {})
+        return safetensors.load_file(path), dict(header.get("__metadata__") or {})
     except SafetensorError as error:
         raise WeightsError(f"{path} is damaged: {error}") from None
 
@@ -573,6 +575,8 @@ def save(
 
 def write_safetensors(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Atomically: a temporary name beside the target, flushed to the disk, then renamed."""
+    from safetensors.torch import save_file
+
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
