@@ -78,7 +78,7 @@ def _names(family: Family, form: Form, gated: bool) -> dict[str, str]:
     """Key template in Meta's words → in `form`'s."""
     text = _CONVNEXT if family == "convnext" else _VIT + (_SWIGLU if gated else _MLP)
     pairs: dict[str, str] = {}
-    for line in text.strip().splitlines():
+    for line in filter(None, text.splitlines()):
         words = line.split()
         meta, other = words[0], words[FORMS.index(form)]
         if other != "-":
