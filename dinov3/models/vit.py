@@ -135,7 +135,8 @@ class RopeEmbedding(nn.Module):
         self.dtype = DTYPES[c.pos_embed_rope_dtype]  # of the tables; stays when the model is cast
         self.periods: Tensor
         self.register_buffer("periods", torch.empty(self.head_dim // 4, dtype=self.dtype), persistent=True)
-        self.init_weights()
+        if not self.periods.is_meta:  # arange on the meta device imports torch's compiler: seconds, for nothing
+            self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
