@@ -216,7 +216,8 @@ def search(
     vector = query_vector(opened, image, net, preprocessing)
     (hits,) = neighbours(opened, vector, top=top, where=where, exact=True if exact else None)
     if as_json:
-        print(json.dumps([hit.to_dict() for hit in hits], default=str))
+        named = ("rank", "path", "score", "width", "height")
+        print(json.dumps([{k: getattr(hit, k) for k in named} | hit.extra for hit in hits], default=str))
     else:
         for hit in hits:
             print(f"{hit.rank}\t{hit.score:.4f}\t{hit.path}")

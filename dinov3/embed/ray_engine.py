@@ -1,0 +1,125 @@
+"""The same job on many machines: Ray Data between the two halves of the pipeline.
+
+The driver lists the source, leaves out what the store knows, and deals the rest to shards by a hash of the path, so
+that a shard's content does not depend on the cluster's size or on timing. Workers read, decode and run the model; the
+driver commits whatever arrives, batch by batch, so a killed job continues as the single process does. Pictures must be
+readable from the workers under the same paths. Rows are those of the single process.
+
+Left out: writing from the workers (one writer keeps the store's commits whole; vectors are small).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import time
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from dinov3.data.sources import Item, Source
+from dinov3.data.transforms import Preprocessing
+from dinov3.embed.pipeline import Ahead, Embedder, Report, auto_batch, batches_by_size, todo, write
+from dinov3.embed.store import EmbeddingStore, Failure, PatchPrecision, Row
+from dinov3.errors import require
+
+ITEMS_A_TASK = 64  # pictures a worker takes at a time: also what a killed worker repeats
+
+
+class _Worker:
+    """An actor: items in, rows or failures out. Holds the model for its lifetime."""
+
+    def __init__(self, embedder: Embedder, batch_size: int, threads: int, device: str) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self.embedder, self.batch_size, self.threads = embedder, batch_size, threads
+        embedder.model.to(device)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        items: list[Item] = [pickle.loads(data) for data in batch["item"]]
+        results: list[Row | Failure] = []
+        with Ahead(items, self.embedder.preprocessing, self.threads, ahead=2 * self.batch_size) as prepared:
+            for group in batches_by_size(prepared, self.batch_size, results.append):
+                results += self.embedder.rows(group)
+        return {"result": [pickle.dumps(result) for result in results]}
+
+
+def shard_of(path: str, shards: int) -> int:
+    """Which shard a path belongs to: the same on every machine and in every run."""
+    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") % shards
+
+
+def embed_with_ray(
+    model: nn.Module,
+    source: Source,
+    uri: str | os.PathLike[str],
+    *,
+    preprocessing: Preprocessing,
+    pooling: str = "cls",
+    patches: PatchPrecision = "none",
+    batch_size: int | None = None,
+    workers: int | None = None,
+    retry_failed: bool = False,
+    on_progress: Callable[[Report], None] | None = None,
+    address: str | None = None,
+) -> Report:
+    """As `embed_source`, on a Ray cluster: `address` (or RAY_ADDRESS) names a running one, otherwise Ray starts locally.
+
+    `workers`: actors, default one a GPU, or one for every two cores where there is none.
+    """
+    require("ray.data", "ray", "the ray engine")
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(address=address, log_to_driver=False, logging_level="warning", include_dashboard=False)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    resources = ray.cluster_resources()
+    gpus = int(resources.get("GPU", 0))
+    workers = workers or gpus or max(1, int(resources.get("CPU", 1)) // 2)
+    device = "cuda" if gpus else "cpu"
+    cpus = max(1, int(resources.get("CPU", 1)) // workers) if not gpus else 4
+
+    embedder = Embedder(model, preprocessing, pooling, patches)
+    batch_size = batch_size or auto_batch(model, preprocessing)
+    report, start = Report(), time.perf_counter()
+    with EmbeddingStore.open_or_create(uri, embedder.facts()) as store:
+        known, known_failed = store.known(), store.known_failed()
+        items = list(todo(source, store, report, retry_failed=retry_failed))
+        shards = max(1, min(len(items), 4 * workers, len(items) // ITEMS_A_TASK))
+        items.sort(key=lambda item: (shard_of(item.path, shards), item.path))
+        try:
+            if items:
+                embedder.model.to("cpu")
+                data = ray.data.from_items([{"item": pickle.dumps(item)} for item in items], override_num_blocks=shards)
+                results = data.map_batches(
+                    _Worker,
+                    fn_constructor_args=(ray.put(embedder), batch_size, cpus, device),
+                    batch_size=min(ITEMS_A_TASK, -(-len(items) // workers)),
+                    concurrency=workers,
+                    num_cpus=cpus,
+                    num_gpus=1 if gpus else 0,
+                )
+                for block in results.iter_batches(batch_size=None, batch_format="numpy"):
+                    rows, failures = _sorted_out(block["result"])
+                    write(store, rows, known)
+                    store.record_failures(failures)
+                    store.clear_failures([row.path for row in rows if row.path in known_failed])
+                    report.embedded += len(rows)
+                    report.failures += failures
+                    report.seconds = time.perf_counter() - start
+                    if on_progress:
+                        on_progress(report)
+        except KeyboardInterrupt:
+            report.interrupted = True
+        if report.embedded:
+            store.compact()
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def _sorted_out(results: Any) -> tuple[list[Row], list[Failure]]:
+    values = [pickle.loads(data) for data in results]
+    return [v for v in values if isinstance(v, Row)], [v for v in values if isinstance(v, Failure)]
