@@ -97,13 +97,16 @@ def test_a_filter_is_applied_before_ranking(small):
 
 def test_ties_are_broken_by_path_also_when_they_reach_beyond_the_last_place(tmp_path):
     rng = np.random.default_rng(0)
-    vectors = np.concatenate([np.tile(rng.standard_normal(D), (400, 1)), rng.standard_normal((50, D))])
-    order = rng.permutation(400)
-    vectors[:400] *= 2.0 ** (order % 3)[:, None]  # copies that differ in length alone
-    with filled(tmp_path / "s", vectors.astype(np.float32)) as store:
-        (hits,) = search(store, vectors[0], top=4)
+    picture, others = rng.standard_normal(D), rng.standard_normal((50, D))
+    copies = [Row(f"{n:05d}.jpg", "h", "1", 1, 1, picture * 2.0 ** (n % 3)) for n in range(400)]  # lengths do not count
+    rest = [Row(f"other{n}.jpg", "h", "1", 1, 1, vector) for n, vector in enumerate(others)]
+    with EmbeddingStore.create(tmp_path / "s", FACTS) as store:
+        store.append([*reversed(copies), *rest])  # the store's own order is not the paths'
+        (hits,) = search(store, picture, top=4)
+        ((first, *_), *_) = search(store, np.stack([picture, others[0]]), top=4)
     assert [hit.path for hit in hits] == ["00000.jpg", "00001.jpg", "00002.jpg", "00003.jpg"]
     assert len({hit.score for hit in hits}) == 1
+    assert first == hits[0]
 
 
 def test_asking_for_more_than_there_is_gives_all(small):

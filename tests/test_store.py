@@ -431,6 +431,19 @@ def test_fragments_do_not_pile_up_and_compaction_leaves_one_version(store, monke
     assert len(reader.known()) == 80  # though the files it knew are gone
 
 
+def test_a_reader_whose_files_were_compacted_away_reads_again(store, monkeypatch):
+    connect = store_module._connect
+    store.append(rows("a"))
+    with monkeypatch.context() as patch:  # a reader that is always late, as one in the middle of a scan is
+        patch.setattr(store_module, "_connect", lambda uri, fresh=True: connect(uri, fresh=False))
+        reader = EmbeddingStore.open(store.uri)
+    store.append(rows("b"))
+    store.compact()
+    with pytest.raises(RuntimeError):
+        reader.table.search().select(["path"]).to_arrow()
+    assert sorted(reader.known()) == ["a", "b"]
+
+
 @pytest.mark.parametrize("remains", ["", "pictures.lance", "pictures.lance/_versions", "pictures.lance/_transactions"])
 def test_a_store_whose_creation_was_cut_short_is_completed(tmp_path, remains):
     (tmp_path / "s" / remains).mkdir(parents=True)
@@ -521,6 +534,7 @@ def test_nothing_acknowledged_is_lost_when_the_writer_is_killed_at_random_moment
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_nothing_is_lost_in_a_hundred_kills_at_moments_that_differ_each_time(tmp_path):
     moments = [random.uniform(0.0, 1.0) for _ in range(60)]
     _kill_writers(tmp_path / "long", moments)
