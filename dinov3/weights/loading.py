@@ -18,6 +18,7 @@ import pickle
 import re
 import struct
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -413,7 +414,9 @@ def _read_zip(path: Path) -> Any:
 
 def _read_pickle(path: Path, *, mmap: bool) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols, with a request to report to torch
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         message = str(error)
         found = (re.search(p, message) for p in (r"GLOBAL ([\w.]+)", r"[Uu]nsupported (?:class|global)[: ]+`?([\w.]+)"))
