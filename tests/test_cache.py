@@ -144,6 +144,13 @@ def test_a_hash_in_the_name_finds_a_file_fetched_under_another_url(server):
     assert len(server.codes) == 1
 
 
+def test_a_blob_that_the_disk_damaged_is_fetched_again_when_hashes_are_checked(server):
+    name = f"m-{sha(BODY)[:8]}.pth"
+    server.files[name] = BODY
+    cache.fetch(server.url(name)).write_bytes(b"damaged")
+    assert cache.fetch(server.url(name), check_hash=True).read_bytes() == BODY
+
+
 def test_a_cut_connection_is_resumed_where_it_ended(server):
     server.files["w.pth"] = BODY
     server.cut_after = [500_000]

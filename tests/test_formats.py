@@ -270,7 +270,7 @@ def test_wrapped_checkpoints_are_unwrapped(wrap):
         (["pos_embed", "blocks.0.0.ls1.gamma"], "pos_embed"),
         (["features.0.weight"], "not those of a DINOv3 backbone"),
         (
-            ["pos_embed", "mask_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.ls1.gamma"],
+            ["pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.ls1.gamma"],
             "DINOv2",
         ),
         (["pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"], "DINO v1"),
@@ -282,6 +282,37 @@ def test_files_that_are_no_dinov3_backbone_are_named_in_one_sentence(keys, expec
         formats.detect(keys)
     assert len(str(caught.value)) < 300
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_small_patch14_reg4_dinov2",
+        "vit_small_patch16_224",
+        "eva02_tiny_patch14_224",
+        "vit_small_patch16_rope_224",
+        "vit_medium_patch16_rope_reg1_gap_256",
+        "convnextv2_atto",
+        "resnet10t",
+    ],
+)
+def test_other_models_of_timm_are_refused(name, oracles):
+    import timm
+
+    with torch.device("meta"):
+        state = timm.create_model(name).state_dict()
+    with pytest.raises(WeightsError, match=r"not (of|those of)"):
+        formats.to_meta(state)
+
+
+@pytest.mark.parametrize("name", ["Dinov2WithRegisters", "ViT", "ConvNext", "ConvNextV2", "CLIPVision", "Swin"])
+def test_other_models_of_transformers_are_refused(name, oracles):
+    import transformers
+
+    with torch.device("meta"):
+        model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")())
+    with pytest.raises(WeightsError, match=r"not (of|those of)|is not DINOv3"):
+        formats.to_meta(model.state_dict())
 
 
 def test_two_unequal_names_of_the_final_norm_are_reported():

@@ -21,6 +21,7 @@ from dinov3 import weights
 from dinov3.errors import MissingExtra, UnsafeFile, WeightsError, WeightsMismatch
 from dinov3.models import ViTConfig, backbone
 from dinov3.weights import catalog, formats, loading
+from tests.test_cache import Server
 from tests.test_formats import HUB, TINY, filled, pictures, same
 
 
@@ -301,6 +302,20 @@ def test_the_hash_of_a_local_file_is_checked_when_asked(tmp_path):
     weights.open(tmp_path / "w-01234567.pth", sha256=digest)
     (tmp_path / "w-01234567.pth").rename(tmp_path / f"w-{digest[:8]}.pth")
     weights.open((tmp_path / f"w-{digest[:8]}.pth").as_uri(), check_hash=True)
+
+
+def test_a_url_opens_through_the_cache_and_is_shown_without_its_signature(tmp_path, monkeypatch):
+    monkeypatch.setenv("DINOV3_CACHE", str(tmp_path / "cache"))
+    torch.save(filled(TINY["mlp"]).state_dict(), tmp_path / "w.pth")
+    with Server() as server:
+        server.files |= {"w.pth": (tmp_path / "w.pth").read_bytes(), "bad.pth": b"garbage, not weights at all"}
+        opened = weights.open(server.url("w.pth?Signature=secret"))
+        with pytest.raises(WeightsError, match=r"^http://127.*/bad\.pth is no checkpoint"):
+            weights.open(server.url("bad.pth?Signature=secret"))
+        server.shutdown()
+    with pytest.raises(WeightsMismatch) as caught:
+        weights.build(TINY["swiglu"], opened)
+    assert "secret" not in str(caught.value)
 
 
 # ---- residue -------------------------------------------------------------------------------------------------------

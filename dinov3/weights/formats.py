@@ -168,14 +168,13 @@ def _refuse_relatives(known: set[str], detected: Detected) -> None:
     """DINOv2, DINO and plain ViTs share most key names; ImageNet ConvNeXts share all of them."""
     p = detected.prefix
     if p + "pos_embed" in known:
-        if p + "blocks.0.ls1.gamma" in known and p + "mask_token" in known:
-            raise WeightsError(
-                "these are DINOv2 weights (learned pos_embed); this package loads DINOv3: use DINOv2's own loader"
-            )
-        what = "a DINO v1 checkpoint or another plain ViT" if detected.form == "meta" else "another timm ViT (EVA-like)"
-        raise WeightsError(f"these are the weights of {what} (learned pos_embed, no rope), not of a DINOv3 model")
-    if detected.form == "timm" and detected.family == "vit" and p + "blocks.0.attn.qkv.weight" not in known:
-        raise WeightsError("these are the weights of another timm ViT (separate q, k, v), not of a DINOv3 model")
+        if p + "blocks.0.ls1.gamma" in known:
+            what = "DINOv2 or a ViT like it"
+        else:
+            what = "DINO v1 or another plain ViT"
+        raise WeightsError(f"these are the weights of {what} (learned pos_embed), not of a DINOv3 model")
+    if detected.form == "timm" and detected.family == "vit" and not {p + "cls_token", p + "reg_token"} <= known:
+        raise WeightsError("these are the weights of another timm ViT (no CLS or no register tokens), not of DINOv3")
     if any(k.startswith(p) and ".grn." in k for k in known):
         raise WeightsError("these are ConvNeXt V2 weights (they hold grn.*), not those of a DINOv3 model")
     if detected == Detected("meta", "convnext", p) and p + "head.weight" in known and p + "norms.3.weight" not in known:
@@ -252,6 +251,9 @@ def to_meta(
             inside[plain] = value.detach()
     if outside:
         notes.append(f"left out, not part of the backbone: {', '.join(f'{o}.*' for o in sorted(outside)[:4])}")
+
+    if detected.form == "timm" and detected.family == "convnext" and any(".head.fc." in f".{k}" for k in state):
+        notes.append("the file has a classifier: keys cannot tell a fine-tuned DINOv3 ConvNeXt from a supervised one")
 
     if detected.form == "meta":
         meta = inside
@@ -429,6 +431,8 @@ def refusals(config: BackboneConfig, form: Form) -> list[str]:
     if form == "timm":
         if c.norm_layer != "layernormbf16":
             why.append("its LayerNorm eps is fixed at 1e-5")
+        if not c.n_storage_tokens:
+            why.append("its DINOv3 models have register tokens")
         if not (c.proj_bias and c.ffn_bias):
             why.append("its projections always have biases")
     return why

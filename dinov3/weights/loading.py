@@ -91,7 +91,10 @@ def open(
     raw: dict[str, Tensor] = {}
     metadata: dict[str, Any] = {}
     for file in files:
-        tensors, meta = read(file)
+        try:
+            tensors, meta = read(file)
+        except WeightsError as error:  # a cached file is named by its content: say the URL instead
+            raise type(error)(str(error).replace(str(file), shown(source)) if "://" in source else str(error)) from None
         raw |= tensors
         metadata |= meta
     try:
