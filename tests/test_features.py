@@ -1,0 +1,242 @@
+"""Pictures to Features: the same numbers as the bare model, the way back to pixels, and what may not be mixed."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dinov3
+from dinov3.dense.pca import fit, rainbow
+from dinov3.errors import DinoError, IncompatibleFeatures, PictureError
+from dinov3.features import default_preprocessing, prepare
+from dinov3.models import ConvNeXt, ConvNeXtConfig, VisionTransformer, ViTConfig
+
+
+@pytest.fixture(scope="module")
+def vit() -> VisionTransformer:
+    torch.manual_seed(0)
+    options = {"embed_dim": 32, "depth": 3, "num_heads": 2, "n_storage_tokens": 4, "pos_embed_rope_rescale_coords": 2.0}
+    model = VisionTransformer(ViTConfig.of(**options))
+    model.init_weights()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def convnext() -> ConvNeXt:
+    torch.manual_seed(0)
+    model = ConvNeXt(ConvNeXtConfig(depths=(1, 1, 1, 1), dims=(8, 12, 16, 24)))
+    model.init_weights()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def photo(skimage_pictures: Path) -> Path:
+    return skimage_pictures / "chelsea.png"  # 451 × 300
+
+
+def test_shapes_and_what_is_said(vit, photo) -> None:
+    f = dinov3.embed(vit, [photo, photo], size=64)
+    assert f.cls.shape == (2, 32)
+    assert f.registers.shape == (2, 4, 32)
+    assert f.patches.shape == (2, 4, 4, 32)
+    assert f.grid_hw == (4, 4)
+    assert (f.layer, f.n_layers, f.normed) == (2, 3, True)
+    assert f.preprocessing.startswith("square64-")
+    assert torch.equal(f.pooled, f.cls)
+    assert "grid 4×4" in repr(f)
+
+
+def test_all_forms_of_a_picture_give_the_same_features(vit, photo) -> None:
+    image = Image.open(photo)
+    pixels = np.asarray(image)
+    tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    forms = [photo, str(photo), buffer.getvalue(), image, pixels, tensor, tensor.float() / 255]
+    first = dinov3.embed(vit, forms[0], size=64, order="float")
+    for form in forms[1:]:
+        torch.testing.assert_close(dinov3.embed(vit, form, size=64, order="float").patches, first.patches)
+    batch = dinov3.embed(vit, torch.stack([tensor, tensor]), size=64, order="float")
+    torch.testing.assert_close(batch.cls[1], first.cls[0])
+
+
+@torch.no_grad()
+def test_features_are_those_of_the_bare_model(vit, photo) -> None:
+    rule = default_preprocessing(vit, size=64)
+    x, _ = prepare(photo, rule)
+    out = vit.forward_features(x[None])
+    f = dinov3.embed(vit, photo, preprocessing=rule)
+    torch.testing.assert_close(f.cls, out["x_norm_clstoken"])
+    torch.testing.assert_close(f.registers, out["x_storage_tokens"])
+    torch.testing.assert_close(f.patches.flatten(1, 2), out["x_norm_patchtokens"])
+    patches, cls, registers = vit.get_intermediate_layers(
+        x[None], n=[1], return_class_token=True, return_extra_tokens=True, norm=False
+    )[0]
+    f = dinov3.embed(vit, photo, preprocessing=rule, layer=1, norm=False)
+    torch.testing.assert_close(f.cls, cls)
+    torch.testing.assert_close(f.registers, registers)
+    torch.testing.assert_close(f.patches.flatten(1, 2), patches)
+    assert (f.layer, f.normed) == (1, False)
+
+
+@torch.no_grad()
+def test_convnext_features_have_no_registers_and_a_norm_on_the_last_stage_only(convnext, photo) -> None:
+    f = dinov3.embed(convnext, photo, size=64)
+    x, _ = prepare(photo, default_preprocessing(convnext, size=64))
+    assert f.patches.shape == (1, 2, 2, 24)
+    assert f.registers.shape == (1, 0, 24)
+    torch.testing.assert_close(f.cls, convnext(x[None]))
+    earlier = dinov3.embed(convnext, photo, size=64, layer=1)
+    assert earlier.patches.shape == (1, 8, 8, 12)
+    assert not earlier.normed
+    assert earlier.pixel_of_patch(0, 0) == pytest.approx((451 / 16, 300 / 16))
+
+
+def test_a_model_in_training_mode_is_evaluated_and_left_in_training_mode(vit, photo) -> None:
+    expected = dinov3.embed(vit, photo, size=64).patches
+    vit.train()
+    try:
+        torch.testing.assert_close(dinov3.embed(vit, photo, size=64).patches, expected)
+        assert vit.training
+    finally:
+        vit.eval()
+
+
+def test_pooled_is_refused_where_it_would_be_something_else(vit, photo) -> None:
+    for options in ({"layer": 0}, {"norm": False}):
+        with pytest.raises(IncompatibleFeatures, match="last layer"):
+            _ = dinov3.embed(vit, photo, size=64, **options).pooled
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"size": 64},
+        {"size": 64, "shape": "short"},
+        {"size": 90, "shape": "long", "fit": "pad"},
+        {"shape": "native"},
+        {"size": 64, "shape": "short", "center_crop": 48},
+    ],
+)
+def test_patches_and_pixels_lead_to_each_other(vit, photo, options) -> None:
+    f = dinov3.embed(vit, photo, **options)
+    h, w = f.grid_hw
+    for row in range(h):
+        for col in range(w):
+            x, y = f.pixel_of_patch(row, col)
+            if 0 <= x < 451 and 0 <= y < 300:  # a patch of padding has its centre outside
+                assert f.patch_of_pixel(x, y) == (row, col)
+            x0, y0, x1, y1 = f.box_of_patch(row, col)
+            assert ((x0 + x1) / 2, (y0 + y1) / 2) == pytest.approx((x, y))
+
+
+def test_the_patch_that_sees_a_bright_spot_is_the_one_that_changes(vit) -> None:
+    """The map is checked against the picture itself: a spot painted at (x, y) changes that input patch and no other."""
+    picture = np.zeros((200, 300, 3), np.uint8)
+    rule = default_preprocessing(vit, size=96, shape="short", fit="pad")
+    black, _ = prepare(picture, rule)
+    for x, y in ((5, 5), (150, 100), (290, 190), (37, 161)):
+        spot = picture.copy()
+        spot[y - 1 : y + 2, x - 1 : x + 2] = 255
+        changed = (prepare(spot, rule)[0] - black).abs().sum(0)
+        v, u = np.unravel_index(int(changed.argmax()), changed.shape)
+        f = dinov3.embed(vit, spot, preprocessing=rule)
+        assert f.patch_of_pixel(x + 0.5, y + 0.5) == (v // 16, u // 16)
+
+
+def test_pixels_outside_and_pixels_cropped_away_are_told_apart(vit, photo) -> None:
+    f = dinov3.embed(vit, photo, shape="native", fit="crop")
+    with pytest.raises(DinoError, match="outside the picture, which is 451×300"):
+        f.patch_of_pixel(451, 10)
+    with pytest.raises(DinoError, match="cropped away"):
+        f.patch_of_pixel(450, 10)
+
+
+@pytest.mark.parametrize("difference", ["layer", "normed", "preprocessing", "model"])
+def test_different_features_are_not_compared_or_joined(vit, photo, difference) -> None:
+    a = dinov3.embed(vit, photo, size=64)
+    options = {"layer": {"layer": 1}, "normed": {"norm": False}, "preprocessing": {"interpolation": "bicubic"}}
+    other = vit
+    if difference == "model":
+        other = VisionTransformer(vit.config).eval()
+        other.init_weights()
+    b = dinov3.embed(other, photo, size=64, **options.get(difference, {}))
+    for act in (lambda: a.similarity(b), lambda: dinov3.Features.cat([a, b]), lambda: a.patch_similarity(0, 0, b)):
+        with pytest.raises(IncompatibleFeatures, match=f"differ in {difference}"):
+            act()
+    assert a.similarity(b, ignore=[difference]).shape == (1, 1)
+
+
+def test_similarity_is_cosine(vit, photo, skimage_pictures) -> None:
+    a = dinov3.embed(vit, [photo, skimage_pictures / "coffee.png"], size=64)
+    s = a.similarity(a)
+    assert s.diagonal().tolist() == pytest.approx([1, 1])
+    expected = torch.nn.functional.cosine_similarity(a.cls[0], a.cls[1], dim=0)
+    assert s[0, 1].item() == pytest.approx(expected.item(), abs=1e-6)
+    p = a.patch_similarity(1, 2, image=1)
+    assert p.shape == (2, 4, 4)
+    assert p[1, 1, 2].item() == pytest.approx(1)
+
+
+def test_joining_keeps_order_and_refuses_other_grids(vit, photo, skimage_pictures) -> None:
+    coffee = skimage_pictures / "coffee.png"  # 600 × 400
+    a, b = dinov3.embed(vit, photo, size=64), dinov3.embed(vit, coffee, size=64)
+    both = dinov3.Features.cat([a, b])
+    together = dinov3.embed(vit, [photo, coffee], size=64)
+    torch.testing.assert_close(both.patches, together.patches)
+    assert both.geometry == together.geometry
+    assert [g.width for g in both.geometry] == [451, 600]
+    assert torch.equal(both[1].cls, both.cls[1:])
+    assert both[-1].geometry == both.geometry[1:]
+    with pytest.raises(IncompatibleFeatures, match="patch grids"):
+        dinov3.embed(vit, [photo, np.zeros((64, 200, 3), np.uint8)], size=64, shape="short")
+
+
+def test_batch_size_does_not_change_the_result(vit, photo) -> None:
+    images = [np.random.default_rng(i).integers(0, 256, (50, 60, 3), dtype=np.uint8) for i in range(5)]
+    one, all = (dinov3.embed(vit, images, size=32, batch_size=n) for n in (1, 5))
+    torch.testing.assert_close(one.patches, all.patches)
+
+
+def test_statistics_follow_the_weights(photo) -> None:
+    model = dinov3.load("dinov3_vits16", "random")
+    web = default_preprocessing(model)
+    object.__setattr__(model.origin, "mean", (0.430, 0.411, 0.296))
+    satellite = default_preprocessing(model)
+    assert web.id != satellite.id
+    assert satellite.mean == (0.430, 0.411, 0.296)
+
+
+def test_mistakes_are_sentences(vit, photo, tmp_path) -> None:
+    with pytest.raises(DinoError, match="this model has 3"):
+        dinov3.embed(vit, photo, layer=3, size=32)
+    with pytest.raises(DinoError, match="no pictures were given"):
+        dinov3.embed(vit, [])
+    with pytest.raises(PictureError):
+        dinov3.embed(vit, tmp_path / "none.jpg")
+    (tmp_path / "page.jpg").write_text("<!DOCTYPE html>")
+    with pytest.raises(PictureError, match="not a picture"):
+        dinov3.embed(vit, tmp_path / "page.jpg")
+
+
+def test_the_rainbow_is_the_same_on_every_machine_and_sees_two_halves(vit) -> None:
+    """Two flat halves must get two colours; the directions are those of a plain eigendecomposition."""
+    picture = np.zeros((64, 64, 3), np.uint8)
+    picture[:, 32:] = (250, 30, 60)
+    f = dinov3.embed(vit, picture, size=64)
+    colours = rainbow(f)
+    assert colours.shape == (1, 4, 4, 3)
+    assert colours.min() >= 0
+    assert colours.max() <= 1
+    left, right = colours[0, :, :2, 0].mean(), colours[0, :, 2:, 0].mean()
+    assert abs(left - right) > 0.5
+    x = f.patches.flatten(0, 2).double()
+    values, vectors = torch.linalg.eigh((x - x.mean(0)).T @ (x - x.mean(0)))
+    pca = fit(f)
+    assert abs((pca.directions[:, 0].double() @ vectors[:, -1]).item()) == pytest.approx(1, abs=1e-4)
+    assert pca.variance_share[0].item() == pytest.approx((values[-1] / values.sum()).item(), abs=1e-4)
