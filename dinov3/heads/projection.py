@@ -1,0 +1,58 @@
+"""The projection head of self-distillation (DINO, iBOT; paper §3.2, Tab. 1): MLP → unit sphere → prototypes.
+
+Legend: D width, H hidden, b bottleneck, K prototypes. One head for the CLS token, another for the masked patches;
+they never share weights. State-dict names are given: `mlp.0`, `mlp.2`, `mlp.4`, `last_layer.weight`.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinov3.errors import DinoError
+
+
+class ProjectionHead(nn.Module):
+    """Features [..., D] → logits over prototypes [..., K].
+
+    `n_layers` linear layers D → H → … → H → b with exact GELU between them, division by the length, then a linear
+    layer without bias. (No weight normalisation there, unlike in DINO: the reference has the options and ignores them.)
+    7B: DINO H 8192, b 512, K 262 144; iBOT H 4096 (paper: 8192), b 384, K 98 304.
+    """
+
+    def __init__(
+        self, in_dim: int, n_prototypes: int, *, n_layers: int = 3, hidden_dim: int = 2048, bottleneck_dim: int = 256
+    ) -> None:
+        super().__init__()
+        if n_layers < 1:
+            raise DinoError(f"a projection head has at least 1 layer, not {n_layers}")
+        widths = [in_dim, *[hidden_dim] * (n_layers - 1), bottleneck_dim]
+        layers: list[nn.Module] = []
+        for before, after in pairwise(widths):
+            layers += [nn.Linear(before, after), nn.GELU()]
+        self.mlp = nn.Sequential(*layers[:-1])
+        self.last_layer = nn.Linear(bottleneck_dim, n_prototypes, bias=False)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor, part: str = "all") -> Tensor:
+        """`part` "all": [..., D] → [..., K]; "bottleneck": [..., D] → unit vectors [..., b]; "prototypes": those → [..., K].
+
+        The parts exist so that ranks can send b numbers instead of K. They are one method because sharding gathers
+        the weights when a module is called, and only then.
+        """
+        if part not in ("all", "bottleneck", "prototypes"):
+            raise DinoError(f"a projection head runs 'all', 'bottleneck' or 'prototypes', not {part!r}")
+        if part != "prototypes":
+            x = self.mlp(x)
+            x = F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12)
+        return x if part == "bottleneck" else self.last_layer(x)
