@@ -26,7 +26,7 @@ from pathlib import Path
 def ours(pictures: list[str], size: int, weights: str, out: str) -> None:
     import dinov3
     from dinov3.data.sources import open_source
-    from dinov3.embed.pipeline import embed_source
+    from dinov3.embedding.pipeline import embed_source
     from dinov3.features import default_preprocessing
 
     (Path(out) / "list.txt").write_text("\n".join(pictures))

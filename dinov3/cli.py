@@ -21,7 +21,7 @@ except ModuleNotFoundError:  # the core that loads models does without
 
 if TYPE_CHECKING:
     from dinov3.data.transforms import Preprocessing
-    from dinov3.embed.pipeline import Report
+    from dinov3.embedding.pipeline import Report
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode=None, help="DINOv3: embed, search, inspect, convert."
@@ -111,11 +111,11 @@ def embed(
     }
     with _Progress(pictures) as progress:
         if engine == "ray":
-            from dinov3.embed.ray_engine import embed_with_ray
+            from dinov3.embedding.ray_engine import embed_with_ray
 
             report = embed_with_ray(net, pictures, out, workers=workers, on_progress=progress, **options)
         else:
-            from dinov3.embed.pipeline import embed_source
+            from dinov3.embedding.pipeline import embed_source
 
             report = embed_source(net, pictures, out, workers=workers, on_progress=progress, **options)
     _tell_report(report, out, rule, as_json)
@@ -204,10 +204,10 @@ def search(
     as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
 ) -> None:
     """Find the pictures of a store that are most like one picture (cosine similarity)."""
-    from dinov3.embed.pipeline import model_of, query_vector
-    from dinov3.embed.search import search as neighbours
-    from dinov3.embed.search import sheet as draw
-    from dinov3.embed.store import EmbeddingStore
+    from dinov3.embedding.pipeline import model_of, query_vector
+    from dinov3.embedding.search import search as neighbours
+    from dinov3.embedding.search import sheet as draw
+    from dinov3.embedding.store import EmbeddingStore
 
     opened = EmbeddingStore.open(store)
     net, preprocessing = model_of(opened, device=_device(device), weights=weights)
@@ -249,7 +249,7 @@ def info(
 def _store_facts(uri: str, failed: bool) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from dinov3.embed.store import EmbeddingStore
+    from dinov3.embedding.store import EmbeddingStore
 
     store = EmbeddingStore.open(uri)
     failures = store.failures()

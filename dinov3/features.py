@@ -181,9 +181,10 @@ class Features:
 
 def default_preprocessing(model: nn.Module, **changes: Any) -> Preprocessing:
     """The reference's rule with the statistics the model's weights were trained with."""
+    backbone: Any = model
     origin = getattr(model, "origin", None)
     statistics = {"mean": origin.mean, "std": origin.std} if origin is not None else {}
-    return Preprocessing(**({"multiple": int(model.stride)} | statistics | changes))
+    return Preprocessing(**({"multiple": backbone.stride} | statistics | changes))
 
 
 def _pictures(images: Any) -> Iterator[Any]:
@@ -219,25 +220,25 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was)
 
 
-def run(model: nn.Module, x: Tensor, *, layer: int = -1, norm: bool = True) -> dict[str, Any]:
+def run(model: Any, x: Tensor, *, layer: int = -1, norm: bool = True) -> dict[str, Any]:
     """One batch [B, 3, height, width] through the model: cls, registers, patches, layer, n_layers, normed."""
-    n_layers = int(model.n_blocks)
+    n_layers = model.n_blocks
     index = range(n_layers)[layer] if -n_layers <= layer < n_layers else None
     if index is None:
         raise DinoError(
             f"layer {layer} does not exist: this model has {n_layers} (0 to {n_layers - 1}, or -1 for the last)"
         )
-    h, w = model.patch_grid(x.shape[-2], x.shape[-1])  # type: ignore[operator]
+    h, w = model.patch_grid(x.shape[-2], x.shape[-1])
     if index == n_layers - 1 and norm:
-        out = model.forward_features(x)  # type: ignore[operator]
+        out = model.forward_features(x)
         cls, registers, patches = out["x_norm_clstoken"], out["x_storage_tokens"], out["x_norm_patchtokens"]
         patches, normed = patches.unflatten(1, (h, w)), True
     else:
         options: dict[str, Any] = {"n": [index], "reshape": True, "return_class_token": True, "norm": norm}
-        has_registers = int(model.n_storage_tokens) > 0
+        has_registers = model.n_storage_tokens > 0
         if has_registers:
             options["return_extra_tokens"] = True
-        ((patches, cls, *extra),) = model.get_intermediate_layers(x, **options)  # type: ignore[operator]
+        ((patches, cls, *extra),) = model.get_intermediate_layers(x, **options)
         registers = extra[0] if extra else cls[:, None][:, 1:]
         patches = patches.permute(0, 2, 3, 1)
         # a ConvNeXt has a norm on its last stage only

@@ -86,3 +86,14 @@ def test_the_catalogue_needs_no_torch() -> None:
         "import sys; import dinov3.weights.catalog as c; c.resolve('dinov3_vits16'); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_no_public_function_shares_its_name_with_a_package() -> None:
+    """Importing a sub-package sets an attribute of the package: `dinov3.embed` would turn from a function into a module."""
+    import pkgutil
+
+    import dinov3
+
+    modules = {m.name for m in pkgutil.iter_modules(dinov3.__path__)}
+    assert modules.isdisjoint(dinov3.__all__)
+    assert "weights" in modules

@@ -12,6 +12,7 @@ import torch
 
 import dinov3
 from dinov3.errors import DinoError, UnknownName, WeightsError, WeightsMismatch
+from dinov3.hub import assemble
 from dinov3.hub.backbones import Weights
 from dinov3.weights import loading
 
@@ -87,8 +88,6 @@ def test_an_ambiguous_file_is_taken_as_the_web_model_with_a_warning(tmp_path: Pa
     opened = loading.open(vits[1])
     opened.rows = (resolve("dinov3_vits16")[0], both[1])
     with pytest.warns(UserWarning, match="taken as dinov3_vits16_lvd1689m"):
-        from dinov3.hub import assemble
-
         assemble(opened, ())
 
 
@@ -181,3 +180,14 @@ def test_a_model_carries_where_it_comes_from(vits) -> None:
         model = dinov3.load("dinov3_vits16", vits[1])
     assert model.origin.form == "meta"
     assert Path(model.origin.source) == vits[1]
+
+
+def test_a_setting_that_no_key_shows_is_taken_from_the_file_and_told(vits, tmp_path) -> None:
+    from dinov3.export.convert import convert
+
+    convert(vits[1], tmp_path / "hf", to="transformers")
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(path.read_text().replace("1e-05", "1e-06"))
+    model = dinov3.load("dinov3_vits16", tmp_path / "hf")
+    assert model.norm.eps == 1e-6
+    assert any("norm_layer='layernorm'" in note for note in model.origin.notes)

@@ -10,9 +10,9 @@ from PIL import Image
 
 pytest.importorskip("lancedb")
 
-from dinov3.embed import search as search_module
-from dinov3.embed.search import Hit, IndexStatus, build_index, index_status, search, sheet
-from dinov3.embed.store import EmbeddingStore, Row, StoreFacts
+from dinov3.embedding import search as search_module
+from dinov3.embedding.search import Hit, IndexStatus, build_index, index_status, search, sheet
+from dinov3.embedding.store import EmbeddingStore, Row, StoreFacts
 from dinov3.errors import DinoError, StoreError, UnknownName
 
 D = 16

@@ -18,8 +18,8 @@ import pytest
 
 pytest.importorskip("lancedb")
 
-from dinov3.embed import store as store_module
-from dinov3.embed.store import EmbeddingStore, Failure, Row, StoreFacts
+from dinov3.embedding import store as store_module
+from dinov3.embedding.store import EmbeddingStore, Failure, Row, StoreFacts
 from dinov3.errors import MissingExtra, StoreError, UnknownName
 
 ROOT = Path(__file__).parents[1]
@@ -459,8 +459,8 @@ BATCH = 5
 WRITER = """
 import sys
 import numpy as np
-from dinov3.embed import store as store_module
-from dinov3.embed.store import EmbeddingStore, Failure, Row, StoreFacts
+from dinov3.embedding import store as store_module
+from dinov3.embedding.store import EmbeddingStore, Failure, Row, StoreFacts
 import lancedb  # the slow import, before the clock starts
 store_module.FEWEST_FRAGMENTS = 4  # compactions, too, are to be killed
 uri, run, facts = sys.argv[1], int(sys.argv[2]), StoreFacts(model="tiny@1234", dim=8, preprocessing="s224")
@@ -544,6 +544,7 @@ def test_nothing_is_lost_in_a_hundred_kills_at_moments_that_differ_each_time(tmp
 
 def test_importing_the_module_does_not_import_lancedb():
     code = (
-        "import sys, dinov3.embed.store, dinov3.embed.search; print('lancedb' in sys.modules, 'pyarrow' in sys.modules)"
+        "import sys, dinov3.embedding.store, dinov3.embedding.search; "
+        "print('lancedb' in sys.modules, 'pyarrow' in sys.modules)"
     )
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split() == ["False", "False"]

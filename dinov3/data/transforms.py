@@ -118,11 +118,13 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, text: str) -> Preprocessing:
-        values = json.loads(text)
+        values: dict[str, Any] = json.loads(text)
         known = {f.name for f in fields(cls)}
         if unknown := set(values) - known:
             raise UnknownName(f"preprocessing has no field {sorted(unknown)[0]!r}; it was written by a newer version")
-        return cls(**{k: tuple(v) if k in ("mean", "std") else v for k, v in values.items()})
+        for name in ("mean", "std"):
+            values[name] = tuple(values[name])
+        return cls(**values)
 
     @property
     def id(self) -> str:
@@ -223,7 +225,7 @@ def to_pixels(image: Image.Image | np.ndarray | Tensor) -> Tensor:
             raise DinoError(
                 f"an array picture is [height, width, 3] or [height, width]; this one is {list(image.shape)}"
             )
-        x = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+        x = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # a copy: PIL's arrays are read-only
     else:
         x = torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB"))).permute(2, 0, 1)
     if x.ndim != 3 or x.shape[0] not in (1, 3):

@@ -116,13 +116,15 @@ def assemble(
     from dinov3.weights import loading
 
     fitting = [row for row in opened.rows if not wanted or row in wanted]
-    if wanted and not fitting:
-        # the strict loader says in ten lines what the file is and what to call instead
-        config = wanted[0].config
-    else:
-        config = fitting[0].config if fitting else opened.config
     notes = list(opened.notes)
+    config = fitting[0].config if fitting else wanted[0].config if wanted else opened.config
+    # where the keys do not fit this raises, saying in ten lines what the file is and what to call instead
     model = loading.build(with_options(config, options), opened, device=device, dtype=dtype, asked=wanted)
+    if wanted and not fitting:
+        # The keys fit, but the file states something that no key shows (eps, rope base): the file is right.
+        differing = loading.differences(opened.config, config)
+        notes.append(f"the file's configuration is not that of {wanted[0].arch}: {differing}; the file's is used")
+        model = loading.build(with_options(opened.config, options), opened, device=device, dtype=dtype)
     chosen = fitting[0] if fitting else (wanted[0] if wanted else None)
     if len(fitting) > 1 and opened.mean is None and len({row.dataset for row in fitting}) > 1:
         ids = " or ".join(row.id for row in fitting)

@@ -202,7 +202,9 @@ def rotate(z: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
 
 
 class MaskedKeyBiasLinear(nn.Linear):
-    """The qkv projection whose key bias never acts: softmax cancels it, so training leaves noise in it.
+    """The qkv projection whose key bias never acts: it is multiplied by zero, and what files hold there is noise.
+
+    (Without positions softmax would cancel a key bias anyway; with RoPE it would not, so the mask is no formality.)
 
     `bias_mask` [3D] is 1/0/1 by thirds, persistent: published files carry it and strict loading expects it.
     """

@@ -506,13 +506,15 @@ def explain_mismatch(config: BackboneConfig, opened: OpenedWeights, asked: Seque
     if opened.rows:
         lines.append(f"  call {opened.rows[0].arch} with this file, or give it another file")
     elif type(opened.config) is type(config):
-        differing = [
-            f"{k}={v!r}"
-            for k, v in asdict(opened.config).items()
-            if v != asdict(config)[k] and not k.startswith("pos_")
-        ]
-        lines.append(f"  a model with {', '.join(differing[:6]) or 'the file’s own config'} would fit")
+        lines.append(f"  a model with {differences(opened.config, config) or 'the file’s own config'} would fit")
     return "\n".join(lines[:10])
+
+
+def differences(config: BackboneConfig, other: BackboneConfig) -> str:
+    """The fields of `config` that differ from `other`'s, the first six, as `name=value`."""
+    theirs = asdict(other)
+    ours = {k: v for k, v in asdict(config).items() if v != theirs.get(k) and k != "pos_embed_rope_rescale_coords"}
+    return ", ".join(f"{k}={v!r}" for k, v in list(ours.items())[:6])
 
 
 def _words(config: BackboneConfig) -> str:

@@ -11,6 +11,7 @@ Left out: writing from the workers (one writer keeps the store's commits whole; 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import pickle
 import time
@@ -21,8 +22,8 @@ from torch import nn
 
 from dinov3.data.sources import Item, Source
 from dinov3.data.transforms import Preprocessing
-from dinov3.embed.pipeline import Ahead, Embedder, Report, auto_batch, batches_by_size, todo, write
-from dinov3.embed.store import EmbeddingStore, Failure, PatchPrecision, Row
+from dinov3.embedding.pipeline import Ahead, Embedder, Report, auto_batch, batches_by_size, todo, write
+from dinov3.embedding.store import EmbeddingStore, Failure, PatchPrecision, Row
 from dinov3.errors import require
 
 ITEMS_A_TASK = 64  # pictures a worker takes at a time: also what a killed worker repeats
@@ -74,7 +75,7 @@ def embed_with_ray(
     import ray
 
     if not ray.is_initialized():
-        ray.init(address=address, log_to_driver=False, logging_level="warning", include_dashboard=False)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, include_dashboard=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     resources = ray.cluster_resources()
     gpus = int(resources.get("GPU", 0))

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from dinov3.data.pictures import open_picture
 from dinov3.data.sources import Item, Source
 from dinov3.data.transforms import Geometry, Preprocessing
-from dinov3.embed.store import EmbeddingStore, Failure, PatchPrecision, Row, StoreFacts
+from dinov3.embedding.store import EmbeddingStore, Failure, PatchPrecision, Row, StoreFacts
 from dinov3.errors import DinoError, PictureError
 from dinov3.features import Features, extract
 
@@ -97,13 +97,14 @@ class Embedder:
             for p, vector, patches in zip(batch, vectors, maps)
         ]
 
-    def facts(self, vector_dtype: str = "float32") -> StoreFacts:
+    def facts(self, vector_dtype: Literal["float32", "float16"] = "float32") -> StoreFacts:
         """What a store filled by this embedder says of itself."""
         from dinov3.weights.loading import fingerprint
 
         origin = getattr(self.model, "origin", None)
         name = origin.name if origin is not None else type(self.model).__name__
-        width = int(self.model.embed_dim)  # type: ignore[arg-type]
+        model: Any = self.model
+        width = model.embed_dim
         dtype = next(self.model.parameters()).dtype
         precision = "" if dtype == torch.float32 else f"-{str(dtype).removeprefix('torch.')}"
         return StoreFacts(
@@ -115,8 +116,8 @@ class Embedder:
             model_name=name,
             weights=origin.source if origin is not None else "",
             pooling=self.pooling,
-            layer=int(self.model.n_blocks) - 1,  # type: ignore[arg-type]
-            vector_dtype=vector_dtype,  # type: ignore[arg-type]
+            layer=model.n_blocks - 1,
+            vector_dtype=vector_dtype,
             patches=self.patches,
         )
 
@@ -138,15 +139,15 @@ class Report:
         return self.embedded / self.seconds if self.seconds else 0.0
 
 
-def auto_batch(model: nn.Module, preprocessing: Preprocessing) -> int:
+def auto_batch(model: Any, preprocessing: Preprocessing) -> int:
     """A batch size: small on the CPU, where larger ones gain nothing; by free memory on an accelerator."""
     device = next(model.parameters()).device
     if device.type != "cuda":
         return 16
     h, w = preprocessing.input_hw or (preprocessing.size, 2 * preprocessing.size)
     # activations at inference: about 40 values per token and channel in flight, and the input itself
-    grid_h, grid_w = model.patch_grid(h, w)  # type: ignore[operator]
-    values = 40 * grid_h * grid_w * int(model.embed_dim) + 3 * h * w  # type: ignore[arg-type]
+    grid_h, grid_w = model.patch_grid(h, w)
+    values = 40 * grid_h * grid_w * model.embed_dim + 3 * h * w
     free, _ = torch.cuda.mem_get_info(device)
     size = int(0.5 * free / (values * next(model.parameters()).element_size()))
     return max(1, min(512, 2 ** (size.bit_length() - 1) if size else 1))
