@@ -12,7 +12,7 @@ is no picture is counted in `source.skipped`. Hidden files and folders (".name")
 
 What random access costs: a file or a member of a plain tar is one read at an offset. A member of a .tar.gz is found by
 decompressing up to it, so each reading thread decompresses the shard once when it moves forwards; many threads want plain
-tars. A Parquet row is found by decoding its row group up to it; the last 256 MB of two row groups are kept per process.
+tars. A Parquet row is found by decoding its row group up to it; the last 128 MB of two row groups are kept per process.
 
 Left out: remote addresses (mount or copy first), zip and other archives, and what accompanies a picture (captions, labels).
 """
@@ -22,6 +22,7 @@ from __future__ import annotations
 import csv
 import glob
 import gzip
+import io
 import itertools
 import json
 import os
@@ -435,7 +436,7 @@ def _read_list(path: Path, column: str | None) -> _Part:
     if path.suffix.lower() in (".csv", ".tsv"):
         entries: Iterable[str] = _csv_column(path, text, column)
     else:
-        entries = (line for line in text.splitlines() if not line.lstrip().startswith("#"))
+        entries = (line for line in text.split("\n") if not line.lstrip().startswith("#"))
     names = dict.fromkeys(
         PurePosixPath(e.strip()).as_posix() if "://" not in e else e.strip() for e in entries if e.strip()
     )
@@ -443,7 +444,7 @@ def _read_list(path: Path, column: str | None) -> _Part:
 
 
 def _csv_column(path: Path, text: str, column: str | None) -> Iterator[str]:
-    rows = csv.DictReader(text.splitlines(), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    rows = csv.DictReader(io.StringIO(text), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
     names = [n.strip() for n in rows.fieldnames or ()]
     rows.fieldnames = names
     listed = list(rows)
@@ -710,13 +711,13 @@ _arrow_tables = _Kept(16)
 
 
 class _RowGroup:
-    """A window on one column of one row group: batches are decoded forwards and the last 256 MB of them kept.
+    """A window on one column of one row group: batches are decoded forwards and the last 128 MB of them kept.
 
     A writer may have put a whole file into one row group, so it is never decoded at once; readers that go forwards,
     several threads among them, find their rows in the window, and one that goes far back starts the group again.
     """
 
-    BATCH, KEPT = 64, 256 << 20  # rows, bytes
+    BATCH, KEPT = 64, 128 << 20  # rows, bytes
 
     def __init__(self, path: str, group: int, column: str) -> None:
         parquet = _pyarrow("pyarrow.parquet")
