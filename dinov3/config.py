@@ -1,0 +1,1218 @@
+"""The configuration of a training run: dataclasses, YAML on top, dotted overrides on top of that, all of it strict.
+
+    config, notes = load_config("vits16_one_gpu.yaml", ["train.dataset_path=/pictures", "optim.lr=3e-4"])
+
+Keys and defaults are those of the public training code, so its files load here. Three things differ. A key nobody reads
+is refused, and every mistake of every source is reported at once, with its source and a proposal. A key that the
+reference reads past (RETIRED) is accepted only at the value that changes nothing, and said to be ignored; four that it
+reads past by oversight work here: `student.ffn_ratio`, `student.in_chans`, `student.pos_embed_rope_dtype`,
+`optim.dino_head_wd_multiplier`, and so does `student.drop_path_rate` for ConvNeXt. Conditions that are bare asserts
+there are sentences here. Keys of our own are marked "ours".
+
+Other activities bring their own dataclasses to `load`: nested dataclasses, a method `problems()` giving (key, sentence)
+for each condition that does not hold, `remarks()` for what is worth saying, and a class attribute `RETIRED`.
+Left out: checking that paths exist (the reader of the path does that) and everything that needs the number of
+processes, which is `check_scale`, called once that number is known.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fnmatch
+import os
+import re
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+from dinov3.errors import DinoError, UnknownName, did_you_mean, require
+from dinov3.models import vit
+from dinov3.models.convnext import ConvNeXtConfig
+from dinov3.models.vit import ViTConfig
+
+T = TypeVar("T")
+Problem = tuple[str, str]  # a key and what is wrong with it
+
+MISSING: Any = "???"  # OmegaConf's mark for a value that must be given
+RECIPES = Path(__file__).parent / "configs" / "train"  # a recipe may be named without its folder
+ANY = object()  # in RETIRED: whatever its value, it never did anything
+
+# ---- architectures that a configuration may name --------------------------------------------------------------------
+
+# (embed_dim, depth, num_heads, ffn_ratio); vit_tiny is ours, for toys and tests of the whole
+VIT_SIZES: dict[str, tuple[int, int, int, float]] = {"vit_tiny": (192, 12, 3, 4.0), **vit.SIZES}
+CONVNEXT_SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "convnext_tiny": ((3, 3, 9, 3), (96, 192, 384, 768)),
+    "convnext_small": ((3, 3, 27, 3), (96, 192, 384, 768)),
+    "convnext_base": ((3, 3, 27, 3), (128, 256, 512, 1024)),
+    "convnext_large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
+}
+_PUBLISHED: dict[str, Any] = {
+    "norm_layer": "layernormbf16",
+    "n_storage_tokens": 4,
+    "mask_k_bias": True,
+    "pos_embed_rope_rescale_coords": 2.0,
+}
+_PLUS: dict[str, Any] = _PUBLISHED | {"ffn_layer": "swiglu", "ffn_ratio": 6.0}
+_7B: dict[str, Any] = _PUBLISHED | {
+    "ffn_layer": "swiglu64",
+    "qkv_bias": False,
+    "untie_global_and_local_cls_norm": True,
+}
+# Published names bring the published options with them, as defaults of the `student` section: what a file or the
+# command line says still wins. The catalogue of weights is a row above this one, so a test holds the two together.
+PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
+    "dinov3_vits16": ("vit_small", _PUBLISHED),
+    "dinov3_vits16plus": ("vit_small", _PLUS),
+    "dinov3_vitb16": ("vit_base", _PUBLISHED),
+    "dinov3_vitl16": ("vit_large", _PUBLISHED),
+    "dinov3_vitl16plus": ("vit_large", _PLUS),
+    "dinov3_vith16plus": ("vit_huge2", _PLUS),
+    "dinov3_vit7b16": ("vit_7b", _7B),
+    **{f"dinov3_{name}": (name, {}) for name in CONVNEXT_SIZES},
+}
+ARCHITECTURES = (*VIT_SIZES, *CONVNEXT_SIZES, *PUBLISHED)
+
+
+def size_name(arch: str) -> str:
+    """The entry of VIT_SIZES or CONVNEXT_SIZES behind an architecture's name."""
+    if arch not in ARCHITECTURES:
+        raise UnknownName(f"unknown architecture {arch!r}{did_you_mean(arch, ARCHITECTURES)}")
+    return PUBLISHED[arch][0] if arch in PUBLISHED else arch
+
+
+# ---- the sections ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ModelConfig:
+    META_ARCHITECTURE: Literal["SSLMetaArch", "MultiDistillationMetaArch"] = "SSLMetaArch"
+
+
+@dataclass
+class PrecisionConfig:
+    param_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"  # of compute and of the crops; parameters stay fp32
+    reduce_dtype: Literal["bf16", "fp16", "fp32"] = "fp32"  # of the gradients' reduction over processes
+
+
+@dataclass
+class ScheduleConfig:
+    """start → peak in a line over warmup_epochs, peak → end in a cosine over cosine_epochs (null: the rest), then end."""
+
+    start: float = MISSING
+    peak: float = MISSING
+    end: float = MISSING
+    warmup_epochs: float = 0
+    cosine_epochs: float | None = None
+
+
+@dataclass
+class LearningRateConfig(ScheduleConfig):
+    freeze_last_layer_epochs: float = 0
+
+
+@dataclass
+class SchedulesConfig:
+    """The second form of schedules; where a configuration has it, the v1 keys in `optim` and `teacher` do nothing."""
+
+    lr: LearningRateConfig = field(default_factory=LearningRateConfig)  # peak and end are scaled with the batch
+    weight_decay: ScheduleConfig = field(default_factory=ScheduleConfig)
+    momentum: ScheduleConfig = field(default_factory=ScheduleConfig)
+    teacher_temp: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+
+@dataclass
+class DinoConfig:
+    loss_weight: float = 1.0
+    global_ignore_diagonal: bool = True  # a global crop is not compared with itself
+    head_n_prototypes: int = 65536
+    head_bottleneck_dim: int = 256
+    head_nlayers: int = 3
+    head_hidden_dim: int = 2048
+    koleo_loss_weight: float = 0.1
+    koleo_loss_distributed: bool = False  # neighbours over several processes instead of this one's crops
+    koleo_topk: int = 1
+    koleo_distributed_loss_group_size: int | None = None  # pictures that are compared; null: the global batch
+    reweight_dino_local_loss: bool = False
+    local_loss_weight_schedule: ScheduleConfig = field(
+        default_factory=lambda: ScheduleConfig(start=0.5, peak=0.5, end=0.5)
+    )
+
+
+@dataclass
+class IbotConfig:
+    loss_weight: float = 1.0
+    mask_sample_probability: float = 0.5  # share of global crops that are masked at all
+    mask_ratio_min_max: tuple[float, float] = (0.1, 0.5)
+    mask_random_circular_shift: bool = False
+    head_n_prototypes: int = 65536
+    head_bottleneck_dim: int = 256
+    head_nlayers: int = 3
+    head_hidden_dim: int = 2048
+
+
+@dataclass
+class GramConfig:
+    """Gram anchoring (paper §4): the student's patch similarities follow those of an earlier teacher."""
+
+    use_loss: bool = False
+    compute_stats: bool = False
+    loss_weight: float = 1.0
+    loss_weight_schedule: ScheduleConfig | None = None
+    ema_teacher: bool = False  # follow the EMA teacher itself; no separate network
+    ckpt: str | None = None  # a teacher: a dump of an evaluation, a checkpoint, or published weights
+    it_load_ema_teacher: int = -1  # load the Gram teacher from the EMA teacher before this iteration
+    rep_update: bool = True  # refresh the Gram teacher from the EMA teacher
+    update_frequency: int = 50000
+    it_first_update: int = 0
+    max_updates: int | None = None
+    normalized: bool = True
+    img_level: bool = False  # one matrix per crop instead of one per batch
+    remove_neg: bool = False
+    remove_only_teacher_neg: bool = False
+    tokens_used: Literal["all", "masked", "unmasked"] = "all"
+    global_teacher_resize_method: Literal["bicubic", "bilinear"] = "bicubic"
+    global_teacher_resize_antialias: bool = False
+
+
+@dataclass
+class LoopConfig:
+    batch_size_per_gpu: int = 64
+    dataset_path: str | None = "ImageNet:split=TRAIN"  # Name:key=value:…, or (ours) a folder, tar or parquet source
+    output_dir: str = "."  # set from --output-dir
+    seed: int = 0  # of the samplers
+    num_workers: int = 10  # per loader
+    OFFICIAL_EPOCH_LENGTH: int = 1250  # iterations; the unit of every *_epochs
+    checkpointing: bool = False  # activation checkpointing: recompute what is cheap …
+    checkpointing_full: bool = False  # … or everything
+    compile: bool = True
+    cudagraphs: bool = False
+    sharded_eval_checkpoint: bool = False
+    cache_dataset: bool = False  # caches nothing, as in the reference: it chooses the sampler that shards the order
+
+
+@dataclass
+class StudentConfig:
+    arch: str = "vit_large"  # a key of VIT_SIZES or CONVNEXT_SIZES, or a published name such as dinov3_vits16plus
+    patch_size: int = 16  # ConvNeXt: pseudo patch size
+    drop_path_rate: float = 0.3
+    layerscale: float | None = 1e-5  # ViT only; a ConvNeXt block begins at 1e-6
+    ffn_layer: Literal["mlp", "swiglu", "swiglu32", "swiglu64", "swiglu128"] = "mlp"
+    ffn_ratio: float | None = None  # null: the arch's own. The reference says 4.0 and ignores it
+    in_chans: int = 3
+    resume_from_teacher_chkpt: str = ""  # first weights, heads included
+    qkv_bias: bool = True
+    proj_bias: bool = True
+    ffn_bias: bool = True
+    norm_layer: Literal["layernorm", "layernormbf16", "rmsnorm"] = "layernorm"
+    n_storage_tokens: int = 0  # the paper's register tokens
+    mask_k_bias: bool = False
+    untie_cls_and_patch_norms: bool = False
+    untie_global_and_local_cls_norm: bool = False
+    pos_embed_rope_base: float | None = 100.0
+    pos_embed_rope_min_period: float | None = None
+    pos_embed_rope_max_period: float | None = None
+    pos_embed_rope_normalize_coords: Literal["separate", "min", "max"] = "separate"
+    pos_embed_rope_shift_coords: float | None = None
+    pos_embed_rope_jitter_coords: float | None = None
+    pos_embed_rope_rescale_coords: float | None = None
+    pos_embed_rope_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"  # of the tables; bf16 is what the reference trains
+    fp8_enabled: bool = False
+    fp8_filter: str = "blocks"  # a regular expression over module paths
+    embed_dim: int | None = None  # these three are ours, for toys: null is the arch's own
+    depth: int | None = None
+    num_heads: int | None = None
+
+
+@dataclass
+class TeacherConfig:
+    """The v1 schedules of the teacher."""
+
+    momentum_teacher: float | None = 0.992
+    final_momentum_teacher: float | None = 1.0
+    warmup_teacher_temp: float | None = 0.04
+    teacher_temp: float | None = 0.07
+    warmup_teacher_temp_epochs: float | None = 30
+
+
+@dataclass
+class DistillationConfig:
+    enabled: bool = False
+    full_cfg_path: str = ""  # the teacher's configuration
+    checkpoint_path: str = ""  # its weights; the word `ignore` means random ones, for tests
+
+
+@dataclass
+class DistilledStudent:
+    name: str = MISSING  # its folder inside the output folder
+    config_path: str = MISSING
+    ranks_range: tuple[int, int] = MISSING  # [first, end)
+
+
+@dataclass
+class MultiDistillationConfig:
+    enabled: bool = False
+    global_batch_size: int | None = None
+    students: list[DistilledStudent] = field(default_factory=list)
+
+
+@dataclass
+class OptimConfig:
+    epochs: int = 100
+    weight_decay: float | None = 0.04  # this and the next six: v1 schedules
+    weight_decay_end: float | None = 0.4
+    lr: float | None = 0.001  # before scaling with the batch
+    warmup_epochs: float | None = 10
+    min_lr: float | None = 1e-6
+    schedule_trunc_extra: float | None = 0.0
+    freeze_last_layer_epochs: float | None = 1
+    clip_grad: float | None = 3.0  # 0 or null: no clipping
+    scaling_rule: str | None = "sqrt_wrt_1024"  # sqrt_wrt_1024 | linear_wrt_256 | none
+    patch_embed_lr_mult: float = 0.2
+    layerwise_decay: float = 0.9
+    dino_head_wd_multiplier: float = 1.0
+    multi_tensor_optim: bool = True
+    adamw_beta1: float = 0.9
+    adamw_beta2: float = 0.999
+    accumulation_steps: int = 1  # ours: batches whose gradients are added before a step; counted in the global batch
+
+
+@dataclass
+class CropsConfig:
+    global_crops_scale: tuple[float, float] = (0.32, 1.0)
+    local_crops_scale: tuple[float, float] = (0.05, 0.32)
+    local_crops_number: int = 8
+    global_crops_size: int | list[int] = 224  # a list: several resolutions, one drawn for each iteration
+    local_crops_size: int | list[int] = 96
+    global_local_crop_pairs_ratios: float | list[float] = 1.0
+    gram_teacher_crops_size: int | list[int] | None = None
+    localcrops_subset_of_globalcrops: bool = False
+    share_color_jitter: bool = False
+    gram_teacher_no_distortions: bool = False
+    horizontal_flips: bool = True
+    rgb_mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    rgb_std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    teacher_to_student_resolution_scale: float = 1.0  # the teacher sees its crops smaller by this factor
+    # Ours. "paper": blur with probability 1, 0.1, 0.5 (global 1, global 2, local). "applied": 0, 0.9, 0.5, which is
+    # what the published training code does by an inversion, and so what the published models were trained with.
+    blur_probabilities: Literal["applied", "paper"] = "applied"
+
+
+@dataclass
+class EvaluationConfig:
+    eval_period_iterations: int = 12500  # write the EMA teacher; ≤ 0: never
+    # Ours: k-NN while training, on the EMA teacher. Off unless both data sets are named.
+    knn_train_dataset: str | None = None
+    knn_val_dataset: str | None = None
+    knn_period_iterations: int | None = None  # null: at every eval_period_iterations
+    knn_k: int = 20
+    knn_temperature: float = 0.07
+    knn_image_size: int = 224
+    knn_batch_size: int = 64
+    knn_max_images: int | None = None  # at most that many of each data set
+
+
+@dataclass
+class CheckpointingConfig:
+    period: int = 3750
+    max_to_keep: int = 3
+    keep_every: int = 99999999999999999  # these are never deleted
+
+
+@dataclass
+class DataConfig:
+    """Ours: what happens between the disk and the crops."""
+
+    unreadable: Literal["skip", "stop"] = "skip"  # a picture that cannot be read: take the next one, or stop the run
+    max_unreadable: int = 1000  # with "skip": so many, and the data is the problem
+    prefetch_factor: int = 2  # batches each worker keeps ready
+
+
+@dataclass
+class RunConfig:
+    """Ours: where and how the loop runs, none of which is to change what is learned."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    deterministic: bool = False  # same numbers twice on the same machine, at the price of speed
+    time_limit_minutes: float | None = None  # then a checkpoint, and a clean end
+    log_every: int = 10  # iterations between two lines
+    sinks: list[str] = field(default_factory=list)  # tensorboard | wandb | trackio, beside metrics.jsonl
+    note: str = ""  # free words, kept in resolved.yaml
+
+
+V1_KEYS = (
+    *(f"optim.{k}" for k in ("weight_decay", "weight_decay_end", "lr", "warmup_epochs", "min_lr")),
+    *(f"optim.{k}" for k in ("schedule_trunc_extra", "freeze_last_layer_epochs")),
+    *(f"teacher.{f.name}" for f in dataclasses.fields(TeacherConfig)),
+)
+V1_TO_V2 = {
+    "optim.lr": "schedules.lr.peak",
+    "optim.min_lr": "schedules.lr.end",
+    "optim.warmup_epochs": "schedules.lr.warmup_epochs",
+    "optim.freeze_last_layer_epochs": "schedules.lr.freeze_last_layer_epochs",
+    "optim.weight_decay": "schedules.weight_decay.peak",
+    "optim.weight_decay_end": "schedules.weight_decay.end",
+    "optim.schedule_trunc_extra": "schedules.lr.cosine_epochs",
+    "teacher.momentum_teacher": "schedules.momentum.peak",
+    "teacher.final_momentum_teacher": "schedules.momentum.end",
+    "teacher.teacher_temp": "schedules.teacher_temp.peak",
+    "teacher.warmup_teacher_temp": "schedules.teacher_temp.start",
+    "teacher.warmup_teacher_temp_epochs": "schedules.teacher_temp.warmup_epochs",
+}
+
+_NEVER = "never read by the public training code"
+_STUDENT_LEFTOVERS = [
+    "patch_drop",
+    "block_chunks",
+    "drop_path_uniform",
+    "drop_path_shape",
+    "sin_cos_embeddings",
+    "fourier_*",
+    "multiple_pos_embeddings",
+    "cls_pos_embedding",
+    "reg_pos_embedding",
+    "mask_attention",
+    "mask_register_attention",
+    "interpolate_*",
+    "init_std_*",
+    "rescale_weights_by_layer_id",
+    "pos_embed_grid_size",
+    "pos_embed_rope_gamma",
+    "pos_embed_rope_init_multi_frequencies",
+]
+
+
+@dataclass
+class TrainConfig:
+    MODEL: ModelConfig = field(default_factory=ModelConfig)
+    compute_precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    dino: DinoConfig = field(default_factory=DinoConfig)
+    ibot: IbotConfig = field(default_factory=IbotConfig)
+    gram: GramConfig = field(default_factory=GramConfig)
+    train: LoopConfig = field(default_factory=LoopConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    multidistillation: MultiDistillationConfig = field(default_factory=MultiDistillationConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedules: SchedulesConfig | None = None
+    crops: CropsConfig = field(default_factory=CropsConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    # Keys of the reference that change nothing there: (the only value accepted, why).
+    RETIRED: ClassVar[Mapping[str, tuple[Any, str]]] = {
+        "MODEL.DEVICE": ("cuda", f"{_NEVER}; the device is run.device"),
+        "MODEL.DTYPE": ("float32", f"{_NEVER}; parameters are float32, compute is compute_precision.param_dtype"),
+        "MODEL.WEIGHTS": (
+            "",
+            "only read on a path that never worked; first weights: student.resume_from_teacher_chkpt",
+        ),
+        "compute_precision.sharding_strategy": ("SHARD_GRAD_OP", "sharding is always full, whatever this says"),
+        "dino.head_norm_last_layer": (False, "the last layer has no weight normalisation"),
+        "dino.force_weight_norm": (False, "the last layer has no weight normalisation"),
+        "dino.koleo_distributed_replicas": (0, "replicas do not exist"),
+        "dino.koleo_distributed_loss_group_data": (True, _NEVER),
+        "ibot.head_norm_last_layer": (False, "the last layer has no weight normalisation"),
+        "ibot.force_masking_even_with_zero_weight": (False, _NEVER),
+        "ibot.separate_head": (True, "DINO and iBOT always have separate heads"),
+        "train.centering": ("sinkhorn_knopp", "Sinkhorn-Knopp is the only form"),
+        "train.data_config": (None, _NEVER),
+        "train.saveckp_freq": (20, f"{_NEVER}; see checkpointing.period"),
+        "train.monitor_gradient_norm": (False, f"{_NEVER}; gradient norms are always logged"),
+        "train.chunk_schedule": ([], _NEVER),
+        "train.use_teacher_head": (True, _NEVER),
+        "train.learn_from_teacher_tokens": (False, _NEVER),
+        "train.cell_augmentation*": (ANY, _NEVER),
+        "student.pretrained_weights": ("", f"{_NEVER}; first weights: student.resume_from_teacher_chkpt"),
+        "student.pos_embed_type": ("rope", "positions are rotary"),
+        **{f"student.{name}": (ANY, _NEVER) for name in _STUDENT_LEFTOVERS},
+        "teacher.in_chans": (3, f"{_NEVER}; see student.in_chans"),
+        "hrft.enabled": (False, f"{_NEVER}; several resolutions are lists in crops"),
+        "hrft.*": (ANY, _NEVER),
+        "optim.optimizer": ("adamw", "AdamW is the only optimiser"),
+        "optim.dump_fsdp_weights_path": ("", _NEVER),
+        "evaluation.low_freq_every": (5, _NEVER),
+        "evaluation.config_files.*": (ANY, "no evaluation job is started by training"),
+        "evaluation.config_files": (ANY, "no evaluation job is started by training"),
+        "coding_rate_loss.*": (ANY, _NEVER),
+    }
+
+    @property
+    def iterations(self) -> int:
+        return self.optim.epochs * self.train.OFFICIAL_EPOCH_LENGTH
+
+    def problems(self) -> Iterator[Problem]:
+        """Every condition that does not hold, as (key, sentence)."""
+        yield from _loop_problems(self)
+        yield from student_problems(self.student)
+        yield from _crop_problems(self)
+        yield from _loss_problems(self)
+        yield from _schedule_problems(self)
+        yield from _distillation_problems(self)
+
+    def remarks(self) -> Iterator[str]:
+        """What is allowed and still worth a line."""
+        s, optim = self.student, self.optim
+        if s.arch in ARCHITECTURES and size_name(s.arch) in VIT_SIZES:
+            own = VIT_SIZES[size_name(s.arch)][3] if s.arch not in PUBLISHED else PUBLISHED[s.arch][1].get("ffn_ratio")
+            if s.ffn_ratio is not None and own is not None and s.ffn_ratio != own:
+                yield f"student.ffn_ratio {s.ffn_ratio:g} takes effect here (the reference would use {own:g})"
+            if s.pos_embed_rope_dtype != "bf16":
+                yield f"student.pos_embed_rope_dtype {s.pos_embed_rope_dtype} takes effect here; the reference: bf16"
+        if optim.dino_head_wd_multiplier != 1:
+            yield f"optim.dino_head_wd_multiplier {optim.dino_head_wd_multiplier:g} takes effect here, not in the reference"
+        if self.compute_precision.param_dtype == "fp16":
+            yield "compute_precision.param_dtype fp16 runs without loss scaling: small gradients vanish; prefer bf16"
+        if self.dino.koleo_loss_weight and not self.dino.koleo_loss_distributed and self.train.batch_size_per_gpu == 1:
+            yield "dino.koleo: with one picture per process a crop is its own neighbour and the loss a constant"
+        for name, sizes in (("local_crops_size", as_list(self.crops.local_crops_size)),):
+            for size in sizes:
+                if size % s.patch_size:
+                    yield (
+                        f"crops.{name} {size} is no multiple of the patch size {s.patch_size}: "
+                        f"{size % s.patch_size} px at the right and bottom of those crops are not seen"
+                    )
+        if self.crops.gram_teacher_crops_size is not None and not self.gram.use_loss:
+            yield "crops.gram_teacher_crops_size costs loading time and is not used: gram.use_loss is false"
+
+
+# ---- conditions: each a sentence ------------------------------------------------------------------------------------
+
+DATASETS = ("ImageNet", "ImageNet22k", "ADE20K", "CocoCaptions", "NYU")
+
+
+def named_dataset(path: str) -> tuple[str, dict[str, str]] | None:
+    """`Name:key=value:key=value` as (name, options); None if it is a path. An existing path is always a path.
+
+    A name is a word of two letters or more before a colon that is not followed by `//` or a backslash, so Windows
+    paths and URLs are paths. An option whose value holds a colon goes on until the next `word=`.
+    """
+    match = re.match(r"([A-Za-z]\w+):(?!//|\\)(.*)$", path, re.DOTALL)
+    if os.path.exists(path):
+        return None
+    if match is None:
+        return (path, {}) if path in DATASETS else None
+    options: dict[str, str] = {}
+    for part in re.split(r":(?=\w+=)", match[2]) if match[2] else []:
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise DinoError(f"{path!r}: {part!r} is not key=value; the form is Name:key=value:key=value, or a path")
+        options[key] = value
+    return match[1], options
+
+
+def dataset_problem(path: str | None) -> str | None:
+    """What is wrong with a data set's string, or None. Whether the files exist is for its reader to say."""
+    if not path:
+        return "name the pictures: a folder, or Name:key=value:…, such as ImageNet:split=TRAIN:root=/data/imagenet"
+    try:
+        named = named_dataset(path)
+    except DinoError as error:
+        return str(error)
+    if named is None:
+        return None
+    name, options = named
+    if name not in DATASETS:
+        return f"unknown data set {name!r}{did_you_mean(name, DATASETS) or '; known: ' + ', '.join(DATASETS)}"
+    for key in options:
+        if key not in ("root", "extra", "split"):
+            return f"{name} has no option {key!r}; there are root, extra and split"
+    if not options.get("root"):
+        return f"{path!r} does not say where the files are: add :root=/folder"
+    return None
+
+
+def as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """Crop sizes in pixels that belong together, and how often they are drawn."""
+
+    global_px: int
+    local_px: int
+    gram_px: int | None
+    ratio: float
+
+
+def resolutions(crops: CropsConfig) -> list[Resolution]:
+    """The crop sizes as rows; one row when they are plain numbers."""
+    columns = [as_list(crops.global_crops_size), as_list(crops.local_crops_size)]
+    gram = as_list(crops.gram_teacher_crops_size)
+    columns.append(gram * len(columns[0]) if gram == [None] else gram)
+    columns.append(as_list(crops.global_local_crop_pairs_ratios))
+    assert len({len(c) for c in columns}) == 1, columns
+    return [Resolution(*row) for row in zip(*columns)]
+
+
+def _positive(section: str, values: Any, *names: str) -> Iterator[Problem]:
+    for name in names:
+        value = getattr(values, name)
+        if value is not None and value <= 0:
+            yield f"{section}.{name}", f"must be above 0, not {value}"
+
+
+def _share(key: str, pair: Sequence[float], *, zero: bool) -> Iterator[Problem]:
+    low, high = pair
+    if not (0 <= low <= high <= 1) or (low == high if zero else low == 0):
+        yield key, f"must be two rising numbers {'from' if zero else 'above'} 0 up to 1, not {list(pair)}"
+
+
+def _loop_problems(c: TrainConfig) -> Iterator[Problem]:
+    if (wrong := dataset_problem(c.train.dataset_path)) is not None:
+        yield "train.dataset_path", wrong
+    yield from _positive("train", c.train, "batch_size_per_gpu", "OFFICIAL_EPOCH_LENGTH")
+    if c.train.num_workers < 0:
+        yield "train.num_workers", f"must be 0 (load in the training process) or more, not {c.train.num_workers}"
+    yield from _positive("optim", c.optim, "epochs", "accumulation_steps", "layerwise_decay")
+    for beta in ("adamw_beta1", "adamw_beta2"):
+        if not 0 <= getattr(c.optim, beta) < 1:
+            yield f"optim.{beta}", f"must be at least 0 and below 1, not {getattr(c.optim, beta)}"
+    if c.optim.clip_grad is not None and c.optim.clip_grad < 0:
+        yield "optim.clip_grad", f"must be a norm, or 0 or null for no clipping, not {c.optim.clip_grad}"
+    if c.optim.scaling_rule not in SCALING_RULES:
+        rules = [str(rule) for rule in SCALING_RULES if rule]
+        yield (
+            "optim.scaling_rule",
+            f"{c.optim.scaling_rule!r} is none of {', '.join(rules)}{did_you_mean(str(c.optim.scaling_rule), rules)}",
+        )
+    yield from _positive("checkpointing", c.checkpointing, "period", "max_to_keep", "keep_every")
+    yield from _positive("run", c.run, "time_limit_minutes", "log_every")
+    yield from _positive("data", c.data, "prefetch_factor", "max_unreadable")
+    for sink in c.run.sinks:
+        if sink not in SINKS:
+            yield "run.sinks", f"{sink!r} is none of {', '.join(SINKS)}{did_you_mean(sink, SINKS)}"
+    e = c.evaluation
+    yield from _positive(
+        "evaluation", e, "knn_period_iterations", "knn_k", "knn_temperature", "knn_image_size", "knn_batch_size"
+    )
+    if (e.knn_train_dataset is None) != (e.knn_val_dataset is None):
+        yield "evaluation.knn_train_dataset", "k-NN needs both knn_train_dataset and knn_val_dataset, or neither"
+    for name in ("knn_train_dataset", "knn_val_dataset"):
+        path = getattr(e, name)
+        if path is not None and (wrong := dataset_problem(path)) is not None:
+            yield f"evaluation.{name}", wrong
+
+
+SCALING_RULES = ("sqrt_wrt_1024", "linear_wrt_256", "none", None)
+SINKS = ("tensorboard", "wandb", "trackio")
+
+
+def student_problems(s: StudentConfig) -> Iterator[Problem]:
+    """Conditions on the model alone; also those of a configuration that only describes a model."""
+    if s.arch not in ARCHITECTURES:
+        hint = did_you_mean(s.arch, ARCHITECTURES) or f"; known: {', '.join(ARCHITECTURES)}"
+        yield "student.arch", f"unknown architecture {s.arch!r}{hint}"
+        return
+    yield from _positive("student", s, "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "ffn_ratio")
+    if not 0 <= s.drop_path_rate < 1:
+        yield "student.drop_path_rate", f"must be at least 0 and below 1, not {s.drop_path_rate}"
+    if s.n_storage_tokens < 0:
+        yield "student.n_storage_tokens", f"must be 0 or more, not {s.n_storage_tokens}"
+    if size_name(s.arch) in CONVNEXT_SIZES:
+        for name in ("embed_dim", "depth", "num_heads"):
+            if getattr(s, name) is not None:
+                yield f"student.{name}", f"is for transformers; {s.arch} has its own stages"
+        if s.fp8_enabled:
+            yield "student.fp8_enabled", f"replaces the linear layers of transformer blocks; {s.arch} has none"
+        return
+    both = s.pos_embed_rope_min_period is not None and s.pos_embed_rope_max_period is not None
+    either = s.pos_embed_rope_min_period is not None or s.pos_embed_rope_max_period is not None
+    if (s.pos_embed_rope_base is None and not both) or (s.pos_embed_rope_base is not None and either):
+        yield (
+            "student.pos_embed_rope_base",
+            "give either pos_embed_rope_base, or null and both pos_embed_rope_min_period and _max_period",
+        )
+    for name in ("jitter", "rescale"):
+        value = getattr(s, f"pos_embed_rope_{name}_coords")
+        if value is not None and value < 1:
+            yield (
+                f"student.pos_embed_rope_{name}_coords",
+                f"is a factor r for a range [1/r, r]: at least 1, not {value}",
+            )
+    c = vit_config(s)
+    assert isinstance(c, ViTConfig)
+    if c.num_heads > 0 and c.embed_dim % (4 * c.num_heads):
+        key = "student.num_heads" if s.num_heads else "student.embed_dim"
+        yield key, f"width {c.embed_dim} must be a multiple of 4 × heads = {4 * c.num_heads} for rotary positions"
+    if s.fp8_enabled:
+        try:
+            re.compile(s.fp8_filter)
+        except re.error as error:
+            yield "student.fp8_filter", f"{s.fp8_filter!r} is no regular expression: {error}"
+        for what, dim in (("width", c.embed_dim), ("hidden width of the FFN", c.ffn_hidden)):
+            if dim % 64:
+                yield (
+                    "student.fp8_enabled",
+                    f"needs layers whose sides are multiples of 64; the {what} is {dim}"
+                    + ("; student.ffn_layer=swiglu64 rounds it up" if "FFN" in what and c.ffn_layer != "mlp" else ""),
+                )
+
+
+def _crop_problems(c: TrainConfig) -> Iterator[Problem]:
+    crops, patch = c.crops, c.student.patch_size
+    if crops.local_crops_number <= 0:
+        yield (
+            "crops.local_crops_number",
+            f"must be at least 1: the DINO loss needs local crops ({crops.local_crops_number})",
+        )
+    yield from _share("crops.global_crops_scale", crops.global_crops_scale, zero=False)
+    yield from _share("crops.local_crops_scale", crops.local_crops_scale, zero=False)
+    for name in ("rgb_mean", "rgb_std"):
+        if len(getattr(crops, name)) != c.student.in_chans:
+            yield f"crops.{name}", f"needs one number for each of {c.student.in_chans} channels: {getattr(crops, name)}"
+    if min(crops.rgb_std, default=1) <= 0:
+        yield "crops.rgb_std", f"must be above 0: {crops.rgb_std}"
+    scale = crops.teacher_to_student_resolution_scale
+    if scale <= 0:
+        yield "crops.teacher_to_student_resolution_scale", f"must be above 0, not {scale}"
+    names = ["global_crops_size", "local_crops_size", "global_local_crop_pairs_ratios"]
+    names += ["gram_teacher_crops_size"] if crops.gram_teacher_crops_size is not None else []
+    columns = {name: as_list(getattr(crops, name)) for name in names}
+    if len({len(column) for column in columns.values()}) > 1:
+        lengths = ", ".join(f"{name} {len(column)}" for name, column in columns.items())
+        yield "crops.global_crops_size", f"several resolutions are lists of one length; here: {lengths}"
+    if (
+        abs(sum(columns["global_local_crop_pairs_ratios"]) - 1) > 1e-6
+        or min(columns["global_local_crop_pairs_ratios"], default=0) < 0
+    ):
+        ratios = columns["global_local_crop_pairs_ratios"]
+        yield "crops.global_local_crop_pairs_ratios", f"are probabilities and must add up to 1: {ratios}"
+    if patch <= 0 or scale <= 0:
+        return
+    # Masks are drawn on the grid of global crops, and Gram features are compared on it: no remainder there. The border
+    # of a local crop may be lost, as in the published high-resolution recipe (168 px): that is a remark.
+    for name, unit in (("global_crops_size", patch * scale), ("gram_teacher_crops_size", float(patch))):
+        for size in columns.get(name, []):
+            if size <= 0 or size % unit:
+                at = f"{patch} px" + (f" × {scale:g}" if unit != patch else "")
+                below = int(size // unit * unit)
+                near = f"{below} or {int(below + unit)}" if below > 0 else f"{int(unit)}"
+                yield f"crops.{name}", f"{size} is no multiple of the patch ({at}); nearest: {near}"
+    for size in columns["local_crops_size"]:
+        if size < patch:
+            yield "crops.local_crops_size", f"{size} is smaller than one patch ({patch} px)"
+    if c.student.arch in ARCHITECTURES and size_name(c.student.arch) in CONVNEXT_SIZES and patch * scale != 32:
+        yield (
+            "crops.teacher_to_student_resolution_scale",
+            f"a ConvNeXt has one token per 32 px, so student.patch_size × this must be 32, not {patch} × {scale:g}",
+        )
+    if crops.localcrops_subset_of_globalcrops:
+        if crops.local_crops_number % 2:
+            yield "crops.local_crops_number", "must be even with localcrops_subset_of_globalcrops: half of each crop"
+        for g, n in zip(columns["global_crops_size"], columns["local_crops_size"]):
+            if n >= g:
+                yield "crops.local_crops_size", f"a window of {n} px does not fit into a global crop of {g} px"
+
+
+def _loss_problems(c: TrainConfig) -> Iterator[Problem]:
+    for section, head in (("dino", c.dino), ("ibot", c.ibot)):
+        yield from _positive(
+            section, head, "head_n_prototypes", "head_bottleneck_dim", "head_nlayers", "head_hidden_dim"
+        )
+    yield from _share("ibot.mask_ratio_min_max", c.ibot.mask_ratio_min_max, zero=True)
+    if not 0 <= c.ibot.mask_sample_probability <= 1:
+        yield "ibot.mask_sample_probability", f"must be from 0 to 1, not {c.ibot.mask_sample_probability}"
+
+    dino, batch = c.dino, c.train.batch_size_per_gpu
+    yield from _positive("dino", dino, "koleo_topk", "koleo_distributed_loss_group_size")
+    if not dino.koleo_loss_distributed and dino.koleo_topk != 1:
+        yield "dino.koleo_topk", f"{dino.koleo_topk} neighbours need dino.koleo_loss_distributed=true; otherwise 1"
+    group = dino.koleo_distributed_loss_group_size
+    if dino.koleo_loss_distributed and group is not None and batch > 0:
+        if group % batch:
+            yield (
+                "dino.koleo_distributed_loss_group_size",
+                f"{group} pictures must be whole processes of train.batch_size_per_gpu {batch}: a multiple of it",
+            )
+        if dino.koleo_topk >= group > 0:
+            yield "dino.koleo_topk", f"{dino.koleo_topk} neighbours do not exist among {group} pictures"
+
+    g = c.gram
+    if g.remove_neg and g.remove_only_teacher_neg:
+        yield "gram.remove_neg", "remove_neg and remove_only_teacher_neg exclude each other"
+    if g.tokens_used != "all" and g.img_level:
+        yield "gram.tokens_used", f"{g.tokens_used!r} differs in number per crop and needs gram.img_level=false"
+    if not g.use_loss:
+        return
+    if g.ema_teacher:
+        if g.ckpt is not None:
+            yield "gram.ckpt", "gram.ema_teacher follows the EMA teacher; leave ckpt null, or ema_teacher false"
+        if g.rep_update:
+            yield "gram.rep_update", "the EMA teacher needs no refresh; set gram.rep_update=false with ema_teacher"
+        if c.crops.gram_teacher_crops_size is not None:
+            yield (
+                "crops.gram_teacher_crops_size",
+                "gram.ema_teacher sees the same crops as the student; leave this null",
+            )
+    elif g.ckpt == "ignore":
+        yield (
+            "gram.ckpt",
+            "'ignore' is a place-holder: name the Gram teacher, e.g. gram.ckpt=/run/eval/training_199999",
+        )
+    elif not g.ckpt and g.it_load_ema_teacher < 0:
+        yield (
+            "gram.ckpt",
+            "which Gram teacher? Name a file or folder here (the teacher of an earlier run), or set "
+            "gram.it_load_ema_teacher=N to take the EMA teacher at iteration N, or gram.ema_teacher=true",
+        )
+    elif g.ckpt and g.it_load_ema_teacher >= 0:
+        yield "gram.it_load_ema_teacher", "the Gram teacher comes from gram.ckpt or from the EMA teacher, not both"
+    yield from _positive("gram", g, "update_frequency")
+    if g.max_updates is not None and g.max_updates < 0:
+        yield "gram.max_updates", f"must be 0 or more, or null for no limit, not {g.max_updates}"
+
+
+def _schedule_problems(c: TrainConfig) -> Iterator[Problem]:
+    total = c.optim.epochs
+    v2: dict[str, ScheduleConfig] = {}
+    if c.dino.reweight_dino_local_loss:
+        v2["dino.local_loss_weight_schedule"] = c.dino.local_loss_weight_schedule
+    if c.gram.loss_weight_schedule is not None:
+        v2["gram.loss_weight_schedule"] = c.gram.loss_weight_schedule
+    if c.schedules is not None:
+        v2 |= {f"schedules.{f.name}": getattr(c.schedules, f.name) for f in dataclasses.fields(c.schedules)}
+    else:
+        for key in V1_KEYS:
+            section, name = key.split(".")
+            value = getattr(getattr(c, section), name)
+            if value is None:
+                yield key, f"is null and there is no schedules section; give a number (default {_default(key)})"
+            elif "epochs" in name and not 0 <= value <= total:
+                yield key, f"{value:g} epochs do not fit into optim.epochs {total}"
+    for key, s in v2.items():
+        if s.warmup_epochs < 0 or (s.cosine_epochs or 0) < 0:
+            yield key, "epochs must be 0 or more"
+        elif s.warmup_epochs + (s.cosine_epochs or 0) > total:
+            cosine = f" + cosine_epochs {s.cosine_epochs:g}" if s.cosine_epochs else ""
+            yield key, f"warmup_epochs {s.warmup_epochs:g}{cosine} is longer than optim.epochs {total}"
+    for key, name in (("schedules.teacher_temp", "teacher_temp"), ("schedules.momentum", "momentum")):
+        if key in v2:
+            values = [v2[key].start, v2[key].peak, v2[key].end]
+            if name == "teacher_temp" and min(values) <= 0:
+                yield key, f"temperatures must be above 0: {values}"
+            if name == "momentum" and not all(0 <= v <= 1 for v in values):
+                yield key, f"momenta must be from 0 to 1: {values}"
+    if c.schedules is None:
+        for name in ("momentum_teacher", "final_momentum_teacher"):
+            value = getattr(c.teacher, name)
+            if value is not None and not 0 <= value <= 1:
+                yield f"teacher.{name}", f"must be from 0 to 1, not {value}"
+        yield from _positive("teacher", c.teacher, "warmup_teacher_temp", "teacher_temp")
+
+
+def _default(key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(TrainConfig(), section), name)
+
+
+def _distillation_problems(c: TrainConfig) -> Iterator[Problem]:
+    d, m = c.distillation, c.multidistillation
+    if d.enabled:
+        if not d.full_cfg_path:
+            yield "distillation.full_cfg_path", "name the teacher's configuration, such as its run's resolved.yaml"
+        if not d.checkpoint_path:
+            yield "distillation.checkpoint_path", "name the teacher's weights (the word 'ignore': random, for tests)"
+        if d.checkpoint_path and c.gram.use_loss and c.gram.ema_teacher:
+            yield "gram.ema_teacher", "is not defined when distilling: the EMA is not the teacher"
+    several = c.MODEL.META_ARCHITECTURE == "MultiDistillationMetaArch"
+    if several != m.enabled:
+        yield (
+            "multidistillation.enabled",
+            f"is {str(m.enabled).lower()}, but MODEL.META_ARCHITECTURE is {c.MODEL.META_ARCHITECTURE}",
+        )
+    if not m.enabled:
+        return
+    if not d.enabled:
+        yield "distillation.enabled", "several students need a teacher: set it and its two paths"
+    if c.gram.use_loss:
+        yield "gram.use_loss", "must be false with several students"
+    if c.dino.koleo_loss_distributed:
+        yield "dino.koleo_loss_distributed", "would compare students of different width; use false"
+    if not m.students:
+        yield "multidistillation.students", "is empty"
+        return
+    G = m.global_batch_size
+    if not G or G <= 0:
+        yield "multidistillation.global_batch_size", f"must be above 0, not {G}"
+        return
+    if len({s.name for s in m.students}) < len(m.students):
+        yield "multidistillation.students", f"two have one name: {', '.join(s.name for s in m.students)}"
+    end = 0
+    for s in sorted(m.students, key=lambda s: s.ranks_range):
+        first, last = s.ranks_range
+        if last <= first:
+            yield "multidistillation.students", f"{s.name}: ranks [{first}, {last}) are none"
+        elif first != end:
+            what = "belong to nobody" if first > end else "belong to two students"
+            yield (
+                "multidistillation.students",
+                f"{s.name}: ranks begin at {first} where {end} is next; some {what}",
+            )
+        elif G % (last - first):
+            yield (
+                "multidistillation.global_batch_size",
+                f"{G} does not divide among the {last - first} processes of {s.name}",
+            )
+        end = max(end, last)
+
+
+def check_scale(config: TrainConfig, world_size: int) -> None:
+    """The conditions that need the number of processes (of this student); raises one DinoError with all of them."""
+    wrong: list[str] = []
+    c, batch = config, config.train.batch_size_per_gpu
+    if c.dino.koleo_loss_distributed:
+        group, everything = c.dino.koleo_distributed_loss_group_size or batch * world_size, batch * world_size
+        if group % batch or everything % group:
+            wrong.append(
+                f"dino.koleo_distributed_loss_group_size: {group} pictures must be whole processes of {batch} and "
+                f"divide the {everything} pictures of a step on {world_size} processes"
+            )
+        if c.dino.koleo_topk >= group:
+            wrong.append(f"dino.koleo_topk: {c.dino.koleo_topk} neighbours do not exist among {group} pictures")
+    if c.multidistillation.enabled:
+        ranks = max(s.ranks_range[1] for s in c.multidistillation.students)
+        if ranks != world_size:
+            wrong.append(f"multidistillation.students: their ranks end at {ranks}, but {world_size} processes run")
+    if wrong:
+        raise DinoError(_report(wrong))
+
+
+# ---- loading: defaults ← files ← command line -----------------------------------------------------------------------
+
+
+def load_config(
+    file: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    base: type[TrainConfig] = TrainConfig,
+) -> tuple[TrainConfig, list[str]]:
+    """Defaults ← file(s), later ones winning ← `key.sub=value`; the configuration and notes worth printing.
+
+    Raises one DinoError that lists every mistake of every source.
+    """
+    return load(base, file, overrides)
+
+
+def load_model_config(file: str | os.PathLike[str], overrides: Sequence[str] = ()) -> tuple[TrainConfig, list[str]]:
+    """A training configuration that only describes a model: data, losses and schedules need not be sound."""
+    return load(_ModelOnly, file, overrides)
+
+
+@dataclass
+class _ModelOnly(TrainConfig):
+    def problems(self) -> Iterator[Problem]:
+        yield from student_problems(self.student)
+
+    def remarks(self) -> Iterator[str]:
+        yield from ()
+
+
+def load_student(
+    config: TrainConfig,
+    rank: int,
+    world_size: int,
+    file: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+) -> tuple[DistilledStudent, TrainConfig, list[str]]:
+    """The student that `rank` trains and its own configuration, with several students (`config` is the shared one).
+
+    Defaults ← student's file ← shared file ← command line: what the shared file says wins, as in the reference. Its
+    folder is <output_dir>/<name>; the batch per process is global batch // processes, used for scaling the rate.
+    """
+    m = config.multidistillation
+    for student in m.students:
+        if student.ranks_range[0] <= rank < student.ranks_range[1]:
+            break
+    else:
+        raise DinoError(f"multidistillation.students: no student has rank {rank}")
+    assert m.global_batch_size is not None
+    own = [
+        f"train.output_dir={os.path.join(config.train.output_dir, student.name)}",
+        f"train.batch_size_per_gpu={m.global_batch_size // world_size}",
+    ]
+    near = find_file(file).parent
+    loaded, notes = load(TrainConfig, [find_file(student.config_path, near=near), file], [*overrides, *own])
+    return student, loaded, notes
+
+
+def find_file(file: str | os.PathLike[str], *, near: Path | None = None) -> Path:
+    """A configuration's path: as given, beside `near`, or among the recipes that come with the package."""
+    path = Path(file)
+    name = path.as_posix()
+    within = name.split("configs/train/", 1)[1] if "configs/train/" in name else name
+    for candidate in (path, *((near / path,) if near else ()), RECIPES / within):
+        if candidate.is_file():
+            return candidate
+    recipes = sorted(p.relative_to(RECIPES).as_posix() for p in RECIPES.rglob("*.yaml"))
+    hint = did_you_mean(within, recipes) or f"; recipes that come along: {', '.join(recipes)}"
+    raise DinoError(f"no configuration file {name}{hint}" if name else f"a configuration file is needed{hint}")
+
+
+def load(
+    cls: type[T],
+    file: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+    overrides: Sequence[str] = (),
+) -> tuple[T, list[str]]:
+    """Any dataclass of dataclasses from YAML file(s) and dotted overrides; see the top of this file for its hooks."""
+    files = [] if file is None else [file] if isinstance(file, (str, os.PathLike)) else list(file)
+    loader = _Loader(cls)
+    sources = [(name, tree) for f in files for name, tree in loader.read(f)]
+    sources += [("command line", tree) for text in overrides for tree in loader.parse(text)]
+    loader.preset(sources)
+    for name, tree in sources:
+        loader.merge(tree, name)
+    return loader.finish()
+
+
+class _Loader:
+    """Collects values, where each came from, and everything that is wrong; only this class and `dump` know OmegaConf."""
+
+    def __init__(self, cls: type[Any]) -> None:
+        self.omega = require("omegaconf", "train", "reading configurations").OmegaConf
+        self.cls = cls
+        self.values = self.omega.structured(cls)
+        self.keys = list(_keys(cls))
+        self.retired: Mapping[str, tuple[Any, str]] = getattr(cls, "RETIRED", {})
+        self.origin: dict[str, str] = {}
+        self.wrong: dict[str, str] = {}  # key → line
+        self.notes: list[str] = []
+
+    def blame(self, key: str, source: str, sentence: str) -> None:
+        self.wrong.setdefault(key, f"{key} ({source}): {sentence}")
+
+    # -- sources
+
+    def read(self, file: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        path = find_file(file)
+        try:
+            tree = self.omega.to_container(self.omega.load(path), resolve=False)
+        except Exception as error:  # YAML's own errors know line and column
+            raise DinoError(f"{path} is not YAML that can be read: {error}") from None
+        if not isinstance(tree, dict):
+            raise DinoError(f"{path} must hold sections with keys, not a {type(tree).__name__}")
+        yield path.name, tree
+
+    def parse(self, text: str) -> Iterator[dict[str, Any]]:
+        key, equals, _ = text.partition("=")
+        if text.startswith("-"):
+            self.blame(text, "command line", "is an option, not key=value; it belongs before the first key=value")
+        elif not equals or not key.strip():
+            hint = did_you_mean(key, self.keys)
+            self.blame(text, "command line", f"is not of the form key.sub=value{hint}")
+        else:
+            try:
+                yield self.omega.to_container(self.omega.from_cli([text]), resolve=False)
+            except Exception as error:
+                self.blame(key, "command line", f"the value cannot be read: {str(error).splitlines()[0]}")
+
+    def preset(self, sources: list[tuple[str, dict[str, Any]]]) -> None:
+        """A published architecture's options become defaults, before anything that was written."""
+        arch = None
+        for _, tree in sources:
+            section = tree.get("student")
+            arch = section.get("arch", arch) if isinstance(section, dict) else arch
+        if arch in PUBLISHED and "student.arch" in self.keys:
+            for name, value in PUBLISHED[arch][1].items():
+                self.set(f"student.{name}", value)
+
+    # -- merging
+
+    def merge(self, tree: Mapping[Any, Any], source: str) -> None:
+        for key, value, hint in _leaves(tree, self.cls):
+            if hint is None:
+                self.unknown(key, value, source)
+                continue
+            section = _section(hint)
+            if section is not None and value is None:
+                if type(None) in typing.get_args(hint):
+                    self.set(key, None)
+                continue  # an empty section in a file says nothing
+            if section is not None:
+                self.blame(key, source, f"is a section with keys of its own, not {value!r}")
+                continue
+            before = self.omega.select(self.values, key) if key in self.origin else None
+            try:
+                self.set(key, _floats(value, hint))
+            except Exception as error:
+                first = str(error).splitlines()[0]
+                nested = first if "Key '" in first else f"expected {_spoken(hint)}, not {value!r}"
+                self.blame(key, source, nested)
+                continue
+            if self.origin.get(key) not in (None, source, "command line") and source != "command line":
+                after = self.omega.select(self.values, key)
+                if before != after:
+                    self.notes.append(f"{key}: {source} says {after!r} and wins over {self.origin[key]} ({before!r})")
+            self.origin[key] = source
+            self.wrong.pop(key, None)
+
+    def set(self, key: str, value: Any) -> None:
+        parts, hints = key.split("."), typing.get_type_hints(self.cls)
+        for i in range(1, len(parts)):  # an optional section comes into being with its first key
+            section = _section(hints[parts[i - 1]])
+            here = ".".join(parts[:i])
+            if self.omega.select(self.values, here) is None:
+                self.omega.update(self.values, here, self.omega.structured(section))
+            hints = typing.get_type_hints(section)
+        self.omega.update(self.values, key, value, merge=True)
+
+    def unknown(self, key: str, value: Any, source: str) -> None:
+        for pattern, (neutral, why) in self.retired.items():
+            if fnmatch.fnmatchcase(key, pattern):
+                if neutral is ANY or value == neutral or value is None:
+                    self.notes.append(f"{key} ({source}): ignored, {why}")
+                else:
+                    self.blame(key, source, f"{value!r} has no effect, only {neutral!r} is accepted: {why}")
+                return
+        last = key.rsplit(".", 1)[-1]
+        elsewhere = [k for k in self.keys if k.rsplit(".", 1)[-1] == last]
+        hint = "; did you mean " + " or ".join(repr(k) for k in elsewhere[:3]) + "?" if elsewhere else ""
+        self.blame(key, source, f"unknown key{hint or did_you_mean(key, self.keys)}")
+
+    # -- the end
+
+    def finish(self) -> Any:
+        missing = sorted(self.omega.missing_keys(self.values))
+        for key in missing:
+            known = [self.origin[k] for k in self.origin if k.startswith(key.rsplit(".", 2)[0])]
+            self.blame(key, known[-1] if known else "nowhere", "must be given")
+            with contextlib.suppress(Exception):  # a stand-in, so that the conditions below are still looked at
+                self.set(key, 0.5)
+        lines = list(self.wrong.values())
+        instance = None
+        if not self.omega.missing_keys(self.values):
+            self.schedule_forms()
+            lines = list(self.wrong.values())
+            instance = self.omega.to_object(self.values)
+            for key, sentence in instance.problems() if hasattr(instance, "problems") else ():
+                if not any(known == key or known.startswith(f"{key}.") for known in self.wrong):
+                    lines.append(f"{key} ({self.origin.get(key, 'default')}): {sentence}")
+            if hasattr(instance, "remarks"):
+                self.notes += instance.remarks()
+        if lines:
+            raise DinoError(_report(lines))
+        return instance, self.notes
+
+    def schedule_forms(self) -> None:
+        """With `schedules`, the v1 keys do nothing: from a file that is a note, typed by hand it is a mistake."""
+        if "schedules.lr.peak" not in self.keys or self.omega.select(self.values, "schedules") is None:
+            return
+        for key in V1_KEYS:
+            if self.omega.select(self.values, key) is None:
+                continue
+            if self.origin.get(key) == "command line":
+                self.blame(key, "command line", f"has no effect beside schedules; set {V1_TO_V2[key]}")
+            elif key in self.origin:
+                self.notes.append(f"{key} ({self.origin[key]}): ignored, the schedules section is used")
+            self.set(key, None)
+
+
+def _report(lines: list[str]) -> str:
+    count = "a mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
+    return "\n  ".join([f"{count} in the configuration:", *lines])
+
+
+def _section(hint: Any) -> type[Any] | None:
+    """The dataclass behind `Section` or `Section | None`."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return next((o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)), None)
+
+
+def _hints(cls: type[Any]) -> dict[str, Any]:
+    names = {f.name for f in dataclasses.fields(cls)}
+    return {name: hint for name, hint in typing.get_type_hints(cls).items() if name in names}
+
+
+def _keys(cls: type[Any], prefix: str = "") -> Iterator[str]:
+    for name, hint in _hints(cls).items():
+        section = _section(hint)
+        if section is None:
+            yield prefix + name
+        else:
+            yield from _keys(section, f"{prefix}{name}.")
+
+
+def _leaves(tree: Mapping[Any, Any], cls: type[Any] | None, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, value, type hint) of every value; the hint is None where the dataclasses know nothing of the key."""
+    hints = _hints(cls) if cls is not None else {}
+    for name, value in tree.items():
+        key, hint = f"{prefix}{name}", hints.get(str(name))
+        section = None if hint is None else _section(hint)
+        if isinstance(value, dict) and value and (section is not None or hint is None):
+            yield from _leaves(value, section, f"{key}.")
+        elif not (isinstance(value, dict) and not value and section is not None):
+            yield key, value, hint
+
+
+def _floats(value: Any, hint: Any) -> Any:
+    """Whole numbers as floats where a union asks for floats: OmegaConf converts them elsewhere, but not in unions."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if isinstance(value, bool) or int in options:
+        return value
+    if isinstance(value, int) and float in options:
+        return float(value)
+    if isinstance(value, list) and list[float] in options:
+        return [float(v) if isinstance(v, int) and not isinstance(v, bool) else v for v in value]
+    return value
+
+
+def _spoken(hint: Any) -> str:
+    """A type hint in words."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        words = [_spoken(a) for a in args if a is not type(None)]
+        return " or ".join(words + (["null"] if type(None) in args else []))
+    if origin is Literal:
+        return " or ".join(repr(a) for a in args)
+    if origin is list:
+        return f"a list of {_spoken(args[0]).removeprefix('a ')}s"
+    if origin is tuple:
+        return f"a list of {len(args)}, each {_spoken(args[0])}"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def dump(config: Any, path: str | os.PathLike[str]) -> None:
+    """Write a configuration with every value resolved; `load` reads it back equal. Appears whole or not at all."""
+    omega = require("omegaconf", "train", "writing configurations").OmegaConf
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(omega.to_yaml(omega.structured(config), resolve=True), encoding="utf-8")
+    os.replace(beside, path)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as plain dicts, lists and numbers."""
+    return dataclasses.asdict(config)
+
+
+# ---- the model a configuration describes ----------------------------------------------------------------------------
+
+
+def vit_config(student: StudentConfig) -> ViTConfig | ConvNeXtConfig:
+    """What `dinov3.models` builds for the `student` section."""
+    s, size = student, size_name(student.arch)
+    if size in CONVNEXT_SIZES:
+        depths, dims = CONVNEXT_SIZES[size]
+        return ConvNeXtConfig(
+            in_chans=s.in_chans, depths=depths, dims=dims, drop_path_rate=s.drop_path_rate, patch_size=s.patch_size
+        )
+    embed_dim, depth, num_heads, ffn_ratio = VIT_SIZES[size]
+    given = {name: getattr(s, name) for name in ("embed_dim", "depth", "num_heads", "ffn_ratio")}
+    shape = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, "ffn_ratio": ffn_ratio}
+    shape |= {name: value for name, value in given.items() if value is not None}
+    same = {f.name for f in dataclasses.fields(ViTConfig)} & {f.name for f in dataclasses.fields(StudentConfig)}
+    return ViTConfig(**({n: getattr(s, n) for n in same} | shape), layerscale_init=s.layerscale)
+
+
+def describe(notes: Iterable[str]) -> str:
+    """Notes as lines for the log."""
+    return "\n".join(f"note: {note}" for note in notes)
