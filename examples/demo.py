@@ -89,7 +89,7 @@ def main() -> None:
     pictures, store = out / "pictures", out / "store"
     photographs(pictures)
     weights = ["--weights", args.weights] if args.weights else []
-    run("embed", str(pictures), "--out", str(store), *weights)
+    run("embed", str(pictures), "--out", str(store), "--pooling", "mean", *weights)
     query = pictures / "chelsea-middle.jpg"
     hits = json.loads(run("search", str(store), "--image", str(query), "--top", "7", "--json"))
     hits = [h for h in hits if Path(h["path"]).name != query.name][:6]

@@ -82,6 +82,7 @@ class Source(Protocol):
     name: str
     kind: str
     skipped: int  # files and members that are no pictures
+    root: str  # absolute folder that items' paths are relative to
 
     def __len__(self) -> int: ...
 
@@ -100,12 +101,13 @@ def open_source(spec: str | os.PathLike[str], *, column: str | None = None, recu
     listing = _Listing(column, recursive)
     if os.path.lexists(text):
         path = Path(os.path.abspath(text))  # items are read by processes that may stand elsewhere
+        root = path if path.is_dir() else path.parent
         if path.is_dir():
             listing.folder(path)
         else:
             listing.named(path, path.name)
     elif re.search(r"[*?\[{]", text):
-        base = _fixed_part(os.path.abspath(text))
+        root = base = _fixed_part(os.path.abspath(text))
         for found in _expand(os.path.abspath(text)):
             if found.is_dir():
                 listing.folder(found, prefix=_relative(found, base) + "/")
@@ -113,7 +115,7 @@ def open_source(spec: str | os.PathLike[str], *, column: str | None = None, recu
                 listing.named(found, _relative(found, base))
     else:
         raise DinoError(_nonexistent(Path(text)))
-    return listing.close(text)
+    return listing.close(text, str(root))
 
 
 @dataclass
@@ -123,6 +125,7 @@ class _Listed:
     name: str
     kind: str
     skipped: int
+    root: str
     parts: list[_Part]
 
     def __len__(self) -> int:
@@ -149,13 +152,13 @@ class _Listing:
     hints: list[str] = field(default_factory=list)
     whole_folder: bool = False
 
-    def close(self, name: str) -> Source:
+    def close(self, name: str, root: str) -> Source:
         kinds = [] if not self.files else ["folder" if self.whole_folder or len(self.files) > 1 else "picture"]
         parts: list[_Part] = [_Files(sorted(self.files))] if self.files else []
         parts += self.containers
         kinds += dict.fromkeys(p.kind for p in self.containers)
         whole = [k for k in kinds if k != "broken"] or kinds
-        source = _Listed(name, whole[0] if len(whole) == 1 else "mixed", self.skipped, parts)
+        source = _Listed(name, whole[0] if len(whole) == 1 else "mixed", self.skipped, root, parts)
         if len(source) == 0:
             raise DinoError(self._emptiness(name))
         if self.column is not None and not self.used_column:

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -161,6 +161,7 @@ def todo(
     failed = {f.path: f for f in store.failures()}
     seen: set[str] = set()
     for item in source:
+        item = replace(item, path=os.path.join(source.root, item.path))
         if item.path in seen:  # a list file may name a picture twice
             continue
         seen.add(item.path)
