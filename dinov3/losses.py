@@ -1,4 +1,4 @@
-"""The losses of self-supervised training (paper §3.2, §4, §5) and of image-text alignment (§6.3).
+"""The losses of self-supervised training (paper §3.2, §4.2) and of image-text alignment (§5.3).
 
 Legend: B images, C crops, K prototypes, D width, P patches, n rows of this rank, N rows of all ranks, W ranks.
 
@@ -212,7 +212,8 @@ def koleo_loss(x: Tensor) -> Tensor:
     Mended: always float32 (the reference computes bf16 input in bf16: 3 digits, and log of rounded distances); a row
     is never its own neighbour, not even when all others lie opposite to it.
     """
-    return koleo_loss_over(x, x, first=0, topk=1)
+    x = _unit_rows(x)
+    return _koleo(x, x, first=0, topk=1)
 
 
 @_float32
@@ -220,33 +221,35 @@ def koleo_loss_distributed(x: Tensor, *, topk: int = 1, group_size: int | None =
     """KoLeo with neighbours on other ranks: `topk` of them for each row, among `group_size` rows (default: all).
 
     x [n, D], n the same on all ranks of `group`. The ranks form consecutive blocks of `group_size / n`, and each looks
-    within its block. Returns the mean over this rank's rows; as the gather is differentiable, a rank's gradient holds
+    within its block (to gather no more than a block, make the block the `group`). Returns the mean over this rank's rows; as the gather is differentiable, a rank's gradient holds
     the contributions of every rank's loss, and data parallelism's average divides the sum by W.
 
     Mended: gathers within `group` (the reference always takes the world, which mixes students of different widths).
     """
+    x = _unit_rows(x)  # float32 before gathering: the ranks' gradients are added up in the dtype that travels
     n, W = len(x), distributed.world(group)
     rows = n * W if group_size is None else group_size
-    if n == 0 or rows % n or (n * W) % rows:
+    if rows < 1 or rows % n or (n * W) % rows:
         raise DinoError(
             f"KoLeo's group size {rows} must be a multiple of the {n} rows of a rank and divide the {n * W} rows of all ranks"
         )
-    x = x.float()  # before gathering: the ranks' gradients are added up in the dtype that travels
     pool = distributed.all_gather_with_gradient(x, group)  # [W·n, D]
     first = distributed.rank(group) * n
     block = first // rows * rows
-    return koleo_loss_over(x, pool[block : block + rows], first=first - block, topk=topk)
+    return _koleo(x, pool[block : block + rows], first=first - block, topk=topk)
 
 
-def koleo_loss_over(x: Tensor, pool: Tensor, *, first: int, topk: int) -> Tensor:
-    """KoLeo of rows x [n, D] against `pool` [m, D], of which they are the rows from `first` on."""
+def _unit_rows(x: Tensor) -> Tensor:
     if x.ndim != 2 or len(x) == 0:
         raise DinoError(f"KoLeo takes one feature vector per image, [images, width], not {_shape(x)}")
+    return F.normalize(x.float(), dim=-1, eps=KOLEO_EPS)
+
+
+def _koleo(x: Tensor, pool: Tensor, *, first: int, topk: int) -> Tensor:
+    """KoLeo of unit rows x [n, D] against `pool` [m, D], of which they are the rows from `first` on."""
     n, m = len(x), len(pool)
     if not 1 <= topk <= max(m - 1, 1):
         raise DinoError(f"KoLeo cannot find {topk} neighbours among {m} rows; each has {m - 1}")
-    x = F.normalize(x.float(), dim=-1, eps=KOLEO_EPS)
-    pool = F.normalize(pool.float(), dim=-1, eps=KOLEO_EPS)
     with torch.no_grad():
         similarity = x @ pool.T  # [n, m]
         own = torch.arange(n, device=x.device)
@@ -339,7 +342,7 @@ def resize_patches(
     method: str = "bicubic",
     antialias: bool = False,
 ) -> Tensor:
-    """Patch tokens [C, h·w, D] of a larger image to another grid [C, H·W, D], in float32 (paper §5.1: high-res teacher).
+    """Patch tokens [C, h·w, D] of a larger image to another grid [C, H·W, D], in float32 (paper §4.3: high-res teacher).
 
     `from_hw`: the grid they are on; None means a square one. Comes before any normalisation.
     """
@@ -363,24 +366,25 @@ def some_positions(n: int, rate: float, generator: torch.Generator | None = None
 
 @_float32
 def image_text_loss(image: Tensor, text: Tensor, scale: Tensor | float, *, group: Group = None) -> Tensor:
-    """Symmetric contrastive loss with the pairs of all ranks as negatives (CLIP; paper §6.3 dino.txt).
+    """Symmetric contrastive loss with the pairs of all ranks as negatives (CLIP; paper §5.3 dino.txt).
 
     `image`, `text` [n, D], unit rows; row i of one belongs to row i of the other; n the same on all ranks · `scale`:
     the factor of the cosines, exp of the learned number. The mean over this rank's pairs of
 
         ½ (cross-entropy of its image against all texts + of its text against all images)
 
-    Gradients of features are those of the sum of all ranks' losses, that of `scale` is the own loss's; averaged over
-    ranks both are the gradient of the mean over all pairs. Keeps the two [n, W·n] similarity matrices at once.
+    Gradients are those of the sum of all ranks' losses with respect to this rank's rows and to the scale of its
+    images; averaged over ranks they are the gradient of the mean over all pairs. Keeps two [n, W·n] matrices of
+    similarities (the reference passes the features round in a ring, which needs less memory and gives the same).
     """
     if image.ndim != 2 or image.shape != text.shape or len(image) == 0:
         raise DinoError(f"image and text features must both be [pairs, width], not {_shape(image)} and {_shape(text)}")
-    image, text = image.float(), text.float()
+    image, text = scale * image.float(), text.float()  # scaled once, so that both directions share its gradient
     all_images = distributed.all_gather_with_gradient(image, group)  # [W·n, D]
     all_texts = distributed.all_gather_with_gradient(text, group)
     own = distributed.rank(group) * len(image) + torch.arange(len(image), device=image.device)
-    image_to_text = F.cross_entropy(scale * image @ all_texts.T, own)
-    text_to_image = F.cross_entropy(scale * text @ all_images.T, own)
+    image_to_text = F.cross_entropy(image @ all_texts.T, own)
+    text_to_image = F.cross_entropy(text @ all_images.T, own)
     return (image_to_text + text_to_image) / 2
 
 
