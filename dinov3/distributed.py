@@ -221,7 +221,7 @@ def average(values: Mapping[str, Tensor | float], group: Group = None) -> dict[s
         return {}
     device = next((v.device for v in values.values() if isinstance(v, Tensor)), torch.device("cpu"))
     dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-    stacked = torch.stack([torch.as_tensor(v).detach().to(device, dtype) for v in values.values()])
+    stacked = torch.stack([torch.as_tensor(v, dtype=dtype, device=device).detach() for v in values.values()])
     return dict(zip(values, all_reduce(stacked, "mean", group).tolist()))
 
 

@@ -221,8 +221,9 @@ def koleo_loss_distributed(x: Tensor, *, topk: int = 1, group_size: int | None =
     """KoLeo with neighbours on other ranks: `topk` of them for each row, among `group_size` rows (default: all).
 
     x [n, D], n the same on all ranks of `group`. The ranks form consecutive blocks of `group_size / n`, and each looks
-    within its block (to gather no more than a block, make the block the `group`). Returns the mean over this rank's rows; as the gather is differentiable, a rank's gradient holds
-    the contributions of every rank's loss, and data parallelism's average divides the sum by W.
+    within its block (to gather no more than a block, make the block the `group`). Returns the mean over this rank's
+    rows; as the gather is differentiable, a rank's gradient holds the contributions of every rank's loss, and data
+    parallelism's average divides the sum by W.
 
     Mended: gathers within `group` (the reference always takes the world, which mixes students of different widths).
     """

@@ -106,7 +106,7 @@ def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # the launcher shows each process one GPU
     assert distributed._device("cuda", launch) == torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(DinoError, match="4 processes .* 2 GPUs"):
+    with pytest.raises(DinoError, match=r"4 processes .* 2 GPUs"):
         distributed._device("cuda", launch)
 
 
