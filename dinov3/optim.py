@@ -1,0 +1,370 @@
+"""What moves the weights: schedules, the parameters' groups, clipping, the average (paper §3.2; tables 12 and 13).
+
+A schedule is a pure function of the step; nothing is kept between steps, so a resumed run needs only its iteration.
+Two generators exist because published recipes come in two forms: `cosine_v1` (keys in `optim` and `teacher`) and
+`warmup_cosine_v2` (a `schedules` section). They differ in small ways that the numbers depend on: v1's warm-up contains
+the peak, so the peak appears twice, and its cosine never arrives; v2's warm-up stops short of the peak and its cosine
+arrives.
+
+Everything works on plain tensors and on DTensors. Nothing here waits for the device: norms are returned as tensors.
+Left out: any optimiser but AdamW, and loss scaling.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dinov3.config import OptimConfig, ScheduleConfig, TrainConfig
+from dinov3.errors import DinoError
+
+Schedule = Callable[[int], float]
+
+# ---- schedules ------------------------------------------------------------------------------------------------------
+
+
+def cosine_v1(
+    step: int,
+    *,
+    base: float,
+    final: float,
+    total: int,
+    warmup: int = 0,
+    start: float = 0.0,
+    freeze: int = 0,
+    trunc_extra: float = 0.0,
+) -> float:
+    """`freeze` zeros; a line start → base over `warmup` steps, both ends included; a cosine base → final; then final.
+
+    The cosine has n = total − freeze − warmup steps, cos(π·i/n) for i = 0..n−1, and so stops just short of `final`.
+    With `trunc_extra` x it is the first n points of a slower one of (1 + x)·n points, rescaled to end at `final`.
+    """
+    n = total - freeze - warmup
+    if n < 0:
+        raise DinoError(f"a schedule of {total} steps cannot hold {freeze} frozen and {warmup} warm-up steps")
+    if step >= total:
+        return final
+    if step < freeze:
+        return 0.0
+    if step < freeze + warmup:
+        i = step - freeze
+        return start + (base - start) * (i / (warmup - 1)) if warmup > 1 else start
+    i = step - freeze - warmup
+    if trunc_extra == 0:
+        height = (1 + math.cos(math.pi * i / n)) / 2
+    else:
+        points = int((1 + trunc_extra) * n)
+
+        def slow(j: int) -> float:
+            return (1 + math.cos(math.pi * j / max(points - 1, 1))) / 2
+
+        last = slow(n - 1)
+        height = (slow(i) - last) / (1 - last) if last < 1 else 1.0
+    return final + (base - final) * height
+
+
+def warmup_cosine_v2(
+    step: int, *, start: float, peak: float, end: float, warmup: int, total: int, cosine: int | None = None
+) -> float:
+    """A line from start towards peak over `warmup` steps; a cosine peak → end, both included, over `cosine`; then end.
+
+    `cosine` None means all that is left. A rising cosine is peak < end; a constant with warm-up is peak == end.
+    """
+    cosine = total - warmup if cosine is None else cosine
+    if cosine < 0 or warmup + cosine > total:
+        raise DinoError(f"a schedule of {total} steps cannot hold {warmup} warm-up and {cosine} cosine steps")
+    if step < warmup:
+        return start + (peak - start) * (step / warmup)
+    i = step - warmup
+    if i >= cosine:
+        return end
+    if i == cosine - 1 and cosine > 1:
+        return end  # what cos(π) means, without its rounding
+    return end + (peak - end) * (1 + math.cos(math.pi * i / max(cosine - 1, 1))) / 2
+
+
+def constant(value: float, step: int) -> float:
+    return value
+
+
+def zero_before(first: int, schedule: Schedule, step: int) -> float:
+    """The frozen last layer: rate 0 for the first steps (its moments are gathered all the same)."""
+    return 0.0 if step < first else schedule(step)
+
+
+def lr_factor(rule: str | None, global_batch: int) -> float:
+    """What a learning rate is multiplied by for a batch of that many pictures, all processes and accumulation counted.
+
+    `sqrt_wrt_1024` is 4·√(batch/1024): 1e-3 becomes 5.657e-3 at 2048, and the 7B's 5e-5 becomes 4e-4 at 4096.
+    """
+    if rule == "sqrt_wrt_1024":
+        return 4 * math.sqrt(global_batch / 1024)
+    return global_batch / 256 if rule == "linear_wrt_256" else 1.0
+
+
+@dataclass(frozen=True)
+class StepValues:
+    """All that is scheduled, at one step."""
+
+    lr: float
+    last_layer_lr: float
+    weight_decay: float
+    momentum: float  # of the EMA
+    teacher_temp: float
+    local_loss_weight: float
+    gram_loss_weight: float
+
+    def fields(self) -> dict[str, float]:
+        """Under the names of the metrics file; the loss weights are logged beside their losses."""
+        named = {"lr": self.lr, "wd": self.weight_decay, "mom": self.momentum, "last_layer_lr": self.last_layer_lr}
+        return named | {"teacher_temp": self.teacher_temp}
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """The schedules of a run; `schedules.at(it)` gives their values, the same whenever and wherever it is asked."""
+
+    lr: Schedule
+    last_layer_lr: Schedule
+    weight_decay: Schedule
+    momentum: Schedule
+    teacher_temp: Schedule
+    local_loss_weight: Schedule
+    gram_loss_weight: Schedule
+    total: int  # iterations
+
+    def at(self, step: int) -> StepValues:
+        return StepValues(
+            self.lr(step),
+            self.last_layer_lr(step),
+            self.weight_decay(step),
+            self.momentum(step),
+            self.teacher_temp(step),
+            self.local_loss_weight(step),
+            self.gram_loss_weight(step),
+        )
+
+
+def build_schedules(config: TrainConfig, world_size: int) -> Schedules:
+    """The schedules that a configuration describes, for so many processes (the rate is scaled with the batch).
+
+    v1 scales the peak only; v2 scales `peak` and `end`, not `start`.
+    """
+    c, o, t = config, config.optim, config.teacher
+    epoch, total = c.train.OFFICIAL_EPOCH_LENGTH, c.iterations
+    factor = lr_factor(o.scaling_rule, c.train.batch_size_per_gpu * world_size * o.accumulation_steps)
+
+    def steps(epochs: float | None) -> int:
+        return round((epochs or 0) * epoch)
+
+    def v2(s: ScheduleConfig, scale: float = 1.0) -> Schedule:
+        cosine = None if s.cosine_epochs is None else steps(s.cosine_epochs)
+        warmup = steps(s.warmup_epochs)
+        run = partial(
+            warmup_cosine_v2,
+            start=s.start,
+            peak=s.peak * scale,
+            end=s.end * scale,
+            warmup=warmup,
+            total=total,
+            cosine=cosine,
+        )
+        run(0)  # a length that does not fit is said now
+        return run
+
+    if c.schedules is not None:
+        lr = v2(c.schedules.lr, factor)
+        frozen = steps(c.schedules.lr.freeze_last_layer_epochs)
+        weight_decay, momentum = v2(c.schedules.weight_decay), v2(c.schedules.momentum)
+        teacher_temp = v2(c.schedules.teacher_temp)
+    else:
+        v1 = partial(cosine_v1, total=total)
+        values = {name: _number(o, name) for name in ("lr", "min_lr", "weight_decay", "weight_decay_end")}
+        lr = partial(
+            v1,
+            base=values["lr"] * factor,
+            final=values["min_lr"],
+            warmup=steps(o.warmup_epochs),
+            trunc_extra=o.schedule_trunc_extra or 0.0,
+        )
+        frozen = steps(o.freeze_last_layer_epochs)
+        trunc = {"trunc_extra": o.schedule_trunc_extra or 0.0}
+        weight_decay = partial(v1, base=values["weight_decay"], final=values["weight_decay_end"], **trunc)
+        momentum = partial(v1, base=_number(t, "momentum_teacher"), final=_number(t, "final_momentum_teacher"), **trunc)
+        warm, temp = steps(t.warmup_teacher_temp_epochs), _number(t, "teacher_temp")
+        teacher_temp = partial(
+            cosine_v1, base=temp, final=temp, total=warm, warmup=warm, start=_number(t, "warmup_teacher_temp")
+        )
+
+    local = v2(c.dino.local_loss_weight_schedule) if c.dino.reweight_dino_local_loss else partial(constant, 1.0)
+    if not c.gram.use_loss:
+        gram: Schedule = partial(constant, 0.0)
+    elif c.gram.loss_weight_schedule is not None:
+        gram = v2(c.gram.loss_weight_schedule)
+    else:
+        gram = partial(constant, c.gram.loss_weight)
+    return Schedules(
+        lr, partial(zero_before, frozen, lr), weight_decay, momentum, teacher_temp, local, gram, total=total
+    )
+
+
+def _number(section: Any, name: str) -> float:
+    value = getattr(section, name)
+    assert value is not None, f"{name} is null: the configuration was not checked"
+    return float(value)
+
+
+# ---- groups of parameters -------------------------------------------------------------------------------------------
+
+WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+@dataclass(frozen=True)
+class Multipliers:
+    """How one parameter departs from the schedules."""
+
+    name: str  # relative to its sub-module
+    lr_multiplier: float
+    wd_multiplier: float
+    is_last_layer: bool
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what compilation and checkpointing put into it."""
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def layer_lr(name: str, n_blocks: int, decay: float) -> float:
+    """Layerwise decay: decay^(L+1) for tokens and patch projection, decay^(L−i) for block i of L, 1 for the rest.
+
+    A model without `blocks` (ConvNeXt, heads) has 1 everywhere.
+    """
+    block = re.match(r"blocks\.(\d+)\.", name)
+    if block:
+        return decay ** (n_blocks - int(block[1]))
+    first = n_blocks and name.startswith(("cls_token", "storage_tokens", "mask_token", "patch_embed."))
+    return decay ** (n_blocks + 1) if first else 1.0
+
+
+def multipliers(
+    module: nn.Module, *, layerwise_decay: float = 1.0, patch_embed_lr_mult: float = 1.0, wd_multiplier: float = 1.0
+) -> list[Multipliers]:
+    """One row for each parameter of a sub-module, in its order.
+
+    No decay for biases and for names holding `norm`, `gamma` or `fourier_w`. CLS, register and mask tokens do decay:
+    the reference says otherwise in a comment and decays them, and published models were trained so. ConvNeXt's
+    down-sampling norms have no such name (`downsample_layers.0.1.weight`) and decay too, for the same reason.
+    """
+    names = [plain_name(name) for name, _ in module.named_parameters()]
+    blocks = {int(m[1]) for name in names if (m := re.match(r"blocks\.(\d+)\.", name))}
+    rows = []
+    for name in names:
+        lr = layer_lr(name, len(blocks), layerwise_decay)
+        if name.startswith("patch_embed.") and blocks:
+            lr *= patch_embed_lr_mult
+        bare = name.endswith("bias") or any(word in name for word in ("norm", "gamma", "fourier_w"))
+        rows.append(Multipliers(name, lr, 0.0 if bare else wd_multiplier, "last_layer" in name))
+    return rows
+
+
+def param_groups(modules: Mapping[str, nn.Module], optim: OptimConfig) -> list[dict[str, Any]]:
+    """AdamW's groups for {"backbone": …, "dino_head": …, "ibot_head": …}; parameters that need no gradient are left out.
+
+    With `multi_tensor_optim` parameters of one sub-module and equal multipliers share a group. Differently from the
+    reference, `dino_head_wd_multiplier` acts: there it looks for "dino_head" in names that do not contain it.
+    """
+    groups: list[dict[str, Any]] = []
+    for part, module in modules.items():
+        rows = multipliers(
+            module,
+            layerwise_decay=optim.layerwise_decay,
+            patch_embed_lr_mult=optim.patch_embed_lr_mult,
+            wd_multiplier=optim.dino_head_wd_multiplier if part == "dino_head" else 1.0,
+        )
+        fused: dict[Any, dict[str, Any]] = {}
+        for row, parameter in zip(rows, module.parameters(), strict=True):
+            if not parameter.requires_grad:
+                continue
+            key = (row.lr_multiplier, row.wd_multiplier, row.is_last_layer) if optim.multi_tensor_optim else row.name
+            group = fused.setdefault(
+                key,
+                {
+                    "params": [],
+                    "lr_multiplier": row.lr_multiplier,
+                    "wd_multiplier": row.wd_multiplier,
+                    "is_last_layer": row.is_last_layer,
+                },
+            )
+            group["params"].append(parameter)
+        groups += fused.values()
+    return groups
+
+
+def build_optimizer(modules: Mapping[str, nn.Module], optim: OptimConfig) -> torch.optim.AdamW:
+    """AdamW, eps 1e-8, over the groups; rates and decays are 0 until `apply_schedules` writes them.
+
+    The fused kernel is used where all parameters are on CUDA, or plain tensors on the CPU; elsewhere the default.
+    """
+    groups = param_groups(modules, optim)
+    if not groups:
+        raise DinoError("no parameter needs a gradient: there is nothing to train")
+    parameters = [p for group in groups for p in group["params"]]
+    devices = {p.device.type for p in parameters}
+    plain = all(type(p) is nn.Parameter for p in parameters)
+    fused = optim.multi_tensor_optim and (devices == {"cuda"} or (devices == {"cpu"} and plain))
+    betas = (optim.adamw_beta1, optim.adamw_beta2)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, weight_decay=0.0, fused=fused or None)
+
+
+def apply_schedules(optimizer: torch.optim.Optimizer, values: StepValues) -> None:
+    """Write this step's rate and decay into every group."""
+    for group in optimizer.param_groups:
+        lr = values.last_layer_lr if group["is_last_layer"] else values.lr
+        group["lr"] = lr * group["lr_multiplier"]
+        group["weight_decay"] = values.weight_decay * group["wd_multiplier"]
+
+
+# ---- clipping and averaging -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def clip_per_module(modules: Mapping[str, nn.Module], max_norm: float | None) -> dict[str, Tensor]:
+    """Clip each sub-module's gradients to an L2 norm of its own; the norms before clipping, as 0-dimensional tensors.
+
+    The factor is min(1, max_norm / (norm + 1e-6)). 0 or None only measures. Sharded gradients are measured whole.
+    """
+    norms = {}
+    for name, module in modules.items():
+        parameters = [p for p in module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if hasattr(norm, "full_tensor"):  # a DTensor holding this process's share
+            norm = norm.full_tensor()
+        if max_norm and parameters:
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        norms[name] = norm
+    return norms
+
+
+@torch.no_grad()
+def ema_update(ema: Iterable[Tensor], student: Iterable[Tensor], momentum: float) -> None:
+    """ema ← momentum·ema + (1 − momentum)·student, in place, over parameters in the same order (not buffers).
+
+    Give `model.parameters()` of both. The slow version:
+
+        for e, s in zip(ema, student): e.mul_(momentum).add_(s, alpha=1 - momentum)
+    """
+    averages, sources = list(ema), list(student)
+    if [e.shape for e in averages] != [s.shape for s in sources]:
+        raise DinoError(f"the average has {len(averages)} tensors and the student {len(sources)}, or shapes differ")
+    if averages:
+        torch._foreach_mul_(averages, momentum)
+        torch._foreach_add_(averages, sources, alpha=1 - momentum)

@@ -1,0 +1,350 @@
+"""What a run leaves behind and what it says while it runs.
+
+    <output>/resolved.yaml     the configuration with every value      resolved.1.yaml …: earlier ones, if it changed
+             metrics.jsonl     one JSON object per record, `iteration` first
+             log.txt           what the console showed
+             ckpt/  eval/  plots/
+
+One line on stderr per event, one JSON line per record of numbers, both written by one process (`writer`). The metrics
+file is the truth that TensorBoard or W&B only show. After a resume the records of iterations that will be run again are
+cut, so every iteration is in the file once. Field names are the reference's; where it writes the median of the last 20
+iterations, schedules included, a record here holds the schedule's value at that very iteration and the mean of losses
+and norms since the previous record. Numbers that are not finite become null: JSON has no NaN.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import torch
+from torch import Tensor
+
+from dinov3 import config as configuration
+from dinov3.errors import DinoError, UnknownName, did_you_mean, require
+
+Number = float | int | Tensor
+
+
+class Sink(Protocol):
+    """Somewhere else that numbers are shown."""
+
+    def config(self, values: Mapping[str, Any]) -> None: ...
+
+    def scalars(self, iteration: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    def __init__(self, folder: Path, iteration: int) -> None:
+        require("tensorboard", "track", "the tensorboard sink")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=iteration or None)
+
+    def config(self, values: Mapping[str, Any]) -> None:
+        self.writer.add_text("config", "```\n" + json.dumps(values, indent=1, default=str) + "\n```")
+
+    def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, iteration)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Wandb:
+    """W&B, or trackio, which speaks the same language. W&B keeps what it saw of iterations that are run again."""
+
+    def __init__(self, folder: Path, iteration: int, module: str = "wandb") -> None:
+        self.module = module
+        self.client = require(module, "track", f"the {module} sink")
+        options: dict[str, Any] = {"project": "dinov3", "name": folder.name}
+        if module == "wandb":
+            options |= {"dir": str(folder), "resume": "allow", "id": f"{folder.name}-{_short_hash(folder)}"}
+        self.run = self.client.init(**options)
+
+    def config(self, values: Mapping[str, Any]) -> None:
+        if self.module == "wandb":
+            self.run.config.update(dict(values), allow_val_change=True)
+
+    def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
+        self.client.log(dict(values), step=iteration)
+
+    def close(self) -> None:
+        self.client.finish()
+
+
+def _short_hash(folder: Path) -> str:
+    import hashlib
+
+    return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
+
+
+def open_sink(name: str, folder: Path, iteration: int) -> Sink:
+    if name == "tensorboard":
+        return TensorBoard(folder, iteration)
+    if name in ("wandb", "trackio"):
+        return Wandb(folder, iteration, name)
+    raise UnknownName(f"unknown sink {name!r}{did_you_mean(name, configuration.SINKS)}")
+
+
+class RunDir:
+    """The folder of a run. Processes that are not the writer know its paths and stay silent."""
+
+    def __init__(self, path: str | os.PathLike[str], *, writer: bool = True, console: TextIO | None = None) -> None:
+        self.path = Path(path).absolute()
+        self.writer = writer
+        self.console = console
+        self.sinks: list[Sink] = []
+        self.config_file = self.path / "resolved.yaml"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.log_file = self.path / "log.txt"
+        self.checkpoints = self.path / "ckpt"
+        self.evaluations = self.path / "eval"
+        self.plots = self.path / "plots"
+
+    def start(self, config: Any, *, iteration: int = 0, sinks: Sequence[str | Sink] = ()) -> None:
+        """Make the folder, write the configuration, cut the metrics at the iteration about to be run, open the sinks."""
+        if not self.writer:
+            return
+        for folder in (self.path, self.checkpoints, self.evaluations, self.plots):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._save_config(config)
+        cut = cut_metrics(self.metrics_file, iteration)
+        if cut:
+            self.say(f"{cut} records of iterations from {iteration} on were cut from {self.metrics_file.name}")
+        self.sinks = [open_sink(s, self.path, iteration) if isinstance(s, str) else s for s in sinks]
+        for sink in self.sinks:
+            sink.config(configuration.to_dict(config))
+
+    def _save_config(self, config: Any) -> None:
+        """An earlier configuration that differs is kept under a number: a resumed run may change its mind."""
+        beside = self.path / ".resolved.new.yaml"
+        configuration.dump(config, beside)
+        if self.config_file.exists() and self.config_file.read_bytes() != beside.read_bytes():
+            n = 1
+            while (kept := self.path / f"resolved.{n}.yaml").exists():
+                n += 1
+            os.replace(self.config_file, kept)
+            self.say(f"the configuration differs from that of the last start, which is kept as {kept.name}")
+        os.replace(beside, self.config_file)
+
+    def say(self, text: str) -> None:
+        """One event, one line: on the console and in log.txt."""
+        if not self.writer:
+            return
+        line = f"{datetime.now():%Y-%m-%d %H:%M:%S} " + " ".join(text.splitlines())
+        print(line, file=self.console or sys.stderr, flush=True)
+        if self.path.is_dir():
+            with open(self.log_file, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    def record(self, iteration: int, values: Mapping[str, Number]) -> None:
+        """One JSON line; the same finite numbers go to the sinks."""
+        if not self.writer:
+            return
+        numbers = {name: float(v) if isinstance(v, Tensor) else v for name, v in values.items()}
+        finite = {name: v for name, v in numbers.items() if math.isfinite(v)}
+        line = {"iteration": iteration} | {name: finite.get(name) for name in numbers}
+        with open(self.metrics_file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+        for sink in self.sinks:
+            sink.scalars(iteration, finite)
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+        self.sinks = []
+
+
+# ---- the metrics file -----------------------------------------------------------------------------------------------
+
+
+def read_metrics(file: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The records of a metrics file, one after the other; a line torn by a crash is passed over."""
+    path = Path(file)
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(record, dict):
+                yield record
+
+
+def cut_metrics(file: str | os.PathLike[str], iteration: int) -> int:
+    """Drop records of `iteration` and later, and torn lines; how many records went. The file changes at once or not."""
+    path = Path(file)
+    if not path.exists():
+        return 0
+    records = list(read_metrics(path))
+    kept = [r for r in records if r.get("iteration", -1) < iteration]
+    text = "".join(json.dumps(r) + "\n" for r in kept)
+    if text != path.read_text(encoding="utf-8", errors="replace"):
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    return len(records) - len(kept)
+
+
+# ---- the line that says how it goes ---------------------------------------------------------------------------------
+
+
+class Progress:
+    """Times the loop and says, every so often, how far it is: one line, one record, one wait for the device.
+
+        progress = Progress(run, total=1000, images_per_step=64)
+        for it, batch in …:
+            progress.fetched()
+            …
+            progress.stepped(it, schedules.at(it).fields(), {"total_loss": loss, …})
+
+    Values may be tensors on the device; they are not read before the line is due. Several processes: reduce first.
+    """
+
+    def __init__(
+        self,
+        run: RunDir,
+        *,
+        total: int,
+        images_per_step: int,
+        first: int = 0,
+        every: int = 10,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.run, self.total, self.first, self.every = run, total, first, every
+        self.images, self.device = images_per_step, torch.device(device)
+        self.began = self.last = time.perf_counter()
+        self.timed_from, self.timed_steps = self.began, 0  # for the ETA: without the first step, which compiles
+        self.waits: list[float] = []
+        self.steps: list[float] = []
+        self.terms: dict[str, list[Tensor]] = {}
+
+    def fetched(self) -> None:
+        """The batch is here: what passed since the last step was waiting for data."""
+        self.waits.append(time.perf_counter() - self.last)
+
+    def stepped(self, iteration: int, schedules: Mapping[str, float], terms: Mapping[str, Number]) -> dict[str, float]:
+        """An iteration is over. The record, if a line was due, else an empty dict."""
+        for name, value in terms.items():
+            tensor = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value))
+            self.terms.setdefault(name, []).append(tensor.float())
+        due = iteration % self.every == 0 or iteration + 1 >= self.total
+        means = {name: float(torch.stack(values).mean()) for name, values in self.terms.items()} if due else {}
+        now = time.perf_counter()  # after the device was waited for
+        self.steps.append(now - self.last)
+        self.last = now
+        if iteration == self.first:
+            self.timed_from = now
+        else:
+            self.timed_steps += 1
+        if not due:
+            return {}
+        step = sum(self.steps) / len(self.steps)
+        wait = sum(self.waits) / max(len(self.waits), 1)
+        # order and names: the reference's, then what it lacks
+        record: dict[str, float] = {"iter_time": step, "data_time": wait}
+        record |= {name: v for name, v in schedules.items() if name != "teacher_temp"} | means
+        record |= {name: v for name, v in schedules.items() if name == "teacher_temp"}
+        record |= {
+            "images_per_second": self.images / max(step, 1e-9),
+            "data_share": wait / max(step, 1e-9),
+            "memory_gb": peak_memory_gb(self.device),
+        }
+        self.waits, self.steps, self.terms = [], [], {}
+        self.run.record(iteration, record)
+        self.run.say(self.line(iteration, record, means))
+        return record
+
+    def line(self, iteration: int, record: Mapping[str, float], means: Mapping[str, float]) -> str:
+        done = iteration + 1
+        each = (self.last - self.timed_from) / self.timed_steps if self.timed_steps else record["iter_time"]
+        losses = "  ".join(
+            f"{name.removesuffix('_loss')} {v:.4g}" for name, v in means.items() if name.endswith("_loss")
+        )
+        return (
+            f"[{done:>{len(str(self.total))}}/{self.total}]  eta {spoken_time(each * (self.total - done))}  {losses}  "
+            f"lr {record.get('lr', 0):.3g}  {record['iter_time']:.3g} s/step ({record['data_share']:.0%} waiting for "
+            f"data)  {record['images_per_second']:.0f} images/s  {record['memory_gb']:.1f} GB"
+        )
+
+    def close(self) -> None:
+        """The last line: how long the iterations of this start took, and each of them."""
+        steps, seconds = self.timed_steps + 1, self.last - self.began
+        self.run.say(f"{steps} iterations in {spoken_time(seconds)}, {seconds / steps:.3g} s each")
+
+
+def spoken_time(seconds: float) -> str:
+    """0:00:07, 14:02:10, 3 d 02:00:00."""
+    days, rest = divmod(round(seconds), 86400)
+    clock = f"{rest // 3600}:{rest // 60 % 60:02}:{rest % 60:02}"
+    return f"{days} d {clock.rjust(8, '0')}" if days else clock
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory so far: of the accelerator, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 1e9
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e9 if sys.platform == "darwin" else 1e6)  # bytes there, kilobytes elsewhere
+
+
+# ---- a picture of it ------------------------------------------------------------------------------------------------
+
+
+def plot(metrics: str | os.PathLike[str], out: str | os.PathLike[str]) -> str:
+    """Loss terms above, k-NN accuracy below, over iterations; the sentence says what became of it.
+
+    Without matplotlib nothing is drawn and that is no error: a run does not die of a missing picture.
+    """
+    records = list(read_metrics(metrics))
+    curves: dict[str, tuple[list[int], list[float]]] = {}
+    for record in records:
+        for name, value in record.items():
+            if value is not None and (name.endswith("_loss") or name.startswith("knn")):
+                x, y = curves.setdefault(name, ([], []))
+                x.append(record["iteration"])
+                y.append(value)
+    if not curves:
+        return f"no plot: {metrics} holds no losses"
+    try:
+        require("matplotlib", "plots", "plotting")
+    except DinoError as error:
+        return f"no plot: {error}"
+    from matplotlib.figure import Figure
+
+    groups = [[n for n in curves if n.endswith("_loss")], [n for n in curves if n.startswith("knn")]]
+    groups = [g for g in groups if g]
+    figure = Figure(figsize=(8, 3.5 * len(groups)), layout="constrained")
+    for i, names in enumerate(groups):
+        axes = figure.add_subplot(len(groups), 1, i + 1)
+        for name in names:
+            axes.plot(*curves[name], label=name, linewidth=1.2, marker="." if len(curves[name][0]) < 20 else None)
+        axes.set_xlabel("iteration")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = out.with_name(f".{os.getpid()}.{out.name}")
+    figure.savefig(beside, dpi=120, format=out.suffix.lstrip(".") or "png")
+    os.replace(beside, out)
+    return f"plotted {', '.join(curves)} to {out}"
