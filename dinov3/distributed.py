@@ -265,7 +265,7 @@ def all_gather_with_gradient(x: Tensor, group: Group = None) -> Tensor:
     A rank's rows receive the sum of the gradients of *all* ranks' losses, so every rank must run backward. After the
     average over ranks that data parallelism takes, this is the gradient of the mean of the ranks' losses.
     """
-    return x if world(group) == 1 else _AllGather.apply(x.contiguous(), group)
+    return x if world(group) == 1 else _AllGather.apply(x.contiguous(), group)  # NCCL refuses views with gaps
 
 
 def gather_objects(item: Any, group: Group = None) -> list[Any]:

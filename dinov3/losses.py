@@ -163,7 +163,7 @@ def dino_scales(n_global: int, n_local: int, *, ignore_diagonal: bool = True) ->
 
 def masked_patch_weights(masks: Tensor) -> Tensor:
     """Masks [C, P] to one weight per masked patch [n], row-major: 1 / (masked patches of its crop)."""
-    per_crop = masks.sum(1, keepdim=True).clamp(min=1).expand_as(masks)
+    per_crop = masks.sum(1, keepdim=True).expand_as(masks)
     return 1 / per_crop[masks.bool()].float()
 
 

@@ -328,20 +328,22 @@ def test_koleo_is_its_plain_loop(topk: int) -> None:
 @pytest.mark.parametrize("negatives", list(GRAM_NEGATIVES))
 @pytest.mark.parametrize("img_level", [True, False])
 def test_gram_is_its_plain_loop(img_level: bool, negatives: str) -> None:
-    student, teacher = normal(7, 2, 3, 4), normal(8, 2, 3, 5)
-    crops = [range(0, 3), range(3, 6)] if img_level else [range(0, 6)]
-    squares = []
+    student, teacher = normal(32, 2, 4, 4), normal(132, 2, 4, 5)
+    crops = [range(0, 4), range(4, 8)] if img_level else [range(0, 8)]
+    squares, signs = [], set()
     x, y = student.flatten(0, 1).double(), teacher.flatten(0, 1).double()
     for crop in crops:
         for i in crop:
             for j in crop:
                 s = float(x[i] @ x[j] / x[i].norm() / x[j].norm())
                 g = float(y[i] @ y[j] / y[i].norm() / y[j].norm())
+                signs.add((s < 0, g < 0))
                 if negatives == "zero" or (negatives == "zero_teacher_and_shared" and g < 0):
                     s = max(s, 0)
                 if negatives != "keep":
                     g = max(g, 0)
                 squares.append((s - g) ** 2)
+    assert len(signs) == 4  # every combination occurs, so that the choices differ
     assert close(gram_loss(student, teacher, img_level=img_level, negatives=negatives), sum(squares) / len(squares))
 
 
