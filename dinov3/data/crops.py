@@ -262,63 +262,68 @@ def render(image: Image.Image | np.ndarray | Tensor, plan: Plan, rules: CropRule
     picture = picture.unsqueeze(0)  # [1, 3, H, W], usually channels last in memory
 
     g, q = rules.global_size, rules.gram_size
-    seen: list[Pixels] = []
-    gram: list[Pixels] = []
+    seen = torch.empty(2, 3, g, g, dtype=torch.uint8)
+    gram = None if q is None else torch.empty(2, 3, q, q, dtype=torch.uint8)
     bases: list[Pixels] = []
-    for crop in plan.globals_:
+    for i, crop in enumerate(plan.globals_):
         base = cut(picture, crop, max(g, q or 0))
         bases.append(base)
-        if q is None:
-            seen.append(finished(base, crop))
+        if gram is None:
+            finish(base, crop, seen[i].numpy())
         elif rules.gram_distorted:  # at the large size: the blur is weaker, seen from the smaller crop
-            distorted = finished(base, crop)
-            seen.append(resized(distorted, g))
-            gram.append(resized(distorted, q))
+            distorted = np.empty_like(base)
+            finish(base, crop, distorted)
+            seen[i] = torch.from_numpy(resized(distorted, g))
+            gram[i] = torch.from_numpy(resized(distorted, rules.gram_size))
         else:
-            seen.append(finished(resized(base, g), crop))
-            gram.append(resized(base, q))
+            finish(resized(base, g), crop, seen[i].numpy())
+            gram[i] = torch.from_numpy(resized(base, rules.gram_size))
 
     side = rules.local_size
-    local: list[Pixels] = []
+    local = torch.empty(len(plan.locals_), 3, side, side, dtype=torch.uint8)
     for i, crop in enumerate(plan.locals_):
         if plan.windows is None:
             base = cut(picture, crop, side)
         else:
             top, left = plan.windows[i]
             base = bases[0 if i < len(plan.locals_) // 2 else 1][:, top : top + side, left : left + side]
-        local.append(finished(base, crop))
-    return Crops(_stack(seen), _stack(local, side), _stack(gram) if gram else None)
+        finish(base, crop, local[i].numpy())
+    return Crops(seen, local, gram)
 
 
 def cut(picture: Tensor, crop: Crop, side: int) -> Pixels:
     """The crop's box of a [1, 3, H, W] picture, resized (bicubic, antialiased, in integers) and flipped."""
     box = picture[:, :, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
     # a copy first: resizing a view of a larger picture costs half as much again
-    pixels = _interpolated(box.contiguous(memory_format=torch.channels_last), side)
-    return np.ascontiguousarray(pixels[:, :, ::-1]) if crop.flip else pixels
+    return _interpolated(box.contiguous(memory_format=torch.channels_last), side, crop.flip)
 
 
-def resized(pixels: Pixels, side: int) -> Pixels:
+def resized(pixels: Pixels, side: int | None) -> Pixels:
     """A square crop at another size."""
+    assert side is not None
     if pixels.shape[-1] == side:
         return pixels
     return _interpolated(torch.from_numpy(pixels)[None].contiguous(memory_format=torch.channels_last), side)
 
 
-def _interpolated(x: Tensor, side: int) -> Pixels:
-    return F.interpolate(x, size=(side, side), mode="bicubic", antialias=True)[0].contiguous().numpy()
+def _interpolated(x: Tensor, side: int, flip: bool = False) -> Pixels:
+    y = F.interpolate(x, size=(side, side), mode="bicubic", antialias=True)[0]
+    return (y.flip(-1) if flip else y).contiguous().numpy()
 
 
-def finished(pixels: Pixels, crop: Crop) -> Pixels:
+def finish(pixels: Pixels, crop: Crop, out: Pixels) -> None:
     """Colours, greyscale, blur, solarisation: everything after the geometry."""
     if crop.colours.order or crop.colours.grey or crop.sigma is not None:
         planes = _scratch("planes", pixels.shape)
         planes[:] = pixels
-        planes = coloured(planes, crop.colours)
+        coloured(planes, crop.colours)
         if crop.sigma is not None:
-            planes = blurred(planes, crop.sigma)
-        pixels = planes.astype(np.uint8)
-    return np.minimum(pixels, 255 - pixels) if crop.solarise else pixels  # values of 128 and more are inverted
+            blurred(planes, crop.sigma)
+        np.copyto(out, planes, casting="unsafe")
+    else:
+        out[:] = pixels
+    if crop.solarise:
+        np.minimum(out, 255 - out, out=out)  # values of 128 and more are inverted
 
 
 def coloured(x: Planes, colours: Colours) -> Planes:
@@ -360,39 +365,43 @@ def grey(x: Planes) -> np.ndarray:
 
 
 def _turn_hue(x: Planes, turn: float) -> None:
-    """Turns the hue of HSV by `turn` ∈ [−0.5, 0.5], in place, value and saturation unchanged; exact, rounded once.
+    """Turns the hue of HSV by `turn` (at most a sixth), in place, value and saturation unchanged; exact, rounded once.
 
-    With C = max − min, the hue is an angle h ∈ [−3, 3] from red, in sixths of a turn. C·|h| = (g + b − r) + max − 2·min in
-    all six sectors, with the sign of g − b: no division, no case distinction. Back: a channel whose colour is at
-    a distance d of the new angle on the circle is min + clip(2C − d·C, 0, C).
+    With C = max − min, let the hue be an angle h from red over green to blue, in sixths of a turn: 0 … 6. Then
+    C·(3 − |h − 3|) = g + b − r − min + C in all six sectors, and h < 3 where g > b: no division, no case distinction.
+    The way back is linear in pieces too: red is |h − 3| − 1, green 2 − |h − 2|, blue 2 − |h − 4|, clipped to 0 … 1, times C,
+    plus min. A turn forwards leaves this range at its upper end only, where green begins again, h − 6; for a turn
+    backwards, green and blue change places. Everything below is multiplied by C, and w = h − 3.
     """
-    r, g, b = x
-    high, low, chroma, angle, half, zero = (
-        _scratch(name, r.shape) for name in ("high", "low", "chroma", "angle", "half", "zero")
-    )
+    assert abs(turn) <= 1 / 6, turn
+    r, g, b = x if turn >= 0 else (x[0], x[2], x[1])
+    high, low, chroma, twice, w, t = (_scratch(name, r.shape) for name in ("high", "low", "chroma", "twice", "w", "t"))
     np.maximum(np.maximum(g, b, out=high), r, out=high)
     np.minimum(np.minimum(g, b, out=low), r, out=low)
     np.subtract(high, low, out=chroma)
-    np.add(g, b, out=angle)  # all angles are multiplied by C
-    angle -= r
-    angle += high
-    angle -= low
-    angle -= low
-    np.copysign(angle, np.subtract(g, b, out=half), out=angle)
-    angle += np.multiply(chroma, np.float32(6 * turn), out=half)
-    np.multiply(chroma, np.float32(3), out=half)
-    zero.fill(0)  # numpy's maximum with a scalar is several times slower than with a plane
-    for t, sixths in zip(x, (0, 2, -2)):  # red, green, blue on the circle
-        np.multiply(chroma, np.float32(-sixths), out=t)
-        t += angle
-        np.abs(t, out=t)
-        t -= half
-        np.abs(t, out=t)  # 3C − distance
-        t -= chroma  # 2C − distance
-        np.maximum(t, zero, out=t)
-        np.minimum(t, chroma, out=t)
-        t += low
-        np.rint(t, out=t)
+    np.add(chroma, chroma, out=twice)
+    np.add(g, b, out=w)
+    w -= r
+    w -= low
+    np.subtract(twice, w, out=w)  # 2C − (g + b − r − min) = |h − 3|
+    np.copysign(w, np.subtract(b, g, out=t), out=w)
+    w += np.multiply(chroma, np.float32(6 * abs(turn)), out=t)  # h − 3, turned
+
+    np.abs(w, out=r)
+    r -= chroma
+    np.add(w, chroma, out=t)
+    np.abs(t, out=t)
+    np.subtract(twice, t, out=g)
+    np.subtract(w, chroma, out=t)
+    np.abs(t, out=b)
+    np.subtract(twice, b, out=b)
+    t -= twice
+    np.maximum(g, t, out=g)  # green beyond a full turn: h − 6
+    for plane in (r, g, b):
+        plane += low
+        np.maximum(plane, low, out=plane)
+        np.minimum(plane, high, out=plane)
+    np.rint(x, out=x)
 
 
 def blur_kernel(sigma: float) -> np.ndarray:
@@ -447,10 +456,6 @@ def _scratch(name: str, shape: tuple[int, ...]) -> np.ndarray:
     return arrays[name, shape]
 
 
-def _stack(crops: list[Pixels], side: int = 0) -> Tensor:
-    return torch.from_numpy(np.stack(crops)) if crops else torch.empty(0, 3, side, side, dtype=torch.uint8)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # A batch
 
@@ -495,7 +500,8 @@ class CropBatch:
             return x.to(device, non_blocking=non_blocking)
 
         global_crops, local_crops = crops(self.global_crops), crops(self.local_crops)
-        assert global_crops is not None and local_crops is not None
+        assert global_crops is not None
+        assert local_crops is not None
         return replace(
             self,
             global_crops=global_crops,
