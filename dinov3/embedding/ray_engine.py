@@ -32,8 +32,11 @@ ITEMS_A_TASK = 64  # pictures a worker takes at a time: also what a killed worke
 class _Worker:
     """An actor: items in, rows or failures out. Holds the model for its lifetime."""
 
-    def __init__(self, embedder: Embedder, batch_size: int, threads: int, device: str) -> None:
+    def __init__(self, embedder_ref: Any, batch_size: int, threads: int, device: str) -> None:
+        import ray
         import torch
+
+        embedder: Embedder = ray.get(embedder_ref)  # put once, fetched by each actor
 
         torch.set_num_threads(threads)
         self.embedder, self.batch_size, self.threads = embedder, batch_size, threads
@@ -93,7 +96,7 @@ def embed_with_ray(
         items.sort(key=lambda item: (shard_of(item.path, shards), item.path))
         try:
             if items:
-                embedder.model.to("cpu")
+                model.to("cpu")
                 data = ray.data.from_items([{"item": pickle.dumps(item)} for item in items], override_num_blocks=shards)
                 results = data.map_batches(
                     _Worker,
