@@ -1,0 +1,93 @@
+"""The README's commands and snippets, run as printed, in a folder that holds what they name."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dinov3
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+WEIGHTS = "dinov3_vits16_pretrain_lvd1689m-08c60483.pth"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, skimage_pictures) -> Path:
+    """A folder with `photos/` and a weights file (random values in Meta's form) under the published name."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "photos").mkdir()
+    for source, target in (("chelsea.png", "cat.jpg"), ("coffee.png", "coffee.jpg"), ("rocket.jpg", "rocket.jpg")):
+        from PIL import Image
+
+        Image.open(skimage_pictures / source).save(folder / "photos" / target)
+    torch.save(dinov3.load("dinov3_vits16", "random").state_dict(), folder / WEIGHTS)
+    for name in ("hubconf.py", "dinov3"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+def run(command: str, place: Path) -> str:
+    binaries = Path(sys.executable).parent
+    env = os.environ | {"PATH": f"{binaries}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    if command.startswith("dinov3 ") and not (binaries / "dinov3").exists():
+        command = f"{sys.executable} -m dinov3.cli {command.removeprefix('dinov3 ')}"
+    done = subprocess.run(command, shell=True, cwd=place, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def test_the_commands_work_as_printed(place: Path) -> None:
+    commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("dinov3 ")]
+    assert len(commands) >= 7
+    said = {command: run(command, place) for command in commands}
+    found = next(text for command, text in said.items() if "--sheet" in command)
+    assert found.splitlines()[0].split("\t")[2].endswith("photos/cat.jpg") or "photos/cat.jpg" in found
+    assert (place / "neighbours.png").stat().st_size > 10_000
+    assert (place / "vits16-transformers" / "config.json").is_file()
+    assert "3 embedded" in next(text for command, text in said.items() if " embed " in command)
+
+
+def test_the_make_targets_printed_first_exist() -> None:
+    first = blocks("sh")[0]
+    targets = re.findall(r"^make (\w+)", first, re.MULTILINE)
+    assert targets == ["demo", "test"]
+    for target in targets:
+        dry = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+        assert dry.returncode == 0, dry.stderr
+
+
+@pytest.mark.parametrize("index", range(len(blocks("python"))))
+def test_the_snippets_work_as_printed(index: int, place: Path) -> None:
+    (place / "snippet.py").write_text(blocks("python")[index])
+    run(f"{sys.executable} snippet.py", place)
+
+
+def test_the_shapes_printed_beside_the_snippet_are_right(place: Path, monkeypatch) -> None:
+    monkeypatch.chdir(place)
+    scope: dict = {}
+    exec(blocks("python")[0], scope)
+    f = scope["f"]
+    printed = dict(re.findall(r"^f\.(\w+)\s+# (\[[\d, ]+\])", blocks("python")[0], re.MULTILINE))
+    assert {name: str(list(getattr(f, name).shape)) for name in printed} == printed
+    assert len(printed) == 3
+    assert (f.layer, f.normed) == (11, True)
+
+
+def test_the_demo_draws_its_picture(tmp_path: Path) -> None:
+    run(f"{sys.executable} {ROOT / 'examples' / 'demo.py'} --out {tmp_path / 'out'}", ROOT)
+    from PIL import Image
+
+    assert Image.open(tmp_path / "out" / "demo.png").size[0] > 900
+    shutil.rmtree(tmp_path / "out")
