@@ -468,17 +468,19 @@ class TrainConfig:
                 yield f"student.pos_embed_rope_dtype {s.pos_embed_rope_dtype} takes effect here; the reference: bf16"
         if optim.dino_head_wd_multiplier != 1:
             yield f"optim.dino_head_wd_multiplier {optim.dino_head_wd_multiplier:g} takes effect here, not in the reference"
+        warm = self.teacher.warmup_teacher_temp_epochs
+        if self.schedules is None and warm is not None and warm > optim.epochs:
+            yield f"teacher.warmup_teacher_temp_epochs {warm:g} is longer than the run: the temperature never arrives"
         if self.compute_precision.param_dtype == "fp16":
             yield "compute_precision.param_dtype fp16 runs without loss scaling: small gradients vanish; prefer bf16"
         if self.dino.koleo_loss_weight and not self.dino.koleo_loss_distributed and self.train.batch_size_per_gpu == 1:
             yield "dino.koleo: with one picture per process a crop is its own neighbour and the loss a constant"
-        for name, sizes in (("local_crops_size", as_list(self.crops.local_crops_size)),):
-            for size in sizes:
-                if size % s.patch_size:
-                    yield (
-                        f"crops.{name} {size} is no multiple of the patch size {s.patch_size}: "
-                        f"{size % s.patch_size} px at the right and bottom of those crops are not seen"
-                    )
+        for size in as_list(self.crops.local_crops_size):
+            if s.patch_size > 0 and size % s.patch_size:
+                yield (
+                    f"crops.local_crops_size {size} is no multiple of the patch size {s.patch_size}: "
+                    f"{size % s.patch_size} px at the right and bottom of those crops are not seen"
+                )
         if self.crops.gram_teacher_crops_size is not None and not self.gram.use_loss:
             yield "crops.gram_teacher_crops_size costs loading time and is not used: gram.use_loss is false"
 
@@ -786,7 +788,9 @@ def _schedule_problems(c: TrainConfig) -> Iterator[Problem]:
             value = getattr(getattr(c, section), name)
             if value is None:
                 yield key, f"is null and there is no schedules section; give a number (default {_default(key)})"
-            elif "epochs" in name and not 0 <= value <= total:
+            elif "epochs" in name and value < 0:
+                yield key, f"must be 0 or more, not {value:g}"
+            elif name == "warmup_epochs" and value > total:
                 yield key, f"{value:g} epochs do not fit into optim.epochs {total}"
     for key, s in v2.items():
         if s.warmup_epochs < 0 or (s.cosine_epochs or 0) < 0:
@@ -984,6 +988,7 @@ class _Loader:
         self.retired: Mapping[str, tuple[Any, str]] = getattr(cls, "RETIRED", {})
         self.origin: dict[str, str] = {}
         self.wrong: dict[str, str] = {}  # key → line
+        self.typed: dict[str, str] = {}  # key → the value's text on the command line
         self.notes: list[str] = []
 
     def blame(self, key: str, source: str, sentence: str) -> None:
@@ -1002,13 +1007,14 @@ class _Loader:
         yield path.name, tree
 
     def parse(self, text: str) -> Iterator[dict[str, Any]]:
-        key, equals, _ = text.partition("=")
+        key, equals, typed = text.partition("=")
         if text.startswith("-"):
             self.blame(text, "command line", "is an option, not key=value; it belongs before the first key=value")
         elif not equals or not key.strip():
             hint = did_you_mean(key, self.keys)
             self.blame(text, "command line", f"is not of the form key.sub=value{hint}")
         else:
+            self.typed[key] = typed
             try:
                 yield self.omega.to_container(self.omega.from_cli([text]), resolve=False)
             except Exception as error:
@@ -1039,6 +1045,8 @@ class _Loader:
             if section is not None:
                 self.blame(key, source, f"is a section with keys of its own, not {value!r}")
                 continue
+            if isinstance(value, (dict, list)) and hint in (str, str | None):
+                value = self.typed.get(key, value) if source == "command line" else value  # text that looks like YAML
             before = self.omega.select(self.values, key) if key in self.origin else None
             try:
                 self.set(key, _floats(value, hint))
