@@ -537,9 +537,7 @@ class Sample:
 def collate(
     samples: Sequence[Sample], masks: Masks, rules: CropRules, *, step: int = 0, resolution: int = 0
 ) -> CropBatch:
-    """B samples and the masks of their 2B global crops to a batch."""
-    if masks.masks.shape[0] != 2 * len(samples):
-        raise DinoError(f"{len(samples)} pictures need {2 * len(samples)} masks, not {masks.masks.shape[0]}")
+    """B samples and the masks of 2B global crops to a batch."""
 
     def crop_major(crops: list[Tensor]) -> Tensor:
         return torch.stack(crops, dim=1).flatten(0, 1)  # [n, B, 3, s, s] → [n·B, 3, s, s]

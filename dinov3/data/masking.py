@@ -84,9 +84,7 @@ def reference_max_block(global_size: int, patch: int) -> float:
     return 0.5 * global_size // patch * global_size // patch
 
 
-def block_mask(
-    count: int, grid: tuple[int, int], rng: MaskRandom, *, max_block: float | None = None
-) -> np.ndarray:
+def block_mask(count: int, grid: tuple[int, int], rng: MaskRandom, *, max_block: float | None = None) -> np.ndarray:
     """bool [rows, columns] with exactly `count` true patches.
 
     Until `count` are masked: up to ten rectangles are tried, area uniform between 4 patches and what is still missing (at
@@ -152,7 +150,9 @@ def batch_masks(
         masks.append(mask)
     masks += [np.zeros(grid, bool)] * (crops - len(masks))
     rng.shuffle(masks)
-    return summary(torch.from_numpy(np.stack(masks).reshape(crops, -1)) if masks else torch.zeros(0, rows * columns) > 0)
+    return summary(
+        torch.from_numpy(np.stack(masks).reshape(crops, -1)) if masks else torch.zeros(0, rows * columns) > 0
+    )
 
 
 def summary(masks: Tensor) -> Masks:
