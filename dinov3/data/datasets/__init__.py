@@ -1,0 +1,80 @@
+"""Data sets by a line of text, `Name:key=value:key=value…`, as configurations and commands write them.
+
+    ImageNet:split=TRAIN:root=/data/imagenet:extra=/data/imagenet-index
+    ImageNet22k:root=/data/imagenet22k:extra=/data/imagenet22k-index
+    Folder:root=/data/photos            or simply /data/photos: folder, list file, tar shards, Parquet, glob
+
+A value may hold ":" and "=" (C:\\pictures, a=b/c): it ends only where ":key=" of a key follows. A data set offers
+
+    len(data), data[i] → (PIL picture, target), data.read(i) → encoded bytes, data.name(i), data.label(i)
+
+Adding one: a class with `from_options(**strings)` in a file here, and one row in `KNOWN`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from dinov3.errors import DinoError, UnknownName, did_you_mean
+
+if TYPE_CHECKING:
+    from dinov3.data.datasets.base import PictureDataset
+    from dinov3.data.datasets.folder import Folder
+    from dinov3.data.datasets.imagenet import ImageNet, ImageNet22k
+
+__all__ = ["KNOWN", "Folder", "ImageNet", "ImageNet22k", "make_dataset", "parse_dataset"]
+
+# name → (module below this package, keys it accepts)
+KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
+    "ImageNet": ("imagenet", ("root", "extra", "split")),
+    "ImageNet22k": ("imagenet", ("root", "extra")),
+    "Folder": ("folder", ("root", "column")),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in KNOWN:
+        return getattr(importlib.import_module(f"{__name__}.{KNOWN[name][0]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def make_dataset(
+    text: str,
+    *,
+    transform: Callable[[Any], Any] | None = None,
+    target_transform: Callable[[Any], Any] | None = None,
+) -> PictureDataset:
+    """The data set that a line of text names. Raises `DinoError` with a sentence for every mistake in it."""
+    name, options = parse_dataset(text)
+    module = importlib.import_module(f"{__name__}.{KNOWN[name][0]}")
+    dataset: PictureDataset = getattr(module, name).from_options(**options)
+    dataset.transform, dataset.target_transform = transform, target_transform
+    return dataset
+
+
+def parse_dataset(text: str) -> tuple[str, dict[str, str]]:
+    """(name, options) of a data set line; a plain path is a `Folder`."""
+    name, colon, rest = text.partition(":")
+    if name not in KNOWN:
+        looks_like_path = os.sep in text or "/" in text.split(":")[0] or os.path.exists(os.path.expanduser(text))
+        if looks_like_path and not re.match(r"\w+:\w+=", text):
+            return "Folder", {"root": text}
+        near = did_you_mean(name, KNOWN) or f"; known: {', '.join(KNOWN)}, or the path of a folder, list, tar or table"
+        raise UnknownName(f"unknown data set {name!r}{near}")
+    keys = KNOWN[name][1]
+    example = f"{name}:" + ":".join(f"{k}=…" for k in keys)
+    options: dict[str, str] = {}
+    for part in re.split(r":(?=[A-Za-z_]+=)", rest) if colon else []:
+        key, equals, value = part.partition("=")
+        if not equals or not value:
+            raise DinoError(f"{part!r} in {text!r} is no key=value; write {example}")
+        if key not in keys:
+            raise UnknownName(f"{name} has no key {key!r} (it is written {example}){did_you_mean(key, keys)}")
+        if key in options:
+            raise DinoError(f"{key} is given twice in {text!r}")
+        options[key] = value
+    return name, options

@@ -1,0 +1,57 @@
+"""What all picture data sets share: from encoded bytes to (picture, target), and a name for every message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+from dinov3.data.pictures import open_picture
+from dinov3.errors import DinoError, PictureError
+
+
+class PictureDataset:
+    """A map from a number to an encoded picture; decoding and targets on top. Picklable, so workers can have it."""
+
+    transform: Callable[[Any], Any] | None = None
+    target_transform: Callable[[Any], Any] | None = None
+
+    @classmethod
+    def from_options(cls, **options: str) -> Self:
+        """From the keys of a data set line (`make_dataset`)."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def read(self, index: int) -> bytes:
+        """The encoded picture. Raises `PictureError` with the reason if it cannot be had."""
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """Where the picture is, for messages."""
+        raise NotImplementedError
+
+    def label(self, index: int) -> int | None:
+        """The number of the picture's class; None where there are no classes."""
+        return None
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        """(upright RGB picture, target), each through its transform."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"picture {index} of {len(self)}")
+        index %= len(self)
+        try:
+            image: Any = open_picture(self.read(index)).image
+        except PictureError as error:
+            raise PictureError(f"{self.name(index)}: {error}") from None
+        target: Any = self.label(index)
+        if self.transform is not None:
+            image = self.transform(image)
+        return image, target if self.target_transform is None else self.target_transform(target)
+
+
+def required(options: dict[str, str], key: str, line: str) -> str:
+    """An option that a data set cannot do without."""
+    if key not in options:
+        raise DinoError(f"{line.split(':')[0]} needs {key}=…: write {line}")
+    return options[key]
