@@ -948,6 +948,24 @@ def load_student(
     return student, loaded, notes
 
 
+def load_teacher(config: TrainConfig, *, near: Path | None = None) -> TrainConfig:
+    """The configuration of the teacher one distils from; its prototypes and patch must be the student's.
+
+    `near` is the folder of the student's own configuration: the path may be relative to it.
+    """
+    path = find_file(config.distillation.full_cfg_path, near=near)
+    teacher, _ = load_model_config(path)
+    wrong = []
+    for key in ("dino.head_n_prototypes", "ibot.head_n_prototypes", "student.patch_size"):
+        section, name = key.split(".")
+        ours, theirs = getattr(getattr(config, section), name), getattr(getattr(teacher, section), name)
+        if ours != theirs:
+            wrong.append(f"{key}: {ours} here, {theirs} in the teacher's {path.name}; they must be equal")
+    if wrong:
+        raise DinoError(_report(wrong))
+    return teacher
+
+
 def find_file(file: str | os.PathLike[str], *, near: Path | None = None) -> Path:
     """A configuration's path: as given, beside `near`, or among the recipes that come with the package."""
     path = Path(file)
@@ -1017,8 +1035,11 @@ class _Loader:
             self.typed[key] = typed
             try:
                 yield self.omega.to_container(self.omega.from_cli([text]), resolve=False)
-            except Exception as error:
-                self.blame(key, "command line", f"the value cannot be read: {str(error).splitlines()[0]}")
+            except Exception:  # not YAML: then it is text, which only a key for text will take
+                tree: Any = typed
+                for part in reversed(key.split(".")):
+                    tree = {part: tree}
+                yield tree
 
     def preset(self, sources: list[tuple[str, dict[str, Any]]]) -> None:
         """A published architecture's options become defaults, before anything that was written."""
@@ -1088,6 +1109,10 @@ class _Loader:
     # -- the end
 
     def finish(self) -> Any:
+        try:
+            self.omega.to_container(self.values, resolve=True)
+        except Exception as error:  # an interpolation ${…} that leads nowhere
+            raise DinoError(_report([*self.wrong.values(), " ".join(str(error).split())])) from None
         missing = sorted(self.omega.missing_keys(self.values))
         for key in missing:
             known = [self.origin[k] for k in self.origin if k.startswith(key.rsplit(".", 2)[0])]

@@ -70,7 +70,7 @@ class Wandb:
         self.client = require(module, "track", f"the {module} sink")
         options: dict[str, Any] = {"project": "dinov3", "name": folder.name}
         if module == "wandb":
-            options |= {"dir": str(folder), "resume": "allow", "id": f"{folder.name}-{_short_hash(folder)}"}
+            options |= {"dir": str(folder), "resume": "allow", "id": _short_hash(folder)}
         self.run = self.client.init(**options)
 
     def config(self, values: Mapping[str, Any]) -> None:

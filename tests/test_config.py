@@ -71,6 +71,16 @@ def test_all_mistakes_of_all_sources_are_reported_at_once_with_their_source(tmp_
     assert "did you mean 'train.num_workers'" in lines[4]
 
 
+def test_text_that_looks_like_yaml_stays_text_and_a_loose_reference_is_a_mistake():
+    for path in ("{000..099}.tar", "/a: b # c", "{a,b}.tar", "[x]"):
+        assert load_config(None, [f"train.dataset_path={path}"])[0].train.dataset_path == path
+    assert load_config(None, ["train.dataset_path=/x", "run.note=${train.dataset_path}"])[0].run.note == "/x"
+    with pytest.raises(DinoError, match="nowhere"):
+        load_config(None, [PICTURES, "run.note=${nowhere.at}"])
+    (line,) = mistakes("optim.lr={1")
+    assert "expected a number or null, not '{1'" in line
+
+
 def test_a_key_in_the_wrong_section_is_found_where_it_belongs():
     (line,) = mistakes("train.layerwise_decay=0.9")
     assert "did you mean 'optim.layerwise_decay'" in line
@@ -418,6 +428,18 @@ def test_a_student_has_its_own_file_under_the_shared_one(tmp_path):
     assert (own.student.arch, own.optim.epochs, own.train.batch_size_per_gpu) == ("vit_tiny", 4, 2)
     assert own.train.output_dir == str(Path("/out/b"))
     assert any("optim.epochs" in note for note in notes)
+
+
+def test_the_teacher_must_have_the_prototypes_and_the_patch_of_the_student(tmp_path):
+    yaml(tmp_path, "student: {arch: vit_base, patch_size: 8}\ndino: {head_n_prototypes: 7}\n", "teacher.yaml")
+    distil = ["distillation.enabled=true", "distillation.full_cfg_path=teacher.yaml", "distillation.checkpoint_path=x"]
+    config, _ = load_config(None, [PICTURES, *distil])
+    with pytest.raises(DinoError) as caught:
+        C.load_teacher(config, near=tmp_path)
+    assert "dino.head_n_prototypes: 65536 here, 7 in the teacher's teacher.yaml" in str(caught.value)
+    assert "student.patch_size: 16 here, 8" in str(caught.value)
+    same, _ = load_config(None, [PICTURES, *distil, "dino.head_n_prototypes=7", "student.patch_size=8"])
+    assert C.load_teacher(same, near=tmp_path).student.arch == "vit_base"
 
 
 # ---- other activities -----------------------------------------------------------------------------------------------
