@@ -487,46 +487,12 @@ class TrainConfig:
 
 # ---- conditions: each a sentence ------------------------------------------------------------------------------------
 
-DATASETS = ("ImageNet", "ImageNet22k", "ADE20K", "CocoCaptions", "NYU")
-
-
-def named_dataset(path: str) -> tuple[str, dict[str, str]] | None:
-    """`Name:key=value:key=value` as (name, options); None if it is a path. An existing path is always a path.
-
-    A name is a word of two letters or more before a colon that is not followed by `//` or a backslash, so Windows
-    paths and URLs are paths. An option whose value holds a colon goes on until the next `word=`.
-    """
-    match = re.match(r"([A-Za-z]\w+):(?!//|\\)(.*)$", path, re.DOTALL)
-    if os.path.exists(path):
-        return None
-    if match is None:
-        return (path, {}) if path in DATASETS else None
-    options: dict[str, str] = {}
-    for part in re.split(r":(?=\w+=)", match[2]) if match[2] else []:
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise DinoError(f"{path!r}: {part!r} is not key=value; the form is Name:key=value:key=value, or a path")
-        options[key] = value
-    return match[1], options
-
 
 def dataset_problem(path: str | None) -> str | None:
-    """What is wrong with a data set's string, or None. Whether the files exist is for its reader to say."""
+    """What can be said of a data set's string without its reader, or None: names and keys are the reader's to know."""
     if not path:
         return "name the pictures: a folder, or Name:key=value:…, such as ImageNet:split=TRAIN:root=/data/imagenet"
-    try:
-        named = named_dataset(path)
-    except DinoError as error:
-        return str(error)
-    if named is None:
-        return None
-    name, options = named
-    if name not in DATASETS:
-        return f"unknown data set {name!r}{did_you_mean(name, DATASETS) or '; known: ' + ', '.join(DATASETS)}"
-    for key in options:
-        if key not in ("root", "extra", "split"):
-            return f"{name} has no option {key!r}; there are root, extra and split"
-    if not options.get("root"):
+    if re.fullmatch(r"[A-Za-z]\w+(:\w+=[^:]*)+", path) and ":root=" not in path and not os.path.exists(path):
         return f"{path!r} does not say where the files are: add :root=/folder"
     return None
 

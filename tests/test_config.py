@@ -184,38 +184,29 @@ def test_a_koleo_group_must_be_whole_processes_and_divide_the_batch():
 
 
 @pytest.mark.parametrize(
-    "path, expected",
+    "path",
     [
-        ("ImageNet:split=TRAIN:root=/d", ("ImageNet", {"split": "TRAIN", "root": "/d"})),
-        ("ImageNet:root=s3://bucket/a:split=VAL", ("ImageNet", {"root": "s3://bucket/a", "split": "VAL"})),
-        ("/some/folder", None),
-        ("relative/folder.tar", None),
-        ("C:\\pictures", None),
-        ("s3://bucket/pictures", None),
-        ("pictures-{000..099}.tar", None),
+        "ImageNet:root=/d:split=TRAIN",
+        "Folder:root=/d",
+        "/a/folder",
+        "a.tar",
+        "C:\\pictures",
+        "s3://bucket/a",
+        "p-{0..9}.tar",
     ],
 )
-def test_a_data_set_is_a_name_with_options_or_a_path(path, expected):
-    assert C.named_dataset(path) == expected
-
-
-def test_a_folder_whose_name_looks_like_a_data_set_is_a_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("ImageNet").mkdir()
-    assert C.named_dataset("ImageNet") is None
+def test_data_sets_and_paths_are_left_to_their_reader(path):
+    config, _ = load_config(
+        None,
+        [f"train.dataset_path={path}", f"evaluation.knn_train_dataset={path}", f"evaluation.knn_val_dataset={path}"],
+    )
+    assert config.train.dataset_path == config.evaluation.knn_val_dataset == path
 
 
 @pytest.mark.parametrize(
-    "path, words",
-    [
-        ("", "name the pictures"),
-        ("ImageNett:root=/d", "did you mean 'ImageNet'"),
-        ("ImageNet:split=TRAIN", "add :root=/folder"),
-        ("ImageNet:root=/d:splt=TRAIN", "no option 'splt'"),
-        ("ImageNet:/d", "not key=value"),
-    ],
+    "path, words", [("", "name the pictures"), ("ImageNet:split=VAL:extra=/e", "add :root=/folder")]
 )
-def test_a_data_set_string_that_cannot_work_is_refused_before_anything_starts(path, words):
+def test_a_data_set_without_a_place_is_refused_before_anything_starts(path, words):
     (line,) = mistakes(data=f"train.dataset_path={path}")
     assert words in line
 
