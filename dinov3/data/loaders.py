@@ -249,7 +249,8 @@ class CropLoader:
 
     rules: one, or several with `ratios` (see `resolutions`). patch: the student's, in pixels, times
     the teacher-to-student resolution scale; sizes that are no multiple of it are refused. masked_pictures: masks for
-    another number of pictures than are loaded (multi-student distillation). start_method: "fork", "spawn", "forkserver"; None is torch's choice.
+    another number of pictures than are loaded (multi-student distillation). start_method: "fork", "spawn",
+    "forkserver"; None is torch's choice.
 
     `wait_s` is how long the last batch was waited for, `waited_s` the sum: a loop that waits is short of workers.
     """

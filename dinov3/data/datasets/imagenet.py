@@ -20,6 +20,7 @@ import gzip
 import os
 import re
 import tarfile
+import zlib
 from enum import Enum
 from pathlib import Path
 from typing import Any, Self
@@ -34,13 +35,13 @@ NO_CLASS = 2**32 - 1  # of the test split, in unsigned 32 bits
 HEADER = 512  # bytes of a tar member before its content
 
 
-class Split(Enum):
+class ImageNetSplit(Enum):
     TRAIN = "train"
     VAL = "val"
     TEST = "test"
 
     @classmethod
-    def parse(cls, text: str) -> Split:
+    def parse(cls, text: str) -> ImageNetSplit:
         """By member name, in capitals as in `ImageNet:split=TRAIN`."""
         if text in cls.__members__:
             return cls[text]
@@ -50,9 +51,9 @@ class Split(Enum):
 
     def relative_path(self, class_id: str, number: int) -> str:
         """Where picture `number` of a class lies below the root."""
-        if self is Split.TRAIN:
+        if self is ImageNetSplit.TRAIN:
             return f"train/{class_id}/{class_id}_{number}.JPEG"
-        if self is Split.VAL:
+        if self is ImageNetSplit.VAL:
             return f"val/{class_id}/ILSVRC2012_val_{number:08d}.JPEG"
         return f"test/ILSVRC2012_test_{number:08d}.JPEG"
 
@@ -60,12 +61,12 @@ class Split(Enum):
 class ImageNet(PictureDataset):
     """ImageNet-1k, or any part of it in the same layout."""
 
-    Split = Split
+    Split = ImageNetSplit
 
     def __init__(
         self,
         *,
-        split: Split,
+        split: ImageNetSplit,
         root: str | os.PathLike[str],
         extra: str | os.PathLike[str] | None = None,
         transform: Any = None,
@@ -79,7 +80,7 @@ class ImageNet(PictureDataset):
     @classmethod
     def from_options(cls, **options: str) -> Self:
         line = "ImageNet:split=TRAIN:root=…:extra=…"
-        split = Split.parse(required(options, "split", line))
+        split = ImageNetSplit.parse(required(options, "split", line))
         return cls(split=split, root=required(options, "root", line), extra=options.get("extra"))
 
     @property
@@ -117,7 +118,7 @@ class ImageNet(PictureDataset):
 
     def get_targets(self) -> np.ndarray | None:
         """[N] class numbers; None for the test split."""
-        return None if self.split is Split.TEST else self.entries["class_index"]
+        return None if self.split is ImageNetSplit.TEST else self.entries["class_index"]
 
     def find_class_id(self, class_index: int) -> str:
         return str(self._classes("ids")[class_index])
@@ -126,7 +127,7 @@ class ImageNet(PictureDataset):
         return str(self._classes("names")[class_index])
 
     def _classes(self, what: str) -> np.ndarray:
-        if self.split is Split.TEST:
+        if self.split is ImageNetSplit.TEST:
             raise DinoError("the test split has no classes")
         if self.extra is not None and (path := self.extra / f"class-{what}-{self.split.name}.npy").exists():
             return np.load(path, mmap_mode="r")
@@ -149,19 +150,21 @@ class ImageNet(PictureDataset):
         if not folder.is_dir():
             raise DinoError(f"no folder {folder}: ImageNet's {self.split.name} pictures are expected there")
         rows: list[tuple[int, int, str, str]] = []
-        if self.split is Split.TEST:
+        if self.split is ImageNetSplit.TEST:
             rows += [(number, NO_CLASS, "", "") for number in _numbers(folder, r"ILSVRC2012_test_(\d{8})\.JPEG")]
         else:
             names = self._class_names()
             with os.scandir(folder) as found:
                 class_ids = sorted(e.name for e in found if e.is_dir() and not e.name.startswith("."))
             for index, class_id in enumerate(class_ids):
-                start = re.escape(class_id) + r"_(\d+)" if self.split is Split.TRAIN else r"ILSVRC2012_val_(\d{8})"
+                start = (
+                    re.escape(class_id) + r"_(\d+)" if self.split is ImageNetSplit.TRAIN else r"ILSVRC2012_val_(\d{8})"
+                )
                 numbers = _numbers(folder / class_id, start + r"\.JPEG")
                 rows += [(number, index, class_id, names.get(class_id, "")) for number in numbers]
         if not rows:
             raise DinoError(f"no pictures in {folder} that are named as ImageNet's {self.split.name} pictures are")
-        widths = [max(1, max(len(row[i]) for row in rows)) for i in (2, 3)]
+        widths = [max(1, max(map(len, column))) for column in ([r[2] for r in rows], [r[3] for r in rows])]
         return np.array(
             rows,
             [
@@ -236,12 +239,15 @@ class ImageNet22k(PictureDataset):
             with open(path, "rb") as file:
                 file.seek(start)
                 data = file.read(end - start)
-            if data[:2] == b"\x1f\x8b":
-                data = gzip.decompress(data.rstrip(b"\0"))
-        except (OSError, EOFError) as error:
-            raise PictureError(os_reason(error, path) if isinstance(error, OSError) else "truncated gzip") from None
-        if len(data) == 0 or (len(data) < end - start and data[:2] != b"\xff\xd8"):
-            raise PictureError(f"{path.name} ends before this member: truncated?")
+        except OSError as error:
+            raise PictureError(os_reason(error, path)) from None
+        if len(data) < end - start:
+            raise PictureError(f"truncated tar: {path.name} ends inside of this member")
+        if data[:2] == b"\x1f\x8b":
+            try:
+                return gzip.decompress(data)
+            except (OSError, EOFError, zlib.error) as error:
+                raise PictureError(f"damaged gzip inside of {path.name}: {error}") from None
         return data
 
     def dump_extra(self) -> None:
@@ -262,7 +268,7 @@ class ImageNet22k(PictureDataset):
         if not rows:
             raise DinoError(f"the tars in {self.root} hold no files")
         offset = "<u4" if max(row[3] for row in rows) < 2**32 else "<u8"
-        widths = [max(len(row[i]) for row in rows) for i in (1, 4)]
+        widths = [max(map(len, column)) for column in ([r[1] for r in rows], [r[4] for r in rows])]
         entries = np.array(
             rows,
             [
