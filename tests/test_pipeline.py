@@ -263,6 +263,22 @@ def test_a_search_finds_the_picture_itself_and_needs_the_same_weights(folder, tm
         model_of(store, weights=str(tmp_path / "other.safetensors"))
 
 
+def test_a_large_store_gets_its_index(model, tmp_path, monkeypatch) -> None:
+    from dinov3.embedding.search import index_status
+
+    place = tmp_path / "many"
+    place.mkdir()
+    for i in range(300):  # an index needs 256 rows to be trained on
+        picture(i, 32, 32).save(place / f"{i}.png", compress_level=1)
+    embed_source(model, open_source(place), tmp_path / "small", preprocessing=RULE, batch_size=64)
+    assert index_status(EmbeddingStore.open(tmp_path / "small")) is None
+    monkeypatch.setattr(pipeline, "EXACT_LIMIT", 299)
+    embed_source(model, open_source(place), tmp_path / "large", preprocessing=RULE, batch_size=64)
+    status = index_status(EmbeddingStore.open(tmp_path / "large"))
+    assert status is not None
+    assert status.indexed == 300
+
+
 def test_unknown_pooling_is_refused_before_anything_is_made(model, folder, tmp_path) -> None:
     with pytest.raises(DinoError, match="pooling is one of"):
         embed_source(model, open_source(folder), tmp_path / "s", preprocessing=RULE, pooling="max")

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from dinov3.data.pictures import open_picture
 from dinov3.data.sources import Item, Source
 from dinov3.data.transforms import Geometry, Preprocessing
+from dinov3.embedding.search import EXACT_LIMIT, build_index
 from dinov3.embedding.store import EmbeddingStore, Failure, PatchPrecision, Row, StoreFacts
 from dinov3.errors import DinoError, PictureError
 from dinov3.features import Features, extract
@@ -227,6 +228,13 @@ def write(store: EmbeddingStore, rows: list[Row], known: dict[str, str]) -> None
     store.replace([row for row in rows if row.path in known])
 
 
+def finish(store: EmbeddingStore) -> None:
+    """The end of a job: one fragment instead of thousands, and an index where scanning would take too long."""
+    store.compact()
+    if len(store) > EXACT_LIMIT:
+        build_index(store)
+
+
 def embed_source(
     model: nn.Module,
     source: Source,
@@ -282,7 +290,7 @@ def embed_source(
         if new_failures:
             store.record_failures(new_failures)
         if report.embedded:
-            store.compact()
+            finish(store)
         tell()
     return report
 

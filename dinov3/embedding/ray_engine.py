@@ -22,7 +22,7 @@ from torch import nn
 
 from dinov3.data.sources import Item, Source
 from dinov3.data.transforms import Preprocessing
-from dinov3.embedding.pipeline import Ahead, Embedder, Report, auto_batch, batches_by_size, todo, write
+from dinov3.embedding.pipeline import Ahead, Embedder, Report, auto_batch, batches_by_size, finish, todo, write
 from dinov3.embedding.store import EmbeddingStore, Failure, PatchPrecision, Row
 from dinov3.errors import require
 
@@ -119,7 +119,7 @@ def embed_with_ray(
         except KeyboardInterrupt:
             report.interrupted = True
         if report.embedded:
-            store.compact()
+            finish(store)
     report.seconds = time.perf_counter() - start
     return report
 
