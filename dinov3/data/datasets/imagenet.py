@@ -140,7 +140,7 @@ class ImageNet(PictureDataset):
         entries = self._listed()
         self.extra.mkdir(parents=True, exist_ok=True)
         _save(self.extra / f"entries-{self.split.name}.npy", entries)
-        if self.split is not Split.TEST:
+        if self.split is not ImageNetSplit.TEST:
             _save(self.extra / f"class-ids-{self.split.name}.npy", _classes(entries, "class_id"))
             _save(self.extra / f"class-names-{self.split.name}.npy", _classes(entries, "class_name"))
         self._entries = None
