@@ -646,6 +646,7 @@ class _Lock:
 
     def __init__(self, uri: str, path: Path) -> None:
         self._file: int | None = None
+        self._pid = os.getpid()
         try:
             import fcntl
         except ModuleNotFoundError:  # Windows
@@ -673,6 +674,12 @@ class _Lock:
 
     def release(self) -> None:
         if self._file is not None:
+            if os.getpid() == self._pid:
+                import fcntl
+
+                # A child forked a moment ago may not have closed its copy yet, and closing ours alone would leave it
+                # the lock. In the child, unlocking would take the lock from its parent.
+                fcntl.flock(self._file, fcntl.LOCK_UN)
             os.close(self._file)
         self._file = None
 
