@@ -1,0 +1,293 @@
+"""What is learned: self-distillation with DINO, iBOT, KoLeo and Gram terms (paper §3.2, §4.2, §5.2).
+
+    targets = method.targets(batch, values)          # what the teachers say; no gradient
+    terms = method.predict(batch, targets, values)   # what the student says to that: LossTerms
+    terms.total().backward()
+    …                                                # clip, optimiser step
+    method.update_ema(values.momentum)
+    method.refresh_gram(iteration)
+
+Four networks with four names. `student` learns by gradients. `ema` is its moving average, and what is kept in the end.
+`teacher` gives the targets: it is the ema itself, unless one distils, then a frozen network that may be wider.
+`gram_teacher` is an earlier teacher whose patch similarities the student keeps; backbone only.
+
+`values` are this iteration's scheduled numbers (`optim.StepValues`). Nothing here knows of iterations to come, files,
+devices, sharding or precision; the ranks are met only in sums, through `group`.
+
+Legend: B pictures, n_l local crops, P patches of a global crop, D width, K prototypes, n masked patches. Crops are
+crop-major: row c·B + b is crop c of picture b.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinov3 import losses
+from dinov3.config import DinoConfig, GramConfig, IbotConfig, TrainConfig, vit_config
+from dinov3.data.crops import CropBatch
+from dinov3.distributed import Group
+from dinov3.errors import DinoError
+from dinov3.heads.projection import ProjectionHead
+from dinov3.losses import LossTerms
+from dinov3.models import backbone as build_backbone
+from dinov3.optim import StepValues, ema_update
+
+# ---- the networks ---------------------------------------------------------------------------------------------------
+
+
+class Network(nn.Module):
+    """A backbone and, unless it is a Gram teacher, the two heads that training needs."""
+
+    def __init__(
+        self, backbone: nn.Module, dino_head: nn.Module | None = None, ibot_head: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        if dino_head is not None and ibot_head is not None:
+            self.dino_head = dino_head
+            self.ibot_head = ibot_head
+
+    def parts(self) -> dict[str, nn.Module]:
+        """{"backbone": …, "dino_head": …, "ibot_head": …}: clipped, and given rates, one by one."""
+        return dict(self.named_children())
+
+    def init_weights(self) -> None:
+        for part in self.children():
+            part.init_weights()  # type: ignore[operator]
+
+
+def build_network(config: TrainConfig, *, heads: bool = True) -> Network:
+    """The network of a configuration's `student` section, with uninitialised values."""
+    shape = vit_config(config.student)
+    if not heads:
+        return Network(build_backbone(shape))
+
+    def head(c: DinoConfig | IbotConfig) -> ProjectionHead:
+        return ProjectionHead(
+            shape.embed_dim,
+            c.head_n_prototypes,
+            n_layers=c.head_nlayers,
+            hidden_dim=c.head_hidden_dim,
+            bottleneck_dim=c.head_bottleneck_dim,
+        )
+
+    return Network(build_backbone(shape), head(config.dino), head(config.ibot))
+
+
+@torch.no_grad()
+def copy_weights(to: nn.Module, source: nn.Module) -> None:
+    """to ← source, parameters and buffers; both plain, or sharded alike."""
+    for a, b in zip(to.parameters(), source.parameters(), strict=True):
+        a.copy_(b)
+    for a, b in zip(to.buffers(), source.buffers(), strict=True):
+        a.copy_(b)
+
+
+# ---- the method -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the teachers say of a batch."""
+
+    dino: Tensor  # [2, B, K] probabilities
+    ibot: Tensor  # [n, K'] probabilities, in mask order
+    gram: Tensor | None  # [2B, P, D'] patch tokens on the student's grid; None while Gram anchoring is not active
+
+
+class SelfDistillation:
+    """See the top of the file. Networks are handed in, on their device and wrapped as they run."""
+
+    def __init__(
+        self,
+        student: Network,
+        ema: Network,
+        *,
+        dino: DinoConfig,
+        ibot: IbotConfig,
+        gram: GramConfig,
+        teacher: Network | None = None,
+        gram_teacher: Network | None = None,
+        teacher_scale: float = 1.0,
+        group: Group = None,
+    ) -> None:
+        """`teacher`: a frozen one, to distil from. `gram_teacher`: where `gram.use_loss` and not `gram.ema_teacher`.
+
+        `teacher_scale`: the teacher sees the global crops smaller by this factor, so that a teacher of patch 16 has as
+        many tokens as a student of stride 32 (crops.teacher_to_student_resolution_scale). `group`: the ranks that train
+        this student.
+        """
+        self.student, self.ema, self.gram_teacher = student, ema, gram_teacher
+        self.distilling = teacher is not None
+        self.teacher = ema if teacher is None else teacher
+        self.dino, self.ibot, self.gram = dino, ibot, gram
+        self.teacher_scale, self.group = teacher_scale, group
+        student.train()
+        for other in (self.ema, self.teacher, self.gram_teacher):
+            if other is not None:
+                other.eval().requires_grad_(False)
+        if gram.use_loss and not gram.ema_teacher and gram_teacher is None:
+            raise DinoError("gram.use_loss needs a Gram teacher; hand one in, or set gram.ema_teacher")
+
+    # -- targets
+
+    @torch.no_grad()
+    def targets(self, batch: CropBatch, values: StepValues) -> Targets:
+        """Both global crops through the teacher, unmasked; logits balanced over all ranks by Sinkhorn-Knopp."""
+        B, T = batch.batch_size, values.teacher_temp
+        crops = self._seen_by_teacher(batch.global_crops)
+        out = self.teacher.backbone(crops, is_training=True)
+        cls, patches = out["x_norm_clstoken"], out["x_norm_patchtokens"]  # [2B, D], [2B, P, D]
+        if patches.shape[1] != batch.masks.shape[1]:
+            raise DinoError(
+                f"the teacher has {patches.shape[1]} patches of a global crop, the masks have {batch.masks.shape[1]}; "
+                "crops.teacher_to_student_resolution_scale must be the ratio of the two models' strides"
+            )
+        dino = losses.sinkhorn_knopp(self.teacher.dino_head(cls), T, group=self.group)
+        masked = patches.flatten(0, 1).index_select(0, batch.mask_indices)  # [n, D]
+        ibot = losses.sinkhorn_knopp(self.teacher.ibot_head(masked), T, group=self.group)
+        return Targets(dino.unflatten(0, (2, B)), ibot, self._gram_target(batch, patches, values))
+
+    def _seen_by_teacher(self, crops: Tensor) -> Tensor:
+        if self.teacher_scale == 1:
+            return crops
+        side = round(crops.shape[-1] / self.teacher_scale)
+        small = F.interpolate(crops.float(), (side, side), mode="bicubic", align_corners=False, antialias=True)
+        return small.to(crops.dtype)
+
+    def _gram_target(self, batch: CropBatch, teacher_patches: Tensor, values: StepValues) -> Tensor | None:
+        if not self.gram.use_loss or values.gram_loss_weight == 0:
+            return None  # a term of weight 0 adds nothing: its forward pass is saved (up to a third of a step)
+        if self.gram.ema_teacher:
+            return teacher_patches  # these crops, this network: already computed
+        assert self.gram_teacher is not None
+        crops = batch.global_crops if batch.gram_crops is None else batch.gram_crops
+        patches = self.gram_teacher.backbone(crops, is_training=True)["x_norm_patchtokens"]
+        grid = self._grid(crops)
+        wanted = self._grid(batch.global_crops)
+        if grid == wanted:
+            return patches
+        return losses.resize_patches(
+            patches,
+            wanted,
+            from_hw=grid,
+            method=self.gram.global_teacher_resize_method,
+            antialias=self.gram.global_teacher_resize_antialias,
+        )
+
+    def _grid(self, crops: Tensor) -> tuple[int, int]:
+        return self.student.backbone.patch_grid(*crops.shape[-2:])  # type: ignore[operator]
+
+    # -- losses
+
+    def predict(self, batch: CropBatch, targets: Targets, values: StepValues) -> LossTerms:
+        """The student sees the global crops with patches masked, and the local crops, in one pass."""
+        B, K = batch.batch_size, targets.dino.shape[-1]
+        masks = None if self.distilling else batch.masks  # a distilled student sees everything
+        globals_, locals_ = self.student.backbone(
+            [batch.global_crops, batch.local_crops], [masks, None], is_training=True
+        )
+        cls, local_cls = globals_["x_norm_clstoken"], locals_["x_norm_clstoken"]  # [2B, D], [n_l·B, D]
+        patches = globals_["x_norm_patchtokens"]  # [2B, P, D]
+        logits = self.student.dino_head(torch.cat([cls, local_cls])).view(-1, B, K)  # [2 + n_l, B, K]
+        masked = patches.flatten(0, 1).index_select(0, batch.mask_indices)  # [n, D]
+        n_local = len(logits) - 2
+
+        terms = LossTerms()
+        c = self.dino
+        scale_g, scale_l = losses.dino_scales(2, n_local, ignore_diagonal=c.global_ignore_diagonal)
+        terms.add(
+            "dino_local_crops_loss",
+            c.loss_weight * scale_l * values.local_loss_weight,
+            losses.dino_loss(logits[2:], targets.dino),
+        )
+        terms.add(
+            "dino_global_crops_loss",
+            c.loss_weight * scale_g,
+            losses.dino_loss(logits[:2], targets.dino, ignore_diagonal=c.global_ignore_diagonal),
+        )
+        # each global crop by itself; the weight counts both, as in the reference: 0.1 becomes 0.2 on their mean
+        koleo = torch.stack([self._koleo(x) for x in cls.chunk(2)]).mean()
+        terms.add("koleo_loss", 2 * c.koleo_loss_weight, koleo)
+        terms.add(
+            "ibot_loss",
+            self.ibot.loss_weight,
+            losses.ibot_patch_loss(self.student.ibot_head(masked), targets.ibot, batch.masks_weight, 2 * B),
+        )
+        if targets.gram is not None:
+            self._add_gram(terms, patches, targets.gram, batch.masks, values.gram_loss_weight)
+        return terms
+
+    def _koleo(self, x: Tensor) -> Tensor:
+        c = self.dino
+        if not c.koleo_loss_distributed:
+            return losses.koleo_loss(x)
+        return losses.koleo_loss_distributed(
+            x, topk=c.koleo_topk, group_size=c.koleo_distributed_loss_group_size, group=self.group
+        )
+
+    def _add_gram(self, terms: LossTerms, student: Tensor, teacher: Tensor, masks: Tensor, weight: float) -> None:
+        c = self.gram
+        negatives = "zero" if c.remove_neg else "zero_teacher" if c.remove_only_teacher_neg else "keep"
+        terms.add(
+            "gram_loss",
+            weight,
+            losses.gram_loss(
+                student,
+                teacher,
+                normalized=c.normalized,
+                img_level=c.img_level,
+                negatives=negatives,
+                tokens_used=c.tokens_used,
+                masks=masks,
+            ),
+        )
+        if c.compute_stats:
+            for used in ("masked", "unmasked"):
+                watched = losses.gram_loss(
+                    student.detach(),
+                    teacher,
+                    normalized=c.normalized,
+                    img_level=False,
+                    negatives=negatives,
+                    tokens_used=used,
+                    masks=masks,
+                )
+                terms.add(f"stats_only/{used}_gram_loss", 0.0, watched)
+
+    # -- what moves without gradients
+
+    def update_ema(self, momentum: float) -> None:
+        """ema ← momentum · ema + (1 − momentum) · student, all three parts."""
+        ema_update(self.ema.parameters(), self.student.parameters(), momentum)
+
+    def refresh_gram(self, iteration: int) -> bool:
+        """After `iteration`'s EMA update: the Gram teacher becomes a copy of the teacher, where it is due."""
+        if self.gram_teacher is None or not gram_refresh_due(self.gram, iteration):
+            return False
+        copy_weights(self.gram_teacher.backbone, self.teacher.backbone)
+        return True
+
+
+def gram_refresh_due(gram: GramConfig, iteration: int) -> bool:
+    """Whether the Gram teacher is refreshed after `iteration`: a function of it alone, so that resuming cannot miscount.
+
+    With k = iteration + 1: at k = it_load_ema_teacher (the first copy, where there was no file), and at multiples of
+    update_frequency from it_first_update on, the first max_updates of them.
+    """
+    k = iteration + 1
+    if gram.it_load_ema_teacher == k:
+        return True
+    if not gram.rep_update or k % gram.update_frequency or k < gram.it_first_update or k < gram.it_load_ema_teacher:
+        return False
+    first = max(-(-gram.it_first_update // gram.update_frequency), 1)  # the first multiple that counts
+    return gram.max_updates is None or k // gram.update_frequency - first < gram.max_updates
+
+
+def gram_active(gram: GramConfig, iteration: int) -> bool:
+    """Whether there is a Gram teacher to follow yet: with it_load_ema_teacher = k, from iteration k on."""
+    return gram.use_loss and iteration >= gram.it_load_ema_teacher
