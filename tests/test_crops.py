@@ -5,6 +5,7 @@ from __future__ import annotations
 import colorsys
 import json
 import math
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ from dinov3.data.crops import (
     Plan,
     Sample,
     blurred,
-    coloured,
     collate,
+    coloured,
     cut,
     draw_box,
     finish,
@@ -127,7 +128,7 @@ def test_each_colour_operation_equals_its_definition_within_one_grey_level(colou
     wanted = plain_without_resizing(image, crop)
     largest, mean = difference(got, wanted)
     assert largest <= 1
-    assert mean <= 0.01
+    assert mean <= 0.07  # where a product is a whole number, float32 and Pillow may truncate to different sides
 
 
 def plain_without_resizing(image: Image.Image, crop: Crop) -> np.ndarray:
@@ -175,7 +176,7 @@ def test_whole_crops_equal_the_plain_pipeline(seed: int) -> None:
     for crop, side in [(c, 48) for c in plan.globals_] + [(c, 32) for c in plan.locals_[:3]]:
         largest, mean = difference(fast(image, crop, side), plain(Image.fromarray(image), crop, side))
         assert mean < 0.5, crop
-        assert largest <= 6, crop  # one level of resizing, amplified by brightness and contrast one after the other
+        assert largest <= 8, crop  # one level of resizing, amplified by brightness and contrast one after the other
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,10 +234,11 @@ class TorchvisionDraws:
         shared = self.colours() if self.rules.share_color_jitter else None
         one = self.distortion(self.geometry(width, height, self.rules.global_scale), first, False)
         two = self.distortion(self.geometry(width, height, self.rules.global_scale), second, True)
-        locals_ = [
-            self.distortion(self.geometry(width, height, self.rules.local_scale), local, False)
-            for _ in range(self.rules.local_count)
-        ]
+        locals_ = []
+        for _ in range(self.rules.local_count):
+            windowed = self.rules.local_from_global
+            crop = Crop() if windowed else self.geometry(width, height, self.rules.local_scale)
+            locals_.append(self.distortion(crop, local, False))
         return Plan((one, two), tuple(locals_), shared)
 
 
@@ -245,6 +247,7 @@ RECORDED: dict[str, dict[str, Any]] = {
     "shared_jitter_noflip": {"share_color_jitter": True, "horizontal_flips": False},
     "gram_distorted": {"gram_size": 48},
     "gram_no_distortions": {"gram_size": 48, "gram_distorted": False},
+    "local_subset": {"local_from_global": True, "window_step": 8},
 }
 
 
@@ -253,8 +256,10 @@ def test_recorded_crops_of_the_reference_are_reproduced_from_its_draws(case: str
     golden = load_file(GOLDEN / "augmentation.safetensors")
     image = golden["image_uint8_hwc"]
     rules = CropRules(global_size=32, local_size=16, local_count=2, **RECORDED[case])
-    draws = TorchvisionDraws(rules)
-    crops = render(image, draws.plan(image.shape[1], image.shape[0]), rules)
+    plan = TorchvisionDraws(rules).plan(image.shape[1], image.shape[0])
+    if rules.local_from_global:  # drawn elsewhere, and recorded
+        plan = replace(plan, windows=tuple(map(tuple, golden[f"{case}.offsets"].tolist())))
+    crops = render(image, plan, rules)
     got = {f"global{i}": c for i, c in enumerate(crops.global_crops)}
     got |= {f"local{i}": c for i, c in enumerate(crops.local_crops)}
     if crops.gram_crops is not None:
@@ -262,6 +267,269 @@ def test_recorded_crops_of_the_reference_are_reproduced_from_its_draws(case: str
     for name, crop in got.items():
         wanted = golden[f"{case}.{name}"] * STD * 255 + MEAN * 255
         d = np.abs(crop.numpy().astype(float) - wanted)
-        # Pillow's 8-bit HSV: a few levels where hue is turned
-        assert d.mean() < 1.5, (name, d.mean(), d.max())
-        assert d.max() < 16, (name, d.mean(), d.max())
+        assert d.mean() < 0.75, (name, d.mean(), d.max())  # Pillow's 8-bit HSV is off by this much where hue is turned
+        assert d.max() <= 8, (name, d.mean(), d.max())
+
+
+def hue_with_8_bits(image: Image.Image, turn: float) -> Image.Image:
+    hue, saturation, value = image.convert("HSV").split()
+    turned = (np.asarray(hue).astype(int) + round(turn * 255)) % 256
+    return Image.merge("HSV", (Image.fromarray(turned.astype(np.uint8)), saturation, value)).convert("RGB")
+
+
+def test_with_pillows_hue_the_plain_definition_is_the_reference_to_the_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the definition above is the right one, and 8-bit hue is the only difference."""
+    monkeypatch.setitem(globals(), "plain_hue", hue_with_8_bits)
+    golden = load_file(GOLDEN / "augmentation.safetensors")
+    image = golden["image_uint8_hwc"]
+    plan = TorchvisionDraws(CropRules(32, 16, 2)).plan(image.shape[1], image.shape[0])
+    for kind, crops, side in (("global", plan.globals_, 32), ("local", plan.locals_, 16)):
+        for i, crop in enumerate(crops):
+            wanted = golden[f"default.{kind}{i}"] * STD * 255 + MEAN * 255
+            d = np.abs(plain(Image.fromarray(image), crop, side) - wanted)
+            assert d.mean() < 0.02, (kind, i)
+            assert d.max() < 1.01, (kind, i)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The distribution
+
+
+def plans(rules: CropRules, n: int = 2000) -> list[Plan]:
+    return [rules.plan(500, 375, generator(0, 0, i)) for i in range(n)]
+
+
+def share(hits: list[bool]) -> float:
+    return sum(hits) / len(hits)
+
+
+@pytest.mark.parametrize("blur", ("applied", "paper"))
+def test_probabilities_are_the_stated_ones(blur: str) -> None:
+    drawn = plans(CropRules(blur=blur, local_count=2))
+    one, two, local = ([p.globals_[0] for p in drawn], [p.globals_[1] for p in drawn], [p.locals_[1] for p in drawn])
+    for crops, blur_p, solarise_p in zip((one, two, local), BLUR_P[blur], (0, 0.2, 0)):
+        for got, wanted in (
+            (share([c.sigma is not None for c in crops]), blur_p),
+            (share([c.solarise for c in crops]), solarise_p),
+            (share([c.flip for c in crops]), 0.5),
+            (share([bool(c.colours.order) for c in crops]), 0.8),
+            (share([c.colours.grey for c in crops]), 0.2),
+        ):
+            assert abs(got - wanted) <= 4 * (wanted * (1 - wanted) / len(crops)) ** 0.5
+
+
+def test_the_applied_blur_is_the_complement_that_was_recorded() -> None:
+    recorded = json.loads((GOLDEN / "augmentation_blur.json").read_text())
+    nominal = [recorded[f"{p:.1f}"]["torchvision_apply_probability"] for p in BLUR_P["paper"]]
+    assert list(BLUR_P["applied"]) == nominal == [0.0, 0.9, 0.5]
+    assert CropRules().blur == "applied"
+
+
+def test_factors_are_uniform_in_their_ranges_and_orders_are_all_permutations() -> None:
+    colours = [p.globals_[0].colours for p in plans(CropRules(local_count=0), 6000)]
+    drawn = [c for c in colours if c.order]
+    for name, low, high in (
+        ("brightness", 0.6, 1.4),
+        ("contrast", 0.6, 1.4),
+        ("saturation", 0.8, 1.2),
+        ("hue", -0.1, 0.1),
+    ):
+        values = np.sort([getattr(c, name) for c in drawn])
+        steps = np.abs((values - low) / (high - low) - np.linspace(0, 1, len(values))).max()  # Kolmogorov-Smirnov
+        assert steps < 1.95 / len(values) ** 0.5, name
+    orders, counts = np.unique([" ".join(c.order) for c in drawn], return_counts=True)
+    assert len(orders) == 24
+    assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 58  # chi-squared, 23 degrees, p < 1e-4
+
+
+def test_boxes_have_the_area_and_aspect_of_random_resized_crops() -> None:
+    """Against the definition drawn by another generator, on a picture so large that rounding does not matter."""
+    rng = generator(0, 0, 0)
+    boxes = np.array([draw_box(4000, 3000, (0.05, 0.32), rng) for _ in range(4000)])
+    area = np.sort(boxes[:, 2] * boxes[:, 3] / 12e6)
+    log_aspect = np.sort(np.log(boxes[:, 3] / boxes[:, 2]))
+    for values, low, high in ((area, 0.05, 0.32), (log_aspect, math.log(3 / 4), math.log(4 / 3))):
+        distance = np.abs((values - low) / (high - low) - np.linspace(0, 1, len(values))).max()
+        assert distance < 1.95 / len(values) ** 0.5 + 1e-3
+    assert (boxes[:, 0] + boxes[:, 2] <= 3000).all()
+    assert (boxes[:, 1] + boxes[:, 3] <= 4000).all()
+    room = 4000 - boxes[:, 3] + 1
+    assert abs(((boxes[:, 1] + 0.5) / room).mean() - 0.5) < 0.02
+
+
+@pytest.mark.parametrize("size, wanted", (((1000, 10), (0, 493, 10, 13)), ((10, 1000), (493, 0, 13, 10))))
+def test_a_picture_too_narrow_for_any_box_gives_its_centre(size: tuple[int, int], wanted: tuple[int, ...]) -> None:
+    assert draw_box(*size, (0.9, 1.0), generator(0, 0, 0)) == wanted
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rules and modes
+
+
+def test_the_same_seed_epoch_and_index_give_the_same_crops_and_any_other_does_not() -> None:
+    rules, image = CropRules(32, 16, 2), picture()
+
+    def crops(*key: int) -> torch.Tensor:
+        return render(image, rules.plan(120, 90, generator(*key)), rules).global_crops
+
+    assert crops(1, 2, 3).equal(crops(1, 2, 3))
+    for other in ((0, 2, 3), (1, 0, 3), (1, 2, 0)):
+        assert not crops(1, 2, 3).equal(crops(*other))
+
+
+def test_a_pillow_picture_an_array_and_a_tensor_give_the_same_crops() -> None:
+    rules, image = CropRules(32, 16, 2), picture()
+    plan = rules.plan(120, 90, generator(0, 0, 0))
+    forms = (image, Image.fromarray(image), torch.from_numpy(image.copy()).permute(2, 0, 1).contiguous())
+    a, b, c = (render(form, plan, rules) for form in forms)
+    assert a.global_crops.equal(b.global_crops)
+    assert a.global_crops.equal(c.global_crops)
+    assert a.local_crops.equal(c.local_crops)
+
+
+def test_gram_crops_without_distortions_show_the_box_of_the_global_crop_and_nothing_else() -> None:
+    rules, image = CropRules(32, 16, 2, gram_size=48, gram_distorted=False), picture()
+    plan = rules.plan(120, 90, generator(0, 0, 4))
+    crops = render(image, plan, rules)
+    assert crops.gram_crops is not None
+    for crop, gram in zip(plan.globals_, crops.gram_crops):
+        bare = replace(crop, colours=Colours(), sigma=None, solarise=False)
+        np.testing.assert_array_equal(gram.numpy(), fast(image, bare, 48))
+
+
+def test_distorted_gram_crops_show_what_the_global_crops_show() -> None:
+    rules, image = CropRules(32, 16, 2, gram_size=64), picture()
+    crops = render(image, rules.plan(120, 90, generator(0, 0, 2)), rules)
+    assert crops.gram_crops is not None
+    halved = crops.gram_crops.float().view(2, 3, 32, 2, 32, 2).mean((3, 5))
+    assert (halved - crops.global_crops.float()).abs().mean() < 3
+
+
+def test_shared_colours_are_drawn_once_and_the_crops_have_none_of_their_own() -> None:
+    plan = CropRules(share_color_jitter=True).plan(500, 375, generator(0, 0, 0))
+    assert plan.shared is not None
+    assert all(c.colours == Colours() for c in plan.globals_ + plan.locals_)
+
+
+def test_no_crop_is_flipped_where_flips_are_off() -> None:
+    drawn = plans(CropRules(horizontal_flips=False), 50)
+    assert not any(c.flip for p in drawn for c in p.globals_ + p.locals_)
+
+
+def test_windows_are_multiples_of_the_step_inside_the_global_crop() -> None:
+    rules = CropRules(224, 96, 8, local_from_global=True)
+    windows = np.array([p.windows for p in plans(rules, 200)])
+    assert set(np.unique(windows)) == set(range(0, 128, 16))
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    (
+        ({"blur": "aplied"}, "blur is applied or paper, not 'aplied'; did you mean 'applied'"),
+        ({"global_scale": (0.0, 1.0)}, "global_scale is a range of shares"),
+        ({"local_scale": (0.5, 0.1)}, "local_scale is a range of shares"),
+        ({"gram_size": 2}, "gram_size must be a side in pixels"),
+        ({"local_count": -1}, "local_count cannot be negative"),
+        ({"local_from_global": True, "local_count": 3}, "must be an even number"),
+        ({"local_from_global": True, "local_size": 224}, "16 pixels smaller"),
+    ),
+)
+def test_rules_that_make_no_sense_are_refused(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(DinoError, match=sentence):
+        CropRules(**changes)
+    with pytest.raises(UnknownName):
+        CropRules(blur="gaussian")
+
+
+def test_sizes_that_a_model_would_silently_cut_are_refused() -> None:
+    with pytest.raises(DinoError, match="global_size 70 is no multiple of the patch size 16; the nearest one is 64"):
+        CropRules(global_size=70).check_patch(16)
+    with pytest.raises(DinoError, match="gram_size 100 is no multiple"):
+        CropRules(gram_size=100).check_patch(16)
+    CropRules().check_patch(16)
+    CropRules(768, 168, gram_size=1152).check_patch(
+        16
+    )  # the published high-resolution recipe: a local crop of 10.5 patches
+
+
+def test_reduced_decoding_never_enlarges_a_crop_that_the_full_picture_would_not() -> None:
+    rules = CropRules()
+    short = 2 * rules.target_short_side  # what the decoder keeps at least
+    smallest_local = math.sqrt(0.05 * short * short * ASPECT[0])
+    smallest_global = math.sqrt(0.32 * short * short * ASPECT[0])
+    assert smallest_local >= 96
+    assert smallest_global >= 224
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def batch(rules: CropRules, n: int = 3) -> Any:
+    samples = []
+    for i in range(n):
+        plan = rules.plan(120, 90, generator(0, 0, i))
+        samples.append(Sample(render(picture(seed=i), plan, rules), i, (f"bad{i}",) if i == 1 else ()))
+    return samples, collate(samples, batch_masks(2 * n, (2, 2), MaskRules(), random.Random(0)), rules)
+
+
+def test_batches_are_crop_major() -> None:
+    samples, got = batch(CropRules(32, 16, 4, gram_size=48))
+    assert got.global_crops.shape == (6, 3, 32, 32)
+    assert got.local_crops.shape == (12, 3, 16, 16)
+    assert got.gram_crops.shape == (6, 3, 48, 48)
+    for b, sample in enumerate(samples):
+        for c in range(2):
+            assert got.global_crops[c * 3 + b].equal(sample.crops.global_crops[c])
+            assert got.gram_crops[c * 3 + b].equal(sample.crops.gram_crops[c])
+        for c in range(4):
+            assert got.local_crops[c * 3 + b].equal(sample.crops.local_crops[c])
+    assert got.unreadable == ("bad1",)
+    assert got.n_masked == got.mask_indices.numel() == got.masks.sum()
+    assert got.batch_size == 3
+
+
+def test_a_batch_is_normalised_when_it_is_moved_and_only_once() -> None:
+    _, got = batch(CropRules(32, 16, 2, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4)))
+    assert got.global_crops.dtype == torch.uint8
+    moved = got.to("cpu", torch.float32)
+    wanted = (got.local_crops.numpy() / 255 - np.array([0.5, 0.4, 0.3])[:, None, None]) / np.array([0.2, 0.3, 0.4])[
+        :, None, None
+    ]
+    np.testing.assert_allclose(moved.local_crops.numpy(), wanted, atol=1e-5)
+    assert moved.gram_crops is None
+    again = moved.to("cpu", torch.bfloat16)
+    assert again.global_crops.dtype == torch.bfloat16
+    assert again.global_crops.equal(moved.global_crops.bfloat16())
+    assert again.masks_weight.dtype == torch.float32
+
+
+def test_normalising_in_half_precision_rounds_once() -> None:
+    x = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    assert normalised(x, LVD_MEAN, LVD_STD, torch.bfloat16).equal(normalised(x, LVD_MEAN, LVD_STD).bfloat16())
+
+
+def test_rules_without_local_crops_give_an_empty_tensor() -> None:
+    _, got = batch(CropRules(32, 16, 0))
+    assert got.local_crops.shape == (0, 3, 16, 16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torchvision, where it is installed
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_our_definition_is_torchvisions(oracles: None, seed: int) -> None:
+    functional = pytest.importorskip("torchvision.transforms.v2.functional")
+    image = Image.fromarray(picture(seed=seed))
+    for name, factor in (("brightness", 1.3), ("contrast", 0.7), ("saturation", 1.15)):
+        theirs = getattr(functional, f"adjust_{name}")(image, factor)
+        ours = plain_without_resizing(image, replace(WHOLE, colours=Colours((name,), **{name: factor})))
+        np.testing.assert_array_equal(np.asarray(theirs).transpose(2, 0, 1), ours)
+    blurred_ = functional.gaussian_blur(image, [9, 9], [1.3, 1.3])
+    largest, mean = difference(np.asarray(blurred_), np.asarray(plain_blur(image, 1.3)))
+    assert largest <= 1
+    assert mean < 1e-3
+    tensor = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
+    theirs_hue = (functional.adjust_hue(tensor, 0.07) * 255).round().permute(1, 2, 0).numpy().astype(np.uint8)
+    assert difference(theirs_hue, np.asarray(plain_hue(image, 0.07)))[0] <= 1

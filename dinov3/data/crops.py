@@ -5,7 +5,7 @@ released training code's; the semantics of each operation are those of torchvisi
 
 A crop is first a plain value and then pixels: `CropRules.plan` draws where and how (`Plan`), `render` does it. The draw is a
 pure function of (seed, epoch, index), so the same picture gives the same crops in any worker, after any resume. Only
-uniform doubles of PCG64 are drawn, whose stream NumPy guarantees, so that recorded crops stay the same across versions.
+uniform doubles are drawn, whose sequence Python guarantees for a seed, so that crops stay the same across versions.
 
 Why it is fast (3.0 ms against torchvision's 22 ms on Pillow, for 2 × 224 and 8 × 96 pixels of one picture; measured by
 `benchmarks/crops.py`): the crop is cut before it is resized; torch resizes uint8 in integers; colours are float32
@@ -25,6 +25,7 @@ Legend: g, l, q sides of global, local and Gram crops; B pictures; n_l local cro
 from __future__ import annotations
 
 import math
+import random
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -103,9 +104,9 @@ class Uniform(Protocol):
     def random(self) -> float: ...
 
 
-def generator(seed: int, epoch: int, index: int) -> np.random.Generator:
+def generator(seed: int, epoch: int, index: int) -> random.Random:
     """The one source of chance of a picture's crops."""
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, epoch, index))))
+    return random.Random(f"crops {seed} {epoch} {index}")  # a text is hashed whole: near keys give unrelated streams
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,8 @@ class CropRules:
 
     gram_distorted: whether colour and blur reach the Gram teacher's crops too (`gram_teacher_no_distortions: false`).
     share_color_jitter: jitter and greyscale once for the whole picture.
-    local_from_global: local crops are windows of the global crops' boxes at multiples of 16 pixels
-    (`localcrops_subset_of_globalcrops`): the first half from crop 1, the second from crop 2.
+    local_from_global: local crops are windows of the global crops, at multiples of `window_step` pixels and with colours of
+    their own (`localcrops_subset_of_globalcrops`): the first half from crop 1, the second from crop 2.
     """
 
     global_size: int = 224
@@ -127,6 +128,7 @@ class CropRules:
     gram_distorted: bool = True
     share_color_jitter: bool = False
     local_from_global: bool = False
+    window_step: int = 16
     horizontal_flips: bool = True
     blur: str = "applied"
     mean: tuple[float, float, float] = LVD_MEAN
@@ -147,15 +149,19 @@ class CropRules:
                 )
         if self.blur not in BLUR_P:
             raise UnknownName(f"blur is {' or '.join(BLUR_P)}, not {self.blur!r}{did_you_mean(self.blur, BLUR_P)}")
-        if self.local_from_global and (self.global_size - self.local_size < 16 or self.local_count % 2):
+        room = self.global_size - self.local_size
+        if self.local_from_global and (room < self.window_step or self.local_count % 2):
             raise DinoError(
-                "local crops cut out of global ones must be an even number and at least 16 pixels smaller: "
+                f"local crops cut out of global ones must be an even number and {self.window_step} pixels smaller or more: "
                 f"{self.local_count} of {self.local_size} px out of {self.global_size} px"
             )
 
     def check_patch(self, patch: int) -> None:
-        """Refuses sizes that a model with this patch would silently cut (70 px would become 4 × 4 patches of 16)."""
-        for name in ("global_size", "local_size", "gram_size"):
+        """Refuses sizes that a model with this patch would silently cut (70 px would become 4 × 4 patches of 16).
+
+        Not those of local crops: the published high-resolution recipe has 168 px, of which 8 are dropped.
+        """
+        for name in ("global_size", "gram_size"):
             side = getattr(self, name)
             if side is not None and side % patch:
                 near = max(patch, round(side / patch) * patch)
@@ -180,8 +186,9 @@ class CropRules:
         locals_ = tuple(self._draw(width, height, self.local_scale, local, 0.0, rng) for _ in range(self.local_count))
         windows = None
         if self.local_from_global:
-            steps = (self.global_size - self.local_size) // 16
-            windows = tuple((16 * _integer(rng, steps), 16 * _integer(rng, steps)) for _ in locals_)
+            step = self.window_step
+            places = (self.global_size - self.local_size) // step
+            windows = tuple((step * _integer(rng, places), step * _integer(rng, places)) for _ in locals_)
         return Plan(globals_, locals_, shared, windows)
 
     def _draw(
@@ -217,17 +224,17 @@ def draw_box(width: int, height: int, scale: tuple[float, float], rng: Uniform) 
 
 
 def _draw_colours(rng: Uniform) -> Colours:
-    colours = Colours()
-    if rng.random() < JITTER_P:
-        names = ["brightness", "contrast", "saturation", "hue"]
-        colours = Colours(
-            order=tuple(names.pop(_integer(rng, len(names))) for _ in range(4)),
-            brightness=_between(rng, 1 - BRIGHTNESS, 1 + BRIGHTNESS),
-            contrast=_between(rng, 1 - CONTRAST, 1 + CONTRAST),
-            saturation=_between(rng, 1 - SATURATION, 1 + SATURATION),
-            hue=_between(rng, -HUE, HUE),
-        )
-    return replace(colours, grey=rng.random() < GREY_P)
+    if rng.random() >= JITTER_P:
+        return Colours(grey=rng.random() < GREY_P)
+    names = ["brightness", "contrast", "saturation", "hue"]
+    return Colours(
+        order=tuple(names.pop(_integer(rng, len(names))) for _ in range(4)),
+        brightness=_between(rng, 1 - BRIGHTNESS, 1 + BRIGHTNESS),
+        contrast=_between(rng, 1 - CONTRAST, 1 + CONTRAST),
+        saturation=_between(rng, 1 - SATURATION, 1 + SATURATION),
+        hue=_between(rng, -HUE, HUE),
+        grey=rng.random() < GREY_P,
+    )
 
 
 def _between(rng: Uniform, low: float, high: float) -> float:
@@ -282,12 +289,15 @@ def render(image: Image.Image | np.ndarray | Tensor, plan: Plan, rules: CropRule
     side = rules.local_size
     local = torch.empty(len(plan.locals_), 3, side, side, dtype=torch.uint8)
     for i, crop in enumerate(plan.locals_):
+        out = local[i].numpy()
         if plan.windows is None:
-            base = cut(picture, crop, side)
-        else:
+            finish(cut(picture, crop, side), crop, out)
+        else:  # colours and blur see the whole base, then the window is cut
+            base = bases[0 if i < len(plan.locals_) // 2 else 1]
+            whole = np.empty_like(base)
+            finish(base, crop, whole)
             top, left = plan.windows[i]
-            base = bases[0 if i < len(plan.locals_) // 2 else 1][:, top : top + side, left : left + side]
-        finish(base, crop, local[i].numpy())
+            out[:] = whole[:, top : top + side, left : left + side]
     return Crops(seen, local, gram)
 
 

@@ -247,10 +247,10 @@ class CropLoader:
             ...
             loader.state_dict()          # {"consumed": samples of all ranks}, to be saved with the weights
 
-    rules: one, or several with `ratios` (see `resolutions`). patch: the student's, in pixels, times
-    the teacher-to-student resolution scale; sizes that are no multiple of it are refused. masked_pictures: masks for
-    another number of pictures than are loaded (multi-student distillation). start_method: "fork", "spawn",
-    "forkserver"; None is torch's choice.
+    rules: one, or several with `ratios` (see `resolutions`). patch: the student's, in pixels; global sizes that are no
+    multiple of it are refused. mask_scale: makes the mask grid coarser (`teacher_to_student_resolution_scale`).
+    masked_pictures: masks for another number of pictures than are loaded (multi-student distillation).
+    start_method: "fork", "spawn", "forkserver"; None is torch's choice.
 
     `wait_s` is how long the last batch was waited for, `waited_s` the sum: a loop that waits is short of workers.
     """
@@ -261,7 +261,7 @@ class CropLoader:
         rules: CropRules | Sequence[CropRules],
         masks: MaskRules | None = None,
         *,
-        patch: int | float,
+        patch: int,
         batch_size: int,
         ratios: Sequence[float] = (1.0,),
         seed: int = 0,
@@ -274,6 +274,7 @@ class CropLoader:
         pin_memory: bool = False,
         start_method: str | None = None,
         masked_pictures: int | None = None,
+        mask_scale: float = 1.0,
     ):
         self.rules = [rules] if isinstance(rules, CropRules) else list(rules)
         if len(self.rules) != len(ratios):
@@ -291,9 +292,8 @@ class CropLoader:
         self.unreadable: dict[str, int] = {}  # "name: reason" → how often; the first thousand names
         grids = []
         for rule in self.rules:
-            if float(patch).is_integer():
-                rule.check_patch(int(patch))
-            grids.append(mask_grid(rule.global_size, 1, patch))
+            rule.check_patch(patch)
+            grids.append(mask_grid(rule.global_size, patch, mask_scale))
         self._loader: DataLoader[Any] = DataLoader(
             _Renderer(pictures, self.rules, self.order),
             batch_sampler=_Steps(self),
