@@ -12,7 +12,7 @@ from golden_cases import Case
 
 from dinov3.errors import DinoError, UnknownName
 from dinov3.models import Backbone, ConvNeXt, ConvNeXtConfig, VisionTransformer, ViTConfig, backbone
-from dinov3.models.vit import RopeEmbedding, rotate
+from dinov3.models.vit import RopeEmbedding, rotate, rotation
 
 KEYS = Path(__file__).parent / "keys"
 
@@ -142,9 +142,8 @@ def test_rope_tables_are_the_recorded_ones() -> None:
 def test_rotation_is_the_plain_two_by_two_one() -> None:
     """The definition: element i and element i + d/2 are a point, turned by the patch's angle; the prefix is left."""
     rope = RopeEmbedding(ViTConfig(embed_dim=32, num_heads=2))
-    sin, cos = rope(2, 3)
-    z = torch.randn(1, 2, 1 + 6, 16)
-    turned = rotate(z, sin, cos)
+    z = torch.randn(1, 2, 1 + 6, 16)  # [B, h, N, d]
+    turned = rotate(z.transpose(1, 2), *(t[:, 0] for t in rotation(*rope(2, 3), prefix=1))).transpose(1, 2)
     assert torch.equal(turned[:, :, :1], z[:, :, :1])
     coords = [((r + 0.5) / 2 * 2 - 1, (c + 0.5) / 3 * 2 - 1) for r in range(2) for c in range(3)]
     for n, (y, x) in enumerate(coords):

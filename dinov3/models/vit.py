@@ -184,18 +184,24 @@ class RopeEmbedding(nn.Module):
         return angles.sin(), angles.cos()
 
 
-def rotate(z: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
-    """Turns the last HW tokens of z [B, h, N, d]; the CLS and register tokens before them have no position.
+def rotation(sin: Tensor, cos: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+    """Tables [HW, d] as `rotate` wants them, [prefix + HW, 1, 1, d]: CLS and registers are turned by nothing, and the
+    sign of rotate-half's first half is folded into the sines."""
+    half = sin.shape[-1] // 2
+    sin = torch.cat([-sin[:, :half], sin[:, half:]], dim=-1)
+    sin = torch.cat([sin.new_zeros(prefix, 2 * half), sin])
+    cos = torch.cat([cos.new_ones(prefix, 2 * half), cos])
+    return sin[:, None, None], cos[:, None, None]
 
-    Element i is paired with i + d/2. Computed in the tables' dtype, prefix included, and cast back: in low precision
-    the rounding of every token is then the same.
+
+def rotate(z: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+    """Turns queries and keys z [B, N, ..., d] by the tables of `rotation`; element i is paired with i + d/2.
+
+    Computed in the tables' dtype, unturned tokens included, and cast back: in low precision the rounding of every token
+    is then the same. Three passes over memory; splitting off the prefix and concatenating halves took three times that.
     """
-    dtype, prefix = z.dtype, z.shape[-2] - sin.shape[-2]
-    z = z.to(sin.dtype)
-    patches = z[..., prefix:, :]
-    first, second = patches.chunk(2, dim=-1)
-    patches = patches * cos + torch.cat([-second, first], dim=-1) * sin
-    return torch.cat([z[..., :prefix, :], patches], dim=-2).to(dtype)
+    dtype, z = z.dtype, z.to(sin.dtype)
+    return torch.addcmul(z * cos, z.roll(z.shape[-1] // 2, -1), sin).to(dtype)
 
 
 # ---- one block -----------------------------------------------------------------------------------------------------
@@ -238,8 +244,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, h, N, d] each
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k = rotate(qkv[:, :, :2], *rope).transpose(1, 3).unbind(2)  # [B, h, N, d] each
+        v = qkv[:, :, 2].transpose(1, 2)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
@@ -273,6 +279,13 @@ class LayerScale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gamma
+
+
+def residual(x: Tensor, branch: Tensor, scale: nn.Module) -> Tensor:
+    """x + γ ⊙ branch, in one pass over memory where the types allow it."""
+    if isinstance(scale, LayerScale) and x.dtype == branch.dtype == scale.gamma.dtype:
+        return torch.addcmul(x, branch, scale.gamma)
+    return x + scale(branch)
 
 
 class RMSNorm(nn.Module):
@@ -324,23 +337,23 @@ class Block(nn.Module):
 
     def forward(self, groups: list[Tensor], ropes: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
         def attention(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-            return self.ls1(self.attn(self.norm1(x), rope))
+            return self.attn(self.norm1(x), rope)
 
         def ffn(x: Tensor, _rope: tuple[Tensor, Tensor]) -> Tensor:
-            return self.ls2(self.mlp(self.norm2(x)))
+            return self.mlp(self.norm2(x))
 
-        for branch in (attention, ffn):
-            groups = [self._add(x, branch, rope) for x, rope in zip(groups, ropes)]
+        for branch, scale in ((attention, self.ls1), (ffn, self.ls2)):
+            groups = [self._add(x, branch, scale, rope) for x, rope in zip(groups, ropes)]
         return groups
 
-    def _add(self, x: Tensor, branch: Callable[..., Tensor], rope: tuple[Tensor, Tensor]) -> Tensor:
+    def _add(self, x: Tensor, branch: Callable[..., Tensor], scale: nn.Module, rope: tuple[Tensor, Tensor]) -> Tensor:
         """The residual sum; with stochastic depth only over a random subset of the batch, scaled up by b/m."""
         if not self.training or self.drop_path_rate == 0:
-            return x + branch(x, rope)
+            return residual(x, branch(x, rope), scale)
         b = len(x)
         m = max(int(b * (1 - self.drop_path_rate)), 1)
         chosen = torch.randperm(b, device=x.device)[:m]
-        return torch.index_add(x, 0, chosen, branch(x[chosen], rope).to(x.dtype), alpha=b / m)
+        return torch.index_add(x, 0, chosen, scale(branch(x[chosen], rope)).to(x.dtype), alpha=b / m)
 
 
 # ---- the whole -----------------------------------------------------------------------------------------------------
@@ -434,11 +447,16 @@ class VisionTransformer(nn.Module):
 
     def _run(self, groups: list[Tensor], grids: list[tuple[int, int]], keep: Sequence[int] = ()) -> list[list[Tensor]]:
         """All blocks over all groups; the outputs after the blocks in `keep`, or after the last one."""
-        ropes = [self.rope_embed(*grid) for grid in grids] if not self.rope_embed.draws else []
+        prefix = 1 + self.n_storage_tokens
+
+        def tables() -> list[tuple[Tensor, Tensor]]:
+            return [rotation(*self.rope_embed(*grid), prefix) for grid in grids]
+
+        ropes = tables() if not self.rope_embed.draws else []
         kept = []
         for i, block in enumerate(self.blocks):
             # in training every block sees a fresh draw of the coordinates, one per group
-            groups = block(groups, ropes or [self.rope_embed(*grid) for grid in grids])
+            groups = block(groups, ropes or tables())
             if i in keep:
                 kept.append(groups)
         return kept if keep else [groups]
