@@ -154,10 +154,11 @@ def auto_batch(model: Any, preprocessing: Preprocessing) -> int:
     return max(1, min(512, 2 ** (size.bit_length() - 1) if size else 1))
 
 
-def todo(
-    source: Iterable[Item], store: EmbeddingStore, report: Report, *, retry_failed: bool = False
-) -> Iterator[Item]:
-    """The items that the store does not hold in their present state; the rest is counted in the report."""
+def todo(source: Source, store: EmbeddingStore, report: Report, *, retry_failed: bool = False) -> Iterator[Item]:
+    """The items that the store does not hold in their present state; the rest is counted in the report.
+
+    In a store an item is known by its absolute path, so that several folders with an `a.jpg` each can share one.
+    """
     known = store.known()
     failed = {f.path: f for f in store.failures()}
     seen: set[str] = set()

@@ -450,7 +450,7 @@ class VisionTransformer(nn.Module):
         prefix = 1 + self.n_storage_tokens
 
         def tables() -> list[tuple[Tensor, Tensor]]:
-            return [rotation(*self.rope_embed(*grid), prefix) for grid in grids]
+            return [rotation(sin, cos, prefix) for sin, cos in (self.rope_embed(*grid) for grid in grids)]
 
         ropes = tables() if not self.rope_embed.draws else []
         kept = []
