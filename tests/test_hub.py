@@ -191,3 +191,26 @@ def test_a_setting_that_no_key_shows_is_taken_from_the_file_and_told(vits, tmp_p
     model = dinov3.load("dinov3_vits16", tmp_path / "hf")
     assert model.norm.eps == 1e-6
     assert any("norm_layer='layernorm'" in note for note in model.origin.notes)
+
+
+def test_the_core_needs_torch_numpy_pillow_and_safetensors_only(vits, tmp_path) -> None:
+    code = f"""
+import sys
+allowed = {{"torch", "numpy", "PIL", "safetensors", "dinov3", "typing_extensions", "packaging", "sympy", "networkx", "jinja2",
+           "markupsafe", "filelock", "fsspec", "mpmath", "setuptools", "pkg_resources"}}
+allowed |= set(sys.stdlib_module_names) | {{"_distutils_hack", "torchgen", "functorch", "opt_einsum"}}
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] not in allowed and not name.startswith("_"):
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Hidden())
+import dinov3, numpy
+model = dinov3.load("dinov3_vits16", {str(vits[1])!r})
+f = dinov3.embed(model, [numpy.zeros((50, 70, 3), numpy.uint8)], size=32)
+dinov3.weights.save(model, {str(tmp_path / "own.safetensors")!r})
+again = dinov3.load(weights={str(tmp_path / "own.safetensors")!r})
+print(tuple(dinov3.embed(again, numpy.zeros((50, 70, 3), numpy.uint8), size=32).patches.shape))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "(1, 2, 2, 384)"

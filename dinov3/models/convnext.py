@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3.errors import DinoError, UnknownName, did_you_mean
-from dinov3.models.vit import chosen_layers
+from dinov3.models.base import TokenModel, chosen_layers
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Block(nn.Module):
         return x + y
 
 
-class ConvNeXt(nn.Module):
+class ConvNeXt(TokenModel):
     """A DINOv3 ConvNeXt backbone with the same two outputs as the ViT: `forward` [B, D] and `forward_features`."""
 
     def __init__(self, config: ConvNeXtConfig) -> None:
@@ -135,14 +135,9 @@ class ConvNeXt(nn.Module):
             maps.append(x)
         return maps
 
-    def forward_features(self, x: Tensor | list[Tensor], masks: Any = None) -> Any:
-        """As `VisionTransformer.forward_features`. Masks are returned but have no effect; `x_prenorm` holds the
-        patches only, [B, hw, D]; `x_storage_tokens` is empty, [B, 0, D]."""
-        if isinstance(x, Tensor):
-            return self.forward_features_list([x], [masks])[0]
-        return self.forward_features_list(x, masks if masks is not None else [None] * len(x))
-
     def forward_features_list(self, x_list: list[Tensor], masks_list: list[Tensor | None]) -> list[dict[str, Any]]:
+        """As the ViT's, but masks are returned without effect, `x_prenorm` holds the patches only, [B, hw, D], and
+        `x_storage_tokens` is empty, [B, 0, D]."""
         outputs = []
         for images, mask in zip(x_list, masks_list, strict=True):
             last = self._stages(images)[-1]
@@ -158,13 +153,6 @@ class ConvNeXt(nn.Module):
                 }
             )
         return outputs
-
-    def forward(self, x: Any, masks: Any = None, is_training: bool = False) -> Any:
-        if is_training:
-            return self.forward_features(x, masks)
-        if not isinstance(x, Tensor):
-            raise TypeError("a list of crop groups is a training input: pass is_training=True")
-        return self.head(self.forward_features(x, masks)["x_norm_clstoken"])
 
     def get_intermediate_layers(
         self,

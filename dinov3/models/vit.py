@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3.errors import DinoError, UnknownName, did_you_mean
+from dinov3.models.base import TokenModel, chosen_layers
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -368,7 +369,7 @@ class PatchEmbed(nn.Module):
         return self.proj(x)  # [B, D, H, W]
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(TokenModel):
     """A DINOv3 ViT backbone. `forward` gives the normalised CLS token [B, D]; `forward_features` gives everything."""
 
     def __init__(self, config: ViTConfig) -> None:
@@ -471,18 +472,6 @@ class VisionTransformer(nn.Module):
         prefix = 1 + self.n_storage_tokens
         return torch.cat([cls_norm(x[:, :prefix]), self.norm(x[:, prefix:])], dim=1)
 
-    def forward_features(self, x: Tensor | list[Tensor], masks: Any = None) -> Any:
-        """Normalised tokens of images [B, C, height, width], or of a list of crop groups of different sizes.
-
-        `masks` [B, HW] boolean: True replaces the patch by the mask token (paper: iBOT). For a list, a list of the
-        same length whose entries may be None. Returns a dict, or a list of dicts, with `x_norm_clstoken` [B, D],
-        `x_storage_tokens` [B, R, D] (normalised registers), `x_norm_patchtokens` [B, HW, D], `x_prenorm` [B, N, D]
-        and `masks`.
-        """
-        if isinstance(x, Tensor):
-            return self.forward_features_list([x], [masks])[0]
-        return self.forward_features_list(x, masks if masks is not None else [None] * len(x))
-
     def forward_features_list(self, x_list: list[Tensor], masks_list: list[Tensor | None]) -> list[dict[str, Any]]:
         embedded = [self.tokens(x, mask) for x, mask in zip(x_list, masks_list, strict=True)]
         (groups,) = self._run([tokens for tokens, _ in embedded], [grid for _, grid in embedded])
@@ -499,13 +488,6 @@ class VisionTransformer(nn.Module):
                 }
             )
         return outputs
-
-    def forward(self, x: Any, masks: Any = None, is_training: bool = False) -> Any:
-        if is_training:
-            return self.forward_features(x, masks)
-        if not isinstance(x, Tensor):
-            raise TypeError("a list of crop groups is a training input: pass is_training=True")
-        return self.head(self.forward_features(x, masks)["x_norm_clstoken"])
 
     def get_intermediate_layers(
         self,
@@ -534,11 +516,3 @@ class VisionTransformer(nn.Module):
             extras = [y[:, 0]] * return_class_token + [y[:, 1:prefix]] * return_extra_tokens
             results.append((patches, *extras) if extras else patches)
         return tuple(results)
-
-
-def chosen_layers(n: int | Sequence[int], total: int, what: str) -> list[int]:
-    """Ascending 0-based layer indices from "the last n" or an explicit choice."""
-    layers = list(range(total - n, total)) if isinstance(n, int) else sorted(n)
-    if not layers or len(set(layers)) != len(layers) or layers[0] < 0 or layers[-1] >= total:
-        raise DinoError(f"{what}s {n} were asked for, but there are {total} (0 to {total - 1}), each at most once")
-    return layers

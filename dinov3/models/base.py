@@ -1,0 +1,46 @@
+"""What both families share: one call for one tensor or for a list of crop groups, and how layers are chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from dinov3.errors import DinoError
+
+
+class TokenModel(nn.Module):
+    """A backbone that gives a CLS token and patch tokens. A family implements `forward_features_list`."""
+
+    head: nn.Module
+
+    def forward_features_list(self, x_list: list[Tensor], masks_list: list[Tensor | None]) -> list[dict[str, Any]]:
+        raise NotImplementedError
+
+    def forward_features(self, x: Tensor | list[Tensor], masks: Any = None) -> Any:
+        """Normalised tokens of images [B, C, height, width], or of a list of crop groups of different sizes.
+
+        `masks` [B, HW] boolean: True replaces the patch by the mask token (iBOT). For a list, a list of the same length
+        whose entries may be None. Returns a dict, or a list of dicts, with `x_norm_clstoken` [B, D], `x_storage_tokens`
+        [B, R, D] (normalised registers), `x_norm_patchtokens` [B, HW, D], `x_prenorm` [B, N, D] and `masks`.
+        """
+        if isinstance(x, Tensor):
+            return self.forward_features_list([x], [masks])[0]
+        return self.forward_features_list(x, masks if masks is not None else [None] * len(x))
+
+    def forward(self, x: Any, masks: Any = None, is_training: bool = False) -> Any:
+        """The normalised CLS token [B, D]; with `is_training` what `forward_features` gives."""
+        if is_training:
+            return self.forward_features(x, masks)
+        if not isinstance(x, Tensor):
+            raise TypeError("a list of crop groups is a training input: pass is_training=True")
+        return self.head(self.forward_features(x, masks)["x_norm_clstoken"])
+
+
+def chosen_layers(n: int | Sequence[int], total: int, what: str) -> list[int]:
+    """Ascending 0-based layer indices from "the last n" or an explicit choice."""
+    layers = list(range(total - n, total)) if isinstance(n, int) else sorted(n)
+    if not layers or len(set(layers)) != len(layers) or layers[0] < 0 or layers[-1] >= total:
+        raise DinoError(f"{what}s {n} were asked for, but there are {total} (0 to {total - 1}), each at most once")
+    return layers
