@@ -387,6 +387,16 @@ def test_a_pillow_picture_an_array_and_a_tensor_give_the_same_crops() -> None:
     assert a.local_crops.equal(c.local_crops)
 
 
+@pytest.mark.parametrize("size", ((1, 1), (1, 300), (300, 2)))
+def test_a_picture_of_hardly_any_pixels_still_gives_crops(size: tuple[int, int]) -> None:
+    rules = CropRules(32, 16, 2)
+    image = Image.new("RGB", size, (10, 200, 30))
+    for seed in range(5):
+        crops = render(image, rules.plan(*size, generator(0, 0, seed)), rules)
+        assert crops.global_crops.shape == (2, 3, 32, 32)
+        assert crops.local_crops.flatten(2).float().std(-1).max() == 0  # of one colour it stays
+
+
 def test_gram_crops_without_distortions_show_the_box_of_the_global_crop_and_nothing_else() -> None:
     rules, image = CropRules(32, 16, 2, gram_size=48, gram_distorted=False), picture()
     plan = rules.plan(120, 90, generator(0, 0, 4))
