@@ -81,7 +81,7 @@ def embed(
     batch: Annotated[str, typer.Option(help="Pictures a batch, or auto.")] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="The model's precision.")] = "float32",
     device: Device = "auto",
-    workers: Annotated[int | None, typer.Option(help="Decoding threads. Default: one a core.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Decoding threads (Ray: actors). Default: chosen.")] = None,
     column: Annotated[str | None, typer.Option(help="The picture column of a parquet file. Default: found.")] = None,
     recursive: Annotated[bool, typer.Option(help="Look into sub-folders.")] = True,
     retry_failed: Annotated[

@@ -251,7 +251,7 @@ def embed_source(
 ) -> Report:
     """Embeds every picture of `source` that the store at `uri` lacks; the report says what happened.
 
-    `batch_size` None chooses one. `workers` decoding threads (default: the number of cores). Ctrl-C ends the job after
+    `batch_size` None chooses one. `workers` decoding threads (`auto_workers` by default). Ctrl-C ends the job after
     the last commit with `report.interrupted`; nothing that was committed is lost. Raises `StoreError` where the store
     holds another model, preprocessing, pooling or precision.
     """
@@ -259,7 +259,7 @@ def embed_source(
         raise DinoError(f"pooling is one of {', '.join(POOLINGS)}, not {pooling!r}")
     embedder = Embedder(model, preprocessing, pooling, patches)
     batch_size = batch_size or auto_batch(model, preprocessing)
-    workers = workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else workers or os.cpu_count()
+    workers = workers or auto_workers(model)
     report, start = Report(), time.perf_counter()
     new_failures: list[Failure] = []
 
@@ -276,7 +276,7 @@ def embed_source(
         known, known_failed = store.known(), store.known_failed()
         items = todo(source, store, report, retry_failed=retry_failed)
         try:
-            with Ahead(items, preprocessing, workers or 1, ahead=2 * batch_size + (workers or 1)) as ahead:
+            with Ahead(items, preprocessing, workers, ahead=2 * batch_size + workers) as ahead:
                 for batch in batches_by_size(ahead, batch_size, failed):
                     write(store, embedder.rows(batch), known)
                     report.embedded += len(batch)
