@@ -228,10 +228,9 @@ def test_teachers_get_no_gradient() -> None:
 def test_gram_teacher_is_not_run_while_its_weight_is_zero_and_nothing_else_changes() -> None:
     row = RECORDED["plain"][0]
     batch = recorded_batch(0, gram=True)
-    gradients = []
+    gradients, calls = [], []
     for name in ("plain", "gram_hires"):
         method = VARIANTS[name].build()
-        calls: list[int] = []
         if method.gram_teacher is not None:
             method.gram_teacher.backbone.register_forward_hook(lambda *_: calls.append(1))
         values = step_values(row)

@@ -1,0 +1,315 @@
+"""Saving a run so that a crash at any moment loses nothing, and going on from it (torch.distributed.checkpoint).
+
+    ckpt/<it>/             a checkpoint: .metadata and *.distcp (tensors, sharded) and state.json (all else)
+    ckpt/<it>_keep/        a hard-linked copy that is never deleted
+    ckpt/.<it>.partial/    one being written, or left behind by a crash: removed at the next start
+
+`<it>` is the number of the finished iteration, counted from 0. A checkpoint is written under its temporary name by all
+ranks, reaches the disk, and is renamed by one: a directory with a number for a name is whole. The tensors are one flat
+dictionary of plain names, so a checkpoint does not depend on how many ranks wrote it, nor on wrapping.
+
+What is saved is handed in. What is not here: from what weights a fresh run starts (`train.teacher_files`).
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import random
+import re
+import shutil
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from dinov3 import distributed
+from dinov3.distributed import Group
+from dinov3.errors import DinoError
+from dinov3.optim import plain_name
+
+STATE_FILE = "state.json"
+Tensors = dict[str, Tensor]
+
+
+class Checkpoints:
+    """The `ckpt` folder of a run."""
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        max_to_keep: int | None = None,
+        keep_every: int | None = None,
+        group: Group = None,
+    ) -> None:
+        """`group`: the ranks that save together. Its first rank renames and deletes."""
+        self.folder, self.group = Path(folder), group
+        self.max_to_keep, self.keep_every = max_to_keep, keep_every
+        self.writer = distributed.rank(group) == 0
+
+    def all(self) -> list[tuple[int, Path]]:
+        """(iteration, path) of every whole checkpoint, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        found = [p for p in self.folder.iterdir() if p.name.isdecimal() and is_checkpoint(p)]
+        return sorted((int(p.name), p) for p in found)
+
+    def latest(self) -> Path | None:
+        """The one to resume from; the same answer on every rank, whatever their file systems say."""
+        known = self.all()
+        name = distributed.gather_objects(known[-1][1].name if known else None, self.group)[0]
+        return None if name is None else self.folder / name
+
+    def clean(self) -> list[str]:
+        """Removes what crashed saves left behind; their names."""
+        removed = []
+        if self.writer and self.folder.is_dir():
+            for path in self.folder.iterdir():
+                if re.fullmatch(r"\.\d+(_keep)?\.(partial|old)", path.name):
+                    whole = self.folder / path.name.split(".")[1]
+                    if path.name.endswith(".old") and not whole.exists() and is_checkpoint(path):
+                        path.rename(whole)  # the crash fell between two renames
+                        continue
+                    shutil.rmtree(path)
+                    removed.append(path.name)
+        distributed.barrier(self.group)
+        return sorted(removed)
+
+    def save(self, iteration: int, tensors: Tensors, state: Mapping[str, Any]) -> Path:
+        """Writes a checkpoint, then deletes those that are too many. All ranks call; returns its path.
+
+        `tensors`: parameters, buffers, optimiser state; sharded ones each rank its part. `state`: JSON, of rank 0.
+        Tensors that are not finite are refused: what is on the disk stays better than what is in memory.
+        """
+        bad = not_finite(tensors, self.group)
+        if bad:
+            more = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
+            raise DinoError(f"no checkpoint of iteration {iteration}: {bad[0]}{more} hold NaN or infinity")
+        target, partial = self.folder / str(iteration), self.folder / f".{iteration}.partial"
+        if self.writer:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            write_durably(partial / STATE_FILE, json.dumps(dict(state)))
+        distributed.barrier(self.group)
+        with quiet():
+            dcp.save(
+                tensors,
+                storage_writer=FileSystemWriter(partial, overwrite=True),
+                process_group=self.group,
+                no_dist=not distributed.together(),
+            )
+        distributed.barrier(self.group)
+        if self.writer:
+            old = self.folder / f".{iteration}.old"
+            shutil.rmtree(old, ignore_errors=True)
+            if target.exists():
+                target.rename(old)
+            partial.rename(target)
+            sync(self.folder)
+            shutil.rmtree(old, ignore_errors=True)
+            if self.keep_every is not None and (iteration + 1) % self.keep_every == 0:
+                self._keep(target)
+            self._prune()
+        distributed.barrier(self.group)
+        return target
+
+    def _keep(self, target: Path) -> None:
+        kept, partial = target.with_name(f"{target.name}_keep"), target.with_name(f".{target.name}_keep.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            shutil.copytree(target, partial, copy_function=os.link)
+        except OSError:  # a file system without hard links
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(target, partial)
+        shutil.rmtree(kept, ignore_errors=True)
+        partial.rename(kept)
+
+    def _prune(self) -> None:
+        if self.max_to_keep is not None:
+            for _, path in self.all()[: -self.max_to_keep]:
+                gone = path.with_name(f".{path.name}.partial")  # renamed first: a half-deleted one is none
+                path.rename(gone)
+                shutil.rmtree(gone)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder holds a distributed checkpoint: its .metadata is written last."""
+    return (path / ".metadata").is_file()
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What was saved beside the tensors."""
+    file = path / STATE_FILE
+    if not file.is_file():
+        raise DinoError(
+            f"{path} was not written by this program (no {STATE_FILE}); a run can start from its weights "
+            f"(student.resume_from_teacher_chkpt={path}) but not resume from it"
+        )
+    return json.loads(file.read_text())
+
+
+def stored(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Names, shapes and types of the tensors in a checkpoint."""
+    try:
+        entries = FileSystemReader(path).read_metadata().state_dict_metadata
+    except Exception as error:
+        raise DinoError(f"the checkpoint {path} cannot be read: {error}") from None
+    return {
+        name: (tuple(entry.size), entry.properties.dtype)
+        for name, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def load(path: Path, tensors: Tensors, *, group: Group = None, alone: bool = False) -> list[str]:
+    """Fills `tensors` in place, each rank its part; the names that the checkpoint does not have, left as they were.
+
+    `alone`: this process reads by itself, whatever others do.
+    """
+    there = stored(path)
+    wrong = [n for n, t in tensors.items() if n in there and there[n][0] != tuple(t.shape)]
+    if wrong:
+        n = wrong[0]
+        more = f", and {len(wrong) - 1} more tensors differ" if len(wrong) > 1 else ""
+        raise DinoError(
+            f"{path} was made by another configuration: {n} is {list(there[n][0])} there and {list(tensors[n].shape)} "
+            f"here{more}; use the configuration it was made with, or another --output-dir"
+        )
+    found = {n: t for n, t in tensors.items() if n in there}
+    with quiet():
+        dcp.load(
+            found,
+            storage_reader=FileSystemReader(path),
+            planner=DefaultLoadPlanner(),
+            process_group=None if alone else group,
+            no_dist=alone or not distributed.together(),
+        )
+    for name, value in found.items():
+        if tensors[name] is not value:
+            tensors[name].copy_(value)
+    return [n for n in tensors if n not in there]
+
+
+def read_tensors(path: Path, prefix: str = "") -> Tensors:
+    """Whole tensors whose names begin with `prefix`, without it, in this process alone; of any writer's checkpoint."""
+    tensors = {n: torch.empty(shape, dtype=dtype) for n, (shape, dtype) in stored(path).items() if n.startswith(prefix)}
+    load(path, tensors, alone=True)
+    return {n.removeprefix(prefix): t for n, t in tensors.items()}
+
+
+# ---- what makes up a state ------------------------------------------------------------------------------------------
+
+
+def module_tensors(module: nn.Module, prefix: str) -> Tensors:
+    """Parameters and persistent buffers under plain names; the module's own storage, so that loading fills it."""
+    return {prefix + plain_name(name): value.detach() for name, value in module.state_dict().items()}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module, prefix: str = "optimizer.state.") -> Tensors:
+    """AdamW's step and moments under their parameters' names. Rates are a function of the iteration: not saved.
+
+    A parameter that was never stepped gets a state of zeros, which is what its first step would begin with.
+    """
+    tensors: Tensors = {}
+    fused = bool(optimizer.param_groups[0].get("fused")) or bool(optimizer.param_groups[0].get("capturable"))
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        state = optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device if fused else "cpu")
+            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            tensors[f"{prefix}{plain_name(name)}.{key}"] = state[key].detach()
+    return tensors
+
+
+def random_states(group: Group = None) -> list[dict[str, Any]]:
+    """Every rank's generators (torch on both devices, numpy, python) as JSON, in rank order."""
+
+    def text(x: bytes) -> str:
+        return base64.b64encode(x).decode()
+
+    numpy_state: Any = np.random.get_state(legacy=True)
+    mine: dict[str, Any] = {
+        "torch": text(torch.get_rng_state().numpy().tobytes()),
+        "python": random.getstate(),
+        "numpy": [numpy_state[0], text(numpy_state[1].tobytes()), *numpy_state[2:]],
+    }
+    if torch.cuda.is_available():
+        mine["cuda"] = text(torch.cuda.get_rng_state().numpy().tobytes())
+    return distributed.gather_objects(mine, group)
+
+
+def restore_random_states(states: list[dict[str, Any]], group: Group = None) -> bool:
+    """Sets this rank's generators; False if so many ranks were not saved, and they stay as they are."""
+    if len(states) != distributed.world(group):
+        return False
+    mine = states[distributed.rank(group)]
+
+    def tensor(text: str) -> Tensor:
+        return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+    torch.set_rng_state(tensor(mine["torch"]))
+    version, numbers, gauss = mine["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, *rest = mine["numpy"]
+    np.random.set_state((kind, np.frombuffer(base64.b64decode(keys), np.uint32), *rest))
+    if "cuda" in mine and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensor(mine["cuda"]))
+    return True
+
+
+def not_finite(tensors: Mapping[str, Tensor], group: Group = None) -> list[str]:
+    """Names of tensors that hold NaN or infinity on any rank."""
+    names = [n for n, t in tensors.items() if t.is_floating_point()]
+    if not names:
+        return []
+    local = [getattr(tensors[n], "_local_tensor", tensors[n]) for n in names]
+    # one number each: x·0 is NaN exactly where x is not finite, and so is the sum
+    sums = torch.stack([(x.detach() * 0).sum(dtype=torch.float32).to(local[-1].device) for x in local])
+    bad = distributed.all_reduce((sums != 0).float(), "max", group)
+    return [n for n, b in zip(names, bad.tolist()) if b]
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def write_durably(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(folder: Path) -> None:
+    """Renames inside a folder reach the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class quiet(warnings.catch_warnings):
+    """torch's checkpointing warns that one process is one process."""
+
+    def __enter__(self) -> Any:
+        entered = super().__enter__()
+        warnings.simplefilter("ignore")
+        return entered
+
+
+def names_without(tensors: Iterable[str], prefixes: tuple[str, ...]) -> list[str]:
+    return [n for n in tensors if not n.startswith(prefixes)]

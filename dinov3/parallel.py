@@ -1,0 +1,178 @@
+"""How one model runs on many devices: activation checkpointing → compile → FSDP2, applied from outside, in that order.
+
+The order is not free. Checkpointing wraps a block, so that what is compiled includes the recomputation; compilation comes
+before sharding, so that gathering weights stays outside the compiled graph. The model knows nothing of any of it: names in
+state dicts stay the plain ones (`optim.plain_name` removes what checkpointing puts in).
+
+Sharding is full (weights, gradients, optimiser state), over a one-dimensional mesh. Units: every transformer block (or
+ConvNeXt stage and down-sampling), the rest of the backbone, each head. One process alone is not sharded.
+
+Left out: tensor and pipeline parallelism, hybrid sharding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dinov3 import distributed
+from dinov3.distributed import Group
+from dinov3.errors import DinoError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def parallelize(
+    parts: dict[str, nn.Module],
+    *,
+    device: torch.device,
+    trained: bool,
+    group: Group = None,
+    checkpointing: str = "none",
+    compile: bool = False,
+    cudagraphs: bool = False,
+    param_dtype: str = "fp32",
+    reduce_dtype: str = "fp32",
+) -> None:
+    """Prepares {"backbone": …, "dino_head": …, …}, in place and on `device`, holding the values they are to begin with.
+
+    `trained`: activations are kept for a backward pass; only then is there anything to checkpoint. `checkpointing`:
+    "none" | "selective" (keep the results of matrix products and attention, recompute the rest) | "full". `param_dtype`
+    is what sharded weights are gathered and computed in (a single process uses `precision`); parameters stay float32.
+    """
+    if checkpointing not in ("none", "selective", "full"):
+        raise DinoError(f"checkpointing is none, selective or full, not {checkpointing!r}")
+    backbone = parts["backbone"]
+    if trained and checkpointing != "none":
+        checkpoint_activations(backbone, selective=checkpointing == "selective")
+    if compile:
+        compile_units(parts, cudagraphs=cudagraphs)
+    if distributed.world(group) > 1:
+        shard(parts, device, group, param_dtype=param_dtype, reduce_dtype=reduce_dtype, trained=trained)
+
+
+def units(backbone: nn.Module) -> list[nn.ModuleList | nn.Sequential]:
+    """The lists whose members are a backbone's repeated units: blocks, or stages and down-sampling layers."""
+    names = ("blocks",) if hasattr(backbone, "blocks") else ("downsample_layers", "stages")
+    return [getattr(backbone, name) for name in names]
+
+
+# ---- 1: activation checkpointing ------------------------------------------------------------------------------------
+
+# What is dear to compute and small to keep.
+KEPT = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_mm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
+
+
+def checkpoint_activations(backbone: nn.Module, *, selective: bool) -> None:
+    """Every unit recomputes in backward what it did not keep, with the same random draws."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    def policy(_context: Any, op: Any, *_args: Any, **_options: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+    options: dict[str, Any] = {"checkpoint_impl": CheckpointImpl.NO_REENTRANT, "preserve_rng_state": True}
+    if selective:
+        options["context_fn"] = lambda: create_selective_checkpoint_contexts(policy)
+    for unit in units(backbone):
+        for i, module in enumerate(unit):
+            unit[i] = checkpoint_wrapper(module, **options)
+
+
+# ---- 2: compilation -------------------------------------------------------------------------------------------------
+
+
+def compile_units(parts: dict[str, nn.Module], *, cudagraphs: bool = False) -> None:
+    """Each unit of the backbone and each head by itself: blocks share one graph, and no name changes.
+
+    Shapes are static, one graph for each crop size; hence the raised limit. CUDA graphs are for transformer blocks.
+    """
+    torch._dynamo.config.recompile_limit = 1024
+    backbone = parts["backbone"]
+    graphs: dict[str, Any] = {"fullgraph": True, "options": {"triton.cudagraphs": True}} if cudagraphs else {}
+    for unit in units(backbone):
+        for module in unit:
+            module.compile(dynamic=False, **(graphs if hasattr(backbone, "blocks") else {}))
+    for name, head in parts.items():
+        if name != "backbone":
+            head.compile(dynamic=False)
+
+
+# ---- 3: sharding ----------------------------------------------------------------------------------------------------
+
+
+def shard(
+    parts: dict[str, nn.Module],
+    device: torch.device,
+    group: Group,
+    *,
+    param_dtype: str,
+    reduce_dtype: str,
+    trained: bool,
+) -> None:
+    """FSDP2 over `group`: gradients come back averaged over its ranks."""
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    if group is None:
+        mesh = init_device_mesh(device.type, (distributed.world(),))
+    else:
+        mesh = DeviceMesh.from_group(group, device.type)
+    policy = MixedPrecisionPolicy(param_dtype=DTYPES[param_dtype], reduce_dtype=DTYPES[reduce_dtype])
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": True}
+    backbone = parts["backbone"]
+    members: list[Any] = [module for unit in units(backbone) for module in unit]
+    for module in members:
+        fully_shard(module, **options)
+    for before, after in zip(members, members[1:]):
+        before.set_modules_to_forward_prefetch([after])
+        after.set_modules_to_backward_prefetch([before])
+    for module in parts.values():
+        # a backbone that runs forward only gives its root's weights back too; a trained one needs them again at once
+        fully_shard(module, **(options | ({} if not trained else {"reshard_after_forward": None})))
+    for method in ("forward_features", "get_intermediate_layers"):
+        register_fsdp_forward_method(backbone, method)  # features.extract calls them
+
+
+@contextlib.contextmanager
+def precision(device: torch.device, param_dtype: str, group: Group = None) -> Iterator[None]:
+    """For one process alone: matrix products in `param_dtype`, norms and residual sums in float32 (autocast).
+
+    Sharded models bring their own precision, and nothing happens here.
+    """
+    alone = distributed.world(group) == 1
+    with torch.autocast(device.type, DTYPES[param_dtype], enabled=alone and param_dtype != "fp32"):
+        yield
+
+
+# ---- seeing through it ----------------------------------------------------------------------------------------------
+
+
+def whole(x: Tensor) -> Tensor:
+    """A sharded tensor's full value, on every rank (all of them must ask); a plain one as it is."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def full_state(module: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
+    """The unsharded state dict under plain names, on the CPU; ranks with `keep` false take part and keep nothing."""
+    from dinov3.optim import plain_name
+
+    state = {}
+    for name, value in module.state_dict().items():
+        value = whole(value.detach())
+        if keep:
+            state[plain_name(name)] = value.cpu().clone() if value.device.type == "cpu" else value.cpu()
+    return state

@@ -1,0 +1,80 @@
+"""How good the features are, while training goes on: k nearest neighbours, voting (DINO's protocol; paper §6, App. D).
+
+A small plain check on the average of the moment. The full evaluation, with its protocol and its options, is another
+activity. Every process takes its share of the pictures; the result is the same on all.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinov3 import distributed
+from dinov3.config import EvaluationConfig, TrainConfig
+from dinov3.data.datasets import make_dataset
+from dinov3.data.transforms import Preprocessing
+from dinov3.distributed import Group
+from dinov3.errors import DinoError
+from dinov3.features import batched, extract
+
+
+def knn_accuracy(
+    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, k: int = 20, temperature: float = 0.07
+) -> float:
+    """Share of the test rows [n, D] whose label wins among the k most similar training rows [N, D], weighted exp(cos/T)."""
+    train, test = F.normalize(train.float(), dim=-1), F.normalize(test.float(), dim=-1)
+    classes = int(max(train_labels.max(), test_labels.max())) + 1
+    right = 0
+    for rows, labels in zip(test.split(1024), test_labels.split(1024)):
+        similarity, nearest = (rows @ train.T).topk(min(k, len(train)), dim=1)  # [n, k]
+        votes = torch.zeros(len(rows), classes, device=rows.device)
+        votes.scatter_add_(1, train_labels[nearest], (similarity / temperature).exp())
+        right += int((votes.argmax(1) == labels).sum())
+    return right / len(test)
+
+
+def features_of(
+    backbone: nn.Module, source: str, config: TrainConfig, device: torch.device, group: Group = None
+) -> tuple[Tensor, Tensor]:
+    """CLS tokens [N, D] and labels [N] of a labelled data set."""
+    e: EvaluationConfig = config.evaluation
+    data = make_dataset(source)
+    labelled = [i for i in range(len(data)) if data.label(i) is not None]
+    if not labelled:
+        raise DinoError(f"{source} has no labels, and k-NN needs them: one sub-folder for each class")
+    if e.knn_max_images is not None and len(labelled) > e.knn_max_images:
+        step = len(labelled) / e.knn_max_images  # spread over the classes, which lie in order
+        labelled = [labelled[math.floor(i * step)] for i in range(e.knn_max_images)]
+    # sharded weights are gathered by all ranks together, so all of them run equally many batches
+    rank, world = distributed.rank(group), distributed.world(group)
+    each = -(-len(labelled) // world)
+    mine = [labelled[min(rank + i * world, len(labelled) - 1)] for i in range(each)]
+    stride: Any = backbone.stride
+    mean, std = config.crops.rgb_mean, config.crops.rgb_std
+    rule = Preprocessing(
+        size=e.knn_image_size,
+        multiple=stride,
+        mean=(mean[0], mean[1], mean[2]),
+        std=(std[0], std[1], std[2]),
+    )
+    batches = batched((data[i][0] for i in mine), rule, e.knn_batch_size)
+    cls = torch.cat([f.cls for f in extract(backbone, batches, preprocessing=rule)])
+    labels = torch.tensor([int(data.label(i) or 0) for i in mine], device=device)
+    number = torch.tensor([rank + i * world for i in range(each)], device=device)
+    cls, labels, number = (distributed.all_gather(x.clone(), group) for x in (cls, labels, number))
+    kept = (number < len(labelled)).nonzero().flatten()
+    return cls[kept], labels[kept]
+
+
+def knn(backbone: nn.Module, config: TrainConfig, device: torch.device, group: Group = None) -> float:
+    """Top-1 accuracy on `evaluation.knn_val_dataset` with the neighbours of `evaluation.knn_train_dataset`."""
+    e = config.evaluation
+    assert e.knn_train_dataset is not None
+    assert e.knn_val_dataset is not None
+    train, train_labels = features_of(backbone, e.knn_train_dataset, config, device, group)
+    test, test_labels = features_of(backbone, e.knn_val_dataset, config, device, group)
+    return knn_accuracy(train, train_labels, test, test_labels, k=e.knn_k, temperature=e.knn_temperature)

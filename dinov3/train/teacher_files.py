@@ -1,0 +1,201 @@
+"""Networks on their way in and out of training: first weights, frozen teachers, dumps of the average.
+
+In: `read_network` takes whatever holds a trained network: a dump of an evaluation (file or folder, consolidated or
+sharded), a training checkpoint, a run's folder, or a backbone in any published form (`weights.open`). `fill` puts it into
+a network and says what it did not hold. Published files hold no heads; that is a sentence, not a KeyError.
+
+Out: `write_teacher` writes the average as the reference does (`teacher_checkpoint.pth`: {"teacher": {"backbone.…",
+"dino_head.…", "ibot_head.…"}}) and, beside it, the backbone alone as our own safetensors, which `dinov3.load`, embedding
+and export open. `consolidate` makes either from a training checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dinov3 import checkpoint, weights
+from dinov3.config import TrainConfig, vit_config
+from dinov3.errors import DinoError, WeightsError, WeightsMismatch
+from dinov3.models import BackboneConfig
+from dinov3.parallel import full_state
+from dinov3.train.method import Network
+from dinov3.weights import formats
+from dinov3.weights.loading import OpenedWeights, publish, read
+
+HEADS = ("dino_head", "ibot_head")
+TEACHER_FILE = "teacher_checkpoint.pth"
+SHARDED_FOLDER = "sharded_teacher_checkpoint"
+BACKBONE_FILE = "backbone.safetensors"
+State = dict[str, Tensor]
+
+
+@dataclass
+class Found:
+    """A trained network, as a file holds it."""
+
+    parts: dict[str, State]  # "backbone", and "dino_head" and "ibot_head" where they are
+    opened: OpenedWeights | None  # where the backbone came in a published form
+    source: str
+
+    @property
+    def has_heads(self) -> bool:
+        return all(head in self.parts for head in HEADS)
+
+
+# ---- in -------------------------------------------------------------------------------------------------------------
+
+
+def read_network(source: str | os.PathLike[str]) -> Found:
+    """Opens a file, folder, URL or Hugging Face id that holds a trained network. Raises `WeightsError`."""
+    path = Path(source)
+    if path.is_dir():
+        if checkpoint.is_checkpoint(path):
+            return _from_checkpoint(path)
+        for inside in (TEACHER_FILE, SHARDED_FOLDER):
+            if (path / inside).exists():
+                return read_network(path / inside)
+        if (path / "ckpt").is_dir():
+            known = checkpoint.Checkpoints(path / "ckpt").all()
+            if known:
+                return read_network(known[-1][1])
+            raise WeightsError(f"{path} is the folder of a run without a checkpoint")
+    opened = weights.open(source)
+    parts = {"backbone": opened.state_dict}
+    if opened.form == "meta" and opened.path.is_file():
+        tensors, _ = read(opened.path)
+        parts |= _heads({formats.unwrapped(k): v for k, v in tensors.items()})
+    return Found(parts, opened, str(source))
+
+
+def _from_checkpoint(path: Path) -> Found:
+    """A training checkpoint's average (ours or the reference's), or a sharded dump of the reference's evaluation."""
+    names = checkpoint.stored(path)
+    for prefix in ("model.model_ema.", "model.teacher.", "model."):
+        if f"{prefix}backbone.norm.weight" in names:
+            break
+    else:
+        raise WeightsError(f"the checkpoint {path} holds no teacher (no model.model_ema.backbone.…)")
+    tensors = checkpoint.read_tensors(path, prefix)
+    backbone = {k.removeprefix("backbone."): v for k, v in tensors.items() if k.startswith("backbone.")}
+    return Found({"backbone": backbone} | _heads(tensors), None, str(path))
+
+
+def _heads(tensors: Mapping[str, Tensor]) -> dict[str, State]:
+    """{"dino_head": …, "ibot_head": …} from keys that end in dino_head.…, of the teacher or the average if there are several."""
+    heads: dict[str, State] = {}
+    for head in HEADS:
+        for prefix in ("", "teacher.", "model_ema.", "model.model_ema."):
+            start = f"{prefix}{head}."
+            state = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+            if state:
+                heads[head] = state
+                break
+    return heads
+
+
+def fill(network: Network, found: Found, config: BackboneConfig) -> list[str]:
+    """Puts weights into a network (not yet sharded); what is worth saying. Raises `WeightsMismatch`.
+
+    The backbone must fit in every key and shape. Heads that the file lacks, or that have other sizes, stay as they are.
+    """
+    state = found.parts["backbone"]
+    if found.opened is not None and found.opened.form != "meta":
+        state = formats.complete(state, config)
+    expected = network.backbone.state_dict()
+    if expected.keys() != state.keys() or any(expected[k].shape != state[k].shape for k in expected):
+        opened = found.opened or OpenedWeights(
+            state, "meta", formats.infer_config(state), (), found.source, Path(found.source)
+        )
+        raise WeightsMismatch(weights.explain_mismatch(config, opened))
+    network.backbone.load_state_dict(state, strict=True)
+    notes = list(found.opened.notes) if found.opened is not None else []
+    for head in HEADS:
+        module = getattr(network, head, None)
+        if module is None:
+            continue
+        there = found.parts.get(head)
+        if there is None:
+            notes.append(
+                f"{found.source} holds no {head}: it begins with random weights (published files hold backbones only); "
+                "a few warm-up epochs with a low rate let the heads catch up"
+            )
+        elif {k: v.shape for k, v in there.items()} != {k: v.shape for k, v in module.state_dict().items()}:
+            notes.append(f"{found.source}: its {head} has other sizes than this configuration; it begins anew")
+        else:
+            module.load_state_dict(there, strict=True)
+    return notes
+
+
+def frozen_teacher_needs_heads(found: Found) -> None:
+    """Distillation compares prototypes, so a teacher without heads is of no use."""
+    if not found.has_heads:
+        raise DinoError(
+            f"{found.source} holds a backbone without heads, and distillation needs the teacher's: its prototypes are the "
+            "targets. Published files have none; give a teacher_checkpoint.pth or a training checkpoint, or first train "
+            "heads by continuing from this file (student.resume_from_teacher_chkpt)"
+        )
+
+
+# ---- out ------------------------------------------------------------------------------------------------------------
+
+
+def describe(config: TrainConfig) -> dict[str, Any]:
+    """What our own files say about the backbone in them: enough to build it, and its input's statistics."""
+    shape = dataclasses.replace(vit_config(config.student), drop_path_rate=0.0)
+    about: dict[str, Any] = {"config": dataclasses.asdict(shape)}
+    return about | {"mean": list(config.crops.rgb_mean), "std": list(config.crops.rgb_std)}
+
+
+def write_teacher(network: nn.Module, folder: Path, config: TrainConfig, *, writer: bool, iteration: int) -> Path:
+    """The average as `teacher_checkpoint.pth` and `backbone.safetensors`; all of its ranks call, one writes."""
+    state = full_state(network, keep=writer)
+    if writer:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_pth(state, folder / TEACHER_FILE)
+        save_backbone(state, folder / BACKBONE_FILE, describe(config) | {"iteration": iteration})
+    return folder
+
+
+def save_pth(state: State, path: Path) -> None:
+    """{"teacher": state}, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        torch.save({"teacher": state}, temporary)
+        publish(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def save_backbone(state: State, path: Path, about: Mapping[str, Any]) -> None:
+    backbone = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+    weights.save(backbone, path, about)
+
+
+def consolidate(source: str | os.PathLike[str], out: str | os.PathLike[str], config: TrainConfig | None = None) -> Path:
+    """A training checkpoint (or a sharded dump) to one file: `.pth` with heads, or `.safetensors` with the backbone alone.
+
+    Needs no process group and no model, so a checkpoint of 256 ranks becomes a file on one machine. Without `config`,
+    the file's shapes say what model it is (not the LayerNorm's epsilon and the statistics of its input).
+    """
+    found, out = read_network(source), Path(out)
+    state = {f"{part}.{k}": v for part, values in found.parts.items() for k, v in values.items()}
+    if out.suffix == ".pth":
+        save_pth(state, out)
+    elif out.suffix == ".safetensors":
+        shape = formats.infer_config(found.parts["backbone"])
+        save_backbone(state, out, describe(config) if config is not None else {"config": dataclasses.asdict(shape)})
+    else:
+        raise DinoError(f"{out.name}: the ending says the form, .pth (with heads) or .safetensors (backbone alone)")
+    return out
