@@ -154,6 +154,13 @@ def auto_batch(model: Any, preprocessing: Preprocessing) -> int:
     return max(1, min(512, 2 ** (size.bit_length() - 1) if size else 1))
 
 
+def auto_workers(model: nn.Module) -> int:
+    """Decoding threads: every core where the model has a device of its own; beside a model on the CPU half of them,
+    since decoding is the smaller part and a thread too many makes the model's own threads wait for each other."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // 2) if next(model.parameters()).device.type == "cpu" else cores
+
+
 def todo(source: Source, store: EmbeddingStore, report: Report, *, retry_failed: bool = False) -> Iterator[Item]:
     """The items that the store does not hold in their present state; the rest is counted in the report.
 
