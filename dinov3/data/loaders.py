@@ -192,6 +192,18 @@ class _Renderer(Dataset[Any]):
         self.pictures, self.rules, self.order = pictures, rules, order
 
     def __getitem__(self, draw: Draw) -> tuple[Draw, Sample] | _Hopeless:
+        threads = torch.get_num_threads()
+        if threads == 1:  # as in every worker
+            return self._rendered(draw)
+        torch.set_num_threads(
+            1
+        )  # crops are too small to share out: several threads took ten times as long on a busy machine
+        try:
+            return self._rendered(draw)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _rendered(self, draw: Draw) -> tuple[Draw, Sample] | _Hopeless:
         rules = self.rules[draw.resolution]
         unreadable: list[str] = []
         for attempt in range(REPLACEMENTS + 1):
