@@ -20,7 +20,7 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -101,13 +102,20 @@ class Checkpoints:
             partial.mkdir(parents=True)
             write_durably(partial / STATE_FILE, json.dumps(dict(state)))
         distributed.barrier(self.group)
-        with quiet():
-            dcp.save(
-                tensors,
-                storage_writer=FileSystemWriter(partial, overwrite=True),
-                process_group=self.group,
-                no_dist=not distributed.together(),
-            )
+        try:
+            with quiet():
+                dcp.save(
+                    tensors,
+                    storage_writer=FileSystemWriter(partial, overwrite=True),
+                    process_group=self.group,
+                    no_dist=not distributed.together(),
+                )
+        except CheckpointException as error:  # the same one on all ranks
+            rank, (cause, _) = next(iter(error.failures.items()))
+            raise DinoError(
+                f"the checkpoint of iteration {iteration} could not be written (rank {rank}: {cause!r}); "
+                f"older ones in {self.folder} are as they were"
+            ) from error
         distributed.barrier(self.group)
         if self.writer:
             old = self.folder / f".{iteration}.old"
@@ -309,7 +317,3 @@ class quiet(warnings.catch_warnings):
         entered = super().__enter__()
         warnings.simplefilter("ignore")
         return entered
-
-
-def names_without(tensors: Iterable[str], prefixes: tuple[str, ...]) -> list[str]:
-    return [n for n in tensors if not n.startswith(prefixes)]

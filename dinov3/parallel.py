@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -137,7 +138,7 @@ def shard(
     members: list[Any] = [module for unit in units(backbone) for module in unit]
     for module in members:
         fully_shard(module, **options)
-    for before, after in zip(members, members[1:]):
+    for before, after in pairwise(members):
         before.set_modules_to_forward_prefetch([after])
         after.set_modules_to_backward_prefetch([before])
     for module in parts.values():

@@ -90,7 +90,7 @@ def _from_checkpoint(path: Path) -> Found:
 
 
 def _heads(tensors: Mapping[str, Tensor]) -> dict[str, State]:
-    """{"dino_head": …, "ibot_head": …} from keys that end in dino_head.…, of the teacher or the average if there are several."""
+    """{"dino_head": …, "ibot_head": …}, of the teacher or the average if there are several."""
     heads: dict[str, State] = {}
     for head in HEADS:
         for prefix in ("", "teacher.", "model_ema.", "model.model_ema."):
@@ -117,7 +117,8 @@ def fill(network: Network, found: Found, config: BackboneConfig) -> list[str]:
         )
         raise WeightsMismatch(weights.explain_mismatch(config, opened))
     network.backbone.load_state_dict(state, strict=True)
-    notes = list(found.opened.notes) if found.opened is not None else []
+    # the opener looks at the backbone only; of the heads we speak below
+    notes = [n for n in (found.opened.notes if found.opened else ()) if not n.startswith("left out, not part of")]
     for head in HEADS:
         module = getattr(network, head, None)
         if module is None:

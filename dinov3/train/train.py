@@ -47,7 +47,6 @@ from dinov3.data.loaders import CropLoader
 from dinov3.data.masking import MaskRules
 from dinov3.distributed import Group
 from dinov3.errors import DinoError, did_you_mean
-from dinov3.losses import LossTerms
 from dinov3.optim import StepValues, apply_schedules, build_optimizer, build_schedules, clip_per_module
 from dinov3.parallel import DTYPES, parallelize, precision
 from dinov3.runlog import Progress, RunDir, plot

@@ -1,0 +1,200 @@
+"""Checkpoints: whole or not there, the keep policy, leftovers of crashes, generators, and refusals in words."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+from torch import Tensor, nn
+
+from dinov3 import checkpoint
+from dinov3.checkpoint import Checkpoints
+from dinov3.errors import DinoError
+
+
+def some(value: float = 1.0) -> dict[str, Tensor]:
+    return {"model.weight": torch.full((3, 2), value), "count": torch.tensor(7)}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
+    path = Checkpoints(tmp_path).save(41, some(2.5), {"iteration": 41, "loader": {"consumed": 82}})
+    loaded = {"model.weight": torch.zeros(3, 2), "count": torch.tensor(0), "new": torch.ones(1)}
+    assert checkpoint.load(path, loaded) == ["new"]
+    assert torch.equal(loaded["model.weight"], torch.full((3, 2), 2.5))
+    assert loaded["count"] == 7
+    assert loaded["new"] == 1
+    assert checkpoint.read_state(path)["loader"] == {"consumed": 82}
+    assert checkpoint.read_tensors(path, "model.")["weight"].shape == (3, 2)
+
+
+def test_only_the_newest_are_kept_and_every_nth_for_ever(tmp_path: Path) -> None:
+    kept = Checkpoints(tmp_path, max_to_keep=2, keep_every=20)
+    for iteration in (9, 19, 29, 39, 49):
+        kept.save(iteration, some(iteration), {})
+    assert names(tmp_path) == ["19_keep", "39", "39_keep", "49"]
+    assert [it for it, _ in kept.all()] == [39, 49]  # a kept copy is never resumed from
+    assert checkpoint.read_tensors(tmp_path / "19_keep")["model.weight"][0, 0] == 19
+    inodes = [os.stat(tmp_path / n / ".metadata").st_ino for n in ("39", "39_keep")]
+    assert inodes[0] == inodes[1]  # hard links: the copy costs nothing
+
+
+def test_numbers_are_compared_as_numbers(tmp_path: Path) -> None:
+    kept = Checkpoints(tmp_path)
+    for iteration in (99, 1000):
+        kept.save(iteration, some(), {})
+    assert kept.latest() == tmp_path / "1000"
+
+
+def test_leftovers_of_crashes_are_no_checkpoints_and_are_cleaned(tmp_path: Path) -> None:
+    """R8: and a folder whose name happens to be a number is one only if its last-written file is there."""
+    kept = Checkpoints(tmp_path)
+    kept.save(9, some(), {})
+    (tmp_path / ".19.partial").mkdir()
+    (tmp_path / ".19.partial" / "__0_0.distcp").write_bytes(b"half")
+    (tmp_path / "1912345678").mkdir()
+    assert kept.latest() == tmp_path / "9"
+    assert kept.clean() == [".19.partial"]
+    assert names(tmp_path) == ["1912345678", "9"]  # what we did not write is not ours to delete
+
+
+def test_a_crash_between_two_renames_loses_nothing(tmp_path: Path) -> None:
+    kept = Checkpoints(tmp_path)
+    kept.save(9, some(3.0), {}).rename(tmp_path / ".9.old")
+    assert kept.latest() is None
+    assert kept.clean() == []
+    assert kept.latest() == tmp_path / "9"
+
+
+class Crash(Exception):
+    pass
+
+
+@pytest.mark.parametrize("where", ["save", "rename", "mkdir"])
+def test_a_save_that_breaks_off_leaves_the_older_checkpoint(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Checkpoints(tmp_path)
+    kept.save(9, some(1.0), {})
+
+    def crash(*_: Any, **__: Any) -> None:
+        raise Crash
+
+    if where == "save":
+        monkeypatch.setattr(checkpoint.dcp, "save", crash)
+    else:
+        monkeypatch.setattr(Path, where, crash)
+    with pytest.raises((Crash, DinoError)):
+        kept.save(19, some(2.0), {})
+    monkeypatch.undo()
+    kept.clean()
+    assert [it for it, _ in kept.all()] == [9]
+    assert checkpoint.read_tensors(tmp_path / "9")["model.weight"][0, 0] == 1
+    kept.save(19, some(2.0), {})
+    assert kept.latest() == tmp_path / "19"
+
+
+def test_saving_an_iteration_again_replaces_it(tmp_path: Path) -> None:
+    kept = Checkpoints(tmp_path)
+    kept.save(9, some(1.0), {})
+    kept.save(9, some(2.0), {})
+    assert checkpoint.read_tensors(tmp_path / "9")["model.weight"][0, 0] == 2
+    assert names(tmp_path) == ["9"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_tensor_that_is_not_finite_is_refused(value: float, tmp_path: Path) -> None:
+    tensors = some() | {"bad": torch.tensor([1.0, value])}
+    with pytest.raises(DinoError, match="no checkpoint of iteration 9: bad hold"):
+        Checkpoints(tmp_path).save(9, tensors, {})
+    assert names(tmp_path) == []
+
+
+def test_a_checkpoint_of_other_shapes_is_refused_in_words(tmp_path: Path) -> None:
+    path = Checkpoints(tmp_path).save(9, some(), {})
+    with pytest.raises(DinoError, match=r"another configuration: model.weight is \[3, 2\] there and \[4, 2\] here"):
+        checkpoint.load(path, {"model.weight": torch.zeros(4, 2)})
+
+
+def test_a_checkpoint_of_another_program_is_named_as_one(tmp_path: Path) -> None:
+    path = Checkpoints(tmp_path).save(9, some(), {})
+    (path / "state.json").unlink()
+    with pytest.raises(DinoError, match=r"not written by this program.*student.resume_from_teacher_chkpt="):
+        checkpoint.read_state(path)
+
+
+def test_all_generators_go_on_where_they_were() -> None:
+    def draw() -> list[float]:
+        return [random.random(), float(np.random.standard_normal()), float(torch.rand(())), random.gauss(0, 1)]
+
+    draw()  # leaves a second Gaussian waiting, in Python and in NumPy
+    states = json.loads(json.dumps(checkpoint.random_states()))
+    expected = [draw(), draw()]
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    assert checkpoint.restore_random_states(states)
+    assert [draw(), draw()] == expected
+    assert not checkpoint.restore_random_states(states * 2)  # saved by two processes: this one has no share
+
+
+def test_the_optimiser_goes_on_bit_identical(tmp_path: Path) -> None:
+    def fresh() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, n: int) -> None:
+        for i in range(n):
+            optimizer.zero_grad()
+            model(torch.arange(3.0) + i).square().sum().backward()
+            optimizer.step()
+
+    model, optimizer = fresh()
+    step(model, optimizer, 2)
+    tensors = checkpoint.module_tensors(model, "m.") | checkpoint.optimizer_tensors(optimizer, model)
+    assert "optimizer.state.weight.exp_avg_sq" in tensors
+    path = Checkpoints(tmp_path).save(1, tensors, {})
+    step(model, optimizer, 3)
+    again, other = fresh()
+    checkpoint.load(path, checkpoint.module_tensors(again, "m.") | checkpoint.optimizer_tensors(other, again))
+    step(again, other, 3)
+    assert torch.equal(model.weight, again.weight)
+
+
+def _save_sharded(folder: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    odd = distribute_tensor(torch.arange(15.0).view(5, 3), mesh, [Shard(0)])
+    tiny = distribute_tensor(torch.ones(1, 4), mesh, [Shard(0)])  # fewer rows than ranks
+    kept = Checkpoints(folder)
+    kept.save(3, {"odd": odd, "tiny": tiny}, {"random": checkpoint.random_states()})
+    bad = distribute_tensor(torch.tensor([1.0, 2.0, float("nan"), 4.0]), mesh, [Shard(0)])  # on the second rank only
+    with pytest.raises(DinoError, match="bad hold"):
+        kept.save(4, {"bad": bad}, {})
+    zeros = distribute_tensor(torch.zeros(5, 3), mesh, [Shard(0)])
+    checkpoint.load(kept.latest(), {"odd": zeros})  # type: ignore[arg-type]
+    assert torch.equal(zeros.full_tensor(), torch.arange(15.0).view(5, 3))
+
+
+def test_two_ranks_save_and_one_process_reads(tmp_path: Path) -> None:
+    """R10 among it: tensors with fewer rows than ranks."""
+    run_ranks(_save_sharded, 2, str(tmp_path))
+    path = Checkpoints(tmp_path).latest()
+    assert path == tmp_path / "3"
+    tensors = checkpoint.read_tensors(path)
+    assert torch.equal(tensors["odd"], torch.arange(15.0).view(5, 3))
+    assert tensors["tiny"].shape == (1, 4)
+    assert len(checkpoint.read_state(path)["random"]) == 2

@@ -1,0 +1,512 @@
+"""The loop as people run it: the command, a kill at any step, signals, NaN, accumulation, and the three stages."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toy_training import TOY, start, write_config, write_pictures
+
+from dinov3 import checkpoint, features, hub
+from dinov3.config import GramConfig, load_config
+from dinov3.errors import DinoError
+from dinov3.runlog import read_metrics
+from dinov3.train import teacher_files
+from dinov3.train import train as loop_module
+from dinov3.train.knn import knn_accuracy
+from dinov3.train.method import build_network
+from dinov3.train.train import Outcome, StopRequest, main, parser, train
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_config(tmp_path_factory.mktemp("config"))
+
+
+def run(toy: str, pictures: Path, out: Path, *overrides: str, **options: Any) -> Outcome:
+    config, notes = load_config(toy, [f"train.dataset_path={pictures}", *overrides])
+    return train(config, out, notes=notes, **options)
+
+
+def tensors(checkpoint_folder: Path | None) -> dict[str, torch.Tensor]:
+    assert checkpoint_folder is not None
+    return checkpoint.read_tensors(checkpoint_folder)
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different, f"{len(different)} of {len(a)} tensors differ, such as {different[:3]}"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(toy: str, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of 12 iterations that nothing disturbed."""
+    out = tmp_path_factory.mktemp("run") / "uninterrupted"
+    assert run(toy, pictures, out).finished
+    return out
+
+
+# ---- what a run leaves behind ---------------------------------------------------------------------------------------
+
+
+def test_metrics_have_the_fields_of_the_reference_in_its_order(uninterrupted: Path) -> None:
+    records = list(read_metrics(uninterrupted / "metrics.jsonl"))
+    assert [r["iteration"] for r in records] == list(range(12))
+    reference = "iteration iter_time data_time lr wd mom last_layer_lr total_loss local_batch_size global_batch_size "
+    reference += "dino_local_crops_loss dino_local_loss_weight dino_global_crops_loss koleo_loss ibot_loss "
+    reference += "backbone_grad_norm dino_head_grad_norm ibot_head_grad_norm"
+    assert list(records[0])[:18] == reference.split()
+    assert "teacher_temp" in records[0]  # W23: the reference schedules it and does not log it
+    assert records[0]["global_batch_size"] == 4
+    assert records[0]["dino_global_crops_loss"] == pytest.approx(torch.tensor(32.0).log().item(), abs=0.05)
+
+
+def test_the_last_iteration_is_always_saved(toy: str, pictures: Path, tmp_path: Path) -> None:
+    outcome = run(toy, pictures, tmp_path, "checkpointing.period=1000", "optim.epochs=2")
+    assert outcome.checkpoint == tmp_path / "ckpt" / "7"
+    assert checkpoint.read_state(tmp_path / "ckpt" / "7")["iteration"] == 7
+
+
+def test_a_finished_run_started_again_says_so_and_changes_nothing(
+    toy: str, pictures: Path, uninterrupted: Path
+) -> None:
+    before = tensors(uninterrupted / "ckpt" / "11")
+    outcome = run(toy, pictures, uninterrupted)
+    assert outcome.finished
+    assert "nothing to do: 12 of 12" in (uninterrupted / "log.txt").read_text()
+    assert_same(before, tensors(uninterrupted / "ckpt" / "11"))
+
+
+def test_same_seed_gives_the_same_run_and_another_seed_another(
+    toy: str, pictures: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    assert_same(tensors(uninterrupted / "ckpt" / "11"), tensors(run(toy, pictures, tmp_path / "a").checkpoint))
+    other = tensors(run(toy, pictures, tmp_path / "b", "optim.epochs=1", "optim.warmup_epochs=0", seed=1).checkpoint)
+    assert not torch.equal(
+        other["model.student.backbone.cls_token"],
+        tensors(uninterrupted / "ckpt" / "11")["model.student.backbone.cls_token"],
+    )
+
+
+# ---- interruptions --------------------------------------------------------------------------------------------------
+
+
+def wait_for_iteration(process: Any, out: Path, iteration: int) -> None:
+    """Until the metrics show that iteration, or the process is over."""
+    until = time.monotonic() + 60
+    while process.is_alive() and time.monotonic() < until:
+        if any(r["iteration"] >= iteration for r in read_metrics(out / "metrics.jsonl")):
+            return
+        time.sleep(0.005)
+
+
+def killed_again_and_again(toy: str, pictures: Path, out: Path, kills: list[int]) -> None:
+    command = ["--config-file", toy, "--output-dir", str(out), f"train.dataset_path={pictures}"]
+    for iteration in kills:
+        process = start(command)
+        wait_for_iteration(process, out, iteration)
+        if process.pid is not None:
+            os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    process = start(command)
+    process.join(120)
+    assert process.exitcode == 0
+
+
+def test_a_run_killed_at_random_steps_ends_bit_identical(
+    toy: str, pictures: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    kills = sorted(random.Random(3).sample(range(12), 3))
+    killed_again_and_again(toy, pictures, tmp_path, kills)
+    assert_same(tensors(uninterrupted / "ckpt" / "11"), tensors(tmp_path / "ckpt" / "11"))
+    records = [r["iteration"] for r in read_metrics(tmp_path / "metrics.jsonl")]
+    assert records == list(range(12))  # every iteration once, however often it was run
+
+
+@pytest.mark.slow
+def test_a_run_killed_twenty_times_ends_bit_identical(
+    toy: str, pictures: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    rng = random.Random(7)
+    killed_again_and_again(toy, pictures, tmp_path, sorted(rng.randrange(11) for _ in range(20)))
+    assert_same(tensors(uninterrupted / "ckpt" / "11"), tensors(tmp_path / "ckpt" / "11"))
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_ends_the_run_with_a_checkpoint_and_it_goes_on_bit_identical(
+    name: str, toy: str, pictures: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    command = ["--config-file", toy, "--output-dir", str(tmp_path), f"train.dataset_path={pictures}"]
+    process = start(command)
+    wait_for_iteration(process, tmp_path, 5)
+    assert process.pid is not None
+    os.kill(process.pid, getattr(signal, name))
+    process.join(60)
+    assert process.exitcode == 0
+    stopped_at = checkpoint.Checkpoints(tmp_path / "ckpt").all()[-1][0]
+    if stopped_at < 11:  # else it was faster than the signal
+        assert f"stopped by {name} after iteration {stopped_at}" in (tmp_path / "log.txt").read_text()
+    run(toy, pictures, tmp_path)
+    assert_same(tensors(uninterrupted / "ckpt" / "11"), tensors(tmp_path / "ckpt" / "11"))
+
+
+def test_the_time_limit_ends_the_run_like_a_signal(toy: str, pictures: Path, tmp_path: Path) -> None:
+    outcome = run(toy, pictures, tmp_path, "run.time_limit_minutes=1e-6")
+    assert (outcome.iterations, outcome.finished) == (1, False)
+    assert outcome.reason.startswith("the time limit")
+    assert outcome.checkpoint == tmp_path / "ckpt" / "0"
+
+
+def test_a_second_interrupt_does_not_wait() -> None:
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_begun_anew_means_that_old_checkpoints_are_put_aside(toy: str, pictures: Path, tmp_path: Path) -> None:
+    run(toy, pictures, tmp_path)
+    outcome = run(toy, pictures, tmp_path, "optim.epochs=1", resume=False)
+    assert outcome.iterations == 4
+    assert [it for it, _ in checkpoint.Checkpoints(tmp_path / "ckpt").all()] == [3]
+    assert [it for it, _ in checkpoint.Checkpoints(tmp_path / "ckpt.1").all()] == [3, 7, 11]
+
+
+# ---- numbers that are not numbers -----------------------------------------------------------------------------------
+
+
+def poisoned(monkeypatch: pytest.MonkeyPatch, iterations: set[int], value: float) -> None:
+    """Makes the loss of some steps `value`."""
+    predict = loop_module.SelfDistillation.predict
+    calls = [0]
+
+    def wrapped(self: Any, *args: Any) -> Any:
+        terms = predict(self, *args)
+        if calls[0] in iterations:
+            terms[0] = terms[0]._replace(value=terms[0].value * value)
+        calls[0] += 1
+        return terms
+
+    monkeypatch.setattr(loop_module.SelfDistillation, "predict", wrapped)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_is_left_out_and_no_checkpoint_holds_it(
+    value: float, toy: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned(monkeypatch, {2, 3, 7}, value)
+    outcome = run(toy, pictures, tmp_path)
+    assert outcome.finished
+    assert outcome.skipped_steps == 3
+    for _, path in checkpoint.Checkpoints(tmp_path / "ckpt").all():
+        assert all(torch.isfinite(t).all() for t in tensors(path).values())
+    steps = tensors(outcome.checkpoint)["optimizer.state.backbone.cls_token.step"]
+    assert steps == 12 - 3
+    assert "iteration 3: total_loss" in (tmp_path / "log.txt").read_text()
+    assert "(2 of 3 in a row)" in (tmp_path / "log.txt").read_text()
+
+
+def test_three_steps_in_a_row_that_are_not_finite_end_the_run_with_a_sentence(
+    toy: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned(monkeypatch, {5, 6, 7}, float("nan"))
+    with pytest.raises(DinoError, match=r"stopped at iteration 7: .*not finite 3 times.*ckpt/3"):
+        run(toy, pictures, tmp_path)
+    assert [it for it, _ in checkpoint.Checkpoints(tmp_path / "ckpt").all()] == [3]
+
+
+# ---- batches --------------------------------------------------------------------------------------------------------
+
+
+def test_accumulated_gradients_are_the_mean_over_batches(
+    toy: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+    clip = loop_module.clip_per_module
+
+    def spy(parts: Any, norm: Any) -> Any:
+        seen.append({f"{n}.{k}": p.grad.clone() for n, m in parts.items() for k, p in m.named_parameters()})
+        return clip(parts, norm)
+
+    monkeypatch.setattr(loop_module, "clip_per_module", spy)
+    fixed = ("student.drop_path_rate=0", "student.pos_embed_rope_rescale_coords=null", "optim.epochs=1")
+    fixed += ("optim.scaling_rule=none", "schedules.lr={start: 0, peak: 0, end: 0}")  # so that weights stay
+    fixed += tuple(
+        f"schedules.{n}={{start: {v}, peak: {v}, end: {v}}}"
+        for n, v in (("weight_decay", 0), ("momentum", 1), ("teacher_temp", 0.07))
+    )
+    run(toy, pictures, tmp_path / "single", *fixed)
+    singles, _ = list(seen), seen.clear()
+    run(toy, pictures, tmp_path / "two", *fixed, "optim.accumulation_steps=2")
+    for name, gradient in seen[0].items():
+        torch.testing.assert_close(gradient, (singles[0][name] + singles[1][name]) / 2, rtol=1e-4, atol=1e-7)
+    record = next(read_metrics(tmp_path / "two" / "metrics.jsonl"))
+    assert record["global_batch_size"] == record["local_batch_size"] == 8
+
+
+def test_more_processes_than_none_load_the_same_pictures(
+    toy: str, pictures: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """With data workers a run is bit-identical to one without, for batches are functions of their position."""
+    outcome = run(toy, pictures, tmp_path, "train.num_workers=2")
+    assert_same(tensors(uninterrupted / "ckpt" / "11"), tensors(outcome.checkpoint))
+
+
+# ---- weights in and out ---------------------------------------------------------------------------------------------
+
+
+def test_the_teacher_file_opens_as_any_published_file_does(toy: str, pictures: Path, tmp_path: Path) -> None:
+    run(toy, pictures, tmp_path, "evaluation.eval_period_iterations=8")
+    assert sorted(p.name for p in (tmp_path / "eval").iterdir()) == ["training_11", "training_7"]
+    folder = tmp_path / "eval" / "training_11"
+    state = torch.load(folder / "teacher_checkpoint.pth", weights_only=True)["teacher"]
+    assert {k.split(".")[0] for k in state} == {"backbone", "dino_head", "ibot_head"}
+    ema = tensors(tmp_path / "ckpt" / "11")
+    assert all(torch.equal(v, ema[f"model.model_ema.{k}"]) for k, v in state.items())
+    for file in ("teacher_checkpoint.pth", "backbone.safetensors"):
+        from dinov3 import weights
+
+        opened = weights.open(folder / file)
+        assert torch.equal(opened.state_dict["cls_token"], state["backbone.cls_token"])
+    model = weights.build(opened.config, opened)
+    assert opened.config.norm_layer == "layernorm"  # shapes cannot tell, the file's own words do
+    assert features.embed(model, torch.zeros(1, 3, 32, 32), size=32).cls.shape == (1, 32)
+    assert hub is not None
+
+
+@pytest.mark.parametrize("form", ["dump folder", "dump file", "checkpoint", "run folder"])
+def test_a_new_run_begins_with_the_teacher_of_another(form: str, toy: str, pictures: Path, tmp_path: Path) -> None:
+    first = run(toy, pictures, tmp_path / "first", "optim.epochs=1", "evaluation.eval_period_iterations=4")
+    source = {
+        "dump folder": tmp_path / "first" / "eval" / "training_3",
+        "dump file": tmp_path / "first" / "eval" / "training_3" / "teacher_checkpoint.pth",
+        "checkpoint": first.checkpoint,
+        "run folder": tmp_path / "first",
+    }[form]
+    ema = {k.removeprefix("model.model_ema."): v for k, v in tensors(first.checkpoint).items() if "model_ema" in k}
+    config, _ = load_config(toy, [f"train.dataset_path={pictures}", f"student.resume_from_teacher_chkpt={source}"])
+    notes: list[str] = []
+    method = loop_module.build_method(config, torch.device("cpu"), seed=5, near=None, notes=notes)
+    for network in (method.student, method.ema):
+        assert_same(ema, dict(network.state_dict()))
+    assert not notes
+
+
+def test_a_backbone_without_heads_begins_a_run_and_a_sentence_says_what_is_missing(
+    toy: str, pictures: Path, tmp_path: Path
+) -> None:
+    run(toy, pictures, tmp_path, "optim.epochs=1", "evaluation.eval_period_iterations=4")
+    source = tmp_path / "eval" / "training_3" / "backbone.safetensors"
+    config, _ = load_config(toy, [f"train.dataset_path={pictures}", f"student.resume_from_teacher_chkpt={source}"])
+    notes: list[str] = []
+    method = loop_module.build_method(config, torch.device("cpu"), seed=5, near=None, notes=notes)
+    ema = tensors(tmp_path / "ckpt" / "3")
+    assert torch.equal(method.student.state_dict()["backbone.norm.weight"], ema["model.model_ema.backbone.norm.weight"])
+    assert any("holds no dino_head: it begins with random weights" in note for note in notes)
+    with pytest.raises(DinoError, match="holds a backbone without heads, and distillation needs"):
+        teacher_files.frozen_teacher_needs_heads(teacher_files.read_network(source))
+
+
+def test_weights_of_another_model_are_refused_in_words(toy: str, pictures: Path, tmp_path: Path) -> None:
+    run(toy, pictures, tmp_path, "optim.epochs=1", "evaluation.eval_period_iterations=4")
+    config, _ = load_config(
+        toy,
+        [
+            f"train.dataset_path={pictures}",
+            f"student.resume_from_teacher_chkpt={tmp_path}",
+            "student.n_storage_tokens=4",
+        ],
+    )
+    with pytest.raises(DinoError, match=r"does not fit the model asked for[\s\S]*storage_tokens"):
+        loop_module.build_method(config, torch.device("cpu"), seed=5, near=None, notes=[])
+
+
+def test_a_checkpoint_becomes_one_file(uninterrupted: Path, tmp_path: Path) -> None:
+    ema = tensors(uninterrupted / "ckpt" / "11")
+    pth = teacher_files.consolidate(uninterrupted / "ckpt" / "11", tmp_path / "teacher.pth")
+    state = torch.load(pth, weights_only=True)["teacher"]
+    assert all(torch.equal(v, ema[f"model.model_ema.{k}"]) for k, v in state.items())
+    assert len(state) == sum(k.startswith("model.model_ema.") for k in ema)
+    from dinov3 import weights
+
+    opened = weights.open(teacher_files.consolidate(uninterrupted, tmp_path / "backbone.safetensors"))
+    assert torch.equal(opened.state_dict["norm.bias"], ema["model.model_ema.backbone.norm.bias"])
+    with pytest.raises(DinoError, match="the ending says the form"):
+        teacher_files.consolidate(uninterrupted, tmp_path / "teacher.bin")
+
+
+# ---- Gram -----------------------------------------------------------------------------------------------------------
+
+GRAM = ("gram.use_loss=true", "gram.img_level=true", "gram.update_frequency=4", "crops.gram_teacher_crops_size=64")
+
+
+def test_a_run_without_gram_goes_on_with_it(toy: str, pictures: Path, tmp_path: Path) -> None:
+    """The Gram stage resumes the pre-training run, as the 7B recipe does: the Gram teacher begins as the teacher."""
+    run(toy, pictures, tmp_path, "optim.epochs=1")
+    run(toy, pictures, tmp_path, "optim.epochs=2", *GRAM, "gram.it_load_ema_teacher=0", "gram.it_first_update=8")
+    log = (tmp_path / "log.txt").read_text()
+    assert "has no Gram teacher: it begins as a copy of the teacher" in log
+    assert "iteration 7: the Gram teacher is now a copy of the teacher" in log
+    records = list(read_metrics(tmp_path / "metrics.jsonl"))
+    assert ["gram_loss" in r for r in records] == [False] * 4 + [True] * 4
+    names = list(records[5])
+    assert names.index("gram_loss_weight") == names.index("ibot_loss") + 1 == names.index("gram_loss") - 1
+    last = tensors(tmp_path / "ckpt" / "7")
+    assert torch.equal(last["model.gram_teacher.backbone.cls_token"], last["model.model_ema.backbone.cls_token"])
+
+
+def test_the_gram_teacher_taken_at_an_iteration_acts_from_there_on(toy: str, pictures: Path, tmp_path: Path) -> None:
+    run(
+        toy, pictures, tmp_path, *GRAM, "gram.it_load_ema_teacher=6", "gram.it_first_update=100", "gram.rep_update=true"
+    )
+    records = list(read_metrics(tmp_path / "metrics.jsonl"))
+    assert ["gram_loss" in r for r in records] == [False] * 6 + [True] * 6
+    assert GramConfig().it_load_ema_teacher == -1  # which means: not used
+
+
+def test_distillation_from_a_wider_teacher_learns_and_leaves_the_teacher_alone(
+    toy: str, pictures: Path, tmp_path: Path
+) -> None:
+    wide = ("student.embed_dim=48", "student.depth=1")
+    run(toy, pictures, tmp_path / "teacher", *wide, "optim.epochs=1", "evaluation.eval_period_iterations=4")
+    outcome = run(
+        toy,
+        pictures,
+        tmp_path / "student",
+        "distillation.enabled=true",
+        f"distillation.full_cfg_path={tmp_path / 'teacher' / 'resolved.yaml'}",
+        f"distillation.checkpoint_path={tmp_path / 'teacher' / 'eval' / 'training_3'}",
+    )
+    assert outcome.finished
+    names = {n.split(".")[1] for n in tensors(outcome.checkpoint) if n.startswith("model.")}
+    assert names == {"student", "model_ema"}  # the frozen teacher is not saved with every checkpoint
+
+
+# ---- k-NN -----------------------------------------------------------------------------------------------------------
+
+
+def test_knn_votes_by_similarity() -> None:
+    train = torch.tensor([[1.0, 0], [0.9, 0.1], [0, 1], [0.1, 0.9], [0.2, 0.9]])
+    labels = torch.tensor([0, 0, 1, 1, 1])
+    test, truth = torch.tensor([[2.0, 0.1], [0.1, 3.0], [1.0, 0.0]]), torch.tensor([0, 1, 1])
+    assert knn_accuracy(train, labels, test, truth, k=5) == pytest.approx(2 / 3)  # similarity outvotes the majority
+
+
+def test_knn_is_recorded_beside_the_losses(toy: str, pictures: Path, tmp_path: Path) -> None:
+    outcome = run(
+        toy,
+        pictures,
+        tmp_path,
+        "optim.epochs=2",
+        f"evaluation.knn_train_dataset={pictures}",
+        f"evaluation.knn_val_dataset={pictures}",
+        "evaluation.knn_period_iterations=4",
+        "evaluation.knn_k=1",
+    )
+    assert outcome.knn == {3: 1.0, 7: 1.0}  # every picture is its own nearest neighbour
+    assert [r["iteration"] for r in read_metrics(tmp_path / "metrics.jsonl") if "knn_accuracy" in r] == [3, 7]
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_options_may_follow_settings() -> None:
+    """R1: the reference takes everything after the first setting for a setting."""
+    words = ["optim.epochs=1", "--output-dir", "x", "train.seed=3", "--no-resume", "--config-file=c.yaml"]
+    options = parser().parse_intermixed_args(words)
+    assert (options.output_dir, options.no_resume, options.config_file) == ("x", True, "c.yaml")
+    assert options.overrides == ["optim.epochs=1", "train.seed=3"]
+
+
+def test_a_misspelt_option_is_met_with_a_proposal(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parser().parse_intermixed_args(["--config-file", "c.yaml", "--no-resum"[:-1] + "ne", "a.b=1"])
+    assert exit_.value.code == 2
+    assert "unknown option --no-resune; did you mean '--no-resume'?" in capsys.readouterr().err
+
+
+def test_a_mistake_is_one_sentence_and_exit_status_one(
+    toy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--config-file", toy, "--output-dir", str(tmp_path / "out"), "optim.epoch=3"]) == 1
+    told = capsys.readouterr().err
+    assert "optim.epoch (command line): unknown key; did you mean 'optim.epochs'" in told
+    assert "Traceback" not in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_file_runs_as_a_script_from_any_folder(toy: str, pictures: Path, tmp_path: Path) -> None:
+    script = REPOSITORY / "dinov3" / "train" / "train.py"
+    command = [sys.executable, "-P", str(script), "--config-file", toy, "--output-dir", "out"]
+    command += [f"train.dataset_path={pictures}", "optim.epochs=1", "optim.warmup_epochs=0"]
+    ran = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "out" / "ckpt" / "3").is_dir()
+
+
+# ---- everything, small ----------------------------------------------------------------------------------------------
+
+LEARN = TOY.replace("embed_dim: 32", "embed_dim: 64").replace("deterministic: true", "deterministic: false")
+
+
+@pytest.mark.slow
+def test_three_stages_learn_to_tell_patterns_apart(tmp_path: Path) -> None:
+    """Pre-training, Gram anchoring, high resolution with two sizes; k-NN on unseen pictures, above random weights."""
+    known, unseen = write_pictures(tmp_path / "known", 40), write_pictures(tmp_path / "unseen", 25, seed=1)
+    config = write_config(tmp_path, LEARN)
+    shared = [
+        f"evaluation.knn_train_dataset={known}",
+        f"evaluation.knn_val_dataset={unseen}",
+        "evaluation.knn_k=10",
+        "evaluation.eval_period_iterations=50",
+        "train.batch_size_per_gpu=16",
+        "train.OFFICIAL_EPOCH_LENGTH=50",
+        "run.log_every=10",
+    ]
+    pre = run(config, known, tmp_path / "run", *shared, "optim.epochs=4", "optim.lr=2e-3", "crops.local_crops_number=4")
+    gram = run(
+        config, known, tmp_path / "run", *shared, "optim.epochs=5", "optim.lr=1e-3", "gram.use_loss=true",
+        "gram.img_level=true", "gram.it_load_ema_teacher=0", "gram.update_frequency=25", "gram.it_first_update=225",
+        "crops.gram_teacher_crops_size=64", "crops.gram_teacher_no_distortions=true",
+    )  # fmt: skip
+    teacher = tmp_path / "run" / "eval" / "training_249"
+    high = run(
+        config, known, tmp_path / "high", *shared, "optim.epochs=1", "optim.warmup_epochs=0", "optim.lr=1e-4",
+        f"student.resume_from_teacher_chkpt={teacher}", f"gram.ckpt={teacher}", "gram.use_loss=true",
+        "gram.img_level=true", "gram.rep_update=false", "crops.global_crops_size=[32,48]",
+        "crops.local_crops_size=[16,24]", "crops.gram_teacher_crops_size=[48,72]",
+        "crops.global_local_crop_pairs_ratios=[0.5,0.5]", "dino.koleo_loss_distributed=true",
+    )  # fmt: skip
+    assert pre.finished
+    assert gram.finished
+    assert high.finished
+    random_run = run(config, known, tmp_path / "random", *shared, "optim.epochs=1", "optim.lr=0", "optim.min_lr=0")
+    chance = random_run.knn[49]
+    print(json.dumps({"random": chance, "pre": pre.knn, "gram": gram.knn, "high": high.knn}))
+    assert pre.knn[199] > chance + 0.1
+    assert gram.knn[249] > chance + 0.1
+    assert high.knn[49] > chance + 0.1
+    shutil.rmtree(tmp_path / "run")
+    assert build_network is not None
