@@ -36,7 +36,7 @@ def write_config(folder: Path, text: str = TOY) -> str:
 
 
 def write_pictures(folder: Path, each: int = 3, side: int = 48, seed: int = 0) -> Path:
-    """One sub-folder for each of four patterns, whatever their colours, sizes and phases are."""
+    """One sub-folder for each of four patterns, whatever their size and phase."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:side, :side]
     for pattern in PATTERNS:
@@ -45,8 +45,8 @@ def write_pictures(folder: Path, each: int = 3, side: int = 48, seed: int = 0) -
             width = rng.uniform(5, 8)
             a, b = (np.sin(np.pi * (z + rng.uniform(0, 20)) / width) for z in (x, y))
             value = {"stripes across": b, "stripes down": a, "checks": a * b, "dots": np.minimum(a, b)}[pattern] > 0
-            one, other = rng.integers(0, 256, (2, 3))
-            pixels = np.where(value[..., None], one, other) + rng.normal(0, 8, (side, side, 3))
+            # all grey and equally bright: else colour tells one picture from another, and patterns need not be learned
+            pixels = np.where(value, 190, 60)[..., None] + rng.normal(0, 12, (side, side, 1)).repeat(3, -1)
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / pattern / f"{i}.png")
     return folder
 

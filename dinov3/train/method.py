@@ -81,10 +81,8 @@ def build_network(config: TrainConfig, *, heads: bool = True) -> Network:
 @torch.no_grad()
 def copy_weights(to: nn.Module, source: nn.Module) -> None:
     """to ← source, parameters and buffers; both plain, or sharded alike."""
-    for a, b in zip(to.parameters(), source.parameters(), strict=True):
-        a.copy_(b)
-    for a, b in zip(to.buffers(), source.buffers(), strict=True):
-        a.copy_(b)
+    for mine, theirs in zip([*to.parameters(), *to.buffers()], [*source.parameters(), *source.buffers()], strict=True):
+        mine.copy_(theirs)
 
 
 # ---- the method -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,217 @@
+"""Spreading a model over processes changes where things happen, not what: two ranks against one, recomputation, compilation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from test_method import VARIANTS, Variant, recorded_batch, step_values, tiny_network
+from torch import Tensor
+from toy_training import write_config, write_pictures
+
+from dinov3 import checkpoint, distributed
+from dinov3.config import DinoConfig, GramConfig, OptimConfig, load_config
+from dinov3.data.crops import CropBatch
+from dinov3.data.masking import summary
+from dinov3.errors import DinoError
+from dinov3.optim import apply_schedules, build_optimizer, clip_per_module, plain_name
+from dinov3.parallel import full_state, parallelize, whole
+from dinov3.runlog import read_metrics
+from dinov3.train.method import SelfDistillation
+from dinov3.train.train import Outcome, train
+
+CPU = torch.device("cpu")
+# all terms that cross ranks: KoLeo with neighbours anywhere, Gram of large crops
+SETTING = Variant(
+    dino={"koleo_loss_distributed": True},
+    gram={"use_loss": True, "img_level": True},
+    gram_crops=True,
+    gram_teacher_seed=7000,
+)
+ROW = {
+    "lr": 1e-3,
+    "wd": 0.1,
+    "momentum": 0.99,
+    "teacher_temp": 0.06,
+    "dino_local_loss_weight": 1.0,
+    "gram_loss_weight": 1.0,
+}
+
+
+def share(batch: CropBatch, rank: int, world: int) -> CropBatch:
+    """The rows of a rank's pictures: crops are crop-major."""
+
+    def mine(x: Tensor | None, crops: int) -> Any:
+        return None if x is None else x.unflatten(0, (crops, -1)).chunk(world, 1)[rank].flatten(0, 1)
+
+    masks = summary(mine(batch.masks, 2))
+    return replace(
+        batch,
+        global_crops=mine(batch.global_crops, 2),
+        local_crops=mine(batch.local_crops, 3),
+        gram_crops=mine(batch.gram_crops, 2),
+        masks=masks.masks,
+        mask_indices=masks.indices,
+        masks_weight=masks.weight,
+    )
+
+
+def two_steps(setting: Variant = SETTING, *, checkpointing: str = "none", compile: bool = False) -> dict[str, Any]:
+    """Losses, first gradients, norms and final weights of two steps on this process's share of the recorded batch."""
+    method = setting.build()
+    for network, trained in ((method.student, True), (method.ema, False), (method.gram_teacher, False)):
+        assert network is not None
+        parallelize(network.parts(), device=CPU, trained=trained, checkpointing=checkpointing, compile=compile)
+    parts = method.student.parts()
+    optimizer = build_optimizer(parts, OptimConfig())
+    rank, world = distributed.rank(), distributed.world()
+    values = step_values(ROW)
+    result: dict[str, Any] = {"losses": []}
+    for step in range(2):
+        batch = share(recorded_batch(step, gram=True), rank, world)
+        apply_schedules(optimizer, values)
+        optimizer.zero_grad()
+        targets = method.targets(batch, values)
+        torch.manual_seed(5)
+        terms = method.predict(batch, targets, values)
+        terms.total().backward()
+        result["losses"].append(distributed.average(terms.log()))
+        if step == 0:
+            result["gradients"] = {
+                plain_name(n): whole(p.grad).clone() for n, p in method.student.named_parameters() if p.grad is not None
+            }
+        norms = clip_per_module(parts, 3.0)
+        result.setdefault("norms", []).append({k: float(v) for k, v in norms.items()})
+        optimizer.step()
+        method.update_ema(0.9)
+    result["student"], result["ema"] = full_state(method.student), full_state(method.ema)
+    return result
+
+
+def assert_equal_runs(a: dict[str, Any], b: dict[str, Any], tolerance: float) -> None:
+    for one, other in zip(a["losses"] + a["norms"], b["losses"] + b["norms"]):
+        assert one == pytest.approx(other, rel=tolerance)
+    for kind in ("gradients", "student", "ema"):
+        assert a[kind].keys() == b[kind].keys()
+        for name, value in a[kind].items():
+            scale = float(value.abs().max().clamp(min=1e-6))
+            # after AdamW's first steps the sign of a gradient near 0 decides: compare to the step's size too
+            slack = 0.0 if kind == "gradients" else 2e-4
+            torch.testing.assert_close(
+                b[kind][name], value, rtol=0, atol=tolerance * scale + slack, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+def test_two_ranks_compute_what_one_computes_on_the_whole_batch() -> None:
+    alone = two_steps()
+    for rank in run_ranks(two_steps, 2):
+        assert_equal_runs(alone, rank, 2e-4)
+
+
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+def test_recomputed_activations_change_no_bit(checkpointing: str) -> None:
+    """With stochastic depth and position augmentation on: the draws are the same when a block runs again."""
+    setting = replace(VARIANTS["stochastic_seed99"], gram=SETTING.gram, gram_crops=True, gram_teacher_seed=7000)
+    plain, again = two_steps(setting), two_steps(setting, checkpointing=checkpointing)
+    assert plain["gradients"].keys() == again["gradients"].keys()
+    assert all(torch.equal(plain["gradients"][n], again["gradients"][n]) for n in plain["gradients"])
+    assert plain["student"].keys() == again["student"].keys()
+    assert all(torch.equal(plain["student"][n], again["student"][n]) for n in plain["student"])
+
+
+def test_compilation_sees_one_graph_and_changes_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the compiler's front end alone: what is traced is what runs, without minutes of code generation."""
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **options: compiled(self, backend="eager", fullgraph=True, **options)
+    )
+    plain, other = two_steps(), two_steps(compile=True)
+    assert_equal_runs(plain, other, 1e-5)
+
+
+def test_checkpointing_saves_only_where_something_is_trained() -> None:
+    network = tiny_network()
+    parallelize(network.parts(), device=CPU, trained=False, checkpointing="full")
+    assert [n for n, _ in network.named_parameters()] == [n for n, _ in tiny_network().named_parameters()]
+    with pytest.raises(DinoError, match="none, selective or full"):
+        parallelize(network.parts(), device=CPU, trained=True, checkpointing="some")
+
+
+def bf16_step() -> dict[str, str]:
+    method: SelfDistillation = Variant(dino={"koleo_loss_distributed": True}).build()
+    for network, trained in ((method.student, True), (method.ema, False)):
+        parallelize(network.parts(), device=CPU, trained=trained, param_dtype="bf16", reduce_dtype="fp32")
+    batch = share(recorded_batch(0), distributed.rank(), distributed.world())
+    values = step_values(ROW)
+    terms = method.predict(batch, method.targets(batch, values), values)
+    terms.total().backward()
+    weight = method.student.backbone.blocks[0].mlp.fc1.weight
+    seen = method.student.backbone(batch.local_crops)
+    return {
+        "parameter": str(weight.dtype),
+        "gradient": str(weight.grad.dtype),
+        "output": str(seen.dtype),
+        "loss": str(terms.total().dtype),
+        "finite": str(bool(torch.isfinite(terms.total()))),
+    }
+
+
+def test_sharded_bf16_keeps_parameters_gradients_and_losses_in_float32() -> None:
+    expected = {"parameter": "torch.float32", "gradient": "torch.float32", "output": "torch.bfloat16"}
+    assert run_ranks(bf16_step, 2) == [expected | {"loss": "torch.float32", "finite": "True"}] * 2
+
+
+# ---- whole runs -----------------------------------------------------------------------------------------------------
+
+FIXED = ("student.drop_path_rate=0", "student.pos_embed_rope_rescale_coords=null", "dino.koleo_loss_distributed=true")
+
+
+def whole_run(config_file: str, pictures: str, out: str, overrides: list[str]) -> Outcome:
+    config, notes = load_config(config_file, [f"train.dataset_path={pictures}", *FIXED, *overrides])
+    return train(config, out, notes=notes)
+
+
+def test_a_run_of_one_process_goes_on_with_two_and_ends_as_with_one(tmp_path: Path) -> None:
+    """Everything is resharded; k-NN, dumps and checkpoints work sharded; the global batch stays 4."""
+    config, pictures = write_config(tmp_path), str(write_pictures(tmp_path / "pictures"))
+    knn = [f"evaluation.knn_train_dataset={pictures}", f"evaluation.knn_val_dataset={pictures}", "evaluation.knn_k=3"]
+    knn += [
+        "evaluation.eval_period_iterations=6",
+        "ibot.mask_sample_probability=1.0",
+        "ibot.mask_ratio_min_max=[0.3,0.31]",
+    ]
+    alone = whole_run(config, pictures, str(tmp_path / "alone"), knn)
+    out = tmp_path / "both"
+    first = whole_run(config, pictures, str(out), [*knn, "run.time_limit_minutes=1e-6"])
+    assert first.iterations == 1
+    both, other = run_ranks(
+        whole_run, 2, config, pictures, str(out), [*knn, "train.batch_size_per_gpu=2"], timeout_s=120
+    )
+    assert both.finished
+    assert both.knn == other.knn
+    assert both.knn.keys() == alone.knn.keys() == {5, 11}
+    assert "was saved by 1 processes and 2 go on" in (out / "log.txt").read_text()
+    records = {r["iteration"]: r for r in read_metrics(out / "metrics.jsonl") if "total_loss" in r}
+    assert sorted(records) == list(range(12))
+    assert records[3]["local_batch_size"] == 2
+    assert records[3]["global_batch_size"] == 4
+    a, b = (checkpoint.read_tensors(p / "ckpt" / "11") for p in (tmp_path / "alone", out))
+    assert a.keys() == b.keys()
+    teacher = torch.load(out / "eval" / "training_11" / "teacher_checkpoint.pth", weights_only=True)["teacher"]
+    assert all(torch.equal(v, b[f"model.model_ema.{k}"]) for k, v in teacher.items())
+    # and back again: two ranks' checkpoint on one process
+    last = whole_run(config, pictures, str(out), [*knn, "optim.epochs=4"])
+    assert last.iterations == 16
+
+
+def test_settings_that_do_not_fit_the_number_of_processes_are_refused_in_words() -> None:
+    from dinov3.config import TrainConfig, check_scale
+
+    config = TrainConfig(dino=DinoConfig(koleo_loss_distributed=True, koleo_distributed_loss_group_size=48))
+    with pytest.raises(DinoError, match="koleo_distributed_loss_group_size"):
+        check_scale(config, 2)
+    assert GramConfig().use_loss is False
