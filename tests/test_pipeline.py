@@ -299,6 +299,10 @@ def job(source: Path, store: Path) -> list[str]:
     return [sys.executable, "-m", "dinov3.cli", "embed", str(source), "--out", str(store), *options]
 
 
+def commits(store: Path) -> list[Path]:
+    return list((store / "pictures.lance" / "_versions").glob("*"))
+
+
 def test_a_job_killed_twenty_times_ends_with_the_rows_of_an_undisturbed_one(tmp_path) -> None:
     source, reference, store = tmp_path / "pictures", tmp_path / "reference", tmp_path / "store"
     source.mkdir()
@@ -310,15 +314,12 @@ def test_a_job_killed_twenty_times_ends_with_the_rows_of_an_undisturbed_one(tmp_
     def run(where: Path) -> subprocess.Popen:
         return subprocess.Popen(job(source, where), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
-    def commits() -> int:
-        return len(list((store / "pictures.lance" / "_versions").glob("*")))
-
     assert run(reference).wait() == 3  # one unreadable picture
     draw, counts = random.Random(0), []
     for _ in range(KILLS):
-        process, before, more = run(store), commits(), draw.randrange(8)
+        process, before, more = run(store), len(commits(store)), draw.randrange(8)
         # a random number of commits later (none: already while starting up), and a random moment after that commit
-        while commits() <= before + more and process.poll() is None:
+        while len(commits(store)) <= before + more and process.poll() is None:
             time.sleep(0.001)
         time.sleep(draw.random() * 0.02)
         assert process.poll() is None, "the job ended before it could be killed"
@@ -341,9 +342,8 @@ def test_ctrl_c_on_the_command_says_how_to_continue(tmp_path) -> None:
     for i in range(N_PICTURES):
         picture(i, 32, 32).save(source / f"{i:03}.png", compress_level=1)
     process = subprocess.Popen(job(source, store), stderr=subprocess.PIPE, text=True)
-    while not (store / "pictures.lance").is_dir() and process.poll() is None:
-        time.sleep(0.05)
-    time.sleep(0.7)
+    while len(commits(store)) < 4 and process.poll() is None:
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
