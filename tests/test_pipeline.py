@@ -303,6 +303,7 @@ def commits(store: Path) -> list[Path]:
     return list((store / "pictures.lance" / "_versions").glob("*"))
 
 
+@pytest.mark.timeout(900)
 def test_a_job_killed_twenty_times_ends_with_the_rows_of_an_undisturbed_one(tmp_path) -> None:
     source, reference, store = tmp_path / "pictures", tmp_path / "reference", tmp_path / "store"
     source.mkdir()
