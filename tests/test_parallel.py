@@ -1,4 +1,4 @@
-"""Spreading a model over processes changes where things happen, not what: two ranks against one, recomputation, compilation."""
+"""Spreading a model over processes changes where things happen, not what they come to."""
 
 from __future__ import annotations
 

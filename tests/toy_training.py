@@ -45,8 +45,11 @@ def write_pictures(folder: Path, each: int = 3, side: int = 48, seed: int = 0) -
             width = rng.uniform(5, 8)
             a, b = (np.sin(np.pi * (z + rng.uniform(0, 20)) / width) for z in (x, y))
             value = {"stripes across": b, "stripes down": a, "checks": a * b, "dots": np.minimum(a, b)}[pattern] > 0
-            # all grey and equally bright: else colour tells one picture from another, and patterns need not be learned
-            pixels = np.where(value, 190, 60)[..., None] + rng.normal(0, 12, (side, side, 1)).repeat(3, -1)
+            # grey: by colour one picture is told from another, and patterns need not be learned. Brightness and contrast,
+            # which random features follow most, are what augmentation makes irrelevant
+            light, contrast = rng.uniform(60, 195), rng.uniform(15, 60)
+            noise = rng.normal(0, 10, (side, side, 1))
+            pixels = (light + np.where(value, contrast, -contrast)[..., None] + noise).repeat(3, -1)
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / pattern / f"{i}.png")
     return folder
 
