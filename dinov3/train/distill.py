@@ -1,0 +1,488 @@
+"""Distillation: a small student learns from frozen teachers what they say of pictures (paper section 5.1).
+
+    dinov3 distill FOLDER --teacher transformers:dinov2-small,layer=9 --student dinov3_vitt16 --out RUN
+
+The paper trains its students with the 7B's own losses on 1.7 billion pictures; `train.multi_distill` is that. This is the
+kind for one machine and a folder: teachers of any family (`teachers`), no prototypes, the student's tokens are mapped to
+each teacher's width by a linear layer that is thrown away afterwards, and compared (as AM-RADIO, arXiv 2312.06709):
+
+    cls, patches   0.9 · (1 − cosine) + 0.1 · smooth L1, on targets standardised per dimension
+    logits         KL of the classifier's softened opinion
+    relations      KL between the rows of similarities within the batch: whom the teacher finds alike
+
+Teacher and student look at the same box of the picture; colours change and pictures are mirrored for the student only
+(the map of targets is mirrored with it). Every random number is a function of (seed, step), so that a run that was
+killed and started again gives the same weights. What the teachers say can be kept on disk (`cache`), which is what makes
+this possible on a CPU.
+
+Left out: several processes; local crops.
+
+Legend: B pictures, HW student patches, d student's width, D a teacher's width, K classes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dinov3.data.crops import normalised
+from dinov3.data.loaders import permuted
+from dinov3.data.sources import open_source
+from dinov3.data.transforms import Preprocessing
+from dinov3.errors import DinoError
+from dinov3.losses import LossTerms, resize_patches
+from dinov3.optim import ema_update, multipliers, warmup_cosine_v2
+from dinov3.runlog import RunDir
+from dinov3.train.teachers import OnlineTargets, Pictures, TargetCache, Targets, Teacher, Views, open_teacher
+from dinov3.weights import catalog, loading
+
+STATISTICS_FROM = 512  # pictures that the targets' mean and spread are measured on
+CHECKPOINT, STUDENT = "distill.pth", "student.safetensors"
+
+
+@dataclass
+class DistillConfig:
+    """Everything that decides a run's result. `sizes`: SIDE:SHARE[,…], the student's input through the run."""
+
+    pictures: str = ""
+    teachers: list[str] = field(default_factory=list)
+    student: str = "dinov3_vitt16"
+    weights: str | None = None  # the student's first weights; None: random
+    inherit: str | None = None  # a DINOv2 folder or file whose ViT the student starts as a compressed copy of
+    inherit_pictures: int = 320
+    steps: int = 2000
+    batch: int = 64
+    sizes: str = "128:0.9,224:0.1"
+    views: int = 4
+    scale: list[float] = field(default_factory=lambda: [0.35, 1.0])
+    lr: float = 5e-4
+    final_lr: float = 1e-6
+    warmup: int = 100
+    projection_lr: float = 2.0  # times lr
+    weight_decay: float = 0.05
+    clip: float = 3.0
+    momentum: float = 0.998  # of the average
+    rope_rescale: float | None = None
+    bf16: bool = False
+    cache: str | None = None  # folder of the teachers' words; None: they are asked every time
+    cached_grid: int = 8  # the patch grid that is cached; other grids are resized from it
+    knn: str | None = None  # a labelled folder (perhaps with train/ and val/)
+    knn_every: int = 500
+    knn_size: int = 224
+    save_every: int = 100
+    log_every: int = 10
+    seed: int = 0
+    device: str = "cpu"
+
+    def phases(self) -> list[tuple[int, int]]:
+        """(first step, side) of every phase."""
+        begins, at = [], 0.0
+        for part in self.sizes.split(","):
+            side, _, share = part.partition(":")
+            if not side.isdecimal() or int(side) < 16:
+                raise DinoError(f"sizes are SIDE:SHARE[,SIDE:SHARE…], for example 128:0.9,224:0.1, not {self.sizes!r}")
+            begins.append((round(at * self.steps), int(side)))
+            at += float(share or 1)
+        return begins
+
+    def side(self, step: int) -> int:
+        return [side for first, side in self.phases() if first <= step][-1]
+
+    def lr_at(self, step: int) -> float:
+        warmup = min(self.warmup, self.steps // 2)
+        return warmup_cosine_v2(step, start=0.0, peak=self.lr, end=self.final_lr, warmup=warmup, total=self.steps)
+
+
+# ---- one batch ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """pixels uint8 [B, 3, s, s] · targets by teacher, without those that sit this view out."""
+
+    pixels: Tensor
+    targets: dict[int, Targets]
+
+
+class Batches:
+    """The batch of a step, whichever step is asked for; the next one is made while this one is used."""
+
+    def __init__(
+        self, config: DistillConfig, pictures: Pictures, views: Views, said: Sequence[TargetCache | OnlineTargets]
+    ) -> None:
+        self.config, self.pictures, self.views, self.said = config, pictures, views, said
+        self.size = min(config.batch, len(pictures))
+        self.epoch_length = len(pictures) // self.size
+
+    def at(self, step: int) -> Batch:
+        epoch, place = divmod(step, self.epoch_length)
+        offsets = np.arange(place * self.size, (place + 1) * self.size)
+        indices = permuted(offsets, len(self.pictures), self.config.seed, epoch)
+        view = epoch % self.views.count
+        pixels = self.pictures.views(self.views, indices, view, self.config.side(step))
+        return Batch(pixels, {i: t.read(indices, view) for i, t in enumerate(self.said) if view in t})
+
+    def between(self, first: int, last: int) -> Iterator[Batch]:
+        with ThreadPoolExecutor(1) as pool:
+            coming = pool.submit(self.at, first) if first < last else None
+            for step in range(first, last):
+                assert coming is not None
+                batch = coming.result()
+                coming = pool.submit(self.at, step + 1) if step + 1 < last else None
+                yield batch
+
+
+def distorted(pixels: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """uint8 [B, 3, s, s] → (mirrored by chance and mildly recoloured uint8, which were mirrored [B])."""
+    B = len(pixels)
+    turned = torch.rand(B, generator=rng) < 0.5
+    x = torch.where(turned[:, None, None, None], pixels.flip(-1), pixels).float()
+
+    def factor(spread: float) -> Tensor:
+        return 1 + spread * (2 * torch.rand(B, 1, 1, 1, generator=rng) - 1)
+
+    grey = (x * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+    keep = torch.where(torch.rand(B, 1, 1, 1, generator=rng) < 0.1, torch.zeros(1), factor(0.3))  # 0: without colour
+    x = grey + (x - grey) * keep
+    mean = grey.mean((2, 3), keepdim=True)
+    x = (mean + (x - mean) * factor(0.3)) * factor(0.3)
+    return x.round().clamp(0, 255).to(torch.uint8), turned
+
+
+# ---- what is learned ------------------------------------------------------------------------------------------------
+
+
+class Standardised(nn.Module):
+    """Targets minus their mean, over their spread, per dimension: without it the strongest dimensions are all there is."""
+
+    def __init__(self, sample: Tensor) -> None:
+        super().__init__()
+        rows = sample.flatten(0, -2)
+        self.mean: Tensor
+        self.spread: Tensor
+        self.register_buffer("mean", rows.mean(0))
+        self.register_buffer("spread", rows.std(0).clamp_min(1e-3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.spread
+
+
+class Pupil(nn.Module):
+    """What ties the student to one teacher: the projections of its tokens, and the scale of the targets."""
+
+    def __init__(self, teacher: Teacher, width: int, sample: Targets) -> None:
+        super().__init__()
+        self.line = teacher.line
+        self.scale_cls = Standardised(sample.cls)
+        self.cls = nn.Linear(width, sample.cls.shape[-1])
+        if sample.patches is not None and self.line.patches:
+            self.scale_patches = Standardised(sample.patches)
+            self.patches = nn.Linear(width, sample.patches.shape[-1])
+        if sample.logits is not None and self.line.logits:
+            self.logits = nn.Linear(width, sample.logits.shape[-1])
+
+    def terms(self, terms: LossTerms, name: str, cls: Tensor, patches: Tensor, targets: Targets) -> None:
+        """Adds this teacher's terms. cls [B, d] and patches [B, H, W, d] of the student, targets mirrored as they are."""
+        wanted = self.scale_cls(targets.cls)
+        if self.line.cls:
+            terms.add(f"{name}/cls", self.line.cls, difference(self.cls(cls), wanted))
+        if self.line.relations:
+            terms.add(f"{name}/relations", self.line.relations, relations_loss(cls, wanted))
+        if self.line.patches and targets.patches is not None:
+            B, H, W, _ = patches.shape
+            grid = targets.patches
+            if grid.shape[1:3] != (H, W):
+                grid = resize_patches(grid.flatten(1, 2), (H, W), from_hw=(grid.shape[1], grid.shape[2]))
+                grid = grid.unflatten(1, (H, W))
+            terms.add(
+                f"{name}/patches", self.line.patches, difference(self.patches(patches), self.scale_patches(grid))
+            )
+        if self.line.logits and targets.logits is not None:
+            terms.add(f"{name}/logits", self.line.logits, softened_kl(self.logits(cls), targets.logits))
+
+
+def difference(x: Tensor, target: Tensor) -> Tensor:
+    """0.9 · (1 − cosine) + 0.1 · smooth L1, mean over all rows [..., D]."""
+    x, target = x.float(), target.float()
+    return 0.9 * (1 - F.cosine_similarity(x, target, dim=-1)).mean() + 0.1 * F.smooth_l1_loss(x, target)
+
+
+def softened_kl(x: Tensor, target: Tensor, temperature: float = 2.0) -> Tensor:
+    """KL(teacher ‖ student) of logits [B, K] at a temperature T, times T² (Hinton et al., arXiv 1503.02531)."""
+    p = F.log_softmax(target.float() / temperature, -1)
+    q = F.log_softmax(x.float() / temperature, -1)
+    return F.kl_div(q, p, reduction="batchmean", log_target=True) * temperature**2
+
+
+def relations_loss(x: Tensor, target: Tensor, temperature: float = 0.1) -> Tensor:
+    """KL between whom the teacher and whom the student finds alike within the batch; x [B, d], target [B, D]."""
+    itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
+
+    def rows(z: Tensor) -> Tensor:
+        z = F.normalize(z.float(), dim=-1)
+        return F.log_softmax((z @ z.T / temperature).masked_fill(itself, -1e4), dim=-1)
+
+    return F.kl_div(rows(x), rows(target), reduction="batchmean", log_target=True)
+
+
+# ---- the run --------------------------------------------------------------------------------------------------------
+
+
+class Distillation:
+    """Student, average, projections, optimiser and where they are: all that a checkpoint holds."""
+
+    def __init__(self, config: DistillConfig, run: RunDir) -> None:
+        self.config, self.run = config, run
+        self.device = torch.device(config.device)
+        self.views = Views(config.views, (config.scale[0], config.scale[1]), config.seed)
+        largest = max(side for _, side in config.phases())
+        self.pictures = Pictures(open_source(config.pictures), target_short_side=largest)
+        if not config.teachers:
+            raise DinoError("distillation needs a teacher: --teacher KIND:WHAT (see `dinov3 distill --help`)")
+        self.teachers = [open_teacher(line, device=self.device) for line in config.teachers]
+        self.said = [self._said(teacher) for teacher in self.teachers]
+        self.batches = Batches(config, self.pictures, self.views, self.said)
+        torch.manual_seed(config.seed)
+        self.student = self._student().to(self.device)
+        self.patch = int(self.student.stride)
+        some = permuted(np.arange(min(STATISTICS_FROM, len(self.pictures))), len(self.pictures), config.seed, 0)
+        width = int(self.student.embed_dim)
+        self.pupils = nn.ModuleList(Pupil(t, width, s.read(some, 0)) for t, s in zip(self.teachers, self.said))
+        self.pupils.to(self.device)
+        self.average = deepcopy(self.student).eval().requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self._groups(), lr=0.0)
+        self.step = 0
+
+    def _said(self, teacher: Teacher) -> TargetCache | OnlineTargets:
+        c = self.config
+        if c.cache is None:
+            return OnlineTargets(teacher, self.views, self.pictures, c.cached_grid, bf16=c.bf16)
+        cache = TargetCache(Path(c.cache), teacher, self.views, self.pictures, c.cached_grid)
+        missing = len(list(cache.missing()))
+        if missing:
+            self.run.say(f"{teacher.id}: {missing} shards of targets to compute into {cache.folder}")
+            cache.fill(bf16=c.bf16, tell=self.run.say)
+        return cache
+
+    def _student(self) -> Any:
+        from dinov3.hub import load
+
+        c = self.config
+        student: Any = load(c.student, c.weights or "random", seed=c.seed)
+        student = student.float().train()
+        if hasattr(student, "rope_embed"):
+            student.rope_embed.rescale_coords = c.rope_rescale
+        checkpoint = self.run.checkpoints / CHECKPOINT
+        if c.inherit and not checkpoint.is_file():
+            self._inherit(student)
+        return student
+
+    def _inherit(self, student: Any) -> None:
+        from dinov3.train.inherit import inherit_dinov2
+
+        c = self.config
+        assert c.inherit is not None
+        path = Path(c.inherit)
+        state, _ = loading.read(path / "model.safetensors" if path.is_dir() else path)
+        patch = state["embeddings.patch_embeddings.projection.weight"].shape[-1]
+        some = permuted(np.arange(min(c.inherit_pictures, len(self.pictures))), len(self.pictures), c.seed, 0)
+        grid = c.cached_grid
+        mine, its = (self.pictures.views(self.views, some, 0, grid * p) for p in (student.stride, patch))
+        inherit_dinov2(student, state, mine, its, tell=self.run.say)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        groups = []
+        for module, rate in ((self.student, 1.0), (self.pupils, self.config.projection_lr)):
+            for decays in (True, False):
+                rows = zip(multipliers(module), module.parameters(), strict=True)
+                params = [p for row, p in rows if bool(row.wd_multiplier) == decays and p.requires_grad]
+                decay = self.config.weight_decay if decays else 0.0
+                groups.append({"params": params, "rate": rate, "weight_decay": decay})
+        return groups
+
+    def terms(self, batch: Batch, step: int) -> LossTerms:
+        rng = torch.Generator().manual_seed(_seed(self.config.seed, step))
+        pixels, turned = distorted(batch.pixels, rng)
+        x = normalised(pixels.to(self.device), *catalog.STATISTICS["lvd1689m"])
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
+            out = self.student.forward_features(x)
+            grid = self.student.patch_grid(*x.shape[-2:])
+            cls, patches = out["x_norm_clstoken"], out["x_norm_patchtokens"].unflatten(1, grid)
+            terms = LossTerms()
+            for i, targets in batch.targets.items():
+                moved = Targets(**{k: v.to(self.device) for k, v in targets.fields().items()})
+                if moved.patches is not None:
+                    mask = turned.to(self.device)[:, None, None, None]
+                    maps = torch.where(mask, moved.patches.flip(2), moved.patches)
+                    moved = Targets(moved.cls, maps, moved.logits)
+                pupil: Any = self.pupils[i]
+                pupil.terms(terms, f"{i}-{self.teachers[i].line.kind}", cls, patches, moved)
+        return terms
+
+    def train_step(self, batch: Batch) -> LossTerms:
+        step, c = self.step, self.config
+        lr = c.lr_at(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["rate"]
+        torch.manual_seed(_seed(c.seed, step))  # what the student itself draws
+        terms = self.terms(batch, step)
+        self.optimizer.zero_grad(set_to_none=True)
+        terms.total().backward()
+        nn.utils.clip_grad_norm_([*self.student.parameters(), *self.pupils.parameters()], c.clip)
+        self.optimizer.step()
+        momentum = min(c.momentum, (1 + step) / (10 + step))
+        ema_update(self.average.parameters(), self.student.parameters(), momentum)
+        self.step += 1
+        return terms
+
+    # ---- what is kept --------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        path = self.run.checkpoints / CHECKPOINT
+        temporary = path.with_name(f".{path.name}.new")
+        torch.save(
+            {
+                "step": self.step,
+                "student": self.student.state_dict(),
+                "average": self.average.state_dict(),
+                "pupils": self.pupils.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+            },
+            temporary,
+        )
+        loading.publish(temporary, path)
+
+    def resume(self) -> bool:
+        path = self.run.checkpoints / CHECKPOINT
+        if not path.is_file():
+            return False
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        self.student.load_state_dict(state["student"])
+        self.average.load_state_dict(state["average"])
+        self.pupils.load_state_dict(state["pupils"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = int(state["step"])
+        return True
+
+    def export(self, path: Path | None = None, about: Mapping[str, Any] | None = None) -> Path:
+        """The average as our own file, float16, with what it is and how it came about."""
+        mean, std = catalog.STATISTICS["lvd1689m"]
+        row = catalog.resolve(self.config.student)[0]
+        options = {k: v for k, v in asdict(self.config).items() if k not in ("device", "cache", "knn", "pictures")}
+        options["teachers"] = [_without_folders(line) for line in self.config.teachers]
+        for name in ("inherit", "weights"):
+            options[name] = Path(options[name]).name if options[name] else None
+        metadata = {
+            "config": asdict(row.config),
+            "row": row.id,
+            "mean": mean,
+            "std": std,
+            "recipe": options,
+            "steps": self.step,
+            "pictures": len(self.pictures),
+        } | dict(about or {})
+        periods = "rope_embed.periods"
+        state = self.average.state_dict()
+        small = {k: v.half() if v.is_floating_point() and k != periods else v for k, v in state.items()}
+        return loading.save(small, path or self.run.path / STUDENT, metadata)
+
+
+def _seed(seed: int, step: int) -> int:
+    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _without_folders(line: str) -> str:
+    kind, _, rest = line.partition(":")
+    what, *options = rest.split(",")
+    return ",".join([f"{kind}:{Path(what).name}", *options])
+
+
+def distill(config: DistillConfig, out: str | Path) -> Path:
+    """Trains, or goes on with, the run in folder `out`; the exported student's path."""
+    run = RunDir(out)
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    work = Distillation(config, run)
+    resumed = work.resume()
+    run.start(config, iteration=work.step)
+    c, total = config, config.steps
+    count = sum(p.numel() for p in work.student.parameters()) / 1e6
+    run.say(
+        f"{'resumed at step ' + str(work.step) if resumed else 'started'}: {c.student} ({count:.1f}M), "
+        f"{len(work.pictures)} pictures, {total} steps of {work.batches.size}, teachers {[t.id for t in work.teachers]}"
+    )
+    # measured: torch's fused attention is the slower one in backward passes on CPUs, by a quarter at 69 tokens
+    kernel: Any = sdpa_kernel(SDPBackend.MATH) if work.device.type == "cpu" else nullcontext()
+    since, began = work.step, time.perf_counter()
+    with kernel:
+        for batch in work.batches.between(work.step, total):
+            lr = c.lr_at(work.step)
+            terms = work.train_step(batch)
+            if work.step % c.log_every == 0 or work.step == total:
+                rate = (work.step - since) * work.batches.size / (time.perf_counter() - began)
+                since, began = work.step, time.perf_counter()
+                numbers = {k: float(v) for k, v in terms.log().items()}
+                facts = {"lr": lr, "side": c.side(work.step - 1), "pictures_per_s": rate}
+                run.record(work.step - 1, facts | numbers)
+                shown = ", ".join(f"{k} {v:.3f}" for k, v in numbers.items())
+                run.say(f"step {work.step}/{total}, {rate:.0f} pictures/s, {shown}")
+            if work.step % c.save_every == 0 or work.step == total:
+                work.save()
+            if c.knn and (work.step % c.knn_every == 0 or work.step == total):
+                accuracy = knn(work.average, c.knn, size=c.knn_size, bf16=c.bf16)
+                run.record(work.step - 1, {"knn_top1": accuracy})
+                run.say(f"step {work.step}: k-NN on {Path(c.knn).name}: {accuracy:.4f}")
+                since, began = work.step, time.perf_counter()
+    for path, reason in work.pictures.unreadable.items():
+        run.say(f"could not read {path}: {reason}")
+    exported = work.export()
+    run.say(f"exported {exported}")
+    run.close()
+    return exported
+
+
+# ---- how good it is -------------------------------------------------------------------------------------------------
+
+
+def knn(model: nn.Module, folder: str | Path, *, size: int = 224, most: int = 40, k: int = 10, bf16: bool = False) -> float:
+    """10-NN accuracy of CLS tokens on a folder with a sub-folder for each class, at most `most` pictures a class.
+
+    With sub-folders train/ and val/ these are the two sides, otherwise every second picture.
+    """
+    from dinov3.features import batched, extract
+    from dinov3.train.knn import knn_accuracy
+
+    sides = _labelled(Path(folder), most)
+    rule = Preprocessing(size=size, interpolation="bicubic", mean=catalog.STATISTICS["lvd1689m"][0])
+    tokens, labels = [], []
+    device = next(model.parameters()).device.type
+    for side in sides:
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            found = [f.cls for f in extract(model, batched([p for p, _ in side], rule, 32), preprocessing=rule)]
+        tokens.append(torch.cat(found))
+        labels.append(torch.tensor([label for _, label in side]))
+    return knn_accuracy(tokens[0], labels[0], tokens[1], labels[1], k=k)
+
+
+def _labelled(folder: Path, most: int) -> list[list[tuple[Path, int]]]:
+    def of(root: Path) -> list[list[Path]]:
+        return [sorted(c.iterdir()) for c in sorted(root.iterdir()) if c.is_dir()]
+
+    if (folder / "train").is_dir() and (folder / "val").is_dir():
+        parts = [[files[:most] for files in of(folder / part)] for part in ("train", "val")]
+    else:
+        parts = [[files[i : 2 * most : 2] for files in of(folder)] for i in (0, 1)]
+    if min(len(p) for p in parts) < 2:
+        raise DinoError(f"{folder} holds no labelled pictures: one sub-folder for each class is needed")
+    return [[(path, label) for label, files in enumerate(part) for path in files] for part in parts]
