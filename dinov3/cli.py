@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dinov3.embedding.pipeline import Report
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, rich_markup_mode=None, help="DINOv3: embed, search, inspect, convert."
+    add_completion=False, no_args_is_help=True, rich_markup_mode=None, help="DINOv3: embed, search, inspect, convert, distil."
 )
 UNREADABLE, INTERRUPTED = 3, 130
 
@@ -305,15 +305,19 @@ def models(
         scores = ", ".join(f"{k} {v:g}" for k, v in row.scores.items() if v == v)
         mean = "/".join(f"{v:.3f}".lstrip("0") for v in row.mean)
         cells = (row.id, f"{row.parameters / 1e6:,.1f}M", str(row.width), str(row.tokens(size)), mean)
-        table.add_row(*cells, scores or "not released")
+        table.add_row(*cells, scores or _where(row))
     console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(table)
     print("\nAlso answers to: the Hugging Face id, the timm name, the hub function, the file's name. Files:")
     for row in catalog.ROWS:
-        print(f"  {row.id:32} {row.file}  {row.hf or '(not released)'}  {' '.join(row.timm)}")
-    print(f"\nWeights are under Meta's terms: request access at {catalog.DOWNLOAD_PAGE}")
+        print(f"  {row.id:32} {row.file}  {row.hf or f'({_where(row)})'}  {' '.join(row.timm)}")
+    print(f"\nPublished weights are under Meta's terms: request access at {catalog.DOWNLOAD_PAGE}")
     print("or on the model's Hugging Face page, then: dinov3 embed FOLDER --out STORE --weights FILE|URL|ID")
     print("Scores: arXiv 2508.10104 and model card; ↓ lower is better.")
+
+
+def _where(row: Any) -> str:
+    return "in this package" if row.packaged else "" if row.released else "not released"
 
 
 def _model_facts(row: Any, size: int) -> dict[str, Any]:
@@ -352,6 +356,43 @@ def convert(
     for note in getattr(report, "notes", ()):
         say(f"note: {note}")
     print(out)
+
+
+@app.command()
+def distill(
+    pictures: Annotated[str, typer.Argument(help="Folder, list file, tar shards or parquet.")],
+    out: Annotated[Path, typer.Option(help="The run's folder. Run again to go on after a stop.")],
+    teacher: Annotated[
+        list[str],
+        typer.Option(help="KIND:WHAT[,option=value…], KIND one of dinov3, transformers, timm, mobilenetv2; repeatable."),
+    ],
+    student: Annotated[str, typer.Option(help="A name from `dinov3 models`.")] = "dinov3_vitt16",
+    weights: Annotated[str | None, typer.Option(help="The student's first weights. Default: random.")] = None,
+    inherit: Annotated[str | None, typer.Option(help="A DINOv2 folder the student begins as a small copy of.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Batches in all.")] = 2000,
+    batch: Annotated[int, typer.Option(min=2, help="Pictures a batch.")] = 64,
+    sizes: Annotated[str, typer.Option(help="SIDE:SHARE of the steps, in order.")] = "128:0.9,224:0.1",
+    views: Annotated[int, typer.Option(min=1, help="Different views of a picture.")] = 4,
+    scale: Annotated[float, typer.Option(help="Smallest share of the picture that a view shows.")] = 0.35,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 5e-4,
+    cache: Annotated[str | None, typer.Option(help="Keep what the teachers say in this folder.")] = None,
+    knn: Annotated[str | None, typer.Option(help="Labelled folder for k-NN now and then.")] = None,
+    knn_every: Annotated[int, typer.Option(min=1, help="Steps between.")] = 500,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
+    bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16 autocast.")] = False,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Train a small model to say what larger ones say of your pictures."""
+    from dinov3.train.distill import DistillConfig
+    from dinov3.train.distill import distill as run
+
+    config = DistillConfig(
+        pictures=pictures, teachers=teacher, student=student, weights=weights, inherit=inherit, steps=steps, batch=batch,
+        sizes=sizes, views=views, scale=[scale, 1.0], lr=lr, cache=cache, knn=knn, knn_every=knn_every,
+        save_every=save_every, bf16=bf16, seed=seed, device=_device(device),
+    )  # fmt: skip
+    print(run(config, out))
 
 
 def main() -> None:

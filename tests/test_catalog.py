@@ -27,6 +27,7 @@ from dinov3.weights.catalog import ROWS, resolve
         ("facebook/dinov3-convnext-large-pretrain-lvd1689m", "dinov3_convnext_large_lvd1689m"),
         ("dinov3_vitl16_pretrain_sat493m-eadcf0ff.pth", "dinov3_vitl16_sat493m"),
         ("vit7b16", "dinov3_vit7b16_lvd1689m"),
+        ("dinov3_vitt16", "dinov3_vitt16_own"),
     ],
 )
 def test_a_public_name_means_its_row(name: str, id: str) -> None:
@@ -40,7 +41,7 @@ def test_an_architecture_with_two_files_names_both_the_web_one_first() -> None:
 
 
 def test_ids_and_files_are_unique() -> None:
-    assert len({r.id for r in ROWS}) == len({r.file for r in ROWS}) == len(ROWS) == 13
+    assert len({r.id for r in ROWS}) == len({r.file for r in ROWS}) == len(ROWS) == 14
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,8 @@ def published_source(row: catalog.Row) -> str:
     """Where a catalogue row's file is looked for when no weights are named."""
     import importlib.util
 
+    if row.packaged_path is not None:
+        return str(row.packaged_path)
     if not row.released:
         raise WeightsError(f"no weights of {row.arch} were published; pass weights=PATH, or weights='random'")
     if row.hf and importlib.util.find_spec("huggingface_hub"):

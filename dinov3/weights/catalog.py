@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dinov3.errors import UnknownName, did_you_mean
@@ -27,8 +28,13 @@ DEFAULT_MODEL, DEFAULT_WEIGHTS = "dinov3_vits16", "random"
 STATISTICS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
     "lvd1689m": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "sat493m": ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143)),
+    "own": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-DATASETS = {"lvd1689m": "LVD-1689M, web pictures", "sat493m": "SAT-493M, satellite pictures at 0.6 m"}
+DATASETS = {
+    "lvd1689m": "LVD-1689M, web pictures",
+    "sat493m": "SAT-493M, satellite pictures at 0.6 m",
+    "own": "freely licensed pictures; the file ships with the package under Apache-2.0",
+}
 
 DOWNLOAD_BASE = "https://dl.fbaipublicfiles.com/dinov3"  # DINOV3_DOWNLOAD_BASE in the environment overrides it
 DOWNLOAD_PAGE = "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/"
@@ -56,6 +62,7 @@ class Row:
     released: bool = True
     timm: tuple[str, ...] = ()
     scores: Mapping[str, float] = field(default_factory=dict, repr=False)
+    packaged: str | None = None  # a file of our own in dinov3/weights/files
 
     @property
     def id(self) -> str:
@@ -73,8 +80,15 @@ class Row:
 
     @property
     def file(self) -> str | None:
-        """Meta's file name."""
+        """Meta's file name, or that of the file in the package."""
+        if self.packaged:
+            return self.packaged
         return f"{self.arch}_pretrain_{self.dataset}-{self.hash}.pth" if self.hash else None
+
+    @property
+    def packaged_path(self) -> Path | None:
+        """The file that ships with the package."""
+        return Path(__file__).parent / "files" / self.packaged if self.packaged else None
 
     @property
     def url(self) -> str | None:
@@ -82,13 +96,13 @@ class Row:
         import os
 
         base = os.environ.get("DINOV3_DOWNLOAD_BASE", DOWNLOAD_BASE)
-        return f"{base}/{self.arch}/{self.file}" if self.file else None
+        return f"{base}/{self.arch}/{self.file}" if self.hash else None
 
     @property
     def hf(self) -> str | None:
         """The Hugging Face repository in transformers' layout."""
         name = self.arch.replace("_", "-")
-        return f"facebook/{name}-pretrain-{self.dataset}" if self.released else None
+        return f"facebook/{name}-pretrain-{self.dataset}" if self.released and not self.packaged else None
 
     @property
     def mean(self) -> tuple[float, float, float]:
@@ -182,6 +196,8 @@ ROWS: tuple[Row, ...] = (
     _convnext("small", 49_454_688, "296db49d", (3, 3, 27, 3), (96, 192, 384, 768), (88.7, float("nan"), float("nan"), 44.8, .432)),  # noqa: E501
     _convnext("base", 87_566_464, "801f2ba9", (3, 3, 27, 3), (128, 256, 512, 1024), (89.2, 78.2, 61.3, 46.3, .420)),
     _convnext("large", 196_230_336, "61fa432d", (3, 3, 27, 3), (192, 384, 768, 1536), (89.4, 82.4, 65.2, 47.8, .403)),
+    # our own, distilled by `dinov3 distill`: docs/model-card-vitt16.md
+    Row("dinov3_vitt16", "own", "vit", _HUB_VIT | {"embed_dim": 192, "depth": 12, "num_heads": 3}, 5_492_160, None, packaged="dinov3_vitt16.safetensors"),  # noqa: E501
 )
 # fmt: on
 ARCHITECTURES: tuple[str, ...] = tuple(dict.fromkeys(row.arch for row in ROWS))
