@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,14 +16,13 @@ import pytest
 import torch
 from toy_training import TOY, start, write_config, write_pictures
 
-from dinov3 import checkpoint, features, hub
+from dinov3 import checkpoint, features, weights
 from dinov3.config import GramConfig, load_config
 from dinov3.errors import DinoError
 from dinov3.runlog import read_metrics
 from dinov3.train import teacher_files
 from dinov3.train import train as loop_module
 from dinov3.train.knn import knn_accuracy
-from dinov3.train.method import build_network
 from dinov3.train.train import Outcome, StopRequest, main, parser, train
 
 REPOSITORY = Path(__file__).parents[1]
@@ -284,14 +282,11 @@ def test_the_teacher_file_opens_as_any_published_file_does(toy: str, pictures: P
     ema = tensors(tmp_path / "ckpt" / "11")
     assert all(torch.equal(v, ema[f"model.model_ema.{k}"]) for k, v in state.items())
     for file in ("teacher_checkpoint.pth", "backbone.safetensors"):
-        from dinov3 import weights
-
         opened = weights.open(folder / file)
         assert torch.equal(opened.state_dict["cls_token"], state["backbone.cls_token"])
     model = weights.build(opened.config, opened)
     assert opened.config.norm_layer == "layernorm"  # shapes cannot tell, the file's own words do
     assert features.embed(model, torch.zeros(1, 3, 32, 32), size=32).cls.shape == (1, 32)
-    assert hub is not None
 
 
 @pytest.mark.parametrize("form", ["dump folder", "dump file", "checkpoint", "run folder"])
@@ -347,8 +342,6 @@ def test_a_checkpoint_becomes_one_file(uninterrupted: Path, tmp_path: Path) -> N
     state = torch.load(pth, weights_only=True)["teacher"]
     assert all(torch.equal(v, ema[f"model.model_ema.{k}"]) for k, v in state.items())
     assert len(state) == sum(k.startswith("model.model_ema.") for k in ema)
-    from dinov3 import weights
-
     opened = weights.open(teacher_files.consolidate(uninterrupted, tmp_path / "backbone.safetensors"))
     assert torch.equal(opened.state_dict["norm.bias"], ema["model.model_ema.backbone.norm.bias"])
     with pytest.raises(DinoError, match="the ending says the form"):
@@ -473,7 +466,10 @@ LEARN = TOY.replace("embed_dim: 32", "embed_dim: 64").replace("deterministic: tr
 
 @pytest.mark.slow
 def test_three_stages_learn_to_tell_patterns_apart(tmp_path: Path) -> None:
-    """Pre-training, Gram anchoring, high resolution with two sizes; k-NN on unseen pictures, above random weights."""
+    """Pre-training, Gram anchoring, high resolution with two sizes; k-NN on unseen pictures, above random weights.
+
+    About a minute. Measured: random weights 58 %, after pre-training 85 %.
+    """
     known, unseen = write_pictures(tmp_path / "known", 40), write_pictures(tmp_path / "unseen", 25, seed=1)
     config = write_config(tmp_path, LEARN)
     shared = [
@@ -481,19 +477,29 @@ def test_three_stages_learn_to_tell_patterns_apart(tmp_path: Path) -> None:
         f"evaluation.knn_val_dataset={unseen}",
         "evaluation.knn_k=10",
         "evaluation.eval_period_iterations=50",
+        "checkpointing.period=50",
         "train.batch_size_per_gpu=16",
         "train.OFFICIAL_EPOCH_LENGTH=50",
         "run.log_every=10",
+        "dino.head_n_prototypes=256",
+        "ibot.head_n_prototypes=256",
+        "teacher.momentum_teacher=0.96",
+        "crops.local_crops_number=4",
+        "student.drop_path_rate=0",
+        "optim.layerwise_decay=1",
+        "optim.patch_embed_lr_mult=1",
+        "optim.weight_decay_end=0.04",
+        "optim.lr=4e-3",
     ]
-    pre = run(config, known, tmp_path / "run", *shared, "optim.epochs=4", "optim.lr=2e-3", "crops.local_crops_number=4")
+    pre = run(config, known, tmp_path / "run", *shared, "optim.epochs=3")
     gram = run(
-        config, known, tmp_path / "run", *shared, "optim.epochs=5", "optim.lr=1e-3", "gram.use_loss=true",
-        "gram.img_level=true", "gram.it_load_ema_teacher=0", "gram.update_frequency=25", "gram.it_first_update=225",
+        config, known, tmp_path / "run", *shared, "optim.epochs=4", "gram.use_loss=true", "gram.img_level=true",
+        "gram.it_load_ema_teacher=0", "gram.update_frequency=25", "gram.it_first_update=175",
         "crops.gram_teacher_crops_size=64", "crops.gram_teacher_no_distortions=true",
     )  # fmt: skip
-    teacher = tmp_path / "run" / "eval" / "training_249"
+    teacher = tmp_path / "run" / "eval" / "training_199"
     high = run(
-        config, known, tmp_path / "high", *shared, "optim.epochs=1", "optim.warmup_epochs=0", "optim.lr=1e-4",
+        config, known, tmp_path / "high", *shared, "optim.epochs=1", "optim.warmup_epochs=0", "optim.lr=2e-4",
         f"student.resume_from_teacher_chkpt={teacher}", f"gram.ckpt={teacher}", "gram.use_loss=true",
         "gram.img_level=true", "gram.rep_update=false", "crops.global_crops_size=[32,48]",
         "crops.local_crops_size=[16,24]", "crops.gram_teacher_crops_size=[48,72]",
@@ -502,11 +508,13 @@ def test_three_stages_learn_to_tell_patterns_apart(tmp_path: Path) -> None:
     assert pre.finished
     assert gram.finished
     assert high.finished
-    random_run = run(config, known, tmp_path / "random", *shared, "optim.epochs=1", "optim.lr=0", "optim.min_lr=0")
-    chance = random_run.knn[49]
+    still = run(config, known, tmp_path / "random", *shared, "optim.epochs=1", "optim.lr=0", "optim.min_lr=0")
+    chance = still.knn[49]
     print(json.dumps({"random": chance, "pre": pre.knn, "gram": gram.knn, "high": high.knn}))
-    assert pre.knn[199] > chance + 0.1
-    assert gram.knn[249] > chance + 0.1
+    assert pre.knn[149] > chance + 0.1
+    assert gram.knn[199] > chance + 0.1
     assert high.knn[49] > chance + 0.1
-    shutil.rmtree(tmp_path / "run")
-    assert build_network is not None
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.count("the Gram teacher is now a copy of the teacher") == 2
+    gram_losses = [r["gram_loss"] for r in read_metrics(tmp_path / "high" / "metrics.jsonl") if "gram_loss" in r]
+    assert 0 < gram_losses[0] < 0.1  # student and Gram teacher begin as one network

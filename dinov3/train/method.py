@@ -133,6 +133,10 @@ class SelfDistillation:
 
     # -- targets
 
+    def receive(self, batch: CropBatch) -> CropBatch:
+        """The batch that this rank's student trains on, from the one that this rank loaded: the same."""
+        return batch
+
     @torch.no_grad()
     def targets(self, batch: CropBatch, values: StepValues) -> Targets:
         """Both global crops through the teacher, unmasked; logits balanced over all ranks by Sinkhorn-Knopp."""
@@ -140,15 +144,18 @@ class SelfDistillation:
         crops = self._seen_by_teacher(batch.global_crops)
         out = self.teacher.backbone(crops, is_training=True)
         cls, patches = out["x_norm_clstoken"], out["x_norm_patchtokens"]  # [2B, D], [2B, P, D]
-        if patches.shape[1] != batch.masks.shape[1]:
-            raise DinoError(
-                f"the teacher has {patches.shape[1]} patches of a global crop, the masks have {batch.masks.shape[1]}; "
-                "crops.teacher_to_student_resolution_scale must be the ratio of the two models' strides"
-            )
+        self._check_grid(patches, batch.masks)
         dino = losses.sinkhorn_knopp(self.teacher.dino_head(cls), T, group=self.group)
         masked = patches.flatten(0, 1).index_select(0, batch.mask_indices)  # [n, D]
         ibot = losses.sinkhorn_knopp(self.teacher.ibot_head(masked), T, group=self.group)
         return Targets(dino.unflatten(0, (2, B)), ibot, self._gram_target(batch, patches, values))
+
+    def _check_grid(self, patches: Tensor, masks: Tensor) -> None:
+        if patches.shape[1] != masks.shape[1]:
+            raise DinoError(
+                f"the teacher has {patches.shape[1]} patches of a global crop, the masks have {masks.shape[1]}; "
+                "crops.teacher_to_student_resolution_scale must be the ratio of the two models' strides"
+            )
 
     def _seen_by_teacher(self, crops: Tensor) -> Tensor:
         if self.teacher_scale == 1:

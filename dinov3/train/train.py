@@ -143,6 +143,7 @@ def loop(trainer: Trainer, first: int) -> Outcome:
                 if not logs:
                     progress.fetched()
                 with precision(t.device, c.compute_precision.param_dtype, t.group):
+                    batch = method.receive(batch)
                     targets = method.targets(batch, values)
                     terms = method.predict(batch, targets, values)
                 (terms.total() / c.optim.accumulation_steps).backward()
@@ -172,7 +173,9 @@ def loop(trainer: Trainer, first: int) -> Outcome:
                 )
             if told and t.loader.unreadable_count:
                 t.report_unreadable()
-            if in_a_row >= MAX_BAD_STEPS:
+            if in_a_row >= MAX_BAD_STEPS and t.several:
+                stop.reason = "losses that are not finite"  # the other students stop with this one, after a step more
+            elif in_a_row >= MAX_BAD_STEPS:
                 raise DinoError(
                     f"stopped at iteration {it}: the loss or its gradient was not finite {MAX_BAD_STEPS} times in a row. "
                     f"The newest checkpoint is sound ({outcome.checkpoint or 'none yet'}). Try a lower rate (optim.lr), a "
@@ -204,9 +207,9 @@ def loop(trainer: Trainer, first: int) -> Outcome:
     return outcome
 
 
-def put_aside(folder: Path) -> None:
+def put_aside(folder: Path, group: Group = None) -> None:
     """Checkpoints of a run that is begun anew, under another name: a later start must not go on from them."""
-    if distributed.is_main() and folder.is_dir() and any(folder.iterdir()):
+    if distributed.rank(group) == 0 and folder.is_dir() and any(folder.iterdir()):
         n = 1
         while folder.with_name(f"{folder.name}.{n}").exists():
             n += 1
@@ -240,14 +243,16 @@ class Trainer:
     loader: CropLoader
     checkpoints: Checkpoints
     seed: int
-    group: Group = None
+    group: Group = None  # the ranks of this student
+    several: bool = False  # whether other students run beside it
+    batch: int = 0  # pictures of all ranks of this student in a batch
     notes: list[str] = field(default_factory=list)
     reported: int = 0
 
     @property
     def global_batch(self) -> int:
         """Pictures in a step."""
-        return self.loader.global_batch * self.config.optim.accumulation_steps
+        return self.batch * self.config.optim.accumulation_steps
 
     def introduction(self, first: int) -> str:
         count = sum(p.numel() for p in self.method.student.parameters())
@@ -296,6 +301,8 @@ class Trainer:
         mean = torch.stack([torch.stack([log[n].float() for n in names]) for log in logs]).mean(0)
         asked = mean.new_tensor([float(stop.requested())])
         mean, asked = distributed.all_reduce(torch.cat([mean, asked]), "mean", self.group).split([len(names), 1])
+        if self.several:
+            asked = distributed.all_reduce(asked, "max")  # students stop together
         finite = torch.isfinite(torch.stack([mean[0], *(n.float() for n in norms.values())])).all().float()
         ok, stopping = torch.stack([finite, asked[0]]).tolist()
         return dict(zip(names, mean.unbind())), bool(ok), stopping > 0
@@ -303,7 +310,7 @@ class Trainer:
     def fields(self, log: dict[str, Tensor], norms: dict[str, Tensor], values: StepValues) -> dict[str, Any]:
         """A step's numbers under the names, and in the order, of the reference's metrics file."""
         numbers: dict[str, Any] = {"total_loss": log["total_loss"]}
-        numbers["local_batch_size"] = self.loader.batch_size * self.config.optim.accumulation_steps
+        numbers["local_batch_size"] = self.global_batch // distributed.world(self.group)
         numbers["global_batch_size"] = self.global_batch
         for name, value in log.items():
             if name == "gram_loss":
@@ -365,12 +372,15 @@ class Trainer:
         latest = self.checkpoints.latest()
         return latest is not None and latest.name == str(iteration)
 
-    def resume(self) -> int:
-        """Takes everything from the newest checkpoint; the iteration to go on with (0 if there is none)."""
+    def resume(self, iteration: int | None = None) -> int:
+        """Takes everything from the newest checkpoint (several students: that of `iteration`, which all of them have);
+        the iteration to go on with, 0 if there is none."""
         removed = self.checkpoints.clean()
         if removed:
             self.notes.append(f"removed what an interrupted save had left behind: {', '.join(removed)}")
         path = self.checkpoints.latest()
+        if self.several:
+            path = None if iteration is None else self.checkpoints.folder / str(iteration)
         if path is None:
             return 0
         state = checkpoint.read_state(path)
@@ -397,15 +407,42 @@ class Trainer:
 
 
 def assemble(
-    config: TrainConfig, run: RunDir, device: torch.device, *, seed: int = 0, near: Path | None = None
+    config: TrainConfig,
+    run: RunDir,
+    device: torch.device,
+    *,
+    seed: int = 0,
+    near: Path | None = None,
+    group: Group = None,
+    several: bool = False,
+    global_batch: int | None = None,
 ) -> Trainer:
-    """From a configuration to the parts of a run."""
+    """From a configuration to the parts of a run.
+
+    `several`: one of several students, trained by `group` on `global_batch` pictures, which all ranks load together.
+    """
     if config.student.fp8_enabled:
         raise DinoError("student.fp8_enabled is not available yet; set student.fp8_enabled=false (bf16 products)")
     notes: list[str] = []
-    loader = build_loader(config, device, distributed.rank(), distributed.world())
-    method = build_method(config, device, seed=seed, near=near, notes=notes)
-    seed_everything(seed + distributed.rank())
+    rank, world = distributed.rank(), distributed.world()
+    options: dict[str, Any] = {}
+    if several:
+        from dinov3.train.multi_distill import MultiDistillation  # it is built on this file
+
+        assert global_batch is not None
+        loader = build_loader(
+            config,
+            device,
+            rank,
+            world,
+            batch_size=-(-global_batch // world),
+            masked_pictures=global_batch // distributed.world(group),
+        )
+        options = {"cls": MultiDistillation, "global_batch": global_batch}
+    else:
+        loader = build_loader(config, device, rank, world)
+    method = build_method(config, device, seed=seed, near=near, notes=notes, group=group, **options)
+    seed_everything(seed + rank)
     if device.type == "cuda" and not config.run.deterministic:
         torch.backends.cuda.matmul.allow_tf32 = True
     return Trainer(
@@ -414,14 +451,18 @@ def assemble(
         device=device,
         method=method,
         optimizer=build_optimizer(method.student.parts(), config.optim),
-        schedules=build_schedules(config, distributed.world()),
+        schedules=build_schedules(config, world),
         loader=loader,
         checkpoints=Checkpoints(
             run.checkpoints,
             max_to_keep=config.checkpointing.max_to_keep,
             keep_every=config.checkpointing.keep_every,
+            group=group,
         ),
         seed=seed,
+        group=group,
+        several=several,
+        batch=global_batch or loader.global_batch,
         notes=notes,
     )
 
@@ -492,7 +533,6 @@ def build_method(
     notes: list[str],
     group: Group = None,
     cls: type[SelfDistillation] = SelfDistillation,
-    teacher_group: Group = None,
     **more: Any,
 ) -> SelfDistillation:
     """The networks, with their first weights, spread over `group`.
@@ -543,7 +583,8 @@ def build_method(
         described = load_teacher(c, near=near)
         source = c.distillation.checkpoint_path
         teacher = spread(
-            network(None if source == "ignore" else source, described, needs_heads=True), over=teacher_group or group
+            network(None if source == "ignore" else source, described, needs_heads=True),
+            over=None,  # all ranks, also those that train other students
         )
         if source == "ignore":
             notes.append("distillation.checkpoint_path is 'ignore': the teacher has random weights, which is for tests")

@@ -1,0 +1,146 @@
+"""Several students of one frozen teacher in one run (paper §5.2): the teacher's forward pass, the dear part, is shared.
+
+    torchrun --nproc-per-node 8 dinov3/train/train.py --multi-distillation --config-file … --output-dir OUT …
+
+World of N ranks; student s has n_s of them, in proportion to its size, so that all take equally long. Every rank loads
+ceil(G/N) pictures and runs the teacher, sharded over all ranks, on these. Then pictures and the teacher's words for them
+are gathered and dealt out anew: each student sees the whole batch G, G/n_s pictures a rank. What travels of the teacher are
+the unit vectors before the prototypes (hundreds of numbers), and the prototypes are applied where they are needed.
+
+Losses, optimiser, average, checkpoints and metrics are each student's own, in <OUT>/<name>. All students stop together and
+go on together, from the newest iteration that all of them have saved.
+
+Left out: Gram anchoring, and KoLeo with neighbours on other ranks (the configuration says so).
+Legend: G pictures of a step, L loaded by a rank, b = G/n_s of a student's rank, P patches, w width of a bottleneck.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinov3 import distributed, losses
+from dinov3.config import check_scale, load_config, load_student
+from dinov3.data.crops import CropBatch
+from dinov3.distributed import Group
+from dinov3.errors import DinoError
+from dinov3.optim import StepValues
+from dinov3.runlog import RunDir
+from dinov3.train.method import SelfDistillation, Targets
+from dinov3.train.train import Outcome, assemble, deterministic, loop, put_aside
+
+
+def dealt(x: Tensor, global_batch: int, group: Group, axis: int = 0) -> Tensor:
+    """All ranks' pictures (along `axis`, L each) in rank order, the first G of them, this rank's share in its group.
+
+    [.., L, ..] → [.., G/n, ..]. A student's ranks together hold all G pictures, whatever the sizes of the groups.
+    """
+    everybody = distributed.all_gather(x.movedim(axis, 0).contiguous())[:global_batch]
+    n = distributed.world(group)
+    if len(everybody) < global_batch or global_batch % n:
+        raise DinoError(
+            f"{len(everybody)} pictures were loaded for a global batch of {global_batch}, dealt among {n} ranks"
+        )
+    return everybody.chunk(n)[distributed.rank(group)].movedim(0, axis)
+
+
+@dataclass
+class DealtBatch(CropBatch):
+    """What a rank's student sees (masks included), and the pictures that this rank loaded, for the teacher."""
+
+    loaded: CropBatch | None = None
+
+
+class MultiDistillation(SelfDistillation):
+    """One of the students; each rank has the one it trains. The teacher is all students'."""
+
+    def __init__(self, *args: Any, global_batch: int, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if not self.distilling:
+            raise DinoError("several students need a frozen teacher (distillation.enabled)")
+        self.global_batch = global_batch
+
+    def receive(self, batch: CropBatch) -> CropBatch:
+        """Crops of other ranks' pictures for this rank's student; the masks were made for them already."""
+        L = batch.batch_size
+
+        def deal(crops: Tensor) -> Tensor:
+            return dealt(crops.unflatten(0, (-1, L)), self.global_batch, self.group, axis=1).flatten(0, 1)
+
+        changed = {"global_crops": deal(batch.global_crops), "local_crops": deal(batch.local_crops), "loaded": batch}
+        return DealtBatch(**(vars(batch) | changed))
+
+    @torch.no_grad()
+    def targets(self, batch: CropBatch, values: StepValues) -> Targets:
+        assert isinstance(batch, DealtBatch)
+        assert batch.loaded is not None
+        L, G, T = batch.loaded.batch_size, self.global_batch, values.teacher_temp
+        out = self.teacher.backbone(self._seen_by_teacher(batch.loaded.global_crops), is_training=True)
+        cls, patches = out["x_norm_clstoken"], out["x_norm_patchtokens"]  # [2L, D], [2L, P, D]
+        self._check_grid(patches, batch.masks)
+        dino_head, ibot_head = self.teacher.dino_head, self.teacher.ibot_head
+        words = dino_head(cls, part="bottleneck").unflatten(0, (2, L))  # [2, L, w]
+        words = dealt(words, G, self.group, axis=1).flatten(0, 1)  # [2b, w]
+        dino = losses.sinkhorn_knopp(dino_head(words, part="prototypes"), T, group=self.group)
+        words = ibot_head(patches, part="bottleneck").unflatten(0, (2, L))  # [2, L, P, w]
+        words = dealt(words, G, self.group, axis=1).flatten(0, 2)  # [2b·P, w]
+        masked = words.index_select(0, batch.mask_indices)
+        ibot = losses.sinkhorn_knopp(ibot_head(masked, part="prototypes"), T, group=self.group)
+        return Targets(dino.unflatten(0, (2, batch.batch_size)), ibot, None)
+
+
+def train_students(
+    file: str | os.PathLike[str],
+    overrides: Sequence[str],
+    out: str | os.PathLike[str],
+    *,
+    resume: bool = True,
+    seed: int = 0,
+) -> Outcome:
+    """Trains this rank's student, together with the ranks of all others; how its part ended."""
+    overrides = [*overrides, f"train.output_dir={Path(out).absolute()}"]
+    shared, notes = load_config(file, overrides)
+    device = distributed.setup(None if shared.run.device == "auto" else shared.run.device)
+    world = distributed.world()
+    check_scale(shared, world)
+    if not shared.multidistillation.enabled:
+        raise DinoError(f"{file} names no students (multidistillation.students); leave --multi-distillation out")
+    student, config, own_notes = load_student(shared, distributed.rank(), world, file, overrides)
+    group = distributed.subgroup([range(*s.ranks_range) for s in shared.multidistillation.students])
+    run = RunDir(config.train.output_dir, writer=distributed.rank(group) == 0)
+    G = config.multidistillation.global_batch_size
+    assert G is not None
+    if not resume:
+        put_aside(run.checkpoints, group)
+    with deterministic(config.run.deterministic):
+        trainer = assemble(
+            config,
+            run,
+            device,
+            seed=seed,
+            near=Path(file).parent,
+            group=group,
+            several=True,
+            global_batch=G,
+        )
+        first = trainer.resume(common_iteration([it for it, _ in trainer.checkpoints.all()])) if resume else 0
+        run.start(config, iteration=first, sinks=config.run.sinks)
+        for note in [f"student {student.name}, ranks {list(student.ranks_range)}", *notes, *own_notes, *trainer.notes]:
+            run.say(f"note: {note}")
+        try:
+            return loop(trainer, first)
+        finally:
+            run.close()
+
+
+def common_iteration(mine: list[int]) -> int | None:
+    """The newest iteration of which all students have a checkpoint: a crash may fall between two students' saves."""
+    everybody = distributed.gather_objects(mine)
+    common = set(everybody[0]).intersection(*everybody[1:])
+    return max(common, default=None)
