@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from dinov3.embedding.pipeline import Report
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, rich_markup_mode=None, help="DINOv3: embed, search, inspect, convert, distil."
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="DINOv3: embed, search, inspect, convert, distil.",
 )
 UNREADABLE, INTERRUPTED = 3, 130
 
@@ -364,7 +367,9 @@ def distill(
     out: Annotated[Path, typer.Option(help="The run's folder. Run again to go on after a stop.")],
     teacher: Annotated[
         list[str],
-        typer.Option(help="KIND:WHAT[,option=value…], KIND one of dinov3, transformers, timm, mobilenetv2; repeatable."),
+        typer.Option(
+            help="KIND:WHAT[,option=value…], KIND one of dinov3, transformers, timm, mobilenetv2; repeatable."
+        ),
     ],
     student: Annotated[str, typer.Option(help="A name from `dinov3 models`.")] = "dinov3_vitt16",
     weights: Annotated[str | None, typer.Option(help="The student's first weights. Default: random.")] = None,

@@ -201,14 +201,12 @@ class Pupil(nn.Module):
         if self.line.relations:
             terms.add(f"{name}/relations", self.line.relations, relations_loss(cls, wanted))
         if self.line.patches and targets.patches is not None:
-            B, H, W, _ = patches.shape
+            H, W = patches.shape[1:3]
             grid = targets.patches
             if grid.shape[1:3] != (H, W):
                 grid = resize_patches(grid.flatten(1, 2), (H, W), from_hw=(grid.shape[1], grid.shape[2]))
                 grid = grid.unflatten(1, (H, W))
-            terms.add(
-                f"{name}/patches", self.line.patches, difference(self.patches(patches), self.scale_patches(grid))
-            )
+            terms.add(f"{name}/patches", self.line.patches, difference(self.patches(patches), self.scale_patches(grid)))
         if self.line.logits and targets.logits is not None:
             terms.add(f"{name}/logits", self.line.logits, softened_kl(self.logits(cls), targets.logits))
 
@@ -455,7 +453,9 @@ def distill(config: DistillConfig, out: str | Path) -> Path:
 # ---- how good it is -------------------------------------------------------------------------------------------------
 
 
-def knn(model: nn.Module, folder: str | Path, *, size: int = 224, most: int = 40, k: int = 10, bf16: bool = False) -> float:
+def knn(
+    model: nn.Module, folder: str | Path, *, size: int = 224, most: int = 40, k: int = 10, bf16: bool = False
+) -> float:
     """10-NN accuracy of CLS tokens on a folder with a sub-folder for each class, at most `most` pictures a class.
 
     With sub-folders train/ and val/ these are the two sides, otherwise every second picture.

@@ -138,8 +138,8 @@ def inherit_dinov2(
         hidden = F.gelu(net.linear(net.norm(middles[-1], f"{at}.norm2"), f"{at}.mlp.fc1"))
         t = middles[-1] + net.state[f"{at}.layer_scale2.lambda1"] * net.linear(hidden, f"{at}.mlp.fc2")
         ends.append(t)
-        for stream in (middles[-1], t):
-            unit = F.layer_norm(stream, (D,)).flatten(0, 1)
+        for tokens in (middles[-1], t):
+            unit = F.layer_norm(tokens, (D,)).flatten(0, 1)
             moments += unit.T @ unit / len(unit)
     U = torch.linalg.eigh(moments.double())[1].flip(1)[:, : d - 1].float()  # [D, d−1]; ⟂ ones, as every `unit` is
     complement = torch.linalg.qr(torch.cat([torch.ones(d, 1), torch.eye(d)[:, : d - 1]], dim=1))[0][:, 1:]
@@ -168,7 +168,8 @@ def inherit_dinov2(
     was_training = student.training
     student.eval()
     y, (h, w) = student.tokens(inputs)
-    rope = rotation(*student.rope_embed(h, w), 1 + c.n_storage_tokens)
+    sin, cos = student.rope_embed(h, w)
+    rope = rotation(sin, cos, 1 + c.n_storage_tokens)
     explained = []
     for i in range(blocks):
         block: Any = student.blocks[i]
@@ -176,7 +177,9 @@ def inherit_dinov2(
         # attention
         seen = net.norm(x, f"{at}.norm1")
         given = net.heads_of(seen, i)
-        mixing = A @ (net.state[f"{at}.layer_scale1.lambda1"][:, None] * net.state[f"{at}.attention.output.dense.weight"])
+        mixing = A @ (
+            net.state[f"{at}.layer_scale1.lambda1"][:, None] * net.state[f"{at}.attention.output.dense.weight"]
+        )
         keep = _select(given, mixing, net.heads, c.num_heads)
         W, b = ridge(flat(block.norm1(y)), seen.flatten(0, 1))
         rows, offsets = [], []
@@ -216,7 +219,9 @@ def inherit_dinov2(
         x = ends[i]
         target = F.layer_norm(x, (D,)).flatten(0, 1)
         W, b = ridge(F.layer_norm(flat(y), (d,)), target)
-        left = (target - F.layer_norm(flat(y), (d,)) @ W.T - b).square().sum() / (target - target.mean(0)).square().sum()
+        left = (target - F.layer_norm(flat(y), (d,)) @ W.T - b).square().sum() / (
+            target - target.mean(0)
+        ).square().sum()
         explained.append(1 - left.item())
         tell(f"block {i}: {explained[-1]:.3f} of the teacher's stream explained")
     student.train(was_training)

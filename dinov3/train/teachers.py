@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -188,9 +187,10 @@ def _transformers(line: TeacherLine) -> Teacher:
         network = Dinov2Model.from_pretrained(line.what, dtype=torch.float32, attn_implementation="sdpa")
     else:
         network = transformers.AutoModel.from_pretrained(line.what, dtype=torch.float32)
+    about: Any = network.config
     norm = getattr(network, "layernorm", None) or getattr(network, "norm", None)
-    patch = int(network.config.patch_size)
-    blocks = network.config.num_hidden_layers
+    patch = int(about.patch_size)
+    blocks = about.num_hidden_layers
     if not -blocks <= line.layer < blocks:
         raise DinoError(f"layer {line.layer} does not exist: {line.what} has {blocks} blocks (0 to {blocks - 1})")
     block = range(blocks)[line.layer]
@@ -209,14 +209,13 @@ def _timm(line: TeacherLine) -> Teacher:
     timm = require("timm", "distill", "a timm teacher")
     network = timm.create_model(line.what, pretrained=line.checkpoint is None, checkpoint_path=line.checkpoint or "")
     config = network.pretrained_cfg
-    sequence = hasattr(network, "num_prefix_tokens")
-    patch = network.patch_embed.patch_size[0] if sequence else None
+    patch = int(network.patch_embed.patch_size[0]) if hasattr(network, "num_prefix_tokens") else None
 
     def look(x: Tensor) -> Targets:
         maps = network.forward_features(x)  # [B, N, D], or [B, D, h, w]
         pooled = network.forward_head(maps, pre_logits=True)
         logits = network.forward_head(maps) if network.num_classes else None
-        if not sequence:
+        if patch is None:
             return Targets(pooled, maps.permute(0, 2, 3, 1) if maps.ndim == 4 else None, logits)
         h, w = x.shape[-2] // patch, x.shape[-1] // patch
         return Targets(pooled, maps[:, network.num_prefix_tokens :].unflatten(1, (h, w)), logits)
@@ -232,7 +231,7 @@ def _mobilenetv2(line: TeacherLine) -> Teacher:
     missing = network.load_state_dict(state, strict=False)
     if missing.missing_keys or missing.unexpected_keys:
         raise DinoError(f"{line.what} is not torchvision's MobileNetV2 (its keys differ: {missing})")
-    network = network.to(memory_format=torch.channels_last)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def look(x: Tensor) -> Targets:
         return network.look(x.contiguous(memory_format=torch.channels_last))
@@ -356,7 +355,7 @@ SHARD = 256  # pictures a file
 
 
 class TargetCache:
-    """What one teacher says of every view of every picture: float16 shards under `folder/<teacher>-<grid>-<views>-<pictures>`.
+    """What one teacher says of every view of every picture: float16 shards in a folder named by all that decides them.
 
     `fill` computes what is missing, shard by shard; a shard appears whole or not at all, so it can be killed and run
     again. `read` gives the targets of some pictures in one view. float16 keeps 11 bits: relative 5e-4.

@@ -1,0 +1,394 @@
+"""Distillation: teachers of several families, their words on disk, a run that can be killed, a student that learns."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import dinov3
+from dinov3.data.sources import open_source
+from dinov3.errors import DinoError, UnknownName
+from dinov3.models.vit import VisionTransformer, ViTConfig
+from dinov3.train import distill as module
+from dinov3.train.distill import Distillation, DistillConfig, Standardised, difference, distill, relations_loss
+from dinov3.train.inherit import inherit_dinov2, ridge, slow_first
+from dinov3.train.teachers import MobileNetV2, Pictures, TargetCache, TeacherLine, Views, open_teacher
+from dinov3.weights import catalog, loading, save
+
+pytest.importorskip("omegaconf")
+TINY = ViTConfig(
+    embed_dim=32, depth=2, num_heads=2, n_storage_tokens=1, layerscale_init=1e-5, mask_k_bias=True,
+    norm_layer="layernormbf16",
+)  # fmt: skip
+
+
+@pytest.fixture
+def tiny_student(monkeypatch) -> None:
+    """`dinov3_vitt16` becomes a model of two blocks."""
+    small = {name: getattr(TINY, name) for name in ("embed_dim", "depth", "num_heads", "n_storage_tokens")}
+    rows = tuple(replace(row, options={**row.options, **small}) if row.packaged else row for row in catalog.ROWS)
+    monkeypatch.setattr(catalog, "ROWS", rows)
+    catalog.aliases.cache_clear()
+    yield
+    monkeypatch.undo()
+    catalog.aliases.cache_clear()
+
+
+@pytest.fixture
+def teacher_file(tmp_path: Path) -> Path:
+    torch.manual_seed(1)
+    model = VisionTransformer(replace(TINY, layerscale_init=1.0))
+    model.init_weights()
+    return save(model, tmp_path / "teacher.safetensors")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Six pictures of two kinds: two-coloured halves, upright or lying."""
+    place = tmp_path / "pictures"
+    place.mkdir()
+    for i in range(6):
+        noise = np.random.default_rng(i).integers(0, 60, (48, 60, 3), dtype=np.uint8)
+        noise[(slice(None), slice(0, 30)) if i % 2 else (slice(0, 24),)] += 180
+        Image.fromarray(noise).save(place / f"{i}.png")
+    return place
+
+
+def config_for(folder: Path, teacher: Path, **changes) -> DistillConfig:
+    base = DistillConfig(
+        pictures=str(folder), teachers=[f"dinov3:{teacher},relations=0.5"], steps=6, batch=3, sizes="32:1", views=2,
+        warmup=1, cached_grid=2, save_every=2, log_every=1, lr=1e-3,
+    )  # fmt: skip
+    return replace(base, **changes)
+
+
+# ---- teachers -------------------------------------------------------------------------------------------------------
+
+
+def test_a_teachers_line_says_what_is_wrong_with_it() -> None:
+    line = TeacherLine.parse("transformers:/some/folder,layer=9,cls=0.5,normed=false")
+    assert (line.kind, line.what, line.layer, line.cls, line.normed) == ("transformers", "/some/folder", 9, 0.5, False)
+    with pytest.raises(UnknownName, match="did you mean 'transformers'"):
+        TeacherLine.parse("transformer:x")
+    with pytest.raises(UnknownName, match="did you mean 'patches'"):
+        TeacherLine.parse("timm:x,patch=1")
+    with pytest.raises(DinoError, match="layer=last"):
+        TeacherLine.parse("timm:x,layer=last")
+
+
+def tiny_dinov2(**changes):
+    from transformers import Dinov2Config
+    from transformers.models.dinov2.modeling_dinov2 import Dinov2Model
+
+    torch.manual_seed(0)
+    options = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 56, "mlp_ratio": 4}
+    return Dinov2Model(Dinov2Config(**(options | changes))).eval()
+
+
+def test_a_dinov2_folder_gives_the_block_that_was_asked_for(oracles, tmp_path: Path) -> None:
+    model = tiny_dinov2()
+    model.save_pretrained(tmp_path / "dinov2")
+    teacher = open_teacher(f"transformers:{tmp_path / 'dinov2'},layer=1")
+    assert teacher.side(3) == 42
+    pixels = torch.randint(0, 256, (2, 3, 42, 42), dtype=torch.uint8)
+    said = teacher(pixels)
+    assert said.patches.shape == (2, 3, 3, 64)
+    mean, std = (torch.tensor(v)[:, None, None] for v in catalog.STATISTICS["lvd1689m"])
+    with torch.no_grad():
+        states = model(pixel_values=(pixels / 255 - mean) / std, output_hidden_states=True).hidden_states
+        expected = model.layernorm(states[2])
+    torch.testing.assert_close(said.cls, expected[:, 0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(said.patches.flatten(1, 2), expected[:, 1:], atol=1e-4, rtol=1e-4)
+    with pytest.raises(DinoError, match="3 blocks"):
+        open_teacher(f"transformers:{tmp_path / 'dinov2'},layer=3")
+
+
+def test_a_timm_model_is_a_teacher_by_its_name(oracles, tmp_path: Path) -> None:
+    import timm
+
+    torch.save(timm.create_model("mobilenetv2_050").state_dict(), tmp_path / "w.pth")
+    said = open_teacher(f"timm:mobilenetv2_050,checkpoint={tmp_path / 'w.pth'}")(
+        torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    )
+    assert (said.cls.shape, said.patches.shape, said.logits.shape) == ((2, 1280), (2, 2, 2, 1280), (2, 1000))
+
+
+def test_our_mobilenet_computes_what_timms_computes(oracles) -> None:
+    """Same parameters in the same order; the file's names are torchvision's."""
+    import timm
+
+    torch.manual_seed(0)
+    theirs, ours = timm.create_model("mobilenetv2_100").eval(), MobileNetV2().eval()
+    for norm in (m for m in theirs.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        norm.running_mean.normal_(std=0.1)
+        norm.weight.data.uniform_(0.5, 1.5)
+    values = list(theirs.state_dict().values())
+    ours.load_state_dict(dict(zip(ours.state_dict(), values, strict=True)))
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.look(x).logits, theirs(x), atol=1e-4, rtol=1e-4)
+
+
+def test_a_torchvision_file_opens_and_another_is_refused(tmp_path: Path) -> None:
+    torch.save(MobileNetV2().state_dict(), tmp_path / "mobilenet_v2.pth")
+    said = open_teacher(f"mobilenetv2:{tmp_path / 'mobilenet_v2.pth'},side=64")(
+        torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    )
+    assert (said.cls.shape, said.logits.shape) == ((1, 1280), (1, 1000))
+    torch.save({"features.0.0.weight": torch.zeros(32, 3, 3, 3)}, tmp_path / "other.pth")
+    with pytest.raises(DinoError, match="not torchvision's MobileNetV2"):
+        open_teacher(f"mobilenetv2:{tmp_path / 'other.pth'}")
+
+
+@pytest.mark.data
+def test_the_real_mobilenet_knows_imagenettes_classes(development_data: Path) -> None:
+    file = development_data / "mobilenetv2" / "mobilenet_v2-b0353104.pth"
+    val = development_data / "imagenette" / "val"
+    if not file.is_file() or not val.is_dir():
+        pytest.skip("MobileNetV2's file or Imagenette is not present")
+    teacher = open_teacher(f"mobilenetv2:{file},side=224")
+    indices = [0, 217, 482, 491, 497, 566, 569, 571, 574, 701]  # of the ten classes, in the order of their WordNet ids
+    right, total = 0, 0
+    for label, place in enumerate(sorted(p for p in val.iterdir() if p.is_dir())):
+        pictures = Pictures(open_source(place))
+        pixels = pictures.views(Views(scale=(1.0, 1.0)), np.arange(8), 0, 224)
+        right += int((teacher(pixels).logits[:, indices].argmax(1) == label).sum())
+        total += len(pixels)
+    assert right / total > 0.9
+
+
+# ---- views and the cache --------------------------------------------------------------------------------------------
+
+
+def test_a_view_is_the_same_box_at_every_size(folder: Path) -> None:
+    pictures, views = Pictures(open_source(folder)), Views(scale=(0.3, 0.6))
+    large = views.cut(pictures[0], 0, 1, 64).float()
+    small = views.cut(pictures[0], 0, 1, 32).float()
+    assert F.l1_loss(F.avg_pool2d(large, 2), small) < 6
+    assert torch.equal(views.cut(pictures[0], 0, 1, 32).float(), small)
+    assert F.l1_loss(views.cut(pictures[0], 0, 0, 32).float(), small) > 6
+
+
+def test_cached_targets_are_those_of_the_teacher_within_float16(folder: Path, teacher_file: Path, tmp_path) -> None:
+    pictures, views = Pictures(open_source(folder)), Views(count=2)
+    teacher = open_teacher(f"dinov3:{teacher_file}")
+    cache = TargetCache(tmp_path / "cache", teacher, views, pictures, grid=2)
+    assert cache.fill() == 2
+    some = np.array([4, 0, 5])
+    for view in range(2):
+        online = teacher(pictures.views(views, some, view, teacher.side(2)))
+        kept = cache.read(some, view)
+        torch.testing.assert_close(kept.cls, online.cls, atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(kept.patches, online.patches, atol=2e-3, rtol=2e-3)
+
+
+def test_a_cache_computes_only_what_is_missing(folder: Path, teacher_file: Path, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("dinov3.train.teachers.SHARD", 4)
+    pictures, views = Pictures(open_source(folder)), Views(count=2)
+    teacher = open_teacher(f"dinov3:{teacher_file},views=1")
+    cache = TargetCache(tmp_path / "cache", teacher, views, pictures, grid=2)
+    assert (0 in cache, 1 in cache) == (True, False)
+    assert cache.fill() == 2
+    before = cache.read(np.arange(6), 0)
+    (cache.folder / "view-0" / "shard-00001.safetensors").unlink()
+    again = TargetCache(tmp_path / "cache", teacher, views, pictures, grid=2)
+    assert again.fill() == 1
+    assert torch.equal(again.read(np.arange(6), 0).cls, before.cls)
+    assert TargetCache(tmp_path / "cache", teacher, replace(views, seed=1), pictures, grid=2).folder != cache.folder
+
+
+def test_an_unreadable_picture_is_replaced_by_the_next_and_told(folder: Path) -> None:
+    (folder / "2.png").write_bytes(b"not a picture at all, but long enough to be looked at")
+    pictures = Pictures(open_source(folder))
+    assert torch.equal(pictures[2], pictures[3])
+    assert [Path(p).name for p in pictures.unreadable] == ["2.png"]
+
+
+# ---- losses ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_losses_are_what_their_names_say() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(5, 8), torch.randn(5, 8)
+    assert difference(x, x).item() == pytest.approx(0, abs=1e-6)
+    slow = np.mean([1 - float(a @ b / a.norm() / b.norm()) for a, b in zip(x, y)])
+    assert difference(x, y).item() == pytest.approx(0.9 * slow + 0.1 * F.smooth_l1_loss(x, y).item(), abs=1e-5)
+    assert relations_loss(x, 3 * x).item() == pytest.approx(0, abs=1e-5)
+    assert relations_loss(x, y).item() > 0.1
+    scaled = Standardised(5 + 3 * torch.randn(400, 8))(5 + 3 * torch.randn(400, 8))
+    assert scaled.mean().abs() < 0.2
+    assert scaled.std() == pytest.approx(1, abs=0.1)
+
+
+def test_mirrored_pixels_get_mirrored_targets(tiny_student, folder: Path, teacher_file: Path, tmp_path) -> None:
+    pixels = torch.arange(4 * 3 * 4 * 4, dtype=torch.uint8).reshape(4, 3, 4, 4)
+    x, turned = module.distorted(pixels, torch.Generator().manual_seed(1))
+    assert turned.any()
+    assert not turned.all()
+    assert x.shape == pixels.shape
+    for i in range(4):
+        kept = pixels[i].flip(-1) if turned[i] else pixels[i]
+        signs = (kept.float().mean(0).diff(dim=-1) > 0) == (x[i].float().mean(0).diff(dim=-1) > 0)
+        assert signs.float().mean() > 0.8
+
+
+# ---- the run --------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_was_killed_gives_the_same_student(tiny_student, folder: Path, teacher_file: Path, tmp_path) -> None:
+    whole = distill(config_for(folder, teacher_file), tmp_path / "whole")
+
+    class Killed(Exception):
+        pass
+
+    original = Distillation.train_step
+
+    def dying(self, batch):
+        if self.step == 5:
+            raise Killed
+        return original(self, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Distillation, "train_step", dying)
+        with pytest.raises(Killed):
+            distill(config_for(folder, teacher_file), tmp_path / "killed")
+    resumed = distill(config_for(folder, teacher_file), tmp_path / "killed")
+    a, b = (dinov3.load(weights=path).state_dict() for path in (whole, resumed))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    lines = [json.loads(line) for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["iteration"] for r in lines] == list(range(6))
+
+
+def test_cached_and_online_runs_learn_the_same(tiny_student, folder: Path, teacher_file: Path, tmp_path) -> None:
+    online = distill(config_for(folder, teacher_file), tmp_path / "online")
+    cached = distill(config_for(folder, teacher_file, cache=str(tmp_path / "cache")), tmp_path / "cached")
+    a, b = (dinov3.load(weights=path).state_dict() for path in (online, cached))
+    assert max((a[k].float() - b[k].float()).abs().max().item() for k in a) < 5e-3
+
+
+def test_the_loss_falls_and_the_student_resembles_its_teacher(
+    tiny_student, folder: Path, teacher_file: Path, tmp_path
+) -> None:
+    distill(config_for(folder, teacher_file, steps=80, lr=3e-3, batch=6, save_every=1000), tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [r["total_loss"] for r in lines]
+    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:5])
+
+
+def test_the_export_says_what_it_is_without_naming_folders(
+    tiny_student, folder: Path, teacher_file: Path, tmp_path
+) -> None:
+    path = distill(config_for(folder, teacher_file, steps=2), tmp_path / "run")
+    opened = dinov3.weights.open(path)
+    assert opened.metadata["steps"] == 2
+    assert opened.metadata["recipe"]["teachers"] == ["dinov3:teacher.safetensors,relations=0.5"]
+    assert str(tmp_path) not in json.dumps(opened.metadata)
+    dtypes = {v.dtype for k, v in opened.state_dict.items() if k != "rope_embed.periods"}
+    assert dtypes == {torch.float16}
+
+
+def test_a_run_without_teachers_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DinoError, match="needs a teacher"):
+        distill(DistillConfig(pictures=str(folder)), tmp_path / "run")
+
+
+def test_knn_reads_a_labelled_folder(teacher_file: Path, tmp_path: Path) -> None:
+    for label, colour in enumerate(((250, 20, 20), (20, 20, 250))):
+        (tmp_path / "labelled" / str(label)).mkdir(parents=True)
+        for i in range(6):
+            Image.new("RGB", (40, 40), tuple(c - i if c > 30 else c + i for c in colour)).save(
+                tmp_path / "labelled" / str(label) / f"{i}.png"
+            )
+    student = dinov3.load(weights=teacher_file)
+    assert module.knn(student, tmp_path / "labelled", size=32, k=3) == 1.0
+
+
+def test_the_distill_command_trains_and_goes_on(tiny_student, folder, teacher_file, tmp_path, capsys) -> None:
+    from dinov3.cli import app
+
+    typer = pytest.importorskip("typer.testing")
+    line = [
+        "distill",
+        str(folder),
+        "--out",
+        str(tmp_path / "run"),
+        "--teacher",
+        f"dinov3:{teacher_file}",
+        "--steps",
+        "3",
+    ]
+    line += ["--batch", "3", "--sizes", "32:1", "--device", "cpu", "--cache", str(tmp_path / "cache")]
+    done = typer.CliRunner().invoke(app, line)
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "run" / "student.safetensors").is_file()
+    again = typer.CliRunner().invoke(app, line)
+    assert "resumed at step 3" in (tmp_path / "run" / "log.txt").read_text(), again.output
+    model = dinov3.load(weights=tmp_path / "run" / "student.safetensors")
+    assert dinov3.embed(model, folder / "0.png", size=32).cls.shape == (1, 32)
+
+
+# ---- beginning as a compressed teacher ------------------------------------------------------------------------------
+
+
+def test_ridge_finds_the_map_that_made_the_data() -> None:
+    torch.manual_seed(0)
+    x, W, b = torch.randn(500, 6), torch.randn(4, 6), torch.randn(4)
+    found, offset = ridge(x, x @ W.T + b, torch.rand(500) + 0.5, strength=1e-8)
+    torch.testing.assert_close(found, W, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(offset, b, atol=1e-4, rtol=1e-4)
+
+
+def test_turning_queries_and_keys_changes_no_product_and_puts_the_strongest_where_rope_is_slowest() -> None:
+    torch.manual_seed(0)
+    scale = torch.logspace(1, -1, 16)[torch.randperm(16)]
+    q, k = torch.randn(300, 16) * scale, torch.randn(300, 16) * scale
+    periods = torch.tensor([1.0, 3.0, 9.0, 27.0])
+    turn = slow_first(q, k, periods)
+    torch.testing.assert_close((q @ turn.T) @ (k @ turn.T).T, q @ k.T, atol=1e-3, rtol=1e-3)
+    energy = (q @ turn.T).var(0).unflatten(0, (4, 4)).sum(0)  # by period
+    assert energy.argsort().tolist() == [0, 1, 2, 3]
+
+
+def test_a_student_of_the_same_width_inherits_nearly_everything_and_half_the_width_a_good_part(
+    oracles, tmp_path: Path
+) -> None:
+    tiny_dinov2(layerscale_value=0.5).save_pretrained(tmp_path)
+    state, _ = loading.read(tmp_path / "model.safetensors")
+    torch.manual_seed(3)
+    blobs = F.interpolate(torch.rand(24, 3, 5, 5) * 255, size=(64, 64), mode="bicubic").clamp(0, 255)
+    mine = blobs.to(torch.uint8)
+    its = F.interpolate(blobs, size=(56, 56), mode="bicubic", antialias=True).clamp(0, 255).to(torch.uint8)
+    for width, heads, least in ((64, 4, 0.8), (32, 2, 0.4)):
+        config = replace(TINY, embed_dim=width, num_heads=heads, depth=3)
+        torch.manual_seed(0)
+        student = VisionTransformer(config)
+        student.init_weights()
+        explained = inherit_dinov2(student, state, mine, its, fresh=0)
+        assert explained[-1] > least
+        assert all(torch.isfinite(p).all() for p in student.parameters())
+    with pytest.raises(DinoError, match="cannot inherit"):
+        inherit_dinov2(VisionTransformer(replace(TINY, depth=9)), state, mine, its)
+
+
+# ---- the model that ships -------------------------------------------------------------------------------------------
+
+
+def test_the_packaged_model_loads_without_a_network_and_knows_a_picture_by_its_part(skimage_pictures: Path) -> None:
+    row = catalog.resolve("dinov3_vitt16")[0]
+    assert row.packaged_path.stat().st_size < 12e6
+    model = dinov3.load("dinov3_vitt16")
+    assert model.origin.name == "dinov3_vitt16_own"
+    assert not model.origin.random
+    assert sum(p.numel() for p in model.parameters()) == row.parameters
+    names = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png")
+    pictures = [Image.open(skimage_pictures / name).convert("RGB") for name in names]
+    parts = [p.crop((p.width // 6, p.height // 6, p.width * 5 // 6, p.height * 5 // 6)) for p in pictures]
+    similarity = dinov3.embed(model, parts, size=224).similarity(dinov3.embed(model, pictures, size=224))
+    assert similarity.argmax(1).tolist() == list(range(len(names)))
