@@ -22,6 +22,7 @@ from dinov3.optim import apply_schedules, build_optimizer, clip_per_module, plai
 from dinov3.parallel import full_state, parallelize, whole
 from dinov3.runlog import read_metrics
 from dinov3.train.method import SelfDistillation
+from dinov3.train.teacher_files import read_network
 from dinov3.train.train import Outcome, train
 
 CPU = torch.device("cpu")
@@ -189,7 +190,13 @@ def test_a_run_of_one_process_goes_on_with_two_and_ends_as_with_one(tmp_path: Pa
     first = whole_run(config, pictures, str(out), [*knn, "run.time_limit_minutes=1e-6"])
     assert first.iterations == 1
     both, other = run_ranks(
-        whole_run, 2, config, pictures, str(out), [*knn, "train.batch_size_per_gpu=2"], timeout_s=120
+        whole_run,
+        2,
+        config,
+        pictures,
+        str(out),
+        [*knn, "train.batch_size_per_gpu=2", "train.sharded_eval_checkpoint=true"],
+        timeout_s=120,
     )
     assert both.finished
     assert both.knn == other.knn
@@ -201,8 +208,11 @@ def test_a_run_of_one_process_goes_on_with_two_and_ends_as_with_one(tmp_path: Pa
     assert records[3]["global_batch_size"] == 4
     a, b = (checkpoint.read_tensors(p / "ckpt" / "11") for p in (tmp_path / "alone", out))
     assert a.keys() == b.keys()
-    teacher = torch.load(out / "eval" / "training_11" / "teacher_checkpoint.pth", weights_only=True)["teacher"]
-    assert all(torch.equal(v, b[f"model.model_ema.{k}"]) for k, v in teacher.items())
+    dump = read_network(out / "eval" / "training_11")  # sharded, read by one process
+    assert (out / "eval" / "training_11" / "sharded_teacher_checkpoint" / ".metadata").is_file()
+    for part, state in dump.parts.items():
+        assert all(torch.equal(v, b[f"model.model_ema.{part}.{k}"]) for k, v in state.items())
+    assert dump.has_heads
     # and back again: two ranks' checkpoint on one process
     last = whole_run(config, pictures, str(out), [*knn, "optim.epochs=4"])
     assert last.iterations == 16

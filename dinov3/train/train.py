@@ -326,9 +326,14 @@ class Trainer:
         folder = self.run.evaluations / f"training_{iteration}"
         ema, writer = self.method.ema, distributed.rank(self.group) == 0
         if self.config.train.sharded_eval_checkpoint and distributed.world(self.group) > 1:
-            kept = Checkpoints(folder / teacher_files.SHARDED_FOLDER, group=self.group)
-            kept.save(iteration, checkpoint.module_tensors(ema, "model."), {"iteration": f"training_{iteration}"})
-            where = kept.folder / str(iteration)
+            tensors = checkpoint.module_tensors(ema, "model.")
+            saved = Checkpoints(folder, group=self.group).save(
+                iteration, tensors, {"iteration": f"training_{iteration}"}
+            )
+            where = folder / teacher_files.SHARDED_FOLDER
+            if writer and not where.exists():
+                saved.rename(where)
+            distributed.barrier(self.group)
         else:
             where = teacher_files.write_teacher(ema, folder, self.config, writer=writer, iteration=iteration)
         self.run.say(f"iteration {iteration}: wrote the teacher to {where}")
