@@ -221,3 +221,27 @@ import dinov3.cli
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.strip().endswith("pip install 'dinov3[cli]'")
+
+
+def test_train_runs_from_a_folder_to_a_loadable_model_and_goes_on_where_it_stopped(pictures, tmp_path, capsys) -> None:
+    pytest.importorskip("omegaconf")
+    small = [
+        "student.depth=1", "crops.global_crops_size=32", "crops.local_crops_size=16", "crops.local_crops_number=2",
+        "dino.head_n_prototypes=32", "dino.head_hidden_dim=32", "ibot.head_n_prototypes=32", "ibot.head_hidden_dim=32",
+        "train.batch_size_per_gpu=2", "train.num_workers=0", "optim.epochs=2",
+    ]  # fmt: skip
+    run = tmp_path / "run"
+    command = ["train", pictures, "--out", run, "--recipe", "toy_cpu", "--steps", 2, "--device", "cpu", *small]
+    first = dinov3(*command, capsys=capsys)
+    assert first.code == 0, first.err
+    assert "finished: 2 of 2 steps" in first.err
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["total_loss"] > 0
+    teacher = next((run / "eval").rglob("teacher_checkpoint.pth"))
+    facts = json.loads(dinov3("info", teacher, "--json", capsys=capsys).out)
+    assert "embed_dim=192" in facts["config"]
+    again = dinov3(*command, capsys=capsys)
+    assert again.code == 0
+    assert "finished: 2 of 2 steps" in again.err
+    wrong = dinov3(*command, "optim.leraning_rate=1", capsys=capsys)
+    assert wrong.code == 1
+    assert "did you mean" in wrong.err
