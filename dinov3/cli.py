@@ -409,7 +409,9 @@ def training_overrides(
     if steps is not None:
         name = recipe if recipe.endswith((".yaml", ".yml")) else f"{recipe}.yaml"
         epochs = load_config(name, said + given)[0].optim.epochs
-        said.append(f"train.OFFICIAL_EPOCH_LENGTH={max(1, round(steps / epochs))}")
+        if steps < epochs:
+            raise DinoError(f"--steps {steps}: the schedules of {recipe} need at least {epochs} (or set optim.epochs)")
+        said.append(f"train.OFFICIAL_EPOCH_LENGTH={round(steps / epochs)}")
         said += [
             f"checkpointing.period={max(1, steps // 20)}",
             f"evaluation.eval_period_iterations={max(1, steps // 4)}",
