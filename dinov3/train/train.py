@@ -280,7 +280,7 @@ class Trainer:
         count, data = self.loader.unreadable_count, self.config.data
         if count > self.reported:
             name = list(self.loader.unreadable)[-1]
-            self.run.say(f"{count} unreadable pictures so far were replaced by others; the last: {name}")
+            self.run.say(f"unreadable pictures replaced by others so far: {count}; the last: {name}")
             self.reported = count
             if data.unreadable == "stop" or count > data.max_unreadable:
                 raise DinoError(
