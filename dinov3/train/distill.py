@@ -45,10 +45,11 @@ from dinov3.errors import DinoError
 from dinov3.losses import LossTerms, resize_patches
 from dinov3.optim import ema_update, multipliers, warmup_cosine_v2
 from dinov3.runlog import RunDir
+from dinov3.train.inherit import ridge
 from dinov3.train.teachers import OnlineTargets, Pictures, TargetCache, Targets, Teacher, Views, open_teacher
 from dinov3.weights import catalog, loading
 
-STATISTICS_FROM = 512  # pictures that the targets' mean and spread are measured on
+STATISTICS_FROM = 1024  # pictures that the targets' mean and spread, and the first projections, are fitted on
 CHECKPOINT, STUDENT = "distill.pth", "student.safetensors"
 
 
@@ -69,8 +70,8 @@ class DistillConfig:
     scale: list[float] = field(default_factory=lambda: [0.35, 1.0])
     lr: float = 5e-4
     final_lr: float = 1e-6
-    warmup: int = 100
-    projection_lr: float = 2.0  # times lr
+    warmup: int = 50
+    projection_lr: float = 1.0  # times lr
     weight_decay: float = 0.05
     clip: float = 3.0
     momentum: float = 0.998  # of the average
@@ -193,6 +194,23 @@ class Pupil(nn.Module):
         if sample.logits is not None and self.line.logits:
             self.logits = nn.Linear(width, sample.logits.shape[-1])
 
+    @torch.no_grad()
+    def fit(self, cls: Tensor, patches: Tensor, said: Targets) -> None:
+        """The projections in closed form for what the student gives now: random ones would teach it noise at first."""
+        for name, x, targets in (
+            ("cls", cls, self.scale_cls(said.cls)),
+            ("patches", patches.flatten(0, 2), said.patches),
+            ("logits", cls, said.logits),
+        ):
+            layer = getattr(self, name, None)
+            if layer is None or targets is None:
+                continue
+            if name == "patches":
+                targets = self.scale_patches(resized_grid(targets, (patches.shape[1], patches.shape[2]))).flatten(0, 2)
+            weight, bias = ridge(x.float(), targets.float(), strength=1e-2)
+            layer.weight.copy_(weight)
+            layer.bias.copy_(bias)
+
     def terms(self, terms: LossTerms, name: str, cls: Tensor, patches: Tensor, targets: Targets) -> None:
         """Adds this teacher's terms. cls [B, d] and patches [B, H, W, d] of the student, targets mirrored as they are."""
         wanted = self.scale_cls(targets.cls)
@@ -201,14 +219,18 @@ class Pupil(nn.Module):
         if self.line.relations:
             terms.add(f"{name}/relations", self.line.relations, relations_loss(cls, wanted))
         if self.line.patches and targets.patches is not None:
-            H, W = patches.shape[1:3]
-            grid = targets.patches
-            if grid.shape[1:3] != (H, W):
-                grid = resize_patches(grid.flatten(1, 2), (H, W), from_hw=(grid.shape[1], grid.shape[2]))
-                grid = grid.unflatten(1, (H, W))
+            grid = resized_grid(targets.patches, (patches.shape[1], patches.shape[2]))
             terms.add(f"{name}/patches", self.line.patches, difference(self.patches(patches), self.scale_patches(grid)))
         if self.line.logits and targets.logits is not None:
             terms.add(f"{name}/logits", self.line.logits, softened_kl(self.logits(cls), targets.logits))
+
+
+def resized_grid(patches: Tensor, to_hw: tuple[int, int]) -> Tensor:
+    """[B, h, w, D] → [B, H, W, D]."""
+    if tuple(patches.shape[1:3]) == to_hw:
+        return patches
+    smaller = resize_patches(patches.flatten(1, 2), to_hw, from_hw=(patches.shape[1], patches.shape[2]))
+    return smaller.unflatten(1, to_hw)
 
 
 def difference(x: Tensor, target: Tensor) -> Tensor:
@@ -259,6 +281,8 @@ class Distillation:
         width = int(self.student.embed_dim)
         self.pupils = nn.ModuleList(Pupil(t, width, s.read(some, 0)) for t, s in zip(self.teachers, self.said))
         self.pupils.to(self.device)
+        if not (self.run.checkpoints / CHECKPOINT).is_file():
+            self._fit_projections(some)
         self.average = deepcopy(self.student).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self._groups(), lr=0.0)
         self.step = 0
@@ -299,6 +323,21 @@ class Distillation:
         grid = c.cached_grid
         mine, its = (self.pictures.views(self.views, some, 0, grid * p) for p in (student.stride, patch))
         inherit_dinov2(student, state, mine, its, tell=self.run.say)
+
+    @torch.no_grad()
+    def _fit_projections(self, some: np.ndarray) -> None:
+        pixels = self.pictures.views(self.views, some, 0, self.config.side(0)).to(self.device)
+        tokens, maps = [], []
+        for part in normalised(pixels, *catalog.STATISTICS["lvd1689m"]).split(64):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
+                out = self.student.forward_features(part)
+            tokens.append(out["x_norm_clstoken"].float())
+            maps.append(out["x_norm_patchtokens"].float())
+        cls, grid = torch.cat(tokens), self.student.patch_grid(*pixels.shape[-2:])
+        for module, said in zip(self.pupils, self.said):
+            pupil: Any = module
+            known = Targets(**{k: v.to(self.device) for k, v in said.read(some, 0).fields().items()})
+            pupil.fit(cls, torch.cat(maps).unflatten(1, grid), known)
 
     def _groups(self) -> list[dict[str, Any]]:
         groups = []

@@ -35,11 +35,11 @@ from dinov3.models.vit import VisionTransformer, rotation
 
 def ridge(x: Tensor, y: Tensor, weight: Tensor | None = None, strength: float = 1e-3) -> tuple[Tensor, Tensor]:
     """(W, b) with y ≈ x Wᵀ + b, each row counted `weight` times; `strength` is relative to the mean variance of x."""
-    w = torch.ones(len(x), 1) if weight is None else weight.reshape(-1, 1) / weight.mean()
+    w = x.new_ones(len(x), 1) if weight is None else weight.reshape(-1, 1) / weight.mean()
     mean_x, mean_y = (w * x).mean(0), (w * y).mean(0)
     xc, yc = x - mean_x, y - mean_y
     gram = (xc.T @ (w * xc)).double()
-    gram += torch.eye(len(gram), dtype=torch.double) * strength * gram.diagonal().mean()
+    gram += torch.eye(len(gram), dtype=torch.double, device=x.device) * strength * gram.diagonal().mean()
     W = torch.linalg.solve(gram, (xc.T @ (w * yc)).double()).T.float()
     return W, mean_y - W @ mean_x
 
