@@ -272,6 +272,15 @@ def test_more_processes_than_none_load_the_same_pictures(
     assert_same(tensors(uninterrupted / "ckpt" / "11"), tensors(outcome.checkpoint))
 
 
+def test_a_broken_picture_is_replaced_and_named_or_ends_the_run(toy: str, tmp_path: Path) -> None:
+    broken = write_pictures(tmp_path / "broken")
+    (broken / "dots" / "0.png").write_bytes(b"no picture")
+    assert run(toy, broken, tmp_path / "skip").finished
+    assert "0.png" in (tmp_path / "skip" / "log.txt").read_text()
+    with pytest.raises(DinoError, match=r"could not be read, such as .*0\.png.*data.unreadable=stop"):
+        run(toy, broken, tmp_path / "stop", "data.unreadable=stop")
+
+
 # ---- weights in and out ---------------------------------------------------------------------------------------------
 
 

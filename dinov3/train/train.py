@@ -161,7 +161,7 @@ def loop(trainer: Trainer, first: int) -> Outcome:
                     run.say(f"iteration {it}: the Gram teacher is now a copy of the teacher")
             in_a_row = 0 if finite else in_a_row + 1
             outcome.skipped_steps += not finite
-            outcome.iterations = it + 1
+            outcome.iterations, t.consumed = it + 1, t.loader.consumed
 
             # -- tell
             if finite:
@@ -171,8 +171,10 @@ def loop(trainer: Trainer, first: int) -> Outcome:
                 run.say(
                     f"iteration {it}: {not_finite_names(log, norms)}; no step ({in_a_row} of {MAX_BAD_STEPS} in a row)"
                 )
-            if told and t.loader.unreadable_count:
-                t.report_unreadable()
+            too_many = t.report_unreadable() if told else None
+            if too_many and distributed.world() == 1:
+                raise DinoError(too_many)
+            stop.reason = stop.reason or too_many  # several processes: all stop, after a step more
             if in_a_row >= MAX_BAD_STEPS and t.several:
                 stop.reason = "losses that are not finite"  # the other students stop with this one, after a step more
             elif in_a_row >= MAX_BAD_STEPS:
@@ -248,6 +250,7 @@ class Trainer:
     batch: int = 0  # pictures of all ranks of this student in a batch
     notes: list[str] = field(default_factory=list)
     reported: int = 0
+    consumed: int = 0  # pictures of finished iterations
 
     @property
     def global_batch(self) -> int:
@@ -275,18 +278,20 @@ class Trainer:
             raise
         return batch.to(self.device, DTYPES[self.config.compute_precision.param_dtype])
 
-    def report_unreadable(self) -> None:
-        """Pictures that could not be read and were replaced: new ones are named, too many stop the run."""
+    def report_unreadable(self) -> str | None:
+        """Says how many pictures could not be read and were replaced; why to stop, if they are too many."""
         count, data = self.loader.unreadable_count, self.config.data
-        if count > self.reported:
-            name = list(self.loader.unreadable)[-1]
-            self.run.say(f"unreadable pictures replaced by others so far: {count}; the last: {name}")
-            self.reported = count
-            if data.unreadable == "stop" or count > data.max_unreadable:
-                raise DinoError(
-                    f"{count} pictures could not be read, such as {name}; data.unreadable={data.unreadable} and "
-                    f"data.max_unreadable={data.max_unreadable} say to stop"
-                )
+        if count <= self.reported:
+            return None
+        self.reported = count
+        name = list(self.loader.unreadable)[-1]
+        self.run.say(f"unreadable pictures replaced by others so far: {count}; the last: {name}")
+        if data.unreadable == "skip" and count <= data.max_unreadable:
+            return None
+        return (
+            f"{count} pictures could not be read, such as {name}; data.unreadable={data.unreadable} and "
+            f"data.max_unreadable={data.max_unreadable} say to stop"
+        )
 
     # -- numbers
 
@@ -365,7 +370,7 @@ class Trainer:
     def save(self, iteration: int) -> Path:
         state = {
             "iteration": iteration,
-            "loader": self.loader.state_dict(),
+            "loader": {"consumed": self.consumed},
             "random": checkpoint.random_states(self.group),
         }
         began = time.perf_counter()
@@ -401,6 +406,7 @@ class Trainer:
             copy_weights(self.method.gram_teacher.backbone, self.method.teacher.backbone)
             self.notes.append(f"{path} has no Gram teacher: it begins as a copy of the teacher")
         self.loader.load_state_dict(state["loader"])
+        self.consumed = self.loader.consumed
         first = int(state["iteration"]) + 1
         if not checkpoint.restore_random_states(state["random"], self.group):
             seed_everything(self.seed + distributed.rank() + 1_000_003 * first)
@@ -704,11 +710,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_intermixed_args(None if argv is None else list(argv))
     try:
         run_command(options)
-    except DinoError as error:
-        print(error, file=sys.stderr)
+    except (
+        DinoError
+    ) as error:  # the group is not left in order: others may be waiting in it, and are ended from outside
+        who = "" if distributed.is_main() else f"[rank {distributed.rank()}] "
+        print(f"{who}{error}", file=sys.stderr)
         return 1
-    finally:
-        distributed.shutdown()
+    distributed.shutdown()
     return 0
 
 
