@@ -18,6 +18,7 @@ from dinov3.data.crops import CropBatch
 from dinov3.errors import DinoError
 from dinov3.heads.projection import ProjectionHead
 from dinov3.models import VisionTransformer, ViTConfig
+from dinov3.models.vit import Block, RopeEmbedding
 from dinov3.optim import StepValues, apply_schedules, build_optimizer, clip_per_module
 from dinov3.train.method import Network, SelfDistillation, copy_weights, gram_refresh_due
 
@@ -328,3 +329,46 @@ def test_teacher_of_half_the_stride_sees_crops_of_half_the_size() -> None:
 def test_gram_loss_without_a_gram_teacher_is_refused() -> None:
     with pytest.raises(DinoError, match="needs a Gram teacher"):
         Variant(gram={"use_loss": True}).build()
+
+
+# ---- what is random inside the student ------------------------------------------------------------------------------
+
+
+def test_stochastic_depth_draws_and_adds_as_recorded() -> None:
+    """Four permutations a block: attention of both groups, then FFN of both; the kept rows scaled by b / kept."""
+    recorded = load_file(GOLDEN / "stochastic_layers.safetensors")
+    config = ViTConfig(
+        embed_dim=32, num_heads=2, depth=1, layerscale_init=1e-5, norm_layer="layernormbf16", drop_path_rate=0.4
+    )
+    block = Block(config)
+    block.load_state_dict({k.removeprefix("block."): v for k, v in recorded.items() if k.startswith("block.")})
+    groups = [recorded["x_a"], recorded["x_b"]]
+    still = (torch.zeros(1, 16), torch.ones(1, 16))  # a rotation by nothing: the recorded block has no positions
+    torch.manual_seed(41)
+    for name, y in zip("ab", block.train()(groups, [still, still])):
+        close(y, recorded[f"y_{name}"], 1e-5, name)
+        changed = (y != recorded[f"x_{name}"]).flatten(1).any(1).nonzero().flatten().tolist()
+        kept = {int(i) for branch in ("attn", "mlp") for i in recorded[f"keep_{branch}_{name}"]}
+        assert set(changed) == kept
+    for name, y in zip("ab", block.eval()(groups, [still, still])):
+        close(y, recorded[f"y_{name}_eval"], 1e-5, name)
+
+
+def test_positions_are_augmented_as_recorded_and_only_in_training() -> None:
+    recorded = load_file(GOLDEN / "stochastic_layers.safetensors")
+    rope = RopeEmbedding(
+        ViTConfig(
+            embed_dim=32,
+            num_heads=2,
+            pos_embed_rope_shift_coords=0.2,
+            pos_embed_rope_jitter_coords=1.5,
+            pos_embed_rope_rescale_coords=2.0,
+        )
+    )
+    torch.manual_seed(31)
+    sin, cos = rope.train()(3, 4)
+    close(sin, recorded["rope_train_sin"], 1e-5, "sin")
+    close(cos, recorded["rope_train_cos"], 1e-5, "cos")
+    sin, cos = rope.eval()(3, 4)
+    close(sin, recorded["rope_eval_sin"], 1e-6, "sin")
+    close(cos, recorded["rope_eval_cos"], 1e-6, "cos")
