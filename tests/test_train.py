@@ -328,7 +328,7 @@ def test_a_backbone_without_heads_begins_a_run_and_a_sentence_says_what_is_missi
     method = loop_module.build_method(config, torch.device("cpu"), seed=5, near=None, notes=notes)
     ema = tensors(tmp_path / "ckpt" / "3")
     assert torch.equal(method.student.state_dict()["backbone.norm.weight"], ema["model.model_ema.backbone.norm.weight"])
-    assert any("holds no dino_head: it begins with random weights" in note for note in notes)
+    assert any("holds no dino_head and no ibot_head: what is missing begins with random" in n for n in notes)
     with pytest.raises(DinoError, match="holds a backbone without heads, and distillation needs"):
         teacher_files.frozen_teacher_needs_heads(teacher_files.read_network(source))
 
@@ -348,7 +348,7 @@ def test_a_folder_of_another_library_begins_a_run(form: Any, toy: str, pictures:
         key = f"model.model_ema.backbone.{name}"
         torch.testing.assert_close(before[key], after[key], rtol=2e-4, atol=2e-5)  # momentum and decay move a little
     log = (tmp_path / "second" / "log.txt").read_text()
-    assert "holds no dino_head: it begins with random weights" in log
+    assert "holds no dino_head and no ibot_head: what is missing begins with random weights" in log
 
 
 def test_weights_of_another_model_are_refused_in_words(toy: str, pictures: Path, tmp_path: Path) -> None:
@@ -375,6 +375,16 @@ def test_a_checkpoint_becomes_one_file(uninterrupted: Path, tmp_path: Path) -> N
     assert torch.equal(opened.state_dict["norm.bias"], ema["model.model_ema.backbone.norm.bias"])
     with pytest.raises(DinoError, match="the ending says the form"):
         teacher_files.consolidate(uninterrupted, tmp_path / "teacher.bin")
+
+
+def test_the_command_that_makes_one_file_takes_the_model_from_the_run(
+    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "backbone.safetensors"
+    assert teacher_files.main([str(uninterrupted / "ckpt" / "11"), str(out)]) == 0
+    assert capsys.readouterr().out.strip() == str(out)
+    assert weights.open(out).config.norm_layer == "layernorm"  # not in the shapes: from resolved.yaml
+    assert teacher_files.main([str(tmp_path / "nothing"), str(out)]) == 1
 
 
 # ---- Gram -----------------------------------------------------------------------------------------------------------

@@ -6,15 +6,20 @@ a network and says what it did not hold. Published files hold no heads; that is 
 
 Out: `write_teacher` writes the average as the reference does (`teacher_checkpoint.pth`: {"teacher": {"backbone.…",
 "dino_head.…", "ibot_head.…"}}) and, beside it, the backbone alone as our own safetensors, which `dinov3.load`, embedding
-and export open. `consolidate` makes either from a training checkpoint.
+and export open. `consolidate` makes either from a training checkpoint, also as a command:
+
+    python -m dinov3.train.teacher_files OUT/ckpt/3749 teacher.pth          # with heads, as the reference writes them
+    python -m dinov3.train.teacher_files OUT/ckpt/3749 model.safetensors    # the backbone alone
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
+import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov3 import checkpoint, weights
-from dinov3.config import TrainConfig, vit_config
+from dinov3.config import TrainConfig, load_model_config, vit_config
 from dinov3.errors import DinoError, WeightsError, WeightsMismatch
 from dinov3.models import BackboneConfig
 from dinov3.parallel import full_state
@@ -119,20 +124,23 @@ def fill(network: Network, found: Found, config: BackboneConfig) -> list[str]:
     network.backbone.load_state_dict(state, strict=True)
     # the opener looks at the backbone only; of the heads we speak below
     notes = [n for n in (found.opened.notes if found.opened else ()) if not n.startswith("left out, not part of")]
+    absent = []
     for head in HEADS:
         module = getattr(network, head, None)
         if module is None:
             continue
         there = found.parts.get(head)
         if there is None:
-            notes.append(
-                f"{found.source} holds no {head}: it begins with random weights (published files hold backbones only); "
-                "a few warm-up epochs with a low rate let the heads catch up"
-            )
+            absent.append(head)
         elif {k: v.shape for k, v in there.items()} != {k: v.shape for k, v in module.state_dict().items()}:
             notes.append(f"{found.source}: its {head} has other sizes than this configuration; it begins anew")
         else:
             module.load_state_dict(there, strict=True)
+    if absent:
+        notes.append(
+            f"{found.source} holds no {' and no '.join(absent)}: what is missing begins with random weights (published "
+            "files hold backbones only); a few warm-up epochs with a low rate let the heads catch up"
+        )
     return notes
 
 
@@ -200,3 +208,23 @@ def consolidate(source: str | os.PathLike[str], out: str | os.PathLike[str], con
     else:
         raise DinoError(f"{out.name}: the ending says the form, .pth (with heads) or .safetensors (backbone alone)")
     return out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    p = argparse.ArgumentParser(prog="python -m dinov3.train.teacher_files", description="A checkpoint to one file.")
+    p.add_argument("source", help="ckpt/<it> of a run, a sharded dump, or a run's folder (its newest checkpoint)")
+    p.add_argument("out", help="ending in .pth (with heads) or .safetensors (the backbone alone)")
+    options = p.parse_args(None if argv is None else list(argv))
+    try:
+        beside = [f / "resolved.yaml" for f in (Path(options.source), *Path(options.source).absolute().parents[:2])]
+        known = next((file for file in beside if file.is_file()), None)
+        config = load_model_config(known)[0] if known is not None else None
+        print(consolidate(options.source, options.out, config))
+    except DinoError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
