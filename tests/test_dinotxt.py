@@ -1,0 +1,193 @@
+"""dino.txt's towers against recorded numbers and its published key list; the hub function with files made here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from golden_cases import HERE as GOLDEN
+from golden_cases import Case
+
+from dinov3.data.tokenizer import Tokenizer
+from dinov3.errors import DinoError, UnknownName
+from dinov3.heads.dinotxt import LOGIT_SCALE, DinoTxt, DinoTxtConfig, TextConfig, build
+from dinov3.losses import image_text_loss
+from dinov3.models import VisionTransformer, ViTConfig
+
+KEYS = Path(__file__).parent / "keys" / "head_vitl16_dinotxt.json"
+
+TINY_TEXT = {"context_length": 8, "vocab_size": 40, "dim": 16, "num_heads": 2, "num_layers": 2}
+IMAGES = torch.linspace(-1, 1, 2 * 3 * 32 * 48).view(2, 3, 32, 48)
+TOKENS = torch.tensor([[38, 5, 7, 39, 0, 0], [38, 3, 39, 0, 0, 0]])
+
+
+def tiny(text: dict | None = None, **options) -> DinoTxt:
+    torch.manual_seed(0)
+    backbone = VisionTransformer(ViTConfig(embed_dim=32, depth=3, num_heads=2, n_storage_tokens=2))
+    backbone.init_weights()
+    model = build(backbone, TextConfig.of(**TINY_TEXT | (text or {})), DinoTxtConfig.of(**{"embed_dim": 64} | options))
+    model.init_weights()
+    return model.eval()
+
+
+@torch.no_grad()
+def test_both_towers_give_the_recorded_numbers() -> None:
+    case = Case("dinotxt")
+    c = case.config
+    backbone = VisionTransformer(ViTConfig.of(**c["backbone"]))
+    model = build(backbone, TextConfig.of(**c["text"]), DinoTxtConfig.of(**c["dinotxt"])).eval()
+    case.fill(model)
+    tokenizer = Tokenizer.from_file(GOLDEN / "tiny_bpe.txt.gz")
+    assert tokenizer.vocab_size == c["tokenizer_vocab_size"]
+    tokens = tokenizer.tokenize(case.spec["inputs"]["texts"], case.spec["inputs"]["context_length"], too_long="cut")
+    case.compare("token_ids", tokens)
+    x = case.input("x")
+    case.compare("image_features", model.encode_image(x))
+    case.compare("text_features", model.encode_text(tokens))
+    case.compare("text_tokens", model.text_model.backbone(tokens))
+    features, patches, backbone_patches = model.encode_image_with_patch_tokens(x, normalize=True)
+    case.compare("image_features_norm", features)
+    case.compare("patch_tokens", patches)
+    case.compare("backbone_patch_tokens", backbone_patches)
+    per_image, per_text = model.get_logits(x, tokens)
+    case.compare("logits_per_image", per_image)
+    case.compare("logits_per_text", per_text)
+    out = model(x, tokens)
+    case.compare("image_features_norm", out[0])
+    case.compare("logit_scale_exp", out[2])
+    torch.testing.assert_close(out[2] * out[0] @ out[1].T, per_image)
+    cls, patches, _ = model.visual_model.get_class_and_patch_tokens(x)
+    case.compare("image_features", torch.cat([cls, patches.mean(1)], dim=-1))
+    case.all_checked()
+
+
+def test_the_released_model_has_the_published_keys() -> None:
+    published = json.loads(KEYS.read_text())
+    with torch.device("meta"):
+        backbone = VisionTransformer(ViTConfig(embed_dim=1024, depth=24, num_heads=16, n_storage_tokens=4))
+        state = build(backbone).state_dict()
+    head = {k: v for k, v in state.items() if not k.startswith("visual_model.backbone.")}
+    assert {k: [list(v.shape), "float32"] for k, v in head.items()} == published["state_dict"]
+    assert sum(v.numel() for v in head.values()) == published["n_parameters"]
+
+
+def test_fresh_weights_leave_nothing_as_the_allocator_found_it() -> None:
+    """Text MLP biases once began as whatever memory held: everything is NaN before, nothing after."""
+    model = tiny(text={"ls_init_value": 0.1}, text_model_num_head_blocks=1, vision_model_use_linear_projection=True)
+    new = {k: p for k, p in model.named_parameters() if not k.startswith("visual_model.backbone.")}
+    with torch.no_grad():
+        for p in new.values():
+            p.fill_(float("nan"))
+    model.init_weights()
+    assert [k for k, p in new.items() if not p.isfinite().all()] == []
+    biases = [p for k, p in new.items() if k.startswith("text_model.") and "feed_forward" in k and k.endswith("bias")]
+    assert len(biases) == 6
+    assert not torch.cat(biases).any()
+    assert model.logit_scale.item() == pytest.approx(LOGIT_SCALE)
+    text = tiny(text={"dim": 256, "num_layers": 8, "vocab_size": 500}).text_model
+    block = text.backbone.blocks[0]
+    for p, std in (
+        (text.backbone.token_embedding.weight, 0.02),
+        (text.backbone.positional_embedding, 0.01),
+        (block.attention.qkv.weight, 256**-0.5),
+        (block.attention.proj.weight, 256**-0.5 / 4),
+        (block.feed_forward.fc1.weight, 512**-0.5),
+        (block.feed_forward.fc2.weight, 256**-0.5 / 4),
+        (text.head.linear_projection.weight, 256**-0.5),
+    ):
+        assert p.std().item() == pytest.approx(std, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"vision_model_use_class_token": False},
+        {"vision_model_patch_tokens_pooler_type": "max", "vision_model_patch_token_layer": 2},
+        {"text_model_num_head_blocks": 1, "vision_model_use_linear_projection": True},
+    ],
+)
+def test_every_head_parameter_learns_and_the_frozen_backbone_does_not(options: dict) -> None:
+    model = tiny(text={"dropout_prob": 0.1, "ls_init_value": 0.1}, vision_model_head_blocks_drop_path=0.5, **options)
+    model.train()
+    assert not model.visual_model.backbone.training
+    assert model.visual_model.head.blocks[0].training
+    image, text, scale, _, _ = model(IMAGES, TOKENS)
+    image_text_loss(image, text, scale).backward()
+    learning = {k: p for k, p in model.named_parameters() if not k.startswith("visual_model.backbone.")}
+    assert [k for k, p in learning.items() if p.grad is None or not p.grad.any()] == []
+    assert all(p.grad is None and not p.requires_grad for p in model.visual_model.backbone.parameters())
+
+
+def test_an_unfrozen_backbone_learns_and_a_frozen_text_tower_does_not() -> None:
+    model = tiny(vision_model_freeze_backbone=False, text_model_freeze_backbone=True, freeze_logit_scale=True).train()
+    assert model.visual_model.backbone.training
+    assert not model.text_model.backbone.training
+    image, text, scale, _, _ = model(IMAGES, TOKENS)
+    image_text_loss(image, text, scale).backward()
+    assert model.visual_model.backbone.blocks[0].attn.qkv.weight.grad is not None
+    assert model.text_model.backbone.token_embedding.weight.grad is None
+    assert model.text_model.head.linear_projection.weight.grad is not None
+    assert model.logit_scale.grad is None
+
+
+@torch.no_grad()
+def test_what_follows_the_end_token_does_not_matter_and_the_first_largest_id_counts() -> None:
+    model = tiny()
+    other = TOKENS.clone()
+    other[0, 4:] = torch.tensor([39, 11])
+    short = TOKENS[:, :4]
+    for tokens in (other, short):
+        torch.testing.assert_close(model.encode_text(tokens), model.encode_text(TOKENS))
+    seen = {p: tiny(text_model_tokens_pooler_type=p).encode_text(TOKENS) for p in ("first", "last", "argmax")}
+    assert torch.equal(seen["first"][0], seen["first"][1])  # position 0 sees only the start token
+    assert not torch.equal(seen["last"], seen["argmax"])
+
+
+@torch.no_grad()
+def test_patches_of_an_earlier_block_meet_the_last_class_token() -> None:
+    model = tiny(vision_model_patch_token_layer=2)
+    backbone = model.visual_model.backbone
+    before, last = backbone.get_intermediate_layers(IMAGES, n=2, return_class_token=True, return_extra_tokens=True)
+    tokens = model.visual_model.backbone_tokens(IMAGES)
+    assert torch.equal(tokens[:, 0], last[1])
+    assert torch.equal(tokens[:, 1:3], before[2])
+    assert torch.equal(tokens[:, 3:], before[0])
+
+
+def test_nothing_casts_behind_the_callers_back() -> None:
+    model = tiny().double()
+    out = model(IMAGES.double(), TOKENS)
+    assert {t.dtype for t in out} == {torch.float64}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert tiny().visual_model.get_class_and_patch_tokens(IMAGES)[0].isfinite().all()
+
+
+def test_the_temperature_stays_between_one_and_a_hundred() -> None:
+    model = tiny()
+    for value, expected in ((9.0, 100.0), (-1.0, 1.0)):
+        torch.nn.init.constant_(model.logit_scale, value)
+        model.clamp_logit_scale()
+        assert model.logit_scale.exp().item() == pytest.approx(expected)
+
+
+def test_mistakes_are_told_in_one_sentence() -> None:
+    model = tiny()
+    for tokens, words in (
+        (torch.zeros(1, 9, dtype=torch.long), "longer than the context of 8"),
+        (torch.full((1, 4), 40), "beyond this model's vocabulary of 40"),
+        (torch.zeros(1, 4), "tokenize first"),
+        (torch.zeros(4, dtype=torch.long), "tokenize first"),
+    ):
+        with pytest.raises(DinoError, match=words):
+            model.encode_text(tokens)
+    with pytest.raises(UnknownName, match="did you mean 'mean'"):
+        tiny(vision_model_patch_tokens_pooler_type="meen")
+    with pytest.raises(UnknownName, match="did you mean 'embed_dim'"):
+        DinoTxtConfig.of(embed_dims=3)
+    with pytest.raises(DinoError, match="neither was asked for"):
+        tiny(vision_model_use_class_token=False, vision_model_use_patch_tokens=False)
+    with pytest.raises(DinoError, match="3 blocks"):
+        tiny(vision_model_patch_token_layer=4)
