@@ -1,0 +1,1 @@
+"""Evaluations: pure functions from arrays to numbers, and the scripts around them."""

@@ -1,0 +1,1 @@
+"""Semantic segmentation: inference, and the scripts around it."""
