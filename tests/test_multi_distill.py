@@ -40,13 +40,6 @@ def recorded_dealing() -> dict[str, Any]:
     }
 
 
-def test_pictures_are_dealt_as_recorded() -> None:
-    for rank, got in enumerate(run_ranks(recorded_dealing, 3)):
-        expected = dict(RECORDED["ranks"][str(rank)])
-        expected.pop("in")
-        assert got == expected
-
-
 # ---- one student of several learns what it would learn alone --------------------------------------------------------
 
 
@@ -86,10 +79,26 @@ def first_losses() -> dict[str, float]:
     return distributed.average(terms.log(), group)
 
 
-def test_every_student_has_the_losses_it_would_have_alone() -> None:
+def dealing_and_losses() -> tuple[dict[str, Any], dict[str, float]]:
+    return recorded_dealing(), first_losses()
+
+
+@pytest.fixture(scope="module")
+def on_three_ranks() -> list[tuple[dict[str, Any], dict[str, float]]]:
+    return run_ranks(dealing_and_losses, 3)
+
+
+def test_pictures_are_dealt_as_recorded(on_three_ranks: list[Any]) -> None:
+    for rank, (got, _) in enumerate(on_three_ranks):
+        expected = dict(RECORDED["ranks"][str(rank)])
+        expected.pop("in")
+        assert got == expected
+
+
+def test_every_student_has_the_losses_it_would_have_alone(on_three_ranks: list[Any]) -> None:
     method, batch, values = distillation(), recorded_batch(0), step_values(ROW)
     alone = {t.name: float(t.value.detach()) for t in method.predict(batch, method.targets(batch, values), values)}
-    first, second, third = run_ranks(first_losses, 3)
+    first, second, third = (found for _, found in on_three_ranks)
     for name in ("dino_local_crops_loss", "dino_global_crops_loss", "ibot_loss"):
         assert first[name] == pytest.approx(alone[name], rel=1e-5)
         assert second[name] == pytest.approx(alone[name], rel=1e-5)  # Sinkhorn over its two ranks: as over all pictures

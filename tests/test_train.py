@@ -149,7 +149,7 @@ def test_a_run_killed_twenty_times_ends_bit_identical(
     assert_same(tensors(uninterrupted / "ckpt" / "11"), tensors(tmp_path / "ckpt" / "11"))
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.slow), "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", *(pytest.param(n, marks=pytest.mark.slow) for n in ("SIGUSR1", "SIGINT"))])
 def test_a_signal_ends_the_run_with_a_checkpoint_and_it_goes_on_bit_identical(
     name: str, toy: str, pictures: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
