@@ -47,6 +47,7 @@ from dinov3.data.loaders import CropLoader
 from dinov3.data.masking import MaskRules
 from dinov3.distributed import Group
 from dinov3.errors import DinoError, did_you_mean
+from dinov3.models.fp8 import convert_to_fp8
 from dinov3.optim import StepValues, apply_schedules, build_optimizer, build_schedules, clip_per_module
 from dinov3.parallel import DTYPES, parallelize, precision
 from dinov3.runlog import Progress, RunDir, plot
@@ -432,8 +433,6 @@ def assemble(
 
     `several`: one of several students, trained by `group` on `global_batch` pictures, which all ranks load together.
     """
-    if config.student.fp8_enabled:
-        raise DinoError("student.fp8_enabled is not available yet; set student.fp8_enabled=false (bf16 products)")
     notes: list[str] = []
     rank, world = distributed.rank(), distributed.world()
     options: dict[str, Any] = {}
@@ -559,6 +558,8 @@ def build_method(
     ) -> Network:
         with torch.device(device):
             made = build_network(described, heads=heads)
+        if described.student.fp8_enabled:
+            convert_to_fp8(made.backbone, described.student.fp8_filter)
         made.init_weights()
         if source:
             found = teacher_files.read_network(source)
