@@ -11,7 +11,7 @@ from golden_cases import HERE as GOLDEN
 from golden_cases import Case
 
 from dinov3.data.tokenizer import Tokenizer
-from dinov3.errors import DinoError, UnknownName
+from dinov3.errors import DinoError, UnknownName, WeightsMismatch
 from dinov3.heads.dinotxt import LOGIT_SCALE, DinoTxt, DinoTxtConfig, TextConfig, build
 from dinov3.losses import image_text_loss
 from dinov3.models import VisionTransformer, ViTConfig
@@ -191,3 +191,123 @@ def test_mistakes_are_told_in_one_sentence() -> None:
         tiny(vision_model_use_class_token=False, vision_model_use_patch_tokens=False)
     with pytest.raises(DinoError, match="3 blocks"):
         tiny(vision_model_patch_token_layer=4)
+
+
+# ---- the hub -------------------------------------------------------------------------------------------------------
+
+NAME = "dinov3_vitl16_dinotxt_tet1280d20h24l"
+
+
+def released_keys() -> dict[str, torch.Tensor]:
+    """The published head file's keys and shapes over one small storage: no gigabyte is written."""
+    published = json.loads(KEYS.read_text())["state_dict"]
+    return {k: torch.zeros(1).expand(shape) for k, (shape, _) in published.items()}
+
+
+def bytes_vocabulary(path: Path, n: int = 48_894) -> Path:
+    """A vocabulary file of n merges; CLIP's own is not in this repository."""
+    from dinov3.data.tokenizer import byte_characters
+
+    characters = list(byte_characters().values())
+    pairs = [f"{a} {b}</w>" for a in characters for b in characters][:n]
+    path.write_text("#version: test\n" + "\n".join(pairs))
+    return path
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """The published addresses as folders, with files of the published shapes."""
+    from dinov3.hub.dinotxt import HEAD_FILE, VOCABULARY_FILE
+    from dinov3.weights.catalog import resolve
+
+    root = tmp_path_factory.mktemp("base")
+    (row,) = [row for row in resolve("dinov3_vitl16") if row.dataset == "lvd1689m"]
+    (root / row.arch).mkdir()
+    (root / "thirdparty").mkdir()
+    with torch.device("meta"):
+        backbone = VisionTransformer(row.config)
+    torch.save({k: torch.ones(1).expand(v.shape) for k, v in backbone.state_dict().items()}, root / row.arch / row.file)
+    torch.save(released_keys(), root / HEAD_FILE)
+    bytes_vocabulary(root / VOCABULARY_FILE)
+    return root
+
+
+def test_torch_hub_finds_all_three_files_at_the_published_addresses(base: Path, monkeypatch) -> None:
+    monkeypatch.setenv("DINOV3_DOWNLOAD_BASE", base.as_uri())
+    model, tokenizer = torch.hub.load(str(Path(__file__).parents[1]), NAME, source="local")
+    assert not any(module.training for module in model.modules())
+    assert tokenizer.vocab_size == model.text_config.vocab_size == 49_408
+    assert tokenizer.tokenize(["a photo"]).shape == (1, 77)
+    assert not model.text_model.head.linear_projection.weight.any()  # the head file's zeros
+    assert model.visual_model.backbone.cls_token.all()  # the backbone file's ones
+    assert not model.visual_model.backbone.cls_token.requires_grad
+    assert model.text_model.head.linear_projection.weight.requires_grad
+    assert model.origin.name == NAME
+    # what a non-strict loading would pass over in silence: the keys of the model that the file does not have
+    (note,) = model.origin.notes
+    assert note.startswith(
+        f"{len(model.visual_model.backbone.state_dict())} entries of the backbone are not in file://"
+    )
+    with pytest.raises(DinoError, match="a442d8f5"):
+        torch.hub.load(str(Path(__file__).parents[1]), NAME, source="local", check_hash=True)
+
+
+def test_a_head_file_is_loaded_whole_or_not_at_all(tmp_path: Path) -> None:
+    from dinov3.hub.dinotxt import assemble, read_head
+
+    text, config = TextConfig.of(**TINY_TEXT), DinoTxtConfig(embed_dim=64)
+    reference = tiny()
+    backbone = reference.visual_model.backbone
+    whole = reference.state_dict()
+    head = {k: v for k, v in whole.items() if not k.startswith("visual_model.backbone.")}
+
+    def load(state: dict, name: str = "head.pth") -> DinoTxt:
+        torch.save(state, tmp_path / name)
+        state, notes = read_head(str(tmp_path / name))
+        return assemble(backbone, state, text, config, source=name, notes=notes)
+
+    model = load(head)
+    torch.testing.assert_close(model.get_logits(IMAGES, TOKENS), reference.get_logits(IMAGES, TOKENS))
+    assert len(model.origin.notes) == 1  # the backbone's entries
+
+    with pytest.warns(UserWarning, match=r"left over in head.pth: optimizer\.step, text_model\.extra"):
+        model = load(head | {"text_model.extra": torch.ones(1), "optimizer.step": torch.ones(1)})
+    assert model.origin.notes[0].startswith("left over in head.pth")
+
+    assert "taken off" in load({"model": head}).origin.notes[0]
+    other = {k: torch.zeros_like(v) for k, v in whole.items()}
+    model = load(other)
+    assert "holds a backbone of its own" in model.origin.notes[0]
+    assert not model.visual_model.backbone.cls_token.any()
+    halved = load({k: v.bfloat16() for k, v in head.items()})
+    assert {p.dtype for p in halved.parameters()} == {torch.float32}
+
+    short = {k: v for k, v in head.items() if k != "text_model.backbone.blocks.1.feed_forward.fc1.bias"}
+    with pytest.raises(WeightsMismatch, match=r"missing in the file: text_model\.backbone\.blocks\.1\.feed_forward"):
+        load(short)
+    with pytest.raises(WeightsMismatch, match=r"\(8, 16\) in the model"):
+        load(head | {"text_model.backbone.positional_embedding": torch.zeros(9, 16)})
+    with pytest.raises(WeightsMismatch, match="pass it as backbone_weights") as caught:
+        load(tiny().visual_model.backbone.state_dict())
+    assert len(str(caught.value).splitlines()) <= 10
+
+
+def test_the_vocabulary_must_be_the_text_towers(tmp_path: Path, base: Path, monkeypatch) -> None:
+    from dinov3.hub.dinotxt import dinov3_vitl16_dinotxt_tet1280d20h24l as hub_function
+
+    with pytest.raises(DinoError, match="gives 537 ids, the text tower knows 49408"):
+        hub_function(bpe_path_or_url=GOLDEN / "tiny_bpe.txt.gz")
+    monkeypatch.setenv("DINOV3_DOWNLOAD_BASE", tmp_path.as_uri())
+    with pytest.raises(DinoError, match="bpe_path_or_url=PATH") as caught:
+        hub_function(pretrained=False)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_fresh_model_is_whole_and_waits_for_training() -> None:
+    from dinov3.hub.dinotxt import fresh
+
+    model = fresh(tiny().visual_model.backbone, TextConfig.of(**TINY_TEXT), DinoTxtConfig(embed_dim=64))
+    assert model.origin.random
+    assert not model.training
+    assert all(t.isfinite().all() for t in model.state_dict().values())
+    assert all(t.isfinite().all() for t in model(IMAGES, TOKENS))

@@ -1,0 +1,193 @@
+"""dino.txt as `torch.hub` sees it: `dinov3_vitl16_dinotxt_tet1280d20h24l` gives (model, tokenizer).
+
+    model, tokenizer = torch.hub.load(REPO, "dinov3_vitl16_dinotxt_tet1280d20h24l", source="local",
+                                      weights="head.pth", backbone_weights="vitl16.pth", bpe_path_or_url="bpe.txt.gz")
+    logits, _ = model.get_logits(images, tokenizer.tokenize(["a photo of a dog", "a photo of a cat"]))
+
+Differences from the reference, all on the side of telling: a head file must hold every parameter of the head and the
+text tower, and what else it holds is said; a vocabulary that is not the text tower's is refused; `check_hash` reaches
+the backbone too where its name holds a hash; the model comes in evaluation mode also when it is not pretrained.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dinov3.data.tokenizer import Tokenizer
+from dinov3.errors import DinoError, WeightsMismatch
+from dinov3.heads.dinotxt import DinoTxt, DinoTxtConfig, TextConfig, build
+from dinov3.hub import Origin
+from dinov3.hub.backbones import Weights, dinov3_vitl16
+from dinov3.models import VisionTransformer
+from dinov3.weights import cache, catalog, loading
+
+NAME = "dinov3_vitl16_dinotxt_tet1280d20h24l"
+HEAD_FILE = "dinov3_vitl16/dinov3_vitl16_dinotxt_vision_head_and_text_encoder-a442d8f5.pth"
+VOCABULARY_FILE = "thirdparty/bpe_simple_vocab_16e6.txt.gz"
+BACKBONE = "visual_model.backbone."
+
+
+class DINOTxtWeights(Enum):
+    """The data sets that published heads and text towers were trained on."""
+
+    LVTD2300M = "LVTD2300M"
+
+
+def dinov3_vitl16_dinotxt_tet1280d20h24l(
+    *,
+    pretrained: bool = True,
+    weights: DINOTxtWeights | str | os.PathLike[str] = DINOTxtWeights.LVTD2300M,
+    backbone_weights: Weights | str | os.PathLike[str] = Weights.LVD1689M,
+    bpe_path_or_url: str | os.PathLike[str] | None = None,
+    check_hash: bool = False,
+) -> tuple[DinoTxt, Tokenizer]:
+    """ViT-L/16 with the dino.txt vision head and the 24-layer text tower, and CLIP's tokenizer; in evaluation mode.
+
+    `weights`: the head and text tower, a path or URL; `backbone_weights`: the ViT-L, any form `dinov3.load` reads.
+    `bpe_path_or_url`: CLIP's `bpe_simple_vocab_16e6.txt.gz`; None for the one at the download base, also when
+    pretrained=False, which draws fresh weights and fetches no others. The model carries `origin`, with what was loaded
+    and left over. Raises `DinoError`s: a file that is missing, holds something else, or does not fit.
+    """
+    text = TextConfig()
+    tokenizer = vocabulary(bpe_path_or_url, text.vocab_size)  # small, and most often forgotten: first
+    if not pretrained:
+        backbone = cast(VisionTransformer, dinov3_vitl16(pretrained=False))
+        return fresh(backbone, text, DinoTxtConfig()), tokenizer
+
+    if isinstance(weights, str) and weights in DINOTxtWeights.__members__:
+        weights = DINOTxtWeights[weights]
+    source = _published(HEAD_FILE) if isinstance(weights, DINOTxtWeights) else os.fspath(weights)
+    state, notes = read_head(source, check_hash=check_hash)
+    if isinstance(backbone_weights, str) and backbone_weights in Weights.__members__:
+        backbone_weights = Weights[backbone_weights]
+    if not isinstance(backbone_weights, Weights):  # published files have a hash in their name, others need not
+        check_hash = check_hash and cache.hash_in_name(os.fspath(backbone_weights).split("?")[0]) is not None
+    backbone = cast(VisionTransformer, dinov3_vitl16(weights=backbone_weights, check_hash=check_hash))
+    return assemble(backbone, state, text, DinoTxtConfig(), source=source, notes=notes), tokenizer
+
+
+def vocabulary(path_or_url: str | os.PathLike[str] | None, size: int) -> Tokenizer:
+    """The tokenizer of a vocabulary file that must give `size` ids; None for the published file."""
+    source = os.fspath(path_or_url) if path_or_url is not None else _published(VOCABULARY_FILE)
+    try:
+        tokenizer = Tokenizer.from_file(source)
+    except DinoError as error:
+        if path_or_url is not None:
+            raise
+        raise type(error)(f"{error}; or pass CLIP's {os.path.basename(source)} as bpe_path_or_url=PATH") from None
+    if tokenizer.vocab_size != size:
+        raise DinoError(
+            f"{loading.shown(source)} gives {tokenizer.vocab_size} ids, the text tower knows {size}: "
+            "pass CLIP's bpe_simple_vocab_16e6.txt.gz"
+        )
+    return tokenizer
+
+
+def read_head(source: str, *, check_hash: bool = False) -> tuple[dict[str, Tensor], list[str]]:
+    """The state dict of a head file at a path or URL, and what a careful person would want to know about it.
+
+    A wrapping that all keys share (`model.`, `module.`) is taken off; the content is judged by `assemble`.
+    """
+    path = loading.locate(source, check_hash=check_hash)
+    if path.is_dir():
+        raise WeightsMismatch(f"{source} is a folder; dino.txt's head and text tower are one file")
+    state, _ = loading.read(path)
+    notes = []
+    for wrapping in ("model.", "module."):
+        if state and all(key.startswith(wrapping) for key in state):
+            state = {key.removeprefix(wrapping): value for key, value in state.items()}
+            notes.append(f"the keys of {loading.shown(source)} began with {wrapping!r}; taken off")
+    return state, notes
+
+
+def assemble(
+    backbone: VisionTransformer,
+    state: Mapping[str, Tensor],
+    text: TextConfig,
+    config: DinoTxtConfig,
+    *,
+    source: str,
+    notes: list[str] | None = None,
+) -> DinoTxt:
+    """The joint model over a loaded backbone with the values of a head file, in evaluation mode.
+
+    Every parameter outside the backbone must be in the file, or `WeightsMismatch` says in a few lines what is not. A
+    backbone in the file replaces the one given, as in the reference. Anything else is left over: a warning, and a note
+    in `origin`.
+    """
+    notes, shown = list(notes or ()), loading.shown(source)
+    with torch.device("meta"):
+        model = build(backbone, text, config)
+    expected = model.state_dict()
+    inside = {k for k in expected if k.startswith(BACKBONE)}
+    wanted = {k: v for k, v in expected.items() if k not in inside or inside & state.keys()}
+    missing = sorted(wanted.keys() - state.keys())
+    other = [k for k in wanted.keys() & state.keys() if wanted[k].shape != state[k].shape]
+    if missing or other:
+        lines = [f"{shown} does not hold dino.txt's head and text tower ({len(wanted)} entries)"]
+        if missing:
+            lines.append(f"  missing in the file: {', '.join(missing[:2])}" + _more(len(missing) - 2))
+        for key in sorted(other)[:2]:
+            lines.append(f"  {key}: {tuple(state[key].shape)} in the file, {tuple(wanted[key].shape)} in the model")
+        if hint := _seems(state):
+            lines.append(f"  {hint}")
+        raise WeightsMismatch("\n".join(lines))
+    if left := sorted(state.keys() - expected.keys()):
+        notes.append(f"left over in {shown}: {', '.join(left[:3])}{_more(len(left) - 3)}")
+        warnings.warn(notes[-1], stacklevel=3)
+    if inside & state.keys():
+        notes.append(f"{shown} holds a backbone of its own ({len(inside)} entries), which is used")
+    elif inside:
+        notes.append(f"{len(inside)} entries of the backbone are not in {shown}; they come from {_origin(backbone)}")
+    dtype = backbone.cls_token.dtype  # one for both files: half a model in another would not run
+    given = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items() if k in wanted}
+    model.load_state_dict(given, strict=False, assign=True)
+    left_empty = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
+    assert not left_empty, f"not loaded: {left_empty}"
+    mean, std = _statistics(backbone)
+    form = "dinov3" if shown.endswith(".safetensors") else "meta"
+    model.origin = Origin(NAME, f"{source} over {_origin(backbone)}", form, mean, std, tuple(notes))  # type: ignore[assignment]
+    return model.eval()
+
+
+def fresh(backbone: VisionTransformer, text: TextConfig, config: DinoTxtConfig) -> DinoTxt:
+    """The joint model with initial weights over a backbone, in evaluation mode."""
+    with torch.device("meta"):  # init_weights fills everything, so nothing is drawn twice
+        model = build(backbone, text, config)
+    model.visual_model.head.to_empty(device="cpu")
+    model.text_model.to_empty(device="cpu")
+    model.logit_scale = nn.Parameter(torch.empty(1), requires_grad=not config.freeze_logit_scale)
+    model.init_weights()
+    mean, std = _statistics(backbone)
+    model.origin = Origin(NAME, f"random over {_origin(backbone)}", "random", mean, std)  # type: ignore[assignment]
+    return model.eval()
+
+
+def _published(file: str) -> str:
+    return f"{os.environ.get('DINOV3_DOWNLOAD_BASE', catalog.DOWNLOAD_BASE)}/{file}"
+
+
+def _origin(backbone: VisionTransformer) -> str:
+    return str(getattr(backbone, "origin", "the backbone given"))
+
+
+def _statistics(backbone: VisionTransformer) -> Any:
+    origin = getattr(backbone, "origin", None)
+    return (origin.mean, origin.std) if origin is not None else catalog.STATISTICS["lvd1689m"]
+
+
+def _more(n: int) -> str:
+    return f" and {n} more" if n > 0 else ""
+
+
+def _seems(state: Mapping[str, Tensor]) -> str:
+    if "cls_token" in state:
+        return "the file is a backbone: pass it as backbone_weights, and the head's file as weights"
+    return "" if any(k.startswith("text_model.") for k in state) else "the file holds nothing of a text tower"
