@@ -36,7 +36,7 @@ N_MERGES = 48_894  # CLIP reads lines 2 to 48 895 of its file, which goes on; 51
 _WORDS_KEPT = 1 << 17  # encoded words remembered
 
 _FIXED = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)", re.IGNORECASE)
-_CONTROL = dict.fromkeys((*range(9), 11, *range(14, 32), 127))
+_CONTROL = dict.fromkeys((*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)))
 _STRAIGHT = dict.fromkeys(map(ord, "ʼ‘’‚‛"), "'") | dict.fromkeys(map(ord, "“”„‟"), '"')
 
 
