@@ -325,8 +325,9 @@ class TextTransformer(nn.Module):
                 f"texts of {tokens.shape[1]} tokens are longer than the context of {self.config.context_length}; "
                 f"tokenize with context_length={self.config.context_length}"
             )
-        # asking a GPU would stop it at every step; its own complaint has to do there
-        if tokens.device.type == "cpu" and tokens.numel() and int(tokens.max()) >= self.config.vocab_size:
+        # asking a GPU would stop it at every step, asking a compiler would break its graph: their own complaints have to do
+        ask = tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling()
+        if ask and int(tokens.max()) >= self.config.vocab_size:
             raise DinoError(
                 f"token id {int(tokens.max())} is beyond this model's vocabulary of {self.config.vocab_size}: "
                 "was another vocabulary file used?"
