@@ -282,6 +282,15 @@ def test_the_loss_falls_and_the_student_resembles_its_teacher(
     assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:5])
 
 
+def test_the_projections_begin_where_regression_puts_them(tiny_student, folder, teacher_file, tmp_path) -> None:
+    """The teacher's own weights as the student's: fitted projections have next to nothing left to learn."""
+    own = config_for(folder, teacher_file, weights=str(teacher_file), batch=6, steps=2, lr=1e-9, views=1)
+    own.teachers = [f"dinov3:{teacher_file},cls=0,patches=1"]
+    distill(own, tmp_path / "run")
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["0-dinov3/patches"] < 0.2
+
+
 def test_the_export_says_what_it_is_without_naming_folders(
     tiny_student, folder: Path, teacher_file: Path, tmp_path
 ) -> None:
