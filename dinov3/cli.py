@@ -61,7 +61,10 @@ def _batch(text: str) -> int | None:
 
 Weights = Annotated[
     str | None,
-    typer.Option(help="Path, URL or Hugging Face id of the weights; 'random' for none. Default: the published ones."),
+    typer.Option(
+        help="Path, URL or Hugging Face id of the weights; 'random' for none. Default: the published ones of --model, "
+        "or without it the small model that comes with the package."
+    ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto.")]
 

@@ -89,7 +89,7 @@ def main() -> None:
     pictures, store = out / "pictures", out / "store"
     photographs(pictures)
     weights = ["--weights", args.weights] if args.weights else []
-    run("embed", str(pictures), "--out", str(store), "--pooling", "mean", *weights)
+    run("embed", str(pictures), "--out", str(store), *weights)
     query = pictures / "chelsea-middle.jpg"
     hits = json.loads(run("search", str(store), "--image", str(query), "--top", "7", "--json"))
     hits = [h for h in hits if Path(h["path"]).name != query.name][:6]
@@ -101,9 +101,9 @@ def main() -> None:
     colours = Image.fromarray((rainbow(features)[0].numpy() * 255).astype("uint8"))
     draw(query, hits, colours.resize((448, 448), Image.Resampling.NEAREST), model.origin.random, out / "demo.png")
     print(f"\nLook at {out / 'demo.png'}")
-    if model.origin.random:
+    if not args.weights:
         print(
-            "The weights are RANDOM: no model ships with this version. For real features pass published ones:\n"
+            "This was the small model that ships with the package (docs/model-card-vitt16.md). For Meta's far better ones:\n"
             f"  request access at {catalog.DOWNLOAD_PAGE}\n"
             "  python examples/demo.py --weights FILE"
         )

@@ -54,7 +54,8 @@ def load(
     `name`: any public alias (hub, Hugging Face or timm; `dinov3 models` lists them), or None to take what the file says.
     `weights`: a path to Meta's .pth, a transformers or timm file or folder, our own checkpoint, an http(s) URL, a Hugging
     Face id; the form is found by content. "random" for fresh weights (`seed`), None for the published ones, which are
-    looked for in the Hugging Face cache and fetched from there if you have access. `options` change constructor
+    looked for in the Hugging Face cache and fetched from there if you have access. Without any argument: the small
+    model that ships with the package. `options` change constructor
     arguments that leave the weights alone (`patch_size=16` for a ConvNeXt, `drop_path_rate=0.1`).
 
     The model carries `model.origin`: what was loaded and from where. Raises `UnknownName`, `WeightsMismatch` (at most ten
@@ -70,6 +71,8 @@ def load(
 
     from dinov3.weights import loading
 
+    if weights is None and rows[0].packaged:
+        dtype = dtype or torch.float32  # the file is float16 to be small, not to be computed with
     source = os.fspath(weights) if weights is not None else published_source(rows[0])
     return assemble(loading.open(source, check_hash=check_hash), rows, device=device, dtype=dtype, **options)
 

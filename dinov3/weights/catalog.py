@@ -20,9 +20,10 @@ from dinov3.errors import UnknownName, did_you_mean
 if TYPE_CHECKING:
     from dinov3.models import BackboneConfig
 
-# What `dinov3 embed` and `make demo` use when no model is named. "random" weights are said to be random wherever they
-# are used; the day a model of our own ships, this line names it and its file.
-DEFAULT_MODEL, DEFAULT_WEIGHTS = "dinov3_vits16", "random"
+# What `dinov3 embed` and `make demo` use when no model is named: the small one that ships with the package. ("random"
+# would be said to be random wherever it is used.)
+DEFAULT_MODEL: str = "dinov3_vitt16"
+DEFAULT_WEIGHTS: str | None = None
 
 # Statistics of the training pictures, RGB in [0, 1].
 STATISTICS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
