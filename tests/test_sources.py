@@ -363,12 +363,13 @@ def test_a_tar_cut_between_members_has_no_end_mark_and_says_so(tmp_path: Path, k
 def test_a_truncated_compressed_tar_gives_what_is_whole(tmp_path: Path) -> None:
     path = tar(tmp_path / "a.tar.gz", MEMBERS, "w:gz")
     data = path.read_bytes()
-    for kept in (len(data) // 2, len(data) * 9 // 10, 40):
+    # how many members end before the cut depends on a byte or two of compression at the middle
+    for kept, possible in ((len(data) // 2, (1, 2)), (len(data) * 9 // 10, (3,)), (40, (0,))):
         path.write_bytes(data[:kept])
         items = list(open_source(path))
         whole = items[:-1]
         assert [i.read() for i in whole] == list(MEMBERS.values())[: len(whole)]
-        assert len(whole) == kept * 4 // len(data) if kept > 40 else not whole
+        assert len(whole) in possible
         assert "truncated" in reason(items[-1])
 
 
