@@ -263,6 +263,25 @@ def test_a_search_finds_the_picture_itself_and_needs_the_same_weights(folder, tm
         model_of(store, weights=str(tmp_path / "other.safetensors"))
 
 
+def test_a_store_finds_its_weights_again_from_any_folder(folder, tmp_path, monkeypatch, model) -> None:
+    """A path given relative to one folder is kept absolute; the packaged model is kept by name, not by place."""
+    import dinov3
+    from dinov3.weights import save
+
+    monkeypatch.chdir(tmp_path)
+    save(dinov3.load("dinov3_vits16", "random", seed=5), "own.safetensors")
+    nets = {"file": dinov3.load(weights="own.safetensors"), "packaged": dinov3.load(), "python": model}
+    for name, net in nets.items():
+        embed_source(net, open_source(folder), tmp_path / name, preprocessing=RULE)
+    monkeypatch.chdir("/")
+    for name in ("file", "packaged"):
+        again, _ = model_of(EmbeddingStore.open(tmp_path / name))
+        assert Embedder(again, RULE).facts().model == EmbeddingStore.open(tmp_path / name).facts.model
+    assert EmbeddingStore.open(tmp_path / "packaged").facts.weights == ""
+    with pytest.raises(DinoError, match="pass --weights"):
+        model_of(EmbeddingStore.open(tmp_path / "python"))
+
+
 def test_a_large_store_gets_its_index(model, tmp_path, monkeypatch) -> None:
     from dinov3.embedding.search import index_status
 

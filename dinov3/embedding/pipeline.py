@@ -28,9 +28,12 @@ from dinov3.embedding.search import EXACT_LIMIT, build_index
 from dinov3.embedding.store import EmbeddingStore, Failure, PatchPrecision, Row, StoreFacts
 from dinov3.errors import DinoError, PictureError
 from dinov3.features import Features, extract
+from dinov3.weights import catalog
 
 if TYPE_CHECKING:
     from typing import Self
+
+    from dinov3.hub import Origin
 
 POOLINGS = ("cls", "mean", "cls+mean")
 
@@ -67,6 +70,15 @@ def pool(features: Features, pooling: str) -> Tensor:
     if pooling == "cls+mean":
         return torch.cat([features.cls, features.mean], dim=-1)
     raise DinoError(f"pooling is one of {', '.join(POOLINGS)}, not {pooling!r}")
+
+
+def lasting_source(origin: Origin) -> str:
+    """Where the weights will be found again, from any folder: absolute if it is a path, "" for a model that ships with
+    the package, which is wherever the package is."""
+    row = next((row for row in catalog.ROWS if row.id == origin.name), None)
+    if row is not None and row.packaged_path is not None and origin.source == str(row.packaged_path):
+        return ""
+    return os.path.abspath(origin.source) if os.path.exists(origin.source) else origin.source
 
 
 @dataclass
@@ -115,7 +127,7 @@ class Embedder:
             preprocessing=self.preprocessing.id,
             preprocessing_json=self.preprocessing.to_json(),
             model_name=name,
-            weights=origin.source if origin is not None else "",
+            weights=lasting_source(origin) if origin is not None else "",
             pooling=self.pooling,
             layer=model.n_blocks - 1,
             vector_dtype=vector_dtype,
@@ -316,9 +328,15 @@ def model_of(
     from dinov3.hub import load
 
     facts = store.facts
-    source = weights or facts.weights
+    source: str | None = weights or facts.weights or None
     seed, dtype = 0, torch.float32
-    if source.startswith("random"):
+    if source is None and facts.model_name not in {row.id for row in catalog.ROWS if row.packaged}:
+        raise DinoError(f"{store.uri} does not say where its weights ({facts.model}) are: pass --weights")
+    if source == "random":
+        raise DinoError(
+            f"{store.uri} was filled with random weights of no known seed: fill another with weights of a file"
+        )
+    if source is not None and source.startswith("random"):
         seed, source = int(source.removeprefix("random (seed ").removesuffix(")")), "random"
     for name in ("bfloat16", "float16"):
         if facts.model.endswith(f"-{name}"):
@@ -328,8 +346,9 @@ def model_of(
     preprocessing = Preprocessing.from_json(facts.preprocessing_json)
     found = Embedder(model, preprocessing, facts.pooling, facts.patches).facts().model
     if found != facts.model:
+        where = source or facts.model_name
         raise DinoError(
-            f"{source} is now {found}, but the store was filled with {facts.model}: pass --weights with the file used then"
+            f"{where} is now {found}, but the store was filled with {facts.model}: pass --weights with the file used then"
         )
     return model, preprocessing
 
