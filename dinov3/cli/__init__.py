@@ -1,0 +1,39 @@
+"""The `dinov3` command. Data goes to stdout, talk to stderr; every mistake is one sentence; torch is imported late.
+
+Exit codes: 0 done · 1 an error, said in one sentence · 2 wrong usage · 3 done, but some pictures could not be read (they are
+listed) · 130 interrupted, run the same command to continue.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from dinov3.errors import DinoError
+
+try:
+    import typer  # noqa: F401
+except ModuleNotFoundError:  # the core that loads models does without
+    print("the dinov3 command needs typer and rich; install them with: pip install 'dinov3[cli]'", file=sys.stderr)
+    raise SystemExit(1) from None
+
+# importing a file registers its verbs, in the order in which --help lists them
+from dinov3.cli import embedding, models, training  # noqa: F401
+from dinov3.cli.shared import INTERRUPTED, app, say
+from dinov3.cli.training import training_overrides
+
+__all__ = ["app", "main", "training_overrides"]
+
+
+def main() -> None:
+    """The command's door: a `DinoError` is a sentence on stderr and exit code 1, Ctrl-C is 130."""
+    try:
+        app()
+    except DinoError as error:
+        say(f"error: {error}")
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        say("interrupted")
+        raise SystemExit(INTERRUPTED) from None
+    except BrokenPipeError:  # `dinov3 models | head`
+        sys.stderr.close()
+        raise SystemExit(0) from None

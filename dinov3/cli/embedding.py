@@ -1,0 +1,192 @@
+"""Verbs over a store: embed pictures, search."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from dinov3.cli.shared import (
+    INTERRUPTED,
+    UNREADABLE,
+    Device,
+    Dtype,
+    Fit,
+    Patches,
+    Pooling,
+    Shape,
+    Weights,
+    app,
+    batch_of,
+    device_of,
+    say,
+)
+
+if TYPE_CHECKING:
+    from dinov3.data.transforms import Preprocessing
+    from dinov3.embedding.pipeline import Report
+
+
+@app.command()
+def embed(
+    source: Annotated[str, typer.Argument(help="Folder, picture, list file, tar shards or parquet.")],
+    out: Annotated[str, typer.Option(help="The store: a folder, or s3://, gs://, az://.")],
+    model: Annotated[
+        str | None, typer.Option(help="A name from `dinov3 models`. Default: what the weights are.")
+    ] = None,
+    weights: Weights = None,
+    size: Annotated[int, typer.Option(help="Pixels of the square, or of the side that --shape names.")] = 256,
+    shape: Annotated[Shape, typer.Option(help="square changes the aspect; short, long and native keep it.")] = "square",
+    fit: Annotated[
+        Fit, typer.Option(help="For sides that are no multiple of the patch; crop loses pixels.")
+    ] = "resize",
+    pooling: Annotated[Pooling, typer.Option(help="What the vector is.")] = "cls",
+    patches: Annotated[Patches, typer.Option(help="Also keep the patch features, in this precision.")] = "none",
+    batch: Annotated[str, typer.Option(help="Pictures a batch, or auto.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="The model's precision.")] = "float32",
+    device: Device = "auto",
+    workers: Annotated[int | None, typer.Option(help="Decoding threads (Ray: actors). Default: chosen.")] = None,
+    column: Annotated[str | None, typer.Option(help="The picture column of a parquet file. Default: found.")] = None,
+    recursive: Annotated[bool, typer.Option(help="Look into sub-folders.")] = True,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try pictures again that failed before.")
+    ] = False,
+    engine: Annotated[Literal["local", "ray"], typer.Option(help="One process, or Ray Data on a cluster.")] = "local",
+    as_json: Annotated[bool, typer.Option("--json", help="The report as JSON on stdout.")] = False,
+) -> None:
+    """Embed pictures into a store. Run it again to continue, or to add what is new."""
+    batch_size = batch_of(batch)
+    import torch
+
+    from dinov3.data.sources import open_source
+    from dinov3.features import default_preprocessing
+    from dinov3.hub import load
+
+    pictures = open_source(source, column=column, recursive=recursive)
+    net = load(model, weights, device=device_of(device), dtype=getattr(torch, dtype))
+    _say_what_runs(net)
+    rule = default_preprocessing(net, size=size, shape=shape, fit=fit)
+    options: dict[str, Any] = {
+        "preprocessing": rule,
+        "pooling": pooling,
+        "patches": patches,
+        "batch_size": batch_size,
+        "retry_failed": retry_failed,
+    }
+    with _Progress(pictures) as progress:
+        if engine == "ray":
+            from dinov3.embedding.ray_engine import embed_with_ray
+
+            report = embed_with_ray(net, pictures, out, workers=workers, on_progress=progress, **options)
+        else:
+            from dinov3.embedding.pipeline import embed_source
+
+            report = embed_source(net, pictures, out, workers=workers, on_progress=progress, **options)
+    _tell_report(report, out, rule, as_json)
+
+
+def _say_what_runs(net: Any) -> None:
+    origin = net.origin
+    parameter = next(net.parameters())
+    say(f"{origin}, {str(parameter.dtype).removeprefix('torch.')} on {parameter.device}")
+    if origin.random:
+        say(
+            "The weights are RANDOM: neighbours will share colours and layout, not meaning. Give --weights for real features."
+        )
+    for note in origin.notes:
+        say(f"note: {note}")
+
+
+class _Progress:
+    """A bar with rate and time left on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, source: Any) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.total = len(source)
+        self.console = Console(stderr=True)
+        self.bar = Progress(
+            TextColumn("embedding"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.last = 0.0
+
+    def __enter__(self) -> _Progress:
+        self.bar.start()
+        self.task = self.bar.add_task("embedding", total=self.total, rate="")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def __call__(self, report: Report) -> None:
+        done = report.skipped + report.embedded + len(report.failures)
+        self.bar.update(self.task, completed=done, rate=f"{report.rate:.1f} pictures/s")
+        if not self.console.is_terminal and report.seconds - self.last > 30:
+            self.last = report.seconds
+            left = (self.total - done) / report.rate if report.rate else float("nan")
+            say(f"{done} of {self.total} · {report.rate:.1f} pictures/s · {left / 60:.0f} min left")
+
+
+def _tell_report(report: Report, out: str, rule: Preprocessing, as_json: bool) -> None:
+    shown = report.failures[:20]
+    for failure in shown:
+        say(f"could not read {failure.path}: {failure.reason}")
+    if len(report.failures) > len(shown):
+        say(f"… and {len(report.failures) - len(shown)} more; `dinov3 info {out} --failed` lists all")
+    say(
+        f"{report.embedded} embedded ({report.rate:.1f} pictures/s), {report.skipped} already there, "
+        f"{len(report.failures)} unreadable; {out} ({rule.id})"
+    )
+    if as_json:
+        failures = [{"path": f.path, "reason": f.reason} for f in report.failures]
+        facts = {"embedded": report.embedded, "skipped": report.skipped, "failed": failures, "found": report.found}
+        print(json.dumps(facts | {"seconds": round(report.seconds, 3), "interrupted": report.interrupted}))
+    if report.interrupted:
+        say("interrupted; run the same command to continue")
+        raise typer.Exit(INTERRUPTED)
+    if report.failures:
+        raise typer.Exit(UNREADABLE)
+
+
+@app.command()
+def search(
+    store: Annotated[str, typer.Argument(help="A store made by `dinov3 embed`.")],
+    image: Annotated[str, typer.Option(help="The picture to look for.")],
+    top: Annotated[int, typer.Option(min=1, help="How many neighbours.")] = 10,
+    where: Annotated[str | None, typer.Option(help='SQL filter on columns, for example "width > 500".')] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Compare with every row even in a large store.")] = False,
+    sheet: Annotated[Path | None, typer.Option(help="Also draw the query and its neighbours into this PNG.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Where the store's weights lie now, if they moved.")] = None,
+    device: Device = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
+) -> None:
+    """Find the pictures of a store that are most like one picture (cosine similarity)."""
+    from dinov3.embedding.pipeline import model_of, query_vector
+    from dinov3.embedding.search import search as neighbours
+    from dinov3.embedding.search import sheet as draw
+    from dinov3.embedding.store import EmbeddingStore
+
+    opened = EmbeddingStore.open(store)
+    net, preprocessing = model_of(opened, device=device_of(device), weights=weights)
+    if net.origin.random:  # type: ignore[union-attr]
+        say("The store was filled with RANDOM weights: neighbours share colours and layout, not meaning.")
+    vector = query_vector(opened, image, net, preprocessing)
+    (hits,) = neighbours(opened, vector, top=top, where=where, exact=True if exact else None)
+    if as_json:
+        named = ("rank", "path", "score", "width", "height")
+        print(json.dumps([{k: getattr(hit, k) for k in named} | hit.extra for hit in hits], default=str))
+    else:
+        for hit in hits:
+            print(f"{hit.rank}\t{hit.score:.4f}\t{hit.path}")
+    if sheet is not None:
+        draw(image, hits, sheet)
+        say(f"drawn: {sheet}")

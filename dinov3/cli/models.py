@@ -1,0 +1,144 @@
+"""Verbs over weights: what a file is, what there is, rewriting for another library."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from dinov3.cli.shared import Dtype, app, say
+
+
+@app.command()
+def info(
+    what: Annotated[str, typer.Argument(help="A weights file or folder, or a store.")],
+    failed: Annotated[bool, typer.Option("--failed", help="List a store's unreadable pictures.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
+) -> None:
+    """Say what a weights file or a store is."""
+    path = Path(what)
+    is_store = ("://" in what and not what.startswith(("http", "file:"))) or (path / "pictures.lance").is_dir()
+    facts = _store_facts(what, failed) if is_store else _weights_facts(what)
+    if as_json:
+        print(json.dumps(facts, default=str))
+        return
+    for name, value in facts.items():
+        if isinstance(value, list):
+            print(f"{name}:" + "".join(f"\n  {v}" for v in value))
+        else:
+            print(f"{name}: {value}")
+
+
+def _store_facts(uri: str, failed: bool) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from dinov3.embedding.store import EmbeddingStore
+
+    store = EmbeddingStore.open(uri)
+    failures = store.failures()
+    facts = {"kind": "embedding store", "pictures": len(store), "unreadable": len(failures)} | asdict(store.facts)
+    facts["columns"] = ", ".join(store.columns)
+    if failed:
+        facts["failed"] = [f"{f.path}: {f.reason}" for f in failures]
+    return facts
+
+
+def _weights_facts(source: str) -> dict[str, Any]:
+    from dinov3.weights import loading
+
+    opened = loading.open(source)
+    tensors = [v for k, v in opened.state_dict.items() if not k.endswith(("bias_mask", "rope_embed.periods"))]
+    tensors = list({id(t): t for t in tensors}.values())
+    return {
+        "kind": "weights",
+        "source": opened.source,
+        "form": opened.form,
+        "model": " or ".join(row.id for row in opened.rows) or "no published architecture",
+        "tensors": len(opened.state_dict),
+        "values": sum(t.numel() for t in tensors),
+        "dtype": ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors})),
+        "fingerprint": loading.fingerprint(opened.state_dict),
+        "mean": opened.mean or (opened.rows[0].mean if opened.rows else None),
+        "std": opened.std or (opened.rows[0].std if opened.rows else None),
+        "config": str(opened.config),
+        "notes": list(opened.notes),
+    }
+
+
+@app.command()
+def models(
+    size: Annotated[int, typer.Option(help="For the tokens column: a square of so many pixels.")] = 256,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
+) -> None:
+    """List every published backbone: size, statistics, scores, names and where to get the file."""
+    from dinov3.weights import catalog
+
+    if as_json:
+        print(json.dumps([_model_facts(row, size) for row in catalog.ROWS]))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = (f"{'model':31}", "params", "width", f"tokens@{size}", "mean")
+    table = Table(box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column.strip(), justify="left" if i in (0, 4) else "right", no_wrap=True)
+    table.add_column("published scores")
+    for row in catalog.ROWS:
+        scores = ", ".join(f"{k} {v:g}" for k, v in row.scores.items() if v == v)
+        mean = "/".join(f"{v:.3f}".lstrip("0") for v in row.mean)
+        cells = (row.id, f"{row.parameters / 1e6:,.1f}M", str(row.width), str(row.tokens(size)), mean)
+        table.add_row(*cells, scores or _where(row))
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(table)
+    print("\nAlso answers to: the Hugging Face id, the timm name, the hub function, the file's name. Files:")
+    for row in catalog.ROWS:
+        print(f"  {row.id:32} {row.file}  {row.hf or f'({_where(row)})'}  {' '.join(row.timm)}")
+    print(f"\nPublished weights are under Meta's terms: request access at {catalog.DOWNLOAD_PAGE}")
+    print("or on the model's Hugging Face page, then: dinov3 embed FOLDER --out STORE --weights FILE|URL|ID")
+    print("Scores: arXiv 2508.10104 and model card; ↓ lower is better.")
+
+
+def _where(row: Any) -> str:
+    return "in this package" if row.packaged else "" if row.released else "not released"
+
+
+def _model_facts(row: Any, size: int) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "hub": row.arch,
+        "huggingface": row.hf,
+        "timm": list(row.timm),
+        "file": row.file,
+        "parameters": row.parameters,
+        "width": row.width,
+        "tokens": row.tokens(size),
+        "size": size,
+        "mean": row.mean,
+        "std": row.std,
+        "released": row.released,
+        "scores": {k: v for k, v in row.scores.items() if v == v},
+    }
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="IN", help="Weights in any form: file, folder, URL, Hugging Face id.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+    to: Annotated[Literal["meta", "transformers", "timm"], typer.Option(help="Whose library shall load it.")],
+    dtype: Annotated[Dtype | None, typer.Option(help="Cast the weights. Default: as they are.")] = None,
+) -> None:
+    """Rewrite weights for Meta's code, transformers or timm."""
+    import torch
+
+    from dinov3.export.convert import convert as run
+
+    report = run(source, out, to=to, dtype=getattr(torch, dtype) if dtype else None)
+    for note in getattr(report, "notes", ()):
+        say(f"note: {note}")
+    print(out)

@@ -1,0 +1,113 @@
+"""Verbs that train: a backbone on your own pictures, a small student of larger teachers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dinov3.cli.shared import Device, app, device_of, say
+from dinov3.errors import DinoError
+
+
+@app.command(context_settings={"allow_interspersed_args": True})
+def train(
+    pictures: Annotated[str, typer.Argument(help="Folder, list file, tar shards, parquet, or a data set's line.")],
+    out: Annotated[Path, typer.Option(help="The run's folder. Run again to go on after a stop.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings that win: key.sub=value …")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="vits16, vitb16, … or a recipe's own. Default: the recipe's.")
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="A YAML file, or one that comes along.")] = "vits16_one_gpu",
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps in all; schedules are stretched.")] = None,
+    knn: Annotated[str | None, typer.Option(help="TRAIN:VAL, two labelled folders for k-NN now and then.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint.")] = True,
+    seed: Annotated[int, typer.Option(help="Of weights and random draws.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Train a backbone on your own pictures by self-distillation (DINO, iBOT, KoLeo, Gram). Under torchrun: on many."""
+    from dinov3.config import load_config
+    from dinov3.train.train import train as run
+
+    chosen = training_overrides(pictures, model, recipe, steps, knn, device_of(device), overrides or [])
+    config, notes = load_config(recipe if recipe.endswith((".yaml", ".yml")) else f"{recipe}.yaml", chosen)
+    say("settings: " + " ".join(chosen))
+    outcome = run(config, out, resume=resume, seed=seed, notes=notes)
+    say(f"{outcome.reason}: {outcome.iterations} of {outcome.total} steps; {out}")
+    for iteration, accuracy in outcome.knn.items():
+        print(f"{iteration}\t{accuracy:.4f}")
+
+
+def training_overrides(
+    pictures: str, model: str | None, recipe: str, steps: int | None, knn: str | None, device: str, given: list[str]
+) -> list[str]:
+    """What the command's options mean in the configuration's words; `given` come last and win."""
+    import os
+
+    from dinov3.config import load_config
+    from dinov3.weights.catalog import resolve
+
+    said = [f"train.dataset_path={pictures}", f"run.device={device}"]
+    if model is not None:
+        said.append(f"student.arch={model if model.startswith(('vit_', 'convnext_')) else resolve(model)[0].arch}")
+    if device == "cpu" and not recipe.startswith("toy"):
+        # the recipes speak to GPUs: a CPU gets a small batch, exact numbers, and no minutes of compilation
+        workers = max(1, (os.cpu_count() or 2) // 2)
+        said += ["compute_precision.param_dtype=fp32", "train.compile=false", "train.batch_size_per_gpu=16"]
+        said.append(f"train.num_workers={workers}")
+    if steps is not None:
+        name = recipe if recipe.endswith((".yaml", ".yml")) else f"{recipe}.yaml"
+        epochs = load_config(name, said + given)[0].optim.epochs
+        if steps < epochs:
+            raise DinoError(f"--steps {steps}: the schedules of {recipe} need at least {epochs} (or set optim.epochs)")
+        said.append(f"train.OFFICIAL_EPOCH_LENGTH={round(steps / epochs)}")
+        said += [
+            f"checkpointing.period={max(1, steps // 20)}",
+            f"evaluation.eval_period_iterations={max(1, steps // 4)}",
+        ]
+    if knn is not None:
+        labelled, colon, unlabelled = knn.rpartition(":")
+        if not colon:
+            raise DinoError(f"--knn takes two folders, TRAIN:VAL, not {knn!r}")
+        said += [f"evaluation.knn_train_dataset={labelled}", f"evaluation.knn_val_dataset={unlabelled}"]
+    return said + given
+
+
+@app.command()
+def distill(
+    pictures: Annotated[str, typer.Argument(help="Folder, list file, tar shards or parquet.")],
+    out: Annotated[Path, typer.Option(help="The run's folder. Run again to go on after a stop.")],
+    teacher: Annotated[
+        list[str],
+        typer.Option(
+            help="KIND:WHAT[,option=value…], KIND one of dinov3, transformers, timm, mobilenetv2; repeatable."
+        ),
+    ],
+    student: Annotated[str, typer.Option(help="A name from `dinov3 models`.")] = "dinov3_vitt16",
+    weights: Annotated[str | None, typer.Option(help="The student's first weights. Default: random.")] = None,
+    inherit: Annotated[str | None, typer.Option(help="A DINOv2 folder the student begins as a small copy of.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Batches in all.")] = 2000,
+    batch: Annotated[int, typer.Option(min=2, help="Pictures a batch.")] = 64,
+    sizes: Annotated[str, typer.Option(help="SIDE:SHARE of the steps, in order.")] = "128:0.9,224:0.1",
+    views: Annotated[int, typer.Option(min=1, help="Different views of a picture.")] = 4,
+    scale: Annotated[float, typer.Option(help="Smallest share of the picture that a view shows.")] = 0.35,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 5e-4,
+    cache: Annotated[str | None, typer.Option(help="Keep what the teachers say in this folder.")] = None,
+    knn: Annotated[str | None, typer.Option(help="Labelled folder for k-NN now and then.")] = None,
+    knn_every: Annotated[int, typer.Option(min=1, help="Steps between.")] = 500,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
+    bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16 autocast.")] = False,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Train a small model to say what larger ones say of your pictures."""
+    from dinov3.train.distill import DistillConfig
+    from dinov3.train.distill import distill as run
+
+    config = DistillConfig(
+        pictures=pictures, teachers=teacher, student=student, weights=weights, inherit=inherit, steps=steps, batch=batch,
+        sizes=sizes, views=views, scale=[scale, 1.0], lr=lr, cache=cache, knn=knn, knn_every=knn_every,
+        save_every=save_every, bf16=bf16, seed=seed, device=device_of(device),
+    )  # fmt: skip
+    print(run(config, out))
