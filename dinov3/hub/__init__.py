@@ -52,6 +52,7 @@ def load(
     """A backbone in evaluation mode, with its weights.
 
     `name`: any public alias (hub, Hugging Face or timm; `dinov3 models` lists them), or None to take what the file says.
+    Also another library's vision transformer, `transformers:FOLDER[,layer=9]` or `timm:NAME` (`hub.foreign`).
     `weights`: a path to Meta's .pth, a transformers or timm file or folder, our own checkpoint, an http(s) URL, a Hugging
     Face id; the form is found by content. "random" for fresh weights (`seed`), None for the published ones, which are
     looked for in the Hugging Face cache and fetched from there if you have access. Without any argument: the small
@@ -63,6 +64,15 @@ def load(
     """
     if name is None and weights is None:
         name, weights = catalog.DEFAULT_MODEL, catalog.DEFAULT_WEIGHTS
+    from dinov3.hub import foreign
+
+    if foreign.is_line(name):
+        assert name is not None
+        if weights is not None or options:
+            raise DinoError(
+                f"{name.split(':')[0]}:… names its weights itself; options stand in the line: {name},layer=9"
+            )
+        return foreign.load(name, device=device, dtype=dtype)
     rows = catalog.resolve(name) if name is not None else ()
     if weights == "random":
         if not rows:
