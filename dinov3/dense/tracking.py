@@ -67,7 +67,7 @@ def near(rows_apart: Tensor, columns_apart: Tensor, radius: float, shape: str = 
 
 
 def propagate(
-    current: Tensor, context: Tensor, labels: Tensor, settings: Propagation = Propagation()  # noqa: B008
+    current: Tensor, context: Tensor, labels: Tensor, settings: Propagation = Propagation()
 ) -> Tensor:  # fmt: skip
     """Label distributions [h, w, M] of a frame [h, w, D], from context frames [C, h, w, D] labelled [C, h, w, M].
 
@@ -102,7 +102,7 @@ def propagate(
 
 
 def track(
-    frames: Iterable[Features | Tensor], first: Tensor, settings: Propagation = Propagation()  # noqa: B008
+    frames: Iterable[Features | Tensor], first: Tensor, settings: Propagation = Propagation()
 ) -> Iterator[Tensor]:  # fmt: skip
     """Label distributions [h, w, M] of every frame, frame 0 included, as they come.
 
