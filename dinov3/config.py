@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import fnmatch
 import os
 import re
@@ -1036,7 +1037,7 @@ class _Loader:
                 value = self.typed.get(key, value) if source == "command line" else value  # text that looks like YAML
             before = self.omega.select(self.values, key) if key in self.origin else None
             try:
-                self.set(key, _floats(value, hint))
+                self.set(key, _member(_floats(value, hint), hint))
             except Exception as error:
                 first = str(error).splitlines()[0]
                 nested = first if "Key '" in first else f"expected {_spoken(hint)}, not {value!r}"
@@ -1163,6 +1164,25 @@ def _floats(value: Any, hint: Any) -> Any:
     return value
 
 
+def _member(value: Any, hint: Any) -> Any:
+    """A choice whatever its capitals, an enum's member by its name or its value: `SGD`, `sgd`, `FLOAT32`, `float32`."""
+    if isinstance(value, (list, tuple)) and typing.get_origin(hint) in (list, tuple):
+        inner = typing.get_args(hint)
+        return [_member(v, inner[0]) for v in value] if inner else value
+    if not isinstance(value, str):
+        return value
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    for option in options:
+        if isinstance(option, type) and issubclass(option, enum.Enum):
+            for member in option:
+                if value.lower() in (member.name.lower(), str(member.value).lower()):
+                    return member
+        if typing.get_origin(option) is Literal and value not in typing.get_args(option):
+            same = [o for o in typing.get_args(option) if isinstance(o, str) and o.lower() == value.lower()]
+            return same[0] if len(same) == 1 else value
+    return value
+
+
 def _spoken(hint: Any) -> str:
     """A type hint in words."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -1175,6 +1195,8 @@ def _spoken(hint: Any) -> str:
         return f"a list of {_spoken(args[0]).removeprefix('a ')}s"
     if origin is tuple:
         return f"a list of {len(args)}, each {_spoken(args[0])}"
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return "one of " + ", ".join(str(m.value) for m in hint)
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     return names.get(hint, getattr(hint, "__name__", str(hint)))
 
