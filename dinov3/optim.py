@@ -4,7 +4,7 @@ A schedule is a pure function of the step; nothing is kept between steps, so a r
 Two generators exist because published recipes come in two forms: `cosine_v1` (keys in `optim` and `teacher`) and
 `warmup_cosine_v2` (a `schedules` section). They differ in small ways that the numbers depend on: v1's warm-up contains
 the peak, so the peak appears twice, and its cosine never arrives; v2's warm-up stops short of the peak and its cosine
-arrives.
+arrives. Heads on frozen backbones have a third, `warmup_one_cycle`, and `polynomial`.
 
 Everything works on plain tensors and on DTensors. Nothing here waits for the device: norms are returned as tensors.
 Left out: any optimiser but AdamW, and loss scaling.
@@ -88,6 +88,54 @@ def warmup_cosine_v2(
     if i == cosine - 1 and cosine > 1:
         return end  # what cos(π) means, without its rounding
     return end + (peak - end) * (1 + math.cos(math.pi * i / max(cosine - 1, 1))) / 2
+
+
+def warmup_one_cycle(
+    step: int,
+    *,
+    peak: float,
+    total: int,
+    warmup: int = 0,
+    ratio: float = 0.0,
+    div_factor: float = 25.0,
+    final_div_factor: float = 1e4,
+) -> float:
+    """The rate of the dense heads' recipes, "WarmupOneCycleLR", at scheduler step `step` of `total`.
+
+    Below `warmup`: a line that begins at ratio·peak, bent down by (1 − step/total); with ratio 0 instead
+    peak/final_div_factor + the cosine times step/warmup. After it: a cosine over the *whole* of `total`, from peak to
+    peak/(div_factor·final_div_factor), that is one step ahead of itself. (Its momentum: `warmup_one_cycle_momentum`.)
+    """
+    if not 0 <= warmup <= total:
+        raise DinoError(f"a schedule of {total} steps cannot hold {warmup} warm-up steps")
+    if step < warmup and ratio > 0:
+        return peak * (1 - (1 - step / warmup) * (1 - ratio)) * (1 - step / total)
+    if step < warmup:
+        return peak / final_div_factor + peak * (1 + math.cos(math.pi * step / total)) / 2 * step / warmup
+    return _annealed(peak, peak / (div_factor * final_div_factor), min((step + 1) / total, 1.0))
+
+
+def warmup_one_cycle_momentum(
+    step: int, *, base: float, highest: float, total: int, warmup: int = 0, ratio: float = 0.0
+) -> float | None:
+    """AdamW's first beta beside `warmup_one_cycle`: 0 during a warm-up of ratio 0, then a cosine from `base` to `highest`.
+    None where the optimiser's own stays: a warm-up of another ratio."""
+    if step < warmup:
+        return None if ratio > 0 else 0.0
+    return _annealed(base, highest, min((step - warmup) / max(total - warmup, 1), 1.0))
+
+
+def _annealed(first: float, last: float, share: float) -> float:
+    return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
+
+
+def polynomial(step: int, *, peak: float, total: int, warmup: int = 0, power: float = 1.0) -> float:
+    """A line from 0 to peak over `warmup` steps, then peak·(1 − share of the rest)^power, down to 0 at `total`."""
+    if not 0 <= warmup <= total:
+        raise DinoError(f"a schedule of {total} steps cannot hold {warmup} warm-up steps")
+    if step < warmup:
+        return peak * (step / warmup)
+    return peak * (1 - min((step - warmup) / max(total - warmup, 1), 1.0)) ** power
 
 
 def constant(value: float, step: int) -> float:
