@@ -57,6 +57,7 @@ BLUR_P = {  # of global crop 1, of global crop 2, of local crops
     "paper": (1.0, 0.1, 0.5),
 }
 GREY = np.array([0.299, 0.587, 0.114], np.float32)
+SIGN = np.uint32(1 << 31)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -319,7 +320,8 @@ def resized(pixels: Pixels, side: int | None) -> Pixels:
 
 def _interpolated(x: Tensor, side: int, flip: bool = False) -> Pixels:
     y = F.interpolate(x, size=(side, side), mode="bicubic", antialias=True)[0]
-    return (y.flip(-1) if flip else y).contiguous().numpy()
+    planes = np.ascontiguousarray(y.numpy())  # from interleaved colours; torch takes half as long again
+    return torch.from_numpy(planes).flip(-1).numpy() if flip else planes
 
 
 def finish(pixels: Pixels, crop: Crop, out: Pixels) -> None:
@@ -342,27 +344,31 @@ def coloured(x: Planes, colours: Colours) -> Planes:
     for name in colours.order:
         if name == "brightness":
             x *= np.float32(colours.brightness)
-            np.clip(x, 0, 255, out=x)
-            np.floor(x, out=x)
+            _as_bytes(x, colours.brightness)
         elif name == "contrast":
-            middle = math.floor(float(x.mean(axis=(1, 2)) @ GREY) + 0.5)
+            middle = math.floor(float(torch.from_numpy(x).mean((1, 2)).numpy() @ GREY) + 0.5)
             x *= np.float32(colours.contrast)
             x += np.float32(middle * (1 - colours.contrast))
-            np.clip(x, 0, 255, out=x)
-            np.floor(x, out=x)
+            _as_bytes(x, colours.contrast)
         elif name == "saturation":
             away = grey(x)
             away *= np.float32(1 - colours.saturation)
             x *= np.float32(colours.saturation)
             x += away
-            np.clip(x, 0, 255, out=x)
-            np.floor(x, out=x)
+            _as_bytes(x, colours.saturation)
         else:
             assert name == "hue", name
             _turn_hue(x, colours.hue)
     if colours.grey:
         x[:] = grey(x)
     return x
+
+
+def _as_bytes(x: Planes, factor: float) -> None:
+    """Rounds down and clips to 0 … 255. With a factor up to 1 each value lies between two that were in the range."""
+    if factor > 1:
+        torch.from_numpy(x).clamp_(0, 255)  # a third of np.clip's time
+    np.floor(x, out=x)
 
 
 def grey(x: Planes) -> np.ndarray:
@@ -395,7 +401,10 @@ def _turn_hue(x: Planes, turn: float) -> None:
     w -= r
     w -= low
     np.subtract(twice, w, out=w)  # 2C − (g + b − r − min) = |h − 3|
-    np.copysign(w, np.subtract(b, g, out=t), out=w)
+    np.subtract(b, g, out=t)
+    sign, bits = t.view(np.uint32), w.view(np.uint32)  # np.copysign takes three times as long
+    sign &= SIGN
+    bits |= sign
     w += np.multiply(chroma, np.float32(6 * abs(turn)), out=t)  # h − 3, turned
 
     np.abs(w, out=r)
@@ -408,10 +417,9 @@ def _turn_hue(x: Planes, turn: float) -> None:
     np.subtract(twice, b, out=b)
     t -= twice
     np.maximum(g, t, out=g)  # green beyond a full turn: h − 6
-    for plane in (r, g, b):
-        plane += low
-        np.maximum(plane, low, out=plane)
-        np.minimum(plane, high, out=plane)
+    x += low
+    np.maximum(x, low, out=x)
+    np.minimum(x, high, out=x)
     np.rint(x, out=x)
 
 
