@@ -217,7 +217,8 @@ def bytes_vocabulary(path: Path, n: int = 48_894) -> Path:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     """The published addresses as folders, with files of the published shapes."""
-    from dinov3.hub.dinotxt import HEAD_FILE, VOCABULARY_FILE
+    from dinov3.hub import HEADS
+    from dinov3.hub.dinotxt import NAME, VOCABULARY_FILE
     from dinov3.weights.catalog import resolve
 
     root = tmp_path_factory.mktemp("base")
@@ -227,7 +228,7 @@ def base(tmp_path_factory) -> Path:
     with torch.device("meta"):
         backbone = VisionTransformer(row.config)
     torch.save({k: torch.ones(1).expand(v.shape) for k, v in backbone.state_dict().items()}, root / row.arch / row.file)
-    torch.save(released_keys(), root / HEAD_FILE)
+    torch.save(released_keys(), root / HEADS[NAME].file)
     bytes_vocabulary(root / VOCABULARY_FILE)
     return root
 
@@ -253,7 +254,8 @@ def test_torch_hub_finds_all_three_files_at_the_published_addresses(base: Path, 
 
 
 def test_a_head_file_is_loaded_whole_or_not_at_all(tmp_path: Path) -> None:
-    from dinov3.hub.dinotxt import assemble, read_head
+    from dinov3.hub.dinotxt import assemble
+    from dinov3.hub.headfiles import read
 
     text, config = TextConfig.of(**TINY_TEXT), DinoTxtConfig(embed_dim=64)
     reference = tiny()
@@ -263,7 +265,7 @@ def test_a_head_file_is_loaded_whole_or_not_at_all(tmp_path: Path) -> None:
 
     def load(state: dict, name: str = "head.pth") -> DinoTxt:
         torch.save(state, tmp_path / name)
-        state, notes = read_head(str(tmp_path / name))
+        state, notes = read(str(tmp_path / name))
         return assemble(backbone, state, text, config, source=name, notes=notes)
 
     model = load(head)

@@ -23,13 +23,12 @@ from torch import Tensor, nn
 from dinov3.data.tokenizer import Tokenizer
 from dinov3.errors import DinoError, WeightsMismatch
 from dinov3.heads.dinotxt import DinoTxt, DinoTxtConfig, TextConfig, build
-from dinov3.hub import Origin
+from dinov3.hub import Origin, head, headfiles
 from dinov3.hub.backbones import Weights, dinov3_vitl16
 from dinov3.models import VisionTransformer
 from dinov3.weights import cache, catalog, loading
 
 NAME = "dinov3_vitl16_dinotxt_tet1280d20h24l"
-HEAD_FILE = "dinov3_vitl16/dinov3_vitl16_dinotxt_vision_head_and_text_encoder-a442d8f5.pth"
 VOCABULARY_FILE = "thirdparty/bpe_simple_vocab_16e6.txt.gz"
 BACKBONE = "visual_model.backbone."
 
@@ -63,8 +62,8 @@ def dinov3_vitl16_dinotxt_tet1280d20h24l(
 
     if isinstance(weights, str) and weights in DINOTxtWeights.__members__:
         weights = DINOTxtWeights[weights]
-    source = _published(HEAD_FILE) if isinstance(weights, DINOTxtWeights) else os.fspath(weights)
-    state, notes = read_head(source, check_hash=check_hash)
+    source = head(NAME).url if isinstance(weights, DINOTxtWeights) else os.fspath(weights)
+    state, notes = headfiles.read(source, check_hash=check_hash)
     if isinstance(backbone_weights, str) and backbone_weights in Weights.__members__:
         backbone_weights = Weights[backbone_weights]
     if not isinstance(backbone_weights, Weights):  # published files have a hash in their name, others need not
@@ -88,23 +87,6 @@ def vocabulary(path_or_url: str | os.PathLike[str] | None, size: int) -> Tokeniz
             "pass CLIP's bpe_simple_vocab_16e6.txt.gz"
         )
     return tokenizer
-
-
-def read_head(source: str, *, check_hash: bool = False) -> tuple[dict[str, Tensor], list[str]]:
-    """The state dict of a head file at a path or URL, and what a careful person would want to know about it.
-
-    A wrapping that all keys share (`model.`, `module.`) is taken off; the content is judged by `assemble`.
-    """
-    path = loading.locate(source, check_hash=check_hash)
-    if path.is_dir():
-        raise WeightsMismatch(f"{source} is a folder; dino.txt's head and text tower are one file")
-    state, _ = loading.read(path)
-    notes = []
-    for wrapping in ("model.", "module."):
-        if state and all(key.startswith(wrapping) for key in state):
-            state = {key.removeprefix(wrapping): value for key, value in state.items()}
-            notes.append(f"the keys of {loading.shown(source)} began with {wrapping!r}; taken off")
-    return state, notes
 
 
 def assemble(

@@ -79,6 +79,24 @@ def open(
     `UnsafeFile` (a pickle that needs to run code), `MissingExtra` (a Hugging Face id without huggingface_hub).
     """
     source = os.fspath(source)
+    path, files, raw, metadata = read_all(source, check_hash=check_hash, sha256=sha256, progress=progress)
+    try:
+        detected = formats.detect(raw)
+        opened = _understand(raw, detected, metadata, source, path, files, periods)
+    except WeightsError as error:
+        raise type(error)(f"{shown(source)}: {error}") from None
+    return opened
+
+
+def read_all(
+    source: str | os.PathLike[str],
+    *,
+    check_hash: bool = False,
+    sha256: str | None = None,
+    progress: cache.Progress | None = None,
+) -> tuple[Path, list[Path], dict[str, Tensor], dict[str, Any]]:
+    """(file or folder, the files read, all their tensors, their metadata) of a source, whatever model it is of."""
+    source = os.fspath(source)
     path = locate(source, check_hash=check_hash, sha256=sha256, progress=progress)
     if path.is_dir():
         files = _files_of(path)
@@ -97,12 +115,7 @@ def open(
             raise type(error)(str(error).replace(str(file), shown(source)) if "://" in source else str(error)) from None
         raw |= tensors
         metadata |= meta
-    try:
-        detected = formats.detect(raw)
-        opened = _understand(raw, detected, metadata, source, path, files, periods)
-    except WeightsError as error:
-        raise type(error)(f"{shown(source)}: {error}") from None
-    return opened
+    return path, files, raw, metadata
 
 
 def _understand(
@@ -118,6 +131,8 @@ def _understand(
     beside = path if path.is_dir() else path.parent
     # A folder's config.json speaks for its model; beside a lone file of Meta's form it may belong to anything.
     config_json = _json(beside / "config.json") if path.is_dir() or detected.form != "meta" else {}
+    if config_json.get("model_type") == "chmv2":  # transformers' canopy model, of which the backbone is a part
+        config_json = config_json.get("backbone_config") or {}
     hints = dict(ours.get("config", {})) or formats.config_from_json(config_json)
     notes: list[str] = []
     if config_json and not formats.is_dinov3_json(config_json) and path.is_dir():
