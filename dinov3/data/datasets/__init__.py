@@ -33,6 +33,12 @@ KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
     "ImageNet": ("imagenet", ("root", "extra", "split")),
     "ImageNet22k": ("imagenet", ("root", "extra")),
     "Folder": ("folder", ("root", "column")),
+    "ADE20K": ("dense", ("root", "split")),
+    "NYU": ("dense", ("root", "split")),
+    "DepthList": ("dense", ("root", "list", "unit")),
+    "VOC2012": ("dense", ("root", "split")),
+    "Cityscapes": ("dense", ("root", "split")),
+    "DenseFolder": ("dense", ("root", "split", "targets", "kind", "unit", "select", "ignore", "classes")),
 }
 
 

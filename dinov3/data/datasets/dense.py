@@ -1,0 +1,471 @@
+"""Pictures with a number at every pixel: class maps (ADE20K, VOC, Cityscapes) and depth maps (NYUv2), or your own folders.
+
+    ADE20K:root=/data/ade:split=VAL                     ADE20K_object150_val.txt, or the official folder as downloaded
+    NYU:root=/data/nyu:split=TEST                       nyu_test.txt, lines "<rgb> <depth> <focal>"
+    DepthList:root=/data/kitti:list=test.txt:unit=256   any list of that form; `unit`: integers per metre
+    VOC2012:root=/data/VOCdevkit/VOC2012:split=VAL      Cityscapes:root=/data/cityscapes:split=VAL
+    DenseFolder:root=/data/mine:split=train             pictures and masks that have the same names; see `DenseFolder`
+
+`data[i]` → (upright RGB picture, target): class numbers uint8 or int64 [h, w], or depth float32 [h, w] in metres, 0 where it
+is unknown. Masks are what the files hold: ADE20K's 0 ("other") is turned into "ignored" by whoever trains or scores
+(`metrics.reduce_zero_label`; `zero_is_other` says that the set is of that kind).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from PIL import Image
+
+from dinov3.data.datasets.base import PictureDataset, required
+from dinov3.data.pictures import PICTURE_SUFFIXES, open_picture, read_file
+from dinov3.errors import DinoError, PictureError, UnknownName, did_you_mean
+
+KINDS = ("classes", "depth")
+UNKNOWN_DEPTH = 65535  # what depth cameras write into 16 bits where they saw nothing
+
+
+class DenseDataset(PictureDataset):
+    """Pairs of files: a picture, and a map of its size. `kind` says what the map holds."""
+
+    kind: str = "classes"
+    class_names: list[str] | None = None
+    ignore_index: int = 255
+    zero_is_other: bool = False  # masks count classes from 1, and 0 is none of them (ADE20K)
+    unit: float = 1000.0  # integers per metre in depth files; floating-point files are in metres
+    left_out: int = 0  # pictures for which there was no target
+
+    def __init__(self, pairs: Sequence[tuple[Path, Path]]) -> None:
+        self.pairs = list(pairs)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def read(self, index: int) -> bytes:
+        return read_file(self.pairs[index][0])
+
+    def name(self, index: int) -> str:
+        return str(self.pairs[index][0])
+
+    @property
+    def n_classes(self) -> int | None:
+        """None where no file tells; `highest_class` looks into the masks."""
+        return None if self.class_names is None else len(self.class_names)
+
+    def highest_class(self) -> int:
+        """The largest class number in any mask that is not ignored. Reads all masks."""
+        highest = -1
+        for index in range(len(self)):
+            values = np.unique(self.target(index))
+            values = values[values != self.ignore_index]
+            highest = max([highest, *values.tolist()])
+        return highest
+
+    def target(self, index: int) -> np.ndarray:
+        """The map [h, w] of picture `index`: class numbers, or metres."""
+        path = self.pairs[index][1]
+        values = read_map(path)
+        if self.kind == "classes":
+            if values.dtype.kind == "f":
+                raise PictureError(f"{path} holds {values.dtype} values, but class masks hold whole numbers")
+            return self.relabelled(values)
+        return metres(values, self.unit)
+
+    def relabelled(self, mask: np.ndarray) -> np.ndarray:
+        """From the numbers in the files to the classes of the benchmark."""
+        return mask
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"picture {index} of {len(self)}")
+        index %= len(self)
+        try:
+            picture: Any = open_picture(self.read(index)).image
+        except PictureError as error:
+            raise PictureError(f"{self.name(index)}: {error}") from None
+        target: Any = self.target(index)
+        if (picture.height, picture.width) != target.shape:
+            raise PictureError(
+                f"{self.name(index)} has {picture.width}×{picture.height} pixels and {self.pairs[index][1].name} "
+                f"{target.shape[1]}×{target.shape[0]}: a target has the size of its picture"
+            )
+        if self.transform is not None:
+            picture = self.transform(picture)
+        return picture, target if self.target_transform is None else self.target_transform(target)
+
+
+# ---- one map -------------------------------------------------------------------------------------------------------
+
+
+def read_map(path: str | os.PathLike[str]) -> np.ndarray:
+    """The numbers of a mask or depth file, [h, w]: PNG (palette, 8 or 16 bit), TIFF, PFM, or a numpy `.npy`."""
+    data = read_file(path)
+    try:
+        if str(path).endswith(".npy"):
+            values = np.load(io.BytesIO(data), allow_pickle=False)
+        else:
+            with Image.open(io.BytesIO(data)) as image:
+                if image.mode in ("RGB", "RGBA", "LA"):
+                    values = _grey(np.array(image), path)
+                elif image.mode in ("1", "L", "P", "I", "F") or image.mode.startswith("I;16"):
+                    values = np.array(image)
+                else:
+                    raise PictureError(f"{path} is a picture of colours ({image.mode}), not of numbers")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise PictureError(f"{path} cannot be read as a map of numbers: {error}") from None
+    values = values.squeeze() if values.ndim == 3 else values
+    if values.ndim != 2:
+        raise PictureError(f"{path} holds an array {list(values.shape)}; a map is [height, width]")
+    if values.dtype.kind in "bu" and values.dtype.itemsize == 1:
+        return values.astype(np.uint8)
+    return values.astype(np.float32 if values.dtype.kind == "f" else np.int64)
+
+
+def _grey(values: np.ndarray, path: str | os.PathLike[str]) -> np.ndarray:
+    """Greys that were saved as RGB are numbers still; colours are not."""
+    colours = values[..., :3] if values.shape[-1] >= 3 else values[..., :1]
+    if (colours != colours[..., :1]).any():
+        raise PictureError(
+            f"{path} is a mask of colours; masks hold the number of the class at every pixel (8-bit grey or palette): "
+            "replace each colour by its number"
+        )
+    return colours[..., 0]
+
+
+def metres(values: np.ndarray, unit: float) -> np.ndarray:
+    """Depth as stored → float32 metres, 0 where it is unknown."""
+    if values.dtype.kind == "f":
+        depth = values.astype(np.float32)
+    else:
+        depth = np.where(values == UNKNOWN_DEPTH, 0, values).astype(np.float32) / np.float32(unit)
+    depth[~np.isfinite(depth) | (depth < 0)] = 0
+    return depth
+
+
+# ---- benchmarks ----------------------------------------------------------------------------------------------------
+
+
+def _split(options: dict[str, str], splits: Sequence[str], line: str) -> str:
+    given = required(options, "split", line)
+    if given.upper() not in splits:
+        raise UnknownName(f"the split is one of {', '.join(splits)}, not {given!r}{did_you_mean(given, splits)}")
+    return given.upper()
+
+
+class ADE20K(DenseDataset):
+    """150 classes; masks hold 1 … 150, and 0 for everything else.
+
+    Names come from `ADE20K_object150_{train,val}.txt` (relative to `images/`, sorted) or, where that file is not, from
+    the folders `images/{training,validation}` of the official download.
+    """
+
+    SPLITS: ClassVar = {"TRAIN": "training", "VAL": "validation"}
+    zero_is_other = True
+
+    def __init__(self, *, root: str | os.PathLike[str], split: str) -> None:
+        self.root = Path(root).expanduser()
+        listed = self.root / f"ADE20K_object150_{split.lower()}.txt"
+        images = self.root / "images"
+        folder = images / self.SPLITS[split]
+        if listed.is_file():
+            names = sorted(line.strip() for line in listed.read_text().splitlines() if line.strip())
+        else:
+            names = sorted(str(p.relative_to(images)) for p in folder.rglob("*.jpg")) if folder.is_dir() else []
+        if not names:
+            raise DinoError(f"no pictures of ADE20K {split} in {self.root}: expected {listed.name}, or {folder}")
+        annotations = self.root / "annotations"
+        super().__init__([(images / n, annotations / Path(n).with_suffix(".png")) for n in names])
+        info = self.root / "objectInfo150.txt"
+        if info.is_file():
+            rows = [line.split("\t") for line in info.read_text().splitlines()[1:] if line.strip()]
+            self.class_names = [row[-1].split(",")[0].strip() for row in rows]
+
+    @property
+    def n_classes(self) -> int | None:
+        return 150
+
+    @classmethod
+    def from_options(cls, **options: str) -> Self:
+        line = "ADE20K:root=…:split=TRAIN|VAL"
+        return cls(root=required(options, "root", line), split=_split(options, list(cls.SPLITS), line))
+
+
+class DepthList(DenseDataset):
+    """Depth pictures by a list file: sorted lines `<rgb> <depth> <anything>`, relative to the root, a leading "/" dropped.
+
+    Lines whose depth is "None" (KITTI's lists have some) are left out.
+    """
+
+    kind = "depth"
+
+    def __init__(self, *, root: str | os.PathLike[str], list_file: str, unit: float = 1000.0) -> None:
+        self.root, self.unit = Path(root).expanduser(), unit
+        path = self.root / list_file
+        try:
+            lines = sorted(line for line in path.read_text().splitlines() if line.strip())
+        except OSError as error:
+            raise DinoError(f"the list of pictures {path} cannot be read: {error.strerror}") from None
+        pairs = []
+        for line in lines:
+            words = line.split()
+            if len(words) < 2:
+                raise DinoError(f"a line of {path.name} is '<rgb> <depth> <focal length>', not {line!r}")
+            if words[1] == "None":
+                self.left_out += 1
+                continue
+            pairs.append((self.root / words[0].lstrip("/"), self.root / words[1].lstrip("/")))
+        if not pairs:
+            raise DinoError(f"{path} lists no picture with a depth map")
+        super().__init__(pairs)
+
+    @classmethod
+    def from_options(cls, **options: str) -> Self:
+        line = "DepthList:root=…:list=…:unit=1000"
+        unit = _number(options.get("unit", "1000"), "unit")
+        return cls(root=required(options, "root", line), list_file=required(options, "list", line), unit=unit)
+
+
+class NYU(DepthList):
+    """NYUv2 as extracted for BTS: 16-bit millimetres, 640×480. VAL and TEST are the same 654 pictures."""
+
+    SPLITS: ClassVar = {"TRAIN": "nyu_train.txt", "VAL": "nyu_test.txt", "TEST": "nyu_test.txt"}
+
+    @classmethod
+    def from_options(cls, **options: str) -> Self:
+        line = "NYU:root=…:split=TRAIN|VAL|TEST"
+        split = _split(options, list(cls.SPLITS), line)
+        return cls(root=required(options, "root", line), list_file=cls.SPLITS[split])
+
+
+class VOC2012(DenseDataset):
+    """Pascal VOC segmentation: 20 classes and background (0), borders ignored (255)."""
+
+    SPLITS = ("TRAIN", "VAL", "TRAINVAL")
+    NAMES = (
+        "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
+        "pottedplant sheep sofa train tvmonitor"
+    )
+
+    def __init__(self, *, root: str | os.PathLike[str], split: str) -> None:
+        self.root = Path(root).expanduser()
+        listed = self.root / "ImageSets" / "Segmentation" / f"{split.lower()}.txt"
+        if not listed.is_file():
+            raise DinoError(f"{listed} does not exist: root is the folder that holds ImageSets, as VOCdevkit/VOC2012")
+        names = sorted(line.strip() for line in listed.read_text().splitlines() if line.strip())
+        pictures, masks = self.root / "JPEGImages", self.root / "SegmentationClass"
+        super().__init__([(pictures / f"{n}.jpg", masks / f"{n}.png") for n in names])
+        self.class_names = self.NAMES.split()
+
+    @classmethod
+    def from_options(cls, **options: str) -> Self:
+        line = "VOC2012:root=…:split=TRAIN|VAL|TRAINVAL"
+        return cls(root=required(options, "root", line), split=_split(options, cls.SPLITS, line))
+
+
+class Cityscapes(DenseDataset):
+    """19 of the label numbers count, under the benchmark's training numbers; all others are ignored."""
+
+    SPLITS = ("TRAIN", "VAL", "TEST")
+    NAMES = (
+        "road,sidewalk,building,wall,fence,pole,traffic light,traffic sign,vegetation,terrain,sky,person,rider,car,truck,"
+        "bus,train,motorcycle,bicycle"
+    )
+    IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+
+    def __init__(self, *, root: str | os.PathLike[str], split: str) -> None:
+        self.root = Path(root).expanduser()
+        pictures = sorted((self.root / "leftImg8bit" / split.lower()).glob("*/*_leftImg8bit.png"))
+        if not pictures:
+            raise DinoError(f"no *_leftImg8bit.png in {self.root}/leftImg8bit/{split.lower()}/<city>/")
+        masks = self.root / "gtFine" / split.lower()
+        ends = ("_leftImg8bit.png", "_gtFine_labelIds.png")
+        super().__init__([(p, masks / p.parent.name / p.name.replace(*ends)) for p in pictures])
+        self.class_names = self.NAMES.split(",")
+        self._table = np.full(256, 255, np.uint8)
+        self._table[list(self.IDS)] = range(len(self.IDS))
+
+    def relabelled(self, mask: np.ndarray) -> np.ndarray:
+        return self._table[np.clip(mask, 0, 255)]
+
+    @classmethod
+    def from_options(cls, **options: str) -> Self:
+        line = "Cityscapes:root=…:split=TRAIN|VAL"
+        return cls(root=required(options, "root", line), split=_split(options, cls.SPLITS, line))
+
+
+# ---- your own ------------------------------------------------------------------------------------------------------
+
+_PICTURE_WORDS = ("images", "image", "imgs", "img", "pictures", "photos", "rgb", "color", "JPEGImages")
+_TARGET_WORDS = (
+    "annotations", "annotation", "annot", "masks", "mask", "labels", "label", "targets", "target", "gt", "segmentation",
+    "depth", "depths",
+)  # fmt: skip
+_PICTURE_ROLE = re.compile(rf"[._-]({'|'.join(_PICTURE_WORDS)})$", re.IGNORECASE)
+_TARGET_ROLE = re.compile(rf"[._-]({'|'.join(_TARGET_WORDS)})$", re.IGNORECASE)
+_MAP_SUFFIXES = frozenset((".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm", ".pfm", ".npy"))
+
+
+class DenseFolder(DenseDataset):
+    """Pictures and targets of a folder, paired by name. These layouts are found by themselves (here: split=train):
+
+        images/train/x.jpg   annotations/train/x.png     (also masks, labels, targets, gt, depth)
+        train/x.jpg          trainannot/x.png            (also train_masks, …)
+        train/images/x.jpg   train/masks/x.png
+        images/x.jpg         masks/x.png                 (no split)
+        x.jpg                masks/x.png
+        x.color.jpg          x.depth.png                 (one folder; also x_mask.png)
+
+    targets: the folder of the targets where it is another, relative to the root; "{split}" stands for the split.
+    kind: "classes" or "depth"; by default depth where "depth" is in the name of the folder or file, or in `.npy` files of
+    floats. unit: integers per metre of depth files (1000: millimetres). select: a slice of the sorted pairs ("0:80").
+    ignore: a number in the masks that does not count, besides 255. classes: names separated by commas; by default the
+    lines of `classes.txt` in the root, or the list in `classes.json`.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str | os.PathLike[str],
+        split: str | None = None,
+        targets: str | None = None,
+        kind: str | None = None,
+        unit: float = 1000.0,
+        select: str | None = None,
+        ignore: int | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        self.root, self.unit, self.ignored = Path(root).expanduser(), unit, ignore
+        if not self.root.is_dir():
+            raise DinoError(f"{self.root} is not a folder")
+        if kind is not None and kind not in KINDS:
+            raise UnknownName(f"kind is {' or '.join(KINDS)}, not {kind!r}{did_you_mean(kind, KINDS)}")
+        pictures, maps = _find(self.root, split, targets)
+        pairs, self.left_out = _paired(pictures, maps)
+        if not pairs:
+            raise DinoError(
+                f"no picture in {pictures} has a target of the same name in {maps}; name the folder of masks or depth maps "
+                "with targets=…"
+            )
+        super().__init__(pairs[_slice(select)] if select else pairs)
+        if not self.pairs:
+            raise DinoError(f"select={select} leaves none of the {len(pairs)} pairs in {self.root}")
+        self.kind = kind or _guessed_kind(self.pairs[0][1], self.root)
+        self.class_names = list(classes) if classes else _class_names(self.root)
+
+    def relabelled(self, mask: np.ndarray) -> np.ndarray:
+        return mask if self.ignored is None else np.where(mask == self.ignored, self.ignore_index, mask)
+
+    @classmethod
+    def from_options(cls, **options: str) -> Self:
+        required(options, "root", "DenseFolder:root=…:split=…:targets=…")
+        given: dict[str, Any] = dict(options)
+        if "unit" in given:
+            given["unit"] = _number(given["unit"], "unit")
+        if "ignore" in given:
+            given["ignore"] = int(_number(given["ignore"], "ignore", zero=True))
+        if "classes" in given:
+            given["classes"] = [name.strip() for name in given["classes"].split(",")]
+        return cls(**given)
+
+
+def _find(root: Path, split: str | None, targets: str | None) -> tuple[Path, Path]:
+    """The folders of pictures and of targets (the same one where both lie together)."""
+    if split:
+        candidates = [root / w / split for w in _PICTURE_WORDS]
+        candidates += [root / split / w for w in _PICTURE_WORDS] + [root / split]
+    else:
+        candidates = [root / w for w in _PICTURE_WORDS] + [root]
+    pictures = next((c for c in candidates if c.is_dir()), None)
+    if pictures is None:
+        there = sorted(p.name for p in root.iterdir() if p.is_dir())
+        near = did_you_mean(split or "", there) or f"; it holds {', '.join(there) or 'no folders'}"
+        raise DinoError(f"{root} has no folder for split {split!r}{near}")
+    if targets is not None:
+        folder = root / targets.replace("{split}", split or "")
+        if not folder.is_dir():
+            raise DinoError(f"the folder of targets {folder} does not exist")
+        return pictures, folder
+    maps: list[Path] = []
+    if split and pictures == root / split:
+        maps = [root / f"{split}{sep}{w}" for w in _TARGET_WORDS for sep in ("", "_", "-")]
+        maps += [root / w / split for w in _TARGET_WORDS]
+    elif split and pictures.parent == root / split:
+        maps = [root / split / w for w in _TARGET_WORDS]
+    elif split:
+        maps = [root / w / split for w in _TARGET_WORDS]
+    else:
+        maps = [root / w for w in _TARGET_WORDS]
+    return pictures, next((m for m in maps if m.is_dir()), pictures)
+
+
+def _paired(pictures: Path, maps: Path) -> tuple[list[tuple[Path, Path]], int]:
+    """Pairs sorted by name, and how many pictures have no target."""
+
+    def stem(path: Path, folder: Path) -> str:
+        return str(path.relative_to(folder).with_suffix(""))
+
+    together = pictures == maps
+    found: dict[str, Path] = {}
+    for path in sorted(p for p in maps.rglob("*") if p.suffix.lower() in _MAP_SUFFIXES):
+        bare = _TARGET_ROLE.sub("", stem(path, maps))
+        if together and bare == stem(path, maps):
+            continue  # a picture, not a target
+        if bare in found:
+            raise DinoError(
+                f"{found[bare].name} and {path.name} in {maps} are both targets of {bare!r}: keep one of them"
+            )
+        found[bare] = path
+    pairs, alone = [], 0
+    for path in sorted(p for p in pictures.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES):
+        name = stem(path, pictures)
+        if _TARGET_ROLE.search(name) if together else maps in path.parents:
+            continue
+        target = found.get(name) or found.get(_PICTURE_ROLE.sub("", name))
+        if target is None:
+            alone += 1
+        else:
+            pairs.append((path, target))
+    return pairs, alone
+
+
+def _guessed_kind(target: Path, root: Path) -> str:
+    if any("depth" in part.lower() for part in target.relative_to(root).parts if root in target.parents):
+        return "depth"
+    if target.suffix == ".npy" and np.load(target, mmap_mode="r", allow_pickle=False).dtype.kind == "f":
+        return "depth"
+    return "classes"
+
+
+def _class_names(root: Path) -> list[str] | None:
+    if (root / "classes.txt").is_file():
+        return [line.strip() for line in (root / "classes.txt").read_text().splitlines() if line.strip()]
+    if (root / "classes.json").is_file():
+        names = json.loads((root / "classes.json").read_text())
+        if not isinstance(names, list):
+            raise DinoError(f"{root / 'classes.json'} must hold a list of class names")
+        return [str(n) for n in names]
+    return None
+
+
+def _slice(text: str) -> slice:
+    parts = text.split(":")
+    if len(parts) not in (2, 3) or not all(re.fullmatch(r"-?\d*", p) for p in parts):
+        raise DinoError(f"select is a slice of the sorted pictures, as 0:80 or 80: or ::2, not {text!r}")
+    return slice(*(int(p) if p else None for p in parts))
+
+
+def _number(text: str, key: str, *, zero: bool = False) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not (value > 0 or (zero and value == 0)):
+        raise DinoError(f"{key} is a number {'of at least' if zero else 'above'} 0, not {text!r}")
+    return value
