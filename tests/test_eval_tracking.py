@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dinov3.data.datasets.video import MaskedVideos
 from dinov3.errors import DinoError, UnknownName
 from dinov3.eval.tracking import (
+    TrackingConfig,
     boundary,
     contour_accuracy,
-    davis_scores,
     dilated,
+    followed,
+    frame_size,
+    main,
     mean_recall_decay,
+    object_row,
     region_similarity,
     sequence_scores,
+    table,
 )
+from dinov3.models.vit import VisionTransformer, ViTConfig
 
 
 def square(shift: int = 0, size: int = 40) -> np.ndarray:
@@ -93,11 +101,11 @@ def test_every_object_counts_the_same() -> None:
     truth, predicted = one + two, one  # the second object was lost
     scores = sequence_scores([truth, predicted, truth], [truth] * 3)
     assert len(scores) == 2
-    table = davis_scores([scores, [([0.5, 0.5], [0.5, 0.5])]])
-    assert table["J"] == pytest.approx(100 * (1 + 0 + 0.5) / 3)
-    assert table["J&F"] == pytest.approx((table["J"] + table["F"]) / 2)
-    assert table["J-recall"] == pytest.approx(100 / 3)
-    assert table["objects"] == 3
+    got = table([object_row(js, fs) for js, fs in [*scores, ([0.5, 0.5], [0.5, 0.5])]])
+    assert got["J"] == pytest.approx(100 * (1 + 0 + 0.5) / 3)
+    assert got["J&F"] == pytest.approx((got["J"] + got["F"]) / 2)
+    assert got["J-recall"] == pytest.approx(100 / 3)
+    assert got["objects"] == 3
 
 
 def test_an_object_that_never_was_is_an_error() -> None:
@@ -159,3 +167,78 @@ def test_missing_videos_are_named(tmp_path: Path) -> None:
         MaskedVideos(tmp_path, sequences=["blakswan"])
     with pytest.raises(UnknownName, match="no list 'val'; there: none"):
         MaskedVideos(tmp_path, split="val")
+
+
+@pytest.mark.parametrize(
+    "patch, side, up, nearest",
+    [
+        (16, 480, (864, 480), (848, 480)),
+        (16, 960, (1712, 960), (1712, 960)),
+        (16, 1440, (2576, 1440), (2560, 1440)),
+        (14, 960, (1722, 966), (1708, 966)),
+    ],
+)
+def test_sizes_of_frames(patch: int, side: int, up: tuple[int, int], nearest: tuple[int, int]) -> None:
+    assert frame_size(854, 480, side, patch, "up") == up
+    assert frame_size(854, 480, side, patch, "nearest") == nearest
+    assert frame_size(480, 854, side, patch, "up") == up[::-1]
+
+
+@pytest.fixture
+def gliding_square(tmp_path: Path) -> Path:
+    """Eight frames: a bright square glides over a textured dark ground, 8 pixels a frame."""
+    rng = np.random.default_rng(0)
+    ground = rng.integers(0, 60, (64, 96, 3))
+    frames, masks = tmp_path / "JPEGImages" / "square", tmp_path / "Annotations" / "square"
+    frames.mkdir(parents=True)
+    masks.mkdir(parents=True)
+    for t in range(8):
+        picture, mask = ground.copy(), np.zeros((64, 96), np.uint8)
+        picture[16:40, 8 + 8 * t : 32 + 8 * t] = (250, 200, 40)
+        mask[16:40, 8 + 8 * t : 32 + 8 * t] = 1
+        Image.fromarray(picture.astype(np.uint8)).save(frames / f"{t:05d}.png")
+        Image.fromarray(mask).save(masks / f"{t:05d}.png")
+    return tmp_path
+
+
+def test_a_bright_square_is_followed_by_the_shipped_model(gliding_square: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = [f"root={gliding_square}", "short_side=256", f"output_dir={out}", "save_masks=true", "model.device=cpu"]
+    assert main(words) == 0
+    results = json.loads((out / "results-tracking.json").read_text())["results"]
+    assert results["J"] > 75
+    assert results["objects"] == 1
+    assert results["J&F square"] == pytest.approx(results["J&F"])
+    saved = np.array(Image.open(out / "masks" / "square" / "00007.png"))
+    assert set(np.unique(saved)) == {0, 1}
+    assert (saved[16:40, 64:88] == 1).mean() > 0.8
+
+
+def test_frames_before_the_first_mask_are_empty(gliding_square: Path) -> None:
+    (gliding_square / "Annotations" / "square" / "00000.png").unlink()
+    torch.manual_seed(0)
+    model = VisionTransformer(ViTConfig(embed_dim=32, depth=2, num_heads=2))
+    model.init_weights()
+    (video,) = MaskedVideos(gliding_square)
+    found = followed(model, video, TrackingConfig(short_side=64))
+    assert len(found) == 8
+    assert not found[0].any()
+    assert found[1].any()
+
+
+def test_the_command_says_what_is_missing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main([f"output_dir={tmp_path}"]) == 1
+    assert "root=FOLDER" in capsys.readouterr().err
+    assert main([f"output_dir={tmp_path}", f"root={tmp_path}", "propagation.shape=round"]) == 1
+    assert "circle" in capsys.readouterr().err
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_a_real_swan_is_followed(development_data: Path, tmp_path: Path) -> None:
+    root = development_data / "davis2016"
+    if not root.is_dir():
+        pytest.skip(f"no {root}")
+    words = [f"root={root}", "sequences=[blackswan]", "short_side=240", f"output_dir={tmp_path}", "model.device=cpu"]
+    assert main(words) == 0
+    assert json.loads((tmp_path / "results-tracking.json").read_text())["results"]["J"] > 60

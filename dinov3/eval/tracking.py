@@ -7,11 +7,59 @@ object and frame, the first and the last frame not counted, then averaged per ob
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
 
+from dinov3 import distributed
+from dinov3.data.datasets.video import MaskedVideo, MaskedVideos
+from dinov3.dense.tracking import Propagation, masks, track
 from dinov3.errors import DinoError
+from dinov3.eval import common
+from dinov3.eval.common import EvalConfig, Session
+from dinov3.features import default_preprocessing, embed
+
+
+@dataclass
+class PropagationSection:
+    """As `dense.tracking.Propagation`: the values of the paper's notebook."""
+
+    n_context: int = 7
+    radius: float = 12  # in patches; .inf: anywhere
+    shape: Literal["circle", "square"] = "circle"
+    k: int = 5
+    temperature: float = 0.2
+
+
+@dataclass
+class TrackingConfig(EvalConfig):
+    root: str = ""  # the folder with JPEGImages and Annotations
+    split: str | None = None  # a list below ImageSets, such as 2017/val; null: all sequences
+    sequences: list[str] = field(default_factory=list)  # only these
+    # the paper's three sizes at patch 16 are 480, 960 (its family tables) and 1440; at patch 14 420, 840 and 1260
+    short_side: int = 960
+    # sides to the nearest multiple of the patch (the paper's text), or up to the next one (its notebook)
+    rounding: Literal["nearest", "up"] = "nearest"
+    layer: int = -1
+    norm: bool = True
+    propagation: PropagationSection = field(default_factory=PropagationSection)
+    upsampling: Literal["bilinear", "nearest"] = "bilinear"  # of soft labels to the frame: paper, notebook
+    stretch: bool = True  # every object's map to [0, 1] before the largest wins (notebook)
+    save_masks: bool = False  # masks/<sequence>/<frame>.png
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from common.section_problems(self)
+        if not self.root:
+            yield "root", "must be given: root=FOLDER, with JPEGImages and Annotations in it"
+        if self.short_side < 1:
+            yield "short_side", "must be at least 1"
+
 
 # ---- measures: arrays in, numbers out -------------------------------------------------------------------------------
 
@@ -102,9 +150,13 @@ def sequence_scores(
     return scores
 
 
-def davis_scores(sequences: Iterable[Sequence[tuple[Sequence[float], Sequence[float]]]]) -> dict[str, float]:
-    """The table's numbers, in percent: every object of every sequence counts the same."""
-    objects = [mean_recall_decay(js) + mean_recall_decay(fs) for sequence in sequences for js, fs in sequence]
+def object_row(js: Sequence[float], fs: Sequence[float]) -> list[float]:
+    """J mean, recall, decay and F mean, recall, decay of one object."""
+    return [*mean_recall_decay(js), *mean_recall_decay(fs)]
+
+
+def table(objects: Sequence[Sequence[float]]) -> dict[str, float]:
+    """The paper's numbers, in percent, from the rows of all objects of all sequences: every object counts the same."""
     if not objects:
         raise DinoError("no sequence was scored")
     j, j_recall, j_decay, f, f_recall, f_decay = (100 * float(x) for x in np.mean(objects, axis=0))
@@ -112,3 +164,93 @@ def davis_scores(sequences: Iterable[Sequence[tuple[Sequence[float], Sequence[fl
         "J&F": (j + f) / 2, "J": j, "J-recall": j_recall, "J-decay": j_decay,
         "F": f, "F-recall": f_recall, "F-decay": f_decay, "objects": len(objects),
     }  # fmt: skip
+
+
+# ---- the evaluation -------------------------------------------------------------------------------------------------
+
+
+def frame_size(width: int, height: int, short_side: int, patch: int, rounding: str = "nearest") -> tuple[int, int]:
+    """(width, height) at which the backbone sees a frame: multiples of the patch, the short side about `short_side`.
+
+    "nearest": each side to the multiple nearest to its ideal length. "up": the short side up to the next multiple, and
+    the long side, from that, up again. They agree for DAVIS at 960 and patch 16 (1712 × 960).
+    """
+    short, long = sorted((width, height))
+    if rounding == "up":
+        s = math.ceil(short_side / patch) * patch
+        l = math.ceil(long * s / short / patch) * patch  # noqa: E741
+    else:
+        s, l = (max(patch, round(v / patch) * patch) for v in (short_side, short_side * long / short))  # noqa: E741
+    return (l, s) if width > height else (s, l)
+
+
+def followed(model: torch.nn.Module, video: MaskedVideo, config: TrackingConfig) -> list[np.ndarray]:
+    """Masks of numbers [H, W] of every frame, from the model's features and the first annotated mask alone.
+
+    Frames before the first mask are left without objects.
+    """
+    backbone: Any = model
+    start = next((i for i in range(len(video)) if video.masks[i] is not None), None)
+    first = None if start is None else video.mask(start)
+    if start is None or first is None or not first.any():
+        raise DinoError(f"{video.name}: the first annotated frame has no object to follow")
+    H, W = first.shape
+    size = frame_size(W, H, config.short_side, math.lcm(backbone.stride, backbone.patch_size or 1), config.rounding)
+    rule = default_preprocessing(model, shape="native")
+
+    def features() -> Iterator[Tensor]:
+        for i in range(start, len(video)):
+            frame = video.frame(i).resize(size, Image.Resampling.BICUBIC)
+            yield embed(model, frame, preprocessing=rule, layer=config.layer, norm=config.norm).patches[0]
+
+    p = config.propagation
+    settings = Propagation(p.n_context, p.radius, p.shape, p.k, p.temperature)
+    out = [np.zeros((H, W), np.uint8)] * start
+    for labels in track(features(), torch.from_numpy(first), settings):
+        found = masks(labels, (H, W), upsampling=config.upsampling, stretch=config.stretch)
+        out.append(found.to(torch.uint8).cpu().numpy())
+    return out
+
+
+def evaluate(config: TrackingConfig, session: Session) -> dict[str, float]:
+    """J&F over the sequences; each process follows its share of them."""
+    videos = MaskedVideos(config.root, split=config.split, sequences=config.sequences)
+    model = session.model(config.model)
+    rank, world = distributed.rank(), distributed.world()
+    rows: list[list[float]] = []
+    for number in range(rank, len(videos), world):
+        video = videos[number]
+        predicted = followed(model, video, config)
+        scores = sequence_scores(predicted, [video.mask(i) for i in range(len(video))])
+        objects = [object_row(js, fs) for js, fs in scores]
+        rows += [[number, *row] for row in objects]
+        j, f = np.mean([row[0] for row in objects]), np.mean([row[3] for row in objects])
+        session.say(f"{video.name}: J {100 * j:.1f}, F {100 * f:.1f}, {len(objects)} object(s), {len(video)} frames")
+        if config.save_masks:
+            save(predicted, video, session)
+    every = distributed.all_gather(torch.tensor(rows, dtype=torch.float64, device=session.device).reshape(-1, 7)).cpu()
+    results = table(every[:, 1:].tolist())
+    names = every[:, 0].long()
+    for number in names.unique().tolist():
+        part = every[names == number]
+        results[f"J&F {videos[number].name}"] = float(100 * (part[:, 1] + part[:, 4]).mean() / 2)
+    return results
+
+
+def save(predicted: Sequence[np.ndarray], video: MaskedVideo, session: Session) -> None:
+    """The masks as palette pictures, in DAVIS' layout."""
+    folder = session.output / "masks" / video.name
+    folder.mkdir(parents=True, exist_ok=True)
+    palette = [round(255 * c) for i in range(256) for c in (i & 1, i >> 1 & 1, i >> 2 & 1)]
+    for path, mask in zip(video.frames, predicted):
+        image = Image.fromarray(mask)
+        image.putpalette(palette)
+        image.save(folder / f"{path.stem}.png")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return common.main("tracking", TrackingConfig, evaluate, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
