@@ -1,0 +1,143 @@
+"""k nearest neighbours vote on frozen features (Caron et al. 2021; ablations of the DINOv2 and DINOv3 papers).
+
+    python -m dinov3.run.submit dinov3/eval/knn.py model.name=dinov3_vits16 model.weights=FILE \\
+        train.dataset=ImageNet:split=TRAIN:root=…:extra=… eval.test_dataset=ImageNet:split=VAL:root=…:extra=…
+
+The normalised CLS token of every training picture is the bank; a test picture's neighbours by cosine vote with weights
+softmax(cosine / 0.07). Nothing is trained. Results are per cent, one column for each k. Published check of the training
+recipe: ViT-L on ImageNet-1k, 82.0. Legend: Q test pictures, K kept neighbours, C classes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinov3.data.datasets import make_dataset
+from dinov3.eval import common
+from dinov3.eval.classification import Metric, Numbers
+from dinov3.eval.classification import evaluate as measure
+from dinov3.eval.common import EvalConfig, FeatureSection, FewShotSection, Session, TransformSection
+from dinov3.neighbours import nearest, votes
+
+
+@dataclass
+class TrainSection:
+    dataset: str = "???"
+    batch_size: int = 256
+    num_workers: int = 5
+    ks: list[int] = field(default_factory=lambda: [10, 20, 100, 200])
+    temperature: float = 0.07
+    skip_first_nn: bool = False  # the best neighbour is the picture itself: train = test
+
+
+@dataclass
+class TestSection:
+    test_dataset: str = "???"
+    test_metric_type: Metric = Metric.MEAN_ACCURACY
+    batch_size: int | None = None
+    num_workers: int = 5
+
+
+@dataclass
+class KnnConfig(EvalConfig):
+    train: TrainSection = field(default_factory=TrainSection)
+    eval: TestSection = field(default_factory=TestSection)
+    transform: TransformSection = field(default_factory=TransformSection)
+    features: FeatureSection = field(default_factory=FeatureSection)
+    few_shot: FewShotSection = field(default_factory=FewShotSection)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from common.section_problems(self)
+        if not self.train.ks or min(self.train.ks) < 1:
+            yield "train.ks", f"holds numbers of neighbours, each at least 1, not {list(self.train.ks)}"
+        if self.train.temperature <= 0:
+            yield "train.temperature", "must be positive"
+
+
+def knn_scores(
+    train: np.ndarray | Tensor,
+    train_labels: Tensor,
+    test: np.ndarray | Tensor,
+    ks: Sequence[int],
+    *,
+    temperature: float = 0.07,
+    skip_first: bool = False,
+    n_classes: int | None = None,
+    device: torch.device | str | None = None,
+    split: bool = False,
+) -> Iterator[tuple[int, Tensor]]:
+    """(k, class scores [Q, C]) for each k, ascending, capped at the number of training rows.
+
+    train_labels: int [N] or multi-hot [N, C]. The neighbours are found once; scores are made one k at a time, because
+    50,000 × 1,000 of them are 200 MB. split: processes share the search.
+    """
+    ks = sorted({min(k, len(train)) for k in ks})
+    classes = n_classes or (train_labels.shape[1] if train_labels.ndim == 2 else int(train_labels.max()) + 1)
+    cosines, where = nearest(test, train, max(ks) + skip_first, device=device, split=split)
+    if skip_first:
+        cosines, where = cosines[:, 1:], where[:, 1:]
+    labels = train_labels.to(cosines.device)[where]
+    for k in ks:
+        yield k, votes(cosines, labels, k, classes, temperature)
+
+
+def evaluate(config: KnnConfig, session: Session) -> Numbers:
+    c = config
+    model = session.model(c.model)
+    rule = session.rule(model, c.transform)
+    batch = {"batch_size": c.train.batch_size, "workers": c.train.num_workers}
+    train, train_labels, train_set = session.labelled(c.train.dataset, model, rule, c.features, **batch)
+    batch = {"batch_size": c.eval.batch_size or c.train.batch_size, "workers": c.eval.num_workers}
+    test_set = make_dataset(c.eval.test_dataset)
+    common.check_classes(train_set, test_set)
+    test = session.features(model, test_set, rule, c.features, **batch)
+    targets = common.test_targets(test_set, c.eval.test_dataset)
+    shots = c.few_shot
+    tries: list[Numbers] = []
+    for number in range(shots.n_tries if shots.enable else 1):
+        rows = slice(None)
+        bank, labels = train, train_labels
+        if shots.enable:
+            assert shots.k_or_percent is not None
+            rows = common.few_shot_subset(train_labels, shots.k_or_percent, number)  # type: ignore[assignment]
+            bank, labels = train[rows], train_labels[rows]
+        row: Numbers = {}
+        found = knn_scores(
+            bank,
+            torch.from_numpy(labels),
+            test,
+            c.train.ks,
+            temperature=c.train.temperature,
+            skip_first=c.train.skip_first_nn,
+            n_classes=common.class_count(train_labels),
+            device=session.device,
+            split=True,
+        )
+        for k, scores in found:
+            values = targets.chosen(scores.cpu().numpy())
+            numbers = measure(c.eval.test_metric_type, values, targets.labels, groups=targets.groups)
+            row |= {f"{k} {name.replace('top-', 'Top ')}": 100 * v for name, v in numbers.items()}
+            if c.save_results:
+                suffix = f"try_{number}_k_{k}" if shots.enable else f"k_{k}"
+                session.save_arrays(suffix, values.argmax(1), targets.labels)
+        tries.append(row)
+    result = common.over_tries(tries) if shots.enable else tries[0]
+    if shots.enable:  # the documented columns hold the mean
+        result = {k.removesuffix("_mean"): v for k, v in result.items()}
+    for key, value in result.items():
+        session.append_json({key: value})
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return common.main("knn", KnnConfig, evaluate, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

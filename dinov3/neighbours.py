@@ -1,0 +1,102 @@
+"""Exact k nearest neighbours by cosine, in chunks, and the vote of their labels (DINO's protocol: Caron et al. 2021, §F).
+
+The bank may be larger than memory (a memory-mapped array, float16): it is read once, a chunk at a time, and only the
+best K of every query are kept. Several processes each search a part of it and join their best. The result does not
+depend on the size of the chunks or the number of parts.
+
+Legend: Q queries, N rows of the bank, D width, K kept neighbours, C classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinov3 import distributed
+from dinov3.distributed import Group
+from dinov3.errors import DinoError
+
+Rows = Tensor | np.ndarray
+CHUNK, BLOCK = 32768, 1024  # rows of the bank, queries: 128 MB of similarities at a time
+
+
+def unit_rows(rows: Rows, device: Any = None) -> Tensor:
+    """Rows of length 1 in float32 (float64 stays)."""
+    x = torch.from_numpy(np.array(rows)) if isinstance(rows, np.ndarray) else rows
+    x = x.to(device=device, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return F.normalize(x, dim=-1)
+
+
+@torch.inference_mode()
+def nearest(
+    queries: Rows,
+    bank: Rows,
+    k: int,
+    *,
+    chunk: int = CHUNK,
+    device: Any = None,
+    split: bool = False,
+    group: Group = None,
+) -> tuple[Tensor, Tensor]:
+    """(cosines [Q, K], rows of the bank [Q, K]), best first, K = min(k, N). Neither needs to be normalised.
+
+    split: each process of `group` searches its share of the bank, which all of them have; the result is the same on all.
+    """
+    N = len(bank)
+    if N == 0 or k < 1:
+        raise DinoError(f"{k} neighbours among {N} rows: there must be at least one of both")
+    each = -(-N // distributed.world(group)) if split else N
+    first = min(distributed.rank(group) * each, N) if split else 0
+    q = unit_rows(queries, device)
+    best, where = _search(q, bank, first, min(first + each, N), min(k, N), chunk)
+    if split and distributed.world(group) > 1:
+        # rank by rank along the neighbours: [Q, W·K], then the best of all
+        best, where = (_beside(x, group) for x in (best, where))
+        best, order = best.topk(min(k, N), dim=1)
+        where = where.gather(1, order)
+    return best, where
+
+
+def _beside(x: Tensor, group: Group) -> Tensor:
+    return distributed.all_gather(x.T.contiguous(), group).T
+
+
+def _search(q: Tensor, bank: Rows, first: int, last: int, k: int, chunk: int) -> tuple[Tensor, Tensor]:
+    """The best k of rows first … last − 1; a part with fewer rows fills up with −inf, which no real cosine loses to."""
+    best = q.new_full((len(q), k), -torch.inf)
+    where = torch.zeros(len(q), k, dtype=torch.int64, device=q.device)
+    for start in range(first, last, chunk):
+        rows = unit_rows(bank[start : min(start + chunk, last)], q.device)
+        for i in range(0, len(q), BLOCK):
+            here = slice(i, i + BLOCK)
+            found, index = (q[here] @ rows.T).topk(min(k, len(rows)), dim=1)
+            joined = torch.cat([best[here], found], 1)
+            best[here], order = joined.topk(k, dim=1)
+            where[here] = torch.cat([where[here], index + start], 1).gather(1, order)
+    return best, where
+
+
+def votes(cosines: Tensor, labels: Tensor, k: int, n_classes: int, temperature: float = 0.07) -> Tensor:
+    """Class scores [Q, C] of the k best: each neighbour's weight goes to its class, or to each of its classes.
+
+    cosines [Q, K], best first; labels int [Q, K], or multi-hot [Q, K, C]. The weights are a softmax of cosine /
+    temperature over all K, so the scores sum to less than 1 where k < K.
+    """
+    weights = (cosines / temperature).softmax(1)[:, :k]  # [Q, k]
+    if labels.ndim == 3:
+        return torch.einsum("qk,qkc->qc", weights, labels[:, :k].to(weights.dtype))
+    return weights.new_zeros(len(weights), n_classes).scatter_add_(1, labels[:, :k], weights)
+
+
+def knn_accuracy(
+    train: Rows, train_labels: Tensor, test: Rows, test_labels: Tensor, *, k: int = 20, temperature: float = 0.07
+) -> float:
+    """Share of the test rows [n, D] whose label wins among the k most similar training rows [N, D]."""
+    cosines, where = nearest(test, train, k, device=train_labels.device)
+    classes = int(max(train_labels.max(), test_labels.max())) + 1
+    scores = votes(cosines, train_labels[where], k, classes, temperature)
+    return float((scores.argmax(1) == test_labels).double().mean())
