@@ -283,13 +283,14 @@ class Transformer(nn.Module):
         encoded = self.encoder(features.flatten(2).transpose(1, 2), position, flat)
         memory = Memory(encoded + position, encoded, flat, Grid(h, w, patch))
 
-        tokens, proposals, size_hw = self.proposals(encoded.transpose(1, 2).reshape(B, d, h, w), padding, patch)
+        tokens, proposals, valid, size_hw = self.proposals(encoded.transpose(1, 2).reshape(B, d, h, w), padding, patch)
         tokens = self.enc_output_norm(self.enc_output(tokens))
         first = {
             "pred_logits": self.decoder.class_embed[-1](tokens),
             "pred_deltas": self.decoder.bbox_embed[-1](tokens),
         }
         first |= {"pred_boxes_old": proposals, "pred_boxes": refine(proposals, first["pred_deltas"], size_hw)}
+        first["valid"] = valid
 
         taken, rows, start = [], [], 0  # small pictures have fewer proposals than there are queries
         for group in groups:
@@ -302,8 +303,9 @@ class Transformer(nn.Module):
         predictions = self.decoder(query, self.box_position(boxes), boxes, memory, size_hw, self.apart(taken, boxes))
         return predictions, first, taken[0]
 
-    def proposals(self, memory: Tensor, padding: Tensor, patch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(tokens [B, P, d], proposals [B, P, 4], the pictures' height and width [B, 1, 2]), finest grid first.
+    def proposals(self, memory: Tensor, padding: Tensor, patch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(tokens [B, P, d], proposals [B, P, 4], which of them are any good [B, P], the pictures' height and width
+        [B, 1, 2]), finest grid first.
 
         A proposal is a square in the middle of its cell. Those on padding or near the border are set to one constant,
         and their token to 0, so that they score alike and low.
@@ -328,9 +330,9 @@ class Transformer(nn.Module):
             outside.append(mask.flatten(1))
         proposals, size = torch.cat(boxes, 1), extent.flip(-1).tile(2)  # [B, P, 4], [B, 1, (VW, VH, VW, VH)]
         inside = ((proposals > 0.01 * size) & (proposals < 0.99 * size)).all(-1)
-        useless = torch.cat(outside, 1) | ~inside
-        proposals = proposals.masked_fill(useless[..., None], nowhere)
-        return torch.cat(tokens, 1).masked_fill(useless[..., None], 0.0), proposals, extent
+        valid = inside & ~torch.cat(outside, 1)
+        proposals = proposals.masked_fill(~valid[..., None], nowhere)
+        return torch.cat(tokens, 1).masked_fill(~valid[..., None], 0.0), proposals, valid, extent
 
     def box_position(self, boxes: Tensor) -> Tensor:
         """Boxes [B, Q, 4] → the queries' position [B, Q, d]: d/2 sines of each number, a linear layer, a norm. Half of
