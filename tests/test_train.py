@@ -503,11 +503,10 @@ def test_the_file_runs_as_a_script_from_any_folder(toy: str, pictures: Path, tmp
 LEARN = TOY.replace("embed_dim: 32", "embed_dim: 64").replace("deterministic: true", "deterministic: false")
 
 
-@pytest.mark.slow
 def test_three_stages_learn_to_tell_patterns_apart(tmp_path: Path) -> None:
     """Pre-training, Gram anchoring, high resolution with two sizes; k-NN on unseen pictures, above random weights.
 
-    About a minute. Measured: random weights 55 %, after the stages 76, 78 and 77 %.
+    Half a minute. Measured: random weights 55 %, after the stages 76, 78 and 77 %.
     """
     known, unseen = write_pictures(tmp_path / "known", 40), write_pictures(tmp_path / "unseen", 25, seed=1)
     config = write_config(tmp_path, LEARN)
