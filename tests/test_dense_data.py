@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import pickle
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dinov3.data.datasets import make_dataset
+from dinov3.data.dense_transforms import (
+    DepthRule,
+    SegmentationRule,
+    depth_colours,
+    fixed_box,
+    generator,
+    photometric,
+    resized_map,
+    resized_picture,
+    short_side,
+    tta_short,
+    turned,
+    varied_box,
+)
 from dinov3.errors import DinoError, PictureError
 
 
@@ -193,3 +209,196 @@ def test_real_folders_load(development_data):
     assert (len(rooms), rooms.kind) == (112, "depth")
     depth = rooms[0][1]
     assert 0.5 < np.median(depth[depth > 0]) < 3
+
+
+# ---- joint transforms ----------------------------------------------------------------------------------------------
+
+MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+
+
+class Replay:
+    """A generator that gives prepared numbers, then complains."""
+
+    def __init__(self, *values: float) -> None:
+        self.values = list(values)
+
+    def random(self) -> float:
+        return self.values.pop(0)
+
+
+def blocks(h: int = 48, w: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """A picture of 16-pixel blocks whose grey says the class: 0, 20, 40, … and its class map."""
+    labels = (np.arange(h)[:, None] // 16 * (w // 16) + np.arange(w)[None] // 16).astype(np.uint8)
+    return np.repeat(labels[..., None] * 20, 3, axis=-1), labels
+
+
+def test_sizes_of_the_published_protocol():
+    assert [tta_short(896, r) for r in (0.9, 0.95, 1, 1.05, 1.1)] == [832, 864, 896, 940, 985]
+    assert short_side((480, 640), 512) == (512, 683)
+    assert short_side((640, 480), 896) == (1195, 896)
+    assert short_side((480, 640), 832) == (832, 1109)
+    assert fixed_box("NYU", (480, 640)) == (45, 43, 472, 608)
+    assert fixed_box("NYU", (240, 320)) == (22, 21, 236, 304)
+    with pytest.raises(DinoError, match="did you mean 'NYU'"):
+        fixed_box("NYUV", (4, 4))
+
+
+def test_transforms_are_a_function_of_seed_epoch_and_index():
+    picture_, labels = blocks()
+    rule = SegmentationRule(32, (0.5, 2.0), (24, 24), 0.5)
+    depth_rule = DepthRule(random_crop=(40, 40), rotation_angle=2.5)
+
+    def made(*key):
+        return [*rule(picture_, labels, generator(*key)), *depth_rule(picture_, labels / 4, generator(*key))]
+
+    first = made(0, 1, 2)
+    assert all(torch.equal(a, b) for a, b in zip(first, made(0, 1, 2)))
+    for other in ((1, 1, 2), (0, 2, 2), (0, 1, 3)):
+        changed = made(*other)
+        assert not torch.equal(first[0], changed[0])
+        assert not torch.equal(first[2], changed[2])
+
+
+def test_picture_and_classes_stay_together():
+    picture_, labels = blocks()
+    rule = SegmentationRule(96, (0.5, 2.0), (40, 56), 0.5, colours=False, mean=MEAN, std=STD)
+    for index in range(20):
+        x, y = rule(picture_, labels, generator(0, 0, index))
+        assert x.shape == (3, 40, 56)
+        assert y.shape == (40, 56)
+        agree = (x[0] / 20 - y).abs() < 0.01  # exact inside of blocks, mixed at their borders
+        assert agree.float().mean() > 0.7
+        assert set(y.unique().tolist()) <= set(range(12))
+
+
+def test_what_lies_beyond_the_picture_is_zero_and_ignored():
+    picture_, labels = blocks()
+    x, y = SegmentationRule(None, None, (64, 80), mean=(9.0, 9.0, 9.0), std=STD)(picture_, labels, generator(0, 0, 0))
+    assert (y[48:] == 255).all()
+    assert (y[:, 64:] == 255).all()
+    assert (y[:48, :64] != 255).all()
+    assert (x[:, 48:] == 0).all()
+    assert (x[:, :, 64:] == 0).all()
+
+
+def test_zero_reduction_comes_before_the_crop_counts_classes():
+    labels = np.zeros((40, 40), np.uint8)
+    labels[:, 20:] = 1
+    labels[:, 30:] = 2
+    _, y = SegmentationRule(crop_hw=(8, 40), reduce_zero_label=True)(
+        np.zeros((40, 40, 3), np.uint8), labels, generator(0, 0, 0)
+    )
+    assert y[0].unique().tolist() == [0, 1, 255]
+
+
+def slow_varied_box(labels, crop_hw, rng):
+    h, w = labels.shape
+    for _ in range(11):
+        top = int(rng.random() * (h - crop_hw[0] + 1))
+        left = int(rng.random() * (w - crop_hw[1] + 1))
+        seen = Counter(int(v) for v in labels[top : top + crop_hw[0], left : left + crop_hw[1]].flatten() if v != 255)
+        if len(seen) >= 2 and max(seen.values()) < 0.75 * sum(seen.values()):
+            break
+    return top, left, top + crop_hw[0], left + crop_hw[1]
+
+
+def test_crops_are_drawn_again_until_no_class_fills_them():
+    labels = torch.zeros(60, 60, dtype=torch.uint8)
+    labels[:30, :30] = 1
+    labels[50:] = 255
+    good = 0
+    for index in range(60):
+        box = varied_box(labels, (20, 20), generator(0, 0, index))
+        assert box == slow_varied_box(labels, (20, 20), generator(0, 0, index))
+        part = labels[box[0] : box[2], box[1] : box[3]]
+        part = part[part != 255]
+        good += 0.25 < float((part == 1).float().mean()) < 0.75
+    assert good > 55  # a single draw satisfies in a minority of the cases
+
+
+def test_colours_equal_torchvisions_operations(oracles):
+    functional = pytest.importorskip("torchvision.transforms.v2.functional")
+    rng = np.random.default_rng(0)
+    pixels = torch.from_numpy(rng.integers(0, 256, (3, 30, 31)).astype(np.uint8))
+    no, yes = 0.9, 0.1  # probability ½ each
+    # shift, contrast, early?, saturation, hue
+    alone = {
+        (no, yes, 0.7, yes, no, no): functional.adjust_contrast(pixels, 1.2),
+        (no, no, yes, yes, 0.2, no): functional.adjust_saturation(pixels, 0.7),
+        (no, no, yes, no, yes, 0.85): functional.adjust_hue(pixels, 0.35),
+        (no, no, yes, no, yes, 0.05): functional.adjust_hue(pixels, -0.45),
+        (yes, 0.75, no, yes, no, no): (pixels.int() + 16).clamp(0, 255),
+        (no, no, yes, no, no): pixels,
+    }
+    for draws, expected in alone.items():
+        away = (photometric(pixels, Replay(*draws)).int() - expected.int()).abs()
+        assert away.max() <= 2, draws  # torchvision's hue goes through rounded HSV
+        assert away.float().mean() < 0.3, draws
+    late, early = (photometric(pixels, Replay(no, yes, 0.9, coin, yes, 0.1, no)) for coin in (no, yes))
+    steps = ("saturation", 0.6), ("contrast", 1.4)
+    for got, order in ((late, steps), (early, steps[::-1])):
+        assert (got.int() - in_order(functional, pixels, order).int()).abs().max() <= 2
+    assert (late.int() - early.int()).abs().max() > 10
+
+
+def in_order(functional, x, steps):
+    for name, factor in steps:
+        x = getattr(functional, f"adjust_{name}")(x, factor)
+    return x
+
+
+def test_resizing_equals_torchvisions(oracles):
+    functional = pytest.importorskip("torchvision.transforms.v2.functional")
+    rng = np.random.default_rng(1)
+    pixels = torch.from_numpy(rng.integers(0, 256, (3, 30, 40)).astype(np.uint8))
+    labels = torch.from_numpy(rng.integers(0, 151, (30, 40)).astype(np.uint8))
+    nearest = functional.InterpolationMode.NEAREST
+    for size in ((21, 28), (45, 60)):
+        assert (
+            resized_picture(pixels, size).int() - functional.resize(pixels, size, antialias=True).int()
+        ).abs().max() <= 1
+        assert torch.equal(resized_map(labels, size), functional.resize(labels[None], size, interpolation=nearest)[0])
+
+
+@pytest.mark.parametrize("degrees", [0.0, 2.5, -40.0])
+def test_turning_equals_torchvisions_rotation(oracles, degrees):
+    functional = pytest.importorskip("torchvision.transforms.functional")
+    rng = np.random.default_rng(2)
+    smooth = np.cumsum(rng.normal(0, 3, (3, 40, 41)), axis=1) + 128
+    pixels, depth = (
+        torch.from_numpy(smooth.clip(0, 255).astype(np.uint8)),
+        torch.from_numpy(rng.uniform(1, 9, (40, 41))),
+    )
+    x, d = turned(pixels, depth.float(), degrees)
+    bilinear = functional.InterpolationMode.BILINEAR
+    assert (x - functional.rotate(pixels.float(), degrees, bilinear)).abs().max() <= 0.6
+    assert (d != functional.rotate(depth.float()[None], degrees)[0]).float().mean() < 0.01  # ties of rounding
+    square = depth[:, :40].float()
+    assert torch.equal(turned(pixels[:, :, :40], square, 90.0)[1], torch.rot90(square))
+
+
+def test_depth_colours_are_computed_on_levels():
+    x = torch.full((3, 1, 1), 100, dtype=torch.uint8)
+    got = depth_colours(x, Replay(0.0, 0.5, 0.5, 0.0, 1.0), (0.75, 1.25))
+    assert got.flatten().tolist() == pytest.approx([100**0.9 * f for f in (1.0, 0.9, 1.1)], rel=1e-5)
+    assert depth_colours(x, Replay(1.0, 1.0, 1.0, 1.0, 1.0), (0.75, 1.25)).max() <= 255
+
+
+def test_depth_targets_follow_the_crop_the_region_and_the_flip():
+    depth = np.tile(np.arange(64, dtype=np.float32) + 1, (48, 1))
+    picture_ = np.repeat(depth[..., None], 3, -1).astype(np.uint8)
+    rule = DepthRule(fixed_crop="NYU", mean=MEAN, std=(1 / 255,) * 3)
+    x, d = rule(picture_, depth)
+    assert x.shape[1:] == d.shape == (43, 56)  # 45…472 of 480 and 43…608 of 640, over ten
+    assert torch.equal(x[0], d)
+    flipped = DepthRule(mean=MEAN, std=(1 / 255,) * 3)(picture_, depth, Replay(0.1, 0.9))
+    assert torch.equal(flipped[0][0], flipped[1])
+    assert flipped[1][0, 0] == 64
+    masked = DepthRule(region="NYU_EIGEN")(picture_, depth)[1]
+    assert (masked[:4] == 0).all()
+    assert (masked[5:47, 5:60] > 0).all()
+    small, kept = DepthRule(24, mean=MEAN, std=(1 / 255,) * 3)(picture_, depth)
+    assert small.shape[1:] == (24, 32)
+    assert kept.shape == (48, 64)  # for evaluation the truth keeps its size
+    with pytest.raises(DinoError, match="random_crop 99×10"):
+        DepthRule(random_crop=(99, 10))(picture_, depth, generator(0, 0, 0))
