@@ -10,7 +10,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3 import distributed
@@ -20,21 +19,7 @@ from dinov3.data.transforms import Preprocessing
 from dinov3.distributed import Group
 from dinov3.errors import DinoError
 from dinov3.features import batched, extract
-
-
-def knn_accuracy(
-    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, k: int = 20, temperature: float = 0.07
-) -> float:
-    """Share of the test rows [n, D] whose label wins among the k most similar training rows [N, D], weighted exp(cos/T)."""
-    train, test = F.normalize(train.float(), dim=-1), F.normalize(test.float(), dim=-1)
-    classes = int(max(train_labels.max(), test_labels.max())) + 1
-    right = 0
-    for rows, labels in zip(test.split(1024), test_labels.split(1024)):
-        similarity, nearest = (rows @ train.T).topk(min(k, len(train)), dim=1)  # [n, k]
-        votes = torch.zeros(len(rows), classes, device=rows.device)
-        votes.scatter_add_(1, train_labels[nearest], (similarity / temperature).exp())
-        right += int((votes.argmax(1) == labels).sum())
-    return right / len(test)
+from dinov3.neighbours import knn_accuracy
 
 
 def features_of(

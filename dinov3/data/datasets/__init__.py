@@ -33,6 +33,7 @@ KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
     "ImageNet": ("imagenet", ("root", "extra", "split")),
     "ImageNet22k": ("imagenet", ("root", "extra")),
     "Folder": ("folder", ("root", "column")),
+    "FolderSplit": ("split", ("root", "split", "train_per_class", "test_per_class", "exclude", "column")),
     "ADE20K": ("dense", ("root", "split")),
     "NYU": ("dense", ("root", "split")),
     "DepthList": ("dense", ("root", "list", "unit")),

@@ -1,0 +1,63 @@
+"""The verb that measures: `dinov3 eval NAME key.sub=value …`, for every evaluation of `dinov3/eval`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Annotated
+
+import typer
+
+from dinov3.cli.shared import app
+from dinov3.errors import UnknownName, did_you_mean
+
+# name → (module, what it measures); a module has main(argv) → exit status
+EVALUATIONS: dict[str, tuple[str, str]] = {
+    "knn": ("dinov3.eval.knn", "classes of pictures by their nearest neighbours"),
+    "log-regression": ("dinov3.eval.log_regression", "classes of pictures by logistic regression on features"),
+    "linear": ("dinov3.eval.linear", "classes of pictures by linear heads trained with augmentation"),
+    "segmentation": ("dinov3.eval.segmentation.run", "classes of pixels by a linear head"),
+    "depth": ("dinov3.eval.depth.run", "metres of pixels by a linear or DPT head"),
+    "detection": ("dinov3.eval.detection.run", "boxes of objects"),
+    "retrieval": ("dinov3.eval.retrieval", "the same place or work of art among many pictures"),
+    "keypoints": ("dinov3.eval.keypoints", "corresponding points of two pictures"),
+    "tracking": ("dinov3.eval.tracking", "masks carried through a video"),
+    "discovery": ("dinov3.eval.discovery", "objects found without a label (TokenCut)"),
+    "video": ("dinov3.eval.video", "classes of video clips by an attentive probe"),
+    "geo": ("dinov3.eval.geo", "satellite pictures"),
+    "zero-shot": ("dinov3.eval.text.zero_shot", "classes by their names, with dino.txt"),
+}
+
+
+def available() -> dict[str, tuple[str, str]]:
+    """The evaluations whose module is there."""
+
+    def there(module: str) -> bool:
+        try:
+            return importlib.util.find_spec(module) is not None
+        except ModuleNotFoundError:  # its package is not there
+            return False
+
+    return {name: row for name, row in EVALUATIONS.items() if there(row[0])}
+
+
+@app.command(
+    "eval",
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+)
+def evaluate(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="Which evaluation; without it, all are listed.")] = "",
+) -> None:
+    """Measure a model: k-NN, probes, retrieval, tracking, … `dinov3 eval NAME --help` lists an evaluation's keys."""
+    known = available()
+    if name in ("", "--help", "-h"):
+        print("usage: dinov3 eval NAME [--config-file FILE] [--output-dir DIR] [--sweep AXES] key.sub=value …\n")
+        for each, (_, what) in known.items():
+            print(f"  {each:16}{what}")
+        return
+    wanted = name.replace("_", "-")
+    if wanted not in known:
+        hint = did_you_mean(wanted, known) or f"; there are {', '.join(known)}"
+        raise UnknownName(f"unknown evaluation {name!r}{hint}")
+    raise typer.Exit(importlib.import_module(known[wanted][0]).main(list(context.args)))
