@@ -135,21 +135,22 @@ class FrozenLayers(nn.Module):
         """The size in pixels at which the backbone sees a picture of this size."""
         return size_hw if self.adapt == "never" else adapted_size(size_hw, self.multiple)
 
-    @torch.no_grad()
-    def forward(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def adapted(self, x: Tensor) -> Tensor:
+        """Pictures as the backbone sees them: in its dtype, padded or stretched to the multiple."""
         if x.ndim != 4 or not x.is_floating_point():
             raise DinoError(
                 f"expected normalised pictures [B, C, H, W] in floating point, got {list(x.shape)} {x.dtype}"
             )
-        backbone: Any = self.get_submodule(self.key)
-        x = x.to(dtype_of(backbone))
+        x = x.to(dtype_of(self.get_submodule(self.key)))
         if self.adapt == "center_padding":
-            x = center_pad(x, self.multiple)
-        elif self.adapt == "stretch":
-            x = resized(x, self.adapted_size((x.shape[-2], x.shape[-1])))
-        return list(
-            backbone.get_intermediate_layers(x, n=self.layers, reshape=True, return_class_token=True, norm=self.norm)
-        )
+            return center_pad(x, self.multiple)
+        return resized(x, self.adapted_size((x.shape[-2], x.shape[-1]))) if self.adapt == "stretch" else x
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        backbone: Any = self.get_submodule(self.key)
+        options = {"reshape": True, "return_class_token": True, "norm": self.norm}
+        return list(backbone.get_intermediate_layers(self.adapted(x), n=self.layers, **options))
 
     def to_picture(self, prediction: Tensor, size_hw: tuple[int, int]) -> Tensor:
         """A dense prediction [B, C, h', w'] of any resolution → [B, C, H, W], pixel by pixel over the picture given.
