@@ -70,6 +70,7 @@ class FitConfig:
     batch: int = 1  # pictures a step, all processes counted: for the log only
     log_every: int = 10
     save_every: int = 0  # 0: twenty times in all
+    keep: int = 2  # newest checkpoints that stay
     evaluate_every: int = 0  # 0: at the end only
     best_by: str = ""  # the evaluation's number that says which head is best; "": the last head is
     best_is: str = "highest"  # or lowest
@@ -377,7 +378,7 @@ class _Fit:
             "best": self.best,
             "skipped_steps": self.skipped_steps,
         }
-        Checkpoints(self.run.checkpoints, max_to_keep=2).save(step, self._tensors(), state)
+        Checkpoints(self.run.checkpoints, max_to_keep=self.config.keep).save(step, self._tensors(), state)
 
     def resume(self) -> int:
         """Goes on from the newest checkpoint; the step to begin with."""
