@@ -33,6 +33,8 @@ KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
     "ImageNet": ("imagenet", ("root", "extra", "split")),
     "ImageNet22k": ("imagenet", ("root", "extra")),
     "Folder": ("folder", ("root", "column")),
+    "CocoCaptions": ("captions", ("root", "split")),
+    "Captions": ("captions", ("root", "captions")),
     "FolderSplit": ("split", ("root", "split", "train_per_class", "test_per_class", "exclude", "column")),
     "ADE20K": ("dense", ("root", "split")),
     "NYU": ("dense", ("root", "split")),
@@ -40,6 +42,8 @@ KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
     "VOC2012": ("dense", ("root", "split")),
     "Cityscapes": ("dense", ("root", "split")),
     "DenseFolder": ("dense", ("root", "split", "targets", "kind", "unit", "select", "ignore", "classes")),
+    "CocoDetection": ("detection", ("root", "split", "annotations")),
+    "VocDetection": ("detection", ("root", "split")),
 }
 
 
