@@ -170,9 +170,18 @@ def backbones_in(module: nn.Module) -> dict[str, TokenModel]:
 
 
 def head_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict without the backbones: parameters and buffers of the head, the module's own storage."""
+    """The state dict without the backbones: parameters and buffers of the head, the module's own storage. What stands under
+    several names (a detector's class heads) is there once, under the first."""
     inside = tuple(f"{name}." for name in backbones_in(module))
-    return {k: v.detach() for k, v in module.state_dict().items() if not k.startswith(inside)}
+    found: dict[str, Tensor] = {}
+    seen: set[tuple[int, torch.Size]] = set()
+    for name, value in module.state_dict().items():
+        place = (value.data_ptr(), value.shape)
+        if name.startswith(inside) or (value.numel() and place in seen):
+            continue
+        seen.add(place)
+        found[name] = value.detach()
+    return found
 
 
 def load_head_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

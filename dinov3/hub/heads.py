@@ -1,0 +1,352 @@
+"""Heads of your own: built over any backbone by task and kind, kept in one small file, found again with their backbone.
+
+    model = build_head("segmentation", "linear", backbone, n_classes=11)
+    save_head("street.safetensors", model, task="segmentation", head="linear", options={"n_classes": 11}, class_names=[…])
+    model = load_head("street.safetensors")          # with the backbone it was trained on, or told which one that was
+
+A head file is safetensors: the head's parameters and buffers under the task model's names, without the backbone, and in
+the metadata one JSON under "dinov3_head" (`HeadInfo`). A head means nothing on another backbone, so the file names its own
+by a fingerprint of the weights and `load_head` compares. Meta's published heads are other files: see `hub.headfiles`.
+
+Sizes that are not given follow the backbone (`sizes_for`): the published ones belong to a backbone of 6.7 billion numbers.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import dinov3
+from dinov3.data.transforms import Preprocessing
+from dinov3.errors import DinoError, UnknownName, WeightsError, WeightsMismatch, did_you_mean
+from dinov3.features import default_preprocessing
+from dinov3.heads.encoder import FrozenLayers, dtype_of
+from dinov3.heads.fitting import backbones_in, freeze, head_tensors, load_head_tensors
+from dinov3.hub import foreign
+from dinov3.models import Backbone, ConvNeXt
+from dinov3.weights import loading
+
+KINDS: dict[str, tuple[str, ...]] = {
+    "classification": ("linear",),
+    "segmentation": ("linear", "mask2former"),
+    "depth": ("linear", "dpt"),
+    "detection": ("detr",),
+}
+METADATA = "dinov3_head"
+FORMAT = 1
+
+# ---- building ------------------------------------------------------------------------------------------------------
+
+
+def check_kind(task: str, head: str) -> None:
+    """Refuses a task or a kind of head that does not exist, or a kind that does another task, with a proposal."""
+    if task not in KINDS:
+        raise UnknownName(f"unknown task {task!r}{did_you_mean(task, KINDS) or '; known: ' + ', '.join(KINDS)}")
+    if head in KINDS[task]:
+        return
+    others = [other for other, kinds in KINDS.items() if head in kinds]
+    why = f" ({head} is a head for {' and '.join(others)})" if others else did_you_mean(head, KINDS[task])
+    raise UnknownName(f"{task} has the heads {', '.join(KINDS[task])}, not {head!r}{why}")
+
+
+def sizes_for(task: str, head: str, backbone: Backbone) -> dict[str, Any]:
+    """Options of a head that suit the backbone's width D, where the user names none. DPT's are those of Depth Anything."""
+    D = backbone.embed_dim
+    small, middle = D <= 384, D <= 768
+    if (task, head) == ("depth", "linear"):
+        return {"use_batchnorm": True, "max_depth": 10.0}
+    if (task, head) == ("depth", "dpt"):
+        channels = 64 if small else 128 if middle else 256
+        widths = (48, 96, 192, 384) if small else (96, 192, 384, 768) if middle else (256, 512, 1024, 1024)
+        return {"channels": channels, "post_process_channels": widths, "use_batchnorm": True, "max_depth": 10.0}
+    if (task, head) == ("segmentation", "mask2former"):
+        return {"hidden_dim": 256 if small else 512 if middle else 1024}
+    if (task, head) == ("detection", "detr"):
+        if not middle:
+            return {}
+        sizes: dict[str, Any] = {"width": 256, "encoder_ffn": 1024, "decoder_ffn": 1024, "bias_hidden": 128}
+        sizes |= {"n_queries": 300, "n_queries_one2many": 300, "topk": 300}
+        return sizes | ({"encoder_layers": 3, "decoder_layers": 3} if small else {})
+    return {}
+
+
+def build_head(task: str, head: str, backbone: nn.Module, *, n_classes: int | None = None, **options: Any) -> nn.Module:
+    """A task model over `backbone` with a fresh head; only the head wants gradients.
+
+    task and head: a row of `KINDS`. n_classes: for everything but depth. `options` go to the builder: `build_depther`,
+    `build_linear_segmentor`, `build_segmentor` (Mask2Former), `build_detector`; what is not given follows `sizes_for`.
+    """
+    check_kind(task, head)
+    under: Any = backbone
+    given = sizes_for(task, head, under) | options
+    if task == "depth":
+        if n_classes is not None:
+            raise DinoError("a depth head has no classes; its range is min_depth and max_depth")
+        return freeze(_depther(head, under, given))
+    if n_classes is None or n_classes < 1:
+        raise DinoError(f"a head for {task} needs n_classes, the number of classes (at least 1), not {n_classes}")
+    try:
+        if task == "classification":
+            return freeze(_classifier(under, n_classes, **given))
+        if task == "detection":
+            from dinov3.heads.detr import build_detector
+
+            return freeze(build_detector(under, n_classes, **given))
+        if head == "linear":
+            from dinov3.heads.linear import build_linear_segmentor
+
+            return freeze(build_linear_segmentor(under, num_classes=n_classes, **given))
+        from dinov3.hub.segmentors import build_segmentor
+
+        return freeze(build_segmentor(under, num_classes=n_classes, **given))
+    except TypeError as error:
+        raise _no_option(error, task, head) from None
+
+
+def _depther(head: str, backbone: Any, options: dict[str, Any]) -> nn.Module:
+    from dinov3.heads.dpt import build_depther
+
+    try:
+        return build_depther(backbone, head_type=head, **options)
+    except TypeError as error:
+        raise _no_option(error, "depth", head) from None
+
+
+def _no_option(error: TypeError, task: str, head: str) -> Exception:
+    """The builder's complaint about a keyword, as ours; any other TypeError is a mistake of our own and stays one."""
+    text = str(error)
+    if "unexpected keyword argument" not in text:
+        return error
+    return UnknownName(f"a {head} head for {task} has no option {text.split()[-1]}")
+
+
+def _classifier(backbone: Any, n_classes: int) -> nn.Module:
+    from dinov3.heads.linear import LinearClassifier
+
+    linear = nn.Linear(2 * backbone.embed_dim, n_classes)
+    nn.init.normal_(linear.weight, std=0.01)
+    nn.init.zeros_(linear.bias)
+    return LinearClassifier(backbone, linear)
+
+
+# ---- what a file says ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeadInfo:
+    """What a head file says of itself; `model.head_info` of a loaded one."""
+
+    task: str
+    head: str
+    options: dict[str, Any]  # of `build_head`, all that were in force
+    n_classes: int | None
+    class_names: tuple[str, ...]
+    colours: tuple[tuple[int, int, int], ...]  # RGB of each class, 0 to 255
+    layers: tuple[int, ...]  # of the backbone, 0-based
+    backbone: str  # the catalogue's id, or "custom"
+    backbone_source: str  # what was opened: a file's name without its folder, a URL, an id, "random (seed 0)"
+    backbone_dtype: str
+    backbone_options: dict[str, Any]  # of its constructor that leave the weights alone (a ConvNeXt's patch_size)
+    fingerprint: str  # of the backbone's weights, `loading.fingerprint`
+    preprocessing: Preprocessing
+    metrics: dict[str, float] = field(default_factory=dict)
+    dtype: str = "float32"
+    steps: int | None = None
+    data: dict[str, Any] = field(default_factory=dict)  # what it was trained on, in words and numbers
+    version: str = ""  # of this package
+    format: int = FORMAT
+
+    @property
+    def backbone_label(self) -> str:
+        return f"{self.backbone} from {self.backbone_source} (fingerprint {self.fingerprint})"
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self) | {"preprocessing": asdict(self.preprocessing)})
+
+    @classmethod
+    def from_json(cls, text: str) -> HeadInfo:
+        values: dict[str, Any] = json.loads(text)
+        known = {f.name for f in fields(cls)}
+        if int(values.get("format", 0)) > FORMAT or set(values) - known:
+            raise WeightsError("the head file was written by a newer version of this package; update it")
+        values["preprocessing"] = Preprocessing.from_json(json.dumps(values["preprocessing"]))
+        values["class_names"], values["layers"] = tuple(values["class_names"]), tuple(values["layers"])
+        values["colours"] = tuple((int(r), int(g), int(b)) for r, g, b in values["colours"])
+        return cls(**values)
+
+
+def palette(n: int) -> tuple[tuple[int, int, int], ...]:
+    """n colours that can be told apart: hues in steps of the golden ratio, brightness and saturation in turns."""
+    colours = []
+    for i in range(n):
+        red, green, blue = colorsys.hsv_to_rgb(i * 0.61803398875 % 1, (0.85, 0.55)[i // 8 % 2], (0.95, 0.7)[i // 4 % 2])
+        colours.append((round(255 * red), round(255 * green), round(255 * blue)))
+    return tuple(colours)
+
+
+def the_backbone(module: nn.Module) -> Any:
+    """The one backbone inside a task model."""
+    found = list(backbones_in(module).values())
+    assert len(found) == 1, f"{len(found)} backbones"
+    return found[0]
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+def save_head(
+    path: str | os.PathLike[str],
+    module: nn.Module,
+    *,
+    task: str,
+    head: str,
+    options: Mapping[str, Any] | None = None,
+    class_names: Sequence[str] | None = None,
+    colours: Sequence[tuple[int, int, int]] | None = None,
+    preprocessing: Preprocessing | None = None,
+    metrics: Mapping[str, float] | None = None,
+    steps: int | None = None,
+    data: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes the head of a task model; appears whole or not at all. Returns its path.
+
+    options: what `build_head` was given, `n_classes` included; sizes that followed the backbone are added. class_names:
+    one per class, default "class 0" …; colours: default `palette`. preprocessing: how pictures became the model's input.
+    """
+    check_kind(task, head)
+    backbone = the_backbone(module)
+    origin = getattr(backbone, "origin", None)
+    given = dict(options or {})
+    n_classes = given.pop("n_classes", len(class_names) if class_names is not None else None)
+    names = tuple(class_names) if class_names is not None else tuple(f"class {i}" for i in range(n_classes or 0))
+    if task != "depth" and len(names) != n_classes:
+        raise DinoError(f"the head has {n_classes} classes and was given {len(names)} names")
+    source = _without_folder(str(origin.source)) if origin is not None else "unknown"
+    info = HeadInfo(
+        task=task,
+        head=head,
+        options=_plain(sizes_for(task, head, backbone) | given),
+        n_classes=n_classes,
+        class_names=names,
+        colours=tuple(colours) if colours is not None else palette(len(names)),
+        layers=tuple(next((m.layers for m in module.modules() if isinstance(m, FrozenLayers)), ())),
+        backbone=origin.name if origin is not None else "custom",
+        backbone_source=loading.shown(source),
+        backbone_dtype=str(dtype_of(backbone)).removeprefix("torch."),
+        backbone_options={"patch_size": backbone.patch_size} if _resizes(backbone) else {},
+        fingerprint=loading.fingerprint(backbone),
+        preprocessing=preprocessing if preprocessing is not None else default_preprocessing(backbone),
+        metrics={k: float(v) for k, v in (metrics or {}).items()},
+        dtype=str(next(t.dtype for t in head_tensors(module).values() if t.is_floating_point())).removeprefix("torch."),
+        steps=steps,
+        data=_plain(data or {}),
+        version=dinov3.__version__,
+    )
+    loading.write_safetensors(head_tensors(module), Path(path), {"format": "pt", METADATA: info.to_json()})
+    return Path(path)
+
+
+def _resizes(backbone: Any) -> bool:
+    return isinstance(backbone, ConvNeXt) and backbone.patch_size is not None
+
+
+def _without_folder(source: str) -> str:
+    """A source as others may read it: a file's name without where it lies here, other sources as they are."""
+    if foreign.is_line(source):  # KIND:WHAT,options
+        kind, _, rest = source.partition(":")
+        what, *options = rest.split(",")
+        return f"{kind}:{','.join([Path(what).name if Path(what).exists() else what, *options])}"
+    return Path(source).name if "://" not in source and Path(source).expanduser().exists() else source
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(dict(values), default=str))
+
+
+def read_head_info(path: str | os.PathLike[str]) -> HeadInfo:
+    """What a head file says of itself, without its tensors."""
+    return _opened(path)[1]
+
+
+def _opened(path: str | os.PathLike[str]) -> tuple[dict[str, Any], HeadInfo]:
+    if not Path(path).is_file():
+        near = sorted(p.name for p in Path(path).absolute().parent.glob("*.safetensors"))
+        raise WeightsError(f"there is no head file {path}{did_you_mean(Path(path).name, near)}")
+    tensors, metadata = loading.read(path)
+    if METADATA not in metadata:
+        raise WeightsError(
+            f"{path} is no head file of ours: it lacks our metadata. Published heads are loaded by their functions in "
+            "hubconf.py, backbones by dinov3.load"
+        )
+    return tensors, HeadInfo.from_json(metadata[METADATA])
+
+
+def load_head(
+    path: str | os.PathLike[str],
+    *,
+    backbone: nn.Module | None = None,
+    backbone_weights: str | os.PathLike[str] | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """The task model of a head file, in evaluation mode, with `.head_info` and `.origin` (the backbone's).
+
+    The backbone is the one given, or that of `backbone_weights` (path, URL, id), or what the file names. It must be the one
+    that the head was trained on: weights are compared. dtype: of head and backbone; default float32 for the head, and
+    for the backbone what it was trained over.
+
+    Raises `WeightsError`: no head file, or a backbone that cannot be found; `WeightsMismatch`: another backbone.
+    """
+    tensors, info = _opened(path)
+    under = backbone if backbone is not None else _its_backbone(path, info, backbone_weights)
+    found = loading.fingerprint(under)
+    if found != info.fingerprint:
+        origin = getattr(under, "origin", None)
+        raise WeightsMismatch(
+            f"{path} was trained on {info.backbone_label}, and this backbone is {origin or type(under).__name__} "
+            f"(fingerprint {found}): pass the weights it was trained on, or train the head again on these"
+        )
+    model: Any = build_head(info.task, info.head, under, n_classes=info.n_classes, **info.options)
+    expected, there = head_tensors(model), tensors.keys()
+    odd = sorted(expected.keys() ^ there) or [k for k in expected if expected[k].shape != tensors[k].shape]
+    if odd:
+        raise WeightsMismatch(f"{path} does not fit the {info.head} head it says it is: {odd[0]} differs")
+    load_head_tensors(model, tensors)  # in float32, whatever the file holds
+    model.to(device=device, dtype=dtype)
+    model.head_info, model.origin = info, getattr(under, "origin", None)
+    if hasattr(model, "class_names"):
+        model.class_names = info.class_names
+    return model.eval()
+
+
+def _its_backbone(path: str | os.PathLike[str], info: HeadInfo, weights: str | os.PathLike[str] | None) -> nn.Module:
+    from dinov3 import hub
+
+    dtype = getattr(torch, info.backbone_dtype)
+    name = info.backbone if info.backbone != "custom" else None
+    if weights is not None:
+        line = os.fspath(weights)
+        return (
+            hub.load(line, dtype=dtype)
+            if foreign.is_line(line)
+            else hub.load(None, weights, dtype=dtype, **info.backbone_options)
+        )
+    if info.backbone_source.startswith("random (seed ") and name is not None:
+        seed = int(info.backbone_source[13:-1])
+        return hub.load(name, "random", seed=seed, dtype=dtype, **info.backbone_options)
+    if name is None or foreign.is_line(info.backbone_source):
+        raise WeightsError(f"{path} was trained on {info.backbone_label}; pass that file as backbone_weights")
+    try:
+        return hub.load(name, dtype=dtype, **info.backbone_options)
+    except DinoError as error:
+        raise WeightsError(
+            f"{path} was trained on {info.backbone_label}, which could not be had ({error}); pass it as backbone_weights"
+        ) from None
