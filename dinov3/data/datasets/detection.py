@@ -30,7 +30,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from dinov3.data.coco import COCO_CATEGORIES
+from dinov3.data import names as known_names
 from dinov3.data.datasets.base import PictureDataset, required
 from dinov3.data.pictures import PICTURE_SUFFIXES, open_picture, read_file
 from dinov3.errors import DinoError, PictureError, UnknownName, did_you_mean
@@ -156,7 +156,11 @@ class CocoDetection(BoxDataset):
 
     def _read(self, content: Mapping[str, Any], split: str | None) -> None:
         told = content.get("categories")
-        names = {int(c["id"]): str(c["name"]) for c in told} if told else dict(COCO_CATEGORIES)
+        names = (
+            {int(c["id"]): str(c["name"]) for c in told}
+            if told
+            else {i: name for i, name in enumerate(known_names.coco()) if name}
+        )
         ids = sorted(names)
         number = {category: i for i, category in enumerate(ids)}
         boxes: dict[int, list[Box]] = {int(image["id"]): [] for image in content["images"]}
