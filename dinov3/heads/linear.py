@@ -170,8 +170,9 @@ def build_linear_segmentor(
     num_classes: int = 150,
     dropout: float = 0.1,
     use_batchnorm: bool = True,
+    use_backbone_norm: bool = True,
 ) -> LinearSegmentor:
     """The linear segmentor over a backbone, with a fresh head."""
-    encoder = FrozenLayers(backbone, backbone_out_layers, key="feature_model")
+    encoder = FrozenLayers(backbone, backbone_out_layers, norm=use_backbone_norm, key="feature_model")
     head = LinearSegmentationHead(encoder.widths, num_classes, use_batchnorm=use_batchnorm, dropout=dropout)
     return LinearSegmentor(encoder, head)
