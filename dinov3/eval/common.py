@@ -29,7 +29,7 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import product
@@ -44,11 +44,12 @@ from dinov3 import config as configuration
 from dinov3 import distributed
 from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.base import PictureDataset
-from dinov3.data.pictures import open_picture
+from dinov3.data.pictures import Picture, open_picture
 from dinov3.data.transforms import Preprocessing
 from dinov3.errors import DinoError, PictureError, WeightsMismatch, did_you_mean
 from dinov3.eval.published import published
 from dinov3.features import default_preprocessing, model_label
+from dinov3.heads.encoder import widths_of
 from dinov3.runlog import RunDir, peak_memory_gb, spoken_time
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ __all__ = [
 ]  # fmt: skip
 
 C = TypeVar("C", bound="EvalConfig")
+K = TypeVar("K")
 Number = float | int | str | None
 Pool = Literal["cls", "mean", "cls+mean"]
 
@@ -375,31 +377,39 @@ def check_classes(train: PictureDataset, test: PictureDataset) -> None:
         )
 
 
+def in_threads(batches: Iterable[Sequence[K]], make: Callable[[K], Tensor], workers: int) -> Iterator[Tensor]:
+    """Stacked results of `make` for batches of keys, in order, made by threads two batches ahead."""
+    pool = ThreadPoolExecutor(max(1, min(workers, os.cpu_count() or 1)))
+    waiting: deque[list[Future[Tensor]]] = deque()
+    try:
+        for keys in batches:
+            waiting.append([pool.submit(make, key) for key in keys])
+            if len(waiting) > 2:
+                yield torch.stack([future.result() for future in waiting.popleft()])
+        while waiting:
+            yield torch.stack([future.result() for future in waiting.popleft()])
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def decoded(dataset: PictureDataset, i: int, target_short_side: int | None = None) -> Picture:
+    """Picture i; one that cannot be read stops an evaluation, which without it would be another evaluation."""
+    try:
+        return open_picture(dataset.read(i), target_short_side=target_short_side)
+    except PictureError as error:
+        raise PictureError(f"{dataset.name(i)}: {error}; an evaluation needs all of its pictures") from None
+
+
 def picture_batches(
     dataset: PictureDataset, rows: Sequence[int], rule: Preprocessing, batch_size: int, workers: int
 ) -> Iterator[Tensor]:
-    """Network inputs [B, 3, h, w] in the order of `rows`, decoded by threads two batches ahead."""
+    """Network inputs [B, 3, h, w] in the order of `rows`."""
 
-    def one(i: int) -> Tensor:
-        try:
-            picture = open_picture(dataset.read(i), target_short_side=rule.target_short_side)
-        except PictureError as error:  # an evaluation without some of its pictures would be another evaluation
-            raise PictureError(f"{dataset.name(i)}: {error}; an evaluation needs all of its pictures") from None
+    def make(i: int) -> Tensor:
+        picture = decoded(dataset, i, rule.target_short_side)
         return rule(picture.image, original_wh=(picture.width, picture.height))[0]
 
-    chunks = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    with ThreadPoolExecutor(max(1, min(workers, os.cpu_count() or 1))) as pool:
-        waiting: deque[list[Future[Tensor]]] = deque()
-        try:
-            for number in range(len(chunks) + 2):
-                if number < len(chunks):
-                    waiting.append([pool.submit(one, int(i)) for i in chunks[number]])
-                if number >= 2 or number >= len(chunks):
-                    if not waiting:
-                        break
-                    yield torch.stack([future.result() for future in waiting.popleft()])
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    return in_threads((rows[i : i + batch_size] for i in range(0, len(rows), batch_size)), make, workers)
 
 
 class FeatureCache:
@@ -458,7 +468,7 @@ class FeatureCache:
         weight, net = next(self.model.parameters()), self.model
         began, done, told = time.perf_counter(), 0, time.perf_counter()
         batches = picture_batches(dataset, mine, rule, batch_size, workers)
-        widths = self._widths(rule, layers)
+        widths = dict(zip(layers, widths_of(self.model, layers)))  # type: ignore[arg-type]
         for c in columns:
             if rank == 0:
                 np.lib.format.open_memmap(parts[c], "w+", np.dtype(dtype), (N, widths[c.layer]))
@@ -492,11 +502,6 @@ class FeatureCache:
             for c in columns:
                 os.replace(parts[c], folder / c.file(norm, dtype))
         distributed.barrier()
-
-    def _widths(self, rule: Preprocessing, layers: Sequence[int]) -> dict[int, int]:
-        from dinov3.heads.encoder import widths_of
-
-        return dict(zip(layers, widths_of(self.model, layers)))  # type: ignore[arg-type]
 
 
 def layer_tokens(model: Any, x: Tensor, layers: Sequence[int], norm: bool) -> dict[int, tuple[Tensor, Tensor]]:

@@ -1,0 +1,290 @@
+"""Logistic regression on frozen features, its strength chosen on validation pictures (paper §6.1.3: the Fine-S suite).
+
+    python -m dinov3.run.submit dinov3/eval/log_regression.py model.name=dinov3_vits16 model.weights=FILE \\
+        train.dataset=/data/flowers/train eval.test_dataset=/data/flowers/test
+
+Multinomial, L2, L-BFGS: ½‖w‖² + C Σ cross-entropy, for 45 strengths C = 1e-6 … 1e5. Without a validation set, a tenth
+of each class is set apart for choosing C and joins the training set for the last fit. Several labels a picture are
+as many yes-or-no regressions. Results are per cent.
+
+The solver is scikit-learn's, which the reference uses and which is the faster one for small problems, or torch's L-BFGS
+(`train.solver=torch`), which runs on any device (`train.train_features_device=cuda`); "auto" takes the first on the cpu
+where it is installed. Both minimise the same convex function, and a test holds them together.
+Legend: N pictures, D width, C classes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinov3 import distributed
+from dinov3.data.datasets import make_dataset
+from dinov3.errors import DinoError, require
+from dinov3.eval import common
+from dinov3.eval.classification import Metric, Numbers
+from dinov3.eval.classification import evaluate as measure
+from dinov3.eval.common import EvalConfig, FeatureSection, FewShotSection, Session, Targets, TransformSection
+
+STRENGTHS: tuple[float, ...] = tuple(10 ** (e / 4) for e in range(-24, 21))  # 1e-6, 1.7783e-6, …, 1e5
+
+
+@dataclass
+class TrainSection:
+    dataset: str = "???"
+    val_dataset: str | None = None  # null: a tenth of each class of `dataset` (few shots: a hundredth)
+    val_metric_type: Metric = Metric.MEAN_ACCURACY
+    batch_size: int = 256
+    num_workers: int = 5
+    tol: float = 1e-12
+    max_train_iters: int = 1000
+    train_features_device: str = "cpu"
+    train_dtype: Literal["float64", "float32"] = "float64"
+    solver: Literal["auto", "torch", "sklearn"] = "auto"
+
+
+@dataclass
+class TestSection:
+    test_dataset: str = "???"
+    test_metric_type: Metric | None = None  # null: as for validation
+    batch_size: int | None = None
+    num_workers: int = 5
+
+
+@dataclass
+class LogRegressionConfig(EvalConfig):
+    train: TrainSection = field(default_factory=TrainSection)
+    eval: TestSection = field(default_factory=TestSection)
+    transform: TransformSection = field(default_factory=lambda: TransformSection(resize_size=224, crop_size=224))
+    features: FeatureSection = field(default_factory=FeatureSection)
+    few_shot: FewShotSection = field(default_factory=FewShotSection)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from common.section_problems(self)
+        if self.train.max_train_iters < 1:
+            yield "train.max_train_iters", "must be at least 1"
+        if self.train.solver == "sklearn" and self.train.train_features_device != "cpu":
+            yield "train.train_features_device", "scikit-learn computes on the cpu; take train.solver=torch"
+
+
+# ---- the fit --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """weight [C, D], bias [C]; `classes` are those that training pictures had."""
+
+    weight: Tensor
+    bias: Tensor
+    classes: Tensor
+    n_classes: int
+
+    def scores(self, x: np.ndarray, rows: int = 8192) -> np.ndarray:
+        """Log-odds [N, C] of features [N, D]; −inf for a class that no training picture had."""
+        out = np.full((len(x), self.n_classes), -np.inf)
+        columns = self.classes.cpu().numpy()
+        for i in range(0, len(x), rows):
+            part = torch.from_numpy(np.array(x[i : i + rows])).to(self.weight)
+            out[i : i + rows, columns] = F.linear(part, self.weight, self.bias).cpu().numpy()
+        return out
+
+
+def fit(
+    x: Tensor,
+    labels: Tensor,
+    strength: float,
+    n_classes: int,
+    *,
+    tol: float = 1e-12,
+    max_iter: int = 1000,
+    start: Fitted | None = None,
+    solver: str = "torch",
+) -> Fitted:
+    """Features [N, D] and labels int [N] or multi-hot [N, C] → the regression of strength C.
+
+    `start`: the fit of another strength on the same data, from which the search begins.
+    """
+    multi = labels.ndim == 2
+    classes = torch.arange(n_classes, device=x.device) if multi else labels.unique()
+    if len(classes) < 2:
+        raise DinoError("logistic regression needs pictures of at least two classes")
+    if solver == "sklearn":
+        return _fit_sklearn(x, labels, strength, n_classes, classes, tol, max_iter)
+    two = not multi and len(classes) == 2  # one row of weights, as scikit-learn: two would halve the penalty
+    yes_no = multi or two
+    target = labels.to(x.dtype) if multi else torch.searchsorted(classes, labels)
+    if two:
+        target = target[:, None].to(x.dtype)
+    rows, D, N = 1 if two else len(classes), x.shape[1], len(x)
+    parameters = x.new_zeros(rows, D + 1)
+    if start is not None:
+        parameters = torch.cat([start.weight, start.bias[:, None]], 1)
+        parameters = 2 * parameters[1:] if two else parameters
+    parameters.requires_grad_()
+    # the objective divided by C·N, as scikit-learn scales it, so that `tol` means the same for every strength
+    decay = 1 / (strength * N)
+    optimiser = torch.optim.LBFGS(
+        [parameters],
+        max_iter=max_iter,
+        max_eval=2 * max_iter,
+        tolerance_grad=tol,
+        tolerance_change=1e-16 if x.dtype == torch.float64 else 1e-9,
+        history_size=10,
+        line_search_fn="strong_wolfe",
+    )
+
+    def objective() -> Tensor:
+        optimiser.zero_grad()
+        logits = F.linear(x, parameters[:, :D], parameters[:, D])
+        if yes_no:
+            error = F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / N
+        else:
+            error = F.cross_entropy(logits, target)
+        loss = error + 0.5 * decay * parameters[:, :D].square().sum()  # the bias is free
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimiser.step(objective)  # type: ignore[arg-type]
+    found = parameters.detach()
+    if two:
+        found = torch.cat([-found, found]) / 2
+    return Fitted(found[:, :D], found[:, D], classes, n_classes)
+
+
+def _fit_sklearn(
+    x: Tensor, labels: Tensor, strength: float, n_classes: int, classes: Tensor, tol: float, max_iter: int
+) -> Fitted:
+    require("sklearn", "eval", "train.solver=sklearn")
+    import warnings
+
+    from sklearn.linear_model import LogisticRegression
+
+    def one(y: np.ndarray) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that max_iter was reached: usual at large C, and no error
+            return LogisticRegression(C=strength, tol=tol, max_iter=max_iter).fit(x.numpy(), y)
+
+    y = labels.numpy()
+    if labels.ndim == 2:
+        models = [one(y[:, c]) for c in range(n_classes)]
+    else:
+        models = [one(y)]
+    weight, bias = np.concatenate([m.coef_ for m in models]), np.concatenate([m.intercept_ for m in models])
+    if labels.ndim == 1 and len(classes) == 2:  # one row there: the difference of two
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    return Fitted(torch.from_numpy(weight).to(x), torch.from_numpy(bias).to(x), classes, n_classes)
+
+
+def solver_of(config: LogRegressionConfig) -> str:
+    if config.train.solver != "auto":
+        return config.train.solver
+    there = importlib.util.find_spec("sklearn") is not None
+    return "sklearn" if there and config.train.train_features_device == "cpu" else "torch"
+
+
+def validation_rows(labels: np.ndarray, share: float = 0.1, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(training rows, validation rows): of the shuffled pictures the first max(1, ⌊share·n_c⌋) of each class.
+
+    A class of one picture keeps it for training. Multi-hot labels: by the first label of a picture.
+    """
+    single = labels.argmax(1) if labels.ndim == 2 else labels
+    order = torch.randperm(len(single), generator=torch.Generator().manual_seed(seed)).numpy()
+    apart: list[np.ndarray] = []
+    for c in np.unique(single):
+        members = order[single[order] == c]
+        apart.append(members[: max(1, int(share * len(members))) if len(members) > 1 else 0])
+    validation = np.sort(np.concatenate(apart))
+    return np.setdiff1d(np.arange(len(single)), validation), validation
+
+
+def best_strength(accuracies: Sequence[tuple[float, float]]) -> float:
+    """Of (C, accuracy) pairs the C with the best accuracy; the smallest of equals."""
+    return min(accuracies, key=lambda pair: (-pair[1], pair[0]))[0]
+
+
+def select(
+    x: Tensor, labels: Tensor, val: np.ndarray, val_targets: Targets, metric: Metric, n_classes: int, **options: Any
+) -> list[tuple[float, float]]:
+    """(C, validation top-1) for all 45 strengths, each process taking its share of them."""
+    mine: list[tuple[float, float]] = []
+    fitted: Fitted | None = None
+    for strength in STRENGTHS[distributed.rank() :: distributed.world()]:
+        fitted = fit(x, labels, strength, n_classes, start=fitted, **options)
+        numbers = measure(metric, val_targets.chosen(fitted.scores(val)), val_targets.labels, groups=val_targets.groups)
+        mine.append((strength, numbers["top-1"]))
+    return sorted(pair for pairs in distributed.gather_objects(mine) for pair in pairs)
+
+
+# ---- the evaluation -------------------------------------------------------------------------------------------------
+
+
+def evaluate(config: LogRegressionConfig, session: Session) -> Numbers:
+    c = config
+    model = session.model(c.model)
+    rule = session.rule(model, c.transform)
+    batch = {"batch_size": c.train.batch_size, "workers": c.train.num_workers}
+    train, labels, train_set = session.labelled(c.train.dataset, model, rule, c.features, **batch)
+    if c.train.val_dataset is not None:
+        val_set = make_dataset(c.train.val_dataset)
+        common.check_classes(train_set, val_set)
+        val = session.features(model, val_set, rule, c.features, **batch)
+        val_targets = common.test_targets(val_set, c.train.val_dataset)
+        pool = np.arange(len(labels))
+    else:
+        pool, apart = validation_rows(labels, 0.01 if c.few_shot.enable else 0.1)
+        val, val_targets = np.asarray(train[apart]), Targets(labels[apart])
+    test_set = make_dataset(c.eval.test_dataset)
+    common.check_classes(train_set, test_set)
+    batch = {"batch_size": c.eval.batch_size or c.train.batch_size, "workers": c.eval.num_workers}
+    test = session.features(model, test_set, rule, c.features, **batch)
+    targets = common.test_targets(test_set, c.eval.test_dataset)
+    metric = c.eval.test_metric_type or c.train.val_metric_type
+    n_classes = common.class_count(labels)
+    options: dict[str, Any] = {"tol": c.train.tol, "max_iter": c.train.max_train_iters, "solver": solver_of(c)}
+
+    def on_device(rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        x = torch.from_numpy(np.asarray(train[rows], np.float32))
+        device = c.train.train_features_device
+        return x.to(device, getattr(torch, c.train.train_dtype)), torch.from_numpy(labels[rows]).to(device)
+
+    tries: list[Numbers] = []
+    shots = c.few_shot
+    for number in range(shots.n_tries if shots.enable else 1):
+        rows = pool
+        if shots.enable:
+            assert shots.k_or_percent is not None
+            rows = pool[common.few_shot_subset(labels[pool], shots.k_or_percent, number)]
+        x, y = on_device(rows)
+        pairs = select(x, y, val, val_targets, c.train.val_metric_type, n_classes, **options)
+        strength = best_strength(pairs)
+        session.say(f"C = {strength:.4g}: validation top-1 {100 * dict(pairs)[strength]:.2f}")
+        if not shots.enable and (len(val_targets.labels) and c.train.val_dataset is None):
+            x, y = on_device(np.arange(len(labels)))  # training and validation pictures together
+        elif not shots.enable:
+            x = torch.cat([x, torch.from_numpy(np.asarray(val, np.float32)).to(x)])
+            y = torch.cat([y, torch.from_numpy(val_targets.labels).to(y.device)])
+        scores = fit(x, y, strength, n_classes, **options).scores(test)
+        chosen = targets.chosen(scores)
+        numbers = measure(metric, chosen, targets.labels, groups=targets.groups)
+        tries.append({k: 100 * v for k, v in numbers.items()})
+        session.append_json({"C": strength, **tries[-1]})
+        if c.save_results:
+            session.save_arrays(str(number) if shots.enable else "", chosen.argmax(1), targets.labels)
+    return common.over_tries(tries) if shots.enable else tries[0]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return common.main("log_regression", LogRegressionConfig, evaluate, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
