@@ -68,7 +68,10 @@ def sizes_for(task: str, head: str, backbone: Backbone) -> dict[str, Any]:
         widths = (48, 96, 192, 384) if small else (96, 192, 384, 768) if middle else (256, 512, 1024, 1024)
         return {"channels": channels, "post_process_channels": widths, "use_batchnorm": True, "max_depth": 10.0}
     if (task, head) == ("segmentation", "mask2former"):
-        return {"hidden_dim": 256 if small else 512 if middle else 1024}
+        from dinov3.heads.mask2former import default_width
+
+        width = default_width(backbone)
+        return {"hidden_dim": width, "ffn": max(2 * width, 1024)}
     if (task, head) == ("detection", "detr"):
         if not middle:
             return {}
@@ -104,9 +107,9 @@ def build_head(task: str, head: str, backbone: nn.Module, *, n_classes: int | No
             from dinov3.heads.linear import build_linear_segmentor
 
             return freeze(build_linear_segmentor(under, num_classes=n_classes, **given))
-        from dinov3.hub.segmentors import build_segmentor
+        from dinov3.heads.mask2former import build_segmentor
 
-        return freeze(build_segmentor(under, num_classes=n_classes, **given))
+        return freeze(build_segmentor(under, n_classes, **given))
     except TypeError as error:
         raise _no_option(error, task, head) from None
 
@@ -184,11 +187,12 @@ class HeadInfo:
 
 
 def palette(n: int) -> tuple[tuple[int, int, int], ...]:
-    """n colours that can be told apart: hues in steps of the golden ratio, brightness and saturation in turns."""
+    """n colours, neighbours far apart in hue: hues in steps of the golden ratio, lightness and saturation in turns."""
     colours = []
     for i in range(n):
-        red, green, blue = colorsys.hsv_to_rgb(i * 0.61803398875 % 1, (0.85, 0.55)[i // 8 % 2], (0.95, 0.7)[i // 4 % 2])
-        colours.append((round(255 * red), round(255 * green), round(255 * blue)))
+        hue, value, saturation = i * 0.618034 % 1, (0.95, 0.72, 0.85)[i % 3], (0.62, 0.85, 0.45)[i // 3 % 3]
+        red, green, blue = (round(255 * c) for c in colorsys.hsv_to_rgb(hue, saturation, value))
+        colours.append((red, green, blue))
     return tuple(colours)
 
 
