@@ -1,0 +1,76 @@
+"""What a picture shows, as classes with probabilities: a linear head on [CLS ; mean patch] (paper §6.1)."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from dinov3.data import names as known_names
+from dinov3.data.transforms import Preprocessing
+from dinov3.errors import DinoError
+from dinov3.predict import drawing
+from dinov3.predict.common import in_folder, names_of, see, statistics
+
+SIZE = 224  # the centre crop; the short side is 256/224 of it
+
+
+@dataclass(frozen=True)
+class Classification:
+    """probabilities [K] float32 that sum to 1; names of the K classes."""
+
+    probabilities: np.ndarray
+    names: tuple[str, ...]
+    image: Image.Image
+
+    def best(self, top: int = 5) -> list[tuple[int, str, float]]:
+        """(class number, name, probability), the likeliest first."""
+        order = np.argsort(-self.probabilities, kind="stable")[:top]
+        return [(int(i), self.names[i], float(self.probabilities[i])) for i in order]
+
+    def drawing(self) -> Image.Image:
+        return drawing.shares_beside(self.image, [(name, p) for _, name, p in self.best()])
+
+    def save(self, folder: str | os.PathLike[str], name: str = "picture") -> list[Path]:
+        """`NAME_classes.csv` (rank, class, name, probability; the likeliest 100) and `NAME_classes.png` to look at."""
+        data, seen = in_folder(folder) / f"{name}_classes.csv", in_folder(folder) / f"{name}_classes.png"
+        with data.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(("rank", "class", "name", "probability"))
+            for rank, (number, word, p) in enumerate(self.best(100), 1):
+                writer.writerow((rank, number, word, f"{p:.6g}"))
+        self.drawing().save(seen)
+        return [data, seen]
+
+
+def classification_rule(model: nn.Module, size: int) -> Preprocessing:
+    """Short side to 256/224 of the size (bicubic), centre crop: how the published accuracies are measured."""
+    multiple = 32 if type(getattr(model, "backbone", None)).__name__ == "ConvNeXt" else 16
+    size = max(multiple, round(size / multiple) * multiple)
+    changes = {"size": round(size * 256 / 224), "center_crop": size, "multiple": multiple} | statistics(model)
+    return Preprocessing.named("classification", **changes)
+
+
+@torch.inference_mode()
+def predict_classes(
+    model: nn.Module, picture: Any, *, size: int | None = None, names: Sequence[str] | None = None
+) -> Classification:
+    """size: the side of the square that the model sees, cut from the middle (default: as a head of your own was trained;
+    else 224, as published). names: of the classes; default the model's own, ImageNet-1k's where there are 1000."""
+    info = getattr(model, "head_info", None)
+    rule = info.preprocessing if info is not None and size is None else classification_rule(model, size or SIZE)
+    seen = see(model, picture, rule)
+    logits = model(seen.x.to(next(model.parameters()).dtype))
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
+        raise DinoError(f"classification needs a classifier on a backbone, not a {type(model).__name__}")
+    K = logits.shape[1]
+    class_names = names_of(model, K, names, known_names.imagenet1k())
+    return Classification(logits[0].float().softmax(-1).cpu().numpy(), class_names, seen.image)
