@@ -116,7 +116,9 @@ class Windows(nn.Module):
 
 
 def antialiased(x: Tensor, size_hw: tuple[int, int]) -> Tensor:
-    return F.interpolate(x, size=size_hw, mode="bilinear", align_corners=False, antialias=True)
+    """In float32: on CPUs there is no antialias in bfloat16."""
+    y = x if x.dtype == torch.float64 else x.float()
+    return F.interpolate(y, size=size_hw, mode="bilinear", align_corners=False, antialias=True).to(x.dtype)
 
 
 # ---- pictures of different sizes as one batch ----------------------------------------------------------------------
