@@ -362,10 +362,13 @@ def geometric(config: KeypointsConfig, session: Session, model: nn.Module) -> di
         if not len(every):
             raise DinoError(f"no pair of {len(pairs)} overlaps by {least}; lower min_overlap or raise max_rotation")
         found = recalls(every[:, 0], thresholds)
+        middle = thresholds[len(thresholds) // 2]
         for low in range(0, math.ceil(limit), 30):  # how it bears with turning
             part = every[(every[:, 1] > low) & (every[:, 1] <= low + 30)]
             if len(part):
-                found[f"recall@2cm {low}-{low + 30}°"] = 100 * float((part[:, 0] < 0.02).float().mean())
+                found[f"recall@{middle:g}cm {low}-{low + 30}°"] = 100 * float(
+                    (part[:, 0] < middle / 100).float().mean()
+                )
         results[norm] = found
     n_pairs = int(_gathered(torch.tensor([[float(len(mine) - skipped)]]), session).sum())
     return _better(results) | {"pairs": n_pairs}
