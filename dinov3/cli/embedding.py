@@ -16,6 +16,7 @@ from dinov3.cli.shared import (
     Fit,
     Patches,
     Pooling,
+    Progress,
     Shape,
     Weights,
     app,
@@ -75,7 +76,11 @@ def embed(
         "batch_size": batch_size,
         "retry_failed": retry_failed,
     }
-    with _Progress(pictures) as progress:
+    with Progress("embedding", len(pictures)) as bar:
+
+        def progress(report: Report) -> None:
+            bar(report.skipped + report.embedded + len(report.failures), report.rate)
+
         if engine == "ray":
             from dinov3.embedding.ray_engine import embed_with_ray
 
@@ -97,43 +102,6 @@ def _say_what_runs(net: Any) -> None:
         )
     for note in origin.notes:
         say(f"note: {note}")
-
-
-class _Progress:
-    """A bar with rate and time left on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, source: Any) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.total = len(source)
-        self.console = Console(stderr=True)
-        self.bar = Progress(
-            TextColumn("embedding"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
-        self.last = 0.0
-
-    def __enter__(self) -> _Progress:
-        self.bar.start()
-        self.task = self.bar.add_task("embedding", total=self.total, rate="")
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
-
-    def __call__(self, report: Report) -> None:
-        done = report.skipped + report.embedded + len(report.failures)
-        self.bar.update(self.task, completed=done, rate=f"{report.rate:.1f} pictures/s")
-        if not self.console.is_terminal and report.seconds - self.last > 30:
-            self.last = report.seconds
-            left = (self.total - done) / report.rate if report.rate else float("nan")
-            say(f"{done} of {self.total} · {report.rate:.1f} pictures/s · {left / 60:.0f} min left")
 
 
 def _tell_report(report: Report, out: str, rule: Preprocessing, as_json: bool) -> None:

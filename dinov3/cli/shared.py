@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Literal
+import time
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -50,3 +51,43 @@ Weights = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto.")]
+
+
+class Progress:
+    """A bar with rate and time left on a terminal, a line every half minute elsewhere."""
+
+    def __init__(self, word: str, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.total, self.word = total, word
+        self.console = Console(stderr=True)
+        self.bar = Progress(
+            TextColumn(word),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.last = self.start = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        self.bar.start()
+        self.task = self.bar.add_task(self.word, total=self.total, rate="")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def __call__(self, done: int, rate: float | None = None) -> None:
+        """`done` pictures in all; `rate` a second, default: counted here."""
+        now = time.monotonic()
+        if rate is None:
+            rate = done / max(now - self.start, 1e-9)
+        self.bar.update(self.task, completed=done, rate=f"{rate:.1f} pictures/s")
+        if not self.console.is_terminal and now - self.last > 30:
+            self.last = now
+            left = (self.total - done) / rate if rate else float("nan")
+            say(f"{done} of {self.total} · {rate:.1f} pictures/s · {left / 60:.0f} min left")

@@ -117,3 +117,13 @@ def origin(row: Head, source: str, under: nn.Module, *, form: str = "meta", note
     below = str(backbone_origin) if backbone_origin is not None else "the backbone given"
     all_notes = (*notes, *(backbone_origin.notes if backbone_origin is not None else ()))
     return Origin(row.name, f"{source} over {below}", "random" if source == "random" else form, mean, std, all_notes)
+
+
+def placed(model: nn.Module, device: str | torch.device, dtype: torch.dtype | None = None) -> nn.Module:
+    """The model on a device, in a dtype (None: as it is), except for rope periods, which half precision would change."""
+    kept = {name: value.clone() for name, value in model.named_buffers() if name.endswith("rope_embed.periods")}
+    model.to(device, dtype)
+    for name, value in kept.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, value.to(device))
+    return model
