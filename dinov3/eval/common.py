@@ -32,6 +32,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -709,7 +710,7 @@ class Session:
                 about["published"] = known
         about |= {"seconds": round(time.perf_counter() - self.began, 1), "processes": distributed.world()}
         about["config"] = configuration.to_dict(config)
-        (self.output / f"{stem}.json").write_text(json.dumps(about, indent=1, default=str) + "\n", encoding="utf-8")
+        (self.output / f"{stem}.json").write_text(json.dumps(about, indent=1, default=_json) + "\n", encoding="utf-8")
 
     def clean(self) -> None:
         if self.run.writer:
@@ -728,6 +729,10 @@ def _cell(value: Any) -> Any:
     if isinstance(value, (float, np.floating)):
         return float(value)
     return value if value is None else str(value)
+
+
+def _json(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value.item() if isinstance(value, np.generic) else str(value)
 
 
 def write_table(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> Path:

@@ -1,0 +1,553 @@
+"""Linear classifiers on a frozen backbone, trained with augmentation; a grid of heads in one pass (paper §6.1.1, Tab. 7).
+
+    python -m dinov3.run.submit dinov3/eval/linear.py --ngpus 8 model.name=dinov3_vitl16 model.weights=FILE \\
+        train.dataset=ImageNet:split=TRAIN:root=…:extra=… train.val_dataset=ImageNet:split=VAL:root=…:extra=… \\
+        eval.test_datasets=[ImageNetV2:root=…,ImageNetReaL:root=…:labels=real.json]
+
+Every batch of random crops goes through the backbone once and then through all heads: one for each learning rate, number
+of last blocks, pooling and weight decay. Their losses are added, so no head knows of the others. The head that is best on
+the validation pictures at the end is measured on the test sets. Validation and test pictures are always seen the same
+way, so their features are computed once. A stopped run goes on exactly where it was: crops are functions of (seed,
+epoch, picture) and the schedule's state is in the checkpoint.
+
+A head's input is the CLS tokens of the last n blocks, then (`avgpool`) the mean patch of the last, all normed. Published:
+ViT-L trained on ImageNet-1k by the README's recipe 83.5. Legend: B pictures, N patches, D width, C classes, H heads.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinov3 import distributed
+from dinov3.data.crops import draw_box, generator, normalised
+from dinov3.data.datasets import make_dataset
+from dinov3.data.datasets.base import PictureDataset
+from dinov3.data.loaders import Order
+from dinov3.data.transforms import to_pixels
+from dinov3.errors import DinoError
+from dinov3.eval import common
+from dinov3.eval.classification import Metric, Numbers
+from dinov3.eval.classification import evaluate as measure
+from dinov3.eval.common import EvalConfig, FeatureSection, FewShotSection, Session, Targets, TransformSection
+from dinov3.runlog import spoken_time
+
+RATES = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1]
+
+
+@dataclass
+class TrainSection:
+    dataset: str = "???"
+    val_dataset: str = "???"
+    val_metric_type: Metric = Metric.MEAN_ACCURACY
+    batch_size: int = 128  # of each process
+    num_workers: int = 8
+    learning_rates: list[float] = field(default_factory=lambda: list(RATES))  # at a batch of 256
+    n_last_blocks_list: list[int] = field(default_factory=lambda: [1])
+    avgpool_list: list[bool] = field(default_factory=lambda: [True])  # ours: false is the paper's CLS-only probe
+    weight_decays: list[float] = field(default_factory=lambda: [0.0])  # ours: the paper's grid has 0 and 1e-5
+    loss_type: Literal["cross_entropy", "binary_cross_entropy"] = "cross_entropy"
+    optimizer_type: Literal["sgd", "adamw"] = "sgd"
+    scheduler_type: Literal["cosine_annealing", "one_cycle"] = "cosine_annealing"
+    epochs: int = 10
+    epoch_length: int = 1250  # iterations
+    save_checkpoint_iterations: int | None = None  # null: an epoch
+    eval_period_iterations: int | None = None  # null: an epoch
+    checkpoint_retention_policy: Literal["none", "all", "best", "last", "last_and_best"] = "none"
+    resume: bool = True
+    classifier_fpath: str | None = None  # a folder of checkpoints to begin from
+    seed: int = 0  # of the order and the crops
+
+
+@dataclass
+class TestSection:
+    test_datasets: list[str] = field(default_factory=list)
+    test_metric_types: list[Metric] = field(default_factory=list)  # empty: as for validation; else one for each
+    batch_size: int = 256
+    num_workers: int = 8
+
+
+@dataclass
+class LinearConfig(EvalConfig):
+    train: TrainSection = field(default_factory=TrainSection)
+    eval: TestSection = field(default_factory=TestSection)
+    transform: TransformSection = field(default_factory=TransformSection)
+    features: FeatureSection = field(default_factory=FeatureSection)  # only dtype and cache have a meaning here
+    few_shot: FewShotSection = field(default_factory=FewShotSection)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from common.section_problems(self)
+        t, f = self.train, self.features
+        if (list(f.layers), f.pool, f.norm) != ([-1], "cls", True):
+            yield "features", "what heads see is set by train.n_last_blocks_list and train.avgpool_list"
+        for name in ("learning_rates", "n_last_blocks_list", "avgpool_list", "weight_decays"):
+            if not getattr(t, name):
+                yield f"train.{name}", "is empty: there is no head to train"
+        for name in ("batch_size", "epochs", "epoch_length"):
+            if getattr(t, name) < 1:
+                yield f"train.{name}", "must be at least 1"
+        if self.eval.test_metric_types and len(self.eval.test_metric_types) != len(self.eval.test_datasets):
+            yield "eval.test_metric_types", "names one metric for each of eval.test_datasets, or none"
+
+
+# ---- heads ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeadKind:
+    """What a head sees and how it learns; `lr` after scaling with the batch."""
+
+    blocks: int
+    avgpool: bool
+    lr: float
+    weight_decay: float = 0.0
+
+
+def scaled(rate: float, batch_per_process: int, processes: int) -> float:
+    return rate * batch_per_process * processes / 256
+
+
+def grid(train: TrainSection, processes: int) -> dict[str, HeadKind]:
+    """{name: head}: n, pooling and rate in the reference's words, with as many decimals as keep all names apart."""
+    kinds = [
+        HeadKind(n, pool, scaled(rate, train.batch_size, processes), decay)
+        for n in train.n_last_blocks_list
+        for pool in train.avgpool_list
+        for rate in train.learning_rates
+        for decay in train.weight_decays
+    ]
+    for decimals in range(5, 16):  # the reference stays at five, where 5e-6 and 1e-5 have one name
+        names = [_name(kind, decimals, with_decay=len(train.weight_decays) > 1) for kind in kinds]
+        if len(set(names)) == len(names):
+            return dict(zip(names, kinds))
+    raise DinoError("train.learning_rates (or another list of the grid) holds a value twice")
+
+
+def _name(kind: HeadKind, decimals: int, *, with_decay: bool) -> str:
+    text = f"classifier_{kind.blocks}_blocks_avgpool_{kind.avgpool}_lr_{kind.lr:.{decimals}f}"
+    return (text + (f"_wd_{kind.weight_decay:.{decimals}f}" if with_decay else "")).replace(".", "_")
+
+
+def head_input(kind: HeadKind, cls: Sequence[Tensor], mean: Tensor) -> Tensor:
+    """[B, (n + 1)·D] from the CLS tokens [B, D] of the blocks, first to last, and the mean patch [B, D] of the last."""
+    return torch.cat([*cls[len(cls) - kind.blocks :], *([mean] if kind.avgpool else [])], dim=-1)
+
+
+class Heads(nn.Module):
+    """All heads of the grid: linear layers, weights N(0, 0.01²), bias 0."""
+
+    def __init__(self, kinds: Mapping[str, HeadKind], width: int, n_classes: int, seed: int = 0) -> None:
+        super().__init__()
+        self.kinds = dict(kinds)
+        self.layers = nn.ModuleDict()
+        for name, kind in self.kinds.items():
+            layer = nn.Linear(width * (kind.blocks + kind.avgpool), n_classes)
+            nn.init.normal_(layer.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
+            nn.init.zeros_(layer.bias)
+            self.layers[name] = layer
+
+    def forward(self, cls: Sequence[Tensor], mean: Tensor) -> dict[str, Tensor]:
+        """{name: logits [B, C]}."""
+        inputs: dict[tuple[int, bool], Tensor] = {}
+        for kind in self.kinds.values():
+            if (kind.blocks, kind.avgpool) not in inputs:
+                inputs[kind.blocks, kind.avgpool] = head_input(kind, cls, mean).float()
+        return {name: self.layers[name](inputs[kind.blocks, kind.avgpool]) for name, kind in self.kinds.items()}
+
+    def groups(self) -> list[dict[str, Any]]:
+        return [
+            {"params": list(self.layers[name].parameters()), "lr": kind.lr, "weight_decay": kind.weight_decay}
+            for name, kind in self.kinds.items()
+        ]
+
+
+def make_optimizer(heads: Heads, train: TrainSection, total: int) -> tuple[torch.optim.Optimizer, Any]:
+    """(optimiser, schedule over `total` iterations)."""
+    if train.optimizer_type == "sgd":
+        optimiser: torch.optim.Optimizer = torch.optim.SGD(heads.groups(), momentum=0.9, weight_decay=0)
+    else:
+        optimiser = torch.optim.AdamW(heads.groups(), weight_decay=0)
+    if train.scheduler_type == "cosine_annealing":
+        return optimiser, torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, total, eta_min=0)
+    rates = [kind.lr for kind in heads.kinds.values()]
+    return optimiser, torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=rates, total_steps=total)
+
+
+def loss_of(kind: str, logits: Tensor, target: Tensor) -> Tensor:
+    if kind == "cross_entropy":
+        if target.ndim == 2:
+            raise DinoError("pictures with several labels need train.loss_type=binary_cross_entropy")
+        return F.cross_entropy(logits, target)
+    if target.ndim == 1:
+        target = F.one_hot(target, logits.shape[1])
+    return F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype))
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Augmented:
+    """Random crops (area 8 to 100 %, aspect 3/4 to 4/3, bicubic) and flips, as a function of (seed, epoch, picture)."""
+
+    dataset: PictureDataset
+    rows: np.ndarray  # the pictures that train
+    size: int
+    seed: int = 0
+
+    def crop(self, draw: tuple[int, int]) -> Tensor:
+        """uint8 [3, size, size] of (epoch, position in `rows`)."""
+        epoch, position = draw
+        index = int(self.rows[position])
+        rng = generator(self.seed, epoch, index)
+        picture = to_pixels(common.decoded(self.dataset, index).image)
+        top, left, h, w = draw_box(picture.shape[2], picture.shape[1], (0.08, 1.0), rng)
+        box = picture[None, :, top : top + h, left : left + w].contiguous(memory_format=torch.channels_last)
+        crop = F.interpolate(box, size=(self.size, self.size), mode="bicubic", antialias=True)[0]
+        return (crop.flip(-1) if rng.random() < 0.5 else crop).contiguous()
+
+    def draws(self, batch: int, first: int, last: int) -> Iterator[list[tuple[int, int]]]:
+        """This process's batches of iterations first … last − 1."""
+        order = Order(len(self.rows), self.seed)
+        rank, world = distributed.rank(), distributed.world()
+        for step in range(first, last):
+            epochs, positions = order.at(step * batch * world + np.arange(rank, batch * world, world))
+            yield list(zip(epochs.tolist(), positions.tolist()))
+
+    def batches(self, batch: int, first: int, last: int, workers: int) -> Iterator[tuple[list[int], Tensor]]:
+        """(rows of the data set, uint8 [B, 3, size, size])."""
+        ahead, here = itertools.tee(self.draws(batch, first, last))
+        for drawn, x in zip(here, common.in_threads(ahead, self.crop, workers)):
+            yield [int(self.rows[position]) for _, position in drawn], x
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+class Kept:
+    """`<folder>/{<iteration>, best, final}/checkpoint.pth`: iteration, linear_classifiers, optimizer, best_accuracy, and
+    (ours) scheduler, so that a resumed run goes on with the same rates."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def numbered(self) -> list[int]:
+        if not self.folder.is_dir():
+            return []
+        names = [p.parent.name for p in self.folder.glob("*/checkpoint.pth")]
+        return sorted(int(n) for n in names if n.isdecimal())
+
+    def save(self, name: str, state: Mapping[str, Any]) -> None:
+        if not distributed.is_main():
+            return
+        path = self.folder / name / "checkpoint.pth"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        torch.save(dict(state), beside)
+        os.replace(beside, path)
+
+    def load(self, name: str) -> dict[str, Any]:
+        return torch.load(self.folder / name / "checkpoint.pth", map_location="cpu", weights_only=True)
+
+    def newest(self) -> str | None:
+        numbers = self.numbered()
+        return str(numbers[-1]) if numbers else None
+
+    def keep_only(self, names: set[str]) -> None:
+        if distributed.is_main() and self.folder.is_dir():
+            for path in self.folder.iterdir():
+                if path.name not in names:
+                    shutil.rmtree(path)
+
+
+def kept_by(policy: str, numbers: Sequence[int]) -> set[str]:
+    """The folders that stay after a run."""
+    return {
+        "none": set(),
+        "all": {*map(str, numbers), "best", "final"},
+        "best": {"best"},
+        "last": {"final"},
+        "last_and_best": {"final", "best"},
+    }[policy]
+
+
+# ---- the evaluation -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TestSet:
+    """Pictures that are seen the same way every time: features once, then only heads."""
+
+    line: str
+    cls: list[Tensor]
+    mean: Tensor
+    targets: Targets
+    metric: Metric
+
+    def scores(self, heads: Heads, name: str, rows: int = 8192) -> np.ndarray:
+        kind, layer = heads.kinds[name], heads.layers[name]
+        device = next(heads.parameters()).device
+        parts = [
+            layer(head_input(kind, [c[i : i + rows] for c in self.cls], self.mean[i : i + rows]).float().to(device))
+            for i in range(0, len(self.mean), rows)
+        ]
+        return self.targets.chosen(torch.cat(parts).cpu().numpy())
+
+    @torch.no_grad()
+    def numbers(self, heads: Heads, name: str) -> Numbers:
+        return measure(self.metric, self.scores(heads, name), self.targets.labels, groups=self.targets.groups)
+
+
+def best_head(accuracies: Mapping[str, float]) -> str:
+    """The first of the best; also where all are 0."""
+    return max(accuracies, key=lambda name: accuracies[name])
+
+
+class LinearEvaluation:
+    """What `evaluate` has in hand; `one_try` is the plot."""
+
+    def __init__(self, config: LinearConfig, session: Session) -> None:
+        c, t = config, config.train
+        self.config, self.session = config, session
+        self.model: Any = session.model(c.model)
+        self.rule = session.rule(self.model, c.transform)
+        self.blocks = max(t.n_last_blocks_list)
+        if self.blocks > self.model.n_blocks:
+            raise DinoError(
+                f"train.n_last_blocks_list asks for {self.blocks} blocks; this model has {self.model.n_blocks}"
+            )
+        if len(set(getattr(self.model, "embed_dims", [self.model.embed_dim])[-self.blocks :])) > 1:
+            raise DinoError("the last stages of a ConvNeXt differ in width; take train.n_last_blocks_list=[1]")
+        self.train_set = make_dataset(t.dataset)
+        self.labels = common.labels_of(self.train_set, t.dataset)
+        self.val = self.test_set(t.val_dataset, t.val_metric_type)
+        metrics = c.eval.test_metric_types or [t.val_metric_type] * len(c.eval.test_datasets)
+        self.tests = [self.test_set(line, metric) for line, metric in zip(c.eval.test_datasets, metrics)]
+
+    def test_set(self, line: str, metric: Metric) -> TestSet:
+        c, n = self.config, self.model.n_blocks
+        dataset = make_dataset(line)
+        if not hasattr(dataset, "get_imagenet_class_mapping"):
+            common.check_classes(self.train_set, dataset)
+        batch = {"batch_size": c.eval.batch_size, "workers": c.eval.num_workers}
+        columns: list[Tensor] = []
+        wanted = [*(("cls", i) for i in range(n - self.blocks, n)), ("mean", n - 1)]
+        self.session.also = (list(range(n - self.blocks, n)), ["cls+mean"])  # all in one pass
+        for token, layer in wanted:
+            section = replace(c.features, layers=[layer], pool=token)
+            x = self.session.features(self.model, dataset, self.rule, section, **batch)
+            columns.append(torch.from_numpy(np.array(x)))
+        self.session.also = ([], [])
+        return TestSet(line, columns[:-1], columns[-1], common.test_targets(dataset, line), metric)
+
+    @torch.inference_mode()
+    def tokens(self, crops: Tensor) -> tuple[list[Tensor], Tensor]:
+        """uint8 crops → (CLS of the last blocks, mean patch of the last one)."""
+        weight = next(self.model.parameters())
+        x = normalised(crops.to(weight.device), self.rule.mean, self.rule.std).to(weight.dtype)
+        n = self.model.n_blocks
+        said = common.layer_tokens(self.model, x, list(range(n - self.blocks, n)), norm=True)
+        return [said[i][0] for i in sorted(said)], said[n - 1][1]
+
+    # -- one training of all heads
+
+    def one_try(self, rows: np.ndarray, suffix: str = "") -> tuple[Numbers, str, Heads]:
+        """({column: fraction}, the winner's name, the heads) after training on these pictures."""
+        t, session = self.config.train, self.session
+        total = t.epochs * t.epoch_length
+        save_every, eval_every = (
+            t.save_checkpoint_iterations or t.epoch_length,
+            t.eval_period_iterations or t.epoch_length,
+        )
+        kinds = grid(t, distributed.world())
+        n_classes = common.class_count(self.labels)
+        heads = Heads(kinds, self.model.embed_dim, n_classes).to(session.device)
+        optimiser, schedule = make_optimizer(heads, t, total)
+        kept = Kept(session.output / f"checkpoints{suffix}")
+        first, best = self.resume(heads, optimiser, schedule, kept)
+        data = Augmented(self.train_set, rows, self.config.transform.crop_size, t.seed)
+        labels = torch.from_numpy(self.labels)
+
+        def state(iteration: int) -> dict[str, Any]:
+            return {
+                "iteration": iteration, "linear_classifiers": heads.state_dict(), "optimizer": optimiser.state_dict(),
+                "scheduler": schedule.state_dict(), "best_accuracy": best,
+            }  # fmt: skip
+
+        if first < total:
+            each = f"{t.batch_size} pictures on each of {distributed.world()} processes"
+            session.say(f"{len(kinds)} heads, iterations {first} to {total}, {each}")
+        told = Ticker(session.say, first, total, t.batch_size * distributed.world())
+        for step, (numbers, crops) in enumerate(data.batches(t.batch_size, first, total, t.num_workers), start=first):
+            cls, mean = self.tokens(crops)
+            target = labels[numbers].to(session.device)
+            # clones: tensors of inference mode take no part in a backward pass
+            logits = heads([x.clone() for x in cls], mean.clone())
+            loss = torch.stack([loss_of(t.loss_type, one, target) for one in logits.values()]).sum()
+            optimiser.zero_grad()
+            loss.backward()
+            average_gradients(heads)
+            optimiser.step()
+            schedule.step()
+            done = step + 1
+            told(done, float(loss.detach()) / len(kinds) if told.due() or done == total else None)
+            if done % eval_every == 0 and done < total:  # the last one follows anyway
+                _, accuracy = self.validate(heads, done)
+                if accuracy > best:
+                    best = accuracy
+                    kept.save("best", state(done))
+            if done % save_every == 0:
+                older = kept.numbered()
+                kept.save(str(done), state(done))
+                if t.checkpoint_retention_policy != "all":
+                    kept.keep_only({str(done), "best", "final"} - {str(n) for n in older if n != done})
+        winner, accuracy = self.validate(heads, total)
+        if accuracy >= best:
+            best = accuracy
+            kept.save("best", state(total))
+        kept.save("final", state(total))
+        distributed.barrier()
+        kept.keep_only(kept_by(t.checkpoint_retention_policy, kept.numbered()))
+        results: Numbers = {}
+        for test in [self.val, *self.tests]:
+            for key, value in test.numbers(heads, winner).items():
+                if key != "top-5":
+                    results[f"{test.line}_accuracy" if key == "top-1" else f"{test.line} {key}"] = value
+            if self.config.save_results:
+                with torch.no_grad():
+                    predictions = test.scores(heads, winner).argmax(1)
+                session.save_arrays(test.line.replace("/", "_") + suffix, predictions, test.targets.labels)
+        return results, winner, heads
+
+    def resume(self, heads: Heads, optimiser: Any, schedule: Any, kept: Kept) -> tuple[int, float]:
+        """(first iteration, best accuracy so far): from this run's checkpoints, or heads from another's."""
+        t = self.config.train
+        if t.resume and (newest := kept.newest()) is not None:
+            state = kept.load(newest)
+            heads.load_state_dict(state["linear_classifiers"])
+            optimiser.load_state_dict(state["optimizer"])
+            schedule.load_state_dict(state["scheduler"])
+            self.session.say(f"going on from iteration {state['iteration']} ({kept.folder / newest})")
+            return int(state["iteration"]), float(state["best_accuracy"])
+        if t.classifier_fpath is not None:
+            other = Kept(Path(t.classifier_fpath))
+            name = "final" if (other.folder / "final").is_dir() else other.newest()
+            if name is None:
+                raise DinoError(
+                    f"train.classifier_fpath={t.classifier_fpath} holds no checkpoint (final/ or <iteration>/)"
+                )
+            try:
+                heads.load_state_dict(other.load(name)["linear_classifiers"])
+            except RuntimeError as error:
+                raise DinoError(
+                    f"the heads in {t.classifier_fpath} are not this grid's: {str(error).splitlines()[1]}"
+                ) from None
+        return 0, -1.0
+
+    @torch.no_grad()
+    def validate(self, heads: Heads, iteration: int) -> tuple[str, float]:
+        """The best head on the validation pictures and its accuracy, also written to results_eval_linear.json."""
+        accuracies = {name: self.val.numbers(heads, name)["top-1"] for name in heads.kinds}
+        name = best_head(accuracies)
+        if self.session.run.writer:
+            with open(self.session.output / "results_eval_linear.json", "a", encoding="utf-8") as file:
+                file.write(f"iter: {iteration}\n")
+        self.session.append_json({"best_classifier": {"name": name, "accuracy": accuracies[name]}})
+        if self.session.run.writer:
+            with open(self.session.output / "results_eval_linear.json", "a", encoding="utf-8") as file:
+                file.write("\n")
+        self.session.say(f"iteration {iteration}: best on validation {name}, {100 * accuracies[name]:.2f}")
+        return name, accuracies[name]
+
+    def save_winner(self, heads: Heads, winner: str, accuracy: float) -> None:
+        """The winner as a head file that `dinov3 predict` opens, where it has the published classifier's form."""
+        kind = heads.kinds[winner]
+        if not self.session.run.writer or (kind.blocks, kind.avgpool) != (1, True):
+            return
+        from dinov3.heads.linear import LinearClassifier
+        from dinov3.hub.heads import save_head
+
+        if self.model.origin.form in ("transformers", "timm") and not hasattr(self.model, "config"):
+            return  # another library's backbone: a head file could not name it
+        layer = heads.layers[winner]
+        assert isinstance(layer, nn.Linear)
+        names = list(getattr(self.train_set, "class_names", [])) or None
+        path = self.session.output / "head.safetensors"
+        save_head(
+            path,
+            LinearClassifier(self.model, layer),
+            task="classification",
+            head="linear",
+            options={"n_classes": layer.out_features},
+            class_names=names,
+            preprocessing=self.rule,
+            metrics={"val top-1": round(100 * accuracy, 2)},
+        )
+        self.session.say(f"the winner is in {path}")
+
+
+def average_gradients(heads: nn.Module) -> None:
+    """Mean over processes, one collective for all heads."""
+    if distributed.world() == 1:
+        return
+    gradients = [p.grad for p in heads.parameters() if p.grad is not None]
+    flat = distributed.all_reduce(torch.cat([g.flatten() for g in gradients]), "mean")
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+        gradient.copy_(part.view_as(gradient))
+
+
+class Ticker:
+    """How far the training is, every 15 seconds."""
+
+    def __init__(self, say: Callable[[str], None], first: int, total: int, pictures: int) -> None:
+        import time
+
+        self.clock, self.say, self.first, self.total, self.pictures = time.perf_counter, say, first, total, pictures
+        self.began = self.last = self.clock()
+
+    def due(self) -> bool:
+        return self.clock() - self.last > 15
+
+    def __call__(self, done: int, loss: float | None) -> None:
+        if loss is None:
+            return
+        self.last = self.clock()
+        each = (self.last - self.began) / max(1, done - self.first)
+        self.say(
+            f"[{done}/{self.total}]  eta {spoken_time(each * (self.total - done))}  mean loss of the heads {loss:.4g}  "
+            f"{self.pictures / each:.0f} pictures/s"
+        )
+
+
+def evaluate(config: LinearConfig, session: Session) -> dict[str, Any]:
+    run = LinearEvaluation(config, session)
+    shots = config.few_shot
+    if not shots.enable:
+        results, winner, heads = run.one_try(np.arange(len(run.labels)))
+        run.save_winner(heads, winner, results[f"{config.train.val_dataset}_accuracy"])
+        return {key: 100 * value for key, value in results.items()} | {"best_classifier": winner}
+    assert shots.k_or_percent is not None
+    tries = []
+    for number in range(shots.n_tries):
+        rows = common.few_shot_subset(run.labels, shots.k_or_percent, number)
+        tries.append({key: 100 * value for key, value in run.one_try(rows, f"_{number}")[0].items()})
+    return common.over_tries(tries)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return common.main("linear", LinearConfig, evaluate, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
