@@ -11,7 +11,8 @@ makes the table's numbers), metres stay metres. Arrays may be numpy or torch; no
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -195,45 +196,62 @@ def mean_scores(per_picture: Iterable[Mapping[str, float]]) -> dict[str, float]:
 # ---- canopy height -------------------------------------------------------------------------------------------------
 
 
-def canopy_scores(pairs: Sequence[tuple[Array, Array]], *, block: int = 50, dropped: int = 3) -> dict[str, float]:
-    """(prediction, target) maps of heights in metres → `mae`, `rmse`, `bias` (prediction − target), pixel `r2`, `block_r2`.
+@dataclass
+class CanopySums:
+    """What a map of heights adds to the scores; small, so that processes can exchange it."""
 
-    As in Tolan et al. 2024: predictions below 0 and targets below 0 count as 0; `block_r2` compares means over
-    block × block pixels after dropping the first `dropped` rows and columns (whole blocks only); NaN where no map holds
-    one. Targets that are NaN do not count.
-    """
-    errors: list[Tensor] = []
-    targets: list[Tensor] = []
-    block_p: list[Tensor] = []
-    block_t: list[Tensor] = []
-    for prediction, target in pairs:
-        p, t = _tensor(prediction).double().squeeze(), _tensor(target).double().squeeze()
+    n: int
+    error: float  # Σ e, e = prediction − target
+    absolute: float
+    squared: float
+    target: float
+    target_squared: float
+    blocks: list[tuple[float, float]]  # (prediction, target): means over blocks
+
+    @staticmethod
+    def of(prediction_m: Array, target_m: Array, *, block: int = 50, dropped: int = 3) -> CanopySums:
+        """Of one map: heights below 0 count as 0, targets that are NaN do not count; whole blocks only, after the first
+        `dropped` rows and columns."""
+        p, t = _tensor(prediction_m).double().squeeze(), _tensor(target_m).double().squeeze()
         if p.shape != t.shape or p.ndim != 2:
             raise DinoError(f"heights are maps [h, w] of equal size, not {list(p.shape)} and {list(t.shape)}")
         p, t = p.clamp(min=0), t.clamp(min=0)
         known = ~t.isnan()
-        errors.append((p - t)[known])
-        targets.append(t[known])
-        for part, means in ((torch.where(known, p, torch.nan), block_p), (t, block_t)):
-            part = part[dropped:, dropped:]
-            rows, columns = part.shape[0] // block, part.shape[1] // block
-            if rows and columns:
-                cells = part[: rows * block, : columns * block].reshape(rows, block, columns, block)
-                means.append(cells.transpose(1, 2).flatten(2).nanmean(-1).flatten())
-    if not errors:
-        raise DinoError("there are no pictures to score")
-    e, t = torch.cat(errors), torch.cat(targets)
-    scores = {"mae": e.abs().mean(), "rmse": (e**2).mean().sqrt(), "bias": e.mean(), "r2": _r2(e, t)}
-    scores["block_r2"] = torch.tensor(math.nan)
-    if block_t:
-        bp, bt = torch.cat(block_p), torch.cat(block_t)
-        bp, bt = bp[~bt.isnan()], bt[~bt.isnan()]
-        scores["block_r2"] = _r2(bp - bt, bt)
-    return {name: float(value) for name, value in scores.items()}
+        p = torch.where(known, p, math.nan)
+        e, seen = (p - t)[known], t[known]
+        sums = [float(x.sum()) for x in (e, e.abs(), e**2, seen, seen**2)]
+        rows, columns = (max(0, side - dropped) // block for side in t.shape)
+        means = []
+        for x in (p, t):
+            cells = x[dropped : dropped + rows * block, dropped : dropped + columns * block]
+            cells = cells.reshape(rows, block, columns, block).transpose(1, 2).flatten(2)
+            means.append(cells.nanmean(-1).flatten().tolist())
+        pairs = [(a, b) for a, b in zip(*means) if not math.isnan(b)]
+        return CanopySums(len(seen), *sums, blocks=pairs)
 
 
-def _r2(errors: Tensor, targets: Tensor) -> Tensor:
-    return 1 - (errors**2).sum() / ((targets - targets.mean()) ** 2).sum()
+def canopy_scores(maps: Iterable[CanopySums]) -> dict[str, float]:
+    """`mae`, `rmse`, `bias` (prediction − target), all in metres, pixel `r2`, and `block_r2` over the means of 50 × 50 pixels
+    (Tolan et al. 2024); NaN where there is nothing to compare."""
+    maps = list(maps)
+    n = sum(m.n for m in maps)
+    if n == 0:
+        return dict.fromkeys(("mae", "rmse", "bias", "r2", "block_r2"), math.nan)
+    squared, target = sum(m.squared for m in maps), sum(m.target for m in maps)
+    spread = sum(m.target_squared for m in maps) - target**2 / n
+    blocks = [pair for m in maps for pair in m.blocks]
+    middle = sum(t for _, t in blocks) / max(len(blocks), 1)
+    return {
+        "mae": sum(m.absolute for m in maps) / n,
+        "rmse": math.sqrt(squared / n),
+        "bias": sum(m.error for m in maps) / n,
+        "r2": _r2(squared, spread),
+        "block_r2": _r2(sum((p - t) ** 2 for p, t in blocks), sum((t - middle) ** 2 for _, t in blocks)),
+    }
+
+
+def _r2(residual: float, spread: float) -> float:
+    return 1 - residual / spread if spread > 0 else math.nan
 
 
 def _tensor(x: Array) -> Tensor:

@@ -106,6 +106,16 @@ def test_depth_of_floating_point_files_is_in_metres_already(tmp_path):
     assert make_dataset(f"DenseFolder:root={tmp_path}").target(0).tolist() == [[1.5, 0, 0]]
 
 
+def test_heights_keep_the_ground_and_forget_what_is_ignored(tmp_path):
+    picture(tmp_path / "images" / "a.png", (3, 1))
+    mask(tmp_path / "chm" / "a.tif", [[0, 12, 255]], (3, 1))
+    data = make_dataset(f"DenseFolder:root={tmp_path}:ignore=255")
+    assert data.kind == "height"
+    assert data.target(0).tolist()[0][:2] == [0, 12]
+    assert np.isnan(data.target(0)[0, 2])
+    assert make_dataset(f"DenseFolder:root={tmp_path}:unit=10").target(0)[0, 1] == np.float32(1.2)
+
+
 def test_select_takes_a_slice_of_the_sorted_pairs(tmp_path):
     for i in range(5):
         picture(tmp_path / "images" / f"{i}.jpg")

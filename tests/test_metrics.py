@@ -11,6 +11,7 @@ import torch
 from dinov3.errors import DinoError
 from dinov3.metrics import (
     DEPTH_SCORES,
+    CanopySums,
     align_least_squares,
     canopy_scores,
     confusion_matrix,
@@ -178,7 +179,7 @@ def test_only_pixels_of_the_mask_and_the_range_count():
 def test_canopy_heights_over_blocks():
     blocks = torch.tensor([[0.0, 10], [20, 30]]).repeat_interleave(50, 0).repeat_interleave(50, 1)
     target = torch.nn.functional.pad(blocks, (3, 0, 3, 0))
-    scores = canopy_scores([(blocks.new_tensor(target) + 1, target)])
+    scores = canopy_scores([CanopySums.of(target + 1, target)])
     assert scores["mae"] == pytest.approx(1)
     assert scores["bias"] == pytest.approx(1)
     assert scores["rmse"] == pytest.approx(1)
@@ -187,7 +188,22 @@ def test_canopy_heights_over_blocks():
 
 def test_canopy_heights_below_ground_are_ground_and_unknown_ones_do_not_count():
     target = torch.tensor([[-3.0, 2.0], [math.nan, 4.0]])
-    scores = canopy_scores([(torch.tensor([[-1.0, 3.0], [9.0, 4.0]]), target)])
+    scores = canopy_scores([CanopySums.of(torch.tensor([[-1.0, 3.0], [9.0, 4.0]]), target)])
     assert scores["mae"] == pytest.approx(1 / 3)
     assert math.isnan(scores["block_r2"])  # smaller than a block
     assert scores["r2"] == pytest.approx(1 - 1 / 8)
+
+
+def test_canopy_scores_of_several_maps_are_those_of_all_pixels():
+    sklearn = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    maps = [(rng.uniform(0, 30, (120, 60)), rng.uniform(0, 30, (120, 60))) for _ in range(3)]
+    scores = canopy_scores([CanopySums.of(p, t) for p, t in maps])
+    p, t = (np.concatenate([m[k].ravel() for m in maps]) for k in (0, 1))
+    assert scores["mae"] == pytest.approx(sklearn.mean_absolute_error(t, p))
+    assert scores["r2"] == pytest.approx(sklearn.r2_score(t, p))
+    cells = [
+        [m[k][3 + 50 * r : 53 + 50 * r, 3:53].mean() for m in maps for r in (0, 1)] for k in (0, 1)
+    ]  # two whole blocks fit
+    assert scores["block_r2"] == pytest.approx(sklearn.r2_score(cells[1], cells[0]))
+    assert math.isnan(canopy_scores([])["mae"])

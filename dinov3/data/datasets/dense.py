@@ -6,8 +6,8 @@
     VOC2012:root=/data/VOCdevkit/VOC2012:split=VAL      Cityscapes:root=/data/cityscapes:split=VAL
     DenseFolder:root=/data/mine:split=train             pictures and masks that have the same names; see `DenseFolder`
 
-`data[i]` → (upright RGB picture, target): class numbers uint8 or int64 [h, w], or depth float32 [h, w] in metres, 0 where it
-is unknown. Masks are what the files hold: ADE20K's 0 ("other") is turned into "ignored" by whoever trains or scores
+`data[i]` → (upright RGB picture, target): class numbers uint8 or int64 [h, w]; depth float32 [h, w] in metres, 0 where it is
+unknown; heights float32 in metres, NaN where they are unknown (0 is the ground). Masks are what the files hold: ADE20K's 0 ("other") is turned into "ignored" by whoever trains or scores
 (`metrics.reduce_zero_label`; `zero_is_other` says that the set is of that kind).
 """
 
@@ -28,7 +28,7 @@ from dinov3.data.datasets.base import PictureDataset, required
 from dinov3.data.pictures import PICTURE_SUFFIXES, open_picture, read_file
 from dinov3.errors import DinoError, PictureError, UnknownName, did_you_mean
 
-KINDS = ("classes", "depth")
+KINDS = ("classes", "depth", "height")
 UNKNOWN_DEPTH = 65535  # what depth cameras write into 16 bits where they saw nothing
 
 
@@ -76,6 +76,8 @@ class DenseDataset(PictureDataset):
             if values.dtype.kind == "f":
                 raise PictureError(f"{path} holds {values.dtype} values, but class masks hold whole numbers")
             return self.relabelled(values)
+        if self.kind == "height":
+            return heights(values, self.unit, getattr(self, "ignored", None))
         return metres(values, self.unit)
 
     def relabelled(self, mask: np.ndarray) -> np.ndarray:
@@ -147,6 +149,13 @@ def metres(values: np.ndarray, unit: float) -> np.ndarray:
         depth = np.where(values == UNKNOWN_DEPTH, 0, values).astype(np.float32) / np.float32(unit)
     depth[~np.isfinite(depth) | (depth < 0)] = 0
     return depth
+
+
+def heights(values: np.ndarray, unit: float, ignored: int | None) -> np.ndarray:
+    """Heights as stored → float32 metres, NaN where they are unknown."""
+    known = np.isfinite(values) if ignored is None else np.isfinite(values) & (values != ignored)
+    scale = 1.0 if values.dtype.kind == "f" else unit
+    return np.where(known, values.astype(np.float32) / np.float32(scale), np.float32(np.nan))
 
 
 # ---- benchmarks ----------------------------------------------------------------------------------------------------
@@ -305,7 +314,7 @@ class Cityscapes(DenseDataset):
 _PICTURE_WORDS = ("images", "image", "imgs", "img", "pictures", "photos", "rgb", "color", "JPEGImages")
 _TARGET_WORDS = (
     "annotations", "annotation", "annot", "masks", "mask", "labels", "label", "targets", "target", "gt", "segmentation",
-    "depth", "depths",
+    "depth", "depths", "height", "heights", "chm",
 )  # fmt: skip
 _PICTURE_ROLE = re.compile(rf"[._-]({'|'.join(_PICTURE_WORDS)})$", re.IGNORECASE)
 _TARGET_ROLE = re.compile(rf"[._-]({'|'.join(_TARGET_WORDS)})$", re.IGNORECASE)
@@ -323,9 +332,9 @@ class DenseFolder(DenseDataset):
         x.color.jpg          x.depth.png                 (one folder; also x_mask.png)
 
     targets: the folder of the targets where it is another, relative to the root; "{split}" stands for the split.
-    kind: "classes" or "depth"; by default depth where "depth" is in the name of the folder or file, or in `.npy` files of
-    floats. unit: integers per metre of depth files (1000: millimetres). select: a slice of the sorted pairs ("0:80").
-    ignore: a number in the masks that does not count, besides 255. classes: names separated by commas; by default the
+    kind: "classes", "depth" or "height"; by default depth where "depth" is in the name of the folder or file, or in `.npy`
+    files of floats; height where "height" or "chm" is. unit: integers per metre (depth 1000: millimetres; height 1).
+    select: a slice of the sorted pairs ("0:80"). ignore: a number that does not count, in masks besides 255. classes: names separated by commas; by default the
     lines of `classes.txt` in the root, or the list in `classes.json`.
     """
 
@@ -336,12 +345,12 @@ class DenseFolder(DenseDataset):
         split: str | None = None,
         targets: str | None = None,
         kind: str | None = None,
-        unit: float = 1000.0,
+        unit: float | None = None,
         select: str | None = None,
         ignore: int | None = None,
         classes: Sequence[str] | None = None,
     ) -> None:
-        self.root, self.unit, self.ignored = Path(root).expanduser(), unit, ignore
+        self.root, self.ignored = Path(root).expanduser(), ignore
         if not self.root.is_dir():
             raise DinoError(f"{self.root} is not a folder")
         if kind is not None and kind not in KINDS:
@@ -357,6 +366,7 @@ class DenseFolder(DenseDataset):
         if not self.pairs:
             raise DinoError(f"select={select} leaves none of the {len(pairs)} pairs in {self.root}")
         self.kind = kind or _guessed_kind(self.pairs[0][1], self.root)
+        self.unit = unit if unit is not None else 1.0 if self.kind == "height" else 1000.0
         self.class_names = list(classes) if classes else _class_names(self.root)
 
     def relabelled(self, mask: np.ndarray) -> np.ndarray:
@@ -436,8 +446,10 @@ def _paired(pictures: Path, maps: Path) -> tuple[list[tuple[Path, Path]], int]:
 
 
 def _guessed_kind(target: Path, root: Path) -> str:
-    if any("depth" in part.lower() for part in target.relative_to(root).parts if root in target.parents):
-        return "depth"
+    parts = target.relative_to(root).parts if root in target.parents else target.parts[-2:]
+    for word, kind in (("depth", "depth"), ("height", "height"), ("chm", "height")):
+        if any(word in part.lower() for part in parts):
+            return kind
     if target.suffix == ".npy" and np.load(target, mmap_mode="r", allow_pickle=False).dtype.kind == "f":
         return "depth"
     return "classes"
