@@ -1,0 +1,344 @@
+"""What the evaluations of segmentation and depth share: keys of their configurations, batches, the fit of a linear head.
+
+Both scripts take the reference's keys with its defaults; keys of ours are marked so. A head is fitted by
+`heads.fitting.fit` on pictures that are transformed anew in every epoch or, with `transforms.train.augment=false` (ours),
+on features that are computed once and kept in memory: minutes on a CPU for some hundred pictures.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dinov3 import distributed
+from dinov3.data import dense_transforms
+from dinov3.data.datasets import KNOWN, make_dataset
+from dinov3.data.datasets.dense import DenseDataset, DenseFolder
+from dinov3.errors import DinoError, did_you_mean
+from dinov3.heads.encoder import FrozenLayers
+from dinov3.heads.fitting import SCHEDULES, FitConfig, shuffled
+
+RECIPES = Path(__file__).parents[1] / "configs" / "eval"
+Rule = Callable[..., tuple[Tensor, Tensor]]
+
+# ---- configuration -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class OptimizerSection:
+    """AdamW."""
+
+    lr: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 1e-2
+    gradient_clip: float = 35.0  # .inf: never
+
+
+@dataclass
+class SchedulerSection:
+    """WarmupOneCycleLR, or (ours) a schedule of `heads.fitting`: cosine, polynomial, constant, steps.
+
+    constructor_kwargs of WarmupOneCycleLR: warmup_iters, warmup_ratio, div_factor, final_div_factor, pct_start (0),
+    anneal_strategy (cos), use_beta1, base_momentum, max_momentum; of the others: `warmup` and what the schedule knows.
+    """
+
+    type: str = "WarmupOneCycleLR"
+    total_iter: int = 40000
+    constructor_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+ONE_CYCLE = (
+    "warmup_iters", "warmup_ratio", "div_factor", "final_div_factor", "pct_start", "anneal_strategy", "cycle_momentum",
+    "use_beta1", "base_momentum", "max_momentum",
+)  # fmt: skip
+
+
+def scheduler_problems(section: SchedulerSection) -> Iterator[tuple[str, str]]:
+    names = ("WarmupOneCycleLR", *(s for s in SCHEDULES if s != "one_cycle"))
+    kwargs = section.constructor_kwargs
+    if section.type not in names:
+        yield "scheduler.type", f"is one of {', '.join(names)}, not {section.type!r}{did_you_mean(section.type, names)}"
+    elif section.type == "WarmupOneCycleLR":
+        for name in kwargs:
+            if name not in ONE_CYCLE:
+                hint = did_you_mean(name, ONE_CYCLE) or f"; known: {', '.join(ONE_CYCLE)}"
+                yield f"scheduler.constructor_kwargs.{name}", f"unknown key{hint}"
+        if kwargs.get("pct_start", 0) != 0 or kwargs.get("anneal_strategy", "cos") != "cos":
+            yield "scheduler.constructor_kwargs", "only pct_start 0 with a cosine exists: the warm-up is warmup_iters"
+    if section.total_iter < 1:
+        yield "scheduler.total_iter", f"must be at least 1, not {section.total_iter}"
+
+
+def fit_config(
+    optimizer: OptimizerSection,
+    scheduler: SchedulerSection,
+    *,
+    pictures: int,
+    late: int,
+    evaluate_every: int,
+    **others: Any,
+) -> FitConfig:
+    """The reference's two sections in the words of `heads.fitting`. late: 1 where the scheduler skips its first step
+    (segmentation: the second iteration repeats the first one's rate, and published numbers were made so)."""
+    kwargs = dict(scheduler.constructor_kwargs)
+    options: dict[str, Any] = kwargs
+    schedule, warmup = scheduler.type, int(kwargs.pop("warmup", 0))
+    if schedule == "WarmupOneCycleLR":
+        schedule, warmup = "one_cycle", int(kwargs.get("warmup_iters", 0))
+        options = {"ratio": float(kwargs.get("warmup_ratio", 0.0)), "late": late}
+        options |= {k: float(kwargs[k]) for k in ("div_factor", "final_div_factor") if k in kwargs}
+        if kwargs.get("use_beta1", False):
+            options["base_momentum"] = float(kwargs.get("base_momentum", 0.85))
+            options["max_momentum"] = float(kwargs.get("max_momentum", 0.95))
+    return FitConfig(
+        steps=scheduler.total_iter, lr=optimizer.lr, weight_decay=optimizer.weight_decay, beta1=optimizer.beta1,
+        beta2=optimizer.beta2, clip=None if math.isinf(optimizer.gradient_clip) else optimizer.gradient_clip,
+        schedule=schedule, warmup=warmup, schedule_options=options, batch=pictures * distributed.world(),
+        evaluate_every=evaluate_every, **others,
+    )  # fmt: skip
+
+
+ModelDtype = Literal["FLOAT32", "BFLOAT16"]
+
+
+def autocast(dtype: str | None, device: torch.device) -> AbstractContextManager[Any]:
+    """`model_dtype` BFLOAT16 runs backbone and head under autocast; parameters stay what they are."""
+    return torch.autocast(device.type, torch.bfloat16) if dtype == "BFLOAT16" else nullcontext()
+
+
+def pair(value: Any, key: str) -> tuple[int, int]:
+    """A side, or [height, width]."""
+    sides = list(value) if isinstance(value, (list, tuple)) else [value, value]
+    if len(sides) != 2 or not all(isinstance(s, int) and s > 0 for s in sides):
+        raise DinoError(f"{key} is a side in pixels or [height, width], not {value!r}")
+    return sides[0], sides[1]
+
+
+def with_recipe(argv: Sequence[str]) -> list[str]:
+    """Names of recipes that come along, also under the reference's paths, become files that exist."""
+
+    def found(word: str) -> str:
+        name, equals, value = word.partition("=")
+        if not equals or name.removeprefix("--") not in ("config", "config_file", "config-file"):
+            return word
+        inside = RECIPES / Path(value).name
+        return f"{name}={inside}" if not Path(value).is_file() and inside.is_file() else word
+
+    words = [found(word) for word in argv]
+    for i, word in enumerate(words[:-1]):
+        if word in ("--config", "--config-file"):
+            words[i : i + 2] = [word, found(f"config={words[i + 1]}").removeprefix("config=")]
+    return words
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+
+
+def open_dense(line: str, root: str | None, kind: str, key: str) -> DenseDataset:
+    """The data set of a line of the configuration; `datasets.root` is appended to lines that name none."""
+    if not line:
+        raise DinoError(f"{key} must be given, for example {key}=ADE20K:split=TRAIN datasets.root=/data/ade")
+    if root and ":root=" not in line:
+        line = f"{line}:root={root}"
+    dataset = make_dataset(line)
+    if not isinstance(dataset, DenseDataset):
+        dense = [name for name, (module, _) in KNOWN.items() if module == "dense"]
+        raise DinoError(f"{key}={line} has no map for each picture; data sets that have: {', '.join(dense)}")
+    if dataset.kind != kind:
+        raise DinoError(
+            f"{key}={line} holds {dataset.kind}, this evaluation needs {kind} (a folder's key kind=… says it)"
+        )
+    if len(dataset) == 0:
+        raise DinoError(f"{key}={line} is empty")
+    return dataset
+
+
+def my_share(n: int) -> range:
+    """The pictures that this process evaluates: every one once, whatever the number of processes."""
+    return range(distributed.rank(), n, distributed.world())
+
+
+def raw_batches(dataset: DenseDataset, rule: Rule, size: int, seed: int) -> Callable[[int], dict[str, Tensor]]:
+    """step → {"x" [B, 3, h, w], "target" [B, h, w]}: shuffled, transformed by draws of (seed, epoch, index)."""
+    rank, world, n = distributed.rank(), distributed.world(), len(dataset)
+
+    def batch(step: int) -> dict[str, Tensor]:
+        first = (step * world + rank) * size
+        indices = shuffled(n, size, step, seed=seed, rank=rank, world=world)
+        made = []
+        for position, index in enumerate(indices, first):
+            draws = dense_transforms.generator(seed, position // n, index)
+            made.append(rule(*dataset[index], draws))
+        return {"x": stacked([x for x, _ in made]), "target": stacked([t for _, t in made])}
+
+    return batch
+
+
+def kept_batches(
+    dataset: DenseDataset, rule: Rule, encoder: FrozenLayers, size: int, seed: int, device: torch.device
+) -> Callable[[int], dict[str, Any]]:
+    """step → {"levels" [(map [B, D, h, w], cls [B, D])], "size_hw", "target"}: no augmentation, so a picture goes through
+    the backbone once and its features stay in memory."""
+    rank, world, n = distributed.rank(), distributed.world(), len(dataset)
+    kept: dict[int, tuple[list[tuple[Tensor, Tensor]], tuple[int, int], Tensor]] = {}
+
+    def one(index: int) -> tuple[list[tuple[Tensor, Tensor]], tuple[int, int], Tensor]:
+        if index not in kept:
+            x, target = rule(*dataset[index])
+            with torch.no_grad():
+                levels = [(m[0].cpu(), c[0].cpu()) for m, c in encoder(x[None].to(device))]
+            kept[index] = levels, (x.shape[-2], x.shape[-1]), target
+        return kept[index]
+
+    def batch(step: int) -> dict[str, Any]:
+        rows = [one(i) for i in shuffled(n, size, step, seed=seed, rank=rank, world=world)]
+        levels = [tuple(stacked([row[0][k][j] for row in rows]) for j in (0, 1)) for k in range(len(rows[0][0]))]
+        return {"levels": levels, "size_hw": rows[0][1], "target": stacked([row[2] for row in rows])}
+
+    return batch
+
+
+def stacked(parts: Sequence[Tensor]) -> Tensor:
+    shapes = sorted({tuple(p.shape) for p in parts})
+    if len(shapes) > 1:
+        raise DinoError(
+            f"the pictures of a batch differ in size ({shapes[0]} and {shapes[-1]}): set a crop for training "
+            "(transforms.train.crop_size or random_crop), or bs=1"
+        )
+    return torch.stack(list(parts))
+
+
+def workers(asked: int) -> int:
+    return max(0, min(asked, os.cpu_count() or 1))
+
+
+def folder_lines(folder: str | os.PathLike[str], kind: str, extra: str = "") -> tuple[str, str]:
+    """(train, validation) data set lines for a plain folder: its splits, or the first 80 % and the last 20 % of its pairs
+    in the order of their names (frames of one video stay on one side)."""
+    root = Path(folder).expanduser()
+    base = f"DenseFolder:root={root}{extra}"
+
+    def there(split: str) -> bool:
+        try:
+            return len(make_dataset(f"{base}:split={split}")) > 0
+        except DinoError:
+            return False
+
+    if there("train"):
+        for split in ("val", "validation", "test"):
+            if there(split):
+                return f"{base}:split=train", f"{base}:split={split}"
+    whole = make_dataset(base)
+    assert isinstance(whole, DenseFolder)
+    if whole.kind != kind:
+        raise DinoError(f"{root} holds {whole.kind} targets, not {kind}; see the key kind of DenseFolder")
+    cut = int(0.8 * len(whole))
+    if cut < 1 or cut == len(whole):
+        raise DinoError(f"{root} has {len(whole)} pictures with a target: too few to train and to evaluate on")
+    return f"{base}:select=:{cut}", f"{base}:select={cut}:"
+
+
+# ---- heads ---------------------------------------------------------------------------------------------------------
+
+
+def write_head(path: Path, tensors: Mapping[str, Tensor], iteration: int) -> None:
+    """`model_final.pth` as the reference writes it: {"model": head's state, "iteration"}; moments stay in ckpt/."""
+    if distributed.is_main():
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        torch.save({"model": {k: v.cpu() for k, v in tensors.items()}, "iteration": iteration}, beside)
+        os.replace(beside, path)
+
+
+def is_head_file(path: str) -> bool:
+    """Whether it is a head file of ours (`hub.heads`), which knows its backbone and its options."""
+    from dinov3.hub.heads import METADATA
+    from dinov3.weights import loading
+
+    return Path(path).is_file() and METADATA in loading.read(path)[1]
+
+
+def chosen_backbone(section: Any, session: Any) -> nn.Module | None:
+    """The backbone of the `model` section, or None where it names none: then a head file says which one it wants."""
+    asked = (section.config_file, section.dino_hub, section.name, section.weights)
+    return session.model(section) if any(asked) else None
+
+
+def fill_head(module: nn.Module, path: str, prefix: str) -> None:
+    """Loads a head that a run of this script (or of the reference) has written; strictly, prefixes aside."""
+    from dinov3.hub import headfiles
+
+    if not Path(path).is_file():
+        raise DinoError(f"load_from={path} is neither a published head nor a file")
+    state, _ = headfiles.read(path)
+    state = {k: v for k, v in state.items() if not k.startswith("optimizer") and k != "iteration"}
+    for wrapping in ("model.", "module.", prefix):
+        if state and all(k.startswith(wrapping) for k in state):
+            state = {k.removeprefix(wrapping): v for k, v in state.items()}
+    headfiles.fill(module, state, what="the head of this configuration", source=path, like=module)
+
+
+def statistics(model: nn.Module) -> tuple[list[float], list[float]]:
+    """(mean, std) of the pictures a model was trained on, in [0, 1]."""
+    from dinov3.data.transforms import LVD_MEAN, LVD_STD
+
+    origin: Any = getattr(model, "origin", None)
+    mean, std = getattr(origin, "mean", None), getattr(origin, "std", None)
+    return list(mean or LVD_MEAN), list(std or LVD_STD)
+
+
+def as_numbers(values: Sequence[float] | None, otherwise: Sequence[float], key: str) -> tuple[float, ...]:
+    chosen = tuple(float(v) for v in (values if values is not None else otherwise))
+    if len(chosen) != 3 or not np.isfinite(chosen).all():
+        raise DinoError(f"{key} holds one number for each colour, not {list(chosen)}")
+    return chosen
+
+
+# ---- the short form ------------------------------------------------------------------------------------------------
+
+
+def folder_form(argv: Sequence[str], words_of: Callable[..., list[str]]) -> list[str] | None:
+    """`FOLDER --model NAME --size 448 key=value …` → the words of a configuration; None where no folder comes first.
+
+    Options are the keyword arguments of `words_of`; key=value words come last and win.
+    """
+    if not argv or argv[0].startswith("-") or "=" in argv[0]:
+        return None
+    folder, rest = argv[0], list(argv[1:])
+    if not Path(folder).expanduser().is_dir():
+        raise DinoError(f"{folder} is no folder; write FOLDER [--model NAME] [--size PIXELS] …, or key=value words")
+    parameters = inspect.signature(words_of).parameters
+    known = [name for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    options: dict[str, Any] = {}
+    after: list[str] = []
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            after.append(word)
+            continue
+        name, equals, value = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if name not in known:
+            spelled = [f"--{k.replace('_', '-')}" for k in known]
+            raise DinoError(
+                f"unknown option {word}{did_you_mean(word, spelled) or '; there are ' + ', '.join(spelled)}"
+            )
+        if not equals:
+            if not rest:
+                raise DinoError(f"{word} needs a value")
+            value = rest.pop(0)
+        number = "int" in str(parameters[name].annotation)
+        if number and not value.isdecimal():
+            raise DinoError(f"--{name} takes a whole number, not {value!r}")
+        options[name] = int(value) if number else value
+    return [*words_of(folder, **options), *after]

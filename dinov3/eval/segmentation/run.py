@@ -1,0 +1,488 @@
+"""Semantic segmentation on frozen features: fits a linear head and scores it, or scores a head that exists (paper §6.1.2).
+
+    python dinov3/eval/segmentation/run.py model.dino_hub=dinov3_vitl16 config=config-ade20k-linear-training.yaml \\
+        datasets.root=/data/ade --output-dir=OUT
+    python dinov3/eval/segmentation/run.py config=config-ade20k-m2f-inference.yaml datasets.root=/data/ade \\
+        load_from=dinov3_vit7b16_ms head_weights=HEAD.pth backbone_weights=7B.pth --output-dir=OUT
+    dinov3 eval segmentation FOLDER --model dinov3_vits16           your own pictures and masks; no configuration
+
+Protocol: sliding windows on a picture resized to a short side, overlapping logits averaged, the map resized to the mask,
+softmax; with test-time augmentation the mean over sizes and flips; arg-max. The confusion matrix is summed over all
+pictures of all processes. Results: results-semantic-segmentation.csv (percent) and .json, per-class.csv, model_final.pth.
+
+Where the reference reads past a key, it counts here: eval.reduce_zero_label (null: as the data set is), eval.mode,
+decoder_head.use_batchnorm and use_backbone_norm, eval.compute_metric_per_image; the weights of Dice and cross-entropy add
+up; validation runs every eval_interval iterations and at the end; every picture counts once on any number of processes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dinov3 import distributed
+from dinov3.data.datasets.dense import DenseDataset
+from dinov3.data.dense_transforms import SegmentationRule, normalised, resized_picture, short_side, tta_short
+from dinov3.data.transforms import to_pixels
+from dinov3.errors import DinoError
+from dinov3.eval import common, dense
+from dinov3.eval.segmentation.inference import make_inference
+from dinov3.heads.encoder import FrozenLayers
+from dinov3.heads.fitting import fit, head_tensors
+from dinov3.heads.linear import LinearSegmentor, build_linear_segmentor
+from dinov3.heads.objectives import segmentation_terms
+from dinov3.losses import LossTerms
+from dinov3.metrics import IGNORED, SEGMENTATION_COLUMNS, confusion_matrix, iou_scores, percentages, reduce_zero_label
+from dinov3.runlog import RunDir
+
+NAME = "semantic_segmentation"
+
+
+# ---- configuration -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class DatasetsSection:
+    root: str | None = None  # appended to the lines below as :root=
+    train: str = ""
+    val: str = ""
+
+
+@dataclass
+class DecoderSection:
+    type: Literal["linear", "m2f"] = "m2f"  # only linear ones are fitted here
+    backbone_out_layers: Literal["LAST", "FOUR_LAST", "FOUR_EVEN_INTERVALS"] = "LAST"
+    use_batchnorm: bool = True
+    use_cls_token: bool = False
+    use_backbone_norm: bool = True
+    num_classes: int = 150
+    hidden_dim: int = 2048  # of a Mask2Former head
+    dropout: float = 0.1  # of a linear head
+
+
+@dataclass
+class TrainTransform:
+    img_size: int | None = None
+    random_img_size_ratio_range: list[float] | None = None
+    crop_size: int | list[int] | None = None
+    flip_prob: float = 0.0
+    augment: bool = True  # ours; false: pictures as for evaluation, features computed once
+
+
+@dataclass
+class EvalTransform:
+    img_size: int | None = None  # short side; null: eval.crop_size with load_from, else the picture's own size
+    tta_ratios: list[float] = field(default_factory=lambda: [1.0])
+
+
+@dataclass
+class TransformsSection:
+    train: TrainTransform = field(default_factory=TrainTransform)
+    eval: EvalTransform = field(default_factory=EvalTransform)
+    mean: list[float] | None = None  # on the scale of 0–255; null: the weights' own (ImageNet's for the web models)
+    std: list[float] | None = None
+
+
+@dataclass
+class LossSection:
+    diceloss_weight: float = 0.0
+    celoss_weight: float = 1.0
+
+
+@dataclass
+class EvalSection:
+    compute_metric_per_image: bool = False  # true: mean over pictures of each one's scores
+    reduce_zero_label: bool | None = None  # null: as the data set is (ADE20K: yes)
+    mode: Literal["slide", "whole"] = "slide"
+    crop_size: int = 512
+    stride: int = 341
+    eval_interval: int = 40000
+    use_tta: bool = False  # tta_ratios, each with its mirror image
+
+
+@dataclass
+class SegmentationConfig(common.EvalConfig):
+    bs: int = 2  # pictures of a process
+    n_gpus: int = 8  # for information; torchrun or the launcher decides
+    num_workers: int = 6
+    model_dtype: dense.ModelDtype = "FLOAT32"
+    seed: int = 100
+    datasets: DatasetsSection = field(default_factory=DatasetsSection)
+    metric_to_save: str = "mIoU"
+    decoder_head: DecoderSection = field(default_factory=DecoderSection)
+    scheduler: dense.SchedulerSection = field(default_factory=dense.SchedulerSection)
+    optimizer: dense.OptimizerSection = field(default_factory=dense.OptimizerSection)
+    transforms: TransformsSection = field(default_factory=TransformsSection)
+    train: LossSection = field(default_factory=LossSection)
+    eval: EvalSection = field(default_factory=EvalSection)
+    load_from: str | None = None  # dinov3_vit7b16_ms, or the file of a head
+    head_weights: str | None = None  # ours: where the published head of load_from lies
+    backbone_weights: str | None = None  # ours: and its backbone
+
+    def problems(self) -> Any:
+        yield from common.section_problems(self)
+        yield from dense.scheduler_problems(self.scheduler)
+        if self.load_from is None and self.decoder_head.type == "m2f":
+            yield (
+                "decoder_head.type",
+                "Mask2Former heads are scored here, not fitted: give load_from, or decoder_head.type=linear",
+            )
+        if self.decoder_head.use_cls_token:
+            yield "decoder_head.use_cls_token", "no head of segmentation uses the CLS token; leave it false"
+        if self.metric_to_save not in SEGMENTATION_COLUMNS:
+            yield "metric_to_save", f"is one of {', '.join(SEGMENTATION_COLUMNS)}, not {self.metric_to_save!r}"
+        if self.train.celoss_weight <= 0 and self.train.diceloss_weight <= 0:
+            yield "train.celoss_weight", "one of celoss_weight and diceloss_weight must be above 0"
+        low_high = self.transforms.train.random_img_size_ratio_range
+        if low_high is not None and not (len(low_high) == 2 and 0 < low_high[0] <= low_high[1]):
+            yield "transforms.train.random_img_size_ratio_range", f"is [low, high], not {low_high}"
+        if self.bs < 1:
+            yield "bs", f"must be at least 1, not {self.bs}"
+
+
+# ---- scoring -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How pictures become class maps."""
+
+    n_classes: int
+    size: int | None = None  # short side; None: as they are
+    mode: str = "slide"
+    crop: int = 512
+    stride: int = 341
+    ratios: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    head: str = "linear"
+    mean: tuple[float, ...] = SegmentationRule.mean
+    std: tuple[float, ...] = SegmentationRule.std
+
+
+def copies(picture: Any, protocol: Protocol) -> list[tuple[Tensor, bool]]:
+    """The network inputs [1, 3, h, w] of one picture and whether each is mirrored: originals first, then mirror images."""
+    pixels = to_pixels(picture)
+    h, w = pixels.shape[-2:]
+    size = protocol.size
+    if size is None and protocol.ratios != (1.0,):
+        size = min(h, w)
+    inputs = []
+    for ratio in protocol.ratios:
+        hw = (h, w) if size is None else short_side((h, w), tta_short(size, ratio))
+        inputs.append(normalised(resized_picture(pixels, hw), protocol.mean, protocol.std)[None])
+    mirrored = [(x.flip(-1), True) for x in inputs] if protocol.flip else []
+    return [(x, False) for x in inputs] + mirrored
+
+
+@torch.no_grad()
+def class_probabilities(model: Any, picture: Any, size_hw: tuple[int, int], protocol: Protocol, device: Any) -> Tensor:
+    """[K, *size_hw]: the mean of the copies' softmax maps, on the CPU for sliding windows."""
+    total: Tensor | None = None
+    inputs = copies(picture, protocol)
+    for x, mirrored in inputs:
+        maps = make_inference(
+            x.to(device),
+            model,
+            inference_mode=protocol.mode,
+            decoder_head_type=protocol.head,
+            rescale_to=size_hw,
+            n_output_channels=protocol.n_classes,
+            crop_size=(protocol.crop, protocol.crop),
+            stride=(protocol.stride, protocol.stride),
+            apply_horizontal_flip=mirrored,
+            output_activation=lambda m: m.float().softmax(1),
+        )[0]
+        total = maps if total is None else total + maps
+    assert total is not None
+    return total / len(inputs)
+
+
+def evaluate_model(
+    model: Any,
+    dataset: DenseDataset,
+    protocol: Protocol,
+    *,
+    reduce_zero: bool,
+    per_picture: bool = False,
+    device: torch.device | str = "cpu",
+    say: Any = None,
+) -> dict[str, Any]:
+    """Scores of a segmentation model (`predict`) on a data set, as `metrics.iou_scores` gives them; the same on all ranks."""
+    K, n = protocol.n_classes, len(dataset)
+    counts = torch.zeros((n if per_picture else 1), K, K, dtype=torch.int64)
+    mine = dense.my_share(n)
+    for done, index in enumerate(mine, 1):
+        picture, target = dataset[index]
+        labels = torch.from_numpy(target)
+        labels = reduce_zero_label(labels) if reduce_zero else labels
+        prediction = class_probabilities(model, picture, (labels.shape[0], labels.shape[1]), protocol, device).argmax(0)
+        counts[index if per_picture else 0] += confusion_matrix(prediction, labels, K, IGNORED)
+        if say is not None and (done % 100 == 0 or done == len(mine)):
+            say(
+                f"evaluated {done}/{len(mine)} pictures"
+                + (f" on each of {distributed.world()} processes" if distributed.world() > 1 else "")
+            )
+    counts = distributed.all_reduce(counts.to(device), "sum").cpu()
+    scores = iou_scores(counts.sum(0))
+    if per_picture:
+        rows = [iou_scores(c) for c in counts]
+        scores |= {name: float(torch.tensor([r[name] for r in rows]).nanmean()) for name in SEGMENTATION_COLUMNS}
+    return scores
+
+
+# ---- fitting -------------------------------------------------------------------------------------------------------
+
+
+def segmentation_loss(model: nn.Module, batch: dict[str, Any], ce: float, dice: float) -> LossTerms:
+    """Of pictures ("x"), or of features computed before ("levels")."""
+    assert isinstance(model, LinearSegmentor)
+    encoder, head = model.segmentation_model
+    assert isinstance(encoder, FrozenLayers)
+    levels = batch["levels"] if "levels" in batch else encoder(batch["x"])
+    size_hw = batch["size_hw"] if "levels" in batch else tuple(batch["x"].shape[-2:])
+    logits = head(levels)
+    if encoder.adapted_size(size_hw) != size_hw:
+        logits = encoder.to_picture(logits, size_hw)
+    return segmentation_terms(logits, batch["target"], ce=ce, dice=dice, ignore_index=IGNORED)
+
+
+def fitted(
+    config: SegmentationConfig, session: common.Session, protocol: Protocol, model: LinearSegmentor
+) -> dict[str, Any]:
+    """Fits the head of `model` and gives the scores of the best evaluation; the model has that head afterwards."""
+    c, t = config, config.transforms.train
+    train = dense.open_dense(c.datasets.train, c.datasets.root, "classes", "datasets.train")
+    val = dense.open_dense(c.datasets.val, c.datasets.root, "classes", "datasets.val")
+    for what, data in (("train", train), ("val", val)):
+        left = f" ({data.left_out} pictures without a mask are left out)" if data.left_out else ""
+        session.say(f"datasets.{what}: {len(data)} pictures{left}")
+    zero = train.zero_is_other if c.eval.reduce_zero_label is None else c.eval.reduce_zero_label
+    low_high = t.random_img_size_ratio_range
+    rule = SegmentationRule(
+        img_size=t.img_size if t.augment else protocol.size,
+        ratio_range=(low_high[0], low_high[1]) if low_high else None,
+        crop_hw=dense.pair(t.crop_size, "transforms.train.crop_size") if t.crop_size is not None else None,
+        flip_prob=t.flip_prob,
+        reduce_zero_label=zero,
+        mean=protocol.mean,
+        std=protocol.std,
+    )  # fmt: skip
+    if t.augment:
+        batches: Any = dense.raw_batches(train, rule, c.bs, c.seed)
+    else:
+        batches = dense.kept_batches(train, rule, model.segmentation_model[0], c.bs, c.seed, session.device)  # type: ignore[arg-type]
+    best: list[dict[str, Any]] = []
+
+    def validate(module: nn.Module) -> dict[str, float]:
+        with dense.autocast(c.model_dtype, session.device):
+            scores = evaluate_model(
+                module,
+                val,
+                protocol,
+                reduce_zero=zero,
+                per_picture=c.eval.compute_metric_per_image,
+                device=session.device,
+            )
+        name = c.metric_to_save
+        if not best or scores[name] > best[0][name] or best[0][name] != best[0][name]:
+            best[:] = [scores]
+        return percentages(scores)
+
+    fc = dense.fit_config(
+        c.optimizer, c.scheduler, pictures=c.bs, late=1, evaluate_every=c.eval.eval_interval, seed=c.seed,
+        best_by=c.metric_to_save, precision="bfloat16" if c.model_dtype == "BFLOAT16" else "float32",
+        workers=dense.workers(c.num_workers) if t.augment else 0,
+    )  # fmt: skip
+    report = fit(
+        model,
+        batches,
+        lambda m, b: segmentation_loss(m, b, c.train.celoss_weight, c.train.diceloss_weight),
+        fc,
+        RunDir(session.output, writer=distributed.is_main()),
+        evaluate=validate,
+        about=config,
+    )
+    if report.best is not None:
+        session.say(f"best {c.metric_to_save} {report.best[1][c.metric_to_save]} after {report.best[0]} iterations")
+    dense.write_head(
+        session.output / "model_final.pth", head_tensors(model), (report.best or report.evaluations[-1])[0]
+    )
+    if not best or percentages(best[0]) != report.best[1]:  # the best head was found before this start
+        validate(model)
+    scores = best[0]
+    if distributed.is_main():
+        _save_head(config, session, model, val, protocol, scores)
+    return scores
+
+
+def _save_head(
+    config: SegmentationConfig,
+    session: common.Session,
+    model: nn.Module,
+    data: DenseDataset,
+    protocol: Protocol,
+    scores: Any,
+) -> None:
+    """head.safetensors: the head in one small file that knows its backbone, for `dinov3 predict` and `load_from`."""
+    from dinov3.features import default_preprocessing
+    from dinov3.hub.heads import save_head
+
+    d = config.decoder_head
+    options: dict[str, Any] = {
+        "n_classes": d.num_classes,
+        "backbone_out_layers": d.backbone_out_layers,
+        "dropout": d.dropout,
+    }
+    options |= {"use_batchnorm": d.use_batchnorm, "use_backbone_norm": d.use_backbone_norm}
+    names = data.class_names if data.class_names and len(data.class_names) == d.num_classes else None
+    backbone = model.get_submodule("segmentation_model.0.feature_model")
+    rule = (
+        default_preprocessing(backbone, size=protocol.size, shape="short")
+        if protocol.size
+        else default_preprocessing(backbone)
+    )
+    save_head(
+        session.output / "head.safetensors", model, task="segmentation", head="linear", options=options, class_names=names,
+        preprocessing=rule, metrics=percentages(scores), steps=config.scheduler.total_iter,
+        data={"train": config.datasets.train, "val": config.datasets.val},
+    )  # fmt: skip
+
+
+# ---- the evaluation ------------------------------------------------------------------------------------------------
+
+
+def existing_model(config: SegmentationConfig, session: common.Session) -> tuple[Any, str]:
+    """(the model of `load_from`, kind of its head)."""
+    from dinov3.hub import HEADS
+
+    c = config
+    assert c.load_from is not None
+    if c.load_from in HEADS:
+        row = HEADS[c.load_from]
+        if row.task != "segment":
+            raise DinoError(f"load_from={c.load_from} is a head for {row.task}, not for segmentation")
+        given: dict[str, Any] = {"weights": c.head_weights, "backbone_weights": c.backbone_weights}
+        options = {k: v for k, v in given.items() if v is not None}
+        dtype = torch.bfloat16 if c.model_dtype == "BFLOAT16" else torch.float32
+        return row.function(autocast_dtype=dtype, device=session.device, **options), "m2f"
+    if dense.is_head_file(c.load_from):
+        from dinov3.hub.heads import load_head, read_head_info
+
+        info = read_head_info(c.load_from)
+        if info.task != "segmentation":
+            raise DinoError(f"load_from={c.load_from} is a head for {info.task}, not for segmentation")
+        below = None if c.backbone_weights else dense.chosen_backbone(c.model, session)
+        model = load_head(c.load_from, backbone=below, backbone_weights=c.backbone_weights, device=session.device)
+        return model, "m2f" if info.head == "mask2former" else "linear"
+    if c.decoder_head.type == "m2f":
+        raise DinoError(
+            f"load_from={c.load_from}: Meta's file of a Mask2Former head is loaded by load_from=dinov3_vit7b16_ms "
+            f"head_weights={c.load_from}"
+        )
+    model = fresh_model(c, session)
+    dense.fill_head(model.segmentation_model[1], c.load_from, "segmentation_model.1.")
+    return model.eval(), "linear"
+
+
+def fresh_model(config: SegmentationConfig, session: common.Session) -> LinearSegmentor:
+    """The frozen backbone with a fresh linear head, drawn with the configuration's seed."""
+    d = config.decoder_head
+    backbone: Any = session.model(config.model)
+    torch.manual_seed(config.seed)
+    model = build_linear_segmentor(
+        backbone, backbone_out_layers=d.backbone_out_layers, num_classes=d.num_classes, dropout=d.dropout,
+        use_batchnorm=d.use_batchnorm, use_backbone_norm=d.use_backbone_norm,
+    )  # fmt: skip
+    model.origin = backbone.origin  # type: ignore[assignment]
+    return model.to(session.device)
+
+
+def evaluate(config: SegmentationConfig, session: common.Session) -> dict[str, Any]:
+    """One row of the documented columns, in percent."""
+    c = config
+    model, head = (fresh_model(c, session), "linear") if c.load_from is None else existing_model(c, session)
+    mean, std = dense.statistics(model)
+    size = c.transforms.eval.img_size
+    protocol = Protocol(
+        n_classes=c.decoder_head.num_classes,
+        size=size if size is not None or c.load_from is None else c.eval.crop_size,
+        mode=c.eval.mode,
+        crop=c.eval.crop_size,
+        stride=c.eval.stride,
+        ratios=tuple(c.transforms.eval.tta_ratios) if c.eval.use_tta else (1.0,),
+        flip=c.eval.use_tta,
+        head=head,
+        mean=dense.as_numbers(c.transforms.mean, [255 * v for v in mean], "transforms.mean"),
+        std=dense.as_numbers(c.transforms.std, [255 * v for v in std], "transforms.std"),
+    )
+    val = dense.open_dense(c.datasets.val, c.datasets.root, "classes", "datasets.val")
+    if c.load_from is None:
+        scores = fitted(c, session, protocol, model)
+    else:
+        zero = val.zero_is_other if c.eval.reduce_zero_label is None else c.eval.reduce_zero_label
+        with dense.autocast(c.model_dtype, session.device):
+            scores = evaluate_model(
+                model, val, protocol, reduce_zero=zero, per_picture=c.eval.compute_metric_per_image,
+                device=session.device, say=session.say,
+            )  # fmt: skip
+    if session.run.writer:
+        names = val.class_names or [str(i) for i in range(protocol.n_classes)]
+        per_class = ("IoU", "acc", "precision", "dice")
+        rows = [
+            {"class": name} | {k: 100 * scores[f"{k}_per_class"][i] for k in per_class if i < protocol.n_classes}
+            for i, name in enumerate(names[: protocol.n_classes])
+        ]
+        common.write_table(session.output / "per-class.csv", rows)
+    return percentages(scores)
+
+
+# ---- doors ---------------------------------------------------------------------------------------------------------
+
+
+def folder_words(
+    folder: str | Path, *, model: str | None = None, weights: str | None = None, size: int = 512, steps: int = 500,
+    classes: int | None = None, ignore: int | None = None, output_dir: str | None = None,
+) -> list[str]:  # fmt: skip
+    """The words of a configuration for a folder of pictures and masks: what `dinov3 eval segmentation FOLDER` does.
+
+    classes: None takes the highest number in the masks; ignore: a number that does not count, besides 255.
+    """
+    from dinov3.data.datasets import make_dataset
+
+    extra = f":ignore={ignore}" if ignore is not None else ""
+    train, val = dense.folder_lines(folder, "classes", extra)
+    if classes is None:
+        data = make_dataset(train)
+        assert isinstance(data, DenseDataset)
+        classes = data.n_classes or max(data.highest_class(), make_dataset(val).highest_class()) + 1
+        if classes < 1:
+            raise DinoError(f"the masks of {folder} hold no class that counts")
+    words = [
+        f"datasets.train={train}", f"datasets.val={val}", f"decoder_head.num_classes={classes}", "decoder_head.type=linear",
+        f"transforms.eval.img_size={size}", f"eval.crop_size={size}", f"eval.stride={max(1, size * 2 // 3)}",
+        "transforms.train.augment=false", f"scheduler.total_iter={steps}", "scheduler.type=cosine", "bs=4",
+        f"output_dir={output_dir or f'segmentation-{Path(folder).name}'}",
+    ]  # fmt: skip
+    words += [f"model.name={model}"] if model else []
+    return words + ([f"model.weights={weights}"] if weights else [])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The script's and the command's door; the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        words = dense.folder_form(words, folder_words) or dense.with_recipe(words)
+    except DinoError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return common.main(NAME, SegmentationConfig, evaluate, words, saved_as="segmentation_config.yaml", doc=__doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
