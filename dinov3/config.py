@@ -937,11 +937,12 @@ def find_file(file: str | os.PathLike[str], *, near: Path | None = None) -> Path
     """A configuration's path: as given, beside `near`, or among the recipes that come with the package."""
     path = Path(file)
     name = path.as_posix()
-    within = name.split("configs/train/", 1)[1] if "configs/train/" in name else name
-    for candidate in (path, *((near / path,) if near else ()), RECIPES / within):
+    within = re.split("configs/(?:train|eval)/", name)[-1]
+    shipped = (RECIPES, RECIPES.parent / "eval")
+    for candidate in (path, *((near / path,) if near else ()), *(folder / within for folder in shipped)):
         if candidate.is_file():
             return candidate
-    recipes = sorted(p.relative_to(RECIPES).as_posix() for p in RECIPES.rglob("*.yaml"))
+    recipes = sorted(p.relative_to(folder).as_posix() for folder in shipped for p in folder.rglob("*.yaml"))
     hint = did_you_mean(within, recipes) or f"; recipes that come along: {', '.join(recipes)}"
     raise DinoError(f"no configuration file {name}{hint}" if name else f"a configuration file is needed{hint}")
 

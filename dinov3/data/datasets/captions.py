@@ -1,0 +1,168 @@
+"""Pictures with sentences: COCO Captions in its published layout, and your own.
+
+    CocoCaptions:root=/data/coco:split=TRAIN             annotations_trainval2014/, train2014/train2014/; 2017 for VAL
+    Captions:root=/data/photos                           beside every picture a .txt of the same name, a caption a line
+    Captions:root=/data/photos:captions=captions.csv     a table: picture, caption; .csv, .tsv (with a header) or .jsonl
+
+`data[i]` gives (picture, one of its captions): which one is a function of (seed, epoch, index) for whoever says so
+(`caption`), else the first. (The reference draws with Python's global random state, and reads VAL's captions from
+TRAIN's file, which knows none of its pictures.)
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from dinov3.data.datasets.base import PictureDataset, required
+from dinov3.data.pictures import read_file
+from dinov3.data.sources import open_source
+from dinov3.errors import DinoError, UnknownName, did_you_mean
+
+COCO_PLACES = {  # split → (captions, pictures)
+    "TRAIN": ("annotations_trainval2014/annotations/captions_train2014.json", "train2014/train2014"),
+    "VAL": ("annotations_trainval2017/annotations/captions_val2017.json", "val2017/val2017"),
+}
+PICTURE_COLUMNS, CAPTION_COLUMNS = ("picture", "image", "path", "file", "file_name"), ("caption", "text", "sentence")
+
+
+class Captioned(PictureDataset):
+    """Files below `root`, each with at least one caption. `pictures`: relative path → captions, in their order."""
+
+    def __init__(self, root: str | os.PathLike[str], pictures: Mapping[str, list[str]], where: str) -> None:
+        self.root = Path(root).expanduser()
+        self.paths = list(pictures)
+        self.captions = [pictures[p] for p in self.paths]
+        if not self.paths:
+            raise DinoError(f"{where} gives no picture a caption: there is nothing to learn or to measure")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int) -> bytes:
+        return read_file(self.root / self.paths[index])
+
+    def name(self, index: int) -> str:
+        return self.paths[index]
+
+    def caption(self, index: int, *, seed: int = 0, epoch: int = 0) -> str:
+        """One of the picture's captions: the same for the same three numbers, on every machine."""
+        own = self.captions[index]
+        if len(own) == 1:
+            return own[0]
+        drawn = np.random.SeedSequence((seed, epoch, index)).generate_state(1, np.uint64)[0]
+        return own[int(drawn) % len(own)]
+
+    def label(self, index: int) -> Any:
+        """The first caption: what `data[i]` pairs the picture with."""
+        return self.captions[index][0]
+
+
+class CocoCaptions(Captioned):
+    """COCO Captions: TRAIN is 2014's, VAL 2017's; five captions a picture or a few more."""
+
+    class Split:
+        TRAIN, VAL = "TRAIN", "VAL"
+
+    def __init__(self, root: str | os.PathLike[str], split: str = "TRAIN") -> None:
+        if split.upper() not in COCO_PLACES:
+            raise UnknownName(f"CocoCaptions has TRAIN and VAL, no split {split!r}{did_you_mean(split, COCO_PLACES)}")
+        self.split = split.upper()
+        file, pictures = (Path(root).expanduser() / place for place in COCO_PLACES[self.split])
+        super().__init__(pictures, coco_captions(file), str(file))
+
+    @classmethod
+    def from_options(cls, **options: str) -> Self:
+        return cls(required(options, "root", "CocoCaptions:root=…:split=TRAIN"), options.get("split", "TRAIN"))
+
+
+class Captions(Captioned):
+    """Your own pictures: a table of captions, or a text file beside each picture."""
+
+    def __init__(self, root: str | os.PathLike[str], captions: str | os.PathLike[str] | None = None) -> None:
+        folder = Path(root).expanduser()
+        if not folder.is_dir():
+            raise DinoError(f"{root} is no folder; captions come from a folder of pictures")
+        if captions is None:
+            super().__init__(folder, text_files(folder), f"no picture in {root} has a .txt file beside it, so {root}")
+            return
+        table = Path(captions).expanduser()
+        table = table if table.is_file() else folder / table
+        pictures = coco_captions(table) if table.suffix == ".json" else read_table(table)
+        lost = [p for p in pictures if not (folder / p).is_file()]
+        if lost:
+            more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+            raise DinoError(f"{table.name} names {lost[0]}{more}, which {root} does not have: paths are relative to it")
+        super().__init__(folder, pictures, str(table))
+
+    @classmethod
+    def from_options(cls, **options: str) -> Self:
+        return cls(required(options, "root", "Captions:root=…:captions=…"), options.get("captions"))
+
+
+def text_files(folder: Path) -> dict[str, list[str]]:
+    """{picture: the lines of the text file of the same name}; pictures without one are left out."""
+    found = {}
+    for item in open_source(folder):
+        beside = (folder / item.path).with_suffix(".txt")
+        if beside.is_file() and (lines := _lines(beside.read_text(encoding="utf-8").splitlines())):
+            found[item.path] = lines
+    return found
+
+
+def read_table(file: Path) -> dict[str, list[str]]:
+    """{picture: captions} of a .csv, .tsv or .jsonl; a picture may have several rows, and in .jsonl a list of captions."""
+    found: dict[str, list[str]] = {}
+    for number, row in _rows(file):
+        picture = next((row[c] for c in PICTURE_COLUMNS if row.get(c)), None)
+        caption = next((row[c] for c in CAPTION_COLUMNS if row.get(c)), None)
+        if picture is None or caption is None:
+            raise DinoError(
+                f"{file}, row {number}: expected a picture ({', '.join(PICTURE_COLUMNS)}) and a caption "
+                f"({', '.join(CAPTION_COLUMNS)}), got {', '.join(map(str, row))}"
+            )
+        found.setdefault(picture, []).extend(_lines(caption if isinstance(caption, list) else [caption]))
+    return {picture: captions for picture, captions in found.items() if captions}
+
+
+def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    if file.suffix not in (".csv", ".tsv", ".jsonl"):
+        raise DinoError(f"captions are read from .csv, .tsv, .jsonl or COCO's .json, not from {file.name}")
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as stream:
+            if file.suffix == ".jsonl":
+                yield from ((i, json.loads(line)) for i, line in enumerate(stream, 1) if line.strip())
+            else:
+                yield from enumerate(csv.DictReader(stream, delimiter="\t" if file.suffix == ".tsv" else ","), 2)
+    except OSError as error:
+        raise DinoError(f"the captions {file} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise DinoError(f"the captions {file} are not {file.suffix[1:].upper()}: {error}") from None
+
+
+def coco_captions(file: Path) -> dict[str, list[str]]:
+    """{file name: captions} of COCO's JSON, in the order of its pictures; those without captions are left out."""
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+        names = {image["id"]: image["file_name"] for image in told["images"]}
+        found: dict[str, list[str]] = {name: [] for name in names.values()}
+        for row in told["annotations"]:
+            found[names[row["image_id"]]].extend(_lines([row["caption"]]))
+    except OSError as error:
+        raise DinoError(f"the captions {file} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DinoError(
+            f"{file} is not COCO's caption JSON ({type(error).__name__}: {error}): it needs images with id and "
+            "file_name, and annotations with image_id and caption"
+        ) from None
+    return {name: captions for name, captions in found.items() if captions}
+
+
+def _lines(texts: list[str]) -> list[str]:
+    return [" ".join(text.split()) for text in texts if text.strip()]

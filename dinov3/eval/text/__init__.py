@@ -1,0 +1,1 @@
+"""Pictures and words: training dino.txt, and measuring it."""

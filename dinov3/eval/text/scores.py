@@ -1,0 +1,124 @@
+"""Numbers of models that know pictures and words: retrieval both ways, classes by their names (paper Tab. 16).
+
+Pure functions of features, and the few lines that compute the features. Legend: N pictures, M captions, C classes,
+E shared width; all features are rows of length one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinov3.data.datasets.base import PictureDataset
+from dinov3.data.tokenizer import Tokenizer
+from dinov3.data.transforms import Preprocessing
+from dinov3.errors import DinoError
+from dinov3.eval.common import picture_batches
+from dinov3.heads.dinotxt import DinoTxt
+
+# ---- features -------------------------------------------------------------------------------------------------------
+
+
+def text_rule(model: Any, size: int) -> Preprocessing:
+    """As dino.txt is measured: the short side to `size`, bicubic, and a square of it from the middle."""
+    origin = model.origin
+    multiple = model.visual_model.backbone.stride
+    if size % multiple:
+        near = max(1, round(size / multiple)) * multiple
+        raise DinoError(f"pictures of {size} pixels are no multiple of the patch ({multiple}); try {near}")
+    return Preprocessing.named(
+        "classification", size=size, center_crop=size, multiple=multiple, mean=origin.mean, std=origin.std
+    )
+
+
+@torch.inference_mode()
+def image_features(
+    model: DinoTxt, data: PictureDataset, rows: Sequence[int], *, size: int, batch_size: int = 32, workers: int = 4
+) -> Tensor:
+    """[N, E] of some of a data set's pictures, on the CPU in float32. The model's mode is restored."""
+    weight = next(model.text_model.parameters())
+    was = model.training
+    model.eval()
+    parts = [
+        model.encode_image(x.to(weight.device, weight.dtype), normalize=True).float().cpu()
+        for x in picture_batches(data, rows, text_rule(model, size), batch_size, workers)
+    ]
+    model.train(was)
+    return torch.cat(parts)
+
+
+@torch.inference_mode()
+def text_features(
+    model: DinoTxt, tokenizer: Tokenizer, texts: Sequence[str], context: int | None = None, batch_size: int = 256
+) -> Tensor:
+    """[M, E] of sentences, on the CPU in float32. Those that are too long are cut, and a warning says how many."""
+    context = context or model.text_config.context_length
+    weight = next(model.text_model.parameters())
+    was = model.training
+    model.eval()
+    tokens = tokenizer.tokenize(list(texts), context)
+    parts = [model.encode_text(t.to(weight.device), normalize=True).float().cpu() for t in tokens.split(batch_size)]
+    model.train(was)
+    return torch.cat(parts)
+
+
+def class_vectors(
+    model: DinoTxt, tokenizer: Tokenizer, names: Sequence[str], templates: Sequence[str], context: int | None = None
+) -> Tensor:
+    """[C, E]: the mean of a class's prompts, each of length one, at length one again."""
+    prompts = [template.format(name) for name in names for template in templates]
+    return averaged(text_features(model, tokenizer, prompts, context).unflatten(0, (len(names), len(templates))))
+
+
+def averaged(prompts: Tensor) -> Tensor:
+    """[C, templates, E] unit rows → [C, E] unit rows."""
+    return F.normalize(prompts.mean(1), dim=-1)
+
+
+# ---- numbers --------------------------------------------------------------------------------------------------------
+
+
+def retrieval(images: Tensor, texts: Tensor, picture_of: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+    """Recall in percent: `text_to_image_R@k`, `image_to_text_R@k`.
+
+    images [N, E] · texts [M, E] · picture_of [M]: which picture a caption belongs to. A caption is found when its
+    picture is among the k most similar; a picture when any of its captions is. Every picture needs a caption.
+    """
+    N, M = len(images), len(texts)
+    if len(picture_of) != M or set(picture_of.tolist()) != set(range(N)):
+        raise DinoError(f"retrieval needs a caption for each of {N} pictures, and a picture for each of {M} captions")
+    hits_text = torch.cat(
+        [(top == own[:, None]).cumsum(1) for top, own in _nearest(texts, images, max(ks), picture_of)]
+    )
+    found = [
+        (picture_of[top] == own[:, None]).cumsum(1) for top, own in _nearest(images, texts, max(ks), torch.arange(N))
+    ]
+    hits_image = torch.cat(found)
+
+    def share(hits: Tensor, k: int) -> float:
+        return 100 * float((hits[:, min(k, hits.shape[1]) - 1] > 0).double().mean())
+
+    return {f"text_to_image_R@{k}": share(hits_text, k) for k in ks} | {
+        f"image_to_text_R@{k}": share(hits_image, k) for k in ks
+    }
+
+
+def _nearest(queries: Tensor, rows: Tensor, k: int, own: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(indices [n, k] of the most similar rows, own [n]) for chunks of the queries."""
+    for some, mine in zip(queries.split(1024), own.split(1024)):
+        yield (some @ rows.T).topk(min(k, len(rows)), dim=1).indices, mine
+
+
+def classification(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """`top-1` and `top-5` in percent of logits [N, C] and labels [N]."""
+    if len(logits) == 0:
+        raise DinoError("there is no labelled picture to classify")
+    order = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    return {
+        "top-1": 100 * float(order[:, :1].any(1).double().mean()),
+        "top-5": 100 * float(order.any(1).double().mean()),
+    }
