@@ -6,7 +6,7 @@ labels as int [N, L] padded with −1. Numbers are fractions; the evaluations pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from enum import Enum
 
 import numpy as np
@@ -59,7 +59,8 @@ def evaluate(metric: Metric, scores: np.ndarray, target: np.ndarray, *, groups: 
             f"there are pictures of class {target.max()}, but scores for classes 0 to {scores.shape[1] - 1} only"
         )
     if target.ndim == 2 and metric in _TOP_K:
-        raise DinoError(f"{metric.value} needs one label a picture; for several take one of {_names(MULTILABEL)}")
+        several = ", ".join(sorted(m.value for m in MULTILABEL | {Metric.ANY_MATCH_ACCURACY}))
+        raise DinoError(f"{metric.value} needs one label a picture; for several take one of {several}")
     tops = (1, 5) if scores.shape[1] >= 5 else (1,)
     if metric in _TOP_K:
         return {f"top-{k}": _TOP_K[metric](scores, target, k) for k in tops}
@@ -80,10 +81,6 @@ def evaluate(metric: Metric, scores: np.ndarray, target: np.ndarray, *, groups: 
             raise DinoError("imagenet_c_metric needs a data set of corruptions: ImageNetC:root=…")
         return imagenet_c(hits(scores, target, 1), groups)
     return {"top-1": _WHOLE[metric](scores, target)}
-
-
-def _names(metrics: Sequence[Metric] | set[Metric]) -> str:
-    return ", ".join(sorted(m.value for m in metrics))
 
 
 # ---- one label a picture --------------------------------------------------------------------------------------------

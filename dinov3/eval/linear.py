@@ -73,7 +73,7 @@ class TrainSection:
 @dataclass
 class TestSection:
     test_datasets: list[str] = field(default_factory=list)
-    test_metric_types: list[Metric] = field(default_factory=list)  # empty: as for validation; else one for each
+    test_metric_types: list[Metric] = field(default_factory=list)  # empty: the set's own, else validation's
     batch_size: int = 256
     num_workers: int = 8
 
@@ -332,10 +332,10 @@ class LinearEvaluation:
         self.train_set = make_dataset(t.dataset)
         self.labels = common.labels_of(self.train_set, t.dataset)
         self.val = self.test_set(t.val_dataset, t.val_metric_type)
-        metrics = c.eval.test_metric_types or [t.val_metric_type] * len(c.eval.test_datasets)
+        metrics: list[Any] = c.eval.test_metric_types or [None] * len(c.eval.test_datasets)
         self.tests = [self.test_set(line, metric) for line, metric in zip(c.eval.test_datasets, metrics)]
 
-    def test_set(self, line: str, metric: Metric) -> TestSet:
+    def test_set(self, line: str, metric: Metric | None) -> TestSet:
         c, n = self.config, self.model.n_blocks
         dataset = make_dataset(line)
         if not hasattr(dataset, "get_imagenet_class_mapping"):
@@ -349,7 +349,14 @@ class LinearEvaluation:
             x = self.session.features(self.model, dataset, self.rule, section, **batch)
             columns.append(torch.from_numpy(np.array(x)))
         self.session.also = ([], [])
-        return TestSet(line, columns[:-1], columns[-1], common.test_targets(dataset, line), metric)
+        return TestSet(
+            line, columns[:-1], columns[-1], common.test_targets(dataset, line), metric or self.metric_of(dataset)
+        )
+
+    def metric_of(self, dataset: PictureDataset) -> Metric:
+        """What a data set says it is measured by (ReaL, ImageNet-C), else the validation's metric."""
+        own = getattr(dataset, "metric", "mean_accuracy")
+        return Metric(own) if own != "mean_accuracy" else self.config.train.val_metric_type
 
     @torch.inference_mode()
     def tokens(self, crops: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -32,6 +32,13 @@ __all__ = ["KNOWN", "Folder", "ImageNet", "ImageNet22k", "make_dataset", "parse_
 KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
     "ImageNet": ("imagenet", ("root", "extra", "split")),
     "ImageNet22k": ("imagenet", ("root", "extra")),
+    "ImageNetV2": ("imagenet_variants", ("root",)),
+    "ImageNetReaL": ("imagenet_variants", ("root", "labels", "extra")),
+    "ImageNetA": ("imagenet_variants", ("root",)),
+    "ImageNetR": ("imagenet_variants", ("root",)),
+    "ImageNetSketch": ("imagenet_variants", ("root",)),
+    "ImageNetC": ("imagenet_variants", ("root",)),
+    "ObjectNet": ("imagenet_variants", ("root",)),
     "Folder": ("folder", ("root", "column")),
     "CocoCaptions": ("captions", ("root", "split")),
     "Captions": ("captions", ("root", "captions")),
