@@ -19,7 +19,9 @@ from dinov3.hub.backbones import (
 )
 from dinov3.hub.classifiers import ClassifierWeights, dinov3_vit7b16_lc
 from dinov3.hub.depthers import DepthWeights, dinov3_vit7b16_dd, dinov3_vitl16_chmv2
+from dinov3.hub.detectors import DetectionWeights, dinov3_vit7b16_de
 from dinov3.hub.dinotxt import DINOTxtWeights, dinov3_vitl16_dinotxt_tet1280d20h24l
+from dinov3.hub.segmentors import SegmentorWeights, dinov3_vit7b16_ms
 
 dependencies = ["torch"]
 
@@ -27,6 +29,8 @@ __all__ = [
     "ClassifierWeights",
     "DINOTxtWeights",
     "DepthWeights",
+    "DetectionWeights",
+    "SegmentorWeights",
     "Weights",
     "dinov3_convnext_base",
     "dinov3_convnext_large",
@@ -34,7 +38,9 @@ __all__ = [
     "dinov3_convnext_tiny",
     "dinov3_vit7b16",
     "dinov3_vit7b16_dd",
+    "dinov3_vit7b16_de",
     "dinov3_vit7b16_lc",
+    "dinov3_vit7b16_ms",
     "dinov3_vitb16",
     "dinov3_vith16plus",
     "dinov3_vitl16",
