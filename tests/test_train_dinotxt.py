@@ -21,6 +21,7 @@ from dinov3.data.tokenizer import Tokenizer
 from dinov3.errors import DinoError
 from dinov3.eval.text import scores
 from dinov3.eval.text.train_dinotxt import PairLoader, TextTrainConfig, build, captioned, main, train
+from dinov3.heads.open_vocabulary import averaged, class_vectors
 from dinov3.runlog import read_metrics
 from dinov3.weights.loading import read
 
@@ -89,7 +90,7 @@ def test_it_learns_colours_by_their_names_and_its_file_loads_again(
     model.eval()
     data = make_dataset(str(photos))
     images = scores.image_features(model, data, range(len(data)), size=32)
-    vectors = scores.class_vectors(model, tokenizer, sorted(COLOURS), ["a {} wall"])
+    vectors = class_vectors(model, tokenizer, sorted(COLOURS), ["a {} wall"])
     labels = torch.tensor([data.label(i) for i in range(len(data))])
     assert scores.classification(images @ vectors.T, labels)["top-1"] == 100
     sizes = yaml.safe_load((tmp_path / "run" / "clip_model_config.yaml").read_text())
@@ -243,7 +244,7 @@ def test_orthogonal_words_classify_perfectly_and_equal_prompts_average_to_themse
     assert scores.classification(vectors @ vectors.T, torch.arange(6)) == {"top-1": 100.0, "top-5": 100.0}
     assert scores.classification(vectors, torch.tensor([1, 0, 2, 3, 4, 5]))["top-1"] == pytest.approx(400 / 6)
     prompts = torch.nn.functional.normalize(torch.randn(3, 1, 8), dim=-1).expand(3, 7, 8)
-    assert torch.allclose(scores.averaged(prompts), prompts[:, 0])
+    assert torch.allclose(averaged(prompts), prompts[:, 0])
 
 
 def test_the_recipe_that_comes_along_is_read_strictly_and_says_what_the_reference_says() -> None:

@@ -10,11 +10,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dinov3.data.datasets.base import PictureDataset
-from dinov3.data.tokenizer import Tokenizer
 from dinov3.data.transforms import Preprocessing
 from dinov3.errors import DinoError
 from dinov3.eval.common import picture_batches
@@ -49,34 +47,6 @@ def image_features(
     ]
     model.train(was)
     return torch.cat(parts)
-
-
-@torch.inference_mode()
-def text_features(
-    model: DinoTxt, tokenizer: Tokenizer, texts: Sequence[str], context: int | None = None, batch_size: int = 256
-) -> Tensor:
-    """[M, E] of sentences, on the CPU in float32. Those that are too long are cut, and a warning says how many."""
-    context = context or model.text_config.context_length
-    weight = next(model.text_model.parameters())
-    was = model.training
-    model.eval()
-    tokens = tokenizer.tokenize(list(texts), context)
-    parts = [model.encode_text(t.to(weight.device), normalize=True).float().cpu() for t in tokens.split(batch_size)]
-    model.train(was)
-    return torch.cat(parts)
-
-
-def class_vectors(
-    model: DinoTxt, tokenizer: Tokenizer, names: Sequence[str], templates: Sequence[str], context: int | None = None
-) -> Tensor:
-    """[C, E]: the mean of a class's prompts, each of length one, at length one again."""
-    prompts = [template.format(name) for name in names for template in templates]
-    return averaged(text_features(model, tokenizer, prompts, context).unflatten(0, (len(names), len(templates))))
-
-
-def averaged(prompts: Tensor) -> Tensor:
-    """[C, templates, E] unit rows → [C, E] unit rows."""
-    return F.normalize(prompts.mean(1), dim=-1)
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3 import config as configuration
@@ -45,6 +46,7 @@ from dinov3.eval import common
 from dinov3.eval.text import scores
 from dinov3.heads.dinotxt import LOGIT_SCALE, DinoTxt, DinoTxtConfig, TextConfig
 from dinov3.heads.fitting import FitConfig, FitReport, fit, head_tensors, seed_of
+from dinov3.heads.open_vocabulary import class_vectors, text_features
 from dinov3.hub import dinotxt as hub
 from dinov3.losses import LossTerms
 from dinov3.models import VisionTransformer
@@ -338,13 +340,13 @@ def evaluation(
             data, rows = held.retrieval
             images = scores.image_features(model, data, rows, size=size)
             captions = [(i, caption) for i, row in enumerate(rows) for caption in data.captions[row]]
-            texts = scores.text_features(model, tokenizer, [c for _, c in captions], context)
+            texts = F.normalize(text_features(model, tokenizer, [c for _, c in captions], context), dim=-1)
             numbers |= scores.retrieval(images, texts, torch.tensor([i for i, _ in captions]))
         if held.classes is not None:
             folder, names = held.classes
             rows = [i for i in range(len(folder)) if folder.label(i) is not None]
             images = scores.image_features(model, folder, rows, size=size)
-            words = scores.class_vectors(model, tokenizer, names, [config.zero_shot_template], context)
+            words = class_vectors(model, tokenizer, names, [config.zero_shot_template], context)
             numbers |= scores.classification(images @ words.T, torch.tensor([folder.label(i) for i in rows]))
         return numbers
 
