@@ -16,10 +16,11 @@ import dinov3
 from dinov3.data.sources import open_source
 from dinov3.errors import DinoError, UnknownName
 from dinov3.models.vit import VisionTransformer, ViTConfig
+from dinov3.runlog import RunDir
 from dinov3.train import distill as module
 from dinov3.train.distill import Distillation, DistillConfig, Standardised, difference, distill, relations_loss
 from dinov3.train.inherit import inherit_dinov2, ridge, slow_first
-from dinov3.train.teachers import MobileNetV2, Pictures, TargetCache, TeacherLine, Views, open_teacher
+from dinov3.train.teachers import MobileNetV2, Pictures, TargetCache, Targets, TeacherLine, Views, open_teacher
 from dinov3.weights import catalog, loading, save
 
 pytest.importorskip("omegaconf")
@@ -227,7 +228,7 @@ def test_the_losses_are_what_their_names_say() -> None:
     assert scaled.std() == pytest.approx(1, abs=0.1)
 
 
-def test_mirrored_pixels_get_mirrored_targets(tiny_student, folder: Path, teacher_file: Path, tmp_path) -> None:
+def test_mirrored_pixels_get_mirrored_targets() -> None:
     pixels = torch.arange(4 * 3 * 4 * 4, dtype=torch.uint8).reshape(4, 3, 4, 4)
     x, turned = module.distorted(pixels, torch.Generator().manual_seed(1))
     assert turned.any()
@@ -237,6 +238,9 @@ def test_mirrored_pixels_get_mirrored_targets(tiny_student, folder: Path, teache
         kept = pixels[i].flip(-1) if turned[i] else pixels[i]
         signs = (kept.float().mean(0).diff(dim=-1) > 0) == (x[i].float().mean(0).diff(dim=-1) > 0)
         assert signs.float().mean() > 0.8
+    said = Targets(torch.randn(4, 5), torch.randn(4, 2, 3, 5))
+    for i, (was, now) in enumerate(zip(said.patches, module.mirrored(said, turned).patches, strict=True)):
+        assert torch.equal(now, was.flip(1) if turned[i] else was)
 
 
 # ---- the run --------------------------------------------------------------------------------------------------------
@@ -401,3 +405,139 @@ def test_the_packaged_model_loads_without_a_network_and_knows_a_picture_by_its_p
     parts = [p.crop((p.width // 6, p.height // 6, p.width * 5 // 6, p.height * 5 // 6)) for p in pictures]
     similarity = dinov3.embed(model, parts, size=224).similarity(dinov3.embed(model, pictures, size=224))
     assert similarity.argmax(1).tolist() == list(range(len(names)))
+
+
+# ---- teachers that see the student's own pixels -----------------------------------------------------------------------
+
+
+def online(teacher: Path, **options: object) -> list[str]:
+    said = "".join(f",{k}={v}" for k, v in options.items())
+    return [f"dinov3:{teacher},online=true,relations=0.5{said}"]
+
+
+def test_mixing_takes_whole_pixels_or_weighted_means_of_the_neighbour() -> None:
+    pixels = torch.tensor([0, 100, 200], dtype=torch.uint8)[:, None, None, None].expand(3, 3, 16, 16).contiguous()
+    other = pixels.roll(1, 0)
+
+    def draw(**shares: float) -> torch.Tensor:
+        return module.mixed(pixels, shares, torch.Generator().manual_seed(5))
+
+    cut = draw(cutmix=1.0)
+    assert ((cut == pixels) | (cut == other)).all()
+    taken = (cut == other)[:, 0]
+    assert taken.any()
+    for box in taken:  # a rectangle: whole rows by whole columns
+        assert torch.equal(box, box.any(1)[:, None] & box.any(0)[None, :])
+    blend = draw(mixup=1.0).float()
+    weights = (blend - pixels) / (other.float() - pixels)
+    assert all(w.min() == w.max() and 0 <= w.min() <= 0.51 for w in weights)
+    assert torch.equal(draw(), pixels)
+    assert torch.equal(draw(cutmix=0.5, mixup=0.5), draw(cutmix=0.5, mixup=0.5))
+
+
+def test_a_share_of_the_pictures_is_mixed() -> None:
+    pixels = torch.tensor([0, 255] * 100, dtype=torch.uint8)[:, None, None, None].expand(200, 3, 8, 8).contiguous()
+    changed = module.mixed(pixels, {"mixup": 0.3}, torch.Generator().manual_seed(0)) != pixels
+    assert 0.15 < changed.flatten(1).any(1).float().mean() < 0.45
+
+
+@pytest.mark.parametrize("mix", ["cutout:0.5", "cutmix:much", "cutmix:0.8,mixup:0.4", "mixup:-1"])
+def test_an_impossible_mix_is_told(mix: str) -> None:
+    with pytest.raises(DinoError, match=r"cutmix:0\.5,mixup:0\.2"):
+        DistillConfig(mix=mix).mixing()
+
+
+def test_teacher_and_student_see_the_same_mixed_pixels(tiny_student, folder, teacher_file, tmp_path) -> None:
+    config = config_for(folder, teacher_file, mix="cutmix:0.5,mixup:0.5", steps=3)
+    config.teachers = online(teacher_file)
+    work = Distillation(config, RunDir(tmp_path / "run"))
+    batch = work.batches.at(1)
+    teacher = open_teacher(online(teacher_file)[0])
+    torch.testing.assert_close(batch.targets[0].cls, teacher(batch.pixels).cls)
+    assert torch.equal(work.batches.at(1).pixels, batch.pixels)
+    assert not torch.equal(work.batches.at(2).pixels, batch.pixels)
+    config.mix = ""
+    assert not torch.equal(work.batches.at(1).pixels, batch.pixels)
+
+
+def test_a_costly_teacher_is_asked_about_a_share_of_the_batch(tiny_student, folder, teacher_file, tmp_path) -> None:
+    config = config_for(folder, teacher_file, batch=5)
+    config.teachers = online(teacher_file, share=0.25)
+    work = Distillation(config, RunDir(tmp_path / "run"))
+    batch = work.batches.at(0)
+    assert len(batch.pixels) == 5
+    assert batch.targets[0].cls.shape == (2, 32)
+    terms = work.terms(batch)
+    work.batches.said[0].teacher.line = replace(work.teachers[0].line, share=1.0)
+    everything = work.terms(work.batches.at(0))
+    assert terms.total().item() != everything.total().item()
+    with pytest.raises(DinoError, match="share=2"):
+        TeacherLine.parse("timm:x,share=2")
+
+
+def test_mixed_pictures_need_teachers_that_look(tiny_student, folder, teacher_file, tmp_path) -> None:
+    with pytest.raises(DinoError, match="online=true"):
+        distill(config_for(folder, teacher_file, mix="cutmix:0.5"), tmp_path / "run")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_mixed_run_that_was_killed_gives_the_same_student(
+    tiny_student, folder, teacher_file, tmp_path, optimizer: str
+) -> None:
+    config = config_for(folder, teacher_file, mix="cutmix:0.5,mixup:0.3", optimizer=optimizer, in_memory=True, views=9)
+    config.teachers = online(teacher_file)
+    whole = distill(config, tmp_path / "whole")
+    original = Distillation.train_step
+
+    def dying(self, batch):
+        if self.step == 5:
+            raise KeyboardInterrupt
+        return original(self, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Distillation, "train_step", dying)
+        with pytest.raises(KeyboardInterrupt):
+            distill(config, tmp_path / "killed")
+    resumed = distill(config, tmp_path / "killed")
+    a, b = (dinov3.load(weights=path).state_dict() for path in (whole, resumed))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_muon_moves_the_blocks_matrices_and_adamw_the_rest(tiny_student, folder, teacher_file, tmp_path) -> None:
+    work = Distillation(config_for(folder, teacher_file, optimizer="muon"), RunDir(tmp_path / "run"))
+    adamw, muon = ({id(p) for g in o.param_groups for p in g["params"]} for o in work.optimizers)
+    names = {id(p): n for n, p in work.student.named_parameters()}
+    assert {names[i].split(".", 2)[2] for i in muon} == {
+        "attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight",
+    }  # fmt: skip
+    everything = {id(p) for p in [*work.student.parameters(), *work.pupils.parameters()] if p.requires_grad}
+    assert adamw | muon == everything
+    assert not adamw & muon
+    with pytest.raises(UnknownName, match="adamw or muon"):
+        Distillation(config_for(folder, teacher_file, optimizer="sgd"), RunDir(tmp_path / "other"))
+
+
+def test_pictures_in_memory_are_decoded_once(folder: Path) -> None:
+    pictures = Pictures(open_source(folder), keep=True)
+    first = pictures[1]
+    (folder / "1.png").write_bytes(b"no longer a picture, which nobody will notice")
+    assert pictures[1] is first
+    assert not pictures.unreadable
+
+
+def test_a_flat_schedule_falls_in_its_last_quarter_whatever_the_total() -> None:
+    short, long = (DistillConfig(schedule="flat", steps=n, warmup=10, lr=1.0, final_lr=0.0) for n in (100, 200))
+    assert [short.lr_at(i) for i in (0, 5, 10, 75)] == [0.0, 0.5, 1.0, 1.0]
+    assert short.lr_at(90) == pytest.approx(0.4)
+    assert short.lr_at(99) == pytest.approx(0.04)
+    assert [short.lr_at(i) == long.lr_at(i) for i in (3, 75, 76)] == [True, True, False]
+    with pytest.raises(UnknownName, match="cosine or flat"):
+        DistillConfig(schedule="step").lr_at(1)
+
+
+@pytest.mark.slow
+def test_a_compiled_student_learns_the_same(tiny_student, folder, teacher_file, tmp_path) -> None:
+    plain = distill(config_for(folder, teacher_file, steps=3), tmp_path / "plain")
+    compiled = distill(config_for(folder, teacher_file, steps=3, compile=True), tmp_path / "compiled")
+    a, b = (dinov3.load(weights=path).state_dict() for path in (plain, compiled))
+    assert max((a[k].float() - b[k].float()).abs().max().item() for k in a) < 3e-3

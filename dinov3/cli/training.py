@@ -92,12 +92,20 @@ def distill(
     sizes: Annotated[str, typer.Option(help="SIDE:SHARE of the steps, in order.")] = "128:0.9,224:0.1",
     views: Annotated[int, typer.Option(min=1, help="Different views of a picture.")] = 4,
     scale: Annotated[float, typer.Option(help="Smallest share of the picture that a view shows.")] = 0.35,
-    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 5e-4,
+    mix: Annotated[
+        str, typer.Option(help="cutmix:SHARE,mixup:SHARE of the pictures; for teachers with online=true.")
+    ] = "",
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-4,
+    schedule: Annotated[str, typer.Option(help="cosine, or flat and falling in the last quarter.")] = "cosine",
+    optimizer: Annotated[str, typer.Option(help="adamw, or muon for the blocks' matrices.")] = "adamw",
+    momentum: Annotated[float, typer.Option(help="Of the average that is exported.")] = 0.998,
     cache: Annotated[str | None, typer.Option(help="Keep what the teachers say in this folder.")] = None,
     knn: Annotated[str | None, typer.Option(help="Labelled folder for k-NN now and then.")] = None,
     knn_every: Annotated[int, typer.Option(min=1, help="Steps between.")] = 500,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
     bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16 autocast.")] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile: minutes at first, then faster.")] = False,
+    in_memory: Annotated[bool, typer.Option("--in-memory", help="Keep the pictures decoded.")] = False,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     device: Device = "auto",
 ) -> None:
@@ -107,7 +115,8 @@ def distill(
 
     config = DistillConfig(
         pictures=pictures, teachers=teacher, student=student, weights=weights, inherit=inherit, steps=steps, batch=batch,
-        sizes=sizes, views=views, scale=[scale, 1.0], lr=lr, cache=cache, knn=knn, knn_every=knn_every,
-        save_every=save_every, bf16=bf16, seed=seed, device=device_of(device),
+        sizes=sizes, views=views, scale=[scale, 1.0], mix=mix, lr=lr, schedule=schedule, optimizer=optimizer,
+        momentum=momentum, cache=cache, knn=knn, knn_every=knn_every, save_every=save_every, bf16=bf16, compile=compile,
+        in_memory=in_memory, seed=seed, device=device_of(device),
     )  # fmt: skip
     print(run(config, out))

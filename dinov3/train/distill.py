@@ -10,10 +10,17 @@ each teacher's width by a linear layer that is thrown away afterwards, and compa
     logits         KL of the classifier's softened opinion
     relations      KL between the rows of similarities within the batch: whom the teacher finds alike
 
-Teacher and student look at the same box of the picture; colours change and pictures are mirrored for the student only
-(the map of targets is mirrored with it). Every random number is a function of (seed, step), so that a run that was
-killed and started again gives the same weights. What the teachers say can be kept on disk (`cache`), which is what makes
-this possible on a CPU.
+Teacher and student look at the same box of the picture. There are two ways to teach:
+
+    from a cache    what a teacher says of a few views is computed once and kept on disk (`cache`). Colours change and
+                    pictures are mirrored for the student only (the map of targets is mirrored with it). Cheap, but the
+                    student sees the same boxes again and again and learns them by heart.
+    online=true     the teacher looks at the very pixels that the student sees, mirrored, recoloured and mixed with another
+                    picture (`mix`): a patient and consistent teacher (Beyer et al., arXiv 2106.05237), whose pictures
+                    never come again. Few pictures go a long way (Asano and Saeed, arXiv 2112.00725). `share=0.25` asks a
+                    costly teacher about the first quarter of every batch only.
+
+Every random number is a function of (seed, step), so that a run that was killed and started again gives the same weights.
 
 Left out: several processes; local crops.
 
@@ -22,8 +29,9 @@ Legend: B pictures, HW student patches, d student's width, D a teacher's width, 
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from copy import deepcopy
@@ -41,7 +49,7 @@ from dinov3.data.crops import normalised
 from dinov3.data.loaders import permuted
 from dinov3.data.sources import open_source
 from dinov3.data.transforms import Preprocessing
-from dinov3.errors import DinoError
+from dinov3.errors import DinoError, UnknownName
 from dinov3.losses import LossTerms, resize_patches
 from dinov3.optim import ema_update, multipliers, warmup_cosine_v2
 from dinov3.runlog import RunDir
@@ -50,6 +58,7 @@ from dinov3.train.teachers import OnlineTargets, Pictures, TargetCache, Targets,
 from dinov3.weights import catalog, loading
 
 STATISTICS_FROM = 1024  # pictures that the targets' mean and spread, and the first projections, are fitted on
+COOLDOWN = 0.25  # of a flat schedule's steps
 CHECKPOINT, STUDENT = "distill.pth", "student.safetensors"
 
 
@@ -71,12 +80,17 @@ class DistillConfig:
     lr: float = 5e-4
     final_lr: float = 1e-6
     warmup: int = 50
+    schedule: str = "cosine"  # or flat: the peak until the last quarter, then a straight line down
     projection_lr: float = 1.0  # times lr
     weight_decay: float = 0.05
     clip: float = 3.0
+    optimizer: str = "adamw"  # adamw | muon (the blocks' matrices; AdamW for all else)
+    mix: str = ""  # KIND:SHARE[,…] of the pictures, cutmix or mixup; only online teachers can answer mixed pictures
     momentum: float = 0.998  # of the average
     rope_rescale: float | None = None
     bf16: bool = False
+    compile: bool = False  # the student by torch.compile: minutes at first, for every size
+    in_memory: bool = False  # pictures stay decoded
     cache: str | None = None  # folder of the teachers' words; None: they are asked every time
     cached_grid: int = 8  # the patch grid that is cached; other grids are resized from it
     knn: str | None = None  # a labelled folder (perhaps with train/ and val/)
@@ -101,9 +115,30 @@ class DistillConfig:
     def side(self, step: int) -> int:
         return [side for first, side in self.phases() if first <= step][-1]
 
+    def mixing(self) -> dict[str, float]:
+        """Share of the pictures of each kind of mixing."""
+        shares = {}
+        for part in filter(None, self.mix.split(",")):
+            kind, _, share = part.partition(":")
+            try:
+                shares[kind] = float(share)
+            except ValueError:
+                shares[kind] = -1.0
+        if set(shares) - {"cutmix", "mixup"} or min(shares.values(), default=0) < 0 or sum(shares.values()) > 1:
+            raise DinoError(
+                f"mix is KIND:SHARE, for example cutmix:0.5,mixup:0.2, together at most 1, not {self.mix!r}"
+            )
+        return shares
+
     def lr_at(self, step: int) -> float:
         warmup = min(self.warmup, self.steps // 2)
-        return warmup_cosine_v2(step, start=0.0, peak=self.lr, end=self.final_lr, warmup=warmup, total=self.steps)
+        if self.schedule == "cosine":
+            return warmup_cosine_v2(step, start=0.0, peak=self.lr, end=self.final_lr, warmup=warmup, total=self.steps)
+        if self.schedule != "flat":
+            raise UnknownName(f"the schedule is cosine or flat, not {self.schedule!r}")
+        falls = max(1, round(self.steps * COOLDOWN))
+        left = min(1.0, (self.steps - step) / falls)  # the total can be changed until the fall begins
+        return min(1.0, step / max(1, warmup)) * (self.final_lr + (self.lr - self.final_lr) * left)
 
 
 # ---- one batch ------------------------------------------------------------------------------------------------------
@@ -111,7 +146,8 @@ class DistillConfig:
 
 @dataclass(frozen=True)
 class Batch:
-    """pixels uint8 [B, 3, s, s] · targets by teacher, without those that sit this view out."""
+    """pixels uint8 [B, 3, s, s], as the student sees them · targets by teacher, without those that sit this view out; a
+    teacher's targets may be of the first pictures only."""
 
     pixels: Tensor
     targets: dict[int, Targets]
@@ -121,9 +157,14 @@ class Batches:
     """The batch of a step, whichever step is asked for; the next one is made while this one is used."""
 
     def __init__(
-        self, config: DistillConfig, pictures: Pictures, views: Views, said: Sequence[TargetCache | OnlineTargets]
+        self,
+        config: DistillConfig,
+        pictures: Pictures,
+        views: Views,
+        said: Sequence[TargetCache | OnlineTargets],
+        patch: int = 16,
     ) -> None:
-        self.config, self.pictures, self.views, self.said = config, pictures, views, said
+        self.config, self.pictures, self.views, self.said, self.patch = config, pictures, views, said, patch
         self.size = min(config.batch, len(pictures))
         self.epoch_length = len(pictures) // self.size
 
@@ -131,9 +172,21 @@ class Batches:
         epoch, place = divmod(step, self.epoch_length)
         offsets = np.arange(place * self.size, (place + 1) * self.size)
         indices = permuted(offsets, len(self.pictures), self.config.seed, epoch)
-        view = epoch % self.views.count
-        pixels = self.pictures.views(self.views, indices, view, self.config.side(step))
-        return Batch(pixels, {i: t.read(indices, view) for i, t in enumerate(self.said) if view in t})
+        view, side = epoch % self.views.count, self.config.side(step)
+        online = {i: t for i, t in enumerate(self.said) if isinstance(t, OnlineTargets) and t.sees_students_pixels}
+        sides = {i: t.teacher.side(side // self.patch) for i, t in online.items()}
+        canvas = self.pictures.views(self.views, indices, view, max([side, *sides.values()]))
+        rng = torch.Generator().manual_seed(_seed(self.config.seed, step))
+        canvas, turned = distorted(canvas, rng)
+        canvas = mixed(canvas, self.config.mixing(), rng)
+        targets = {}
+        for i, said in enumerate(self.said):
+            if i in online:
+                some = math.ceil(len(canvas) * said.teacher.line.share)
+                targets[i] = online[i].look(resized(canvas[:some], sides[i]))
+            elif view in said:
+                targets[i] = mirrored(said.read(indices, view), turned)
+        return Batch(resized(canvas, side), targets)
 
     def between(self, first: int, last: int) -> Iterator[Batch]:
         with ThreadPoolExecutor(1) as pool:
@@ -160,6 +213,43 @@ def distorted(pixels: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     mean = grey.mean((2, 3), keepdim=True)
     x = (mean + (x - mean) * factor(0.3)) * factor(0.3)
     return x.round().clamp(0, 255).to(torch.uint8), turned
+
+
+def mirrored(said: Targets, turned: Tensor) -> Targets:
+    """Targets of the clean pictures for those that were mirrored: the map of patches turns with them."""
+    if said.patches is None:
+        return said
+    return Targets(said.cls, torch.where(turned[:, None, None, None], said.patches.flip(2), said.patches), said.logits)
+
+
+def mixed(pixels: Tensor, shares: Mapping[str, float], rng: torch.Generator) -> Tensor:
+    """uint8 [B, 3, s, s] → the same, some of them mixed with their neighbour in the batch.
+
+    cutmix (arXiv 1905.04899): a box of the neighbour, its area uniform, is pasted. mixup (arXiv 1710.09412): a weighted
+    mean, the weight uniform in 0 … 0.5. No label is mixed: the teacher looks at the outcome.
+    """
+    B, side = len(pixels), pixels.shape[-1]
+    if not shares:
+        return pixels
+    kind, amount, top, left = torch.rand(4, B, 1, 1, 1, generator=rng).unbind(0)
+    cut = kind < shares.get("cutmix", 0.0)
+    blend = ~cut & (kind < sum(shares.values()))
+    length = (side * amount.sqrt()).round()  # of the box's sides
+    top, left = ((side - length) * at for at in (top, left))
+    at = torch.arange(side)
+    y, x = at[:, None], at[None, :]
+    inside = (y >= top.floor()) & (y < top.floor() + length) & (x >= left.floor()) & (x < left.floor() + length)
+    other = pixels.roll(1, 0)
+    weight = torch.where(blend, 0.5 * amount, (cut & inside).float())
+    return torch.lerp(pixels.float(), other.float(), weight).round().to(torch.uint8)
+
+
+def resized(pixels: Tensor, side: int) -> Tensor:
+    """uint8 [B, 3, s, s] → [B, 3, side, side]."""
+    if pixels.shape[-1] == side:
+        return pixels
+    rows = pixels.contiguous(memory_format=torch.channels_last)
+    return F.interpolate(rows, size=(side, side), mode="bicubic", antialias=True).contiguous()
 
 
 # ---- what is learned ------------------------------------------------------------------------------------------------
@@ -212,7 +302,8 @@ class Pupil(nn.Module):
             layer.bias.copy_(bias)
 
     def terms(self, terms: LossTerms, name: str, cls: Tensor, patches: Tensor, targets: Targets) -> None:
-        """Adds this teacher's terms. cls [B, d] and patches [B, H, W, d] of the student, targets mirrored as they are."""
+        """Adds this teacher's terms. cls [B, d] and patches [B, H, W, d] of the student, targets of the first pictures."""
+        cls, patches = cls[: len(targets.cls)], patches[: len(targets.cls)]
         wanted = self.scale_cls(targets.cls)
         if self.line.cls:
             terms.add(f"{name}/cls", self.line.cls, difference(self.cls(cls), wanted))
@@ -268,28 +359,37 @@ class Distillation:
         self.device = torch.device(config.device)
         self.views = Views(config.views, (config.scale[0], config.scale[1]), config.seed)
         largest = max(side for _, side in config.phases())
-        self.pictures = Pictures(open_source(config.pictures), target_short_side=largest)
+        self.pictures = Pictures(open_source(config.pictures), target_short_side=largest, keep=config.in_memory)
         if not config.teachers:
             raise DinoError("distillation needs a teacher: --teacher KIND:WHAT (see `dinov3 distill --help`)")
         self.teachers = [open_teacher(line, device=self.device) for line in config.teachers]
+        clean = [t.id for t in self.teachers if not t.line.online]
+        if config.mixing() and clean:
+            raise DinoError(f"{clean[0]} looks at clean pictures and cannot teach mixed ones: give it online=true")
         self.said = [self._said(teacher) for teacher in self.teachers]
-        self.batches = Batches(config, self.pictures, self.views, self.said)
         torch.manual_seed(config.seed)
         self.student = self._student().to(self.device)
-        self.patch = int(self.student.stride)
-        some = permuted(np.arange(min(STATISTICS_FROM, len(self.pictures))), len(self.pictures), config.seed, 0)
+        self.batches = Batches(config, self.pictures, self.views, self.said, int(self.student.stride))
+        self.forward: Callable[[Tensor], dict[str, Tensor]] = self.student.forward_features
+        if config.compile:
+            self.forward = torch.compile(self.student.forward_features, dynamic=False)
+        fresh = not (self.run.checkpoints / CHECKPOINT).is_file()
+        count = min(
+            STATISTICS_FROM if fresh else 4, len(self.pictures)
+        )  # a checkpoint brings its own: widths are enough
+        some = permuted(np.arange(count), len(self.pictures), config.seed, 0)
         width = int(self.student.embed_dim)
         self.pupils = nn.ModuleList(Pupil(t, width, s.read(some, 0)) for t, s in zip(self.teachers, self.said))
         self.pupils.to(self.device)
-        if not (self.run.checkpoints / CHECKPOINT).is_file():
+        if fresh:
             self._fit_projections(some)
         self.average = deepcopy(self.student).eval().requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(self._groups(), lr=0.0)
+        self.optimizers = self._optimizers()
         self.step = 0
 
     def _said(self, teacher: Teacher) -> TargetCache | OnlineTargets:
         c = self.config
-        if c.cache is None:
+        if c.cache is None or teacher.line.online:
             return OnlineTargets(teacher, self.views, self.pictures, c.cached_grid, bf16=c.bf16)
         cache = TargetCache(Path(c.cache), teacher, self.views, self.pictures, c.cached_grid)
         missing = len(list(cache.missing()))
@@ -339,31 +439,41 @@ class Distillation:
             known = Targets(**{k: v.to(self.device) for k, v in said.read(some, 0).fields().items()})
             pupil.fit(cls, torch.cat(maps).unflatten(1, grid), known)
 
-    def _groups(self) -> list[dict[str, Any]]:
-        groups = []
-        for module, rate in ((self.student, 1.0), (self.pupils, self.config.projection_lr)):
-            for decays in (True, False):
-                rows = zip(multipliers(module), module.parameters(), strict=True)
-                params = [p for row, p in rows if bool(row.wd_multiplier) == decays and p.requires_grad]
-                decay = self.config.weight_decay if decays else 0.0
-                groups.append({"params": params, "rate": rate, "weight_decay": decay})
-        return groups
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        """AdamW, and Muon for the matrices of the student's blocks where it was asked for."""
+        c = self.config
+        if c.optimizer not in ("adamw", "muon"):
+            raise UnknownName(f"the optimizer is adamw or muon, not {c.optimizer!r}")
+        inside = {id(p) for name, p in self.student.named_parameters() if name.startswith("blocks.") and p.ndim == 2}
+        groups: list[list[dict[str, Any]]] = [[], []]
+        for module, rate in ((self.student, 1.0), (self.pupils, c.projection_lr)):
+            rows = list(zip(multipliers(module), module.parameters(), strict=True))
+            for muon in (False, True):
+                for decays in (True, False):
+                    params = [
+                        p
+                        for row, p in rows
+                        if bool(row.wd_multiplier) == decays
+                        and p.requires_grad
+                        and (c.optimizer == "muon" and id(p) in inside) == muon
+                    ]
+                    decay = c.weight_decay if decays else 0.0
+                    if params:
+                        groups[muon].append({"params": params, "rate": rate, "weight_decay": decay})
+        optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups[0], lr=0.0, fused=True)]
+        if groups[1]:  # its updates scaled to the size of AdamW's, so that one learning rate serves both
+            optimizers.append(torch.optim.Muon(groups[1], lr=0.0, adjust_lr_fn="match_rms_adamw"))
+        return optimizers
 
-    def terms(self, batch: Batch, step: int) -> LossTerms:
-        rng = torch.Generator().manual_seed(_seed(self.config.seed, step))
-        pixels, turned = distorted(batch.pixels, rng)
-        x = normalised(pixels.to(self.device), *catalog.STATISTICS["lvd1689m"])
+    def terms(self, batch: Batch) -> LossTerms:
+        x = normalised(batch.pixels.to(self.device), *catalog.STATISTICS["lvd1689m"])
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
-            out = self.student.forward_features(x)
+            out = self.forward(x)
             grid = self.student.patch_grid(*x.shape[-2:])
             cls, patches = out["x_norm_clstoken"], out["x_norm_patchtokens"].unflatten(1, grid)
             terms = LossTerms()
             for i, targets in batch.targets.items():
                 moved = Targets(**{k: v.to(self.device) for k, v in targets.fields().items()})
-                if moved.patches is not None:
-                    mask = turned.to(self.device)[:, None, None, None]
-                    maps = torch.where(mask, moved.patches.flip(2), moved.patches)
-                    moved = Targets(moved.cls, maps, moved.logits)
                 pupil: Any = self.pupils[i]
                 pupil.terms(terms, f"{i}-{self.teachers[i].line.kind}", cls, patches, moved)
         return terms
@@ -371,14 +481,16 @@ class Distillation:
     def train_step(self, batch: Batch) -> LossTerms:
         step, c = self.step, self.config
         lr = c.lr_at(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["rate"]
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["rate"]
+            optimizer.zero_grad(set_to_none=True)
         torch.manual_seed(_seed(c.seed, step))  # what the student itself draws
-        terms = self.terms(batch, step)
-        self.optimizer.zero_grad(set_to_none=True)
+        terms = self.terms(batch)
         terms.total().backward()
         nn.utils.clip_grad_norm_([*self.student.parameters(), *self.pupils.parameters()], c.clip)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         momentum = min(c.momentum, (1 + step) / (10 + step))
         ema_update(self.average.parameters(), self.student.parameters(), momentum)
         self.step += 1
@@ -395,7 +507,7 @@ class Distillation:
                 "student": self.student.state_dict(),
                 "average": self.average.state_dict(),
                 "pupils": self.pupils.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "optimizers": [o.state_dict() for o in self.optimizers],
             },
             temporary,
         )
@@ -409,7 +521,8 @@ class Distillation:
         self.student.load_state_dict(state["student"])
         self.average.load_state_dict(state["average"])
         self.pupils.load_state_dict(state["pupils"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         self.step = int(state["step"])
         return True
 
@@ -417,7 +530,8 @@ class Distillation:
         """The average as our own file, float16, with what it is and how it came about."""
         mean, std = catalog.STATISTICS["lvd1689m"]
         row = catalog.resolve(self.config.student)[0]
-        options = {k: v for k, v in asdict(self.config).items() if k not in ("device", "cache", "knn", "pictures")}
+        outside = ("device", "cache", "knn", "pictures", "in_memory")  # of this machine, or without an effect
+        options = {k: v for k, v in asdict(self.config).items() if k not in outside}
         options["teachers"] = [_without_folders(line) for line in self.config.teachers]
         for name in ("inherit", "weights"):
             options[name] = Path(options[name]).name if options[name] else None

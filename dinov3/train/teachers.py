@@ -14,8 +14,9 @@ A teacher is named by a line, `KIND:WHAT[,option=value…]`:
     mobilenetv2:FILE              torchvision's MobileNetV2 classifier, its .pth
 
 options: `layer` (0-based block, default the last), `normed` (true|false, the final norm), `side` (pixels, where no grid
-has to agree), `views` (how many views of a picture are cached; the rest go without this teacher), and the weights of
-its loss terms `cls`, `patches`, `logits`, `relations`.
+has to agree), `views` (how many views of a picture are cached; the rest go without this teacher), `online` (true: it looks
+at the student's own pixels, nothing is cached), `share` (of a batch that an online teacher is asked about), and the weights
+of its loss terms `cls`, `patches`, `logits`, `relations`.
 
 Legend: B pictures, h×w grid, Dg and Dp widths of the global vector and of a patch, K classes.
 """
@@ -69,6 +70,8 @@ class TeacherLine:
     normed: bool = True
     side: int | None = None
     views: int | None = None
+    online: bool = False
+    share: float = 1.0
     checkpoint: str | None = None
     cls: float = 1.0
     patches: float = 1.0
@@ -102,8 +105,14 @@ def _truth(text: str) -> bool:
     return text.lower() == "true"
 
 
+def _share(text: str) -> float:
+    if not 0 < float(text) <= 1:
+        raise ValueError(text)
+    return float(text)
+
+
 _OPTIONS: dict[str, Callable[[str], Any]] = {
-    "layer": int, "normed": _truth, "side": int, "views": int, "checkpoint": str,
+    "layer": int, "normed": _truth, "side": int, "views": int, "checkpoint": str, "online": _truth, "share": _share,
     "cls": float, "patches": float, "logits": float, "relations": float,
 }  # fmt: skip
 
@@ -318,8 +327,9 @@ class Views:
 class Pictures:
     """A source's pictures by number, decoded at need. One that cannot be read is replaced by the next that can."""
 
-    def __init__(self, source: Source, *, target_short_side: int = 256) -> None:
+    def __init__(self, source: Source, *, target_short_side: int = 256, keep: bool = False) -> None:
         self.items = list(source)
+        self.kept: dict[int, Tensor] | None = {} if keep else None
         self.target_short_side = target_short_side
         self.unreadable: dict[str, str] = {}
         if not self.items:
@@ -335,6 +345,13 @@ class Pictures:
 
     def __getitem__(self, index: int) -> Tensor:
         """uint8 [3, H, W]."""
+        if self.kept is None:
+            return self._decoded(index)
+        if index not in self.kept:
+            self.kept[index] = self._decoded(index)
+        return self.kept[index]
+
+    def _decoded(self, index: int) -> Tensor:
         for step in range(len(self.items)):
             item = self.items[(index + step) % len(self.items)]
             try:
@@ -419,14 +436,20 @@ class TargetCache:
 
 
 class OnlineTargets:
-    """The same without a disk: the teacher looks at every view when it is asked for."""
+    """The same without a disk: the teacher looks at every view when it is asked for, or at the student's own pixels."""
 
     def __init__(self, teacher: Teacher, views: Views, pictures: Pictures, grid: int, *, bf16: bool = False) -> None:
         self.teacher, self.views, self.pictures, self.grid, self.bf16 = teacher, views, pictures, grid, bf16
+        self.sees_students_pixels = teacher.line.online
 
     def __contains__(self, view: int) -> bool:
         return True
 
+    def look(self, pixels: Tensor) -> Targets:
+        """uint8 [B, 3, side, side] → targets."""
+        return self.teacher(pixels, bf16=self.bf16)
+
     def read(self, indices: np.ndarray, view: int) -> Targets:
         pixels = self.pictures.views(self.views, indices, view, self.teacher.side(self.grid))
-        return self.teacher(pixels, bf16=self.bf16)
+        parts = [self.look(some).fields() for some in pixels.split(64)]
+        return Targets(**{name: torch.cat([p[name] for p in parts]) for name in parts[0]})
