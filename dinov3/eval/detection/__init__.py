@@ -1,0 +1,1 @@
+"""Object detection: how good boxes are, and the script around it."""
