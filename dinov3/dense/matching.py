@@ -32,15 +32,17 @@ class Matches:
         return Matches(self.left[chosen], self.right[chosen], self.similarity[chosen])
 
 
-def nearest(queries: Tensor, targets: Tensor, k: int = 1, *, chunk: int = 2048) -> tuple[Tensor, Tensor]:
+def nearest(queries: Tensor, targets: Tensor, k: int = 1, *, chunk: int | None = None) -> tuple[Tensor, Tensor]:
     """The k most similar targets of every query: dot products [N, k], falling, and their numbers [N, k].
 
-    queries [N, D], targets [M, D]. `chunk` queries at a time: the whole matrix of two 128 × 128 maps is a gigabyte.
+    queries [N, D], targets [M, D]. `chunk` queries at a time (default: as many as make a quarter of a gigabyte): the
+    whole matrix of two 128 × 128 maps would be a gigabyte.
     """
     if queries.ndim != 2 or targets.ndim != 2 or queries.shape[1] != targets.shape[1]:
         raise DinoError(f"expected two lists of vectors of one width, got {list(queries.shape)}, {list(targets.shape)}")
     if len(targets) < k:
         raise DinoError(f"{k} neighbours were wanted among {len(targets)} targets")
+    chunk = chunk or max(1, 2**26 // max(1, len(targets)))
     found = [(part @ targets.T).topk(k, dim=1) for part in queries.split(chunk)]
     if not found:
         return queries.new_zeros(0, k), torch.zeros(0, k, dtype=torch.long, device=queries.device)
