@@ -145,7 +145,7 @@ def with_recipe(argv: Sequence[str]) -> list[str]:
 # ---- data ----------------------------------------------------------------------------------------------------------
 
 
-def open_dense(line: str, root: str | None, kind: str, key: str) -> DenseDataset:
+def open_dense(line: str, root: str | None, kinds: Sequence[str], key: str) -> DenseDataset:
     """The data set of a line of the configuration; `datasets.root` is appended to lines that name none."""
     if not line:
         raise DinoError(f"{key} must be given, for example {key}=ADE20K:split=TRAIN datasets.root=/data/ade")
@@ -155,9 +155,9 @@ def open_dense(line: str, root: str | None, kind: str, key: str) -> DenseDataset
     if not isinstance(dataset, DenseDataset):
         dense = [name for name, (module, _) in KNOWN.items() if module == "dense"]
         raise DinoError(f"{key}={line} has no map for each picture; data sets that have: {', '.join(dense)}")
-    if dataset.kind != kind:
+    if dataset.kind not in kinds:
         raise DinoError(
-            f"{key}={line} holds {dataset.kind}, this evaluation needs {kind} (a folder's key kind=… says it)"
+            f"{key}={line} holds {dataset.kind}, this evaluation needs {' or '.join(kinds)} (a folder's key kind=… says it)"
         )
     if len(dataset) == 0:
         raise DinoError(f"{key}={line} is empty")

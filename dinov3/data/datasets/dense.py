@@ -7,8 +7,9 @@
     DenseFolder:root=/data/mine:split=train             pictures and masks that have the same names; see `DenseFolder`
 
 `data[i]` → (upright RGB picture, target): class numbers uint8 or int64 [h, w]; depth float32 [h, w] in metres, 0 where it is
-unknown; heights float32 in metres, NaN where they are unknown (0 is the ground). Masks are what the files hold: ADE20K's 0 ("other") is turned into "ignored" by whoever trains or scores
-(`metrics.reduce_zero_label`; `zero_is_other` says that the set is of that kind).
+unknown; heights float32 in metres, NaN where they are unknown (0 is the ground). Masks are what the files hold: ADE20K's 0
+("other") is turned into "ignored" by whoever trains or scores (`metrics.reduce_zero_label`; `zero_is_other` says that the
+set is of that kind).
 """
 
 from __future__ import annotations
@@ -334,8 +335,8 @@ class DenseFolder(DenseDataset):
     targets: the folder of the targets where it is another, relative to the root; "{split}" stands for the split.
     kind: "classes", "depth" or "height"; by default depth where "depth" is in the name of the folder or file, or in `.npy`
     files of floats; height where "height" or "chm" is. unit: integers per metre (depth 1000: millimetres; height 1).
-    select: a slice of the sorted pairs ("0:80"). ignore: a number that does not count, in masks besides 255. classes: names separated by commas; by default the
-    lines of `classes.txt` in the root, or the list in `classes.json`.
+    select: a slice of the sorted pairs ("0:80"). ignore: a number that does not count, in masks besides 255. classes: names
+    separated by commas; by default the lines of `classes.txt` in the root, or the list in `classes.json`.
     """
 
     def __init__(

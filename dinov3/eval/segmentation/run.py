@@ -249,7 +249,7 @@ def segmentation_loss(model: nn.Module, batch: dict[str, Any], ce: float, dice: 
     logits = head(levels)
     if encoder.adapted_size(size_hw) != size_hw:
         logits = encoder.to_picture(logits, size_hw)
-    return segmentation_terms(logits, batch["target"], ce=ce, dice=dice, ignore_index=IGNORED)
+    return segmentation_terms(logits, batch["target"], ce=ce, dice=dice, ignore_index=IGNORED, mean_over="all")
 
 
 def fitted(
@@ -257,8 +257,8 @@ def fitted(
 ) -> dict[str, Any]:
     """Fits the head of `model` and gives the scores of the best evaluation; the model has that head afterwards."""
     c, t = config, config.transforms.train
-    train = dense.open_dense(c.datasets.train, c.datasets.root, "classes", "datasets.train")
-    val = dense.open_dense(c.datasets.val, c.datasets.root, "classes", "datasets.val")
+    train = dense.open_dense(c.datasets.train, c.datasets.root, ("classes",), "datasets.train")
+    val = dense.open_dense(c.datasets.val, c.datasets.root, ("classes",), "datasets.val")
     for what, data in (("train", train), ("val", val)):
         left = f" ({data.left_out} pictures without a mask are left out)" if data.left_out else ""
         session.say(f"datasets.{what}: {len(data)} pictures{left}")
@@ -308,11 +308,9 @@ def fitted(
         evaluate=validate,
         about=config,
     )
-    if report.best is not None:
-        session.say(f"best {c.metric_to_save} {report.best[1][c.metric_to_save]} after {report.best[0]} iterations")
-    dense.write_head(
-        session.output / "model_final.pth", head_tensors(model), (report.best or report.evaluations[-1])[0]
-    )
+    assert report.best is not None, "mIoU is a number as soon as a mask holds a class"
+    session.say(f"best {c.metric_to_save} {report.best[1][c.metric_to_save]} after {report.best[0]} iterations")
+    dense.write_head(session.output / "model_final.pth", head_tensors(model), report.best[0])
     if not best or percentages(best[0]) != report.best[1]:  # the best head was found before this start
         validate(model)
     scores = best[0]
@@ -399,7 +397,7 @@ def fresh_model(config: SegmentationConfig, session: common.Session) -> LinearSe
         backbone, backbone_out_layers=d.backbone_out_layers, num_classes=d.num_classes, dropout=d.dropout,
         use_batchnorm=d.use_batchnorm, use_backbone_norm=d.use_backbone_norm,
     )  # fmt: skip
-    model.origin = backbone.origin  # type: ignore[assignment]
+    model.origin = backbone.origin
     return model.to(session.device)
 
 
@@ -421,7 +419,7 @@ def evaluate(config: SegmentationConfig, session: common.Session) -> dict[str, A
         mean=dense.as_numbers(c.transforms.mean, [255 * v for v in mean], "transforms.mean"),
         std=dense.as_numbers(c.transforms.std, [255 * v for v in std], "transforms.std"),
     )
-    val = dense.open_dense(c.datasets.val, c.datasets.root, "classes", "datasets.val")
+    val = dense.open_dense(c.datasets.val, c.datasets.root, ("classes",), "datasets.val")
     if c.load_from is None:
         scores = fitted(c, session, protocol, model)
     else:
@@ -458,9 +456,9 @@ def folder_words(
     extra = f":ignore={ignore}" if ignore is not None else ""
     train, val = dense.folder_lines(folder, "classes", extra)
     if classes is None:
-        data = make_dataset(train)
-        assert isinstance(data, DenseDataset)
-        classes = data.n_classes or max(data.highest_class(), make_dataset(val).highest_class()) + 1
+        known = [make_dataset(line) for line in (train, val)]
+        sets = [data for data in known if isinstance(data, DenseDataset)]
+        classes = sets[0].n_classes or max(data.highest_class() for data in sets) + 1
         if classes < 1:
             raise DinoError(f"the masks of {folder} hold no class that counts")
     words = [

@@ -1,0 +1,525 @@
+"""Depth on frozen features: fits and scores a head, or scores one that exists; canopy heights too (paper §6.1.2, §6.3.3).
+
+    python dinov3/eval/depth/run.py model.dino_hub=dinov3_vitl16 config=config-nyu.yaml datasets.root=/data/nyu \\
+        --output-dir=OUT
+    python dinov3/eval/depth/run.py config=config-nyu-synthmix-dpt-inference.yaml datasets.root=/data/nyu \\
+        load_from=dinov3_vit7b16_dd head_weights=HEAD.pth backbone_weights=7B.pth --output-dir=OUT
+    python dinov3/eval/depth/run.py load_from=dinov3_vitl16_chmv2 datasets.test=DenseFolder:root=/data/plots --output-dir=OUT
+    dinov3 eval depth FOLDER --model dinov3_vits16               your own pictures and depth maps; no configuration
+
+Protocol: the prediction is resized to the ground truth; pixels count inside the region, where min_depth < truth < max_depth;
+test pictures are predicted a second time mirrored and averaged (eval.use_tta; not for validation during the fit); where
+asked, each picture's prediction is first fitted to the truth by scale and shift; scores are means over pictures. Heights
+(data of kind "height") are scored over all pixels: mae, rmse, bias, r2, block_r2. Results: results-depth.csv with
+<Data set>_<score>, <Data set>/results.json with every picture's scores, model_final.pth, head.safetensors.
+
+Padding around a picture is cut off the prediction before it is resized (the reference stretches it along: the same at
+640×480, where there is none). decoder_head.type=dpt can be fitted here too.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dinov3 import distributed
+from dinov3.data.datasets import make_dataset
+from dinov3.data.datasets.dense import DenseDataset
+from dinov3.data.dense_transforms import FIXED_CROPS, DepthRule
+from dinov3.errors import DinoError, UnknownName, did_you_mean
+from dinov3.eval import common, dense
+from dinov3.heads.dpt import Depther, build_depther
+from dinov3.heads.encoder import LAYER_SETS, resized
+from dinov3.heads.fitting import fit, head_tensors
+from dinov3.heads.objectives import DEPTH_LOSSES, DepthLoss
+from dinov3.losses import LossTerms
+from dinov3.metrics import DEPTH_SCORES, REGIONS, CanopySums, canopy_scores, depth_scores, mean_scores
+from dinov3.runlog import RunDir
+
+NAME = "depth"
+HEIGHT_SCORES = ("mae", "rmse", "bias", "r2", "block_r2")
+
+
+# ---- configuration -------------------------------------------------------------------------------------------------
+
+
+class Adaptation(enum.Enum):
+    CENTER_PADDING = "center_padding"
+    STRETCH = "stretch"
+    NO_ADAPTATION = "never"
+
+
+@dataclass
+class DepthOptimizer(dense.OptimizerSection):
+    lr: float = 1e-4
+
+
+@dataclass
+class DepthScheduler(dense.SchedulerSection):
+    total_iter: int = 38400
+
+
+@dataclass
+class DatasetsSection:
+    root: str | None = None  # appended to the lines below as :root=
+    train: str = ""
+    val: str = ""
+    test: str = ""  # "": val
+
+
+@dataclass
+class DecoderSection:
+    min_depth: float = 0.001
+    max_depth: float = 80.0
+    bins_strategy: Literal["linear", "log", "chmv2_mixlog"] = "linear"
+    norm_strategy: Literal["linear", "softmax", "sigmoid", "chmv2_mixlog"] = "linear"
+    head_kwargs: dict[str, Any] = field(default_factory=dict)
+    backbone_out_layers: str | list[int] = "FOUR_EVEN_INTERVALS"
+    adapt_to_patch_size: Adaptation = Adaptation.CENTER_PADDING
+    use_backbone_norm: bool = True
+    type: Literal["linear", "dpt"] = "linear"
+    n_output_channels: int = 256
+    use_batchnorm: bool = False
+    use_cls_token: bool = False
+
+
+@dataclass
+class TrainTransform:
+    img_size: int | None = None  # short side, after the fixed crop
+    random_crop: int | list[int] | None = None
+    brightness_range: list[float] = field(default_factory=lambda: [0.9, 1.1])
+    rotation_angle: float = 2.5
+    fixed_crop: str = "FULL"
+    eval_mask: str = "FULL"
+    augment: bool = True  # ours; false: pictures as for evaluation, features computed once
+
+
+@dataclass
+class EvalTransform:
+    img_size: int | None = None
+    fixed_crop: str = "FULL"
+    eval_mask: str = "FULL"
+
+
+@dataclass
+class TransformsSection:
+    train: TrainTransform = field(default_factory=TrainTransform)
+    eval: EvalTransform = field(default_factory=EvalTransform)
+    mean: list[float] | None = None  # of values in [0, 1]; null: the weights' own (ImageNet's for the web models)
+    std: list[float] | None = None
+    normalization_constant: float | None = None  # integers per metre of depth files; null: as the data set says (1000)
+
+
+@dataclass
+class EvalSection:
+    ignored_value: float = 0.0  # metres
+    align_least_squares: bool = False
+    min_depth: float = 0.001
+    max_depth: float = 10.0
+    use_tta: bool = True  # mirror images, at the test
+    eval_interval: int = 1600
+
+
+@dataclass
+class ResultSection:
+    save_results: bool = False  # visualizations/results_<i>: prediction and truth
+    extension: Literal["JPG", "PNG", "PTH"] = "JPG"
+    save_resolution: list[int] | None = None  # [height, width]
+    overlay_alpha: float = 1.0  # below 1 the picture shines through
+    save_separate_files: bool = False
+
+
+@dataclass
+class DepthConfig(common.EvalConfig):
+    bs: int = 2
+    n_gpus: int = 8  # for information; torchrun or the launcher decides
+    num_workers: int = 2
+    seed: int = 321
+    scheduler: DepthScheduler = field(default_factory=DepthScheduler)
+    optimizer: DepthOptimizer = field(default_factory=DepthOptimizer)
+    datasets: DatasetsSection = field(default_factory=DatasetsSection)
+    decoder_head: DecoderSection = field(default_factory=DecoderSection)
+    model_dtype: dense.ModelDtype | None = None
+    losses: dict[str, float] | None = None  # SIGLOSS, GRADIENT_LOSS, GRADIENT_LOG_LOSS, L1; null: SIGLOSS alone
+    transforms: TransformsSection = field(default_factory=TransformsSection)
+    eval: EvalSection = field(default_factory=EvalSection)
+    metrics: list[str] = field(default_factory=lambda: ["rmse", "abs_rel", "a1"])
+    result_config: ResultSection = field(default_factory=ResultSection)
+    load_from: str | None = None  # dinov3_vit7b16_dd, dinov3_vitl16_chmv2, or the file of a head
+    head_weights: str | None = None  # ours: where the published head of load_from lies
+    backbone_weights: str | None = None  # ours: and its backbone
+
+    def problems(self) -> Any:
+        yield from common.section_problems(self)
+        yield from dense.scheduler_problems(self.scheduler)
+        for name in self.losses or ():
+            if name not in DEPTH_LOSSES:
+                yield (
+                    f"losses.{name}",
+                    f"unknown loss{did_you_mean(name, DEPTH_LOSSES)}; known: {', '.join(DEPTH_LOSSES)}",
+                )
+        known = (*DEPTH_SCORES, *HEIGHT_SCORES)
+        for name in self.metrics:
+            if name not in known:
+                yield "metrics", f"unknown score {name!r}{did_you_mean(name, known)}"
+        for where in ("train", "eval"):
+            section = getattr(self.transforms, where)
+            for key, names in (("fixed_crop", FIXED_CROPS), ("eval_mask", REGIONS)):
+                if getattr(section, key) not in names:
+                    yield f"transforms.{where}.{key}", f"is one of {', '.join(names)}, not {getattr(section, key)!r}"
+        layers = self.decoder_head.backbone_out_layers
+        if isinstance(layers, str) and layers not in LAYER_SETS:
+            yield (
+                "decoder_head.backbone_out_layers",
+                f"is one of {', '.join(LAYER_SETS)} or a list of blocks, not {layers!r}",
+            )
+        if not 0 < self.eval.min_depth < self.eval.max_depth:
+            yield "eval.min_depth", f"must be above 0 and below eval.max_depth ({self.eval.max_depth})"
+        if self.bs < 1:
+            yield "bs", f"must be at least 1, not {self.bs}"
+
+
+# ---- scoring -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Which pixels count, and how predictions are made."""
+
+    min_depth: float = 0.001
+    max_depth: float = 10.0
+    ignored_value: float = 0.0
+    align: bool = False
+    flip: bool = True
+
+
+@torch.no_grad()
+def depth_map(model: Depther, x: Tensor, size_hw: tuple[int, int], *, flip: bool) -> Tensor:
+    """Normalised picture [3, h, w] → metres float32 [*size_hw]; with `flip` the mean with the mirror image's, turned back."""
+    x = x[None]
+    depth = model.in_picture(x).float()
+    if flip:
+        depth = (depth + model.in_picture(x.flip(-1)).float().flip(-1)) / 2
+    return resized(depth, size_hw)[0, 0]
+
+
+def evaluate_model(
+    model: Depther,
+    dataset: DenseDataset,
+    rule: DepthRule,
+    protocol: Protocol,
+    *,
+    device: torch.device | str = "cpu",
+    shown: Callable[[int, Any, Tensor, Tensor], None] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """(mean scores, each picture's scores in order), the same on all ranks. Heights have no scores of single pictures.
+
+    shown(index, picture, prediction, truth) is called for every picture of this process.
+    """
+    rows: list[tuple[int, Any]] = []
+    mine = dense.my_share(len(dataset))
+    for done, index in enumerate(mine, 1):
+        picture, truth = dataset[index]
+        if dataset.kind == "height":
+            x, _ = rule(picture, np.zeros_like(truth))
+            target = torch.from_numpy(truth)
+        else:
+            x, target = rule(picture, truth)
+        prediction = depth_map(model, x.to(device), (target.shape[0], target.shape[1]), flip=protocol.flip).cpu()
+        if dataset.kind == "height":
+            rows.append((index, CanopySums.of(prediction, target)))
+        else:
+            counts = target != protocol.ignored_value
+            scores = depth_scores(
+                prediction, target, protocol.min_depth, protocol.max_depth, mask=counts, align=protocol.align
+            )
+            rows.append((index, scores))
+        if shown is not None:
+            shown(index, picture, prediction, target)
+        if say is not None and (done % 100 == 0 or done == len(mine)):
+            say(f"evaluated {done}/{len(mine)} pictures of this process")
+    every = [
+        row for _, row in sorted((r for part in distributed.gather_objects(rows) for r in part), key=lambda r: r[0])
+    ]
+    if dataset.kind == "height":
+        return canopy_scores(every), []
+    return mean_scores(every), every
+
+
+# ---- fitting -------------------------------------------------------------------------------------------------------
+
+
+def depth_loss(model: nn.Module, batch: dict[str, Any], loss: DepthLoss) -> LossTerms:
+    """Of pictures ("x"), or of features computed before ("levels")."""
+    assert isinstance(model, Depther)
+    levels = batch["levels"] if "levels" in batch else model.encoder(batch["x"])
+    size_hw = batch["size_hw"] if "levels" in batch else tuple(batch["x"].shape[-2:])
+    depth = model.encoder.to_picture(model.features_to_depth(model.decoder(levels)), size_hw)
+    return loss(depth, batch["target"][:, None], step=batch["step"])
+
+
+def fitted(
+    config: DepthConfig, session: common.Session, model: Depther, rules: dict[str, DepthRule], protocol: Protocol
+) -> None:
+    """Fits the head of `model`, in place; the last head counts, as in the reference."""
+    c, t = config, config.transforms.train
+    train, val = (
+        opened(c, line, f"datasets.{key}") for line, key in ((c.datasets.train, "train"), (c.datasets.val, "val"))
+    )
+    session.say(f"datasets.train: {len(train)} pictures; datasets.val: {len(val)} pictures")
+    if t.augment:
+        made: Any = dense.raw_batches(train, rules["train"], c.bs, c.seed)
+    else:
+        made = dense.kept_batches(train, rules["eval"], model.encoder, c.bs, c.seed, session.device)
+    weights = c.losses if c.losses is not None else {"SIGLOSS": 1.0}
+    loss = DepthLoss(weights, min_depth=c.decoder_head.min_depth, max_depth=c.decoder_head.max_depth)
+    unmirrored = replace(protocol, flip=False)
+
+    def validate(module: nn.Module) -> dict[str, float]:
+        assert isinstance(module, Depther)
+        with dense.autocast(c.model_dtype, session.device):
+            return evaluate_model(module, val, rules["eval"], unmirrored, device=session.device)[0]
+
+    fc = dense.fit_config(
+        c.optimizer, c.scheduler, pictures=c.bs, late=0, evaluate_every=c.eval.eval_interval, seed=c.seed, finish_with="last",
+        precision="bfloat16" if c.model_dtype == "BFLOAT16" else "float32",
+        workers=dense.workers(c.num_workers) if t.augment else 0,
+    )  # fmt: skip
+    run = RunDir(session.output, writer=distributed.is_main())
+    report = fit(
+        model,
+        lambda step: made(step) | {"step": step},
+        lambda m, b: depth_loss(m, b, loss),
+        fc,
+        run,
+        evaluate=validate,
+        about=c,
+    )
+    decoder = {k.removeprefix("decoder."): v for k, v in head_tensors(model).items()}
+    dense.write_head(session.output / "model_final.pth", decoder, report.steps)
+
+
+def _save_head(config: DepthConfig, session: common.Session, model: Depther, scores: Mapping[str, float]) -> None:
+    """head.safetensors: the head in one small file that knows its backbone, for `dinov3 predict` and `load_from`."""
+    from dinov3.features import default_preprocessing
+    from dinov3.hub.heads import save_head
+
+    t = config.transforms.eval
+    backbone = model.get_submodule("encoder.backbone")
+    shape: dict[str, Any] = {"size": t.img_size, "shape": "short"} if t.img_size else {"shape": "native"}
+    save_head(
+        session.output / "head.safetensors", model, task="depth", head=config.decoder_head.type, options=head_options(config),
+        preprocessing=default_preprocessing(backbone, **shape), metrics=scores, steps=config.scheduler.total_iter,
+        data={"train": config.datasets.train, "test": config.datasets.test or config.datasets.val},
+    )  # fmt: skip
+
+
+# ---- the evaluation ------------------------------------------------------------------------------------------------
+
+
+def opened(config: DepthConfig, line: str, key: str) -> DenseDataset:
+    kinds = ("depth", "height") if key == "datasets.test" else ("depth",)
+    data = dense.open_dense(line, config.datasets.root, kinds, key)
+    if config.transforms.normalization_constant is not None:
+        data.unit = config.transforms.normalization_constant
+    return data
+
+
+def head_options(config: DepthConfig) -> dict[str, Any]:
+    """`build_depther`'s options but the type of the head."""
+    d = config.decoder_head
+    names = (
+        "min_depth",
+        "max_depth",
+        "bins_strategy",
+        "norm_strategy",
+        "n_output_channels",
+        "use_batchnorm",
+        "use_cls_token",
+    )
+    options = {name: getattr(d, name) for name in (*names, "use_backbone_norm", "backbone_out_layers")}
+    return options | {"adapt_to_patch_size": d.adapt_to_patch_size.value} | dict(d.head_kwargs)
+
+
+def fresh_model(config: DepthConfig, session: common.Session) -> Depther:
+    """The frozen backbone with a fresh head, drawn with the configuration's seed."""
+    backbone: Any = session.model(config.model)
+    torch.manual_seed(config.seed)
+    try:
+        model = build_depther(backbone, head_type=config.decoder_head.type, **head_options(config))
+    except TypeError as error:
+        odd = [k for k in config.decoder_head.head_kwargs if f"'{k}'" in str(error)]
+        if not odd:
+            raise
+        raise UnknownName(
+            f"decoder_head.head_kwargs: a {config.decoder_head.type} head has no option {odd[0]!r}"
+        ) from None
+    model.origin = backbone.origin
+    return model.to(session.device)
+
+
+def existing_model(config: DepthConfig, session: common.Session) -> Depther:
+    """The model of `load_from`."""
+    from dinov3.hub import HEADS
+
+    c = config
+    assert c.load_from is not None
+    if c.load_from in HEADS:
+        row = HEADS[c.load_from]
+        if row.task not in ("depth", "canopy"):
+            raise DinoError(f"load_from={c.load_from} is a head for {row.task}, not for depth")
+        given: dict[str, Any] = {"weights": c.head_weights, "backbone_weights": c.backbone_weights}
+        options = {k: v for k, v in given.items() if v is not None}
+        dtype = torch.bfloat16 if c.model_dtype == "BFLOAT16" else torch.float32
+        return row.function(autocast_dtype=dtype, device=session.device, **options)
+    if dense.is_head_file(c.load_from):
+        from dinov3.hub.heads import load_head, read_head_info
+
+        info = read_head_info(c.load_from)
+        if info.task != "depth":
+            raise DinoError(f"load_from={c.load_from} is a head for {info.task}, not for depth")
+        below = None if c.backbone_weights else dense.chosen_backbone(c.model, session)
+        model = load_head(c.load_from, backbone=below, backbone_weights=c.backbone_weights, device=session.device)
+        assert isinstance(model, Depther)
+        return model
+    fresh = fresh_model(c, session)
+    dense.fill_head(fresh.decoder, c.load_from, "decoder.")
+    return fresh.eval()
+
+
+def evaluate(config: DepthConfig, session: common.Session) -> dict[str, Any]:
+    """One row of <Data set>_<score>."""
+    c = config
+    line = c.datasets.test or c.datasets.val
+    test = opened(c, line, "datasets.test")
+    model = fresh_model(c, session) if c.load_from is None else existing_model(c, session)
+    mean, std = dense.statistics(model)
+    mean = list(dense.as_numbers(c.transforms.mean, mean, "transforms.mean"))
+    std = list(dense.as_numbers(c.transforms.std, std, "transforms.std"))
+    t, e = c.transforms.train, c.transforms.eval
+    rules = {
+        "train": DepthRule(
+            t.img_size, t.fixed_crop, t.eval_mask,
+            dense.pair(t.random_crop, "transforms.train.random_crop") if t.random_crop is not None else None,
+            t.rotation_angle, (t.brightness_range[0], t.brightness_range[1]), tuple(mean), tuple(std),
+        ),
+        "eval": DepthRule(e.img_size, e.fixed_crop, e.eval_mask, mean=tuple(mean), std=tuple(std)),
+    }  # fmt: skip
+    v = c.eval
+    protocol = Protocol(v.min_depth, v.max_depth, v.ignored_value, v.align_least_squares, v.use_tta)
+    if c.load_from is None:
+        fitted(c, session, model, rules, protocol)
+    shown = (
+        Pictures(c.result_config, session.output / "visualizations", v.max_depth)
+        if c.result_config.save_results
+        else None
+    )
+    with dense.autocast(c.model_dtype, session.device):
+        scores, rows = evaluate_model(
+            model, test, rules["eval"], protocol, device=session.device, shown=shown, say=session.say
+        )
+    name = line.split(":")[0]
+    if session.run.writer:
+        if rows:
+            folder = session.output / name
+            folder.mkdir(exist_ok=True)
+            lists = {k: [row[k] if row[k] == row[k] else None for row in rows] for k in rows[0]}
+            (folder / "results.json").write_text(json.dumps(lists) + "\n")
+        if c.load_from is None:
+            _save_head(c, session, model, scores)
+    asked = HEIGHT_SCORES if test.kind == "height" else c.metrics
+    return {f"{name}_{k}": scores[k] for k in asked if k in scores}
+
+
+class Pictures:
+    """Writes prediction and truth of every picture, side by side or as two files; .pth keeps the metres."""
+
+    def __init__(self, section: ResultSection, folder: Path, max_depth: float) -> None:
+        from dinov3.errors import require
+
+        self.section, self.folder, self.max_depth = section, folder, max_depth
+        folder.mkdir(parents=True, exist_ok=True)
+        if section.extension != "PTH":
+            self.colours = require("matplotlib", "plots", "pictures of depth").colormaps["plasma"]
+
+    def __call__(self, index: int, picture: Any, prediction: Tensor, truth: Tensor) -> None:
+        s = self.section
+        maps = {"prediction": prediction, "truth": truth}
+        if s.save_resolution is not None:
+            hw = dense.pair(s.save_resolution, "result_config.save_resolution")
+            maps = {k: resized(v[None, None].float(), hw)[0, 0] for k, v in maps.items()}
+        stem = self.folder / f"results_{index}"
+        if s.extension == "PTH":
+            if s.save_separate_files:
+                for what, values in maps.items():
+                    torch.save(values, f"{stem}_{what}.pth")
+            else:
+                torch.save(maps, f"{stem}.pth")
+            return
+        from PIL import Image
+
+        known = truth[torch.isfinite(truth) & (truth > 0)]
+        highest = float(known.max()) if known.numel() else self.max_depth
+        drawn = {k: self._drawn(v, highest, picture) for k, v in maps.items()}
+        parts = drawn if s.save_separate_files else {"": np.concatenate(list(drawn.values()), axis=1)}
+        for what, pixels in parts.items():
+            Image.fromarray(pixels).save(f"{stem}{'_' + what if what else ''}.{s.extension.lower()}")
+
+    def _drawn(self, metres: Tensor, highest: float, picture: Any) -> np.ndarray:
+        values = np.nan_to_num(metres.numpy() / highest).clip(0, 1)
+        pixels = self.colours(values)[..., :3] * 255
+        alpha = self.section.overlay_alpha
+        if alpha < 1:
+            under = np.asarray(picture.resize((metres.shape[1], metres.shape[0])), np.float32)
+            pixels = alpha * pixels + (1 - alpha) * under
+        return pixels.round().astype(np.uint8)
+
+
+# ---- doors ---------------------------------------------------------------------------------------------------------
+
+
+def folder_words(
+    folder: str | Path, *, model: str | None = None, weights: str | None = None, size: int | None = None, steps: int = 500,
+    max_depth: int = 10, unit: int | None = None, output_dir: str | None = None,
+) -> list[str]:  # fmt: skip
+    """The words of a configuration for a folder of pictures and depth maps: what `dinov3 eval depth FOLDER` does.
+
+    size: short side (default: the pictures' own); max_depth in metres; unit: integers per metre of depth files.
+    """
+    extra = f":unit={unit}" if unit is not None else ""
+    train, val = dense.folder_lines(folder, "depth", extra)
+    make_dataset(val)
+    words = [
+        f"datasets.train={train}", f"datasets.val={val}", "decoder_head.type=linear", "decoder_head.use_batchnorm=true",
+        "decoder_head.backbone_out_layers=LAST", f"decoder_head.max_depth={max_depth}", f"eval.max_depth={max_depth}",
+        "transforms.train.augment=false", f"scheduler.total_iter={steps}", "scheduler.type=cosine", "optimizer.lr=1e-3",
+        "bs=4", f"output_dir={output_dir or f'depth-{Path(folder).name}'}",
+    ]  # fmt: skip
+    words += [f"transforms.eval.img_size={size}"] if size else []
+    words += [f"model.name={model}"] if model else []
+    return words + ([f"model.weights={weights}"] if weights else [])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The script's and the command's door; the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        words = dense.folder_form(words, folder_words) or dense.with_recipe(words)
+    except DinoError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return common.main(NAME, DepthConfig, evaluate, words, saved_as="depth_config.yaml", doc=__doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
