@@ -73,13 +73,20 @@ def multilabel_dice(p: Tensor, t: Tensor) -> Tensor:
 
 
 def segmentation_terms(
-    logits: Tensor, target: Tensor, *, ce: float = 1.0, dice: float = 0.0, ignore_index: int = 255
+    logits: Tensor,
+    target: Tensor,
+    *,
+    ce: float = 1.0,
+    dice: float = 0.0,
+    ignore_index: int = 255,
+    mean_over: str = "all",
 ) -> LossTerms:
     """Cross-entropy and Dice, added with their weights; a weight of 0 leaves the term out. (The reference's recipes use
     one or the other.)"""
     terms = LossTerms()
     if ce:
-        terms.add("ce_loss", ce, cross_entropy_map(logits, target, ignore_index=ignore_index))
+        mean = cross_entropy_map(logits, target, ignore_index=ignore_index, mean_over=mean_over)
+        terms.add("ce_loss", ce, mean)
     if dice:
         terms.add("dice_loss", dice, dice_map(logits, target, ignore_index=ignore_index))
     return terms

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import colorsys
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -248,7 +249,7 @@ def save_head(
         backbone_options={"patch_size": backbone.patch_size} if _resizes(backbone) else {},
         fingerprint=loading.fingerprint(backbone),
         preprocessing=preprocessing if preprocessing is not None else default_preprocessing(backbone),
-        metrics={k: float(v) for k, v in (metrics or {}).items()},
+        metrics={k: float(v) for k, v in (metrics or {}).items() if math.isfinite(v)},
         dtype=str(next(t.dtype for t in head_tensors(module).values() if t.is_floating_point())).removeprefix("torch."),
         steps=steps,
         data=_plain(data or {}),
