@@ -40,6 +40,13 @@ class CanopyMap:
     image: Image.Image
     geo: dict[int, Any] = field(default_factory=dict)  # GeoTIFF tags of the picture; empty: it lies nowhere
 
+    def words(self) -> str:
+        """A line for a person."""
+        known = self.height_m[np.isfinite(self.height_m)]
+        if not known.size:
+            return "no data"
+        return f"{known.mean():.1f} m in the mean, {known.max():.1f} m at most, {(known > 2).mean():.0%} above 2 m"
+
     def drawing(self) -> Image.Image:
         known = self.height_m[np.isfinite(self.height_m)]
         high = max(1.0, float(np.percentile(known, 99))) if known.size else 1.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,20 @@ class Objects:
     scores: np.ndarray
     labels: np.ndarray
     names: tuple[str, ...]
-    image: Image.Image
+    image: Image.Image | None
+    size_wh: tuple[int, int]
     categories: tuple[str, ...]
     colours: np.ndarray  # [K, 3] uint8, by label
 
     def __len__(self) -> int:
         return len(self.scores)
 
+    def without_image(self) -> Objects:
+        """For keeping the boxes of many pictures."""
+        return replace(self, image=None)
+
     def drawing(self) -> Image.Image:
+        assert self.image is not None
         labels = self.labels.tolist()
         return drawing.boxes_over(self.image, self.boxes_xyxy_px, labels, self.names, self.scores, self.colours)
 
@@ -55,7 +61,7 @@ def write_coco(path: Path, pictures: Iterable[tuple[str, Objects]]) -> None:
     """One file in COCO's form: images, annotations (bbox x, y, width, height in pixels, with a score), categories."""
     images, annotations, categories = [], [], {}
     for number, (file_name, found) in enumerate(pictures, 1):
-        images.append({"id": number, "file_name": file_name, "width": found.image.width, "height": found.image.height})
+        images.append({"id": number, "file_name": file_name, "width": found.size_wh[0], "height": found.size_wh[1]})
         categories |= {i: {"id": i, "name": n} for i, n in enumerate(found.categories) if n}
         for (x0, y0, x1, y1), score, label in zip(found.boxes_xyxy_px.tolist(), found.scores, found.labels):
             box = [round(v, 2) for v in (x0, y0, x1 - x0, y1 - y0)]
@@ -106,6 +112,7 @@ def predict_objects(
         labels,
         tuple(categories[i] or f"class {i}" for i in labels),
         seen.image,
+        seen.image.size,
         categories,
         colours_of(model, len(categories)),
     )

@@ -106,10 +106,6 @@ def predict_segments(
     class_names = names_of(model, n, names, known_names.ade20k())
     own = own_rule(model)
     rule = own if own is not None and size is None else rule_of(model, size or SIZES[kind])
-    if kind == "m2f":  # its pyramid halves five times
-        rule = rule.with_(multiple=32, size=max(32, round(rule.size / 32) * 32))
-        if window is not None and window % 32:
-            raise DinoError(f"the Mask2Former head needs windows in multiples of 32 pixels, not {window}")
     if window is None and not whole and rule.shape == "short":
         window = rule.size
     seen = see(model, picture, rule)

@@ -1,0 +1,339 @@
+"""Verbs that say what is in pictures: segment, depth, detect, canopy, classify, zero-shot. One plot for all of them:
+
+list the pictures, load the model, and for each picture: read, predict, save, one line on stdout. What cannot be read is
+named, counted, and the exit code is 3. Results of different pictures never share a name (`pictures.csv` keeps the list).
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dinov3.cli.shared import INTERRUPTED, UNREADABLE, Device, Dtype, Progress, app, device_of, say
+from dinov3.errors import DinoError, PictureError
+
+if TYPE_CHECKING:
+    from dinov3.data.pictures import Picture
+    from dinov3.data.sources import Item
+
+Pictures = Annotated[list[str], typer.Argument(help="Pictures, folders, list files, tar shards or parquet.")]
+Out = Annotated[Path, typer.Option(help="Folder for the results; made if need be.")]
+OutIfAny = Annotated[Path | None, typer.Option(help="Folder for the results. Default: none, only stdout.")]
+Model = Annotated[str | None, typer.Option(help="A published head by its hub name. Default: the one for this task.")]
+HeadFile = Annotated[str | None, typer.Option("--head", help="A head file of your own, instead of --model.")]
+HeadWeights = Annotated[
+    str | None,
+    typer.Option(
+        help="The published head's file: path, URL or Hugging Face id. 'random': an untrained head, to try the command; "
+        "without --model it stands on the small backbone that comes with the package."
+    ),
+]
+BackboneWeights = Annotated[str | None, typer.Option(help="The backbone's file: path, URL or Hugging Face id.")]
+Size = Annotated[int | None, typer.Option(min=1, help="Pixels of the short side that the model sees.")]
+Window = Annotated[int | None, typer.Option(min=1, help="Sliding windows of so many pixels (after --size).")]
+Stride = Annotated[int | None, typer.Option(min=1, help="Pixels between windows. Default: 2/3 of a window.")]
+Labels = Annotated[str | None, typer.Option(help="Class names: a,b,c or a text file with one a line.")]
+Precision = Annotated[Dtype, typer.Option(help="The model's precision.")]
+
+# verb → (published head, task in head files, kind of an untrained head, its classes, further options)
+TASKS: dict[str, tuple[str, str, str, int | None, dict[str, Any]]] = {
+    "classify": ("dinov3_vit7b16_lc", "classification", "linear", 1000, {}),
+    "segment": ("dinov3_vit7b16_ms", "segmentation", "linear", 150, {}),
+    "depth": ("dinov3_vit7b16_dd", "depth", "dpt", None, {}),
+    "canopy": ("dinov3_vitl16_chmv2", "depth", "dpt", None, {"max_depth": 96.0}),
+    "detect": ("dinov3_vit7b16_de", "detection", "detr", 91, {}),
+}
+
+
+@app.command()
+def segment(
+    pictures: Pictures,
+    out: Out,
+    model: Model = None,
+    head: HeadFile = None,
+    weights: HeadWeights = None,
+    backbone_weights: BackboneWeights = None,
+    size: Size = None,
+    window: Window = None,
+    stride: Stride = None,
+    whole: Annotated[bool, typer.Option("--whole", help="No windows: everything at once.")] = False,
+    labels: Labels = None,
+    device: Device = "auto",
+    dtype: Precision = "float32",
+) -> None:
+    """The class of every pixel: an indexed PNG, its legend as JSON, and a drawing, for each picture."""
+    from dinov3.predict.segment import predict_segments
+
+    names = names_given(labels)
+    net = model_for("segment", model, head, weights, backbone_weights, device, dtype, n_classes=len(names or ()))
+    options = {"size": size, "window": window, "stride": stride, "whole": whole, "names": names}
+    for path, name, found in over(pictures, "segmenting", lambda p, _: predict_segments(net, p, **options), out):
+        found.save(out, name)
+        shares = list(found.shares().items())
+        print(f"{path}\t" + ", ".join(f"{word} {share:.1%}" for word, share in shares[:5]))
+
+
+@app.command()
+def depth(
+    pictures: Pictures,
+    out: Out,
+    model: Model = None,
+    head: HeadFile = None,
+    weights: HeadWeights = None,
+    backbone_weights: BackboneWeights = None,
+    size: Size = None,
+    window: Window = None,
+    stride: Stride = None,
+    flip: Annotated[bool, typer.Option("--flip", help="Mean with the mirrored picture: slower, better.")] = False,
+    device: Device = "auto",
+    dtype: Precision = "float32",
+) -> None:
+    """Metres from the camera for every pixel: a float32 .npy and a drawing for each picture."""
+    from dinov3.predict.depth import predict_depth
+
+    net = model_for("depth", model, head, weights, backbone_weights, device, dtype)
+    options: dict[str, Any] = {"size": size, "window": window, "stride": stride, "flip": flip}
+    for path, name, found in over(pictures, "measuring", lambda p, _: predict_depth(net, p, **options), out):
+        found.save(out, name)
+        low, high = float(found.depth_m.min()), float(found.depth_m.max())
+        print(f"{path}\t{low:.2f} to {high:.2f} m")
+
+
+@app.command()
+def canopy(
+    pictures: Pictures,
+    out: Out,
+    model: Model = None,
+    head: HeadFile = None,
+    weights: HeadWeights = None,
+    backbone_weights: BackboneWeights = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Resize the short side first. Default: not at all.")] = None,
+    window: Annotated[int, typer.Option(min=1, help="Larger pictures are seen through windows.")] = 1024,
+    stride: Stride = None,
+    device: Device = "auto",
+    dtype: Precision = "float32",
+) -> None:
+    """Height of trees in metres from aerial pictures: GeoTIFF for GeoTIFFs, else .npy, and a drawing for each."""
+    from dinov3.predict.canopy import predict_canopy
+
+    net = model_for("canopy", model, head, weights, backbone_weights, device, dtype)
+    options: dict[str, Any] = {"size": size, "window": window, "stride": stride}
+    results = over(pictures, "measuring", lambda p, data: predict_canopy(net, p, file=data, **options), out)
+    for path, name, found in results:
+        found.save(out, name)
+        print(f"{path}\t{found.words()}")
+
+
+@app.command()
+def detect(
+    pictures: Pictures,
+    out: Out,
+    model: Model = None,
+    head: HeadFile = None,
+    weights: HeadWeights = None,
+    backbone_weights: BackboneWeights = None,
+    size: Size = None,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="The least score that is kept.")] = 0.5,
+    most: Annotated[int, typer.Option(min=1, help="At most so many boxes a picture.")] = 100,
+    labels: Labels = None,
+    device: Device = "auto",
+    dtype: Precision = "float32",
+) -> None:
+    """Boxes around objects: one detections.json in COCO's form, and a drawing for each picture."""
+    from dinov3.predict.detect import predict_objects, write_coco
+
+    names = names_given(labels)
+    net = model_for("detect", model, head, weights, backbone_weights, device, dtype, n_classes=len(names or ()))
+    options: dict[str, Any] = {"size": size, "threshold": threshold, "most": most, "names": names}
+    kept = []
+    try:
+        for path, name, found in over(pictures, "detecting", lambda p, _: predict_objects(net, p, **options), out):
+            found.drawing().save(out / f"{name}_boxes.png")
+            kept.append((path, found.without_image()))
+            best = ", ".join(f"{word} {score:.2f}" for word, score in zip(found.names[:5], found.scores))
+            print(f"{path}\t{len(found)}\t{best}")
+    finally:
+        if kept:
+            write_coco(out / "detections.json", kept)
+
+
+@app.command()
+def classify(
+    pictures: Pictures,
+    out: OutIfAny = None,
+    model: Model = None,
+    head: HeadFile = None,
+    weights: HeadWeights = None,
+    backbone_weights: BackboneWeights = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Side of the square cut from the middle.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="So many classes a picture.")] = 5,
+    labels: Labels = None,
+    device: Device = "auto",
+    dtype: Precision = "float32",
+) -> None:
+    """What pictures show: classes with probabilities on stdout, in classes.csv and, with --out, drawn."""
+    from dinov3.predict.classify import predict_classes
+
+    names = names_given(labels)
+    net = model_for("classify", model, head, weights, backbone_weights, device, dtype, n_classes=len(names or ()))
+    rows: list[tuple[Any, ...]] = []
+    try:
+        for path, name, found in over(
+            pictures, "classifying", lambda p, _: predict_classes(net, p, size=size, names=names), out
+        ):
+            best = found.best(top)
+            rows += [(path, rank, number, word, f"{p:.6g}") for rank, (number, word, p) in enumerate(best, 1)]
+            print(f"{path}\t" + ", ".join(f"{word} {p:.1%}" for _, word, p in best))
+            if out is not None:
+                found.drawing().save(out / f"{name}_classes.png")
+    finally:
+        if out is not None and rows:
+            write_csv(out / "classes.csv", ("picture", "rank", "class", "name", "probability"), rows)
+
+
+# ---- the plot ------------------------------------------------------------------------------------------------------
+
+
+def over(
+    pictures: list[str], word: str, predict: Callable[[Picture, bytes], Any], out: Path | None
+) -> Iterator[tuple[str, str, Any]]:
+    """(path, name for files, result) of every picture that can be read; the others are named at the end, exit code 3."""
+    from dinov3.data.pictures import open_picture
+    from dinov3.data.sources import open_source
+    from dinov3.predict.common import OutputNames
+
+    sources = [open_source(p) for p in pictures]
+    names = OutputNames(out) if out is not None else None
+    failures: list[tuple[str, str]] = []
+    total = sum(map(len, sources))
+    done = 0
+    try:
+        with Progress(word, total) as progress:
+            for path, item in _each(sources):
+                try:
+                    data = item.read()
+                    result = predict(open_picture(data), data)
+                except PictureError as error:
+                    failures.append((path, str(error)))
+                else:
+                    yield path, names(path) if names is not None else Path(path).stem, result
+                    done += 1
+                progress(done + len(failures))
+    except KeyboardInterrupt:
+        say(f"interrupted after {done} of {total} pictures; what is done is saved")
+        raise typer.Exit(INTERRUPTED) from None
+    for path, reason in failures[:20]:
+        say(f"could not read {path}: {reason}")
+    if len(failures) > 20:
+        say(f"… and {len(failures) - 20} more")
+    say(f"{done} pictures, {len(failures)} unreadable" + (f"; {out}" if out is not None else ""))
+    if failures:
+        raise typer.Exit(UNREADABLE)
+
+
+def _each(sources: list[Any]) -> Iterator[tuple[str, Item]]:
+    """Every picture once, by its absolute path, however often it was named."""
+    seen: set[str] = set()
+    for source in sources:
+        for item in source:
+            path = os.path.join(source.root, item.path)
+            if path not in seen:
+                seen.add(path)
+                yield path, item
+
+
+def write_csv(path: Path, head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(head)
+        writer.writerows(rows)
+
+
+def names_given(labels: str | None) -> list[str] | None:
+    """Class names as people give them: a,b,c or a text file."""
+    if labels is None:
+        return None
+    if Path(labels).is_file():
+        from dinov3.data.names import read_names
+
+        return list(read_names(labels))
+    names = [word.strip() for word in labels.split(",")]
+    if not all(names):
+        raise DinoError(f"--labels {labels!r} has an empty name; write a,b,c or name a text file")
+    return names
+
+
+# ---- the model -----------------------------------------------------------------------------------------------------
+
+
+def model_for(
+    verb: str,
+    name: str | None,
+    head_file: str | None,
+    weights: str | None,
+    backbone_weights: str | None,
+    device: str,
+    dtype: str,
+    n_classes: int = 0,
+) -> Any:
+    """The model of a verb's options, said on stderr; an untrained one only where asked for by "random", and loudly."""
+    import torch
+
+    from dinov3 import hub
+    from dinov3.hub import headfiles
+
+    published, task, kind, classes, options = TASKS[verb]
+    place, precision = device_of(device), getattr(torch, dtype)
+    if head_file is not None:
+        from dinov3.hub.heads import load_head, read_head_info
+
+        if name is not None or weights is not None:
+            raise DinoError(
+                "--head is a head file of your own, --model and --weights a published one: give one of them"
+            )
+        info = read_head_info(head_file)
+        if info.task != task:
+            raise DinoError(f"{head_file} is a head for {info.task}: use `dinov3 {_verb_of(info.task)}`")
+        net: Any = headfiles.placed(load_head(head_file, backbone_weights=backbone_weights), place, precision)
+        say(f"{info.head} head {head_file} over {info.backbone_label}, {dtype} on {place}")
+        return net
+    if weights == "random" and name is None:
+        from dinov3.hub.heads import build_head
+
+        under = hub.load(None, backbone_weights)
+        given = {} if classes is None else {"n_classes": n_classes or classes}
+        net = build_head(task, kind, under, **given, **options).eval()
+        net = headfiles.placed(net, place, precision)
+        _say_random(f"the {kind} head (over {under.origin})")
+        return net
+    row = hub.head(name or published)
+    if row.task != verb:
+        raise DinoError(f"{row.name} is for another task: use `dinov3 {_verb_of(row.task)}`")
+    extra: dict[str, Any] = {"autocast_dtype": torch.float32} if verb in ("segment", "depth", "canopy") else {}
+    files = {"weights": weights, "backbone_weights": backbone_weights}
+    files = {k: v for k, v in files.items() if v is not None}
+    if weights == "random" and backbone_weights is None:
+        files = {"pretrained": False}  # type: ignore[dict-item]
+    net = row.function(**files, device=place, dtype=precision, **extra).eval()
+    if net.origin.random:
+        _say_random(row.name)
+    else:
+        say(f"{net.origin}, {dtype} on {place}")
+    for note in net.origin.notes:
+        say(f"note: {note}")
+    return net
+
+
+def _say_random(what: str) -> None:
+    say(f"The weights of {what} are RANDOM: results have the right form and no meaning. Give --weights or --head.")
+
+
+def _verb_of(task: str) -> str:
+    if task == "text":
+        return "zero-shot"
+    return next((verb for verb, row in TASKS.items() if task in (verb, row[1])), task)
