@@ -15,7 +15,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from enum import Enum
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,80 @@ def dinov3_vitl16_dinotxt_tet1280d20h24l(
         check_hash = check_hash and cache.hash_in_name(os.fspath(backbone_weights).split("?")[0]) is not None
     backbone = cast(VisionTransformer, dinov3_vitl16(weights=backbone_weights, check_hash=check_hash))
     return assemble(backbone, state, text, DinoTxtConfig(), source=source, notes=notes), tokenizer
+
+
+def load_dinotxt(
+    weights: DINOTxtWeights | str | os.PathLike[str] = DINOTxtWeights.LVTD2300M,
+    *,
+    backbone_weights: Weights | str | os.PathLike[str] | None = None,
+    bpe_path_or_url: str | os.PathLike[str] | None = None,
+    sizes: str | os.PathLike[str] | None = None,
+    device: Any = "cpu",
+    dtype: Any = None,
+) -> tuple[DinoTxt, Tokenizer]:
+    """The published model, or one of your own with the sizes that its training wrote (`clip_model_config.yaml`).
+
+    `weights` "random": the towers' initial values, for trying. `backbone_weights` None: the published ViT-L's, or with
+    `sizes` the backbone that it names. In evaluation mode. Raises `DinoError`s.
+    """
+    from dinov3.hub import load
+
+    if sizes is None:
+        text, config = TextConfig(), DinoTxtConfig()
+        chosen: Any = Weights.LVD1689M if backbone_weights is None else backbone_weights
+        name: str | None = "dinov3_vitl16"
+        bpe = bpe_path_or_url
+    else:
+        told = _read_sizes(sizes)
+        text, config, name = told.text, told.joint, told.backbone
+        chosen = told.backbone_weights if backbone_weights is None else backbone_weights
+        bpe = told.vocabulary if bpe_path_or_url is None else bpe_path_or_url
+    tokenizer = vocabulary(bpe, text.vocab_size)
+    if isinstance(chosen, Weights):
+        backbone: Any = dinov3_vitl16(weights=chosen)
+    else:
+        backbone = load(name, chosen, seed=0)
+    if not isinstance(backbone, VisionTransformer):
+        raise DinoError(f"dino.txt reads the tokens of a ViT, and {_origin(backbone)} is none")
+    if weights == "random":
+        torch.manual_seed(0)
+        model = fresh(backbone, text, config)
+    else:
+        source = head(NAME).url if isinstance(weights, DINOTxtWeights) else os.fspath(weights)
+        state, notes = headfiles.read(source)
+        model = assemble(backbone, state, text, config, source=source, notes=notes)
+    return model.to(device=device, dtype=dtype), tokenizer
+
+
+class _Sizes(NamedTuple):
+    joint: DinoTxtConfig
+    text: TextConfig
+    backbone: str | None
+    backbone_weights: str | None
+    vocabulary: str | None
+
+
+def _read_sizes(file: str | os.PathLike[str]) -> _Sizes:
+    """What a training of one's own wrote beside its head."""
+    import yaml
+
+    try:
+        with open(file, encoding="utf-8") as stream:
+            told = dict(yaml.safe_load(stream))
+        text = TextConfig.of(**told.pop("text_backbone"))
+        names = [
+            told.pop(key, None) for key in ("vision_backbone", "vision_backbone_weights", "text_vocab_path_or_url")
+        ]
+        theirs = [told.pop(key, None) for key in ("vision_backbone_config", "vision_backbone_pretrained_weights")]
+        if names[0] is None and theirs[0] is not None and names[1] is None:
+            names[1] = theirs[1]
+        return _Sizes(DinoTxtConfig.of(**told), text, *names)
+    except OSError as error:
+        raise DinoError(f"{file} cannot be read: {error.strerror}") from None
+    except (TypeError, ValueError, KeyError, yaml.YAMLError) as error:
+        raise DinoError(
+            f"{file} is no clip_model_config.yaml of a dino.txt training ({type(error).__name__}: {error})"
+        ) from None
 
 
 def vocabulary(path_or_url: str | os.PathLike[str] | None, size: int) -> Tokenizer:

@@ -1,0 +1,229 @@
+"""Zero-shot: classes, places and sentences by words alone, with a dino.txt model (paper Tab. 16; the public examples).
+
+    dinov3 eval zero-shot task=classification dataset=ImageNet:root=…:split=VAL model.weights=HEAD model.backbone_weights=L
+    dinov3 eval zero-shot task=segmentation dataset=ADE20K:root=…:split=VAL …
+    dinov3 eval zero-shot task=retrieval dataset=CocoCaptions:root=…:split=VAL …
+    dinov3 eval zero-shot dataset=photos model.sizes=OUT/clip_model_config.yaml model.weights=OUT/head.safetensors
+
+classification: every class name in every template; short side and centre crop `size` (bicubic); cosines with the whole
+feature; top-1 and top-5. The published table is at 576 patches (size=384); the public example at 512.
+segmentation: the second half of the text features against patch tokens; short side `resize` (bicubic, the long one rounded
+down); mode slide: windows of `side` every `stride`, the mean of their softmax without a temperature; mode whole: cosines.
+Then bilinear to the mask's size. Macro Jaccard over the classes that occur, mIoU in percent.
+retrieval: recall of pictures by captions and captions by pictures; any caption of a picture counts.
+
+Class names come from the data set (ImageNet's, ADE20K's and Cityscapes' published lists, or folders' names), or one a line
+from `names`; templates are CLIP's 80, or one a line from `templates`, or "none": the bare name.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinov3 import distributed
+from dinov3.data import names as known
+from dinov3.data.datasets import make_dataset
+from dinov3.data.datasets.captions import Captioned
+from dinov3.data.datasets.dense import DenseDataset
+from dinov3.data.pictures import open_picture
+from dinov3.data.transforms import Preprocessing
+from dinov3.errors import DinoError
+from dinov3.eval import common
+from dinov3.eval.common import Number, Session
+from dinov3.eval.text import scores
+from dinov3.heads.dinotxt import DinoTxt
+from dinov3.heads.encoder import resized
+from dinov3.heads.open_vocabulary import (
+    OpenVocabulary,
+    averaged,
+    class_vectors,
+    patch_part,
+    prompt_features,
+    text_features,
+)
+from dinov3.heads.windows import slide
+from dinov3.hub.dinotxt import load_dinotxt
+from dinov3.metrics import confusion_matrix, iou_scores, reduce_zero_label
+
+
+@dataclass
+class TextModelSection:
+    """Which dino.txt model. Nothing given: the published one, fetched."""
+
+    weights: str | None = None  # the head and text tower; "random" for trying
+    backbone_weights: str | None = None
+    bpe: str | None = None  # CLIP's bpe_simple_vocab_16e6.txt.gz
+    sizes: str | None = None  # clip_model_config.yaml of a training of one's own
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+@dataclass
+class ZeroShotConfig:
+    model: TextModelSection = field(default_factory=TextModelSection)
+    task: Literal["classification", "segmentation", "retrieval"] = "classification"
+    dataset: str = ""
+    names: str | None = None
+    templates: str | None = None
+    size: int = 512
+    mode: Literal["slide", "whole"] = "slide"
+    resize: int = 512
+    side: int = 384
+    stride: int = 192
+    batch_size: int = 16
+    workers: int = 4
+    max_pictures: int | None = None  # the first so many; null: all
+    output_dir: str = "."
+    save_results: bool = False
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if not self.dataset:
+            yield (
+                "dataset",
+                "must be given, for example dataset=ImageNet:root=…:split=VAL, or a folder of class folders",
+            )
+        for name in ("size", "resize", "side", "stride", "batch_size"):
+            if getattr(self, name) < 1:
+                yield name, f"must be at least 1, not {getattr(self, name)}"
+
+
+def class_names(dataset: Any, file: str | None) -> list[str]:
+    """One name for each class number, from a file or from what the data set is."""
+    if file is not None:
+        return list(known.read_names(file))
+    kind = type(dataset).__name__
+    if kind.startswith("ImageNet") and kind != "ImageNet22k":
+        return list(known.imagenet1k())
+    if kind == "ADE20K":
+        return list(known.ade20k())
+    own = getattr(dataset, "class_names", None)
+    if not own:
+        raise DinoError("this data set does not name its classes: give names=FILE, a name a line in the classes' order")
+    return [str(name).replace("_", " ") for name in own]
+
+
+def chosen_templates(text: str | None) -> list[str]:
+    """CLIP's 80, the lines of a file, or "none": the bare name."""
+    if text is None:
+        return list(known.templates())
+    return ["{}"] if text == "none" else list(known.read_names(text, "templates"))
+
+
+def evaluate(config: ZeroShotConfig, session: Session) -> dict[str, Number]:
+    """One row of numbers in percent."""
+    c, m = config, config.model
+    dataset = make_dataset(c.dataset)
+    device = session.device
+    model, tokenizer = load_dinotxt(
+        **({"weights": m.weights} if m.weights else {}), backbone_weights=m.backbone_weights, bpe_path_or_url=m.bpe,
+        sizes=m.sizes, device=device, dtype=getattr(torch, m.dtype),
+    )  # fmt: skip
+    session.say(f"{model.origin}, {m.dtype} on {device}")
+    n = len(dataset) if c.max_pictures is None else min(len(dataset), c.max_pictures)
+    rows = list(range(n))
+    if n < len(dataset):
+        session.say(f"note: only the first {n} of {len(dataset)} pictures, so this is another benchmark")
+    if c.task == "retrieval":
+        return _retrieval(c, model, tokenizer, dataset, rows)
+    names = class_names(dataset, c.names)
+    session.say(f"{len(names)} classes, {len(chosen_templates(c.templates))} templates, {n} pictures")
+    if c.task == "classification":
+        return _classification(c, model, tokenizer, dataset, rows, names)
+    return _segmentation(c, model, tokenizer, dataset, rows, names, session)
+
+
+def _classification(
+    c: ZeroShotConfig, model: DinoTxt, tokenizer: Any, dataset: Any, rows: Sequence[int], names: list[str]
+) -> dict[str, Number]:
+    targets = common.test_targets(dataset, c.dataset)
+    labels = torch.from_numpy(targets.labels)
+    if labels.ndim != 1:
+        raise DinoError(f"{c.dataset} has several labels a picture; zero-shot classification needs one")
+    vectors = class_vectors(model, tokenizer, names, chosen_templates(c.templates))
+    mine = rows[distributed.rank() :: distributed.world()]
+    images = scores.image_features(model, dataset, mine, size=c.size, batch_size=c.batch_size, workers=c.workers)
+    logits = torch.from_numpy(targets.chosen((100 * images @ vectors.T).numpy()))
+    gathered = distributed.gather_objects((logits, labels[mine]))
+    return dict(scores.classification(*(torch.cat(parts) for parts in zip(*gathered))))
+
+
+def _retrieval(
+    c: ZeroShotConfig, model: DinoTxt, tokenizer: Any, dataset: Any, rows: Sequence[int]
+) -> dict[str, Number]:
+    if not isinstance(dataset, Captioned):
+        raise DinoError(f"{c.dataset} has no captions; CocoCaptions:root=… and Captions:root=… do")
+    images = scores.image_features(model, dataset, rows, size=c.size, batch_size=c.batch_size, workers=c.workers)
+    captions = [(i, caption) for i, row in enumerate(rows) for caption in dataset.captions[row]]
+    texts = F.normalize(text_features(model, tokenizer, [text for _, text in captions]), dim=-1)
+    return dict(scores.retrieval(images, texts, torch.tensor([i for i, _ in captions])))
+
+
+def place_maps(model: DinoTxt, vectors: Tensor, x: Tensor, config: ZeroShotConfig) -> Tensor:
+    """Class maps [1, C, h, w] of one picture [1, 3, h, w]: shares from windows, or cosines of the whole."""
+    size_hw = (x.shape[-2], x.shape[-1])
+    if config.mode == "whole":
+        return OpenVocabulary(model, vectors).predict(x, size_hw)
+    return slide(
+        x,
+        OpenVocabulary(model, vectors, softmax=True),
+        decoder_head_type="linear",
+        n_output_channels=len(vectors),
+        crop_hw=(config.side, config.side),
+        stride_hw=(config.stride, config.stride),
+    )
+
+
+def _segmentation(
+    c: ZeroShotConfig,
+    model: DinoTxt,
+    tokenizer: Any,
+    dataset: Any,
+    rows: Sequence[int],
+    names: list[str],
+    session: Session,
+) -> dict[str, Number]:
+    if not isinstance(dataset, DenseDataset) or dataset.kind != "classes":
+        raise DinoError(f"{c.dataset} has no class masks; ADE20K, Cityscapes, VOC2012 and DenseFolder do")
+    vectors = patch_part(model, prompt_features(model, tokenizer, names, chosen_templates(c.templates)))
+    weight = next(model.text_model.parameters())
+    origin: Any = model.origin
+    # the long side rounded down, as the public example does: nothing is cut and no multiple of the patch is asked for
+    rule = Preprocessing(
+        size=c.resize, shape="short", multiple=1, interpolation="bicubic", mean=origin.mean, std=origin.std
+    )
+    total = torch.zeros(len(names), len(names), dtype=torch.float64)
+    told = time.perf_counter()
+    mine = rows[distributed.rank() :: distributed.world()]
+    for done, row in enumerate(mine, 1):
+        picture = open_picture(dataset.read(row)).image
+        x, _ = rule(picture)
+        maps = place_maps(model, vectors, x[None].to(weight.device), c)
+        target = torch.from_numpy(dataset.target(row).astype("int64"))
+        if dataset.zero_is_other:
+            target = reduce_zero_label(target)
+        classes = resized(maps, (target.shape[-2], target.shape[-1])).argmax(1)[0].cpu()
+        total += confusion_matrix(classes, target, len(names), dataset.ignore_index).double()
+        if time.perf_counter() - told > 15 or done == len(mine):
+            session.say(f"pictures {done}/{len(mine)}")
+            told = time.perf_counter()
+    summed = sum(distributed.gather_objects(total))
+    numbers = iou_scores(summed)
+    return {name: 100 * float(numbers[name]) for name in ("mIoU", "aAcc", "mAcc") if name in numbers}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return common.main("zero_shot", ZeroShotConfig, evaluate, argv)  # type: ignore[type-var]
+
+
+__all__ = ["ZeroShotConfig", "averaged", "evaluate", "main", "place_maps"]
+
+if __name__ == "__main__":
+    sys.exit(main())
