@@ -16,6 +16,7 @@ from dinov3.hub.backbones import (
     dinov3_vitl16plus,
     dinov3_vits16,
     dinov3_vits16plus,
+    dinov3_vitt16,
 )
 from dinov3.hub.classifiers import ClassifierWeights, dinov3_vit7b16_lc
 from dinov3.hub.depthers import DepthWeights, dinov3_vit7b16_dd, dinov3_vitl16_chmv2
@@ -49,4 +50,5 @@ __all__ = [
     "dinov3_vitl16plus",
     "dinov3_vits16",
     "dinov3_vits16plus",
+    "dinov3_vitt16",
 ]

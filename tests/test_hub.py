@@ -130,12 +130,25 @@ def test_torch_hub_loads_a_local_file_and_gives_eval_mode(vits, tmp_path) -> Non
     assert fresh.patch_size == 16
 
 
-def test_torch_hub_sees_the_eleven_backbones() -> None:
+def test_torch_hub_sees_the_eleven_backbones_and_our_own() -> None:
     import hubconf
     from dinov3.hub import backbones
 
     names = [n for n in vars(hubconf) if n.startswith("dinov3_") and hasattr(backbones, n)]
-    assert len(names) == 11
+    assert len(names) == 12
+
+
+def test_torch_hub_gives_the_small_model_of_the_package_without_a_network(monkeypatch) -> None:
+    monkeypatch.setenv("DINOV3_DOWNLOAD_BASE", "file:///nowhere")
+    hub = {"repo_or_dir": str(ROOT), "model": "dinov3_vitt16", "source": "local"}
+    model = torch.hub.load(**hub)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert torch.equal(model(X), dinov3.load("dinov3_vitt16")(X))
+    assert not torch.equal(torch.hub.load(**hub, pretrained=False)(X), model(X))
+    with pytest.raises(UnknownName, match="not trained on LVD1689M; leave weights out"):
+        torch.hub.load(**hub, weights="LVD1689M")
+    with pytest.raises(UnknownName, match=r"dinov3_vits16 was not trained on SAT493M; published: Weights\.LVD1689M"):
+        torch.hub.load(str(ROOT), "dinov3_vits16", source="local", weights="SAT493M")
 
 
 def test_torch_hub_downloads_from_the_published_address(vits, tmp_path, monkeypatch) -> None:

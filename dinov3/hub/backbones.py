@@ -1,4 +1,4 @@
-"""The eleven backbone functions that `torch.hub` sees, with the reference's arguments. Loading needs only torch.
+"""The backbone functions that `torch.hub` sees, with the reference's arguments. Loading needs only torch.
 
 Differences from the reference, all on the side of telling: models come back in evaluation mode; `check_hash` works for
 every file, ConvNeXt included; a local path is read where it lies instead of being copied by base name into a cache; the
@@ -42,7 +42,11 @@ def _make(
         dataset = weights.value.lower()
         rows = tuple(row for row in rows if row.dataset == dataset)
         if not rows:
-            raise UnknownName(f"{arch} was not trained on {weights.value}; published: Weights.LVD1689M")
+            known = [
+                f"Weights.{w.name}" for w in Weights if any(w.value.lower() == r.dataset for r in catalog.resolve(arch))
+            ]
+            published = f"published: {', '.join(known)}" if known else "leave weights out"
+            raise UnknownName(f"{arch} was not trained on {weights.value}; {published}")
     if not pretrained:
         return fresh(rows[0], seed=None, **kwargs)
 
@@ -61,6 +65,16 @@ def _make(
     else:
         source = os.fspath(weights)
     return assemble(loading.open(source, check_hash=check_hash), rows, **kwargs)
+
+
+def dinov3_vitt16(**kwargs: Any) -> nn.Module:
+    """ViT-Ti/16, our own small model (docs/model-card-vitt16.md), which ships with the package: pretrained=True,
+    weights=path | URL of another file, check_hash=False, and constructor options. Computes in float32, as all do."""
+    import torch
+
+    kwargs.setdefault("weights", catalog.resolve("dinov3_vitt16")[0].packaged_path)
+    kwargs.setdefault("dtype", torch.float32)  # the file is float16 to be small
+    return _make("dinov3_vitt16", **kwargs)
 
 
 def dinov3_vits16(**kwargs: Any) -> nn.Module:
