@@ -1,4 +1,8 @@
-"""The PCA rainbow (paper Fig. 1, 13): the three strongest directions of the patch features as red, green and blue."""
+"""The PCA rainbow (paper Fig. 1, 13): the three strongest directions of the patch features as red, green and blue.
+
+`rainbow` stretches every channel and needs no mask; `object_colours` is the notebooks' way: directions of the object's
+patches alone, whitened, through a sigmoid, on black.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +22,22 @@ class PatchPCA:
     mean: Tensor  # [D]
     directions: Tensor  # [D, k], strongest first, signs fixed
     variance_share: Tensor  # [k], of the total variance
+    deviation: Tensor  # [k], standard deviation along the directions
 
     def __call__(self, features: Features) -> Tensor:
         """Coordinates [B, h, w, k] along the directions."""
         return (features.patches.float().cpu() - self.mean) @ self.directions
 
+    def whitened(self, features: Features) -> Tensor:
+        """Coordinates [B, h, w, k] in units of the fitted patches' standard deviation."""
+        return self(features) / self.deviation.clamp_min(1e-12)
 
-def fit(features: Features, components: int = 3) -> PatchPCA:
-    """Principal directions of all patches of all pictures together."""
+
+def fit(features: Features, components: int = 3, mask: Tensor | None = None) -> PatchPCA:
+    """Principal directions of the patches of all pictures together: all of them, or those in a boolean mask [B, h, w]."""
     x = features.patches.float().cpu().flatten(0, 2)  # [B·h·w, D]
+    if mask is not None:
+        x = x[_mask_of(features, mask).flatten()]
     if len(x) <= components:
         raise DinoError(f"{components} components need more than {components} patches; there are {len(x)}")
     mean = x.mean(0)
@@ -36,7 +47,18 @@ def fit(features: Features, components: int = 3) -> PatchPCA:
     largest = directions.abs().argmax(0)
     directions = directions * directions[largest, torch.arange(components)].sign()
     variance = singular.square()
-    return PatchPCA(mean, directions, variance[:components] / variance.sum())
+    share, deviation = variance[:components] / variance.sum(), (variance[:components] / (len(x) - 1)).sqrt()
+    return PatchPCA(mean, directions, share, deviation)
+
+
+def _mask_of(features: Features, mask: Tensor) -> Tensor:
+    """A boolean mask [B, h, w] of the features' patches, from one of that shape or, for one picture, [h, w]."""
+    mask = mask.bool().cpu()
+    mask = mask[None] if mask.ndim == 2 else mask
+    if mask.shape != features.patches.shape[:3]:
+        expected = list(features.patches.shape[:3])
+        raise DinoError(f"a mask of these features has the shape {expected}, not {list(mask.shape)}")
+    return mask
 
 
 def rainbow(features: Features, pca: PatchPCA | None = None, *, quantile: float = 0.01) -> Tensor:
@@ -45,3 +67,23 @@ def rainbow(features: Features, pca: PatchPCA | None = None, *, quantile: float 
     flat = coordinates.flatten(0, 2)
     low, high = flat.quantile(quantile, 0), flat.quantile(1 - quantile, 0)
     return ((coordinates - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+
+
+def object_colours(
+    features: Features,
+    mask: Tensor,
+    pca: PatchPCA | None = None,
+    *,
+    signs: tuple[int, int, int] = (1, 1, 1),
+    order: tuple[int, int, int] = (0, 1, 2),
+) -> Tensor:
+    """Colours [B, h, w, 3] in [0, 1] of the patches in a boolean mask [B, h, w] (or [h, w] of one picture), black elsewhere.
+
+    Directions of the masked patches (or `pca`'s), whitened, sigmoid(2x). signs (±1 per direction) and order (which
+    direction is red, green, blue) change the palette: the paper picks the nicest for each picture.
+    """
+    if sorted(order) != [0, 1, 2] or any(s not in (1, -1) for s in signs):
+        raise DinoError(f"order is a permutation of 0, 1, 2 and signs are 1 or -1; got {order} and {signs}")
+    mask = _mask_of(features, mask)
+    x = (pca or fit(features, 3, mask)).whitened(features)[..., :3] * torch.tensor(signs)
+    return (2 * x[..., list(order)]).sigmoid() * mask[..., None]
