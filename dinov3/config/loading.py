@@ -1,0 +1,309 @@
+"""Any dataclass of dataclasses from YAML files and dotted overrides: strict, and every mistake told at once.
+
+Nested dataclasses, a method `problems()` giving (key, sentence) for each condition that does not hold, `remarks()` for
+what is worth saying, and a class attribute `RETIRED` of keys that are read past.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import fnmatch
+import os
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from dinov3.config.sections import ANY, PUBLISHED, V1_KEYS, V1_TO_V2
+from dinov3.errors import DinoError, did_you_mean, require
+
+T = TypeVar("T")
+
+RECIPES = Path(__file__).parents[1] / "configs" / "train"  # a recipe may be named without its folder
+
+
+def find_file(file: str | os.PathLike[str], *, near: Path | None = None) -> Path:
+    """A configuration's path: as given, beside `near`, or among the recipes that come with the package."""
+    path = Path(file)
+    name = path.as_posix()
+    within = re.split("configs/(?:train|eval)/", name)[-1]
+    shipped = (RECIPES, RECIPES.parent / "eval")
+    for candidate in (path, *((near / path,) if near else ()), *(folder / within for folder in shipped)):
+        if candidate.is_file():
+            return candidate
+    recipes = sorted(p.relative_to(folder).as_posix() for folder in shipped for p in folder.rglob("*.yaml"))
+    hint = did_you_mean(within, recipes) or f"; recipes that come along: {', '.join(recipes)}"
+    raise DinoError(f"no configuration file {name}{hint}" if name else f"a configuration file is needed{hint}")
+
+
+def load(
+    cls: type[T],
+    file: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+    overrides: Sequence[str] = (),
+) -> tuple[T, list[str]]:
+    """Any dataclass of dataclasses from YAML file(s) and dotted overrides; see the top of this file for its hooks."""
+    files = [] if file is None else [file] if isinstance(file, (str, os.PathLike)) else list(file)
+    loader = _Loader(cls)
+    sources = [(name, tree) for f in files for name, tree in loader.read(f)]
+    sources += [("command line", tree) for text in overrides for tree in loader.parse(text)]
+    loader.preset(sources)
+    for name, tree in sources:
+        loader.merge(tree, name)
+    return loader.finish()
+
+
+class _Loader:
+    """Collects values, where each came from, and everything that is wrong; only this class and `dump` know OmegaConf."""
+
+    def __init__(self, cls: type[Any]) -> None:
+        self.omega = require("omegaconf", "train", "reading configurations").OmegaConf
+        self.cls = cls
+        self.values = self.omega.structured(cls)
+        self.keys = list(_keys(cls))
+        self.retired: Mapping[str, tuple[Any, str]] = getattr(cls, "RETIRED", {})
+        self.origin: dict[str, str] = {}
+        self.wrong: dict[str, str] = {}  # key → line
+        self.typed: dict[str, str] = {}  # key → the value's text on the command line
+        self.notes: list[str] = []
+
+    def blame(self, key: str, source: str, sentence: str) -> None:
+        self.wrong.setdefault(key, f"{key} ({source}): {sentence}")
+
+    # -- sources
+
+    def read(self, file: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        path = find_file(file)
+        try:
+            tree = self.omega.to_container(self.omega.load(path), resolve=False)
+        except Exception as error:  # YAML's own errors know line and column
+            raise DinoError(f"{path} is not YAML that can be read: {error}") from None
+        if not isinstance(tree, dict):
+            raise DinoError(f"{path} must hold sections with keys, not a {type(tree).__name__}")
+        yield path.name, tree
+
+    def parse(self, text: str) -> Iterator[dict[str, Any]]:
+        key, equals, typed = text.partition("=")
+        if text.startswith("-"):
+            self.blame(text, "command line", "is an option, not key=value; it belongs before the first key=value")
+        elif not equals or not key.strip():
+            hint = did_you_mean(key, self.keys)
+            self.blame(text, "command line", f"is not of the form key.sub=value{hint}")
+        else:
+            self.typed[key] = typed
+            try:
+                yield self.omega.to_container(self.omega.from_cli([text]), resolve=False)
+            except Exception:  # not YAML: then it is text, which only a key for text will take
+                tree: Any = typed
+                for part in reversed(key.split(".")):
+                    tree = {part: tree}
+                yield tree
+
+    def preset(self, sources: list[tuple[str, dict[str, Any]]]) -> None:
+        """A published architecture's options become defaults, before anything that was written."""
+        arch = None
+        for _, tree in sources:
+            section = tree.get("student")
+            arch = section.get("arch", arch) if isinstance(section, dict) else arch
+        if arch in PUBLISHED and "student.arch" in self.keys:
+            for name, value in PUBLISHED[arch][1].items():
+                self.set(f"student.{name}", value)
+
+    # -- merging
+
+    def merge(self, tree: Mapping[Any, Any], source: str) -> None:
+        for key, value, hint in _leaves(tree, self.cls):
+            if hint is None:
+                self.unknown(key, value, source)
+                continue
+            section = _section(hint)
+            if section is not None and value is None:
+                if type(None) in typing.get_args(hint):
+                    self.set(key, None)
+                continue  # an empty section in a file says nothing
+            if section is not None:
+                self.blame(key, source, f"is a section with keys of its own, not {value!r}")
+                continue
+            if isinstance(value, (dict, list)) and hint in (str, str | None):
+                value = self.typed.get(key, value) if source == "command line" else value  # text that looks like YAML
+            before = self.omega.select(self.values, key) if key in self.origin else None
+            try:
+                self.set(key, _member(_floats(value, hint), hint))
+            except Exception as error:
+                first = str(error).splitlines()[0]
+                nested = first if "Key '" in first else f"expected {_spoken(hint)}, not {value!r}"
+                self.blame(key, source, nested)
+                continue
+            if self.origin.get(key) not in (None, source, "command line") and source != "command line":
+                after = self.omega.select(self.values, key)
+                if before != after:
+                    self.notes.append(f"{key}: {source} says {after!r} and wins over {self.origin[key]} ({before!r})")
+            self.origin[key] = source
+            self.wrong.pop(key, None)
+
+    def set(self, key: str, value: Any) -> None:
+        parts, hints = key.split("."), typing.get_type_hints(self.cls)
+        for i in range(1, len(parts)):  # an optional section comes into being with its first key
+            section = _section(hints[parts[i - 1]])
+            here = ".".join(parts[:i])
+            if self.omega.select(self.values, here) is None:
+                self.omega.update(self.values, here, self.omega.structured(section))
+            hints = typing.get_type_hints(section)
+        self.omega.update(self.values, key, value, merge=True)
+
+    def unknown(self, key: str, value: Any, source: str) -> None:
+        for pattern, (neutral, why) in self.retired.items():
+            if fnmatch.fnmatchcase(key, pattern):
+                if neutral is ANY or value == neutral or value is None:
+                    self.notes.append(f"{key} ({source}): ignored, {why}")
+                else:
+                    self.blame(key, source, f"{value!r} has no effect, only {neutral!r} is accepted: {why}")
+                return
+        last = key.rsplit(".", 1)[-1]
+        elsewhere = [k for k in self.keys if k.rsplit(".", 1)[-1] == last]
+        hint = "; did you mean " + " or ".join(repr(k) for k in elsewhere[:3]) + "?" if elsewhere else ""
+        self.blame(key, source, f"unknown key{hint or did_you_mean(key, self.keys)}")
+
+    # -- the end
+
+    def finish(self) -> Any:
+        try:
+            self.omega.to_container(self.values, resolve=True)
+        except Exception as error:  # an interpolation ${…} that leads nowhere
+            raise DinoError(report([*self.wrong.values(), " ".join(str(error).split())])) from None
+        missing = sorted(self.omega.missing_keys(self.values))
+        for key in missing:
+            known = [self.origin[k] for k in self.origin if k.startswith(key.rsplit(".", 2)[0])]
+            self.blame(key, known[-1] if known else "nowhere", "must be given")
+            with contextlib.suppress(Exception):  # a stand-in, so that the conditions below are still looked at
+                self.set(key, 0.5)
+        lines = list(self.wrong.values())
+        instance = None
+        if not self.omega.missing_keys(self.values):
+            self.schedule_forms()
+            lines = list(self.wrong.values())
+            instance = self.omega.to_object(self.values)
+            for key, sentence in instance.problems() if hasattr(instance, "problems") else ():
+                if not any(known == key or known.startswith(f"{key}.") for known in self.wrong):
+                    lines.append(f"{key} ({self.origin.get(key, 'default')}): {sentence}")
+            if hasattr(instance, "remarks"):
+                self.notes += instance.remarks()
+        if lines:
+            raise DinoError(report(lines))
+        return instance, self.notes
+
+    def schedule_forms(self) -> None:
+        """With `schedules`, the v1 keys do nothing: from a file that is a note, typed by hand it is a mistake."""
+        if "schedules.lr.peak" not in self.keys or self.omega.select(self.values, "schedules") is None:
+            return
+        for key in V1_KEYS:
+            if self.omega.select(self.values, key) is None:
+                continue
+            if self.origin.get(key) == "command line":
+                self.blame(key, "command line", f"has no effect beside schedules; set {V1_TO_V2[key]}")
+            elif key in self.origin:
+                self.notes.append(f"{key} ({self.origin[key]}): ignored, the schedules section is used")
+            self.set(key, None)
+
+
+def report(lines: list[str]) -> str:
+    count = "a mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
+    return "\n  ".join([f"{count} in the configuration:", *lines])
+
+
+def _section(hint: Any) -> type[Any] | None:
+    """The dataclass behind `Section` or `Section | None`."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return next((o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)), None)
+
+
+def _hints(cls: type[Any]) -> dict[str, Any]:
+    names = {f.name for f in dataclasses.fields(cls)}
+    return {name: hint for name, hint in typing.get_type_hints(cls).items() if name in names}
+
+
+def _keys(cls: type[Any], prefix: str = "") -> Iterator[str]:
+    for name, hint in _hints(cls).items():
+        section = _section(hint)
+        if section is None:
+            yield prefix + name
+        else:
+            yield from _keys(section, f"{prefix}{name}.")
+
+
+def _leaves(tree: Mapping[Any, Any], cls: type[Any] | None, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, value, type hint) of every value; the hint is None where the dataclasses know nothing of the key."""
+    hints = _hints(cls) if cls is not None else {}
+    for name, value in tree.items():
+        key, hint = f"{prefix}{name}", hints.get(str(name))
+        section = None if hint is None else _section(hint)
+        if isinstance(value, dict) and value and (section is not None or hint is None):
+            yield from _leaves(value, section, f"{key}.")
+        elif not (isinstance(value, dict) and not value and section is not None):
+            yield key, value, hint
+
+
+def _floats(value: Any, hint: Any) -> Any:
+    """Whole numbers as floats where a union asks for floats: OmegaConf converts them elsewhere, but not in unions."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if isinstance(value, bool) or int in options:
+        return value
+    if isinstance(value, int) and float in options:
+        return float(value)
+    if isinstance(value, list) and list[float] in options:
+        return [float(v) if isinstance(v, int) and not isinstance(v, bool) else v for v in value]
+    return value
+
+
+def _member(value: Any, hint: Any) -> Any:
+    """A choice whatever its capitals, an enum's member by its name or its value: `SGD`, `sgd`, `FLOAT32`, `float32`."""
+    if isinstance(value, (list, tuple)) and typing.get_origin(hint) in (list, tuple):
+        inner = typing.get_args(hint)
+        return [_member(v, inner[0]) for v in value] if inner else value
+    if not isinstance(value, str):
+        return value
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    for option in options:
+        if isinstance(option, type) and issubclass(option, enum.Enum):
+            for member in option:
+                if value.lower() in (member.name.lower(), str(member.value).lower()):
+                    return member
+        if typing.get_origin(option) is Literal and value not in typing.get_args(option):
+            same = [o for o in typing.get_args(option) if isinstance(o, str) and o.lower() == value.lower()]
+            return same[0] if len(same) == 1 else value
+    return value
+
+
+def _spoken(hint: Any) -> str:
+    """A type hint in words."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        words = [_spoken(a) for a in args if a is not type(None)]
+        return " or ".join(words + (["null"] if type(None) in args else []))
+    if origin is Literal:
+        return " or ".join(repr(a) for a in args)
+    if origin is list:
+        return f"a list of {_spoken(args[0]).removeprefix('a ')}s"
+    if origin is tuple:
+        return f"a list of {len(args)}, each {_spoken(args[0])}"
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return "one of " + ", ".join(str(m.value) for m in hint)
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def dump(config: Any, path: str | os.PathLike[str]) -> None:
+    """Write a configuration with every value resolved; `load` reads it back equal. Appears whole or not at all."""
+    omega = require("omegaconf", "train", "writing configurations").OmegaConf
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(omega.to_yaml(omega.structured(config), resolve=True), encoding="utf-8")
+    os.replace(beside, path)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as plain dicts, lists and numbers."""
+    return dataclasses.asdict(config)
