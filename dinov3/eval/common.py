@@ -880,6 +880,7 @@ def main(
     evaluate: (configuration, session) → one row of named results, the same on all ranks.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    outside = distributed.together()  # a group that somebody else made is somebody else's to leave
     if {"-h", "--help"} & set(words):
         print(help_text(name, cls, doc or sys.modules[evaluate.__module__].__doc__))
         return 0
@@ -908,7 +909,8 @@ def main(
         who = "" if distributed.is_main() else f"[rank {distributed.rank()}] "
         print(f"{who}{error}", file=sys.stderr)
         return 1
-    distributed.shutdown()
+    if not outside:
+        distributed.shutdown()
     return 0
 
 
