@@ -308,7 +308,8 @@ def build_task(
     if config.task == "depth":
         losses = config.losses or ({"SIGLOSS": 1.0} | ({"GRADIENT_LOG_LOSS": 0.5} if config.head == "dpt" else {}))
         far = config.max_depth if config.max_depth is not None else farthest(data)
-        return tasks.Depth(*given, min_depth=config.min_depth, max_depth=far, losses=losses, **options)
+        warm_up = min(100, config.fitting().steps // 10)  # steps in which SIGLOSS finds the scale
+        return tasks.Depth(*given, min_depth=config.min_depth, max_depth=far, losses=losses, warm_up=warm_up, **options)
     names = class_names(config, data)
     task: tasks.Task
     if config.task == "segmentation":
@@ -316,7 +317,8 @@ def build_task(
         if config.head == "mask2former":
             from dinov3.heads.mask2former_loss import Mask2FormerCriterion
 
-            criterion = Mask2FormerCriterion(len(names))
+            # masks have a sixteenth of the picture's pixels: more points than that say nothing new
+            criterion = Mask2FormerCriterion(len(names), n_points=min(12544, rule.size**2 // 16))
         task = tasks.Segmentation(*given, head=config.head, criterion=criterion, colours=palette(len(names)), **options)
     elif config.task == "detection":
         from dinov3.heads.detr_loss import DetrCriterion
@@ -386,9 +388,10 @@ def train_head(
     device = distributed.setup(config.device)
     run = RunDir(out, writer=distributed.is_main())
     data, val = both_sides(config)
-    sizes = checked_sizes(data, run.say)
+    notes: list[str] = []
+    sizes = checked_sizes(data, notes.append)
     if val is not None:
-        checked_sizes(val, run.say)
+        checked_sizes(val, notes.append)
     backbone = load_backbone(config)
     rule = rule_for(config, backbone, sizes)
     task = build_task(config, data, val, rule, average_precision)
@@ -400,6 +403,10 @@ def train_head(
     fitting = config.fitting()
     fitting.best_by, fitting.best_is = task.score, task.score_is
     same_as_before(run, config, resume)
+    if run.writer:
+        run.path.mkdir(parents=True, exist_ok=True)
+    for note in notes:
+        run.say(note)
     run.say(
         f"{len(data)} pictures, {f'{len(val)} to validate' if val is not None else 'none to validate'}, "
         f"{f'{task.n_classes} classes, ' if task.n_classes else ''}{backbone.origin}, input {rule.id}"

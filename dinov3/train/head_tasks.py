@@ -209,11 +209,11 @@ class Depth(Task):
     name, score, score_is = "depth", "rmse", "lowest"
 
     def __init__(
-        self, *given: Any, min_depth: float, max_depth: float, losses: dict[str, float], **options: Any
+        self, *given: Any, min_depth: float, max_depth: float, losses: dict[str, float], warm_up: int, **options: Any
     ) -> None:
         super().__init__(*given, **options)
         self.range = (min_depth, max_depth)
-        self.criterion = DepthLoss(losses, min_depth=min_depth, max_depth=max_depth)
+        self.criterion = DepthLoss(losses, min_depth=min_depth, max_depth=max_depth, warm_up=warm_up)
 
     def example(self, index: int, rng: Any | None) -> tuple[Tensor, Tensor]:
         picture, target = self.data[index]
