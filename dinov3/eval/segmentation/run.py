@@ -312,6 +312,7 @@ def fitted(
     session.say(f"best {c.metric_to_save} {report.best[1][c.metric_to_save]} after {report.best[0]} iterations")
     dense.write_head(session.output / "model_final.pth", head_tensors(model), report.best[0])
     if not best or percentages(best[0]) != report.best[1]:  # the best head was found before this start
+        best.clear()
         validate(model)
     scores = best[0]
     if distributed.is_main():
@@ -368,6 +369,7 @@ def existing_model(config: SegmentationConfig, session: common.Session) -> tuple
         given: dict[str, Any] = {"weights": c.head_weights, "backbone_weights": c.backbone_weights}
         options = {k: v for k, v in given.items() if v is not None}
         dtype = torch.bfloat16 if c.model_dtype == "BFLOAT16" else torch.float32
+        options |= {"n_classes": c.decoder_head.num_classes, "hidden_dim": c.decoder_head.hidden_dim}
         return row.function(autocast_dtype=dtype, device=session.device, **options), "m2f"
     if dense.is_head_file(c.load_from):
         from dinov3.hub.heads import load_head, read_head_info
