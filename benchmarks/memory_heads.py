@@ -42,11 +42,20 @@ def depther_dpt(backbone: Any, x: torch.Tensor) -> Callable[[], Any]:
     return lambda: model(x)
 
 
+def detector(backbone: Any, x: torch.Tensor) -> Callable[[], Any]:
+    """At the published sizes: width 768, 6 + 6 layers, 1500 queries."""
+    from dinov3.heads.detr import build_detector
+
+    model = build_detector(backbone).eval()
+    return lambda: model.detect(list(x))
+
+
 # what: (its forward, the default side of the picture)
 ROWS: dict[str, tuple[Callable[[Any, torch.Tensor], Callable[[], Any]], int]] = {
     "segmentor": (segmentor, 1024),
     "segmentor_predict": (segmentor_predict, 1024),
     "depther_dpt": (depther_dpt, 1024),
+    "detector": (detector, 1024),
 }
 
 
