@@ -27,6 +27,7 @@ from dinov3.eval import dense
 from dinov3.eval.depth import run as depth
 from dinov3.eval.depth.run import DepthConfig, Protocol, depth_map, evaluate_model
 from dinov3.heads.dpt import build_depther
+from dinov3.heads.objectives import DepthLoss
 from dinov3.hub import Origin, depthers
 from dinov3.metrics import depth_scores, mean_scores
 from dinov3.models import vit
@@ -371,3 +372,24 @@ def test_canopy_heights_are_scored_over_all_pixels(tmp_path, monkeypatch, capsys
     assert "DenseFolder_block_r2" in row
     assert depth.main(["load_from=dinov3_vit7b16_ms", *words[1:]]) == 1
     assert "is a head for segment" in capsys.readouterr().err
+
+
+# ---- the losses of the recipes, on the specification's known answers -------------------------------------------------
+
+
+def test_losses_have_the_recorded_values():
+    prediction, truth = (
+        torch.tensor([1.0, 2, 3, 4]).view(1, 1, 2, 2),
+        torch.tensor([1.2, 1.9, 2.5, 4.4]).view(1, 1, 2, 2),
+    )
+    loss = DepthLoss({"SIGLOSS": 1.0})
+    assert float(loss(prediction, truth, step=99).total()) == pytest.approx(
+        0.00425259, rel=1e-5
+    )  # the first hundred calls
+    assert float(loss(prediction, truth, step=100).total()) == pytest.approx(0.16091134, rel=1e-5)
+    ramp = (1 + torch.arange(64.0) / 10).view(1, 1, 8, 8)
+    raised = ramp.clone()
+    raised[0, 0, 3, 3] += 1
+    for names, value in (("GRADIENT_LOSS", 0.0625), ("GRADIENT_LOG_LOSS", 0.01494826)):
+        assert float(DepthLoss({names: 1.0})(ramp, raised, step=0).total()) == pytest.approx(value, rel=1e-5)
+        assert float(DepthLoss({names: 1.0})(ramp, ramp, step=0).total()) == 0

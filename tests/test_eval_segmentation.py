@@ -27,6 +27,7 @@ from dinov3.eval import dense
 from dinov3.eval.segmentation import run as segmentation
 from dinov3.eval.segmentation.run import Protocol, SegmentationConfig, class_probabilities, copies, evaluate_model
 from dinov3.heads.linear import build_linear_segmentor
+from dinov3.heads.objectives import cross_entropy_map, multilabel_dice
 from dinov3.hub import segmentors
 from dinov3.models import vit
 
@@ -468,3 +469,13 @@ def test_a_mask_with_more_classes_than_the_head_is_told(scenes, capsys):
     err = capsys.readouterr().err
     assert "class 3" in err
     assert "2 classes" in err
+
+
+# ---- the losses of the recipes, on the specification's known answers -------------------------------------------------
+
+
+def test_losses_have_the_recorded_values():
+    target = torch.tensor([[[0, 1], [255, 255]]])
+    assert float(cross_entropy_map(torch.zeros(1, 2, 2, 2), target)) == pytest.approx(np.log(2) / 2)  # over all pixels
+    one_hot = torch.tensor([[[[1.0, 0], [0, 1]], [[0, 1], [1, 0]]]])
+    assert float(multilabel_dice(torch.zeros(1, 2, 2, 2).sigmoid(), one_hot)) == pytest.approx(0.25)
