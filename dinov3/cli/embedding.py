@@ -24,6 +24,7 @@ from dinov3.cli.shared import (
     device_of,
     say,
 )
+from dinov3.errors import DinoError
 
 if TYPE_CHECKING:
     from dinov3.data.transforms import Preprocessing
@@ -38,12 +39,17 @@ def embed(
         str | None, typer.Option(help="A name from `dinov3 models`. Default: what the weights are.")
     ] = None,
     weights: Weights = None,
+    backbone_weights: Annotated[
+        str | None, typer.Option(help="For a dino.txt --model, whose --weights are the head's: the backbone's file.")
+    ] = None,
     size: Annotated[int, typer.Option(help="Pixels of the square, or of the side that --shape names.")] = 256,
     shape: Annotated[Shape, typer.Option(help="square changes the aspect; short, long and native keep it.")] = "square",
     fit: Annotated[
         Fit, typer.Option(help="For sides that are no multiple of the patch; crop loses pixels.")
     ] = "resize",
-    pooling: Annotated[Pooling, typer.Option(help="What the vector is.")] = "cls",
+    pooling: Annotated[
+        Pooling | None, typer.Option(help="What the vector is. Default: cls; cls+mean for dino.txt.")
+    ] = None,
     patches: Annotated[Patches, typer.Option(help="Also keep the patch features, in this precision.")] = "none",
     batch: Annotated[str, typer.Option(help="Pictures a batch, or auto.")] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="The model's precision.")] = "float32",
@@ -63,15 +69,26 @@ def embed(
 
     from dinov3.data.sources import open_source
     from dinov3.features import default_preprocessing
-    from dinov3.hub import load
+    from dinov3.hub import HEADS, load
 
     pictures = open_source(source, column=column, recursive=recursive)
-    net = load(model, weights, device=device_of(device), dtype=getattr(torch, dtype))
+    speaks = model in HEADS and HEADS[model].task == "text"
+    if speaks:
+        from dinov3.hub.dinotxt import ImageSide, open_towers
+
+        if weights == "random":
+            raise DinoError("a dino.txt with random weights knows no words: give the head's file as --weights")
+        towers = open_towers(weights, backbone_weights, device=device_of(device), dtype=getattr(torch, dtype))
+        net: Any = ImageSide(towers)
+    elif backbone_weights is not None:
+        raise DinoError("--backbone-weights belong to a dino.txt --model; a backbone's own file is --weights")
+    else:
+        net = load(model, weights, device=device_of(device), dtype=getattr(torch, dtype))
     _say_what_runs(net)
     rule = default_preprocessing(net, size=size, shape=shape, fit=fit)
     options: dict[str, Any] = {
         "preprocessing": rule,
-        "pooling": pooling,
+        "pooling": pooling or ("cls+mean" if speaks else "cls"),
         "patches": patches,
         "batch_size": batch_size,
         "retry_failed": retry_failed,
@@ -128,26 +145,39 @@ def _tell_report(report: Report, out: str, rule: Preprocessing, as_json: bool) -
 @app.command()
 def search(
     store: Annotated[str, typer.Argument(help="A store made by `dinov3 embed`.")],
-    image: Annotated[str, typer.Option(help="The picture to look for.")],
+    image: Annotated[str | None, typer.Option(help="The picture to look for.")] = None,
+    text: Annotated[str | None, typer.Option(help="Words to look for, in a store that dino.txt filled.")] = None,
     top: Annotated[int, typer.Option(min=1, help="How many neighbours.")] = 10,
     where: Annotated[str | None, typer.Option(help='SQL filter on columns, for example "width > 500".')] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Compare with every row even in a large store.")] = False,
     sheet: Annotated[Path | None, typer.Option(help="Also draw the query and its neighbours into this PNG.")] = None,
     weights: Annotated[str | None, typer.Option(help="Where the store's weights lie now, if they moved.")] = None,
+    backbone_weights: Annotated[str | None, typer.Option(help="The same for dino.txt's backbone.")] = None,
+    vocabulary: Annotated[
+        str | None, typer.Option(help="For --text: CLIP's bpe_simple_vocab_16e6.txt.gz. Default: the published one.")
+    ] = None,
     device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
 ) -> None:
-    """Find the pictures of a store that are most like one picture (cosine similarity)."""
-    from dinov3.embedding.pipeline import model_of, query_vector
+    """Find the pictures of a store that are most like one picture, or that words fit (cosine similarity)."""
+    from dinov3.embedding.pipeline import model_of, query_vector, text_query
     from dinov3.embedding.search import search as neighbours
     from dinov3.embedding.search import sheet as draw
     from dinov3.embedding.store import EmbeddingStore
 
+    if (image is None) == (text is None):
+        raise DinoError("give either --image, a picture to look for, or --text, words to look for")
     opened = EmbeddingStore.open(store)
-    net, preprocessing = model_of(opened, device=device_of(device), weights=weights)
-    if net.origin.random:  # type: ignore[union-attr]
-        say("The store was filled with RANDOM weights: neighbours share colours and layout, not meaning.")
-    vector = query_vector(opened, image, net, preprocessing)
+    place = device_of(device)
+    if text is not None:
+        vector = text_query(
+            opened, text, device=place, weights=weights, backbone_weights=backbone_weights, vocabulary=vocabulary
+        )
+    else:
+        net, rule = model_of(opened, device=place, weights=weights, backbone_weights=backbone_weights)
+        if net.origin.random:  # type: ignore[union-attr]
+            say("The store was filled with RANDOM weights: neighbours share colours and layout, not meaning.")
+        vector = query_vector(opened, image, net, rule)
     (hits,) = neighbours(opened, vector, top=top, where=where, exact=True if exact else None)
     if as_json:
         named = ("rank", "path", "score", "width", "height")
@@ -156,5 +186,19 @@ def search(
         for hit in hits:
             print(f"{hit.rank}\t{hit.score:.4f}\t{hit.path}")
     if sheet is not None:
-        draw(image, hits, sheet)
+        draw(image if image is not None else _card(str(text)), hits, sheet)
         say(f"drawn: {sheet}")
+
+
+def _card(words: str) -> Any:
+    """Words as a picture, where a query's picture stands."""
+    import textwrap
+
+    from PIL import Image, ImageDraw, ImageFont
+
+    card = Image.new("RGB", (300, 300), (241, 241, 238))
+    lines = textwrap.fill(words, 24)
+    ImageDraw.Draw(card).multiline_text(
+        (150, 150), lines, font=ImageFont.load_default(size=22), fill=(28, 28, 30), anchor="mm", align="center"
+    )
+    return card

@@ -196,6 +196,75 @@ def classify(
             write_csv(out / "classes.csv", ("picture", "rank", "class", "name", "probability"), rows)
 
 
+@app.command("zero-shot")
+def zero_shot(
+    pictures: Pictures,
+    labels: Annotated[str, typer.Option(help="Class names: a,b,c or a text file with one a line.")],
+    out: OutIfAny = None,
+    weights: Annotated[str | None, typer.Option(help="dino.txt's head and text tower. 'random': to try.")] = None,
+    backbone_weights: BackboneWeights = None,
+    vocabulary: Annotated[
+        str | None, typer.Option(help="CLIP's bpe_simple_vocab_16e6.txt.gz. Default: the published one.")
+    ] = None,
+    templates: Annotated[
+        str | None, typer.Option(help="Text file of sentences with {} for the class, or 'none'. Default: CLIP's 80.")
+    ] = None,
+    dense: Annotated[bool, typer.Option("--dense", help="The class of every pixel; needs --out.")] = False,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Side of the square seen (384); with --dense the short side (512).")
+    ] = None,
+    window: Annotated[int | None, typer.Option(min=1, help="With --dense. Default: 384.")] = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="With --dense. Default: half a window.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="So many classes a picture.")] = 5,
+    device: Device = "auto",
+    dtype: Precision = "float32",
+) -> None:
+    """Classes by their names alone, with dino.txt: of whole pictures, or with --dense of every pixel."""
+    import warnings
+
+    from dinov3.data import names as known
+    from dinov3.predict.zero_shot import predict_places, predict_words, words
+
+    names = names_given(labels)
+    assert names is not None
+    if dense and out is None:
+        raise DinoError("--dense writes a mask for each picture: name a folder with --out")
+    if not dense and (window or stride):
+        raise DinoError("--window and --stride are for --dense")
+    sentences = ("{}",) if templates == "none" else known.read_names(templates, "templates") if templates else None
+    model, tokenizer = text_model(weights, backbone_weights, vocabulary, device, dtype)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        classes = words(model, tokenizer, names, sentences)
+    for warning in told:
+        say(f"note: {warning.message}")
+    if dense:
+        assert out is not None
+        options = {k: v for k, v in {"size": size, "window": window, "stride": stride}.items() if v is not None}
+        places = over(pictures, "segmenting", lambda p, _: predict_places(model, p, classes, **options), out)
+        for path, name, found in places:
+            found.save(out, name)
+            shares = list(found.shares().items())
+            print(f"{path}\t" + ", ".join(f"{word} {share:.1%}" for word, share in shares[:top]))
+        return
+    square = {"size": size} if size is not None else {}
+    rows: list[tuple[Any, ...]] = []
+    try:
+        results = over(pictures, "classifying", lambda p, _: predict_words(model, p, classes, **square), out)
+        for path, name, said in results:
+            best = said.best(top)
+            rows += [
+                (path, rank, number, word, f"{p:.6g}", f"{said.cosines[number]:.6g}")
+                for rank, (number, word, p) in enumerate(best, 1)
+            ]
+            print(f"{path}\t" + ", ".join(f"{word} {p:.1%}" for _, word, p in best))
+            if out is not None:
+                said.drawing().save(out / f"{name}_words.png")
+    finally:
+        if out is not None and rows:
+            write_csv(out / "words.csv", ("picture", "rank", "class", "name", "probability", "cosine"), rows)
+
+
 # ---- the plot ------------------------------------------------------------------------------------------------------
 
 
@@ -258,7 +327,7 @@ def names_given(labels: str | None) -> list[str] | None:
     """Class names as people give them: a,b,c or a text file."""
     if labels is None:
         return None
-    if Path(labels).is_file():
+    if os.path.isfile(labels):  # false, not an error, for a text too long to be a name
         from dinov3.data.names import read_names
 
         return list(read_names(labels))
@@ -337,3 +406,29 @@ def _verb_of(task: str) -> str:
     if task == "text":
         return "zero-shot"
     return next((verb for verb, row in TASKS.items() if task in (verb, row[1])), task)
+
+
+def text_model(
+    weights: str | None, backbone_weights: str | None, vocabulary: str | None, device: str, dtype: str
+) -> tuple[Any, Any]:
+    """dino.txt and its tokenizer; an untrained small one where asked for by "random"."""
+    import torch
+
+    from dinov3 import hub
+    from dinov3.hub import dinotxt, headfiles
+
+    place, precision = device_of(device), getattr(torch, dtype)
+    if weights != "random":
+        model, tokenizer = dinotxt.open_model(weights, backbone_weights, vocabulary, device=place, dtype=precision)
+        say(f"{model.origin}, {dtype} on {place}")
+        return model, tokenizer
+    from dinov3.data.tokenizer import Tokenizer
+    from dinov3.heads.dinotxt import DinoTxtConfig, TextConfig
+
+    tokenizer = Tokenizer.from_file(vocabulary) if vocabulary is not None else dinotxt.vocabulary(None, 49_408)
+    under: Any = hub.load(None, backbone_weights)
+    text = TextConfig(vocab_size=tokenizer.vocab_size, dim=128, num_heads=2, num_layers=2)
+    torch.manual_seed(0)
+    model = dinotxt.fresh(under, text, DinoTxtConfig(embed_dim=2 * under.embed_dim))
+    _say_random(f"the text tower and the vision head (over {under.origin})")
+    return headfiles.placed(model, place, precision), tokenizer

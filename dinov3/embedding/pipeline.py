@@ -319,7 +319,7 @@ def embed_source(
 
 
 def model_of(
-    store: EmbeddingStore, *, device: Any = "cpu", weights: str | None = None
+    store: EmbeddingStore, *, device: Any = "cpu", weights: str | None = None, backbone_weights: str | None = None
 ) -> tuple[nn.Module, Preprocessing]:
     """The model and preprocessing a store was filled with, so that a query is embedded the same way.
 
@@ -328,8 +328,14 @@ def model_of(
     from dinov3.hub import load
 
     facts = store.facts
+    if is_text_aligned(facts):
+        from dinov3.hub.dinotxt import ImageSide, open_towers, sources_of
+
+        above, below = sources_of(facts.weights)
+        towers = open_towers(weights or above, backbone_weights or below or None, device=device, dtype=_dtype_of(facts))
+        return ImageSide(towers), _checked_rule(store, ImageSide(towers), weights or above)
     source: str | None = weights or facts.weights or None
-    seed, dtype = 0, torch.float32
+    seed = 0
     if source is None and facts.model_name not in {row.id for row in catalog.ROWS if row.packaged}:
         raise DinoError(f"{store.uri} does not say where its weights ({facts.model}) are: pass --weights")
     if source == "random":
@@ -338,19 +344,69 @@ def model_of(
         )
     if source is not None and source.startswith("random"):
         seed, source = int(source.removeprefix("random (seed ").removesuffix(")")), "random"
+    name_or_file = None if facts.model_name == "custom" else facts.model_name
+    model = load(name_or_file, source, device=device, dtype=_dtype_of(facts), seed=seed)
+    return model, _checked_rule(store, model, source or facts.model_name)
+
+
+def _dtype_of(facts: StoreFacts) -> torch.dtype:
     for name in ("bfloat16", "float16"):
         if facts.model.endswith(f"-{name}"):
-            dtype = getattr(torch, name)
-    name_or_file = None if facts.model_name == "custom" else facts.model_name
-    model = load(name_or_file, source, device=device, dtype=dtype, seed=seed)
+            return getattr(torch, name)
+    return torch.float32
+
+
+def _checked_rule(store: EmbeddingStore, model: nn.Module, where: str) -> Preprocessing:
+    """The store's preprocessing, if the model is the store's."""
+    facts = store.facts
     preprocessing = Preprocessing.from_json(facts.preprocessing_json)
     found = Embedder(model, preprocessing, facts.pooling, facts.patches).facts().model
     if found != facts.model:
-        where = source or facts.model_name
         raise DinoError(
             f"{where} is now {found}, but the store was filled with {facts.model}: pass --weights with the file used then"
         )
-    return model, preprocessing
+    return preprocessing
+
+
+def is_text_aligned(facts: StoreFacts) -> bool:
+    """Whether a store was filled by dino.txt, so that it can be asked in words."""
+    from dinov3.hub.dinotxt import NAME, OWN
+
+    return facts.model_name in (NAME, OWN)
+
+
+def text_query(
+    store: EmbeddingStore,
+    text: str,
+    *,
+    device: Any = "cpu",
+    weights: str | None = None,
+    backbone_weights: str | None = None,
+    vocabulary: str | None = None,
+) -> Any:
+    """The vector [D] of a sentence in the space of a store that dino.txt filled.
+
+    Raises `DinoError` for a store of another model, for other weights than the store's, and for a sentence longer than
+    the text tower's context.
+    """
+    facts = store.facts
+    if not is_text_aligned(facts):
+        raise DinoError(
+            f"{store.uri} was filled by {facts.model_name}, which knows no words: fill a store with `dinov3 embed --model "
+            "dinov3_vitl16_dinotxt_tet1280d20h24l` and ask that one"
+        )
+    from dinov3.hub.dinotxt import ImageSide, open_model, sources_of
+
+    above, below = sources_of(facts.weights)
+    model, tokenizer = open_model(
+        weights or above, backbone_weights or below or None, vocabulary, device=device, dtype=_dtype_of(facts)
+    )
+    _checked_rule(store, ImageSide(model), weights or above)
+    tokens = tokenizer.tokenize([text], model.text_config.context_length, too_long="refuse")
+    with torch.inference_mode():
+        vector = model.encode_text(tokens.to(device))[0].float().cpu()  # [E], class half and patch half
+    half = len(vector) // 2
+    return {"cls+mean": vector, "cls": vector[:half], "mean": vector[half:]}[facts.pooling].numpy()
 
 
 def query_vector(store: EmbeddingStore, image: Any, model: nn.Module, preprocessing: Preprocessing) -> Any:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from enum import Enum
 from typing import Any, NamedTuple, cast
 
@@ -29,6 +30,8 @@ from dinov3.models import VisionTransformer
 from dinov3.weights import cache, catalog, loading
 
 NAME = "dinov3_vitl16_dinotxt_tet1280d20h24l"
+OWN = "dinotxt"  # one of other sizes
+OVER = " over "
 VOCABULARY_FILE = "thirdparty/bpe_simple_vocab_16e6.txt.gz"
 BACKBONE = "visual_model.backbone."
 
@@ -86,23 +89,35 @@ def load_dinotxt(
     `weights` "random": the towers' initial values, for trying. `backbone_weights` None: the published ViT-L's, or with
     `sizes` the backbone that it names. In evaluation mode. Raises `DinoError`s.
     """
+    told = _read_sizes(sizes) if sizes is not None else None
+    bpe = told.vocabulary if told is not None and bpe_path_or_url is None else bpe_path_or_url
+    tokenizer = vocabulary(bpe, (told.text if told is not None else TextConfig()).vocab_size)
+    return load_towers(weights, backbone_weights, sizes, device=device, dtype=dtype), tokenizer
+
+
+def load_towers(
+    weights: DINOTxtWeights | str | os.PathLike[str] = DINOTxtWeights.LVTD2300M,
+    backbone_weights: Weights | str | os.PathLike[str] | None = None,
+    sizes: str | os.PathLike[str] | None = None,
+    *,
+    device: Any = "cpu",
+    dtype: Any = None,
+) -> DinoTxt:
+    """As `load_dinotxt`, without a vocabulary: what pictures alone need."""
     from dinov3.hub import load
 
     if sizes is None:
         text, config = TextConfig(), DinoTxtConfig()
         chosen: Any = Weights.LVD1689M if backbone_weights is None else backbone_weights
         name: str | None = "dinov3_vitl16"
-        bpe = bpe_path_or_url
     else:
         told = _read_sizes(sizes)
         text, config, name = told.text, told.joint, told.backbone
         chosen = told.backbone_weights if backbone_weights is None else backbone_weights
-        bpe = told.vocabulary if bpe_path_or_url is None else bpe_path_or_url
-    tokenizer = vocabulary(bpe, text.vocab_size)
     if isinstance(chosen, Weights):
-        backbone: Any = dinov3_vitl16(weights=chosen)
+        backbone: Any = dinov3_vitl16(weights=chosen, dtype=dtype)
     else:
-        backbone = load(name, chosen, seed=0)
+        backbone = load(name, chosen, seed=0, dtype=dtype)
     if not isinstance(backbone, VisionTransformer):
         raise DinoError(f"dino.txt reads the tokens of a ViT, and {_origin(backbone)} is none")
     if weights == "random":
@@ -112,7 +127,86 @@ def load_dinotxt(
         source = head(NAME).url if isinstance(weights, DINOTxtWeights) else os.fspath(weights)
         state, notes = headfiles.read(source)
         model = assemble(backbone, state, text, config, source=source, notes=notes)
-    return model.to(device=device, dtype=dtype), tokenizer
+    return cast(DinoTxt, headfiles.placed(model, device, dtype))
+
+
+def open_towers(
+    weights: str | os.PathLike[str] | None = None,
+    backbone_weights: str | os.PathLike[str] | None = None,
+    *,
+    device: Any = "cpu",
+    dtype: Any = None,
+) -> DinoTxt:
+    """As `load_towers`, with the sizes of a model of your own found beside its head. `origin` names it (`NAME`, or `OWN`
+    for other sizes) and its source is "HEAD over BACKBONE", absolute, for a store that is to find both again."""
+    above = os.fspath(weights) if weights is not None else head(NAME).url
+    above = above if "://" in above else os.path.abspath(os.path.expanduser(above))
+    chosen = above if weights is not None else DINOTxtWeights.LVTD2300M
+    model = load_towers(chosen, backbone_weights, sizes_beside(above), device=device, dtype=dtype)
+    under: Any = model.visual_model.backbone
+    below = under.origin.source
+    if any(str(row.packaged_path) == below for row in catalog.ROWS if row.packaged):
+        below = ""  # it ships with the package, wherever that is installed
+    elif os.path.exists(below):
+        below = os.path.abspath(below)
+    said: Any = model.origin
+    released = (model.text_config, model.config, under.embed_dim) == (TextConfig(), DinoTxtConfig(), 1024)
+    model.origin = replace(said, name=NAME if released else OWN, source=f"{above}{OVER}{below}")  # type: ignore[assignment]
+    return model
+
+
+def open_model(
+    weights: str | os.PathLike[str] | None = None,
+    backbone_weights: str | os.PathLike[str] | None = None,
+    vocabulary_file: str | os.PathLike[str] | None = None,
+    **placing: Any,
+) -> tuple[DinoTxt, Tokenizer]:
+    """`open_towers` and the tokenizer; the vocabulary is looked for first, since it is what is most often forgotten."""
+    sizes = sizes_beside(os.fspath(weights)) if weights is not None else None
+    told = _read_sizes(sizes) if sizes is not None else None
+    bpe = told.vocabulary if told is not None and vocabulary_file is None else vocabulary_file
+    tokenizer = vocabulary(bpe, (told.text if told is not None else TextConfig()).vocab_size)
+    return open_towers(weights, backbone_weights, **placing), tokenizer
+
+
+def sizes_beside(source: str) -> str | None:
+    """The file in which a training of one's own wrote its sizes, where it lies beside the head."""
+    beside = os.path.join(os.path.dirname(os.path.abspath(os.path.expanduser(source))), "clip_model_config.yaml")
+    return beside if "://" not in source and os.path.isfile(beside) else None
+
+
+def sources_of(text: str) -> tuple[str, str]:
+    """(head, backbone) of what `open_model` said of itself; no backbone: the one that the sizes beside the head name."""
+    above, _, below = text.rpartition(OVER)
+    return above, below
+
+
+class ImageSide(nn.Module):
+    """dino.txt's vision tower as a backbone: its CLS and patch tokens are those that texts compare with.
+
+    [CLS ; mean patch] (pooling "cls+mean") is what `encode_image` gives, so a store filled so can be asked in words.
+    """
+
+    def __init__(self, model: DinoTxt) -> None:
+        super().__init__()
+        if model.visual_model.pooler != "mean":
+            raise DinoError("this dino.txt takes the maximum of its patches, which no pooling of a store does")
+        self.tower = model.visual_model
+        backbone: Any = model.visual_model.backbone
+        self.stride, self.patch_size, self.patch_grid = backbone.stride, backbone.patch_size, backbone.patch_grid
+        self.n_blocks, self.n_storage_tokens = 1, backbone.n_storage_tokens  # one layer to ask for: the last
+        projection = model.visual_model.head.linear_projection
+        self.embed_dim: int = projection.out_features if isinstance(projection, nn.Linear) else backbone.embed_dim
+        self.origin = model.origin
+
+    def forward_features(self, x: Tensor) -> dict[str, Tensor]:
+        tokens = self.tower.head(self.tower.backbone_tokens(x))
+        n = 1 + self.n_storage_tokens
+        return {
+            "x_norm_clstoken": tokens[:, 0],
+            "x_storage_tokens": tokens[:, 1:n],
+            "x_norm_patchtokens": tokens[:, n:],
+        }
 
 
 class _Sizes(NamedTuple):

@@ -1,0 +1,131 @@
+"""Classes that are only words, with dino.txt: of a whole picture, or of every place in it (paper §5.3, Tab. 16).
+
+Class names are put into sentences (CLIP's 80 by default) and become vectors once, `Words`; pictures are compared with
+them. Nothing needs to be trained for a new list of classes.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dinov3.data import names as known_names
+from dinov3.data.tokenizer import Tokenizer
+from dinov3.data.transforms import Preprocessing
+from dinov3.errors import DinoError
+from dinov3.heads.dinotxt import DinoTxt
+from dinov3.heads.open_vocabulary import OpenVocabulary, averaged, patch_part, prompt_features
+from dinov3.hub.heads import palette
+from dinov3.predict import drawing
+from dinov3.predict.common import best_class, in_folder, predicted_map, rule_of, see, statistics
+from dinov3.predict.segment import Segmentation
+
+SIZE = 384  # centre crop, as the published table was measured (576 patches); the short side is the same
+SHORT, WINDOW, STRIDE = 512, 384, 192  # of the published example for places
+
+
+@dataclass(frozen=True, eq=False)
+class Words:
+    """C classes as vectors of length one: picture [C, E] compares with whole pictures, patch [C, D'] with places."""
+
+    names: tuple[str, ...]
+    picture: Tensor
+    patch: Tensor | None  # None: the model was trained without patch tokens
+
+
+def words(model: DinoTxt, tokenizer: Tokenizer, names: Sequence[str], templates: Sequence[str] | None = None) -> Words:
+    """The vectors of class names in all templates (default: CLIP's 80; ("{}",) for the bare name or a whole sentence).
+
+    A sentence longer than the text tower's context is cut, and a warning says so.
+    """
+    prompts = prompt_features(model, tokenizer, names, known_names.templates() if templates is None else templates)
+    patch = patch_part(model, prompts) if model.config.vision_model_use_patch_tokens else None
+    return Words(tuple(names), averaged(prompts), patch)
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """cosines [C] of the picture with each class, probabilities [C] by the model's own temperature."""
+
+    cosines: np.ndarray
+    probabilities: np.ndarray
+    names: tuple[str, ...]
+    image: Image.Image
+
+    def best(self, top: int = 5) -> list[tuple[int, str, float]]:
+        """(class number, name, probability), the likeliest first."""
+        order = np.argsort(-self.cosines, kind="stable")[:top]
+        return [(int(i), self.names[i], float(self.probabilities[i])) for i in order]
+
+    def drawing(self) -> Image.Image:
+        return drawing.shares_beside(self.image, [(name, p) for _, name, p in self.best()])
+
+    def save(self, folder: str | os.PathLike[str], name: str = "picture") -> list[Path]:
+        """`NAME_words.csv` (rank, class, name, probability, cosine) and `NAME_words.png` to look at."""
+        data, seen = in_folder(folder) / f"{name}_words.csv", in_folder(folder) / f"{name}_words.png"
+        with data.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(("rank", "class", "name", "probability", "cosine"))
+            for rank, (number, word, p) in enumerate(self.best(len(self.names)), 1):
+                writer.writerow((rank, number, word, f"{p:.6g}", f"{self.cosines[number]:.6g}"))
+        self.drawing().save(seen)
+        return [data, seen]
+
+
+def check_model(model: Any) -> DinoTxt:
+    if not isinstance(model, DinoTxt):
+        raise DinoError(f"words need a dino.txt model, not a {type(model).__name__}")
+    return model
+
+
+@torch.inference_mode()
+def predict_words(model: DinoTxt, picture: Any, classes: Words, *, size: int = SIZE) -> ZeroShot:
+    """size: the side of the square cut from the middle, after the short side was brought to it (bicubic)."""
+    step: Any = check_model(model).visual_model.backbone.stride
+    size = max(step, round(size / step) * step)
+    rule = Preprocessing.named(
+        "classification", **{"size": size, "center_crop": size, "multiple": step} | statistics(model)
+    )
+    seen = see(model, picture, rule)
+    weight = model.visual_model.backbone.cls_token
+    image = model.encode_image(seen.x.to(weight.dtype), normalize=True).float().cpu()
+    cosines = (image @ classes.picture.T)[0]  # [C]
+    scale = model.logit_scale.exp().float().cpu()
+    return ZeroShot(cosines.numpy(), (scale * cosines).softmax(0).numpy(), classes.names, seen.image)
+
+
+@torch.inference_mode()
+def predict_places(
+    model: DinoTxt,
+    picture: Any,
+    classes: Words,
+    *,
+    size: int = SHORT,
+    window: int | None = WINDOW,
+    stride: int | None = None,
+) -> Segmentation:
+    """The class of every pixel among `classes`; there is no "none of these", so give a word for the rest too.
+
+    size: the short side (bicubic); window, stride: as in the published example, 384 every 192 pixels, windows averaged as
+    shares of the classes; window None: everything at once, by cosines. `probability` of the result is that share or
+    cosine; shares have no temperature and so are close to each other.
+    """
+    if classes.patch is None:
+        raise DinoError("this dino.txt was trained without patch tokens: it can name pictures, but not places in them")
+    if window is not None and stride is None:
+        stride = max(1, window // 2)
+    seen = see(check_model(model), picture, rule_of(model, size, interpolation="bicubic"))
+    maps_of = OpenVocabulary(model, classes.patch, softmax=window is not None)
+    maps = predicted_map(seen.x, maps_of.predict, len(classes.names), window, stride)
+    number, share = best_class(maps, seen, lambda m: m)
+    colours = np.array(palette(len(classes.names)), dtype=np.uint8)
+    return Segmentation(number, share, classes.names, colours, seen.image)
