@@ -16,6 +16,7 @@ from dinov3.data import names as known_names
 from dinov3.errors import DinoError, PictureError
 from dinov3.heads.dpt import build_depther
 from dinov3.heads.linear import LinearClassifier, build_linear_segmentor
+from dinov3.heads.windows import class_maps
 from dinov3.models import VisionTransformer, ViTConfig
 from dinov3.predict.canopy import predict_canopy
 from dinov3.predict.classify import predict_classes
@@ -175,6 +176,45 @@ def test_a_wrong_head_gets_one_sentence(depther: nn.Module, segmentor: nn.Module
         predict_classes(depther, cat, size=32)
     with pytest.raises(DinoError, match="4 class names for a model of 5 classes"):
         predict_segments(segmentor, cat, size=32, names=["a", "b", "c", "d"])
+
+
+def test_a_mask2former_head_names_every_pixel(cat: Image.Image) -> None:
+    from dinov3.hub.heads import build_head
+
+    model: Any = build_head("segmentation", "mask2former", tiny(), n_classes=4, hidden_dim=64, ffn=64, n_queries=6)
+    torch.manual_seed(0)
+    for p in model.segmentation_model[1].parameters():
+        if p.ndim > 1:
+            p.data.normal_(std=p[0].numel() ** -0.5)
+    model.eval()
+    result = predict_segments(model, cat, size=64, names=["a", "b", "c", "d"])  # two windows
+    assert result.classes.shape == (87, 130)
+    assert 0.25 <= result.probability.min() <= result.probability.max() <= 1
+    # at once and at the picture's own size: the arg-max of the class maps
+    whole = predict_segments(model, cat, size=87, whole=True)
+    x = see(model, cat, rule_of(model, 87)).x
+    maps = class_maps(model.predict(x, rescale_to=(87, 130)), "m2f")
+    assert (whole.classes == maps.argmax(1)[0].numpy()).all()
+
+
+def test_boxes_are_in_the_pictures_pixels(cat: Image.Image) -> None:
+    from dinov3.hub.heads import build_head
+    from dinov3.predict.detect import predict_objects
+
+    sizes = {"width": 64, "n_heads": 4, "encoder_ffn": 32, "decoder_ffn": 32, "encoder_layers": 1, "decoder_layers": 1}
+    torch.manual_seed(0)
+    model: Any = build_head(
+        "detection", "detr", tiny(), n_classes=91, n_queries=5, topk=5, bias_hidden=16, **sizes
+    ).eval()
+    found = predict_objects(model, cat, size=64, threshold=0.0)
+    assert len(found) == 5
+    x = see(model, cat, rule_of(model, 64, multiple=16)).x
+    (raw,) = model([x[0]])
+    scale = np.array([130 / x.shape[-1], 87 / x.shape[-2]] * 2)
+    np.testing.assert_allclose(found.boxes_xyxy_px, raw["boxes"].detach().numpy() * scale, rtol=1e-4, atol=1e-2)
+    assert found.names[0] == known_names.coco()[found.labels[0]] or found.names[0] == f"class {found.labels[0]}"
+    assert len(predict_objects(model, cat, size=64, threshold=1.0)) == 0
+    assert predict_objects(model, cat, size=64, threshold=1.0).drawing().size == (130, 87)  # nothing found, drawn
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------

@@ -38,7 +38,9 @@ Size = Annotated[int | None, typer.Option(min=1, help="Pixels of the short side 
 Window = Annotated[int | None, typer.Option(min=1, help="Sliding windows of so many pixels (after --size).")]
 Stride = Annotated[int | None, typer.Option(min=1, help="Pixels between windows. Default: 2/3 of a window.")]
 Labels = Annotated[str | None, typer.Option(help="Class names: a,b,c or a text file with one a line.")]
-Precision = Annotated[Dtype, typer.Option(help="The model's precision.")]
+Precision = Annotated[
+    Dtype | None, typer.Option(help="The model's precision. Default: float32; of a --head, what it was trained in.")
+]
 
 # verb → (published head, task in head files, kind of an untrained head, its classes, further options)
 TASKS: dict[str, tuple[str, str, str, int | None, dict[str, Any]]] = {
@@ -64,7 +66,7 @@ def segment(
     whole: Annotated[bool, typer.Option("--whole", help="No windows: everything at once.")] = False,
     labels: Labels = None,
     device: Device = "auto",
-    dtype: Precision = "float32",
+    dtype: Precision = None,
 ) -> None:
     """The class of every pixel: an indexed PNG, its legend as JSON, and a drawing, for each picture."""
     from dinov3.predict.segment import predict_segments
@@ -91,7 +93,7 @@ def depth(
     stride: Stride = None,
     flip: Annotated[bool, typer.Option("--flip", help="Mean with the mirrored picture: slower, better.")] = False,
     device: Device = "auto",
-    dtype: Precision = "float32",
+    dtype: Precision = None,
 ) -> None:
     """Metres from the camera for every pixel: a float32 .npy and a drawing for each picture."""
     from dinov3.predict.depth import predict_depth
@@ -116,7 +118,7 @@ def canopy(
     window: Annotated[int, typer.Option(min=1, help="Larger pictures are seen through windows.")] = 1024,
     stride: Stride = None,
     device: Device = "auto",
-    dtype: Precision = "float32",
+    dtype: Precision = None,
 ) -> None:
     """Height of trees in metres from aerial pictures: GeoTIFF for GeoTIFFs, else .npy, and a drawing for each."""
     from dinov3.predict.canopy import predict_canopy
@@ -142,7 +144,7 @@ def detect(
     most: Annotated[int, typer.Option(min=1, help="At most so many boxes a picture.")] = 100,
     labels: Labels = None,
     device: Device = "auto",
-    dtype: Precision = "float32",
+    dtype: Precision = None,
 ) -> None:
     """Boxes around objects: one detections.json in COCO's form, and a drawing for each picture."""
     from dinov3.predict.detect import predict_objects, write_coco
@@ -174,7 +176,7 @@ def classify(
     top: Annotated[int, typer.Option(min=1, help="So many classes a picture.")] = 5,
     labels: Labels = None,
     device: Device = "auto",
-    dtype: Precision = "float32",
+    dtype: Precision = None,
 ) -> None:
     """What pictures show: classes with probabilities on stdout, in classes.csv and, with --out, drawn."""
     from dinov3.predict.classify import predict_classes
@@ -217,7 +219,7 @@ def zero_shot(
     stride: Annotated[int | None, typer.Option(min=1, help="With --dense. Default: half a window.")] = None,
     top: Annotated[int, typer.Option(min=1, help="So many classes a picture.")] = 5,
     device: Device = "auto",
-    dtype: Precision = "float32",
+    dtype: Precision = None,
 ) -> None:
     """Classes by their names alone, with dino.txt: of whole pictures, or with --dense of every pixel."""
     import warnings
@@ -347,7 +349,7 @@ def model_for(
     weights: str | None,
     backbone_weights: str | None,
     device: str,
-    dtype: str,
+    dtype: str | None,
     n_classes: int = 0,
 ) -> Any:
     """The model of a verb's options, said on stderr; an untrained one only where asked for by "random", and loudly."""
@@ -357,7 +359,7 @@ def model_for(
     from dinov3.hub import headfiles
 
     published, task, kind, classes, options = TASKS[verb]
-    place, precision = device_of(device), getattr(torch, dtype)
+    place = device_of(device)
     if head_file is not None:
         from dinov3.hub.heads import load_head, read_head_info
 
@@ -368,9 +370,12 @@ def model_for(
         info = read_head_info(head_file)
         if info.task != task:
             raise DinoError(f"{head_file} is a head for {info.task}: use `dinov3 {_verb_of(info.task)}`")
-        net: Any = headfiles.placed(load_head(head_file, backbone_weights=backbone_weights), place, precision)
-        say(f"{info.head} head {head_file} over {info.backbone_label}, {dtype} on {place}")
+        net: Any = load_head(head_file, backbone_weights=backbone_weights)
+        net = headfiles.placed(net, place, getattr(torch, dtype) if dtype else None)
+        say(f"{info.head} head {head_file} over {info.backbone_label}, {dtype or info.dtype} on {place}")
         return net
+    dtype = dtype or "float32"
+    precision = getattr(torch, dtype)
     if weights == "random" and name is None:
         from dinov3.hub.heads import build_head
 
@@ -409,7 +414,7 @@ def _verb_of(task: str) -> str:
 
 
 def text_model(
-    weights: str | None, backbone_weights: str | None, vocabulary: str | None, device: str, dtype: str
+    weights: str | None, backbone_weights: str | None, vocabulary: str | None, device: str, dtype: str | None
 ) -> tuple[Any, Any]:
     """dino.txt and its tokenizer; an untrained small one where asked for by "random"."""
     import torch
@@ -417,6 +422,7 @@ def text_model(
     from dinov3 import hub
     from dinov3.hub import dinotxt, headfiles
 
+    dtype = dtype or "float32"
     place, precision = device_of(device), getattr(torch, dtype)
     if weights != "random":
         model, tokenizer = dinotxt.open_model(weights, backbone_weights, vocabulary, device=place, dtype=precision)

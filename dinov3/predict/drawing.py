@@ -5,12 +5,14 @@ A drawing is for eyes: long sides above `LONGEST` are reduced. The data beside i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 LONGEST = 1600  # px
+LINE, GAP = 24, 14  # px of a legend
 INK, PAPER, FAINT = (28, 28, 30), (252, 252, 250), (108, 108, 114)
 
 # dark violet (near) over rose to pale yellow (far): lightness rises evenly, so that it reads in grey as well
@@ -68,7 +70,8 @@ def classes_over(
     shown = _fitting(classes, base.size)
     blended = (1 - alpha) * np.asarray(base, np.float64) + alpha * colours[shown]
     numbers, counts = np.unique(classes, return_counts=True)
-    order = np.argsort(-counts, kind="stable")[:24]
+    most = max(8, (base.height - 2 * GAP) // LINE - 1)  # what stands beside the picture, or a few more
+    order = np.argsort(-counts, kind="stable")[:most]
     entries = [(tuple(colours[numbers[i]]), f"{names[numbers[i]]}  {counts[i] / classes.size:.1%}") for i in order]
     if len(numbers) > len(order):
         entries.append(((200, 200, 200), f"and {len(numbers) - len(order)} more"))
@@ -77,7 +80,7 @@ def classes_over(
 
 def with_legend(image: Image.Image, entries: Sequence[tuple[tuple[int, ...], str]]) -> Image.Image:
     """A column of coloured squares with words at the right of a picture."""
-    font, line, gap = _font(15), 24, 14
+    font, line, gap = _font(15), LINE, GAP
     wide = int(max([font.getlength(text) for _, text in entries] or [0])) + 3 * gap + 16
     page = Image.new("RGB", (image.width + wide, max(image.height, line * len(entries) + 2 * gap)), PAPER)
     page.paste(image, (0, 0))
@@ -97,8 +100,9 @@ def heights_drawn(values: np.ndarray, low: float, high: float, unit: str) -> Ima
     shown = _fitting(values, _reduced_size((values.shape[1], values.shape[0])))
     span = high - low if high > low else 1.0
     image = Image.fromarray(ramp((shown.astype(np.float64) - low) / span))
-    font, gap, bar, least = _font(15), 14, 22, 160
-    labels = [f"{low + span * i / 4:.3g} {unit}" for i in range(5)]
+    font, gap, bar, least = _font(15), GAP, 22, 160
+    digits = min(6, max(0, 1 - math.floor(math.log10(span / 4))))  # as many as tell the labels apart
+    labels = [f"{low + span * i / 4:.{digits}f} {unit}" for i in range(5)]
     wide = int(max(font.getlength(text) for text in labels)) + bar + 4 * gap
     page = Image.new("RGB", (image.width + wide, max(image.height, least)), PAPER)
     page.paste(image, (0, 0))
