@@ -64,9 +64,11 @@ def train_head(
         head = "detr"
     chosen = head if head is not None else "linear"
     check_kind(task, chosen)
-    average_precision = None
+    measure = None
     if task == "detection":
         from dinov3.eval.detection.scores import average_precision
+
+        measure = average_precision
     config = HeadConfig(
         task=task, head=chosen, data=data, val=val, backbone=backbone, weights=weights,
         options=head_options(options or []), classes=[c.strip() for c in classes.split(",")] if classes else [],
@@ -74,7 +76,7 @@ def train_head(
         weight_decay=weight_decay, evaluate_every=evaluate_every, save_every=save_every,
         precision="bfloat16" if bf16 else "float32", seed=seed, device=device_of(device),
     )  # fmt: skip
-    outcome = run(config, out, resume=resume, average_precision=average_precision)
+    outcome = run(config, out, resume=resume, average_precision=measure)
     for name, value in outcome.metrics.items():
         say(f"{name}\t{value:.4f}")
     print(outcome.head)

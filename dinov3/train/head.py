@@ -223,7 +223,7 @@ def checked_sizes(data: Any, say: Any) -> set[tuple[int, int]]:
         raise DinoError(f"{listed(unreadable, 'pictures')} cannot be read: {_names(unreadable)}")
     if wrong:
         raise DinoError(f"{listed(wrong, 'targets')} not of their picture's size: {_names(wrong)}")
-    if pairs is not None and getattr(data, "left_out", 0):
+    if pairs is not None and getattr(data, "left_out", False):
         alone = without_target(data)
         if alone:
             say(f"{listed(alone, 'pictures')} without a target of the same name, left out: {_names(alone)}")
@@ -276,10 +276,9 @@ def without_target(data: Any) -> list[str]:
 
 def load_backbone(config: HeadConfig) -> nn.Module:
     """The backbone on the CPU; a ConvNeXt whose maps one grid must hold gets the patch size 16."""
-    options = {} if config.weights != "random" else {"seed": 0}
-    backbone = hub.load(config.backbone, config.weights, **options)
+    backbone = hub.load(config.backbone, config.weights)
     if isinstance(backbone, ConvNeXt) and config.head in ("dpt", "detr") and backbone.patch_size is None:
-        backbone = hub.load(config.backbone, config.weights, **options, patch_size=16)
+        backbone = hub.load(config.backbone, config.weights, patch_size=16)
     return backbone
 
 
@@ -345,7 +344,7 @@ def class_names(config: HeadConfig, data: Any) -> list[str]:
                 f"{len(config.classes)} class names were given, the data have {len(own)}: {', '.join(own[:8])}"
             )
         return names
-    zero = int(getattr(data, "zero_is_other", False))
+    zero = 1 if getattr(data, "zero_is_other", False) else 0
     known = len(names) or data.n_classes
     if known is None or len(data) <= 2000:  # beyond it, a wrong number is found in the first batch that holds it
         highest = data.highest_class() - zero
