@@ -85,6 +85,13 @@ LINEAR = (
     "train.batch_size=32 train.epochs=1 train.epoch_length=60 train.num_workers=2 eval.num_workers=2 "
     "train.learning_rates=[1e-3,3e-3,1e-2,3e-2,0.1,0.3,1.0] " + SMALL
 )
+# small: features once, 300 and 200 steps of 4 pictures of 336 × 448
+CAMVID = "DenseFolder:root={data}/camvid:split=%s:ignore=11"
+ROOM = "DenseFolder:root={data}/7scenes:select=%s"
+DENSE = (
+    "transforms.train.augment=false transforms.eval.img_size=336 scheduler.type=cosine scheduler.total_iter=%d "
+    "optimizer.lr=%s bs=4 decoder_head.type=linear"
+)
 
 ROWS: list[Row] = [
     Row(
@@ -126,6 +133,23 @@ ROWS: list[Row] = [
         f"-m dinov3.cli eval linear {{model}} train.dataset={SPLIT % ('train', '')} "
         f"train.val_dataset={SPLIT % ('test', ':test_per_class=5')} {LINEAR} --output-dir {{out}}",
         csv_cell("results-linear.csv", "*_accuracy"),
+    ),
+    Row(
+        "segmentation-camvid",
+        "CamVid (92 street scenes to train, 47 to test), linear segmentation, mIoU % of 11 classes",
+        f"-m dinov3.cli eval segmentation {{model}} datasets.train={CAMVID % 'train'} datasets.val={CAMVID % 'test'} "
+        f"{DENSE % (300, '3e-3')} decoder_head.num_classes=11 eval.crop_size=448 eval.stride=448 --output-dir {{out}}",
+        csv_cell("results-semantic-segmentation.csv", "mIoU"),
+    ),
+    Row(
+        "depth-7scenes",
+        "7-Scenes (one room, 40 frames to train, 24 later ones to test), linear depth, RMSE in metres",
+        f"-m dinov3.cli eval depth {{model}} datasets.train={ROOM % '0:80:2'} datasets.val={ROOM % '88:112'} "
+        f"{DENSE % (200, '1e-2')} decoder_head.backbone_out_layers=LAST decoder_head.use_batchnorm=true "
+        "decoder_head.max_depth=10 eval.use_tta=false --output-dir {out}",
+        csv_cell("results-depth.csv", "DenseFolder_rmse"),
+        higher_is_better=False,
+        digits=3,
     ),
 ]
 

@@ -502,7 +502,7 @@ def folder_words(
     words = [
         f"datasets.train={train}", f"datasets.val={val}", "decoder_head.type=linear", "decoder_head.use_batchnorm=true",
         "decoder_head.backbone_out_layers=LAST", f"decoder_head.max_depth={max_depth}", f"eval.max_depth={max_depth}",
-        "transforms.train.augment=false", f"scheduler.total_iter={steps}", "scheduler.type=cosine", "optimizer.lr=1e-3",
+        "transforms.train.augment=false", f"scheduler.total_iter={steps}", "scheduler.type=cosine", "optimizer.lr=1e-2",
         "bs=4", f"output_dir={output_dir or f'depth-{Path(folder).name}'}",
     ]  # fmt: skip
     words += [f"transforms.eval.img_size={size}"] if size else []

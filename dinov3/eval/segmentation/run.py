@@ -466,7 +466,7 @@ def folder_words(
     words = [
         f"datasets.train={train}", f"datasets.val={val}", f"decoder_head.num_classes={classes}", "decoder_head.type=linear",
         f"transforms.eval.img_size={size}", f"eval.crop_size={size}", f"eval.stride={max(1, size * 2 // 3)}",
-        "transforms.train.augment=false", f"scheduler.total_iter={steps}", "scheduler.type=cosine", "bs=4",
+        "transforms.train.augment=false", f"scheduler.total_iter={steps}", "scheduler.type=cosine", "optimizer.lr=3e-3", "bs=4",
         f"output_dir={output_dir or f'segmentation-{Path(folder).name}'}",
     ]  # fmt: skip
     words += [f"model.name={model}"] if model else []
