@@ -44,6 +44,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "log_regression": ("Fine-S", "Food-101", "CIFAR-10", "CIFAR-100", "SUN397", "Cars", "Aircraft", "VOC2007 cls", "DTD",
                        "Pets", "Caltech-101", "Flowers", "CUB"),
     "segmentation": ("ADE20k", "Cityscapes", "VOC12 seg"),
+    "semantic_segmentation": ("ADE20k", "Cityscapes", "VOC12 seg"),  # the name of its result files
     "depth": ("NYU↓", "KITTI↓"),
     "retrieval": ("Oxford-M", "Oxford-H", "Paris-M", "Paris-H", "Met GAP", "Met GAP-", "Met ACC", "AmsterTime"),
     "keypoints": ("NAVI", "SPair"),
