@@ -525,14 +525,47 @@ def test_pictures_in_memory_are_decoded_once(folder: Path) -> None:
     assert not pictures.unreadable
 
 
-def test_a_flat_schedule_falls_in_its_last_quarter_whatever_the_total() -> None:
-    short, long = (DistillConfig(schedule="flat", steps=n, warmup=10, lr=1.0, final_lr=0.0) for n in (100, 200))
+def test_a_flat_schedule_falls_in_its_last_share_whatever_the_total() -> None:
+    short, long = (DistillConfig(schedule="flat:0.25", steps=n, warmup=10, lr=1.0, final_lr=0.0) for n in (100, 200))
     assert [short.lr_at(i) for i in (0, 5, 10, 75)] == [0.0, 0.5, 1.0, 1.0]
     assert short.lr_at(90) == pytest.approx(0.4)
     assert short.lr_at(99) == pytest.approx(0.04)
     assert [short.lr_at(i) == long.lr_at(i) for i in (3, 75, 76)] == [True, True, False]
-    with pytest.raises(UnknownName, match="cosine or flat"):
-        DistillConfig(schedule="step").lr_at(1)
+    for wrong in ("step", "flat", "flat:2", "flat:much"):
+        with pytest.raises(DinoError, match="cosine or flat:SHARE"):
+            DistillConfig(schedule=wrong).lr_at(1)
+
+
+def test_an_isometry_keeps_angles_and_finds_the_rotation() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(400, 6)
+    x = x - x.mean(0)
+    turned = torch.linalg.qr(torch.randn(20, 6))[0]
+    W = module.isometry(x, 3 * x @ turned.T + 0.01 * torch.randn(400, 20))
+    torch.testing.assert_close(W.T @ W, W.T.norm(dim=1).square().mean() * torch.eye(6), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(W, 3 * turned, atol=0.05, rtol=0.05)
+    with pytest.raises(DinoError, match="more than 6 pictures"):
+        module.isometry(x[:4], x[:4])
+
+
+def test_an_isometric_projection_is_fitted_once_and_stays(tiny_student, tmp_path) -> None:
+    place = tmp_path / "many"
+    place.mkdir()
+    for i in range(40):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(place / f"{i}.png")
+    torch.manual_seed(1)
+    model = VisionTransformer(replace(TINY, embed_dim=64, layerscale_init=1.0))
+    model.init_weights()
+    wide = save(model, tmp_path / "wide.safetensors")
+    config = config_for(place, wide)
+    config.teachers = [f"dinov3:{wide},isometry=true,patches=0"]
+    work = Distillation(config, RunDir(tmp_path / "run"))
+    before = work.pupils[0].cls.weight.clone()
+    gram = before.T @ before
+    torch.testing.assert_close(gram, gram.diagonal().mean() * torch.eye(32), atol=1e-4, rtol=1e-3)
+    work.train_step(work.batches.at(0))
+    work.train_step(work.batches.at(1))
+    assert torch.equal(work.pupils[0].cls.weight, before)
 
 
 @pytest.mark.slow

@@ -96,7 +96,9 @@ def distill(
         str, typer.Option(help="cutmix:SHARE,mixup:SHARE of the pictures; for teachers with online=true.")
     ] = "",
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-4,
-    schedule: Annotated[str, typer.Option(help="cosine, or flat and falling in the last quarter.")] = "cosine",
+    schedule: Annotated[
+        str, typer.Option(help="cosine, or flat:SHARE, falling in that last share of the steps.")
+    ] = "cosine",
     optimizer: Annotated[str, typer.Option(help="adamw, or muon for the blocks' matrices.")] = "adamw",
     momentum: Annotated[float, typer.Option(help="Of the average that is exported.")] = 0.998,
     cache: Annotated[str | None, typer.Option(help="Keep what the teachers say in this folder.")] = None,

@@ -58,7 +58,6 @@ from dinov3.train.teachers import OnlineTargets, Pictures, TargetCache, Targets,
 from dinov3.weights import catalog, loading
 
 STATISTICS_FROM = 1024  # pictures that the targets' mean and spread, and the first projections, are fitted on
-COOLDOWN = 0.25  # of a flat schedule's steps
 CHECKPOINT, STUDENT = "distill.pth", "student.safetensors"
 
 
@@ -80,7 +79,7 @@ class DistillConfig:
     lr: float = 5e-4
     final_lr: float = 1e-6
     warmup: int = 50
-    schedule: str = "cosine"  # or flat: the peak until the last quarter, then a straight line down
+    schedule: str = "cosine"  # or flat:SHARE, the peak, then in that last share of the steps a straight line down
     projection_lr: float = 1.0  # times lr
     weight_decay: float = 0.05
     clip: float = 3.0
@@ -134,9 +133,10 @@ class DistillConfig:
         warmup = min(self.warmup, self.steps // 2)
         if self.schedule == "cosine":
             return warmup_cosine_v2(step, start=0.0, peak=self.lr, end=self.final_lr, warmup=warmup, total=self.steps)
-        if self.schedule != "flat":
-            raise UnknownName(f"the schedule is cosine or flat, not {self.schedule!r}")
-        falls = max(1, round(self.steps * COOLDOWN))
+        name, _, share = self.schedule.partition(":")
+        if name != "flat" or not share.replace(".", "", 1).isdecimal() or not 0 <= float(share) <= 1:
+            raise DinoError(f"the schedule is cosine or flat:SHARE, for example flat:0.25, not {self.schedule!r}")
+        falls = max(1, round(self.steps * float(share)))
         left = min(1.0, (self.steps - step) / falls)  # the total can be changed until the fall begins
         return min(1.0, step / max(1, warmup)) * (self.final_lr + (self.lr - self.final_lr) * left)
 
@@ -277,7 +277,7 @@ class Pupil(nn.Module):
         super().__init__()
         self.line = teacher.line
         self.scale_cls = Standardised(sample.cls)
-        self.cls = nn.Linear(width, sample.cls.shape[-1])
+        self.cls = nn.Linear(width, sample.cls.shape[-1]).requires_grad_(not self.line.isometry)
         if sample.patches is not None and self.line.patches:
             self.scale_patches = Standardised(sample.patches)
             self.patches = nn.Linear(width, sample.patches.shape[-1])
@@ -294,6 +294,10 @@ class Pupil(nn.Module):
         ):
             layer = getattr(self, name, None)
             if layer is None or targets is None:
+                continue
+            if name == "cls" and self.line.isometry:
+                layer.weight.copy_(isometry(x.float(), targets.float()))
+                layer.bias.zero_()
                 continue
             if name == "patches":
                 targets = self.scale_patches(resized_grid(targets, (patches.shape[1], patches.shape[2]))).flatten(0, 2)
@@ -314,6 +318,22 @@ class Pupil(nn.Module):
             terms.add(f"{name}/patches", self.line.patches, difference(self.patches(patches), self.scale_patches(grid)))
         if self.line.logits and targets.logits is not None:
             terms.add(f"{name}/logits", self.line.logits, softened_kl(self.logits(cls), targets.logits))
+
+
+def isometry(x: Tensor, target: Tensor) -> Tensor:
+    """[D, d]: the map of x [n, d] into the strongest directions of the targets [n, D] that keeps angles and comes nearest.
+
+    A student that learns through it has the teacher's angles in its own features, not in a projection that is thrown away.
+    """
+    d = x.shape[1]
+    _, spectrum, directions = torch.linalg.svd(target - target.mean(0), full_matrices=False)
+    strongest = directions[:d]
+    if len(strongest) < d or spectrum[d - 1] < 1e-6 * spectrum[0]:
+        raise DinoError(f"isometry needs more than {d} pictures and teachers of more than {d} dimensions")
+    aimed = target @ strongest.T
+    U, _, V = torch.linalg.svd(aimed.T @ (x - x.mean(0)), full_matrices=False)
+    scale = (aimed.square().mean() / x.square().mean()).sqrt()
+    return scale * strongest.T @ U @ V
 
 
 def resized_grid(patches: Tensor, to_hw: tuple[int, int]) -> Tensor:

@@ -13,10 +13,16 @@ A teacher is named by a line, `KIND:WHAT[,option=value…]`:
     timm:NAME                     a timm model; checkpoint=FILE for weights of its own (default: timm's pretrained ones)
     mobilenetv2:FILE              torchvision's MobileNetV2 classifier, its .pth
 
-options: `layer` (0-based block, default the last), `normed` (true|false, the final norm), `side` (pixels, where no grid
-has to agree), `views` (how many views of a picture are cached; the rest go without this teacher), `online` (true: it looks
-at the student's own pixels, nothing is cached), `share` (of a batch that an online teacher is asked about), and the weights
-of its loss terms `cls`, `patches`, `logits`, `relations`.
+options:
+
+    layer, normed   0-based block, default the last · whether the final norm follows (true)
+    side            pixels of its input, where no grid has to agree
+    views           how many views of a picture are cached; the rest go without this teacher
+    online          true: it looks at the student's own pixels, nothing is cached
+    share           of a batch that an online teacher is asked about
+    isometry        true: the student's global vector is held against the teacher's strongest directions by a fixed map
+                    that keeps angles, not by a learned projection
+    cls, patches, logits, relations     weights of its loss terms
 
 Legend: B pictures, h×w grid, Dg and Dp widths of the global vector and of a patch, K classes.
 """
@@ -77,6 +83,7 @@ class TeacherLine:
     patches: float = 1.0
     logits: float = 0.0
     relations: float = 0.0
+    isometry: bool = False
 
     @classmethod
     def parse(cls, line: str) -> TeacherLine:
@@ -112,7 +119,8 @@ def _share(text: str) -> float:
 
 
 _OPTIONS: dict[str, Callable[[str], Any]] = {
-    "layer": int, "normed": _truth, "side": int, "views": int, "checkpoint": str, "online": _truth, "share": _share,
+    "layer": int, "normed": _truth, "side": int, "views": int, "checkpoint": str,
+    "online": _truth, "share": _share, "isometry": _truth,
     "cls": float, "patches": float, "logits": float, "relations": float,
 }  # fmt: skip
 
