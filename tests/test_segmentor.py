@@ -27,7 +27,7 @@ from dinov3.heads.mask2former import (
     default_width,
     positions,
 )
-from dinov3.hub import segmentors
+from dinov3.hub import HEADS, segmentors
 from dinov3.models import ConvNeXt, ConvNeXtConfig, VisionTransformer, ViTConfig, backbone
 from dinov3.weights import catalog
 
@@ -355,6 +355,26 @@ def test_a_head_of_another_backbone_is_refused_in_a_sentence(small: None, tmp_pa
     torch.save({k: v for k, v in other.state_dict().items() if not k.startswith(BACKBONE)}, tmp_path / "head.pth")
     with pytest.raises(WeightsMismatch, match="was trained on a backbone of width 32, this one has 64"):
         hubconf.dinov3_vit7b16_ms(weights=str(tmp_path / "head.pth"), backbone_weights="random")
+
+
+@pytest.mark.slow
+def test_torch_hub_finds_both_files_at_the_published_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of the published names, keys and shapes, whose values take no room."""
+    row, head = catalog.resolve("dinov3_vit7b16")[0], HEADS["dinov3_vit7b16_ms"]
+    with torch.device("meta"):
+        vit = backbone(row.config)
+    published = json.loads((KEYS / "head_vit7b16_ms.json").read_text())["state_dict"]
+    (tmp_path / row.arch).mkdir()
+    torch.save({k: torch.ones(1).expand(v.shape) for k, v in vit.state_dict().items()}, tmp_path / row.arch / row.file)
+    twos = {k: torch.full((), 2, dtype=getattr(torch, d)).expand(shape) for k, (shape, d) in published.items()}
+    torch.save(twos, tmp_path / head.file)
+    monkeypatch.setenv("DINOV3_DOWNLOAD_BASE", tmp_path.as_uri())
+    model = torch.hub.load(str(Path(__file__).parents[1]), "dinov3_vit7b16_ms", source="local")
+    assert (model.segmentation_model[1].predictor.class_embed.bias == 2).all()
+    assert model.pyramid.backbone.cls_token.all()
+    assert model.origin.mean == (0.485, 0.456, 0.406)
+    with pytest.raises(DinoError, match="promised by its name"):
+        torch.hub.load(str(Path(__file__).parents[1]), "dinov3_vit7b16_ms", source="local", check_hash=True)
 
 
 def test_fresh_weights_need_no_file(small: None) -> None:

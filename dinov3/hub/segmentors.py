@@ -27,8 +27,6 @@ from dinov3.hub import head, headfiles
 from dinov3.hub.backbones import Weights
 from dinov3.weights import loading
 
-ROOM = "segmentation_model."
-
 
 class SegmentorWeights(Enum):
     """The data sets that published segmentation heads were trained on."""
@@ -123,19 +121,18 @@ def make_segmentor(
 
 def check(state: Mapping[str, Tensor], source: str, *, width: int, hidden_dim: int, n_classes: int) -> None:
     """The three numbers that people mix up, in one sentence each; everything else is for `headfiles.fill` to say."""
-    shown = loading.shown(source)
-    for key, dim, here, sentence in (
-        (
-            "0.level_embed",
-            1,
-            width,
-            "was trained on a backbone of width {}, this one has {}: load the one it belongs to",
-        ),
-        ("1.predictor.query_feat.weight", 1, hidden_dim, "is {} wide, not {}: pass hidden_dim={}"),
-        ("1.predictor.class_embed.bias", 0, n_classes + 1, "tells {} classes apart, not {}: pass n_classes={}"),
-    ):
-        if (found := state.get(ROOM + key)) is not None and found.ndim > dim and found.shape[dim] != here:
-            there = found.shape[dim]
-            if dim == 0:
-                there, here = there - 1, here - 1  # the last is no class
-            raise WeightsMismatch(f"the head in {shown} " + sentence.format(there, here, there))
+
+    def size(key: str, dim: int) -> int | None:
+        value = state.get("segmentation_model." + key)
+        return value.shape[dim] if value is not None and value.ndim > dim else None
+
+    head_in = f"the head in {loading.shown(source)}"
+    if (found := size("0.level_embed", 1)) not in (None, width):
+        raise WeightsMismatch(
+            f"{head_in} was trained on a backbone of width {found}, this one has {width}: load the one it belongs to"
+        )
+    if (found := size("1.predictor.query_feat.weight", 1)) not in (None, hidden_dim):
+        raise WeightsMismatch(f"{head_in} is {found} wide, not {hidden_dim}: pass hidden_dim={found}")
+    found = size("1.predictor.class_embed.bias", 0)
+    if found is not None and found - 1 != n_classes:  # the last is no class
+        raise WeightsMismatch(f"{head_in} tells {found - 1} classes apart, not {n_classes}: pass n_classes={found - 1}")
