@@ -141,6 +141,21 @@ def test_the_best_head_is_kept_and_is_what_the_module_has_in_the_end(tmp_path: P
     assert all(torch.equal(v, seen[3][k]) for k, v in head_tensors(model).items())
 
 
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters() -> None:
+    seen = []
+
+    def watched(module: nn.Module, batch: Any) -> LossTerms:
+        logits = module(batch["x"])
+        seen.append(logits.dtype)
+        return objectives.segmentation_terms(logits, batch["target"])
+
+    model = segmentor()
+    report = fit(model, drawn, watched, FitConfig(steps=40, lr=3e-2, precision="bfloat16"))
+    assert set(seen) == {torch.bfloat16}
+    assert {v.dtype for v in head_tensors(model).values() if v.is_floating_point()} == {torch.float32}
+    assert report.last["ce_loss"] < 0.6
+
+
 def test_threads_that_fetch_batches_change_nothing() -> None:
     models = [segmentor(), segmentor()]
     for model, workers in zip(models, (0, 2)):

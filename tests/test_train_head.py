@@ -172,6 +172,28 @@ def test_a_classifier_learns_a_folder(tmp_path: Path, drawn: None) -> None:
     assert load_head(outcome.head, backbone=head_module.load_backbone(wanted)).head_info.class_names == ("green", "red")
 
 
+def test_validation_classes_are_numbered_as_those_of_training(tmp_path: Path) -> None:
+    val = class_folder(tmp_path / "val")
+    for i in range(6):  # without green, red would be number 0
+        (val / "green" / f"{i}.png").unlink()
+    (val / "green").rmdir()
+    wanted = config(class_folder(tmp_path / "data"), task="classification", val=str(val))
+    data, other = head_module.both_sides(wanted)
+    assert data.class_names == ["green", "red"]
+    assert {other[i][1] for i in range(len(other))} == {1}
+    write(val / "blue" / "0.png", COLOURS[blocks(0)])
+    with pytest.raises(DinoError, match="classes that the training data lack: blue"):
+        head_module.both_sides(wanted)
+
+
+def test_a_data_set_for_another_task_is_told(tmp_path: Path) -> None:
+    line = f"DenseFolder:root={depth_folder(tmp_path)}:kind=depth"
+    assert len(open_data("depth", line)) == 4
+    with pytest.raises(DinoError, match="is a data set for depth: a head for segmentation cannot learn from it"):
+        open_data("segmentation", line)
+    assert open_data("classification", f"Folder:root={class_folder(tmp_path / 'c')}").class_names == ["green", "red"]
+
+
 def simple_precision(found: Any, truth: Any, names: Any) -> Any:
     """The share of true boxes that the best detection of their picture overlaps by half: enough to see that it learns."""
     from dinov3.heads.boxes import overlap

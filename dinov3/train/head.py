@@ -131,9 +131,10 @@ def open_data(task: str, text: str, split: str | None = None, *, ignore: int | N
     not count."""
     if ":" in text and "=" in text.partition(":")[2]:
         dataset: Any = make_dataset(text)
-        kind = getattr(dataset, "kind", None)
-        if kind is not None and kind != {"segmentation": "classes", "depth": "depth"}.get(task):
-            raise DinoError(f"{text} holds {kind}, which is not what a head for {task} learns from")
+        kind = kind_of(dataset)
+        if kind != task:
+            raise DinoError(f"{text} is a data set for {kind}: a head for {task} cannot learn from it")
+        dataset = Labelled(dataset) if task == "classification" else dataset
     else:
         root = Path(text).expanduser()
         if not root.exists():
@@ -163,15 +164,24 @@ def _of_folder(task: str, root: Path, split: str | None, ignore: int | None) -> 
     return Labelled(Folder(root / split if split else root))
 
 
+def kind_of(dataset: Any) -> str:
+    """The task a data set is for."""
+    if hasattr(dataset, "kind"):
+        return {"classes": "segmentation", "depth": "depth"}.get(dataset.kind, dataset.kind)
+    return "detection" if hasattr(dataset, "category_ids") else "classification"
+
+
 class Labelled:
-    """The pictures of a folder that have a class; what lies beside the class folders has none."""
+    """The pictures of a data set that have a class; in a folder, what lies beside the class folders has none."""
 
     def __init__(self, data: Any) -> None:
-        self.data, self.class_names = data, list(getattr(data, "class_names", None) or [])
-        if not self.class_names:
-            raise DinoError(f"{data.source} has no sub-folders: a classifier needs one folder for each class")
-        self.kept = [i for i in range(len(data)) if data.label(i) is not None]
-        self.left_out = len(data) - len(self.kept)
+        self.data = data
+        labels = [data.label(i) for i in range(len(data))]
+        self.kept = [i for i, label in enumerate(labels) if label is not None]
+        if not self.kept:
+            raise DinoError("no picture has a class: a classifier needs one folder of pictures for each class")
+        names = getattr(data, "class_names", None)
+        self.class_names = list(names or (f"class {i}" for i in range(1 + max(labels[i] for i in self.kept))))
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -186,6 +196,37 @@ class Labelled:
         return self.data.read(self.kept[index])
 
 
+class Relabelled:
+    """A data set whose classes are numbered as another's are."""
+
+    def __init__(self, data: Any, numbers: Sequence[int]) -> None:
+        self.data, self.numbers = data, torch.tensor(numbers)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.data, name)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        picture, target = self.data[index]
+        if isinstance(target, dict):
+            return picture, target | {"labels": self.numbers[target["labels"]]}
+        return picture, int(self.numbers[target])
+
+
+def same_classes(data: Any, val: Any) -> Any:
+    """The validation data with the training data's numbers of the classes, which must hold all of its classes."""
+    known, names = getattr(data, "class_names", None), getattr(val, "class_names", None)
+    if not known or not names or list(known) == list(names):
+        return val
+    if new := [name for name in names if name not in known]:
+        raise DinoError(f"the validation data have classes that the training data lack: {_names(new)}")
+    if hasattr(val, "pairs"):
+        raise DinoError("the masks of training and validation data number their classes differently; name them alike")
+    return Relabelled(val, [known.index(name) for name in names])
+
+
 def both_sides(config: HeadConfig) -> tuple[Any, Any | None]:
     """(training, validation) data; a folder with train/ and val/ inside has both."""
     root = Path(config.data).expanduser()
@@ -195,20 +236,20 @@ def both_sides(config: HeadConfig) -> tuple[Any, Any | None]:
     if config.val is not None:
         other = Path(config.val).expanduser()
         split = beside[0] if beside and other.exists() and other.resolve() == root.resolve() else None
-        return data, open_data(config.task, config.val, split, ignore=config.ignore)
+        return data, same_classes(data, open_data(config.task, config.val, split, ignore=config.ignore))
     if not (inside and beside):
         return data, None
-    return data, open_data(config.task, config.data, beside[0], ignore=config.ignore)
+    return data, same_classes(data, open_data(config.task, config.data, beside[0], ignore=config.ignore))
 
 
-def checked_sizes(data: Any, say: Any) -> set[tuple[int, int]]:
-    """(width, height) of all pictures, upright; pictures that cannot be opened and targets of other sizes are told, by at
-    most five names."""
+def checked_sizes(data: Any, say: Any, most: int = 20_000) -> set[tuple[int, int]]:
+    """(width, height) of all pictures (of very many: of some), upright; pictures that cannot be opened and targets of other
+    sizes are told, by at most five names."""
     sizes: set[tuple[int, int]] = set()
     unreadable: list[str] = []
     wrong: list[str] = []
     pairs = getattr(data, "pairs", None)
-    for index in range(len(data)):
+    for index in range(0, len(data), 1 + len(data) // most):
         try:
             size = header_size(data.read(index))
         except PictureError as error:
