@@ -1,4 +1,6 @@
-"""The attentive probe: what a clip of patches shows, by four blocks of self-attention and one learned question (paper §6.2.4).
+"""The attentive probe: what a clip of patches shows, by self-attention and one learned question (paper §6.2.4).
+
+Four self-attention blocks and one cross-attention block.
 
 Tokens know where and when they are twice over: a sin-cos embedding is added before the first block, and inside every
 block queries and keys are rotated by their position (a part of each head by x and y, a part by the time). Each head

@@ -1,0 +1,313 @@
+"""GEO-Bench: classes and class maps of satellite and aerial pictures on a frozen backbone (paper §8, Tab. 18).
+
+Classification: a linear layer on features, SGD with momentum, 2,400 steps of 32, cosine; the learning rate between 1e-5
+and 1 that is best on the validation pictures. Segmentation: a DPT decoder, the learning rate of {3e-5, 1e-4, 3e-4, 1e-3}
+that is best there. Red, green and blue only. Metrics: accuracy; micro F1 for BigEarthNet's several labels; mean of the
+classes' IoU for maps, over all pixels of the test pictures.
+
+The paper gives neither size nor augmentation nor what happens to the bands' values, nor the decoder's steps: here 16
+patches a side for classes and 32 for maps, flips, bands standardised with the benchmark's own statistics, 2,400 steps.
+
+Legend: N pictures, D width, K classes.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinov3 import distributed
+from dinov3.data.datasets.geo import GeoBench
+from dinov3.errors import DinoError
+from dinov3.eval import common
+from dinov3.eval.common import EvalConfig, Session
+from dinov3.features import default_preprocessing
+from dinov3.heads.dpt import DPTHead
+from dinov3.heads.encoder import FrozenLayers, resized
+from dinov3.heads.fitting import FitConfig, fit, shuffled
+from dinov3.losses import LossTerms
+from dinov3.metrics import IGNORED, confusion_matrix, iou_scores
+
+
+@dataclass
+class GeoConfig(EvalConfig):
+    root: str = ""
+    task: str = "m-eurosat"
+    partition: str = "default"  # or 0.10x_train, … for a share of the training pictures
+    patches: int | None = None  # per side; null: 16 for classes, 32 for maps
+    scaling: Literal["band_stats", "eight_bit"] = "band_stats"
+    pool: Literal["cls", "mean", "cls+mean"] = "cls"
+    steps: int = 2400
+    batch_size: int = 32
+    flips: bool = True
+    class_lrs: list[float] = field(
+        default_factory=lambda: [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0]
+    )
+    map_lrs: list[float] = field(default_factory=lambda: [3e-5, 1e-4, 3e-4, 1e-3])
+    dpt_channels: int = 256
+    dpt_levels: list[int] = field(default_factory=lambda: [128, 256, 512, 1024])
+    weight_decay: float = 1e-4  # of the decoder's AdamW
+    dropped: list[int] = field(
+        default_factory=list
+    )  # classes of maps that do not count (the paper has 6 of cashew's 7)
+    seed: int = 0
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from common.section_problems(self)
+        if not self.root:
+            yield (
+                "root",
+                "must be given: root=FOLDER, with classification_v1.0 and segmentation_v1.0 or a task's folder",
+            )
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                yield name, "must be at least 1"
+        if not self.class_lrs or not self.map_lrs:
+            yield "class_lrs", "and map_lrs need at least one value"
+        if len(self.dpt_levels) != 4:
+            yield "dpt_levels", "are four widths"
+
+
+# ---- measures: arrays in, numbers out -------------------------------------------------------------------------------
+
+
+def accuracy(scores: Tensor, labels: Tensor) -> float:
+    """Percent of rows [N, K] whose highest score is their class [N]."""
+    return 100 * float((scores.argmax(1) == labels).double().mean())
+
+
+def micro_f1(scores: Tensor, labels: Tensor) -> float:
+    """Percent: F1 over all labels of all pictures together; a label is predicted where its score (a logit) is above 0."""
+    predicted, true = scores > 0, labels > 0
+    hits = int((predicted & true).sum())
+    total = int(predicted.sum()) + int(true.sum())
+    return 100 * 2 * hits / total if total else 0.0
+
+
+def mean_iou(confusion: Tensor) -> float:
+    """Percent: mean over the classes that occur or are predicted."""
+    return 100 * float(iou_scores(confusion)["mIoU"])
+
+
+# ---- a linear layer for every learning rate -------------------------------------------------------------------------
+
+
+def linear_probes(
+    x: Tensor, labels: Tensor, n_classes: int, lrs: Sequence[float], *, steps: int, batch_size: int, seed: int = 0
+) -> list[nn.Linear]:
+    """Linear layers trained by SGD (momentum 0.9, cosine to zero) on features, one per learning rate.
+
+    x [N, V, D]: V views of every picture, of which each step draws one. labels [N], or [N, K] for several a picture.
+    """
+    N, V, D = x.shape
+    weight = torch.zeros(len(lrs), n_classes, D, device=x.device, requires_grad=True)
+    bias = torch.zeros(len(lrs), n_classes, device=x.device, requires_grad=True)
+    rates = torch.tensor(list(lrs), device=x.device)
+    momenta = [torch.zeros_like(weight), torch.zeros_like(bias)]
+    rng = np.random.default_rng(seed)
+    for step in range(steps):
+        rows = torch.tensor(shuffled(N, min(batch_size, N), step, seed=seed), device=x.device)
+        view = torch.from_numpy(rng.integers(0, V, len(rows))).to(x.device)
+        logits = torch.einsum("bd,lkd->lbk", x[rows, view], weight) + bias[:, None]
+        target = labels[rows]
+        with torch.enable_grad():
+            if target.ndim == 1:
+                each = F.cross_entropy(logits.transpose(1, 2), target.expand(len(lrs), -1), reduction="none").mean(1)
+            else:
+                goal = target.to(logits.dtype).expand(len(lrs), -1, -1)
+                each = F.binary_cross_entropy_with_logits(logits, goal, reduction="none").mean((1, 2))
+            grads = torch.autograd.grad(each.sum(), [weight, bias])  # the layers do not meet: each has its own gradient
+        factor = 0.5 * (1 + math.cos(math.pi * step / steps))
+        with torch.no_grad():
+            for p, momentum, grad in zip((weight, bias), momenta, grads):
+                momentum.mul_(0.9).add_(grad)
+                p -= (rates * factor).view(-1, *[1] * (p.ndim - 1)) * momentum
+    layers = []
+    for w, b in zip(weight.detach(), bias.detach()):
+        layer = nn.Linear(D, n_classes, device=x.device)
+        with torch.no_grad():
+            layer.weight.copy_(w)
+            layer.bias.copy_(b)
+        layers.append(layer)
+    return layers
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+
+class _Inputs:
+    """Bands to network inputs [3, side, side] and maps at that size or their own."""
+
+    def __init__(self, model: nn.Module, data: GeoBench, config: GeoConfig) -> None:
+        backbone: Any = model
+        patches = config.patches or (32 if data.task.kind == "map" else 16)
+        self.side = patches * math.lcm(backbone.stride, backbone.patch_size or 1)
+        if config.scaling == "band_stats":
+            mean, std = data.band_stats()
+        else:
+            rule = default_preprocessing(model)
+            mean, std = 255 * np.array(rule.mean, np.float32), 255 * np.array(rule.std, np.float32)
+        self.mean = torch.from_numpy(mean).view(3, 1, 1)
+        self.std = torch.from_numpy(std).clamp_min(1e-6).view(3, 1, 1)
+
+    def __call__(self, bands: np.ndarray) -> Tensor:
+        x = (torch.from_numpy(bands) - self.mean) / self.std
+        return F.interpolate(x[None], (self.side, self.side), mode="bicubic", antialias=True)[0]
+
+
+def _features(
+    model: nn.Module, data: GeoBench, inputs: _Inputs, config: GeoConfig, *, flips: bool
+) -> tuple[Tensor, Tensor]:
+    """(features [N, V, D], labels) of this data; each process computes its share and all have all."""
+    from dinov3.features import run
+
+    weight = next(model.parameters())
+    mine = range(distributed.rank(), len(data), distributed.world())
+    rows, labels = [], []
+    for i in mine:
+        bands, label = data[i]
+        x = inputs(bands)[None].to(weight.device, weight.dtype)
+        views = torch.cat([x, x.flip(-1)]) if flips else x
+        with torch.inference_mode():
+            out = run(model, views)
+        parts = {"cls": out["cls"], "mean": out["patches"].mean((1, 2))}
+        rows.append(torch.cat([parts[name] for name in config.pool.split("+")], -1).float().clone())
+        labels.append(torch.as_tensor(label))
+    x, y = distributed.all_gather(torch.stack(rows)), distributed.all_gather(torch.stack(labels).to(weight.device))
+    return x, y
+
+
+def classification(config: GeoConfig, session: Session, model: nn.Module) -> dict[str, Any]:
+    splits = {s: GeoBench(config.root, config.task, s, partition=config.partition) for s in ("train", "valid", "test")}
+    task = splits["train"].task
+    inputs = _Inputs(model, splits["train"], config)
+    x, y = {}, {}
+    for name, data in splits.items():
+        x[name], y[name] = _features(model, data, inputs, config, flips=config.flips and name == "train")
+        session.say(f"{name}: features of {len(data)} pictures")
+    layers = linear_probes(
+        x["train"], y["train"], task.n_classes, config.class_lrs, steps=config.steps, batch_size=config.batch_size,
+        seed=config.seed,
+    )  # fmt: skip
+    measure: Callable[[Tensor, Tensor], float] = micro_f1 if task.kind == "labels" else accuracy
+    with torch.no_grad():
+        valid = [measure(layer(x["valid"][:, 0]), y["valid"]) for layer in layers]
+        best = int(np.argmax(valid))
+        score = measure(layers[best](x["test"][:, 0]), y["test"])
+    name = "micro F1" if task.kind == "labels" else "accuracy"
+    return {name: score, f"validation {name}": valid[best], "lr": config.class_lrs[best]}
+
+
+class MapModel(nn.Module):
+    """A frozen backbone's four layers and a DPT decoder: inputs [B, 3, h, w] → logits [B, K, h, w]."""
+
+    def __init__(self, encoder: FrozenLayers, head: DPTHead) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return resized(self.head(self.encoder(x)), (x.shape[-2], x.shape[-1]))
+
+
+def map_batches(data: GeoBench, inputs: _Inputs, config: GeoConfig, dropped: Sequence[int]) -> Callable[[int], Any]:
+    """step → {"x" [B, 3, h, w], "target" [B, h, w]}, flipped both ways by draws of (seed, step)."""
+    rank, world = distributed.rank(), distributed.world()
+    size = max(1, config.batch_size // world)
+
+    def batch(step: int) -> dict[str, Tensor]:
+        rng = np.random.default_rng((config.seed, step, rank))
+        xs, targets = [], []
+        for i in shuffled(len(data), size, step, seed=config.seed, rank=rank, world=world):
+            bands, target = data[i]
+            x, t = inputs(bands), torch.from_numpy(_without(target, dropped))
+            t = F.interpolate(t[None, None].float(), x.shape[-2:], mode="nearest-exact")[0, 0].long()
+            for axis in (-1, -2):
+                if config.flips and rng.random() < 0.5:
+                    x, t = x.flip(axis), t.flip(axis)
+            xs.append(x)
+            targets.append(t)
+        return {"x": torch.stack(xs), "target": torch.stack(targets)}
+
+    return batch
+
+
+def _without(target: np.ndarray, dropped: Sequence[int]) -> np.ndarray:
+    return np.where(np.isin(target, list(dropped)), IGNORED, target)
+
+
+def map_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> LossTerms:
+    terms = LossTerms()
+    terms.add("ce", 1.0, F.cross_entropy(model(batch["x"]).float(), batch["target"], ignore_index=IGNORED))
+    return terms
+
+
+@torch.no_grad()
+def map_confusion(
+    model: nn.Module, data: GeoBench, inputs: _Inputs, dropped: Sequence[int], device: torch.device
+) -> Tensor:
+    """Counts [K, K] over all pixels of the pictures, at the pictures' own size."""
+    K = data.task.n_classes
+    total = torch.zeros(K, K, dtype=torch.long)
+    for i in range(distributed.rank(), len(data), distributed.world()):
+        bands, target = data[i]
+        logits = resized(model(inputs(bands)[None].to(device)).float(), target.shape)
+        logits[:, list(dropped)] = -math.inf
+        total += confusion_matrix(logits[0].argmax(0).cpu(), torch.from_numpy(_without(target, dropped)), K)
+    return distributed.all_reduce(total.to(device)).cpu()
+
+
+def segmentation(config: GeoConfig, session: Session, model: Any) -> dict[str, Any]:
+    splits = {s: GeoBench(config.root, config.task, s, partition=config.partition) for s in ("train", "valid", "test")}
+    task = splits["train"].task
+    if wrong := [c for c in config.dropped if not 0 <= c < task.n_classes]:
+        raise DinoError(f"dropped={wrong[0]} is no class of {config.task}, which has {task.n_classes}, from 0")
+    inputs = _Inputs(model, splits["train"], config)
+    encoder = FrozenLayers(model, "FOUR_EVEN_INTERVALS")
+    found: list[tuple[float, float, nn.Module]] = []
+    for lr in config.map_lrs:
+        torch.manual_seed(config.seed)
+        head = DPTHead(
+            encoder.widths, channels=config.dpt_channels, post_process_channels=config.dpt_levels,
+            n_output_channels=task.n_classes, n_hidden_channels=max(32, task.n_classes),
+        )  # fmt: skip
+        one = MapModel(encoder, head.to(session.device))
+        options = FitConfig(
+            steps=config.steps,
+            lr=lr,
+            weight_decay=config.weight_decay,
+            batch=config.batch_size,
+            seed=config.seed,
+            clip=1.0,
+        )
+        run = session.at(session.output / f"lr={lr:g}").run
+        fit(one, map_batches(splits["train"], inputs, config, config.dropped), map_loss, options, run)
+        valid = mean_iou(map_confusion(one, splits["valid"], inputs, config.dropped, session.device))
+        session.say(f"lr {lr:g}: validation mIoU {valid:.1f}")
+        found.append((valid, lr, one))
+    valid, lr, best = max(found, key=lambda row: row[0])
+    confusion = map_confusion(best, splits["test"], inputs, config.dropped, session.device)
+    per_class = iou_scores(confusion)["IoU_per_class"]
+    results: dict[str, Any] = {"mIoU": mean_iou(confusion), "validation mIoU": valid, "lr": lr}
+    return results | {f"IoU {i}": 100 * v for i, v in enumerate(per_class) if not math.isnan(v)}
+
+
+def evaluate(config: GeoConfig, session: Session) -> dict[str, Any]:
+    kind = GeoBench(config.root, config.task, "train", partition=config.partition).task.kind
+    model = session.model(config.model)
+    return segmentation(config, session, model) if kind == "map" else classification(config, session, model)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return common.main("geobench", GeoConfig, evaluate, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
