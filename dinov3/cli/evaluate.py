@@ -24,7 +24,7 @@ EVALUATIONS: dict[str, tuple[str, str]] = {
     "tracking": ("dinov3.eval.tracking", "masks carried through a video"),
     "discovery": ("dinov3.eval.discovery", "objects found without a label (TokenCut)"),
     "video": ("dinov3.eval.video", "classes of video clips by an attentive probe"),
-    "geo": ("dinov3.eval.geo", "satellite pictures"),
+    "geobench": ("dinov3.eval.geobench", "classes and class maps of satellite pictures"),
     "zero-shot": ("dinov3.eval.text.zero_shot", "classes by their names, with dino.txt"),
 }
 
