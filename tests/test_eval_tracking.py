@@ -203,7 +203,7 @@ def gliding_square(tmp_path: Path) -> Path:
 
 def test_a_bright_square_is_followed_by_the_shipped_model(gliding_square: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    words = [f"root={gliding_square}", "short_side=256", f"output_dir={out}", "save_masks=true", "model.device=cpu"]
+    words = [f"root={gliding_square}", "patches=16", f"output_dir={out}", "save_masks=true", "model.device=cpu"]
     assert main(words) == 0
     results = json.loads((out / "results-tracking.json").read_text())["results"]
     assert results["J"] > 75

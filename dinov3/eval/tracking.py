@@ -42,8 +42,9 @@ class TrackingConfig(EvalConfig):
     root: str = ""  # the folder with JPEGImages and Annotations
     split: str | None = None  # a list below ImageSets, such as 2017/val; null: all sequences
     sequences: list[str] = field(default_factory=list)  # only these
-    # the paper's three sizes at patch 16 are 480, 960 (its family tables) and 1440; at patch 14 420, 840 and 1260
-    short_side: int = 960
+    # patches on the short side: 30, 60 (the family tables) and 90 are the paper's S, M, L, whatever the patch's size
+    patches: int = 60
+    short_side: int | None = None  # or in pixels
     # sides to the nearest multiple of the patch (the paper's text), or up to the next one (its notebook)
     rounding: Literal["nearest", "up"] = "nearest"
     layer: int = -1
@@ -57,8 +58,8 @@ class TrackingConfig(EvalConfig):
         yield from common.section_problems(self)
         if not self.root:
             yield "root", "must be given: root=FOLDER, with JPEGImages and Annotations in it"
-        if self.short_side < 1:
-            yield "short_side", "must be at least 1"
+        if self.patches < 1 or (self.short_side is not None and self.short_side < 1):
+            yield "patches", "and short_side must be at least 1"
 
 
 # ---- measures: arrays in, numbers out -------------------------------------------------------------------------------
@@ -195,7 +196,8 @@ def followed(model: torch.nn.Module, video: MaskedVideo, config: TrackingConfig)
     if start is None or first is None or not first.any():
         raise DinoError(f"{video.name}: the first annotated frame has no object to follow")
     H, W = first.shape
-    size = frame_size(W, H, config.short_side, math.lcm(backbone.stride, backbone.patch_size or 1), config.rounding)
+    patch = math.lcm(backbone.stride, backbone.patch_size or 1)
+    size = frame_size(W, H, config.short_side or config.patches * patch, patch, config.rounding)
     rule = default_preprocessing(model, shape="native")
 
     def features() -> Iterator[Tensor]:
