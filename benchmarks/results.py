@@ -151,6 +151,24 @@ ROWS: list[Row] = [
         higher_is_better=False,
         digits=3,
     ),
+    Row(
+        "tracking-davis",
+        "Three DAVIS sequences at 20 patches, label propagation, J&F %",
+        "-m dinov3.cli eval tracking {model} root={data}/davis2016 patches=20 --output-dir {out}",
+        csv_cell("results-tracking.csv", "J&F"),
+    ),
+    Row(
+        "discovery-raccoon",
+        "60 raccoons at 15 patches, TokenCut at its best τ, CorLoc %",
+        "-m dinov3.cli eval discovery {model} data=VocDetection:root={data}/raccoon patches=15 --output-dir {out}",
+        csv_cell("results-discovery.csv", "CorLoc"),
+    ),
+    Row(
+        "keypoints-7scenes",
+        "7-Scenes, matches of patches within 5, 10, 20 cm, mean recall %",
+        "-m dinov3.cli eval keypoints {model} benchmark=frames root={data}/7scenes cells=0.125 --output-dir {out}",
+        csv_cell("results-keypoints.csv", "recall"),
+    ),
 ]
 
 # name in the table → the words that choose it

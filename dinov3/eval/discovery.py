@@ -36,7 +36,7 @@ class DiscoveryConfig(EvalConfig):
     limit: int | None = None  # the first so many pictures
     taus: list[float] = field(default_factory=lambda: [round(0.05 * i, 2) for i in range(9)])
     epsilon: float = 1e-5
-    short_side: int | None = None  # null: the pictures' own size
+    patches: int | None = None  # on the short side; null: the pictures' own size
     layer: int = -1
     norm: bool = True
     iou: float = 0.5
@@ -47,8 +47,9 @@ class DiscoveryConfig(EvalConfig):
             yield "data", "must be given: data=VocDetection:root=FOLDER:split=trainval, or CocoDetection:…"
         if not self.taus:
             yield "taus", "needs at least one threshold"
-        if self.limit is not None and self.limit < 1:
-            yield "limit", "must be at least 1"
+        for name in ("limit", "patches"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                yield name, "must be at least 1"
 
 
 def corloc(hits: Tensor) -> Tensor:
@@ -67,7 +68,10 @@ def boxes_of(
     model: nn.Module, picture: Any, config: DiscoveryConfig
 ) -> list[tuple[float, float, float, float]]:  # fmt: skip
     """TokenCut's box in the picture's pixels, for every τ; the cosines are computed once."""
-    size = {"shape": "native"} if config.short_side is None else {"shape": "short", "size": config.short_side}
+    backbone: Any = model
+    size: dict[str, Any] = {"shape": "native"}
+    if config.patches is not None:
+        size = {"shape": "short", "size": config.patches * backbone.stride}
     rule = default_preprocessing(model, fit="pad", **size)
     features = embed(model, picture, preprocessing=rule, layer=config.layer, norm=config.norm)
     similarity = cosines(features)
