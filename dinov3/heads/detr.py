@@ -74,14 +74,16 @@ class Detector(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.normal_(self.transformer.level_embed)
         nn.init.normal_(self.query_embed.weight)
-        project = self.input_proj[0][0]
+        project: Any = self.input_proj.get_submodule("0.0")
         nn.init.xavier_uniform_(project.weight)
         nn.init.zeros_(project.bias)
-        for linear in self.class_embed:
-            nn.init.constant_(linear.bias, -math.log(99))
-        for mlp in self.bbox_embed:
-            nn.init.zeros_(mlp.layers[2].weight)
-            nn.init.zeros_(mlp.layers[2].bias)
+        for to_class in self.class_embed:
+            assert isinstance(to_class, nn.Linear)
+            nn.init.constant_(to_class.bias, -math.log(99))
+        for to_box in self.bbox_embed:
+            last: Any = to_box.get_submodule("layers.2")
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
 
     def head_modules(self) -> list[nn.Module]:
         """Every module outside the frozen backbone."""
@@ -100,7 +102,7 @@ class Detector(nn.Module):
 
     def see(self, pictures: Sequence[Tensor]) -> tuple[Tensor, Tensor, bool]:
         """(features [B, C, h, w], padding [B, h, w], whether there is any)."""
-        features = self.backbone[0]
+        features: Any = self.backbone[0]
         check_pictures(pictures, features.patch)
         sides = [max(max(x.shape[i] for x in pictures), 4 * features.patch) for i in (-2, -1)]
         x, outside = batched(pictures, (features.smallest_side(sides[0]), features.smallest_side(sides[1])))
@@ -117,9 +119,8 @@ class Detector(nn.Module):
         features = project(seen.to(dtype_of(project)))
         c = self.config
         groups = (c.n_queries, c.n_queries_one2many) if self.training and c.n_queries_one2many else (c.n_queries,)
-        layers, proposals, n = self.transformer(
-            features, padding, self.backbone[0].patch, self.query_embed.weight, groups, padded
-        )
+        sight: Any = self.backbone[0]
+        layers, proposals, n = self.transformer(features, padding, sight.patch, self.query_embed.weight, groups, padded)
         one = [{name: value[:, :n] for name, value in layer.items()} for layer in layers]
         many = [{name: value[:, n:] for name, value in layer.items()} for layer in layers]
         outputs: dict[str, Any] = dict(one[-1])

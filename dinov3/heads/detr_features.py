@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3.errors import DinoError
-from dinov3.heads.encoder import FrozenLayers
+from dinov3.heads.encoder import FrozenLayers, dtype_of
 from dinov3.models import Backbone
 from dinov3.models.convnext import ChannelNorm, ConvNeXt
 
@@ -74,7 +74,7 @@ class ConcatenatedLayers(FrozenLayers):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         maps = [patches for patches, _ in super().forward(x)]
         if self.layer_norms is not None:
-            maps = [norm(m.to(norm.ln.weight.dtype)) for norm, m in zip(self.layer_norms, maps)]
+            maps = [norm(m.to(dtype_of(norm))) for norm, m in zip(self.layer_norms, maps)]
         return torch.cat(maps, dim=1)
 
     def smallest_side(self, side: int) -> int:

@@ -126,7 +126,8 @@ class BoxAttention(nn.Module):
         distance = sides[:, :, None, :] - centres[:, None]  # [B, Q, n, 2]
         if self.bias_type == "abs_log8":
             distance = distance.sign() * (distance.abs() + 1).log2() / 3
-        first, last = mlp[0], mlp[2]
+        first: Any = mlp[0]
+        last: Any = mlp[2]
         hidden = F.relu(F.linear(distance, first.weight.float(), first.bias.float()))
         return F.linear(hidden, last.weight.float()).permute(0, 3, 1, 2)
 
@@ -292,7 +293,8 @@ class Transformer(nn.Module):
         first |= {"pred_boxes_old": proposals, "pred_boxes": refine(proposals, first["pred_deltas"], size_hw)}
         first["valid"] = valid
 
-        taken, rows, start = [], [], 0  # small pictures have fewer proposals than there are queries
+        taken: list[int] = []  # small pictures have fewer proposals than there are queries
+        rows, start = [], 0
         for group in groups:
             taken.append(min(group, proposals.shape[1] - sum(taken)))
             rows.append(content[start : start + taken[-1]])

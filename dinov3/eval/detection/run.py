@@ -104,7 +104,9 @@ def looks(model: Any, rules: Sequence[DetectionRule], picture: Any, device: Any,
     if len(every) == 1:
         return every[0]
     together = {key: torch.cat([found[key] for found in every]) for key in every[0]}
-    boxes, scores, labels = soft_nms(**together, sigma=config.tta.sigma, most=config.most)
+    boxes, scores, labels = soft_nms(
+        together["boxes_xyxy_px"], together["scores"], together["labels"], sigma=config.tta.sigma, most=config.most
+    )
     return {"boxes_xyxy_px": boxes, "scores": scores, "labels": labels}
 
 
