@@ -214,7 +214,7 @@ def test_the_script_fits_a_head_and_writes_the_documented_files(rooms, capsys):
 
 def test_a_run_that_was_cut_ends_with_the_same_head(rooms, monkeypatch):
     assert depth.main(words_for(rooms, "whole")) == 0
-    real, calls = dense.raw_batches, []
+    real, calls = dense.batches, []
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         made = real(*args, **kwargs)
@@ -227,7 +227,7 @@ def test_a_run_that_was_cut_ends_with_the_same_head(rooms, monkeypatch):
 
         return batch
 
-    monkeypatch.setattr(dense, "raw_batches", broken)
+    monkeypatch.setattr(dense, "batches", broken)
     with pytest.raises(KeyboardInterrupt):
         depth.main(words_for(rooms, "cut"))
     assert depth.main(words_for(rooms, "cut")) == 0

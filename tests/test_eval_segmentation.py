@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -303,7 +304,7 @@ def test_the_script_fits_a_head_and_writes_the_documented_files(scenes, capsys):
 def test_a_run_that_was_cut_ends_with_the_same_head(scenes, monkeypatch):
     assert segmentation.main(words_for(scenes, "whole")) == 0
     words = words_for(scenes, "cut")
-    real, calls = dense.raw_batches, []
+    real, calls = dense.batches, []
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         made = real(*args, **kwargs)
@@ -316,7 +317,7 @@ def test_a_run_that_was_cut_ends_with_the_same_head(scenes, monkeypatch):
 
         return batch
 
-    monkeypatch.setattr(dense, "raw_batches", broken)
+    monkeypatch.setattr(dense, "batches", broken)
     with pytest.raises(KeyboardInterrupt):
         segmentation.main(words)
     assert segmentation.main(words) == 0
@@ -332,11 +333,7 @@ def test_features_computed_once_fit_the_same_head_as_features_computed_every_tim
     """Without augmentation, on pictures of one size: the kept features are what the backbone would say again."""
     plain = ["transforms.train.augment=false", "decoder_head.dropout=0", "eval.eval_interval=100"]
     assert segmentation.main(words_for(scenes, "kept", *plain)) == 0
-    real = dense.raw_batches
-    monkeypatch.setattr(
-        dense, "kept_batches",
-        lambda data, rule, encoder, size, seed, device: real(data, lambda x, t, rng: rule(x, t), size, seed),
-    )  # fmt: skip
+    monkeypatch.setattr(dense, "remembered", lambda *given, **options: nullcontext())
     assert segmentation.main(words_for(scenes, "anew", *plain)) == 0
     first, second = (
         torch.load(scenes / run / "model_final.pth", weights_only=True)["model"] for run in ("kept", "anew")

@@ -2,7 +2,7 @@
 
 Both scripts take the reference's keys with its defaults; keys of ours are marked so. A head is fitted by
 `heads.fitting.fit` on pictures that are transformed anew in every epoch or, with `transforms.train.augment=false` (ours),
-on features that are computed once and kept in memory: minutes on a CPU for some hundred pictures.
+as they are: then their features are computed once and kept, which takes minutes on a CPU for some hundred pictures.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from dinov3.data import dense_transforms
 from dinov3.data.datasets import KNOWN, make_dataset
 from dinov3.data.datasets.dense import DenseDataset, DenseFolder
 from dinov3.errors import DinoError, did_you_mean
-from dinov3.heads.encoder import FrozenLayers
 from dinov3.heads.fitting import SCHEDULES, FitConfig, shuffled
 
 RECIPES = Path(__file__).parents[1] / "configs" / "eval"
@@ -169,44 +168,29 @@ def my_share(n: int) -> range:
     return range(distributed.rank(), n, distributed.world())
 
 
-def raw_batches(dataset: DenseDataset, rule: Rule, size: int, seed: int) -> Callable[[int], dict[str, Tensor]]:
-    """step → {"x" [B, 3, h, w], "target" [B, h, w]}: shuffled, transformed by draws of (seed, epoch, index)."""
-    rank, world, n = distributed.rank(), distributed.world(), len(dataset)
-
-    def batch(step: int) -> dict[str, Tensor]:
-        first = (step * world + rank) * size
-        indices = shuffled(n, size, step, seed=seed, rank=rank, world=world)
-        made = []
-        for position, index in enumerate(indices, first):
-            draws = dense_transforms.generator(seed, position // n, index)
-            made.append(rule(*dataset[index], draws))
-        return {"x": stacked([x for x, _ in made]), "target": stacked([t for _, t in made])}
-
-    return batch
-
-
-def kept_batches(
-    dataset: DenseDataset, rule: Rule, encoder: FrozenLayers, size: int, seed: int, device: torch.device
+def batches(
+    dataset: DenseDataset, rule: Rule, size: int, seed: int, *, augment: bool
 ) -> Callable[[int], dict[str, Any]]:
-    """step → {"levels" [(map [B, D, h, w], cls [B, D])], "size_hw", "target"}: no augmentation, so a picture goes through
-    the backbone once and its features stay in memory."""
+    """step → {"x" [B, 3, h, w], "target" [B, h', w'], "step"}: shuffled, and transformed by draws of (seed, epoch, index) if
+    `augment`; else as for evaluation, so that the backbone has to be asked once (`heads.remember`)."""
     rank, world, n = distributed.rank(), distributed.world(), len(dataset)
-    kept: dict[int, tuple[list[tuple[Tensor, Tensor]], tuple[int, int], Tensor]] = {}
-
-    def one(index: int) -> tuple[list[tuple[Tensor, Tensor]], tuple[int, int], Tensor]:
-        if index not in kept:
-            x, target = rule(*dataset[index])
-            with torch.no_grad():
-                levels = [(m[0].cpu(), c[0].cpu()) for m, c in encoder(x[None].to(device))]
-            kept[index] = levels, (x.shape[-2], x.shape[-1]), target
-        return kept[index]
 
     def batch(step: int) -> dict[str, Any]:
-        rows = [one(i) for i in shuffled(n, size, step, seed=seed, rank=rank, world=world)]
-        levels = [tuple(stacked([row[0][k][j] for row in rows]) for j in (0, 1)) for k in range(len(rows[0][0]))]
-        return {"levels": levels, "size_hw": rows[0][1], "target": stacked([row[2] for row in rows])}
+        first = (step * world + rank) * size
+        made = []
+        for position, index in enumerate(shuffled(n, size, step, seed=seed, rank=rank, world=world), first):
+            draws = dense_transforms.generator(seed, position // n, index) if augment else None
+            made.append(rule(*dataset[index], draws))
+        return {"x": stacked([x for x, _ in made]), "target": stacked([t for _, t in made]), "step": step}
 
     return batch
+
+
+def remembered(model: nn.Module, folder: Path, *, augment: bool) -> AbstractContextManager[Any]:
+    """Features are kept while a head is fitted to pictures that do not change."""
+    from dinov3.heads.remember import remembering
+
+    return nullcontext() if augment else remembering(model, folder=folder / f"features-{distributed.rank()}")
 
 
 def stacked(parts: Sequence[Tensor]) -> Tensor:

@@ -260,11 +260,9 @@ def evaluate_model(
 
 
 def depth_loss(model: nn.Module, batch: dict[str, Any], loss: DepthLoss) -> LossTerms:
-    """Of pictures ("x"), or of features computed before ("levels")."""
+    """Of a batch {"x", "target", "step"}; the depth is brought over exactly the picture, without the padding around it."""
     assert isinstance(model, Depther)
-    levels = batch["levels"] if "levels" in batch else model.encoder(batch["x"])
-    size_hw = batch["size_hw"] if "levels" in batch else tuple(batch["x"].shape[-2:])
-    depth = model.encoder.to_picture(model.features_to_depth(model.decoder(levels)), size_hw)
+    depth = model.encoder.to_picture(model(batch["x"]), (batch["x"].shape[-2], batch["x"].shape[-1]))
     return loss(depth, batch["target"][:, None], step=batch["step"])
 
 
@@ -277,10 +275,7 @@ def fitted(
         opened(c, line, f"datasets.{key}") for line, key in ((c.datasets.train, "train"), (c.datasets.val, "val"))
     )
     session.say(f"datasets.train: {len(train)} pictures; datasets.val: {len(val)} pictures")
-    if t.augment:
-        made: Any = dense.raw_batches(train, rules["train"], c.bs, c.seed)
-    else:
-        made = dense.kept_batches(train, rules["eval"], model.encoder, c.bs, c.seed, session.device)
+    batches = dense.batches(train, rules["train" if t.augment else "eval"], c.bs, c.seed, augment=t.augment)
     weights = c.losses if c.losses is not None else {"SIGLOSS": 1.0}
     loss = DepthLoss(weights, min_depth=c.decoder_head.min_depth, max_depth=c.decoder_head.max_depth)
     unmirrored = replace(protocol, flip=False)
@@ -293,18 +288,11 @@ def fitted(
     fc = dense.fit_config(
         c.optimizer, c.scheduler, pictures=c.bs, late=0, evaluate_every=c.eval.eval_interval, seed=c.seed, finish_with="last",
         precision="bfloat16" if c.model_dtype == "BFLOAT16" else "float32",
-        workers=dense.workers(c.num_workers) if t.augment else 0,
+        workers=dense.workers(c.num_workers),
     )  # fmt: skip
     run = RunDir(session.output, writer=distributed.is_main())
-    report = fit(
-        model,
-        lambda step: made(step) | {"step": step},
-        lambda m, b: depth_loss(m, b, loss),
-        fc,
-        run,
-        evaluate=validate,
-        about=c,
-    )
+    with dense.remembered(model, session.output, augment=t.augment):
+        report = fit(model, batches, lambda m, b: depth_loss(m, b, loss), fc, run, evaluate=validate, about=c)
     decoder = {k.removeprefix("decoder."): v for k, v in head_tensors(model).items()}
     dense.write_head(session.output / "model_final.pth", decoder, report.steps)
 

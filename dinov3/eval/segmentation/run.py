@@ -240,13 +240,11 @@ def evaluate_model(
 
 
 def segmentation_loss(model: nn.Module, batch: dict[str, Any], ce: float, dice: float) -> LossTerms:
-    """Of pictures ("x"), or of features computed before ("levels")."""
+    """Of a batch {"x", "target"}; logits are brought over exactly the picture, without the padding around it."""
     assert isinstance(model, LinearSegmentor)
-    encoder, head = model.segmentation_model
+    encoder = model.segmentation_model[0]
     assert isinstance(encoder, FrozenLayers)
-    levels = batch["levels"] if "levels" in batch else encoder(batch["x"])
-    size_hw = batch["size_hw"] if "levels" in batch else tuple(batch["x"].shape[-2:])
-    logits = head(levels)
+    logits, size_hw = model(batch["x"]), (batch["x"].shape[-2], batch["x"].shape[-1])
     if encoder.adapted_size(size_hw) != size_hw:
         logits = encoder.to_picture(logits, size_hw)
     return segmentation_terms(logits, batch["target"], ce=ce, dice=dice, ignore_index=IGNORED, mean_over="all")
@@ -273,10 +271,7 @@ def fitted(
         mean=protocol.mean,
         std=protocol.std,
     )  # fmt: skip
-    if t.augment:
-        batches: Any = dense.raw_batches(train, rule, c.bs, c.seed)
-    else:
-        batches = dense.kept_batches(train, rule, model.segmentation_model[0], c.bs, c.seed, session.device)  # type: ignore[arg-type]
+    batches = dense.batches(train, rule, c.bs, c.seed, augment=t.augment)
     best: list[dict[str, Any]] = []
 
     def validate(module: nn.Module) -> dict[str, float]:
@@ -297,17 +292,15 @@ def fitted(
     fc = dense.fit_config(
         c.optimizer, c.scheduler, pictures=c.bs, late=1, evaluate_every=c.eval.eval_interval, seed=c.seed,
         best_by=c.metric_to_save, precision="bfloat16" if c.model_dtype == "BFLOAT16" else "float32",
-        workers=dense.workers(c.num_workers) if t.augment else 0,
+        workers=dense.workers(c.num_workers),
     )  # fmt: skip
-    report = fit(
-        model,
-        batches,
-        lambda m, b: segmentation_loss(m, b, c.train.celoss_weight, c.train.diceloss_weight),
-        fc,
-        RunDir(session.output, writer=distributed.is_main()),
-        evaluate=validate,
-        about=config,
-    )
+    run = RunDir(session.output, writer=distributed.is_main())
+
+    def loss(module: nn.Module, batch: dict[str, Any]) -> LossTerms:
+        return segmentation_loss(module, batch, c.train.celoss_weight, c.train.diceloss_weight)
+
+    with dense.remembered(model, session.output, augment=t.augment):
+        report = fit(model, batches, loss, fc, run, evaluate=validate, about=config)
     assert report.best is not None, "mIoU is a number as soon as a mask holds a class"
     session.say(f"best {c.metric_to_save} {report.best[1][c.metric_to_save]} after {report.best[0]} iterations")
     dense.write_head(session.output / "model_final.pth", head_tensors(model), report.best[0])
@@ -466,7 +459,8 @@ def folder_words(
     words = [
         f"datasets.train={train}", f"datasets.val={val}", f"decoder_head.num_classes={classes}", "decoder_head.type=linear",
         f"transforms.eval.img_size={size}", f"eval.crop_size={size}", f"eval.stride={max(1, size * 2 // 3)}",
-        "transforms.train.augment=false", f"scheduler.total_iter={steps}", "scheduler.type=cosine", "optimizer.lr=3e-3", "bs=4",
+        "transforms.train.augment=false", f"scheduler.total_iter={steps}", "scheduler.type=cosine",
+        "optimizer.lr=3e-3", "bs=4",
         f"output_dir={output_dir or f'segmentation-{Path(folder).name}'}",
     ]  # fmt: skip
     words += [f"model.name={model}"] if model else []
