@@ -196,7 +196,8 @@ def any_match(scores: np.ndarray, target: np.ndarray, k: int = 1) -> tuple[np.nd
     if target.ndim != 2:
         raise DinoError("any-match metrics need sets of labels, int [N, L] padded with −1")
     best = top_classes(scores, k)
-    return (best[:, :, None] == target[:, None, :]).any((1, 2)), (target >= 0).any(1)
+    right = (best[:, :, None] == target[:, None, :]).any(axis=(1, 2))
+    return np.asarray(right), np.asarray((target >= 0).any(axis=1))
 
 
 def any_match_accuracy(scores: np.ndarray, target: np.ndarray, k: int = 1) -> float:

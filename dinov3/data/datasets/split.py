@@ -74,5 +74,5 @@ class FolderSplit(Folder):
             split=required(options, "split", line),
             exclude=tuple(filter(None, options.get("exclude", "").split(","))),
             column=options.get("column"),
-            **numbers,  # type: ignore[arg-type]
+            **numbers,
         )
