@@ -73,6 +73,7 @@ class Row:
     read: Callable[[Path], float]
     higher_is_better: bool = True
     digits: int = 1
+    layers: bool = True  # whether `features.layers` has a meaning; a linear head looks at the last block
 
 
 IMAGENETTE = "train.dataset={data}/imagenette/train eval.test_dataset={data}/imagenette/val"
@@ -113,6 +114,7 @@ ROWS: list[Row] = [
         "-m dinov3.cli eval linear {model} train.dataset={data}/imagenette/train train.val_dataset={data}/imagenette/val "
         f"{LINEAR} --output-dir {{out}}",
         csv_cell("results-linear.csv", "*_accuracy"),
+        layers=False,
     ),
     Row(
         "knn-caltech",
@@ -133,6 +135,7 @@ ROWS: list[Row] = [
         f"-m dinov3.cli eval linear {{model}} train.dataset={SPLIT % ('train', '')} "
         f"train.val_dataset={SPLIT % ('test', ':test_per_class=5')} {LINEAR} --output-dir {{out}}",
         csv_cell("results-linear.csv", "*_accuracy"),
+        layers=False,
     ),
     Row(
         "segmentation-camvid",
@@ -176,8 +179,11 @@ MODELS: dict[str, str] = {
     "random": "model.name=dinov3_vitt16 model.weights=random",
     "shipped": "model.name=dinov3_vitt16",
     "dinov2-small": "model.name=transformers:{data}/dinov2-small",
+    # its last block was hurt by a tuning for saliency; this one taught the shipped model
+    "dinov2-small-block11": "model.name=transformers:{data}/dinov2-small features.layers=[10]",
 }
-ORDER = ("random", "shipped", "dinov2-small")  # from the worst to the best, as one expects
+# from the worst to the best, as one expects; of several teachers the first that was measured counts
+ORDER = (("random",), ("shipped",), ("dinov2-small-block11", "dinov2-small"))
 
 
 def words(row: Row, model: str, data: str, out: str) -> list[str]:
@@ -200,6 +206,8 @@ def version_of(model: str) -> str:
 
 def measure(row: Row, model: str, data: str, work: Path, *, again: bool) -> float | None:
     """The number, run if it is not known yet; None where the command failed (its words are on stderr)."""
+    if "features.layers" in MODELS[model] and not row.layers:
+        return None
     out = work / model / row.id
     key = hashlib.sha256(f"{row.command} {MODELS[model]} {version_of(model)}".encode()).hexdigest()[:12]
     known = work / "known" / f"{row.id}-{model}-{key}.json"
@@ -224,7 +232,8 @@ def measure(row: Row, model: str, data: str, work: Path, *, again: bool) -> floa
 def exceptions(row: Row, values: dict[str, float | None]) -> list[str]:
     """Where the expected order random < shipped < teacher does not hold."""
     told = []
-    present = [(name, v) for name in ORDER if (v := values.get(name)) is not None]
+    known = {name: v for name, v in values.items() if v is not None}
+    present = [next((n, known[n]) for n in names if n in known) for names in ORDER if set(names) & set(known)]
     for (worse, a), (better, b) in pairwise(present):
         if not (b > a if row.higher_is_better else b < a):
             told.append(f"{row.title}: {better} ({b:.{row.digits}f}) is not better than {worse} ({a:.{row.digits}f}).")
@@ -239,7 +248,7 @@ def table(rows: Sequence[Row], results: dict[str, dict[str, float | None]], mode
     told = [sentence for row in rows for sentence in exceptions(row, results[row.id])]
     lines += [
         "",
-        "Expected in every row: random < shipped < dinov2-small. "
+        "Expected in every row: random < shipped < teacher. "
         + ("It holds in all of them." if not told else "Exceptions:"),
         "",
     ]
