@@ -73,7 +73,7 @@ class Row:
     read: Callable[[Path], float]
     higher_is_better: bool = True
     digits: int = 1
-    layers: bool = True  # whether `features.layers` has a meaning; a linear head looks at the last block
+    layers: bool = False  # whether `features.layers` has a meaning
 
 
 IMAGENETTE = "train.dataset={data}/imagenette/train eval.test_dataset={data}/imagenette/val"
@@ -100,6 +100,7 @@ ROWS: list[Row] = [
         "Imagenette, k-NN (k = 20), top-1 %",
         f"-m dinov3.cli eval knn {{model}} {IMAGENETTE} train.ks=[20] {LOADING} --output-dir {{out}}",
         csv_cell("results-knn.csv", "20 Top 1"),
+        layers=True,
     ),
     Row(
         "logreg-imagenette",
@@ -107,6 +108,7 @@ ROWS: list[Row] = [
         f"-m dinov3.cli eval log-regression {{model}} {IMAGENETTE} {LOADING} train.max_train_iters=200 "
         "--output-dir {out}",
         csv_cell("results-log-regression.csv", "top-1"),
+        layers=True,
     ),
     Row(
         "linear-imagenette",
@@ -114,13 +116,13 @@ ROWS: list[Row] = [
         "-m dinov3.cli eval linear {model} train.dataset={data}/imagenette/train train.val_dataset={data}/imagenette/val "
         f"{LINEAR} --output-dir {{out}}",
         csv_cell("results-linear.csv", "*_accuracy"),
-        layers=False,
     ),
     Row(
         "knn-caltech",
         "Caltech-101 (5 + 5 a class), k-NN (k = 5), top-1 %",
         f"-m dinov3.cli eval knn {{model}} {CALTECH} train.ks=[5] {LOADING} --output-dir {{out}}",
         csv_cell("results-knn.csv", "5 Top 1"),
+        layers=True,
     ),
     Row(
         "logreg-caltech",
@@ -128,6 +130,7 @@ ROWS: list[Row] = [
         f"-m dinov3.cli eval log-regression {{model}} {CALTECH} {LOADING} train.max_train_iters=200 "
         "eval.test_metric_type=mean_per_class_accuracy --output-dir {out}",
         csv_cell("results-log-regression.csv", "top-1"),
+        layers=True,
     ),
     Row(
         "linear-caltech",
@@ -135,7 +138,6 @@ ROWS: list[Row] = [
         f"-m dinov3.cli eval linear {{model}} train.dataset={SPLIT % ('train', '')} "
         f"train.val_dataset={SPLIT % ('test', ':test_per_class=5')} {LINEAR} --output-dir {{out}}",
         csv_cell("results-linear.csv", "*_accuracy"),
-        layers=False,
     ),
     Row(
         "segmentation-camvid",
