@@ -3,6 +3,7 @@
     python benchmarks/results.py --data DATA                           # all rows, all models; what is known is not run again
     python benchmarks/results.py --data DATA --models shipped          # one model
     python benchmarks/results.py --data DATA --rows knn --print-only   # only what would be run
+    python benchmarks/results.py --data DATA --known                   # the page from what is known; nothing is run
 
 A row is a command of an evaluation and the number it leaves behind, so that everybody can type it. What was measured is
 kept under --work by (row, command, weights). The order random < shipped < teacher is checked for each row and exceptions
@@ -284,11 +285,12 @@ def main() -> int:
     p.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     p.add_argument("--rows", nargs="+", help="rows whose id begins with one of these")
     p.add_argument("--again", action="store_true", help="measure again what is known")
+    p.add_argument("--known", action="store_true", help="write the page from what is known; run nothing")
     p.add_argument("--print-only", action="store_true", help="print the commands and run nothing")
     o = p.parse_args()
     if not o.data:
         p.error("--data is needed: the folder that holds imagenette/, caltech101/, …")
-    chosen = [row for row in ROWS if not o.rows or any(row.id.startswith(r) for r in o.rows)]
+    chosen = [] if o.known else [row for row in ROWS if not o.rows or any(row.id.startswith(r) for r in o.rows)]
     if o.print_only:
         for row in chosen:
             for model in o.models:
