@@ -56,6 +56,7 @@ def train_head(
     device: Device = "auto",
 ) -> None:
     """Fit a head of your own on a frozen backbone: classes, segmentation, depth, boxes. Prints the head's file."""
+    from dinov3 import distributed
     from dinov3.hub.heads import check_kind
     from dinov3.train.head import HeadConfig
     from dinov3.train.head import train_head as run
@@ -77,9 +78,11 @@ def train_head(
         precision="bfloat16" if bf16 else "float32", seed=seed, device=device_of(device),
     )  # fmt: skip
     outcome = run(config, out, resume=resume, average_precision=measure)
-    for name, value in outcome.metrics.items():
-        say(f"{name}\t{value:.4f}")
-    print(outcome.head)
+    if distributed.is_main():
+        for name, value in outcome.metrics.items():
+            say(f"{name}\t{value:.4f}")
+        print(outcome.head)
+    distributed.shutdown()
 
 
 def head_options(given: list[str]) -> dict[str, object]:

@@ -255,7 +255,8 @@ def save_head(
         data=_plain(data or {}),
         version=dinov3.__version__,
     )
-    loading.write_safetensors(head_tensors(module), Path(path), {"format": "pt", METADATA: info.to_json()})
+    # one key: safetensors writes several in an order of chance, and equal heads should be equal files
+    loading.write_safetensors(head_tensors(module), Path(path), {METADATA: info.to_json()})
     return Path(path)
 
 
