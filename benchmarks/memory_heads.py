@@ -93,7 +93,7 @@ def main() -> None:
     if args.here:
         print(measure(args.rows[0], args.backbone, args.size), flush=True)
         return
-    print(f"{'':20}{'':24}{'side':>6}{'before GB':>10}{'peak GB':>10}{'seconds':>10}")
+    print(f"{'':20}{'':24}{'side':>6}{'before GB':>10}{'peak GB':>10}{'CPU s':>10}")
     for row in args.rows:
         again = [sys.executable, __file__, row, "--here", "--backbone", args.backbone, "--size", str(args.size)]
         subprocess.run([*again, "--threads", str(args.threads)], check=True)
