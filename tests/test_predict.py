@@ -88,7 +88,7 @@ def test_the_mirrored_picture_has_the_mirrored_depth(depther: nn.Module, cat: Im
 def test_a_marked_corner_stays_where_it_is(cat: Image.Image) -> None:
     """A model that returns what it sees: after every way of looking, the map lies over the picture."""
     array = np.zeros((87, 130, 3), np.uint8)
-    array[:20, :30] = 255
+    array[60:, 100:] = 255  # far from the origin, where a wrong scale shows
     for changes in ({}, {"fit": "pad", "multiple": 16}, {"multiple": 16}):
         rule = rule_of(nn.Identity(), 60, **changes)
         x, geometry = rule(array)
@@ -99,7 +99,7 @@ def test_a_marked_corner_stays_where_it_is(cat: Image.Image) -> None:
             wrong = np.argwhere(back != (array[..., 0] > 0))
             assert back.shape == (87, 130)
             assert len(wrong) < 100  # the blurred edge only
-            assert all(abs(y - 20) < 3 or abs(x - 30) < 3 for y, x in wrong)
+            assert all(abs(y - 60) < 3 or abs(x - 100) < 3 for y, x in wrong)
 
 
 def test_strips_give_what_one_piece_gives(cat: Image.Image, monkeypatch) -> None:
@@ -283,6 +283,26 @@ def test_canopy_of_a_geotiff_lies_on_the_same_ground(depther: nn.Module, cat: Im
     plain = predict_canopy(depther, pixels)
     assert plain.save(tmp_path / "out", "plain")[0].suffix == ".npy"
     np.testing.assert_array_equal(plain.height_m[10:], heights[10:])
+
+
+def test_canopy_has_no_height_where_the_picture_is_transparent(
+    depther: nn.Module, cat: Image.Image, tmp_path: Path
+) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    pixels = np.array(cat.convert("RGBA"))
+    pixels[50:, 90:, 3] = 0
+    geo = [(33550, "d", 3, (0.6, 0.6, 0.0), True), (33922, "d", 6, (0.0, 0.0, 0.0, 5e5, 4e6, 0.0), True)]
+    more = {"photometric": "rgb", "extrasamples": ["UNASSALPHA"], "compression": "zlib", "tile": (32, 32)}
+    tifffile.imwrite(tmp_path / "edge.tif", pixels, extratags=geo, metadata=None, **more)
+    by_path = predict_canopy(depther, tmp_path / "edge.tif")
+    assert np.isnan(by_path.height_m).sum() == 37 * 40
+    data = (tmp_path / "edge.tif").read_bytes()
+    from dinov3.data.pictures import open_picture
+
+    opened = predict_canopy(depther, open_picture(data), file=data)  # as the verb does
+    np.testing.assert_array_equal(opened.height_m, by_path.height_m)
+    assert opened.geo == by_path.geo
+    assert "in the mean" in opened.words()
 
 
 def test_canopy_of_a_large_picture_comes_through_windows(depther: nn.Module, cat: Image.Image) -> None:

@@ -93,7 +93,7 @@ def ground_of(source: Any) -> tuple[dict[int, Any], np.ndarray | None]:
             if tags.get(274, 1) != 1:  # a turned picture's grid is no longer that of its tags
                 return {}, None
             return geo, _empty(file, tags.get(NO_DATA))
-    except (OSError, Image.DecompressionBombError):
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return {}, None  # whatever is wrong with it, the picture's own reader will say
 
 
