@@ -257,5 +257,7 @@ def _r2(residual: float, spread: float) -> float:
 def _tensor(x: Array) -> Tensor:
     if isinstance(x, Tensor):
         return x.detach().cpu()
-    # torch has no arithmetic for numpy's wider unsigned integers
-    return torch.from_numpy(np.ascontiguousarray(x.astype(np.int64) if x.dtype in (np.uint16, np.uint32) else x))
+    # torch has no arithmetic for numpy's wider unsigned integers, and none of its own for arrays that may not be written
+    return torch.from_numpy(
+        np.require(x.astype(np.int64) if x.dtype in (np.uint16, np.uint32) else x, None, ["C", "W"])
+    )

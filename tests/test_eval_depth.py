@@ -75,6 +75,7 @@ def test_the_recipes_say_what_was_published():
     ("words", "sentence"),
     [
         (["losses.SIGLOS=1"], "did you mean 'SIGLOSS'"),
+        (["save_results=true"], "result_config.save_results=true"),
         (["metrics=[rmsee]"], "did you mean 'rmse'"),
         (["transforms.eval.eval_mask=NYU"], "is one of FULL, NYU_EIGEN"),
         (["transforms.train.fixed_crop=KITTI"], "is one of FULL, NYU"),

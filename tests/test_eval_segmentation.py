@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from ranks import run_ranks
 from torch import Tensor, nn
 from toy_dense import write_model, write_scenes
@@ -29,7 +30,9 @@ from dinov3.eval.segmentation import run as segmentation
 from dinov3.eval.segmentation.run import Protocol, SegmentationConfig, class_probabilities, copies, evaluate_model
 from dinov3.heads.linear import build_linear_segmentor
 from dinov3.heads.objectives import cross_entropy_map, multilabel_dice
+from dinov3.hub import load as load_backbone
 from dinov3.hub import segmentors
+from dinov3.metrics import confusion_matrix, iou_scores, percentages
 from dinov3.models import vit
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -290,9 +293,13 @@ def test_the_script_fits_a_head_and_writes_the_documented_files(scenes, capsys):
 
     # the head that was written scores the same, in both forms
     for name in ("model_final.pth", "head.safetensors"):
-        again = words_for(scenes, f"again-{name}", f"load_from={out / name}")
+        again = words_for(scenes, f"again-{name}", f"load_from={out / name}", "save_results=true")
         assert segmentation.main(again) == 0, capsys.readouterr().err
         assert results(scenes / f"again-{name}") == row
+    saved_maps = [np.asarray(Image.open(p)) for p in sorted((scenes / "again-head.safetensors/predictions").iterdir())]
+    data = make_dataset(f"DenseFolder:root={scenes / 'scenes'}:split=val")
+    counts = sum(confusion_matrix(p, data.target(i), 4) for i, p in enumerate(saved_maps))
+    assert percentages(iou_scores(counts)) == row
 
     # and a run that had ended gives its best again, without fitting
     before = (out / "metrics.jsonl").read_text()
@@ -446,6 +453,25 @@ def test_the_published_mask2former_is_scored_with_its_protocol(tmp_path, monkeyp
     data = make_dataset(f"ADE20K:root={tmp_path}:split=VAL")
     direct = evaluate_model(tiny_segmentor(3), data, protocol, reduce_zero=True)
     assert results(tmp_path / "out")["mIoU"] == pytest.approx(100 * direct["mIoU"], abs=0.01)
+
+
+def test_a_mask2former_of_your_own_is_scored_from_its_head_file(scenes, capsys):
+    from dinov3.hub.heads import build_head, save_head
+
+    backbone = load_backbone("dinov3_vitt16", "random")
+    options = HEAD | {"n_classes": 4}
+    torch.manual_seed(0)
+    model = build_head("segmentation", "mask2former", backbone, **options).eval()
+    save_head(scenes / "head.safetensors", model, task="segmentation", head="mask2former", options=options)
+    words = [
+        f"datasets.val=DenseFolder:root={scenes / 'scenes'}:split=val", f"load_from={scenes / 'head.safetensors'}",
+        "decoder_head.num_classes=4", "transforms.eval.img_size=64", "eval.crop_size=64", "eval.stride=42",
+        f"output_dir={scenes / 'out'}",
+    ]  # fmt: skip
+    assert segmentation.main(words) == 0, capsys.readouterr().err
+    data = make_dataset(f"DenseFolder:root={scenes / 'scenes'}:split=val")
+    direct = evaluate_model(model, data, Protocol(4, size=64, crop=64, stride=42, head="m2f"), reduce_zero=False)
+    assert results(scenes / "out")["mIoU"] == pytest.approx(100 * direct["mIoU"], abs=0.01)
 
 
 def test_a_head_for_another_task_is_refused(tmp_path, capsys):

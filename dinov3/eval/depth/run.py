@@ -161,6 +161,8 @@ class DepthConfig(common.EvalConfig):
     def problems(self) -> Any:
         yield from common.section_problems(self)
         yield from dense.scheduler_problems(self.scheduler)
+        if self.save_results:
+            yield "save_results", "belongs to classification; depth maps are kept by result_config.save_results=true"
         for name in self.losses or ():
             if name not in DEPTH_LOSSES:
                 yield (

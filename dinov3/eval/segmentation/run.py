@@ -18,11 +18,12 @@ up; validation runs every eval_interval iterations and at the end; every picture
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -211,9 +212,13 @@ def evaluate_model(
     reduce_zero: bool,
     per_picture: bool = False,
     device: torch.device | str = "cpu",
-    say: Any = None,
+    say: Callable[[str], None] | None = None,
+    shown: Callable[[int, Tensor], None] | None = None,
 ) -> dict[str, Any]:
-    """Scores of a segmentation model (`predict`) on a data set, as `metrics.iou_scores` gives them; the same on all ranks."""
+    """Scores of a segmentation model (`predict`) on a data set, as `metrics.iou_scores` gives them; the same on all ranks.
+
+    shown(index, class map) is called for every picture of this process.
+    """
     K, n = protocol.n_classes, len(dataset)
     counts = torch.zeros((n if per_picture else 1), K, K, dtype=torch.int64)
     mine = dense.my_share(n)
@@ -223,6 +228,8 @@ def evaluate_model(
         labels = reduce_zero_label(labels) if reduce_zero else labels
         prediction = class_probabilities(model, picture, (labels.shape[0], labels.shape[1]), protocol, device).argmax(0)
         counts[index if per_picture else 0] += confusion_matrix(prediction, labels, K, IGNORED)
+        if shown is not None:
+            shown(index, prediction)
         if say is not None and (done % 100 == 0 or done == len(mine)):
             say(
                 f"evaluated {done}/{len(mine)} pictures"
@@ -417,12 +424,12 @@ def evaluate(config: SegmentationConfig, session: common.Session) -> dict[str, A
     val = dense.open_dense(c.datasets.val, c.datasets.root, ("classes",), "datasets.val")
     if c.load_from is None:
         scores = fitted(c, session, protocol, model)
-    else:
+    if c.load_from is not None or c.save_results:
         zero = val.zero_is_other if c.eval.reduce_zero_label is None else c.eval.reduce_zero_label
         with dense.autocast(c.model_dtype, session.device):
             scores = evaluate_model(
                 model, val, protocol, reduce_zero=zero, per_picture=c.eval.compute_metric_per_image,
-                device=session.device, say=session.say,
+                device=session.device, say=session.say, shown=_writer(session.output) if c.save_results else None,
             )  # fmt: skip
     if session.run.writer:
         names = val.class_names or [str(i) for i in range(protocol.n_classes)]
@@ -433,6 +440,19 @@ def evaluate(config: SegmentationConfig, session: common.Session) -> dict[str, A
         ]
         common.write_table(session.output / "per-class.csv", rows)
     return percentages(scores)
+
+
+def _writer(folder: Path) -> Callable[[int, Tensor], None]:
+    """`save_results`: predicted classes in predictions/<number of the picture>.png, 8 bits (16 beyond 256 classes)."""
+    from PIL import Image
+
+    (folder / "predictions").mkdir(parents=True, exist_ok=True)
+
+    def write(index: int, classes: Tensor) -> None:
+        array = classes.numpy().astype(np.uint8 if int(classes.max()) < 256 else np.uint16)
+        Image.fromarray(array).save(folder / "predictions" / f"{index:05}.png")
+
+    return write
 
 
 # ---- doors ---------------------------------------------------------------------------------------------------------
