@@ -19,7 +19,7 @@ from dinov3.models.vit import VisionTransformer, ViTConfig
 from dinov3.runlog import RunDir
 from dinov3.train import distill as module
 from dinov3.train.distill import Distillation, DistillConfig, Standardised, difference, distill, relations_loss
-from dinov3.train.inherit import inherit_dinov2, ridge, slow_first
+from dinov3.train.inherit import awaken_last, inherit_dinov2, ridge, slow_first
 from dinov3.train.teachers import MobileNetV2, Pictures, TargetCache, Targets, TeacherLine, Views, open_teacher
 from dinov3.weights import catalog, loading, save
 
@@ -574,3 +574,31 @@ def test_a_compiled_student_learns_the_same(tiny_student, folder, teacher_file, 
     compiled = distill(config_for(folder, teacher_file, steps=3, compile=True), tmp_path / "compiled")
     a, b = (dinov3.load(weights=path).state_dict() for path in (plain, compiled))
     assert max((a[k].float() - b[k].float()).abs().max().item() for k in a) < 3e-3
+
+
+def test_the_last_block_awakes_pointing_where_the_teacher_points(tiny_student, folder, tmp_path) -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer(replace(TINY, layerscale_init=1.0))
+    model.init_weights()
+    for scale in (model.blocks[-1].ls1, model.blocks[-1].ls2):
+        scale.gamma.data.fill_(1e-5)
+    inputs = torch.randn(600, 3, 32, 32) + 2 * torch.randn(600, 3, 1, 1)
+    turn = torch.linalg.qr(torch.randn(32, 32))[0]
+    with torch.no_grad():
+        patches = model.eval().forward_features(inputs)["x_norm_patchtokens"]
+
+    def aim(cls):
+        return (cls - cls.mean(0)) @ turn
+
+    was, now = awaken_last(model, inputs, aim, patch_weight=1.0)
+    assert was < 0.3
+    assert now > 0.8
+    assert all(bool((scale.gamma == 1).all()) for scale in (model.blocks[-1].ls1, model.blocks[-1].ls2))
+    with torch.no_grad():
+        after = model.forward_features(inputs)["x_norm_patchtokens"]
+    assert F.cosine_similarity(patches, after, dim=-1).mean() > 0.95
+
+
+def test_awakening_needs_a_teacher_that_keeps_angles(tiny_student, folder, teacher_file, tmp_path) -> None:
+    with pytest.raises(DinoError, match="isometry=true"):
+        distill(config_for(folder, teacher_file, awaken=True), tmp_path / "run")

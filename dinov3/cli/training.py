@@ -87,6 +87,9 @@ def distill(
     student: Annotated[str, typer.Option(help="A name from `dinov3 models`.")] = "dinov3_vitt16",
     weights: Annotated[str | None, typer.Option(help="The student's first weights. Default: random.")] = None,
     inherit: Annotated[str | None, typer.Option(help="A DINOv2 folder the student begins as a small copy of.")] = None,
+    awaken: Annotated[
+        bool, typer.Option("--awaken", help="Begin with the last block in closed form (a teacher with isometry=true).")
+    ] = False,
     steps: Annotated[int, typer.Option(min=1, help="Batches in all.")] = 2000,
     batch: Annotated[int, typer.Option(min=2, help="Pictures a batch.")] = 64,
     sizes: Annotated[str, typer.Option(help="SIDE:SHARE of the steps, in order.")] = "128:0.9,224:0.1",
@@ -119,6 +122,6 @@ def distill(
         pictures=pictures, teachers=teacher, student=student, weights=weights, inherit=inherit, steps=steps, batch=batch,
         sizes=sizes, views=views, scale=[scale, 1.0], mix=mix, lr=lr, schedule=schedule, optimizer=optimizer,
         momentum=momentum, cache=cache, knn=knn, knn_every=knn_every, save_every=save_every, bf16=bf16, compile=compile,
-        in_memory=in_memory, seed=seed, device=device_of(device),
+        awaken=awaken, in_memory=in_memory, seed=seed, device=device_of(device),
     )  # fmt: skip
     print(run(config, out))

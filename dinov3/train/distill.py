@@ -53,11 +53,12 @@ from dinov3.errors import DinoError, UnknownName
 from dinov3.losses import LossTerms, resize_patches
 from dinov3.optim import ema_update, multipliers, warmup_cosine_v2
 from dinov3.runlog import RunDir
-from dinov3.train.inherit import ridge
+from dinov3.train.inherit import awaken_last, ridge
 from dinov3.train.teachers import OnlineTargets, Pictures, TargetCache, Targets, Teacher, Views, open_teacher
 from dinov3.weights import catalog, loading
 
 STATISTICS_FROM = 1024  # pictures that the targets' mean and spread, and the first projections, are fitted on
+AWAKENED_ON = 3072  # pictures that the last block is fitted on
 CHECKPOINT, STUDENT = "distill.pth", "student.safetensors"
 
 
@@ -71,6 +72,7 @@ class DistillConfig:
     weights: str | None = None  # the student's first weights; None: random
     inherit: str | None = None  # a DINOv2 folder or file whose ViT the student starts as a compressed copy of
     inherit_pictures: int = 320
+    awaken: bool = False  # begin with the last block's answer in closed form; for a teacher with isometry=true
     steps: int = 2000
     batch: int = 64
     sizes: str = "128:0.9,224:0.1"
@@ -401,6 +403,8 @@ class Distillation:
         width = int(self.student.embed_dim)
         self.pupils = nn.ModuleList(Pupil(t, width, s.read(some, 0)) for t, s in zip(self.teachers, self.said))
         self.pupils.to(self.device)
+        if fresh and config.awaken:
+            self._awaken()
         if fresh:
             self._fit_projections(some)
         self.average = deepcopy(self.student).eval().requires_grad_(False)
@@ -443,6 +447,25 @@ class Distillation:
         grid = c.cached_grid
         mine, its = (self.pictures.views(self.views, some, 0, grid * p) for p in (student.stride, patch))
         inherit_dinov2(student, state, mine, its, tell=self.run.say)
+
+    @torch.no_grad()
+    def _awaken(self) -> None:
+        guides = [(p, s) for p, s in zip(self.pupils, self.said) if s.teacher.line.isometry]
+        if len(guides) != 1 or not hasattr(self.student, "blocks"):
+            raise DinoError("awaken needs a vision transformer and one teacher with isometry=true")
+        pupil: Any = guides[0][0]
+        count = min(AWAKENED_ON, len(self.pictures))
+        some = permuted(np.arange(count), len(self.pictures), self.config.seed, 0)
+        wanted = pupil.scale_cls(guides[0][1].read(some, 0).cls.to(self.device))
+        pixels = self.pictures.views(self.views, some, 0, self.config.side(0)).to(self.device)
+
+        def aim(cls: Tensor) -> Tensor:
+            turn = isometry(cls, wanted)
+            return wanted @ turn / turn.square().sum(0).mean()
+
+        x = normalised(pixels, *catalog.STATISTICS["lvd1689m"])
+        was, now = awaken_last(self.student, x, aim, bf16=self.config.bf16)
+        self.run.say(f"the last block awoke: cosine of CLS with what the teacher means {was:.3f} before, {now:.3f} now")
 
     @torch.no_grad()
     def _fit_projections(self, some: np.ndarray) -> None:
