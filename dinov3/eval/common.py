@@ -1,4 +1,4 @@
-"""What every evaluation shares: arguments, the model, pictures → features kept on disk, results, sweeps.
+"""What every evaluation shares: the model, a session with its features and results, sweeps, and the door.
 
 An evaluation is a configuration (dataclass), a function arrays → numbers, and a door:
 
@@ -10,204 +10,83 @@ An evaluation is a configuration (dataclass), a function arrays → numbers, and
 `--config-file FILE`, `output_dir=DIR` or `--output-dir DIR`, and of our own `--sweep layers=8,9,11,size=224,256`. It joins
 the ranks of torchrun or SLURM, saves the resolved configuration, and writes results-NAME.csv and results-NAME.json.
 
-Features are computed once: a column of numbers (the CLS token or the mean patch of one layer) is a .npy file under
-$DINOV3_CACHE/features, in a folder named by the weights' fingerprint, the preprocessing and the pictures. Whoever
-asks for the same column again, from another evaluation or with another pooling, reads the file. Several processes
-write one file together, so the cache must lie where all of them see it.
+The chapters below it: `arguments` (sections of configurations, what people type), `columns` (pictures → features kept on
+disk, labels, few shots), `tables`, `published`. Their names can be had from here.
 
-Legend: N pictures, D width, C classes.
+Legend: N pictures, D width.
 """
 
 from __future__ import annotations
 
-import csv
-import hashlib
 import json
-import math
 import os
 import shutil
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dinov3 import config as configuration
 from dinov3 import distributed
 from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.base import PictureDataset
-from dinov3.data.pictures import Picture, open_picture
 from dinov3.data.transforms import Preprocessing
-from dinov3.errors import DinoError, PictureError, WeightsMismatch, did_you_mean
+from dinov3.errors import DinoError, WeightsMismatch
+from dinov3.eval.arguments import (
+    Arguments,
+    C,
+    EvalConfig,
+    FeatureSection,
+    FewShotSection,
+    ModelSection,
+    TransformSection,
+    help_text,
+    read_arguments,
+    section_problems,
+    split_arguments,
+)
+from dinov3.eval.columns import (
+    Column,
+    FeatureCache,
+    Targets,
+    check_classes,
+    class_count,
+    columns_of,
+    dataset_id,
+    decoded,
+    few_shot_subset,
+    in_threads,
+    labels_of,
+    layer_tokens,
+    normal_layers,
+    over_tries,
+    picture_batches,
+    test_targets,
+)
 from dinov3.eval.published import published
-from dinov3.features import default_preprocessing, model_label
-from dinov3.heads.encoder import widths_of
+from dinov3.eval.tables import as_text, read_table, spoken, write_table
+from dinov3.features import default_preprocessing
 from dinov3.runlog import RunDir, peak_memory_gb, spoken_time
 
 if TYPE_CHECKING:
     from dinov3.models import BackboneConfig
 
 __all__ = [
-    "EvalConfig", "FeatureSection", "FewShotSection", "ModelSection", "Session", "TransformSection", "few_shot_subset",
-    "main", "open_model", "published", "read_arguments", "write_table",
+    "Arguments", "Column", "EvalConfig", "FeatureCache", "FeatureSection", "FewShotSection", "ModelSection",
+    "Session", "Targets", "TransformSection", "as_text", "check_classes", "class_count", "columns_of", "dataset_id",
+    "decoded", "few_shot_subset", "help_text", "in_threads", "labels_of", "layer_tokens", "main", "normal_layers",
+    "open_model", "over_tries", "picture_batches", "published", "read_arguments", "read_table", "section_problems",
+    "split_arguments", "sweep", "sweep_axes", "test_targets", "write_table",
 ]  # fmt: skip
 
-C = TypeVar("C", bound="EvalConfig")
-K = TypeVar("K")
 Number = float | int | str | None
-Pool = Literal["cls", "mean", "cls+mean"]
-
-
-# ---- sections of configurations -------------------------------------------------------------------------------------
-
-
-@dataclass
-class ModelSection:
-    """Whose features. The first three keys are the public scripts'; with none of all, the model that ships."""
-
-    config_file: str | None = None  # a training configuration that describes the architecture …
-    pretrained_weights: str | None = None  # … and weights for it (file, or a folder of a distributed checkpoint)
-    dino_hub: str | None = None  # a hub function's name
-    name: str | None = None  # ours: any name `dinov3.load` takes, also transformers:FOLDER,layer=9
-    weights: str | None = None  # ours: any weights `dinov3.load` takes, or "random"
-    device: str = "auto"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of parameters and arithmetic; nothing is autocast
-
-
-@dataclass
-class TransformSection:
-    """Short side to `resize_size` (bicubic), then a square of `crop_size` from the middle."""
-
-    resize_size: int = 256
-    crop_size: int = 224
-
-
-@dataclass
-class FeatureSection:
-    """What a picture's vector is.
-
-    cls: the CLS tokens of the layers, one after the other; mean: their mean patches; cls+mean: the CLS tokens of all,
-    then the mean patch of the last of them (the reference's linear evaluation).
-    """
-
-    layers: list[int] = field(default_factory=lambda: [-1])  # 0-based blocks; negative ones count from the end
-    pool: Pool = "cls"
-    norm: bool = True  # the final norm, on every layer
-    dtype: Literal["float32", "float16"] = "float32"  # on disk; float16 halves it
-    cache: str | None = None  # a folder; null: $DINOV3_CACHE/features; "none": nothing is kept
-
-
-@dataclass
-class FewShotSection:
-    enable: bool = False
-    k_or_percent: float | None = None  # < 1: share of each class; ≥ 1: pictures of each class
-    n_tries: int = 1
-
-
-@dataclass
-class EvalConfig:
-    """What all evaluations' configurations have; put your own sections beside these."""
-
-    model: ModelSection = field(default_factory=ModelSection)
-    output_dir: str = "."
-    save_results: bool = False  # keep predictions and targets as .npy
-
-
-def section_problems(config: Any) -> Iterator[tuple[str, str]]:
-    """Conditions on the sections above, for a configuration's `problems()`."""
-    model: ModelSection = config.model
-    theirs = [f"model.{k}" for k in ("config_file", "pretrained_weights") if getattr(model, k)]
-    ours = [f"model.{k}" for k in ("name", "weights") if getattr(model, k)]
-    if model.dino_hub and (theirs or ours):
-        yield "model.dino_hub", f"excludes {', '.join(theirs + ours)}: it names architecture and weights"
-    if theirs and ours:
-        yield ours[0], f"excludes {', '.join(theirs)}; give one or the other"
-    if model.pretrained_weights and not model.config_file:
-        yield "model.pretrained_weights", "needs model.config_file; a file that says what it is goes to model.weights"
-    shots: FewShotSection | None = getattr(config, "few_shot", None)
-    if shots is not None and shots.enable and (shots.k_or_percent is None or shots.k_or_percent <= 0):
-        yield "few_shot.k_or_percent", "must be given with few_shot.enable: 5 pictures of each class, or 0.1 of them"
-    if shots is not None and shots.n_tries < 1:
-        yield "few_shot.n_tries", "must be at least 1"
-
-
-# ---- arguments ------------------------------------------------------------------------------------------------------
-
-FILE_WORDS = ("config_file", "config-file", "config", "trainer_config_file")
-OUTPUT_WORDS = ("output_dir", "output-dir")
-
-
-@dataclass
-class Arguments:
-    file: str | None
-    overrides: list[str]
-    sweep: str | None = None
-
-
-def split_arguments(argv: Sequence[str]) -> Arguments:
-    """Options and key=value words in any order, as the public scripts and the launcher write them."""
-    found, rest = Arguments(None, []), list(argv)
-    while rest:
-        word = rest.pop(0)
-        name, equals, value = word.removeprefix("--").partition("=")
-        if word.startswith("-") and name not in (*FILE_WORDS, *OUTPUT_WORDS, "sweep"):
-            options = ["--config-file", "--output-dir", "--sweep", "--help"]
-            hint = did_you_mean(f"--{name}", options) or f"; there are {', '.join(options)}, and key.sub=value words"
-            raise DinoError(f"unknown option {word}{hint}")
-        if word.startswith("-") and not equals:
-            if not rest:
-                raise DinoError(f"{word} needs a value")
-            value = rest.pop(0)
-        if name in FILE_WORDS and "." not in name:
-            found.file = value
-        elif name in OUTPUT_WORDS:
-            found.overrides.append(f"output_dir={value}")
-        elif name == "sweep":
-            found.sweep = value
-        else:
-            found.overrides.append(word)
-    return found
-
-
-def read_arguments(cls: type[C], argv: Sequence[str]) -> tuple[C, list[str], Arguments]:
-    """(configuration, notes, the arguments in parts). Raises one `DinoError` with every mistake."""
-    arguments = split_arguments(argv)
-    config, notes = configuration.load(cls, arguments.file, arguments.overrides)
-    return config, notes, arguments
-
-
-def help_text(name: str, cls: type[Any], doc: str | None) -> str:
-    """The evaluation's first words and every key with its default."""
-
-    def keys(of: Any, prefix: str = "") -> Iterator[str]:
-        for f in fields(of):
-            value = getattr(of, f.name)
-            if is_dataclass(value):
-                yield from keys(value, f"{prefix}{f.name}.")
-            else:
-                yield f"  {prefix}{f.name}={_shown(value)}"
-
-    usage = f"usage: dinov3 eval {name} [--config-file FILE] [--output-dir DIR] [--sweep AXES] key.sub=value …"
-    return "\n".join([usage, "", (doc or "").strip(), "", "keys and defaults:", *keys(cls())])
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if hasattr(value, "value"):
-        return str(value.value)
-    return str(value) if not isinstance(value, (list, tuple)) else "[" + ",".join(map(_shown, value)) + "]"
 
 
 # ---- the model ------------------------------------------------------------------------------------------------------
@@ -279,291 +158,6 @@ def _from_distributed(config: BackboneConfig, folder: Path) -> nn.Module:
             f"{folder} does not fit model.config_file: {str(error).splitlines()[1].strip()}"
         ) from None
     return model
-
-
-# ---- pictures → features --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Column:
-    """One kind of number of every picture: `token` "cls" or "mean" of a layer."""
-
-    token: str
-    layer: int
-
-    def file(self, norm: bool, dtype: str) -> str:
-        return f"{self.token}-layer{self.layer}{'' if norm else '-prenorm'}-{dtype}.npy"
-
-
-def columns_of(layers: Sequence[int], pool: str) -> list[Column]:
-    """The columns that make up a vector, in order (see `FeatureSection`)."""
-    cls, means = [Column("cls", i) for i in layers], [Column("mean", i) for i in layers]
-    return {"cls": cls, "mean": means, "cls+mean": [*cls, means[-1]]}[pool]
-
-
-def dataset_id(dataset: PictureDataset) -> str:
-    """12 hex digits of which pictures these are: names, and what changes when a file does, where it is known."""
-    digest = hashlib.sha256(type(dataset).__name__.encode())
-    items = getattr(dataset, "items", None)
-    if items is not None:
-        digest.update(str(getattr(getattr(dataset, "source", None), "root", "")).encode())
-        digest.update("\n".join(f"{item.path} {item.stamp}" for item in items).encode())
-    else:
-        digest.update(str(getattr(dataset, "root", "")).encode())
-        digest.update("\n".join(dataset.name(i) for i in range(len(dataset))).encode())
-    return digest.hexdigest()[:12]
-
-
-def labels_of(dataset: PictureDataset, what: str) -> np.ndarray:
-    """int64 [N], or [N, C] where the data set has several labels a picture. Raises `DinoError` where there are none."""
-    targets = dataset.get_targets() if hasattr(dataset, "get_targets") else None
-    if targets is None:
-        targets = [-1 if (label := dataset.label(i)) is None else label for i in range(len(dataset))]
-    labels = np.asarray(targets).astype(np.int64)
-    if labels.ndim == 1 and (len(labels) == 0 or labels.min() < 0):
-        n = int((labels < 0).sum())
-        raise DinoError(
-            f"{what}: {n} of {len(labels)} pictures have no class; each needs one (a sub-folder for each class)"
-        )
-    return labels
-
-
-def class_count(labels: np.ndarray) -> int:
-    """The largest label + 1, or the width of multi-hot labels."""
-    return labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What test pictures should be called.
-
-    labels: int [N], multi-hot [N, C], or sets [N, L] padded with −1. groups: a word for each picture (fairness tables,
-    ImageNet-C's "fog/3"). columns: for each class of the data set the classifier's columns that mean it, where it has
-    only some of the classifier's classes (ImageNet-A, -R, ObjectNet).
-    """
-
-    labels: np.ndarray
-    groups: np.ndarray | None = None
-    columns: list[list[int]] | None = None
-
-    def chosen(self, scores: np.ndarray) -> np.ndarray:
-        """Scores of the data set's own classes: of several columns the best."""
-        if self.columns is None:
-            return scores
-        last = max(max(c) for c in self.columns)
-        if last >= scores.shape[1]:
-            raise DinoError(
-                f"this data set's classes are columns up to {last} of an ImageNet-1k classifier, and this one has "
-                f"{scores.shape[1]}: train on ImageNet-1k"
-            )
-        return np.stack([scores[:, c].max(1) for c in self.columns], axis=1)
-
-
-def test_targets(dataset: PictureDataset, what: str) -> Targets:
-    """The targets of a data set, with the hooks that the reference's data sets have."""
-    groups = dataset.get_groupby_labels() if hasattr(dataset, "get_groupby_labels") else None
-    mapping = dataset.get_imagenet_class_mapping() if hasattr(dataset, "get_imagenet_class_mapping") else None
-    columns = None if mapping is None else [[int(c)] if np.ndim(c) == 0 else [int(x) for x in c] for c in mapping]
-    return Targets(labels_of(dataset, what), None if groups is None else np.asarray(groups), columns)
-
-
-def check_classes(train: PictureDataset, test: PictureDataset) -> None:
-    """Raises where both data sets name their classes and number them differently: sub-folders are counted in order."""
-    names = getattr(train, "class_names", None), getattr(test, "class_names", None)
-    if names[0] and names[1] and list(names[0])[: len(names[1])] != list(names[1]):
-        odd = sorted(set(names[1]) ^ set(names[0]))
-        hint = f"only one of them has {', '.join(odd[:3])}" if odd else "their order differs"
-        raise DinoError(
-            f"training and test pictures have different classes, so their numbers mean different things: {hint}"
-        )
-
-
-def in_threads(batches: Iterable[Sequence[K]], make: Callable[[K], Tensor], workers: int) -> Iterator[Tensor]:
-    """Stacked results of `make` for batches of keys, in order, made by threads two batches ahead."""
-    pool = ThreadPoolExecutor(max(1, min(workers, os.cpu_count() or 1)))
-    waiting: deque[list[Future[Tensor]]] = deque()
-    try:
-        for keys in batches:
-            waiting.append([pool.submit(make, key) for key in keys])
-            if len(waiting) > 2:
-                yield torch.stack([future.result() for future in waiting.popleft()])
-        while waiting:
-            yield torch.stack([future.result() for future in waiting.popleft()])
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def decoded(dataset: PictureDataset, i: int, target_short_side: int | None = None) -> Picture:
-    """Picture i; one that cannot be read stops an evaluation, which without it would be another evaluation."""
-    try:
-        return open_picture(dataset.read(i), target_short_side=target_short_side)
-    except PictureError as error:
-        raise PictureError(f"{dataset.name(i)}: {error}; an evaluation needs all of its pictures") from None
-
-
-def picture_batches(
-    dataset: PictureDataset, rows: Sequence[int], rule: Preprocessing, batch_size: int, workers: int
-) -> Iterator[Tensor]:
-    """Network inputs [B, 3, h, w] in the order of `rows`."""
-
-    def make(i: int) -> Tensor:
-        picture = decoded(dataset, i, rule.target_short_side)
-        return rule(picture.image, original_wh=(picture.width, picture.height))[0]
-
-    return in_threads((rows[i : i + batch_size] for i in range(0, len(rows), batch_size)), make, workers)
-
-
-class FeatureCache:
-    """Columns of features in a folder of their own for each (weights, preprocessing, pictures)."""
-
-    def __init__(self, model: nn.Module, root: Path, say: Callable[[str], None]) -> None:
-        from dinov3.weights.loading import fingerprint
-
-        self.model, self.root, self.say = model, root, say
-        weight = next(model.parameters())
-        self.model_id = f"{fingerprint(model)}-{str(weight.dtype).removeprefix('torch.')}"
-
-    def columns(
-        self,
-        dataset: PictureDataset,
-        rule: Preprocessing,
-        columns: Sequence[Column],
-        *,
-        norm: bool = True,
-        dtype: str = "float32",
-        batch_size: int = 64,
-        workers: int = 5,
-    ) -> list[np.ndarray]:
-        """One memory-mapped array [N, D_i] for each column; what is not there yet is computed in one pass."""
-        folder = self.root / self.model_id / f"{rule.id}-{dataset_id(dataset)}"
-        missing = [c for c in dict.fromkeys(columns) if not (folder / c.file(norm, dtype)).exists()]
-        missing = distributed.broadcast_object(missing)
-        if missing:
-            self._compute(folder, dataset, rule, missing, norm, dtype, batch_size, workers)
-        return [np.load(folder / c.file(norm, dtype), mmap_mode="r") for c in columns]
-
-    def _compute(
-        self,
-        folder: Path,
-        dataset: PictureDataset,
-        rule: Preprocessing,
-        columns: Sequence[Column],
-        norm: bool,
-        dtype: str,
-        batch_size: int,
-        workers: int,
-    ) -> None:
-        rank, world, N = distributed.rank(), distributed.world(), len(dataset)
-        if N == 0:
-            raise DinoError("the data set is empty: there is nothing to evaluate")
-        layers = sorted({c.layer for c in columns})
-        each = -(-N // world)
-        mine = range(min(rank * each, N), min((rank + 1) * each, N))
-        owner = distributed.broadcast_object(os.getpid())
-        parts = {c: folder / f".{c.file(norm, dtype)}.{owner}" for c in columns}
-        arrays: dict[Column, np.ndarray] = {}
-        if rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            about = {"model": model_label(self.model), "preprocessing": json.loads(rule.to_json()), "pictures": N}
-            (folder / "about.json").write_text(json.dumps(about, indent=1) + "\n")
-        weight, net = next(self.model.parameters()), self.model
-        began, done, told = time.perf_counter(), 0, time.perf_counter()
-        batches = picture_batches(dataset, mine, rule, batch_size, workers)
-        widths = dict(zip(layers, widths_of(self.model, layers)))  # type: ignore[arg-type]
-        for c in columns:
-            if rank == 0:
-                np.lib.format.open_memmap(parts[c], "w+", np.dtype(dtype), (N, widths[c.layer]))
-        distributed.barrier()
-        for c in columns:
-            if not parts[c].exists():
-                raise DinoError(
-                    f"{parts[c]} was made by rank 0, but rank {rank} does not see it: set features.cache to a shared folder"
-                )
-            arrays[c] = np.lib.format.open_memmap(parts[c], "r+")
-        for x in batches:
-            with torch.inference_mode():
-                said = layer_tokens(net, x.to(weight.device, weight.dtype, non_blocking=True), layers, norm)
-            rows = slice(mine.start + done, mine.start + done + len(x))
-            for c in columns:
-                values = said[c.layer][0 if c.token == "cls" else 1]
-                arrays[c][rows] = values.float().cpu().numpy()
-            done += len(x)
-            now = time.perf_counter()
-            if now - told > 15 or done == len(mine):
-                rate = done / (now - began)
-                left = spoken_time((len(mine) - done) / rate)
-                memory = peak_memory_gb(weight.device)
-                self.say(f"features {done}/{len(mine)}  {rate:.1f} pictures/s  eta {left}  {memory:.1f} GB")
-                told = now
-        for array in arrays.values():
-            array.flush()  # type: ignore[attr-defined]
-        arrays.clear()
-        distributed.barrier()
-        if rank == 0:
-            for c in columns:
-                os.replace(parts[c], folder / c.file(norm, dtype))
-        distributed.barrier()
-
-
-def layer_tokens(model: Any, x: Tensor, layers: Sequence[int], norm: bool) -> dict[int, tuple[Tensor, Tensor]]:
-    """{layer: (CLS [B, D], mean patch [B, D])} of a batch."""
-    if list(layers) == [model.n_blocks - 1] and norm:  # exactly what the model puts out
-        out = model.forward_features(x)
-        return {layers[0]: (out["x_norm_clstoken"], out["x_norm_patchtokens"].mean(1))}
-    said = model.get_intermediate_layers(x, n=list(layers), return_class_token=True, norm=norm)
-    return {i: (cls, patches.mean(1)) for i, (patches, cls) in zip(layers, said)}
-
-
-def normal_layers(model: Any, layers: Sequence[int]) -> list[int]:
-    """0-based, as given otherwise; negative ones count from the end."""
-    n = model.n_blocks
-    for i in layers:
-        if not -n <= i < n:
-            raise DinoError(f"layer {i} does not exist: this model has {n} (0 to {n - 1}, or -1 for the last)")
-    if not layers:
-        raise DinoError("features.layers is empty; write features.layers=[-1] for the last layer")
-    return [range(n)[i] for i in layers]
-
-
-# ---- few shots ------------------------------------------------------------------------------------------------------
-
-
-def few_shot_subset(labels: np.ndarray, k_or_percent: float, seed: int) -> np.ndarray:
-    """Sorted rows: of each class the first k (or the share, at least one) of a permutation drawn with `seed`.
-
-    labels: int [N], or multi-hot [N, C]: then a picture counts for each of its classes, and a share that selects too
-    many labels is corrected once.
-    """
-    multi = labels.ndim == 2
-    classes = range(labels.shape[1]) if multi else np.unique(labels).tolist()
-
-    def drawn(share: float) -> np.ndarray:
-        rng = torch.Generator().manual_seed(seed)
-        kept: list[np.ndarray] = []
-        for c in classes:
-            rows = np.flatnonzero(labels[:, c] > 0 if multi else labels == c)
-            if len(rows) == 0:
-                continue
-            order = torch.randperm(len(rows), generator=rng).numpy()
-            k = max(1, math.floor(share * len(rows))) if share < 1 else int(share)
-            kept.append(rows[order[:k]])
-        return np.unique(np.concatenate(kept))
-
-    rows = drawn(k_or_percent)
-    if multi and k_or_percent < 1:
-        rows = drawn(k_or_percent / (labels[rows].sum() / max(1.0, k_or_percent * labels.sum())))
-    return rows
-
-
-def over_tries(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Mean and unbiased standard deviation of several tries, as `<key>_mean` and `<key>_std`."""
-    values = {key: np.array([row[key] for row in rows], float) for key in rows[0]}
-    spread = {key: float(v.std(ddof=1)) if len(v) > 1 else 0.0 for key, v in values.items()}
-    return {
-        name: x
-        for key, v in values.items()
-        for name, x in ((f"{key}_mean", float(v.mean())), (f"{key}_std", spread[key]))
-    }
 
 
 # ---- a session ------------------------------------------------------------------------------------------------------
@@ -717,77 +311,8 @@ class Session:
             shutil.rmtree(self.output / ".features", ignore_errors=True)
 
 
-# ---- tables ---------------------------------------------------------------------------------------------------------
-
-
-def _cell(value: Any) -> Any:
-    """64-bit int, 64-bit float or text; booleans are text, None is empty."""
-    if isinstance(value, (bool, np.bool_)):
-        return str(bool(value))
-    if isinstance(value, (int, np.integer)):
-        return int(value)
-    if isinstance(value, (float, np.floating)):
-        return float(value)
-    return value if value is None else str(value)
-
-
 def _json(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value.item() if isinstance(value, np.generic) else str(value)
-
-
-def write_table(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Rows of named cells; the form follows the ending: .csv, .jsonl, .yaml. Appears whole or not at all."""
-    path = Path(path)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [{c: _cell(row.get(c)) for c in columns} for row in rows]
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(beside, "w", newline="", encoding="utf-8") as file:
-        if path.suffix == ".csv":
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({k: "" if v is None else v for k, v in row.items()} for row in cells)
-        elif path.suffix == ".jsonl":
-            file.writelines(json.dumps(row, separators=(",", ":")) + "\n" for row in cells)
-        elif path.suffix == ".yaml":
-            for i, row in enumerate(cells):  # JSON scalars are YAML
-                file.write(f"{i}:\n" + "".join(f"  {json.dumps(k)}: {json.dumps(v)}\n" for k, v in row.items()))
-        else:
-            raise DinoError(f"a table is written as .csv, .jsonl or .yaml, not as {path.name}")
-    os.replace(beside, path)
-    return path
-
-
-def read_table(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows that `write_table` wrote (.csv, .jsonl), numbers as numbers, empty cells as None."""
-    path = Path(path)
-    with open(path, newline="", encoding="utf-8") as file:
-        if path.suffix == ".jsonl":
-            return [json.loads(line) for line in file]
-        return [{k: _parsed(v) for k, v in row.items()} for row in csv.DictReader(file)]
-
-
-def _parsed(text: str) -> Any:
-    if text == "":
-        return None
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as a table for people."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[_spoken(row.get(c)) for c in columns] for row in rows]
-    widths = [max(len(c), *(len(line[i]) for line in cells)) for i, c in enumerate(columns)]
-    lines = [columns, ["-" * w for w in widths], *cells]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
-
-
-def _spoken(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 # ---- sweeps ---------------------------------------------------------------------------------------------------------
@@ -919,7 +444,7 @@ def _tell(results: Mapping[str, Number], session: Session) -> None:
     if not session.run.writer:
         return
     for key, value in results.items():
-        print(f"{key}: {_spoken(value)}")
+        print(f"{key}: {spoken(value)}")
     model: Any = next(iter(session._models.values()), None)
     known = published(model.origin.name, session.name) if model is not None else None
     if known:

@@ -1,0 +1,160 @@
+"""How evaluations are configured: the sections they share, and the words people type.
+
+The words are those of the public scripts: `key.sub=value`, `config_file=FILE` or `--config-file FILE`, `output_dir=DIR` or
+`--output-dir DIR`; of our own `--sweep AXES`. Everything else is refused with a proposal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal, TypeVar
+
+from dinov3 import config as configuration
+from dinov3.errors import DinoError, did_you_mean
+
+C = TypeVar("C", bound="EvalConfig")
+Pool = Literal["cls", "mean", "cls+mean"]
+
+
+# ---- sections of configurations -------------------------------------------------------------------------------------
+
+
+@dataclass
+class ModelSection:
+    """Whose features. The first three keys are the public scripts'; with none of all, the model that ships."""
+
+    config_file: str | None = None  # a training configuration that describes the architecture …
+    pretrained_weights: str | None = None  # … and weights for it (file, or a folder of a distributed checkpoint)
+    dino_hub: str | None = None  # a hub function's name
+    name: str | None = None  # ours: any name `dinov3.load` takes, also transformers:FOLDER,layer=9
+    weights: str | None = None  # ours: any weights `dinov3.load` takes, or "random"
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of parameters and arithmetic; nothing is autocast
+
+
+@dataclass
+class TransformSection:
+    """Short side to `resize_size` (bicubic), then a square of `crop_size` from the middle."""
+
+    resize_size: int = 256
+    crop_size: int = 224
+
+
+@dataclass
+class FeatureSection:
+    """What a picture's vector is.
+
+    cls: the CLS tokens of the layers, one after the other; mean: their mean patches; cls+mean: the CLS tokens of all,
+    then the mean patch of the last of them (the reference's linear evaluation).
+    """
+
+    layers: list[int] = field(default_factory=lambda: [-1])  # 0-based blocks; negative ones count from the end
+    pool: Pool = "cls"
+    norm: bool = True  # the final norm, on every layer
+    dtype: Literal["float32", "float16"] = "float32"  # on disk; float16 halves it
+    cache: str | None = None  # a folder; null: $DINOV3_CACHE/features; "none": nothing is kept
+
+
+@dataclass
+class FewShotSection:
+    enable: bool = False
+    k_or_percent: float | None = None  # < 1: share of each class; ≥ 1: pictures of each class
+    n_tries: int = 1
+
+
+@dataclass
+class EvalConfig:
+    """What all evaluations' configurations have; put your own sections beside these."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    output_dir: str = "."
+    save_results: bool = False  # keep predictions and targets as .npy
+
+
+def section_problems(config: Any) -> Iterator[tuple[str, str]]:
+    """Conditions on the sections above, for a configuration's `problems()`."""
+    model: ModelSection = config.model
+    theirs = [f"model.{k}" for k in ("config_file", "pretrained_weights") if getattr(model, k)]
+    ours = [f"model.{k}" for k in ("name", "weights") if getattr(model, k)]
+    if model.dino_hub and (theirs or ours):
+        yield "model.dino_hub", f"excludes {', '.join(theirs + ours)}: it names architecture and weights"
+    if theirs and ours:
+        yield ours[0], f"excludes {', '.join(theirs)}; give one or the other"
+    if model.pretrained_weights and not model.config_file:
+        yield "model.pretrained_weights", "needs model.config_file; a file that says what it is goes to model.weights"
+    shots: FewShotSection | None = getattr(config, "few_shot", None)
+    if shots is not None and shots.enable and (shots.k_or_percent is None or shots.k_or_percent <= 0):
+        yield "few_shot.k_or_percent", "must be given with few_shot.enable: 5 pictures of each class, or 0.1 of them"
+    if shots is not None and shots.n_tries < 1:
+        yield "few_shot.n_tries", "must be at least 1"
+
+
+# ---- arguments ------------------------------------------------------------------------------------------------------
+
+FILE_WORDS = ("config_file", "config-file", "config", "trainer_config_file")
+OUTPUT_WORDS = ("output_dir", "output-dir")
+
+
+@dataclass
+class Arguments:
+    file: str | None
+    overrides: list[str]
+    sweep: str | None = None
+
+
+def split_arguments(argv: Sequence[str]) -> Arguments:
+    """Options and key=value words in any order, as the public scripts and the launcher write them."""
+    found, rest = Arguments(None, []), list(argv)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        if word.startswith("-") and name not in (*FILE_WORDS, *OUTPUT_WORDS, "sweep"):
+            options = ["--config-file", "--output-dir", "--sweep", "--help"]
+            hint = did_you_mean(f"--{name}", options) or f"; there are {', '.join(options)}, and key.sub=value words"
+            raise DinoError(f"unknown option {word}{hint}")
+        if word.startswith("-") and not equals:
+            if not rest:
+                raise DinoError(f"{word} needs a value")
+            value = rest.pop(0)
+        if name in FILE_WORDS and "." not in name:
+            found.file = value
+        elif name in OUTPUT_WORDS:
+            found.overrides.append(f"output_dir={value}")
+        elif name == "sweep":
+            found.sweep = value
+        else:
+            found.overrides.append(word)
+    return found
+
+
+def read_arguments(cls: type[C], argv: Sequence[str]) -> tuple[C, list[str], Arguments]:
+    """(configuration, notes, the arguments in parts). Raises one `DinoError` with every mistake."""
+    arguments = split_arguments(argv)
+    config, notes = configuration.load(cls, arguments.file, arguments.overrides)
+    return config, notes, arguments
+
+
+def help_text(name: str, cls: type[Any], doc: str | None) -> str:
+    """The evaluation's first words and every key with its default."""
+
+    def keys(of: Any, prefix: str = "") -> Iterator[str]:
+        for f in fields(of):
+            value = getattr(of, f.name)
+            if is_dataclass(value):
+                yield from keys(value, f"{prefix}{f.name}.")
+            else:
+                yield f"  {prefix}{f.name}={_shown(value)}"
+
+    usage = f"usage: dinov3 eval {name} [--config-file FILE] [--output-dir DIR] [--sweep AXES] key.sub=value …"
+    return "\n".join([usage, "", (doc or "").strip(), "", "keys and defaults:", *keys(cls())])
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if hasattr(value, "value"):
+        return str(value.value)
+    return str(value) if not isinstance(value, (list, tuple)) else "[" + ",".join(map(_shown, value)) + "]"
