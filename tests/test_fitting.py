@@ -25,7 +25,7 @@ from dinov3.runlog import RunDir, read_metrics
 
 def tiny_vit(seed: int = 0) -> VisionTransformer:
     torch.manual_seed(seed)
-    model = VisionTransformer(ViTConfig(embed_dim=32, depth=2, num_heads=2, n_storage_tokens=1))
+    model = VisionTransformer(ViTConfig(embed_dim=32, depth=2, num_heads=2, n_storage_tokens=1, drop_path_rate=0.5))
     model.init_weights()
     return model
 
@@ -90,10 +90,20 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("killed_after", [5, 8, 11])
-def test_a_killed_fit_that_is_started_again_ends_as_one_that_was_not(tmp_path: Path, killed_after: int) -> None:
+@pytest.mark.parametrize("killed_after, best_is", [(5, "highest"), (8, "lowest"), (11, "highest")])
+def test_a_killed_fit_that_is_started_again_ends_as_one_that_was_not(
+    tmp_path: Path, killed_after: int, best_is: str
+) -> None:
     config = FitConfig(
-        steps=12, lr=1e-2, save_every=3, evaluate_every=2, best_by="score", log_every=1, batch=2, warmup=3
+        steps=12,
+        lr=1e-2,
+        save_every=3,
+        evaluate_every=2,
+        best_by="score",
+        best_is=best_is,
+        log_every=1,
+        batch=2,
+        warmup=3,
     )
 
     def score(module: nn.Module) -> dict[str, float]:
@@ -111,6 +121,8 @@ def test_a_killed_fit_that_is_started_again_ends_as_one_that_was_not(tmp_path: P
     again = segmentor(seed=0, dropout=0.2)
     report = fit(again, drawn, loss, config, quiet(tmp_path / "torn"), score)
     assert report.resumed_at == (killed_after // 3) * 3
+    assert expected.best is not None
+    assert (expected.best[0] < 6) == (best_is == "lowest")  # found before the crash, or after it
     assert (report.evaluations, report.best, report.last) == (expected.evaluations, expected.best, expected.last)
     for name, value in head_tensors(whole).items():
         assert torch.equal(value, head_tensors(again)[name]), name
