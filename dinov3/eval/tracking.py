@@ -144,11 +144,12 @@ def sequence_scores(
     highest = max(int(predicted[i].max()) for i in annotated)
     if highest > n_objects:
         raise DinoError(f"object {highest} was predicted and the first annotated frame has only {n_objects}")
+    scored = [(predicted[i], t) for i in annotated[1:-1] if (t := truth[i]) is not None]
     scores: list[tuple[list[float], list[float]]] = []
     for number in range(1, n_objects + 1):
         js, fs = [], []
-        for i in annotated[1:-1]:
-            p, t = predicted[i] == number, truth[i] == number
+        for mask, target in scored:
+            p, t = mask == number, target == number
             js.append(region_similarity(p, t))
             fs.append(contour_accuracy(p, t))
         scores.append((js, fs))

@@ -365,7 +365,13 @@ def evaluate(config: VideoConfig, session: Session) -> Mapping[str, Any]:
     model: Any = session.model(config.model)
     side = config.patches * math.lcm(model.stride, model.patch_size or 1)
     area = (config.crop_area[0], config.crop_area[1])
-    reading = {"frames": config.frames, "side": side, "fps": config.fps, "area": area, "seed": config.seed}
+    reading: dict[str, Any] = {
+        "frames": config.frames,
+        "side": side,
+        "fps": config.fps,
+        "area": area,
+        "seed": config.seed,
+    }
     reader, test = Reader(train, **reading), Reader(val, **reading)
     rows, choosing = held_out_rows(len(train), config.held_out, config.seed)
     frozen = _Frozen(model, config)

@@ -52,6 +52,10 @@ class Rotary3d(nn.Module):
     head's angle. The angles are drawn once and stay.
     """
 
+    turn: Tensor  # [h]
+    space: Tensor  # angular frequencies
+    time: Tensor
+
     def __init__(self, heads: int, head_width: int, seed: int = 0) -> None:
         super().__init__()
         pairs = head_width // 2

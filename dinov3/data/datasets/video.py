@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -117,7 +118,7 @@ class MaskedVideos(Sequence[MaskedVideo]):
     def __len__(self) -> int:
         return len(self.videos)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+    def __getitem__(self, index: Any) -> Any:
         return self.videos[index]
 
 
@@ -167,7 +168,7 @@ def _pictures_of(folder: Path) -> list[Path]:
     return pictures
 
 
-def _opened(av, path: Path):  # type: ignore[no-untyped-def]
+def _opened(av: Any, path: Path) -> Any:
     try:
         container = av.open(str(path))
     except (OSError, ValueError) as error:  # av's errors are both
