@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -410,3 +414,52 @@ def test_published_numbers_agree_with_each_other() -> None:
     scores = next(row for row in catalog.ROWS if row.id == "dinov3_vit7b16_lvd1689m").scores
     for name in set(scores) & set(seven):
         assert scores[name] == seven[name], name
+
+
+# ---- the page of results --------------------------------------------------------------------------------------------
+
+
+def results_script() -> Any:
+    spec = importlib.util.spec_from_file_location("results", Path(__file__).parents[1] / "benchmarks" / "results.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules["results"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_rows_of_results_name_evaluations_that_exist_and_keys_they_know() -> None:
+    from dinov3.cli.evaluate import available
+    from dinov3.eval.knn import KnnConfig
+    from dinov3.eval.linear import LinearConfig
+    from dinov3.eval.log_regression import LogRegressionConfig
+
+    script = results_script()
+    configs: dict[str, type[EvalConfig]] = {
+        "knn": KnnConfig, "log-regression": LogRegressionConfig, "linear": LinearConfig
+    }  # fmt: skip
+    assert len({row.id for row in script.ROWS}) == len(script.ROWS)
+    for row in script.ROWS:
+        for model in script.MODELS:
+            if "features.layers" in script.MODELS[model] and not row.layers:
+                continue
+            words = script.words(row, model, "/data", "/out")
+            assert words[:3] == ["-m", "dinov3.cli", "eval"]
+            assert words[3] in available(), row.id
+            if words[3] in configs:
+                common.read_arguments(configs[words[3]], words[4:])
+
+
+def test_exceptions_from_the_expected_order_are_told() -> None:
+    script = results_script()
+    row = script.Row("x", "A score", "", script.csv_cell("", ""))
+    fine = {"random": 10.0, "shipped": 20.0, "dinov2-small": 30.0}
+    assert script.exceptions(row, fine) == []
+    assert script.exceptions(row, fine | {"shipped": 35.0}) == [
+        "A score: dinov2-small (30.0) is not better than shipped (35.0)."
+    ]
+    assert script.exceptions(row, fine | {"shipped": 35.0, "dinov2-small-block11": 40.0}) == []
+    falling = dataclasses.replace(row, higher_is_better=False)
+    assert len(script.exceptions(falling, fine)) == 2
+    assert script.exceptions(row, {"random": None, "shipped": 1.0}) == []
+    assert "Exceptions:" in script.table([row], {"x": fine | {"random": 99.0}}, list(script.MODELS))
