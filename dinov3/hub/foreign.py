@@ -190,6 +190,7 @@ def _transformers(what: str, checkpoint: str | None) -> Found:
         raise DinoError("checkpoint=… belongs to timm:NAME; for transformers, the folder holds the weights")
     mend_torchvision()
     transformers = require("transformers", "distill", "a model of transformers")
+    transformers.utils.logging.disable_progress_bar()  # a file of this size needs none; loading is silent here
     folder = Path(what)
     about_file = folder / "config.json"
     if "/" in what and what.count("/") > 1 and not about_file.is_file():
