@@ -133,7 +133,7 @@ def _from_configuration(file: str, weights: str | None, *, device: Any, dtype: t
         opened = loading.open(weights)
         model = loading.build(config, opened)
         name = opened.rows[0].id if opened.rows else "custom"
-        origin = Origin(name, opened.source, opened.form, *statistics, opened.notes)
+        origin = Origin(name, opened.source, opened.form, *statistics, tuple(opened.notes))
     model.origin = origin  # type: ignore[assignment]
     return model.to(device=device, dtype=dtype)
 

@@ -215,14 +215,11 @@ def _transformers(what: str, checkpoint: str | None) -> Found:
         "embed_dim": int(about.hidden_size),
         "prefix": 1 + int(getattr(about, "num_register_tokens", 0)),
     }
-    statistics = STATISTICS["lvd1689m"]
+    statistics: Any = STATISTICS["lvd1689m"]
     processor = folder / "preprocessor_config.json"
     if processor.is_file():
         told = json.loads(processor.read_text())
-        statistics = (
-            tuple(told.get("image_mean", statistics[0])),  # type: ignore[assignment]
-            tuple(told.get("image_std", statistics[1])),
-        )
+        statistics = tuple(told.get("image_mean", statistics[0])), tuple(told.get("image_std", statistics[1]))
     # models with learned positions refuse other sizes unless they are told to interpolate
     extra = {"interpolate_pos_encoding": True} if _takes(inspect.signature(network.forward)) else {}
     return network, lambda x: network(pixel_values=x, **extra), norm, facts, statistics
