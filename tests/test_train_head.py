@@ -148,7 +148,7 @@ def test_a_mask2former_head_is_fitted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("head", ["linear", "dpt"])
-def test_a_depth_head_learns_a_folder(tmp_path: Path, drawn: None, head: str) -> None:
+def test_a_depth_head_learns_a_folder(tmp_path: Path, head: str) -> None:
     small = {"channels": 16, "post_process_channels": [8, 8, 16, 16]} if head == "dpt" else {}
     wanted = config(depth_folder(tmp_path / "data"), task="depth", head=head, options=small, lr=1e-2)
     wanted.options["n_output_channels"], wanted.losses = 16, {"SIGLOSS": 1.0}
@@ -162,14 +162,29 @@ def test_a_depth_head_learns_a_folder(tmp_path: Path, drawn: None, head: str) ->
     model: Any = load_head(outcome.head, backbone=head_module.load_backbone(wanted))
     assert model.head_info.options["max_depth"] == 4.0  # the farthest, 3 m, rounded up
     assert model.features_to_depth.max_depth == 4.0
+    picture, truth, found = panels(wanted, outcome)
+    assert picture.shape == truth.shape == found.shape == (64, 64, 3)
+    assert len(np.unique(truth.reshape(-1, 3), axis=0)) == 3  # three depths, three colours
 
 
-def test_a_classifier_learns_a_folder(tmp_path: Path, drawn: None) -> None:
+def test_a_classifier_learns_a_folder(tmp_path: Path) -> None:
     wanted = config(class_folder(tmp_path / "data"), task="classification", val=str(class_folder(tmp_path / "val")))
     outcome = train_head(wanted, tmp_path / "run")
     assert outcome.metrics == {"accuracy": 1.0}
-    assert (tmp_path / "run" / "result.png").is_file()
     assert load_head(outcome.head, backbone=head_module.load_backbone(wanted)).head_info.class_names == ("green", "red")
+    _, truth, found = panels(wanted, outcome)
+    assert truth.shape == found.shape
+    assert not np.array_equal(truth, found)  # the prediction says how sure it is
+
+
+def panels(config: HeadConfig, outcome: Any) -> list[np.ndarray]:
+    """What the picture of the result shows of the first picture."""
+    backbone = head_module.load_backbone(config)
+    model = load_head(outcome.head, backbone=backbone)
+    data = open_data(config.task, config.data)
+    task = head_module.build_task(config, data, None, rule_for(config, backbone, {(64, 64)}))
+    with torch.no_grad():
+        return task.panels(model, data, 0, torch.device("cpu"))
 
 
 def test_validation_classes_are_numbered_as_those_of_training(tmp_path: Path) -> None:
