@@ -590,7 +590,7 @@ def test_the_last_block_awakes_pointing_where_the_teacher_points(tiny_student, f
     def aim(cls):
         return (cls - cls.mean(0)) @ turn
 
-    was, now = awaken_last(model, inputs, aim, patch_weight=1.0)
+    was, now = awaken_last(model, inputs.split(100), aim, patch_weight=1.0)
     assert was < 0.3
     assert now > 0.8
     assert all(bool((scale.gamma == 1).all()) for scale in (model.blocks[-1].ls1, model.blocks[-1].ls2))
@@ -599,6 +599,23 @@ def test_the_last_block_awakes_pointing_where_the_teacher_points(tiny_student, f
     assert F.cosine_similarity(patches, after, dim=-1).mean() > 0.95
 
 
+def test_awakening_alone_is_a_run_of_no_steps(tiny_student, tmp_path) -> None:
+    place = tmp_path / "many"
+    place.mkdir()
+    for i in range(60):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(place / f"{i}.png")
+    torch.manual_seed(1)
+    model = VisionTransformer(replace(TINY, embed_dim=64, layerscale_init=1.0))
+    model.init_weights()
+    wide = save(model, tmp_path / "wide.safetensors")
+    config = config_for(place, wide, steps=0, awaken=60)
+    config.teachers = [f"dinov3:{wide},isometry=true,patches=0"]
+    state = dinov3.load(weights=distill(config, tmp_path / "run")).state_dict()
+    assert bool((state["blocks.1.ls2.gamma"] == 1).all())
+    assert float(state["blocks.0.ls2.gamma"].max()) < 1e-4
+    assert "the last block awoke" in (tmp_path / "run" / "log.txt").read_text()
+
+
 def test_awakening_needs_a_teacher_that_keeps_angles(tiny_student, folder, teacher_file, tmp_path) -> None:
     with pytest.raises(DinoError, match="isometry=true"):
-        distill(config_for(folder, teacher_file, awaken=True), tmp_path / "run")
+        distill(config_for(folder, teacher_file, awaken=6), tmp_path / "run")

@@ -88,9 +88,9 @@ def distill(
     weights: Annotated[str | None, typer.Option(help="The student's first weights. Default: random.")] = None,
     inherit: Annotated[str | None, typer.Option(help="A DINOv2 folder the student begins as a small copy of.")] = None,
     awaken: Annotated[
-        bool, typer.Option("--awaken", help="Begin with the last block in closed form (a teacher with isometry=true).")
-    ] = False,
-    steps: Annotated[int, typer.Option(min=1, help="Batches in all.")] = 2000,
+        int, typer.Option(min=0, help="Begin with the last block in closed form on so many pictures (isometry=true).")
+    ] = 0,
+    steps: Annotated[int, typer.Option(min=0, help="Batches in all.")] = 2000,
     batch: Annotated[int, typer.Option(min=2, help="Pictures a batch.")] = 64,
     sizes: Annotated[str, typer.Option(help="SIDE:SHARE of the steps, in order.")] = "128:0.9,224:0.1",
     views: Annotated[int, typer.Option(min=1, help="Different views of a picture.")] = 4,

@@ -58,7 +58,6 @@ from dinov3.train.teachers import OnlineTargets, Pictures, TargetCache, Targets,
 from dinov3.weights import catalog, loading
 
 STATISTICS_FROM = 1024  # pictures that the targets' mean and spread, and the first projections, are fitted on
-AWAKENED_ON = 3072  # pictures that the last block is fitted on
 CHECKPOINT, STUDENT = "distill.pth", "student.safetensors"
 
 
@@ -72,7 +71,7 @@ class DistillConfig:
     weights: str | None = None  # the student's first weights; None: random
     inherit: str | None = None  # a DINOv2 folder or file whose ViT the student starts as a compressed copy of
     inherit_pictures: int = 320
-    awaken: bool = False  # begin with the last block's answer in closed form; for a teacher with isometry=true
+    awaken: int = 0  # begin with the last block in closed form, on so many pictures; for a teacher with isometry=true
     steps: int = 2000
     batch: int = 64
     sizes: str = "128:0.9,224:0.1"
@@ -405,7 +404,7 @@ class Distillation:
         self.pupils.to(self.device)
         if fresh and config.awaken:
             self._awaken()
-        if fresh:
+        if fresh and config.steps:
             self._fit_projections(some)
         self.average = deepcopy(self.student).eval().requires_grad_(False)
         self.optimizers = self._optimizers()
@@ -454,7 +453,7 @@ class Distillation:
         if len(guides) != 1 or not hasattr(self.student, "blocks"):
             raise DinoError("awaken needs a vision transformer and one teacher with isometry=true")
         pupil: Any = guides[0][0]
-        count = min(AWAKENED_ON, len(self.pictures))
+        count = min(self.config.awaken, len(self.pictures))
         some = permuted(np.arange(count), len(self.pictures), self.config.seed, 0)
         wanted = pupil.scale_cls(guides[0][1].read(some, 0).cls.to(self.device))
         pixels = self.pictures.views(self.views, some, 0, self.config.side(0)).to(self.device)
@@ -463,8 +462,8 @@ class Distillation:
             turn = isometry(cls, wanted)
             return wanted @ turn / turn.square().sum(0).mean()
 
-        x = normalised(pixels, *catalog.STATISTICS["lvd1689m"])
-        was, now = awaken_last(self.student, x, aim, bf16=self.config.bf16)
+        inputs = (normalised(part, *catalog.STATISTICS["lvd1689m"]) for part in pixels.split(64))
+        was, now = awaken_last(self.student, inputs, aim, bf16=self.config.bf16)
         self.run.say(f"the last block awoke: cosine of CLS with what the teacher means {was:.3f} before, {now:.3f} now")
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ Legend: B pictures, N tokens (CLS and patches), D teacher's width, d student's w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -231,7 +231,7 @@ def inherit_dinov2(
 @torch.no_grad()
 def awaken_last(
     student: Any,
-    inputs: Tensor,
+    inputs: Iterable[Tensor],
     aim: Callable[[Tensor], Tensor],
     *,
     strength: float = 1e-3,
@@ -242,22 +242,25 @@ def awaken_last(
 
     A block that nothing was inherited for begins with a layer scale of 1e-5 and sleeps through a short run. Here its scales
     become 1, and its second feed-forward layer the ridge regression, on its own hidden values, of what CLS lacks; eight
-    patches of every picture ask for no change. inputs [n, 3, s, s], normalised; `aim` maps the CLS tokens [n, d] that the
-    student gives now to those it should give. Returns the mean cosine of the two, before and after, for the last tenth of
-    the pictures, which nothing is fitted on.
+    patches of every picture ask for no change. inputs: batches [B, 3, s, s], normalised; `aim` maps the CLS tokens [n, d]
+    that the student gives now to those it should give. Returns the mean cosine of the two, before and after, for the last
+    tenth of the pictures, which nothing is fitted on.
     """
     block = student.blocks[-1]
     first = 1 + student.n_storage_tokens
-    patches = (inputs.shape[-1] // student.stride) ** 2
-    rows = torch.cat([torch.zeros(1), torch.linspace(first, first + patches - 1, 8)]).long()  # CLS, and some patches
     hidden: list[Tensor] = []
     ends: list[Tensor] = []
-    hook = block.mlp.fc2.register_forward_hook(lambda m, given, out: hidden.append(given[0][:, rows].float()))
+
+    def some(x: Tensor) -> Tensor:  # CLS and eight patches
+        rows = torch.linspace(first, x.shape[1] - 1, 8).long().tolist()
+        return x[:, [0, *rows]].float()
+
+    hook = block.mlp.fc2.register_forward_hook(lambda m, given, out: hidden.append(some(given[0])))
     was_training = student.training
     student.eval()
-    for part in inputs.split(64):
+    for part in inputs:
         with torch.autocast(part.device.type, torch.bfloat16, enabled=bf16):
-            ends.append(student.forward_features(part)["x_prenorm"][:, rows].float())
+            ends.append(some(student.forward_features(part)["x_prenorm"]))
     hook.remove()
     student.train(was_training)
     h, end = torch.cat(hidden), torch.cat(ends)  # [n, 9, 4d], [n, 9, d]
