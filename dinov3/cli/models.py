@@ -97,6 +97,9 @@ def models(
     print("\nAlso answers to: the Hugging Face id, the timm name, the hub function, the file's name. Files:")
     for row in catalog.ROWS:
         print(f"  {row.id:32} {row.file}  {row.hf or f'({_where(row)})'}  {' '.join(row.timm)}")
+    print("\nPublished heads, each with its backbone (verbs: classify, depth, detect, segment, canopy, zero-shot):")
+    for head in catalog.HEADS:
+        print(f"  {head.name:38} {head.backbone:26} {head.file.rsplit('/', 1)[-1]}")
     print(f"\nPublished weights are under Meta's terms: request access at {catalog.DOWNLOAD_PAGE}")
     print("or on the model's Hugging Face page, then: dinov3 embed FOLDER --out STORE --weights FILE|URL|ID")
     print("Scores: arXiv 2508.10104 and model card; ↓ lower is better.")

@@ -41,53 +41,15 @@ class Origin:
         return f"{self.name} from {self.source}"
 
 
-@dataclass(frozen=True)
-class Head:
-    """A published head: a hub function, the file it loads, and the backbone that file was trained on."""
-
-    name: str  # of the hub function
-    task: str  # "classify", "depth", "canopy", "detect", "segment", "text"
-    module: str  # the hub module with the function
-    backbone: str  # an id of the catalogue
-    file: str  # below the download base
-    mean: tuple[float, float, float] | None = None  # where it is not the backbone's
-    hf: str | None = None  # the Hugging Face repository in transformers' layout, backbone included
-
-    @property
-    def url(self) -> str:
-        """Where Meta serves the file; gated, see `catalog.DOWNLOAD_PAGE`."""
-        return f"{os.environ.get('DINOV3_DOWNLOAD_BASE', catalog.DOWNLOAD_BASE)}/{self.file}"
-
-    @property
-    def statistics(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-        """(mean, std) of the pictures the head was trained on."""
-        (row,) = (row for row in catalog.ROWS if row.id == self.backbone)
-        return self.mean or row.mean, row.std
+class Head(catalog.HeadRow):
+    """A published head with the hub function that loads it."""
 
     @property
     def function(self) -> Callable[..., Any]:
         return getattr(importlib.import_module(f"dinov3.hub.{self.module}"), self.name)
 
 
-_7B, _L = "dinov3_vit7b16", "dinov3_vitl16"
-HEADS: dict[str, Head] = {
-    row.name: row
-    for row in (
-        Head(f"{_7B}_lc", "classify", "classifiers", f"{_7B}_lvd1689m", f"{_7B}/{_7B}_imagenet1k_linear_head-90d8ed92.pth"),
-        Head(f"{_7B}_dd", "depth", "depthers", f"{_7B}_lvd1689m", f"{_7B}/{_7B}_synthmix_dpt_head-02040be1.pth"),
-        Head(f"{_7B}_de", "detect", "detectors", f"{_7B}_lvd1689m", f"{_7B}/{_7B}_coco2017_detr_head-b0235ff7.pth"),
-        Head(f"{_7B}_ms", "segment", "segmentors", f"{_7B}_lvd1689m", f"{_7B}/{_7B}_ade20k_m2f_head-bf307cb1.pth"),
-        Head(
-            f"{_L}_dinotxt_tet1280d20h24l", "text", "dinotxt", f"{_L}_lvd1689m",
-            f"{_L}/{_L}_dinotxt_vision_head_and_text_encoder-a442d8f5.pth",
-        ),
-        Head(
-            f"{_L}_chmv2", "canopy", "depthers", f"{_L}_sat493m", f"chmv2/{_L}_chmv2_dpt_head-3703d643.pth",
-            mean=(0.420, 0.411, 0.296),  # not the satellite backbone's 0.430
-            hf="facebook/dinov3-vitl16-chmv2-dpt-head",
-        ),
-    )
-}  # fmt: skip
+HEADS: dict[str, Head] = {row.name: Head(**vars(row)) for row in catalog.HEADS}
 
 
 def head(name: str) -> Head:

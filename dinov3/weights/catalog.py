@@ -1,4 +1,5 @@
-"""One table of every published backbone file and every name people call it by. Cheap to import: no torch.
+"""One table of every published backbone file and every name people call it by, and one of the heads published with them. Cheap
+to import: no torch.
 
 A name may mean one file ("facebook/dinov3-vitl16-pretrain-sat493m") or an architecture of which several files exist
 ("dinov3_vitl16"): `resolve` gives the rows in the order of preference, the file's content then decides. Published
@@ -8,6 +9,7 @@ contradict each other the paper is cited.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -94,8 +96,6 @@ class Row:
     @property
     def url(self) -> str | None:
         """Where Meta serves the file; gated, see DOWNLOAD_PAGE."""
-        import os
-
         base = os.environ.get("DINOV3_DOWNLOAD_BASE", DOWNLOAD_BASE)
         return f"{base}/{self.arch}/{self.file}" if self.hash else None
 
@@ -202,6 +202,56 @@ ROWS: tuple[Row, ...] = (
 )
 # fmt: on
 ARCHITECTURES: tuple[str, ...] = tuple(dict.fromkeys(row.arch for row in ROWS))
+
+
+@dataclass(frozen=True)
+class HeadRow:
+    """A published head: a hub function, the file it loads, and the backbone that file was trained on."""
+
+    name: str  # of the hub function
+    task: str  # "classify", "depth", "canopy", "detect", "segment", "text"
+    module: str  # the hub module with the function
+    backbone: str  # an id of the catalogue
+    file: str  # below the download base
+    mean: tuple[float, float, float] | None = None  # where it is not the backbone's
+    hf: str | None = None  # the Hugging Face repository in transformers' layout, backbone included
+
+    @property
+    def url(self) -> str:
+        """Where Meta serves the file; gated, see `DOWNLOAD_PAGE`."""
+        return f"{os.environ.get('DINOV3_DOWNLOAD_BASE', DOWNLOAD_BASE)}/{self.file}"
+
+    @property
+    def statistics(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        """(mean, std) of the pictures the head was trained on."""
+        (row,) = (row for row in ROWS if row.id == self.backbone)
+        return self.mean or row.mean, row.std
+
+
+_VIT7B, _VITL = "dinov3_vit7b16", "dinov3_vitl16"
+HEADS: tuple[HeadRow, ...] = (
+    HeadRow(
+        f"{_VIT7B}_lc", "classify", "classifiers", f"{_VIT7B}_lvd1689m", f"{_VIT7B}/{_VIT7B}_imagenet1k_linear_head-90d8ed92.pth",
+    ),
+    HeadRow(
+        f"{_VIT7B}_dd", "depth", "depthers", f"{_VIT7B}_lvd1689m", f"{_VIT7B}/{_VIT7B}_synthmix_dpt_head-02040be1.pth",
+    ),
+    HeadRow(
+        f"{_VIT7B}_de", "detect", "detectors", f"{_VIT7B}_lvd1689m", f"{_VIT7B}/{_VIT7B}_coco2017_detr_head-b0235ff7.pth",
+    ),
+    HeadRow(
+        f"{_VIT7B}_ms", "segment", "segmentors", f"{_VIT7B}_lvd1689m", f"{_VIT7B}/{_VIT7B}_ade20k_m2f_head-bf307cb1.pth",
+    ),
+    HeadRow(
+        f"{_VITL}_dinotxt_tet1280d20h24l", "text", "dinotxt", f"{_VITL}_lvd1689m",
+        f"{_VITL}/{_VITL}_dinotxt_vision_head_and_text_encoder-a442d8f5.pth",
+    ),
+    HeadRow(
+        f"{_VITL}_chmv2", "canopy", "depthers", f"{_VITL}_sat493m", f"chmv2/{_VITL}_chmv2_dpt_head-3703d643.pth",
+        mean=(0.420, 0.411, 0.296),  # not the satellite backbone's 0.430
+        hf="facebook/dinov3-vitl16-chmv2-dpt-head",
+    ),
+)  # fmt: skip
 
 
 @lru_cache(maxsize=1)
