@@ -219,7 +219,7 @@ class CanopySums:
         known = ~t.isnan()
         p = torch.where(known, p, math.nan)
         e, seen = (p - t)[known], t[known]
-        sums = [float(x.sum()) for x in (e, e.abs(), e**2, seen, seen**2)]
+        error, absolute, squared, target, target_squared = (float(x.sum()) for x in (e, e.abs(), e**2, seen, seen**2))
         rows, columns = (max(0, side - dropped) // block for side in t.shape)
         means = []
         for x in (p, t):
@@ -227,7 +227,7 @@ class CanopySums:
             cells = cells.reshape(rows, block, columns, block).transpose(1, 2).flatten(2)
             means.append(cells.nanmean(-1).flatten().tolist())
         pairs = [(a, b) for a, b in zip(*means) if not math.isnan(b)]
-        return CanopySums(len(seen), *sums, blocks=pairs)
+        return CanopySums(len(seen), error, absolute, squared, target, target_squared, pairs)
 
 
 def canopy_scores(maps: Iterable[CanopySums]) -> dict[str, float]:
