@@ -65,7 +65,8 @@ def test_a_head_learns_and_the_backbone_stays_as_it_was(tmp_path: Path) -> None:
     assert losses[0] > 0.9
     assert report.last["ce_loss"] < 0.25
     assert not model.training
-    assert (tmp_path / "plots" / "loss.png").is_file()
+    said = (tmp_path / "log.txt").read_text()
+    assert (tmp_path / "plots" / "loss.png").is_file() or "plotting needs matplotlib" in said
 
 
 def test_the_loop_is_what_the_plain_loop_is() -> None:

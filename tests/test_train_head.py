@@ -133,7 +133,11 @@ def test_a_segmentation_head_learns_a_folder_and_is_found_again(tmp_path: Path, 
     x, _ = info.preprocessing(picture)
     found = model.predict(x[None], rescale_to=classes.shape)[0].argmax(0).numpy()
     assert (found == classes).mean() > 0.95
-    assert Image.open(tmp_path / "run" / "result.png").width > 800
+    drawing = tmp_path / "run" / "result.png"
+    if drawing.is_file():
+        assert Image.open(drawing).width > 800
+    else:
+        assert "it needs matplotlib" in (tmp_path / "run" / "log.txt").read_text()
     assert str(tmp_path) not in Path(outcome.head).read_bytes().decode("latin-1")
 
 
