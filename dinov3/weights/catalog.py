@@ -1,5 +1,5 @@
-"""One table of every published backbone file and every name people call it by, and one of the heads published with them. Cheap
-to import: no torch.
+"""One table of every published backbone file and every name people call it by, and one of the published heads.
+Cheap to import: no torch.
 
 A name may mean one file ("facebook/dinov3-vitl16-pretrain-sat493m") or an architecture of which several files exist
 ("dinov3_vitl16"): `resolve` gives the rows in the order of preference, the file's content then decides. Published
@@ -231,16 +231,20 @@ class HeadRow:
 _VIT7B, _VITL = "dinov3_vit7b16", "dinov3_vitl16"
 HEADS: tuple[HeadRow, ...] = (
     HeadRow(
-        f"{_VIT7B}_lc", "classify", "classifiers", f"{_VIT7B}_lvd1689m", f"{_VIT7B}/{_VIT7B}_imagenet1k_linear_head-90d8ed92.pth",
+        f"{_VIT7B}_lc", "classify", "classifiers", f"{_VIT7B}_lvd1689m",
+        f"{_VIT7B}/{_VIT7B}_imagenet1k_linear_head-90d8ed92.pth",
     ),
     HeadRow(
-        f"{_VIT7B}_dd", "depth", "depthers", f"{_VIT7B}_lvd1689m", f"{_VIT7B}/{_VIT7B}_synthmix_dpt_head-02040be1.pth",
+        f"{_VIT7B}_dd", "depth", "depthers", f"{_VIT7B}_lvd1689m",
+        f"{_VIT7B}/{_VIT7B}_synthmix_dpt_head-02040be1.pth",
     ),
     HeadRow(
-        f"{_VIT7B}_de", "detect", "detectors", f"{_VIT7B}_lvd1689m", f"{_VIT7B}/{_VIT7B}_coco2017_detr_head-b0235ff7.pth",
+        f"{_VIT7B}_de", "detect", "detectors", f"{_VIT7B}_lvd1689m",
+        f"{_VIT7B}/{_VIT7B}_coco2017_detr_head-b0235ff7.pth",
     ),
     HeadRow(
-        f"{_VIT7B}_ms", "segment", "segmentors", f"{_VIT7B}_lvd1689m", f"{_VIT7B}/{_VIT7B}_ade20k_m2f_head-bf307cb1.pth",
+        f"{_VIT7B}_ms", "segment", "segmentors", f"{_VIT7B}_lvd1689m",
+        f"{_VIT7B}/{_VIT7B}_ade20k_m2f_head-bf307cb1.pth",
     ),
     HeadRow(
         f"{_VITL}_dinotxt_tet1280d20h24l", "text", "dinotxt", f"{_VITL}_lvd1689m",
