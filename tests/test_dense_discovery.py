@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dinov3.dense import discovery
 from dinov3.dense.discovery import box_in_picture, box_px, connected, cosines, cut, second_smallest, token_cut
 from dinov3.errors import DinoError
 from dinov3.features import embed
@@ -34,6 +35,17 @@ def test_the_recorded_example() -> None:
     assert v[3, 4].item() == pytest.approx(0.079056, abs=1e-6)
     assert v[0, 0].item() == pytest.approx(-0.008784, abs=1e-6)
     assert box_px(found, 16, (96, 128)) == (48, 32, 112, 80)
+
+
+def test_the_sign_of_the_eigenvector_means_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = token_cut(object_in_grid())
+
+    def turned(weights: Tensor) -> tuple[float, Tensor]:
+        value, vector = second_smallest(weights)
+        return value, -vector
+
+    monkeypatch.setattr(discovery, "second_smallest", turned)
+    assert torch.equal(token_cut(object_in_grid()).mask, expected.mask)
 
 
 def test_the_box_is_clipped_to_the_unpadded_picture() -> None:

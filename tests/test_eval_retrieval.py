@@ -76,6 +76,8 @@ def test_easy_medium_and_hard_want_different_pictures() -> None:
     assert worse["mAP-M"] == pytest.approx(100 * ((0 + 0.5) + (0.5 + 2 / 3)) / 4)
     assert worse["mAP-H"] == pytest.approx(25)  # 0 is ignored with the junk
     assert worse["mP@1-M"] == 0
+    # for the easy ones, hard pictures are neither right nor wrong, whatever their rank
+    assert revisited_scores(np.array([[2, 0, 1, 3]]), easy[:1], hard[:1], junk[:1])["mAP-E"] == 100
 
 
 def test_ranking_is_by_cosine() -> None:
