@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,6 +24,22 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
+def draw_scene(folder: Path | None, name: str | Path, horizon: int) -> None:
+    """A road below a sky; in a folder of images and masks, or as a picture alone."""
+    from PIL import Image
+
+    below = np.arange(64)[:, None, None] >= horizon
+    pixels = np.where(below, np.array([90, 90, 95]), np.array([120, 170, 240])) * np.ones((64, 80, 1))
+    pixels += np.random.default_rng(horizon).normal(0, 6, pixels.shape)
+    picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    if folder is None:
+        picture.save(name)
+        return
+    picture.save(folder / "images" / name)
+    mask = np.where(below[:, :, 0], 0, 1) * np.ones((64, 80))
+    Image.fromarray(mask.astype(np.uint8)).save(folder / "masks" / name)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, skimage_pictures) -> Path:
     """A folder with `photos/` and a weights file (random values in Meta's form) under the published name."""
@@ -32,6 +49,16 @@ def place(tmp_path_factory, skimage_pictures) -> Path:
         from PIL import Image
 
         Image.open(skimage_pictures / source).save(folder / "photos" / target)
+    for split, parts in (("train", "images masks"), ("val", "images masks")):
+        for part in parts.split():
+            (folder / "scenes" / split / part).mkdir(parents=True)
+        for i in range(3):
+            draw_scene(folder / "scenes" / split, f"{i}.png", horizon=20 + 8 * i)
+            for kind in ("low", "high"):
+                (folder / "labelled" / split / kind).mkdir(parents=True, exist_ok=True)
+                draw_scene(
+                    None, folder / "labelled" / split / kind / f"{i}.png", horizon=10 if kind == "high" else 50 + i
+                )
     torch.save(dinov3.load("dinov3_vits16", "random").state_dict(), folder / WEIGHTS)
     for name in ("hubconf.py", "dinov3"):
         (folder / name).symlink_to(ROOT / name)
@@ -48,6 +75,7 @@ def run(command: str, place: Path) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.timeout(600)  # a dozen processes
 def test_the_commands_work_as_printed(place: Path) -> None:
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("dinov3 ")]
     assert len(commands) >= 7
@@ -56,6 +84,11 @@ def test_the_commands_work_as_printed(place: Path) -> None:
     assert found.splitlines()[0].split("\t")[2].endswith("photos/cat.jpg") or "photos/cat.jpg" in found
     assert (place / "neighbours.png").stat().st_size > 10_000
     assert (place / "vits16-transformers" / "config.json").is_file()
+    assert (place / "street" / "head.safetensors").is_file()
+    masks = {p.name for p in (place / "masks").iterdir()}
+    assert {"cat_classes.png", "coffee_classes.png", "rocket_classes.png"} <= masks
+    assert len(list((place / "depth").glob("*_depth.npy"))) == 3
+    assert (place / "knn" / "results-knn.csv").is_file()
     assert all("3 embedded" in text for command, text in said.items() if " embed " in command)
 
 

@@ -12,7 +12,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="DINOv3: embed, search, inspect, convert, train, distil.",
+    help="DINOv3: embed, search and look at pictures; measure, fit heads, train, distil.",
 )
 UNREADABLE, INTERRUPTED = 3, 130
 
