@@ -182,7 +182,7 @@ MODELS: dict[str, str] = {
     "random": "model.name=dinov3_vitt16 model.weights=random",
     "shipped": "model.name=dinov3_vitt16",
     "dinov2-small": "model.name=transformers:{data}/dinov2-small",
-    # its last block was hurt by a tuning for saliency; this one taught the shipped model
+    # its last block was hurt by a tuning for saliency; the one before it is better
     "dinov2-small-block11": "model.name=transformers:{data}/dinov2-small features.layers=[10]",
 }
 # from the worst to the best, as one expects; of several teachers the first that was measured counts
@@ -252,7 +252,7 @@ def table(rows: Sequence[Row], results: dict[str, dict[str, float | None]], mode
     lines += [
         "",
         "Expected in every row: random < shipped < teacher. "
-        + ("It holds in all of them." if not told else "Exceptions:"),
+        + ("It holds wherever they were measured (– was not)." if not told else "Exceptions:"),
         "",
     ]
     lines += [f"- {sentence}" for sentence in told] + [""] * bool(told)
