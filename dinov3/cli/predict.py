@@ -73,7 +73,7 @@ def segment(
 
     names = names_given(labels)
     net = model_for("segment", model, head, weights, backbone_weights, device, dtype, n_classes=len(names or ()))
-    options = {"size": size, "window": window, "stride": stride, "whole": whole, "names": names}
+    options: dict[str, Any] = {"size": size, "window": window, "stride": stride, "whole": whole, "names": names}
     for path, name, found in over(pictures, "segmenting", lambda p, _: predict_segments(net, p, **options), out):
         found.save(out, name)
         shares = list(found.shares().items())

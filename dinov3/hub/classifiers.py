@@ -64,8 +64,9 @@ def make_classifier(
     vit: Any = headfiles.backbone(
         row, arch, backbone_weights if pretrained else "random", check_hash=check_hash, **options
     )
+    notes: list[str] = []
     if asked == "random":
-        linear, source, notes = nn.Linear(2 * vit.embed_dim, N_CLASSES), "random", []
+        linear, source = nn.Linear(2 * vit.embed_dim, N_CLASSES), "random"
         nn.init.normal_(linear.weight, std=0.01)
         nn.init.zeros_(linear.bias)
         weight = next(vit.parameters())

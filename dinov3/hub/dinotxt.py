@@ -151,7 +151,7 @@ def open_towers(
         below = os.path.abspath(below)
     said: Any = model.origin
     released = (model.text_config, model.config, under.embed_dim) == (TextConfig(), DinoTxtConfig(), 1024)
-    model.origin = replace(said, name=NAME if released else OWN, source=f"{above}{OVER}{below}")  # type: ignore[assignment]
+    model.origin = replace(said, name=NAME if released else OWN, source=f"{above}{OVER}{below}")
     return model
 
 

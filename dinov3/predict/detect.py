@@ -59,7 +59,9 @@ class Objects:
 
 def write_coco(path: Path, pictures: Iterable[tuple[str, Objects]]) -> None:
     """One file in COCO's form: images, annotations (bbox x, y, width, height in pixels, with a score), categories."""
-    images, annotations, categories = [], [], {}
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    categories: dict[int, dict[str, Any]] = {}
     for number, (file_name, found) in enumerate(pictures, 1):
         images.append({"id": number, "file_name": file_name, "width": found.size_wh[0], "height": found.size_wh[1]})
         categories |= {i: {"id": i, "name": n} for i, n in enumerate(found.categories) if n}

@@ -1,7 +1,8 @@
 """Names of classes and sentences around them, as published models count them: plain text files, read when asked for.
 
-`imagenet1k.txt` and `templates.txt` are the class names and the 80 prompt templates that came with CLIP (MIT, see NOTICE);
-`imagenet_wnids.txt` the 1000 WordNet ids in the order of the classes; `ade20k.txt` the 150 short names of the scene parsing benchmark; `coco.txt` the 80 categories with their ids (1 to 90).
+`imagenet1k.txt` and `templates.txt` are the class names and the 80 prompt templates that came with CLIP (MIT, see
+NOTICE); `imagenet_wnids.txt` the 1000 WordNet ids in the order of the classes; `ade20k.txt` the 150 short names of
+the scene parsing benchmark; `coco.txt` the 80 categories with their ids (1 to 90).
 """
 
 from __future__ import annotations
