@@ -406,6 +406,13 @@ def test_masks_that_do_not_match_are_named_at_most_five(tmp_path: Path) -> None:
     assert text.count(".png") == 5
 
 
+def test_masks_of_other_names_are_told_with_what_there_is(tmp_path: Path) -> None:
+    write(tmp_path / "images" / "a.png", COLOURS[blocks(0)])
+    write(tmp_path / "masks" / "b.png", blocks(0).astype(np.uint8))
+    with pytest.raises(DinoError, match=r"of the same name .*it holds images/a.png, masks/b.png\)"):
+        open_data("segmentation", str(tmp_path))
+
+
 def test_pictures_without_masks_are_named_and_left_out(tmp_path: Path) -> None:
     data = mask_folder(tmp_path / "data")
     write(data / "train" / "lonely.png", COLOURS[blocks(9)])

@@ -149,7 +149,14 @@ def _of_folder(task: str, root: Path, split: str | None, ignore: int | None) -> 
     if task in ("segmentation", "depth"):
         from dinov3.data.datasets.dense import DenseFolder
 
-        return DenseFolder(root=root, split=split, kind="classes" if task == "segmentation" else "depth", ignore=ignore)
+        kind = "classes" if task == "segmentation" else "depth"
+        try:
+            return DenseFolder(root=root, split=split, kind=kind, ignore=ignore)
+        except DinoError as error:
+            files = sorted(p for p in root.rglob("*") if p.is_file()) if "of the same name" in str(error) else []
+            if not files:
+                raise
+            raise DinoError(f"{error} (it holds {_names([str(p.relative_to(root)) for p in files])})") from None
     if task == "detection":
         from dinov3.data.datasets.detection import CocoDetection, VocDetection
 
