@@ -375,6 +375,16 @@ def test_the_launcher_and_the_script_itself_run_as_printed(scenes):
     assert results(scenes / "out-4") == results(scenes / "out-2")
 
 
+def test_the_papers_sweep_is_one_command(scenes, capsys):
+    words = words_for(scenes, "sweep", "scheduler.total_iter=2", "--sweep", "optimizer.lr=1e-3,0.1")
+    assert segmentation.main(words) == 0, capsys.readouterr().err
+    with open(scenes / "sweep" / "sweep-semantic-segmentation.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["optimizer.lr"]) for row in rows] == [1e-3, 0.1]
+    assert all(float(row["mIoU"]) > 0 for row in rows)
+    assert (scenes / "sweep/sweep/optimizer.lr=0.1/model_final.pth").is_file()
+
+
 def test_a_plain_folder_needs_no_configuration(scenes, monkeypatch, capsys):
     write_model(scenes)
     monkeypatch.chdir(scenes)
