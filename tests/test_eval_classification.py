@@ -643,6 +643,29 @@ def test_a_divided_folder_never_shows_a_picture_on_both_sides(tmp_path: Path) ->
         make_dataset(f"FolderSplit:root={root}:train_per_class=7:split=test")
 
 
+def test_a_linear_head_is_measured_on_the_variants_each_by_its_own_metric(toy: Path, tmp_path: Path) -> None:
+    shots = {c: Image.open(toy / "val" / f"class{c}" / "0.png") for c in (0, 1)}
+    wnids = {0: "n01440764", 1: "n01443537"}
+    for c, wnid in wnids.items():
+        for folder in ("real/val", "c/fog/1", "c/snow/5", "a"):
+            (tmp_path / folder / wnid).mkdir(parents=True)
+            shots[c].save(tmp_path / folder / wnid / f"ILSVRC2012_val_{c + 1:08d}.JPEG", quality=95)
+    (tmp_path / "real.json").write_text("[[0, 1], [0]]")  # the second is labelled with the other class
+    lines = [
+        f"ImageNetReaL:root={tmp_path}/real:labels={tmp_path}/real.json",
+        f"ImageNetC:root={tmp_path}/c",
+        f"ImageNetA:root={tmp_path}/a",
+    ]
+    given = words(
+        toy, tmp_path / "out", f"train.val_dataset={toy / 'val'}", *LINEAR, f"eval.test_datasets=[{','.join(lines)}]"
+    )
+    assert linear.main(given) == 0
+    (row,) = common.read_table(tmp_path / "out" / "results-linear.csv")
+    assert row[f"{lines[0]}_accuracy"] == 50
+    assert row[f"{lines[1]}_accuracy"] == row[f"{lines[1]} mCE"] == row[f"{lines[1]} CE fog"] == 0
+    assert row[f"{lines[2]}_accuracy"] == 100
+
+
 # ---- real pictures --------------------------------------------------------------------------------------------------
 
 
