@@ -322,10 +322,11 @@ class LinearEvaluation:
         self.config, self.session = config, session
         self.model: Any = session.model(c.model)
         self.rule = session.rule(self.model, c.transform)
-        self.blocks = max(t.n_last_blocks_list)
-        if self.blocks > self.model.n_blocks:
+        self.blocks: int = max(t.n_last_blocks_list)
+        n_blocks: int = self.model.n_blocks
+        if self.blocks > n_blocks:
             raise DinoError(
-                f"train.n_last_blocks_list asks for {self.blocks} blocks; this model has {self.model.n_blocks}"
+                f"train.n_last_blocks_list asks for {self.blocks} blocks; this model has {n_blocks}"
             )
         if len(set(getattr(self.model, "embed_dims", [self.model.embed_dim])[-self.blocks :])) > 1:
             raise DinoError("the last stages of a ConvNeXt differ in width; take train.n_last_blocks_list=[1]")
@@ -342,7 +343,7 @@ class LinearEvaluation:
             common.check_classes(self.train_set, dataset)
         batch = {"batch_size": c.eval.batch_size, "workers": c.eval.num_workers}
         columns: list[Tensor] = []
-        wanted = [*(("cls", i) for i in range(n - self.blocks, n)), ("mean", n - 1)]
+        wanted: list[tuple[Any, int]] = [*(("cls", i) for i in range(n - self.blocks, n)), ("mean", n - 1)]
         self.session.also = (list(range(n - self.blocks, n)), ["cls+mean"])  # all in one pass
         for token, layer in wanted:
             section = replace(c.features, layers=[layer], pool=token)

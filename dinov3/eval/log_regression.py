@@ -153,7 +153,7 @@ def fit(
         return loss
 
     with torch.enable_grad():
-        optimiser.step(objective)  # type: ignore[arg-type]
+        optimiser.step(objective)
     found = parameters.detach()
     if two:
         found = torch.cat([-found, found]) / 2
