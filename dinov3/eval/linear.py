@@ -323,7 +323,7 @@ class LinearEvaluation:
         self.model: Any = session.model(c.model)
         self.rule = session.rule(self.model, c.transform)
         self.blocks: int = max(t.n_last_blocks_list)
-        n_blocks: int = self.model.n_blocks
+        n_blocks: Any = self.model.n_blocks
         if self.blocks > n_blocks:
             raise DinoError(
                 f"train.n_last_blocks_list asks for {self.blocks} blocks; this model has {n_blocks}"
