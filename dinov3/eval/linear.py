@@ -325,9 +325,7 @@ class LinearEvaluation:
         self.blocks: int = max(t.n_last_blocks_list)
         n_blocks: Any = self.model.n_blocks
         if self.blocks > n_blocks:
-            raise DinoError(
-                f"train.n_last_blocks_list asks for {self.blocks} blocks; this model has {n_blocks}"
-            )
+            raise DinoError(f"train.n_last_blocks_list asks for {self.blocks} blocks; this model has {n_blocks}")
         if len(set(getattr(self.model, "embed_dims", [self.model.embed_dim])[-self.blocks :])) > 1:
             raise DinoError("the last stages of a ConvNeXt differ in width; take train.n_last_blocks_list=[1]")
         self.train_set = make_dataset(t.dataset)
