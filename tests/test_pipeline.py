@@ -19,7 +19,7 @@ from PIL import Image
 from dinov3.data.sources import open_source
 from dinov3.data.transforms import Preprocessing
 from dinov3.embedding import pipeline
-from dinov3.embedding.pipeline import Embedder, auto_batch, embed_source, model_of, query_vector
+from dinov3.embedding.pipeline import Embedder, auto_batch, embed_source, listening, model_of, query_vector
 from dinov3.embedding.search import search
 from dinov3.embedding.store import EmbeddingStore
 from dinov3.errors import DinoError, StoreError
@@ -354,6 +354,16 @@ def test_a_job_killed_twenty_times_ends_with_the_rows_of_an_undisturbed_one(tmp_
     failures = [[(f.path, f.reason) for f in EmbeddingStore.open(uri).failures()] for uri in (store, reference)]
     assert failures[0] == failures[1]
     assert len(failures[0]) == 1
+
+
+def test_ctrl_c_is_noted_once_and_interrupts_the_second_time() -> None:
+    with listening() as stop:
+        assert not stop()
+        signal.raise_signal(signal.SIGINT)
+        assert stop()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_ctrl_c_on_the_command_says_how_to_continue(tmp_path) -> None:

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -150,6 +153,31 @@ class Report:
     def rate(self) -> float:
         """Pictures embedded a second."""
         return self.embedded / self.seconds if self.seconds else 0.0
+
+
+@contextmanager
+def listening() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed, for the loop to ask between batches; pressed again, it interrupts at once.
+
+    The exception that Python raises by default comes in the middle of whatever runs, and was once lost in a library's
+    call: the job went on. Where somebody else listens to the signal already, or outside the main thread, nothing changes.
+    """
+    pressed = threading.Event()
+
+    def note(_number: int, _frame: Any) -> None:
+        if pressed.is_set():
+            raise KeyboardInterrupt
+        pressed.set()
+
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield pressed.is_set
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def auto_batch(model: Any, preprocessing: Preprocessing) -> int:
@@ -295,7 +323,7 @@ def embed_source(
         known, known_failed = store.known(), store.known_failed()
         items = todo(source, store, report, retry_failed=retry_failed)
         try:
-            with Ahead(items, preprocessing, workers, ahead=2 * batch_size + workers) as ahead:
+            with listening() as stop, Ahead(items, preprocessing, workers, ahead=2 * batch_size + workers) as ahead:
                 for batch in batches_by_size(ahead, batch_size, failed):
                     write(store, embedder.rows(batch), known)
                     report.embedded += len(batch)
@@ -305,6 +333,9 @@ def embed_source(
                         store.record_failures(new_failures)
                         new_failures.clear()
                     tell()
+                    if stop():
+                        report.interrupted = True
+                        break
         except KeyboardInterrupt:
             report.interrupted = True
         if new_failures:
