@@ -357,13 +357,14 @@ def test_a_job_killed_twenty_times_ends_with_the_rows_of_an_undisturbed_one(tmp_
 
 
 def test_ctrl_c_is_noted_once_and_interrupts_the_second_time() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     with listening() as stop:
         assert not stop()
         signal.raise_signal(signal.SIGINT)
         assert stop()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
 def test_ctrl_c_on_the_command_says_how_to_continue(tmp_path) -> None:
@@ -371,7 +372,9 @@ def test_ctrl_c_on_the_command_says_how_to_continue(tmp_path) -> None:
     source.mkdir()
     for i in range(N_PICTURES):
         picture(i, 32, 32).save(source / f"{i:03}.png", compress_level=1)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what is ignored here is ignored there
     process = subprocess.Popen(job(source, store), stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     while len(commits(store)) < 4 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)

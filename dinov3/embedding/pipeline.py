@@ -159,8 +159,8 @@ class Report:
 def listening() -> Iterator[Callable[[], bool]]:
     """Whether Ctrl-C was pressed, for the loop to ask between batches; pressed again, it interrupts at once.
 
-    The exception that Python raises by default comes in the middle of whatever runs, and was once lost in a library's
-    call: the job went on. Where somebody else listens to the signal already, or outside the main thread, nothing changes.
+    The exception that Python raises by default comes in the middle of whatever runs, a commit or a library's call. Where
+    the signal is ignored (a job in the background), somebody else listens, or outside the main thread, nothing changes.
     """
     pressed = threading.Event()
 
