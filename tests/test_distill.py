@@ -14,6 +14,7 @@ from PIL import Image
 
 import dinov3
 from dinov3.data.sources import open_source
+from dinov3.data.crops import normalised
 from dinov3.errors import DinoError, UnknownName
 from dinov3.models.vit import VisionTransformer, ViTConfig
 from dinov3.runlog import RunDir
@@ -137,6 +138,24 @@ def test_our_mobilenet_computes_what_timms_computes(oracles) -> None:
         torch.testing.assert_close(ours.look(x).logits, theirs(x), atol=1e-4, rtol=1e-4)
 
 
+def test_norms_vanish_into_convolutions_and_nothing_changes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain = MobileNetV2().eval()
+    for norm in (m for m in plain.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        norm.running_mean.normal_(std=0.1)
+        norm.running_var.uniform_(0.5, 2)
+        norm.weight.data.uniform_(0.5, 1.5)
+        norm.bias.data.normal_(std=0.1)
+    torch.save(plain.state_dict(), tmp_path / "w.pth")
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    teacher = open_teacher(f"mobilenetv2:{tmp_path / 'w.pth'},side=64")
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in teacher.network.modules())
+    with torch.no_grad():
+        known = plain.look(normalised(pixels, teacher.mean, teacher.std))
+    torch.testing.assert_close(teacher(pixels).logits, known.logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(teacher(pixels).patches, known.patches, atol=1e-4, rtol=1e-4)
+
+
 def test_a_torchvision_file_opens_and_another_is_refused(tmp_path: Path) -> None:
     torch.save(MobileNetV2().state_dict(), tmp_path / "mobilenet_v2.pth")
     said = open_teacher(f"mobilenetv2:{tmp_path / 'mobilenet_v2.pth'},side=64")(
@@ -226,6 +245,20 @@ def test_the_losses_are_what_their_names_say() -> None:
     scaled = Standardised(5 + 3 * torch.randn(400, 8))(5 + 3 * torch.randn(400, 8))
     assert scaled.mean().abs() < 0.2
     assert scaled.std() == pytest.approx(1, abs=0.1)
+
+
+def test_colours_are_changed_as_defined_step_by_step() -> None:
+    pixels = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8)
+    x, turned = module.distorted(pixels, torch.Generator().manual_seed(3))
+    rng = torch.Generator().manual_seed(3)
+    assert torch.equal(turned, torch.rand(16, generator=rng) < 0.5)
+    greyed, saturation, contrast, light = (torch.rand(16, 1, 1, 1, generator=rng) for _ in range(4))
+    y = torch.stack([p.flip(-1) if t else p for p, t in zip(pixels, turned, strict=True)]).float()
+    grey = (y * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+    y = grey + (y - grey) * torch.where(greyed < 0.1, 0, 1 + 0.3 * (2 * saturation - 1))
+    mean = grey.mean((2, 3), keepdim=True)
+    y = (mean + (y - mean) * (1 + 0.3 * (2 * contrast - 1))) * (1 + 0.3 * (2 * light - 1))
+    assert (y.round().clamp(0, 255) - x.float()).abs().max() <= 1  # rounding of halves
 
 
 def test_mirrored_pixels_get_mirrored_targets() -> None:

@@ -203,17 +203,20 @@ def distorted(pixels: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """uint8 [B, 3, s, s] → (mirrored by chance and mildly recoloured uint8, which were mirrored [B])."""
     B = len(pixels)
     turned = torch.rand(B, generator=rng) < 0.5
-    x = torch.where(turned[:, None, None, None], pixels.flip(-1), pixels).float()
+    x = pixels.clone()
+    x[turned] = pixels[turned].flip(-1)
+    x = x.float()
 
     def factor(spread: float) -> Tensor:
         return 1 + spread * (2 * torch.rand(B, 1, 1, 1, generator=rng) - 1)
 
-    grey = (x * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
     keep = torch.where(torch.rand(B, 1, 1, 1, generator=rng) < 0.1, torch.zeros(1), factor(0.3))  # 0: without colour
-    x = grey + (x - grey) * keep
+    contrast, light = factor(0.3), factor(0.3)
+    grey = (0.299 * x[:, 0] + 0.587 * x[:, 1] + 0.114 * x[:, 2])[:, None]
     mean = grey.mean((2, 3), keepdim=True)
-    x = (mean + (x - mean) * factor(0.3)) * factor(0.3)
-    return x.round().clamp(0, 255).to(torch.uint8), turned
+    # saturation grey + (x - grey)·keep, then contrast about the mean, then light: one linear map
+    x.mul_(keep * contrast * light).add_(grey * ((1 - keep) * contrast * light) + mean * ((1 - contrast) * light))
+    return x.round_().clamp_(0, 255).to(torch.uint8), turned
 
 
 def mirrored(said: Targets, turned: Tensor) -> Targets:
@@ -240,9 +243,11 @@ def mixed(pixels: Tensor, shares: Mapping[str, float], rng: torch.Generator) -> 
     at = torch.arange(side)
     y, x = at[:, None], at[None, :]
     inside = (y >= top.floor()) & (y < top.floor() + length) & (x >= left.floor()) & (x < left.floor() + length)
-    other = pixels.roll(1, 0)
     weight = torch.where(blend, 0.5 * amount, (cut & inside).float())
-    return torch.lerp(pixels.float(), other.float(), weight).round().to(torch.uint8)
+    some = (cut | blend).flatten().nonzero().flatten()
+    outcome = pixels.clone()
+    outcome[some] = torch.lerp(pixels[some].float(), pixels[some - 1].float(), weight[some]).round().to(torch.uint8)
+    return outcome
 
 
 def resized(pixels: Tensor, side: int) -> Tensor:
