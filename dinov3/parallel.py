@@ -148,6 +148,19 @@ def shard(
         register_fsdp_forward_method(backbone, method)  # features.extract calls them
 
 
+def average_gradients(parts: dict[str, nn.Module], wanted: bool) -> None:
+    """Whether backward passes from here on end with gradients averaged over the ranks; without, each rank adds up its own.
+
+    For accumulated batches: one reduction a step instead of one a batch, at the price of a whole gradient on each rank.
+    Nothing to do for parts that are not sharded.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in parts.values():
+        if isinstance(part, FSDPModule):
+            part.set_requires_gradient_sync(wanted)
+
+
 @contextlib.contextmanager
 def precision(device: torch.device, param_dtype: str, group: Group = None) -> Iterator[None]:
     """For one process alone: matrix products in `param_dtype`, norms and residual sums in float32 (autocast).

@@ -19,7 +19,7 @@ from dinov3.data.crops import CropBatch
 from dinov3.data.masking import summary
 from dinov3.errors import DinoError
 from dinov3.optim import apply_schedules, build_optimizer, clip_per_module, plain_name
-from dinov3.parallel import full_state, parallelize, whole
+from dinov3.parallel import average_gradients, full_state, parallelize, whole
 from dinov3.runlog import read_metrics
 from dinov3.train.method import SelfDistillation
 from dinov3.train.teacher_files import read_network
@@ -111,6 +111,36 @@ def test_two_ranks_compute_what_one_computes_on_the_whole_batch() -> None:
     alone = two_steps()
     for rank in run_ranks(two_steps, 2):
         assert_equal_runs(alone, rank, 2e-4)
+
+
+def accumulated() -> tuple[bool, dict[str, Tensor]]:
+    """(whether anything was reduced after the first of two batches, gradients after both)."""
+    method = SETTING.build()
+    for network, trained in ((method.student, True), (method.ema, False), (method.gram_teacher, False)):
+        assert network is not None
+        parallelize(network.parts(), device=CPU, trained=trained)
+    for nth in range(2):
+        batch = share(recorded_batch(nth, gram=True), distributed.rank(), distributed.world())
+        targets = method.targets(batch, step_values(ROW))
+        torch.manual_seed(5)
+        terms = method.predict(batch, targets, step_values(ROW))
+        average_gradients(method.student.parts(), nth == 1)
+        terms.total().backward()
+        if nth == 0:
+            reduced = any(p.grad is not None for p in method.student.parameters())
+    return reduced, {
+        plain_name(n): whole(p.grad).clone() for n, p in method.student.named_parameters() if p.grad is not None
+    }
+
+
+def test_accumulated_batches_cross_the_network_once_and_add_up() -> None:
+    (_, alone), ranks = accumulated(), run_ranks(accumulated, 2)
+    for reduced, gradients in ranks:
+        assert not reduced
+        assert gradients.keys() == alone.keys()
+        for name, value in alone.items():
+            atol = 2e-4 * float(value.abs().max().clamp(min=1e-6))
+            torch.testing.assert_close(gradients[name], value, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])
