@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -229,6 +229,19 @@ def average(values: Mapping[str, Tensor | float], group: Group = None) -> dict[s
 
 
 @torch.no_grad()
+def average_gradients(parameters: Sequence[Tensor]) -> None:
+    """Each gradient becomes the mean over all processes. A parameter that had none on some of them counts zero there;
+    one that had none anywhere stays without (AdamW leaves it alone)."""
+    if world() == 1:
+        return
+    used = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+    chosen = [p for p, any_has in zip(parameters, all_reduce(used, "max").tolist()) if any_has]
+    flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten().float() for p in chosen])
+    for p, mean in zip(chosen, all_reduce(flat, "mean").split([p.numel() for p in chosen])):
+        p.grad = mean.view_as(p).to(p.dtype)
+
+
+@torch.no_grad()
 def all_gather(x: Tensor, group: Group = None) -> Tensor:
     """Everybody's rows in rank order, [n_r, …] → [Σ n_r, …]; n_r may differ between ranks and be 0. No gradient."""
     x = x.detach()
@@ -275,6 +288,14 @@ def gather_objects(item: Any, group: Group = None) -> list[Any]:
     items: list[Any] = [None] * world(group)
     dist.all_gather_object(items, item, group)
     return items
+
+
+@torch.no_grad()
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Every process gets the main one's values, in place."""
+    if together():
+        for x in tensors:
+            dist.broadcast(x, src=0)
 
 
 def broadcast_object(item: Any) -> Any:

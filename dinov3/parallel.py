@@ -148,7 +148,7 @@ def shard(
         register_fsdp_forward_method(backbone, method)  # features.extract calls them
 
 
-def average_gradients(parts: dict[str, nn.Module], wanted: bool) -> None:
+def reduce_gradients(parts: dict[str, nn.Module], wanted: bool) -> None:
     """Whether backward passes from here on end with gradients averaged over the ranks; without, each rank adds up its own.
 
     For accumulated batches: one reduction a step instead of one a batch, at the price of a whole gradient on each rank.

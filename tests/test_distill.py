@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from ranks import run_ranks
 
 import dinov3
-from dinov3.data.sources import open_source
 from dinov3.data.crops import normalised
+from dinov3.data.sources import open_source
 from dinov3.errors import DinoError, UnknownName
 from dinov3.models.vit import VisionTransformer, ViTConfig
 from dinov3.runlog import RunDir
@@ -31,12 +33,15 @@ TINY = ViTConfig(
 )  # fmt: skip
 
 
+def rows_with_a_tiny_one() -> tuple[Any, ...]:
+    small = {name: getattr(TINY, name) for name in ("embed_dim", "depth", "num_heads", "n_storage_tokens")}
+    return tuple(replace(row, options={**row.options, **small}) if row.packaged else row for row in catalog.ROWS)
+
+
 @pytest.fixture
 def tiny_student(monkeypatch) -> None:
     """`dinov3_vitt16` becomes a model of two blocks."""
-    small = {name: getattr(TINY, name) for name in ("embed_dim", "depth", "num_heads", "n_storage_tokens")}
-    rows = tuple(replace(row, options={**row.options, **small}) if row.packaged else row for row in catalog.ROWS)
-    monkeypatch.setattr(catalog, "ROWS", rows)
+    monkeypatch.setattr(catalog, "ROWS", rows_with_a_tiny_one())
     catalog.aliases.cache_clear()
     yield
     monkeypatch.undo()
@@ -301,6 +306,64 @@ def test_a_run_that_was_killed_gives_the_same_student(tiny_student, folder: Path
     assert all(torch.equal(a[k], b[k]) for k in a)
     lines = [json.loads(line) for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
     assert [r["iteration"] for r in lines] == list(range(6))
+
+
+def three_steps(config: DistillConfig, out: str) -> tuple[dict[str, torch.Tensor], list[dict[str, float]], int]:
+    """(the student's weights as exported, the run's records, shards of the cache this process had computed)."""
+    catalog.ROWS = rows_with_a_tiny_one()  # the ranks are processes of their own
+    catalog.aliases.cache_clear()
+    module.distorted = lambda pixels, rng: (pixels, torch.zeros(len(pixels), dtype=torch.bool))
+    written: list[Path] = []
+    write = loading.write_safetensors
+
+    def noted(state: Any, path: Path, *rest: Any) -> None:
+        written.append(path)
+        write(state, path, *rest)
+
+    loading.write_safetensors = noted
+    try:
+        state = loading.read(distill(config, out))[0]
+    finally:
+        loading.write_safetensors = write
+    records = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return state, records, sum("shard" in path.name for path in written)
+
+
+def test_two_processes_learn_what_one_learns_of_the_whole_batch(
+    folder: Path, teacher_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def settings(name: str) -> DistillConfig:
+        return config_for(
+            folder, teacher_file, batch=4, steps=3, weights=str(start), cache=str(tmp_path / name / "cache")
+        )
+
+    torch.manual_seed(2)
+    awake = VisionTransformer(replace(TINY, layerscale_init=1.0))
+    awake.init_weights()
+    start = save(awake, tmp_path / "start.safetensors")
+    for path in list(folder.iterdir()):  # three batches of four in an epoch
+        Image.open(path).rotate(90).save(folder / f"turned-{path.name}")
+    monkeypatch.setattr(module, "distorted", module.distorted)  # put back afterwards
+    monkeypatch.setattr(catalog, "ROWS", catalog.ROWS)
+    try:
+        state, records, shards = three_steps(settings("one"), str(tmp_path / "one"))
+    finally:
+        monkeypatch.undo()
+        catalog.aliases.cache_clear()
+    assert (len(records), shards) == (3, 2)
+    for their_state, their_records, their_shards in run_ranks(three_steps, 2, settings("two"), str(tmp_path / "two")):
+        assert their_shards == 1  # two views of one shard each, shared out
+        for mine, theirs in zip(records, their_records, strict=True):
+            for name in (k for k in mine if "loss" in k or "/" in k):
+                assert theirs[name] == pytest.approx(mine[name], rel=1e-4), name
+        for name, value in state.items():
+            torch.testing.assert_close(their_state[name].float(), value.float(), rtol=2e-2, atol=2e-3, msg=name)
+
+
+def test_a_batch_must_go_round(tiny_student, folder: Path, teacher_file: Path, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(module.distributed, "world", lambda group=None: 2)
+    with pytest.raises(DinoError, match="3 pictures a batch do not go round 2 processes"):
+        module.Batches(config_for(folder, teacher_file), Pictures(open_source(folder)), Views(), [])
 
 
 def test_cached_and_online_runs_learn_the_same(tiny_student, folder: Path, teacher_file: Path, tmp_path) -> None:

@@ -19,7 +19,7 @@ from dinov3.data.crops import CropBatch
 from dinov3.data.masking import summary
 from dinov3.errors import DinoError
 from dinov3.optim import apply_schedules, build_optimizer, clip_per_module, plain_name
-from dinov3.parallel import average_gradients, full_state, parallelize, whole
+from dinov3.parallel import full_state, parallelize, reduce_gradients, whole
 from dinov3.runlog import read_metrics
 from dinov3.train.method import SelfDistillation
 from dinov3.train.teacher_files import read_network
@@ -124,7 +124,7 @@ def accumulated() -> tuple[bool, dict[str, Tensor]]:
         targets = method.targets(batch, step_values(ROW))
         torch.manual_seed(5)
         terms = method.predict(batch, targets, step_values(ROW))
-        average_gradients(method.student.parts(), nth == 1)
+        reduce_gradients(method.student.parts(), nth == 1)
         terms.total().backward()
         if nth == 0:
             reduced = any(p.grad is not None for p in method.student.parameters())

@@ -91,7 +91,7 @@ def distill(
         int, typer.Option(min=0, help="Begin with the last block in closed form on so many pictures (isometry=true).")
     ] = 0,
     steps: Annotated[int, typer.Option(min=0, help="Batches in all.")] = 2000,
-    batch: Annotated[int, typer.Option(min=2, help="Pictures a batch.")] = 64,
+    batch: Annotated[int, typer.Option(min=2, help="Pictures a batch, of all processes.")] = 64,
     sizes: Annotated[str, typer.Option(help="SIDE:SHARE of the steps, in order.")] = "128:0.9,224:0.1",
     views: Annotated[int, typer.Option(min=1, help="Different views of a picture.")] = 4,
     scale: Annotated[float, typer.Option(help="Smallest share of the picture that a view shows.")] = 0.35,
@@ -114,7 +114,8 @@ def distill(
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     device: Device = "auto",
 ) -> None:
-    """Train a small model to say what larger ones say of your pictures."""
+    """Train a small model to say what larger ones say of your pictures. Under torchrun: on several devices."""
+    from dinov3 import distributed
     from dinov3.train.distill import DistillConfig
     from dinov3.train.distill import distill as run
 
@@ -124,4 +125,7 @@ def distill(
         momentum=momentum, cache=cache, knn=knn, knn_every=knn_every, save_every=save_every, bf16=bf16, compile=compile,
         awaken=awaken, in_memory=in_memory, seed=seed, device=device_of(device),
     )  # fmt: skip
-    print(run(config, out))
+    path = run(config, out)
+    if distributed.is_main():
+        print(path)
+    distributed.shutdown()

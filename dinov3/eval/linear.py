@@ -403,7 +403,7 @@ class LinearEvaluation:
             loss = torch.stack([loss_of(t.loss_type, one, target) for one in logits.values()]).sum()
             optimiser.zero_grad()
             loss.backward()
-            average_gradients(heads)
+            distributed.average_gradients(list(heads.parameters()))
             optimiser.step()
             schedule.step()
             done = step + 1
@@ -501,16 +501,6 @@ class LinearEvaluation:
             metrics={"val top-1": round(100 * accuracy, 2)},
         )
         self.session.say(f"the winner is in {path}")
-
-
-def average_gradients(heads: nn.Module) -> None:
-    """Mean over processes, one collective for all heads."""
-    if distributed.world() == 1:
-        return
-    gradients = [p.grad for p in heads.parameters() if p.grad is not None]
-    flat = distributed.all_reduce(torch.cat([g.flatten() for g in gradients]), "mean")
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
-        gradient.copy_(part.view_as(gradient))
 
 
 class Ticker:

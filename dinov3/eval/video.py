@@ -39,7 +39,7 @@ from dinov3.eval import common
 from dinov3.eval.common import EvalConfig, Session
 from dinov3.features import default_preprocessing
 from dinov3.heads.attentive import AttentiveProbe, clip_coordinates
-from dinov3.heads.fitting import average_gradients, shuffled
+from dinov3.heads.fitting import shuffled
 from dinov3.optim import warmup_cosine_v2
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
@@ -211,7 +211,7 @@ def train_step(
             loss = F.cross_entropy(c.probe(tokens, coordinates).float(), labels)
         c.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        average_gradients(list(c.probe.parameters()))
+        distributed.average_gradients(list(c.probe.parameters()))
         # a rate too high for the head may blow up: it loses the choice, the others go on
         if all(bool(p.grad.isfinite().all()) for p in c.probe.parameters() if p.grad is not None):
             c.optimizer.step()

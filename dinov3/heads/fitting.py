@@ -315,7 +315,7 @@ class _Fit:
             terms = loss(self.module, batch)
         self.optimizer.zero_grad(set_to_none=True)
         terms.total().backward()
-        average_gradients(self.parameters)
+        distributed.average_gradients(self.parameters)
         clip = c.clip if c.clip is not None else math.inf
         norm = nn.utils.clip_grad_norm_([p for p in self.parameters if p.grad is not None], clip)
         log = terms.log() | {"grad_norm": norm}
@@ -464,19 +464,6 @@ def _fetched(batches: Callable[[int], Batch], first: int, end: int, workers: int
 
 
 # ---- several processes ----------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Each gradient becomes the mean over all processes. A parameter that had none on some of them counts zero there;
-    one that had none anywhere stays without (AdamW leaves it alone)."""
-    if distributed.world() == 1:
-        return
-    used = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
-    chosen = [p for p, any_has in zip(parameters, distributed.all_reduce(used, "max").tolist()) if any_has]
-    flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten().float() for p in chosen])
-    for p, mean in zip(chosen, distributed.all_reduce(flat, "mean").split([p.numel() for p in chosen])):
-        p.grad = mean.view_as(p).to(p.dtype)
 
 
 class BatchNormAcrossRanks(nn.BatchNorm2d):

@@ -21,8 +21,10 @@ Teacher and student look at the same box of the picture. There are two ways to t
                     costly teacher about the first quarter of every batch only.
 
 Every random number is a function of (seed, step), so that a run that was killed and started again gives the same weights.
+Under torchrun each process takes its share of every batch and asks the teachers about that; gradients are averaged, and
+similarities are of the whole batch.
 
-Left out: several processes; local crops.
+Left out: sharded weights (every process holds a student and its teachers); local crops.
 
 Legend: B pictures, HW student patches, d student's width, D a teacher's width, K classes.
 """
@@ -35,7 +37,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dinov3 import distributed
 from dinov3.data.crops import normalised
 from dinov3.data.loaders import permuted
 from dinov3.data.sources import open_source
@@ -73,7 +76,7 @@ class DistillConfig:
     inherit_pictures: int = 320
     awaken: int = 0  # begin with the last block in closed form, on so many pictures; for a teacher with isometry=true
     steps: int = 2000
-    batch: int = 64
+    batch: int = 64  # of all processes together
     sizes: str = "128:0.9,224:0.1"
     views: int = 4
     scale: list[float] = field(default_factory=lambda: [0.35, 1.0])
@@ -166,18 +169,25 @@ class Batches:
         patch: int = 16,
     ) -> None:
         self.config, self.pictures, self.views, self.said, self.patch = config, pictures, views, said, patch
+        self.rank, world = distributed.rank(), distributed.world()
         self.size = min(config.batch, len(pictures))
+        self.share = self.size // world  # this process's
+        if self.share * world != self.size or self.share < 2:
+            raise DinoError(
+                f"{self.size} pictures a batch do not go round {world} processes with two or more each: change --batch"
+            )
         self.epoch_length = len(pictures) // self.size
 
     def at(self, step: int) -> Batch:
         epoch, place = divmod(step, self.epoch_length)
         offsets = np.arange(place * self.size, (place + 1) * self.size)
         indices = permuted(offsets, len(self.pictures), self.config.seed, epoch)
+        indices = indices[self.rank * self.share :][: self.share]
         view, side = epoch % self.views.count, self.config.side(step)
         online = {i: t for i, t in enumerate(self.said) if isinstance(t, OnlineTargets) and t.sees_students_pixels}
         sides = {i: t.teacher.side(side // self.patch) for i, t in online.items()}
         canvas = self.pictures.views(self.views, indices, view, max([side, *sides.values()]))
-        rng = torch.Generator().manual_seed(_seed(self.config.seed, step))
+        rng = torch.Generator().manual_seed(_seed(self.config.seed, step, self.rank))
         canvas, turned = distorted(canvas, rng)
         canvas = mixed(canvas, self.config.mixing(), rng)
         targets = {}
@@ -318,7 +328,8 @@ class Pupil(nn.Module):
         if self.line.cls:
             terms.add(f"{name}/cls", self.line.cls, difference(self.cls(cls), wanted))
         if self.line.relations:
-            terms.add(f"{name}/relations", self.line.relations, relations_loss(cls, wanted))
+            together = distributed.all_gather_with_gradient(cls), distributed.all_gather(wanted)
+            terms.add(f"{name}/relations", self.line.relations, relations_loss(*together))
         if self.line.patches and targets.patches is not None:
             grid = resized_grid(targets.patches, (patches.shape[1], patches.shape[2]))
             terms.add(f"{name}/patches", self.line.patches, difference(self.patches(patches), self.scale_patches(grid)))
@@ -411,6 +422,7 @@ class Distillation:
             self._awaken()
         if fresh and config.steps:
             self._fit_projections(some)
+        distributed.broadcast([*self.student.state_dict().values(), *self.pupils.state_dict().values()])
         self.average = deepcopy(self.student).eval().requires_grad_(False)
         self.optimizers = self._optimizers()
         self.step = 0
@@ -532,10 +544,12 @@ class Distillation:
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["rate"]
             optimizer.zero_grad(set_to_none=True)
-        torch.manual_seed(_seed(c.seed, step))  # what the student itself draws
+        torch.manual_seed(_seed(c.seed, step, self.batches.rank))  # what the student itself draws
         terms = self.terms(batch)
         terms.total().backward()
-        nn.utils.clip_grad_norm_([*self.student.parameters(), *self.pupils.parameters()], c.clip)
+        trained = [p for p in (*self.student.parameters(), *self.pupils.parameters()) if p.requires_grad]
+        distributed.average_gradients(trained)
+        nn.utils.clip_grad_norm_(trained, c.clip)
         for optimizer in self.optimizers:
             optimizer.step()
         momentum = min(c.momentum, (1 + step) / (10 + step))
@@ -546,6 +560,8 @@ class Distillation:
     # ---- what is kept --------------------------------------------------------------------------------------------
 
     def save(self) -> None:
+        if not distributed.is_main():
+            return
         path = self.run.checkpoints / CHECKPOINT
         temporary = path.with_name(f".{path.name}.new")
         torch.save(
@@ -597,8 +613,9 @@ class Distillation:
         return loading.save(small, path or self.run.path / STUDENT, metadata)
 
 
-def _seed(seed: int, step: int) -> int:
-    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def _seed(seed: int, step: int, rank: int = 0) -> int:
+    sequence = np.random.SeedSequence((seed, step, rank) if rank else (seed, step))
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def _without_folders(line: str) -> str:
@@ -608,8 +625,9 @@ def _without_folders(line: str) -> str:
 
 
 def distill(config: DistillConfig, out: str | Path) -> Path:
-    """Trains, or goes on with, the run in folder `out`; the exported student's path."""
-    run = RunDir(out)
+    """Trains, or goes on with, the run in folder `out`, alone or with the other processes; the exported student's path."""
+    config = replace(config, device=str(distributed.setup(config.device)))
+    run = RunDir(out, writer=distributed.is_main())
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     work = Distillation(config, run)
     resumed = work.resume()
@@ -630,21 +648,23 @@ def distill(config: DistillConfig, out: str | Path) -> Path:
             if work.step % c.log_every == 0 or work.step == total:
                 rate = (work.step - since) * work.batches.size / (time.perf_counter() - began)
                 since, began = work.step, time.perf_counter()
-                numbers = {k: float(v) for k, v in terms.log().items()}
+                numbers = distributed.average(terms.log())
                 facts = {"lr": lr, "side": c.side(work.step - 1), "pictures_per_s": rate}
                 run.record(work.step - 1, facts | numbers)
                 shown = ", ".join(f"{k} {v:.3f}" for k, v in numbers.items())
                 run.say(f"step {work.step}/{total}, {rate:.0f} pictures/s, {shown}")
             if work.step % c.save_every == 0 or work.step == total:
                 work.save()
-            if c.knn and (work.step % c.knn_every == 0 or work.step == total):
+            if c.knn and run.writer and (work.step % c.knn_every == 0 or work.step == total):
                 accuracy = knn(work.average, c.knn, size=c.knn_size, bf16=c.bf16)
                 run.record(work.step - 1, {"knn_top1": accuracy})
                 run.say(f"step {work.step}: k-NN on {Path(c.knn).name}: {accuracy:.4f}")
                 since, began = work.step, time.perf_counter()
-    for path, reason in work.pictures.unreadable.items():
+    unreadable = [pair for found in distributed.gather_objects(work.pictures.unreadable) for pair in found.items()]
+    for path, reason in dict(unreadable).items():
         run.say(f"could not read {path}: {reason}")
-    exported = work.export()
+    exported = work.export() if run.writer else run.path / STUDENT
+    distributed.barrier()
     run.say(f"exported {exported}")
     run.close()
     return exported

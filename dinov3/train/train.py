@@ -49,7 +49,7 @@ from dinov3.distributed import Group
 from dinov3.errors import DinoError, did_you_mean
 from dinov3.models.fp8 import convert_to_fp8
 from dinov3.optim import StepValues, apply_schedules, build_optimizer, build_schedules, clip_per_module
-from dinov3.parallel import DTYPES, average_gradients, parallelize, precision
+from dinov3.parallel import DTYPES, parallelize, precision, reduce_gradients
 from dinov3.runlog import Progress, RunDir, plot
 from dinov3.train import teacher_files
 from dinov3.train.knn import knn
@@ -147,7 +147,7 @@ def loop(trainer: Trainer, first: int) -> Outcome:
                     batch = method.receive(batch)
                     targets = method.targets(batch, values)
                     terms = method.predict(batch, targets, values)
-                average_gradients(method.student.parts(), nth + 1 == c.optim.accumulation_steps)
+                reduce_gradients(method.student.parts(), nth + 1 == c.optim.accumulation_steps)
                 (terms.total() / c.optim.accumulation_steps).backward()
                 logs.append(terms.log())
             if not fetched:
