@@ -715,3 +715,19 @@ def test_awakening_alone_is_a_run_of_no_steps(tiny_student, tmp_path) -> None:
 def test_awakening_needs_a_teacher_that_keeps_angles(tiny_student, folder, teacher_file, tmp_path) -> None:
     with pytest.raises(DinoError, match="isometry=true"):
         distill(config_for(folder, teacher_file, awaken=6), tmp_path / "run")
+
+
+def test_a_student_that_compiles_holds_no_lock_that_a_teacher_waits_for(
+    tiny_student, folder, teacher_file, tmp_path, monkeypatch
+) -> None:
+    """torch keeps the casts of all threads behind one lock: tracing under it while the teachers' thread leaves its own
+    autocast stood still for ever."""
+    config = config_for(folder, teacher_file, bf16=True)
+    run = RunDir(tmp_path / "run")
+    run.checkpoints.mkdir(parents=True)
+    work = Distillation(config, run)
+    seen = []
+    forward = work.forward
+    monkeypatch.setattr(work, "forward", lambda x: (seen.append(torch.is_autocast_cache_enabled()), forward(x))[1])
+    work.train_step(work.batches.at(0))
+    assert seen == [False]

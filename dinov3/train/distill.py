@@ -526,7 +526,9 @@ class Distillation:
 
     def terms(self, batch: Batch) -> LossTerms:
         x = normalised(batch.pixels.to(self.device), *catalog.STATISTICS["lvd1689m"])
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
+        # No cache of casts: it is one for all threads, behind a lock that this thread would hold while compiling and the
+        # teachers' thread wants when it leaves its own autocast, each with what the other waits for. Seen: a standstill.
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16, cache_enabled=False):
             out = self.forward(x)
             grid = self.student.patch_grid(*x.shape[-2:])
             cls, patches = out["x_norm_clstoken"], out["x_norm_patchtokens"].unflatten(1, grid)
