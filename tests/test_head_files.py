@@ -161,3 +161,14 @@ def test_what_is_no_head_file_is_told(tmp_path: Path) -> None:
 def test_colours_of_many_classes_differ() -> None:
     assert len(set(palette(150))) == 150
     assert palette(3) == palette(150)[:3]
+
+
+def test_a_head_in_half_precision_keeps_the_backbones_rope_periods(tmp_path: Path) -> None:
+    model = build_head("classification", "linear", tiny_vit(), n_classes=3)
+    path = save_head(tmp_path / "h.safetensors", model, task="classification", head="linear", options={"n_classes": 3})
+    backbone = tiny_vit()
+    periods = backbone.rope_embed.periods.clone()
+    loaded: Any = load_head(path, backbone=backbone, dtype=torch.bfloat16)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert not torch.equal(periods, periods.bfloat16().float())  # or nothing is tested
+    assert torch.equal(backbone.rope_embed.periods, periods)

@@ -32,6 +32,7 @@ from dinov3.features import default_preprocessing
 from dinov3.heads.encoder import FrozenLayers, dtype_of
 from dinov3.heads.fitting import backbones_in, freeze, head_tensors, load_head_tensors
 from dinov3.hub import foreign
+from dinov3.hub.headfiles import placed
 from dinov3.models import Backbone, ConvNeXt
 from dinov3.weights import loading
 
@@ -326,7 +327,7 @@ def load_head(
     if odd:
         raise WeightsMismatch(f"{path} does not fit the {info.head} head it says it is: {odd[0]} differs")
     load_head_tensors(model, tensors)  # in float32, whatever the file holds
-    model.to(device=device, dtype=dtype)
+    placed(model, device, dtype)
     model.head_info, model.origin = info, getattr(under, "origin", None)
     if hasattr(model, "class_names"):
         model.class_names = info.class_names
