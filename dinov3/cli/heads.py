@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from dinov3.cli.shared import Device, Weights, app, device_of, say
+from dinov3.cli.shared import Device, app, device_of, say
 from dinov3.errors import DinoError
 
 
@@ -28,7 +28,13 @@ def train_head(
     ] = None,
     val: Annotated[str | None, typer.Option(help="Data to validate with. Default: val/ beside train/ in DATA.")] = None,
     backbone: Annotated[str | None, typer.Option(help="A name from `dinov3 models`.")] = None,
-    weights: Weights = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Path, URL or Hugging Face id of the backbone's weights; 'random' for none. Default: the published ones of "
+            "--backbone, or without it the small model that comes with the package."
+        ),
+    ] = None,
     size: Annotated[
         int | None, typer.Option(min=1, help="Pixels of the short side. Default: 512 (classes 256).")
     ] = None,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from dinov3.data import dense_transforms
 from dinov3.data.datasets import KNOWN, make_dataset
 from dinov3.data.datasets.dense import DenseDataset, DenseFolder
 from dinov3.errors import DinoError, did_you_mean
+from dinov3.eval import common
 from dinov3.heads.fitting import SCHEDULES, FitConfig, shuffled
 
 RECIPES = Path(__file__).parents[1] / "configs" / "eval"
@@ -326,3 +328,23 @@ def folder_form(argv: Sequence[str], words_of: Callable[..., list[str]]) -> list
             raise DinoError(f"--{name} takes a whole number, not {value!r}")
         options[name] = int(value) if number else value
     return [*words_of(folder, **options), *after]
+
+
+def main(
+    name: str,
+    cls: type[Any],
+    evaluate: Callable[[Any, common.Session], Mapping[str, common.Number]],
+    argv: Sequence[str] | None,
+    words_of: Callable[..., list[str]],
+    *,
+    saved_as: str,
+    doc: str | None,
+) -> int:
+    """The door of both: `common.main`, where a folder may stand for a configuration and a recipe's name for its file."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        words = folder_form(words, words_of) or with_recipe(words)
+    except DinoError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return common.main(name, cls, evaluate, words, saved_as=saved_as, doc=doc)

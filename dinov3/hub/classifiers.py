@@ -60,26 +60,29 @@ def make_classifier(
     **options: Any,
 ) -> LinearClassifier:
     row = head(name)
-    asked = headfiles.chosen(ClassifierWeights, weights) if pretrained else "random"
+    asked = headfiles.chosen(ClassifierWeights, weights)
+    file = headfiles.opened(row, asked, pretrained=pretrained, hash=hash, check_hash=check_hash)
     vit: Any = headfiles.backbone(
         row, arch, backbone_weights if pretrained else "random", check_hash=check_hash, **options
     )
-    notes: list[str] = []
-    if asked == "random":
-        linear, source = nn.Linear(2 * vit.embed_dim, N_CLASSES), "random"
+    if file.fresh:
+        linear = nn.Linear(2 * vit.embed_dim, N_CLASSES)
         nn.init.normal_(linear.weight, std=0.01)
         nn.init.zeros_(linear.bias)
         weight = next(vit.parameters())
         linear = linear.to(weight.device, options.get("dtype"))
     else:
-        source = headfiles.source_of(row, asked, hash)
-        state, notes = headfiles.read(source, check_hash=check_hash)
-        state = {k.removeprefix("linear_head."): v for k, v in state.items()}
+        state = {k.removeprefix("linear_head."): v for k, v in file.state.items()}
         with torch.device("meta"):
             linear = nn.Linear(2 * vit.embed_dim, N_CLASSES)
         headfiles.fill(
-            linear, state, what="the linear ImageNet-1k classifier", source=source, like=vit, dtype=options.get("dtype")
+            linear,
+            state,
+            what="the linear ImageNet-1k classifier",
+            source=file.source,
+            like=vit,
+            dtype=options.get("dtype"),
         )
     model = LinearClassifier(vit, linear).eval()
-    model.origin = headfiles.origin(row, source, vit, notes=notes)  # type: ignore[assignment]
+    model.origin = headfiles.origin(row, file.source, vit, notes=file.notes)  # type: ignore[assignment]
     return cast(LinearClassifier, model)

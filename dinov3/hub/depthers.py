@@ -122,28 +122,24 @@ def make_depther(
     if depth_range is not None:
         built["min_depth"], built["max_depth"] = depth_range
     dtype = options.get("dtype")
-    asked: DepthWeights | str = headfiles.chosen(DepthWeights, weights) if pretrained else "random"
+    asked = headfiles.chosen(DepthWeights, weights)
+    published = "CHMV2" if row.task == "canopy" else "SYNTHMIX"
+    if pretrained and isinstance(asked, DepthWeights) and asked.value != published:
+        raise UnknownName(f"{name} was trained on {published}, not {asked.value}")
+    file = headfiles.opened(row, asked, pretrained=pretrained, hash=hash, check_hash=check_hash)
+    state: Mapping[str, Tensor] = file.state
+    notes = file.notes
     below: Weights | str | os.PathLike[str] = backbone_weights if pretrained else "random"
-    state: Mapping[str, Tensor] = {}
-    notes: list[str] = []
-    source = "random"
-    if asked != "random":
-        if isinstance(asked, DepthWeights) and asked.value not in ("CHMV2" if row.task == "canopy" else "SYNTHMIX",):
-            raise UnknownName(
-                f"{name} was trained on {'CHMV2' if row.task == 'canopy' else 'SYNTHMIX'}, not {asked.value}"
-            )
-        source = headfiles.source_of(row, asked, hash)
-        state, notes = headfiles.read(source, check_hash=check_hash)
-        if is_transformers(state):
-            built |= transformers_options(source)
-            if any(k.startswith("backbone.") for k in state) and headfiles.chosen(Weights, below) is Weights.SAT493M:
-                below = source
-                notes.append("the backbone comes from the same file as the head")
-            state = from_transformers(state)
+    if is_transformers(state):
+        built |= transformers_options(file.source)
+        if any(k.startswith("backbone.") for k in state) and headfiles.chosen(Weights, below) is Weights.SAT493M:
+            below = file.source
+            notes = [*notes, "the backbone comes from the same file as the head"]
+        state = from_transformers(state)
     vit: Any = headfiles.backbone(row, arch, below, check_hash=check_hash, **options)
     vit.requires_grad_(False)
     cast_to = None if autocast_dtype is torch.float32 else autocast_dtype
-    if asked == "random":
+    if file.fresh:
         model = build_depther(vit, autocast_dtype=cast_to, **built)
         weight = next(vit.parameters())
         model.decoder.to(weight.device, dtype)
@@ -151,8 +147,8 @@ def make_depther(
         with torch.device("meta"):
             model = build_depther(vit, autocast_dtype=cast_to, **built)
         what = "the canopy height head (CHMv2)" if row.task == "canopy" else "the SYNTHMIX depth head"
-        headfiles.fill(model.decoder, without_prefix(state), what=what, source=source, like=vit, dtype=dtype)
-    model.origin = headfiles.origin(row, source, vit, notes=notes)  # type: ignore[assignment]
+        headfiles.fill(model.decoder, without_prefix(state), what=what, source=file.source, like=vit, dtype=dtype)
+    model.origin = headfiles.origin(row, file.source, vit, notes=notes)  # type: ignore[assignment]
     return model.eval()
 
 

@@ -89,19 +89,15 @@ def make_detector(
     if arch not in OPTIONS:
         raise UnknownName(f"{name} stands on {' or '.join(OPTIONS)}, not on {arch!r}")
     sizes, dtype = OPTIONS[arch], options.get("dtype")
-    asked = headfiles.chosen(DetectionWeights, weights) if pretrained else "random"
-    state: dict[str, Tensor] = {}
-    notes: list[str] = []
-    source = "random"
-    if asked != "random":  # the head's file is the smaller one, and read first: a mistake in it costs less
-        source = headfiles.source_of(row, asked, hash)
-        state, notes = headfiles.read(source, check_hash=check_hash)
+    asked = headfiles.chosen(DetectionWeights, weights)
+    file = headfiles.opened(row, asked, pretrained=pretrained, hash=hash, check_hash=check_hash)
     vit: Any = headfiles.backbone(
         row, arch, backbone_weights if pretrained else "random", check_hash=check_hash, **options
     )
     vit.requires_grad_(False)
     class_names = names.coco() if sizes["n_classes"] == 91 else None
-    if asked == "random":
+    notes = file.notes
+    if file.fresh:
         model = build_detector(vit, class_names=class_names, **sizes)
         for child, part in model.detector.named_children():
             if child != "backbone":  # which is where and what it was asked to be
@@ -109,8 +105,8 @@ def make_detector(
     else:
         with torch.device("meta"):
             model = build_detector(vit, class_names=class_names, **sizes)
-        notes += fill(model, state, source=source, dtype=dtype)
-    model.origin = headfiles.origin(row, source, vit, notes=notes)  # type: ignore[assignment]
+        notes = notes + fill(model, file.state, source=file.source, dtype=dtype)
+    model.origin = headfiles.origin(row, file.source, vit, notes=notes)  # type: ignore[assignment]
     return model.eval()
 
 

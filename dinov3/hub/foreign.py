@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from dinov3.errors import DinoError, UnknownName, did_you_mean, require
 from dinov3.hub import Origin
-from dinov3.models.base import TokenModel, chosen_layers
+from dinov3.models.base import TokenModel, chosen_layers, named_features
 from dinov3.weights.catalog import STATISTICS
 
 Triple = tuple[float, float, float]
@@ -98,20 +98,8 @@ class ForeignBackbone(TokenModel):
     def forward_features_list(self, x_list: list[Tensor], masks_list: list[Tensor | None]) -> list[dict[str, Any]]:
         if any(mask is not None for mask in masks_list):
             raise DinoError("masks are for training our own models; this one comes from another library")
-        results, first = [], 1 + self.n_storage_tokens
-        for x in x_list:
-            (raw,) = self._tokens(x, [self.n_blocks - 1], norm=False)
-            y = self._norm[0](raw)
-            results.append(
-                {
-                    "x_norm_clstoken": y[:, 0],
-                    "x_storage_tokens": y[:, 1:first],
-                    "x_norm_patchtokens": y[:, first:],
-                    "x_prenorm": raw,
-                    "masks": None,
-                }
-            )
-        return results
+        last = [self._tokens(x, [self.n_blocks - 1], norm=False)[0] for x in x_list]
+        return [named_features(self._norm[0](raw), raw, None, self.n_storage_tokens) for raw in last]
 
     def get_intermediate_layers(
         self,

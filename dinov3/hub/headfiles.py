@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -56,6 +57,30 @@ def read(source: str, *, check_hash: bool = False) -> tuple[dict[str, Tensor], l
             state = {key.removeprefix(wrapping): value for key, value in state.items()}
             notes.append(f"the keys of {loading.shown(source)} began with {wrapping!r}; taken off")
     return state, notes
+
+
+@dataclass(frozen=True)
+class HeadFile:
+    """What was asked for as a head, and what its file holds; `source` is "random" and the rest empty for a fresh head."""
+
+    asked: Enum | str
+    source: str = "random"
+    state: dict[str, Tensor] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def fresh(self) -> bool:
+        return self.source == "random"
+
+
+def opened(
+    row: Head, asked: Enum | str, *, pretrained: bool = True, hash: str | None = None, check_hash: bool = False
+) -> HeadFile:
+    """The head's file (of `chosen` weights), read. Before the backbone's: it is the smaller one, and a mistake costs less."""
+    if not pretrained or asked == "random":
+        return HeadFile("random")
+    source = source_of(row, asked, hash)
+    return HeadFile(asked, source, *read(source, check_hash=check_hash))
 
 
 def backbone(

@@ -92,30 +92,25 @@ def make_segmentor(
     if arch not in OPTIONS:
         raise UnknownName(f"{name} stands on {' or '.join(OPTIONS)}, not on {arch!r}")
     built = OPTIONS[arch] | {"n_classes": n_classes, "hidden_dim": hidden_dim, "autocast_dtype": autocast_dtype}
-    asked: SegmentorWeights | str = headfiles.chosen(SegmentorWeights, weights) if pretrained else "random"
-    state: dict[str, Tensor] = {}
-    notes: list[str] = []
-    source = "random"
-    if asked != "random":  # before the backbone, which takes longer to read
-        source = headfiles.source_of(row, asked, hash)
-        state, notes = headfiles.read(source, check_hash=check_hash)
+    asked = headfiles.chosen(SegmentorWeights, weights)
+    file = headfiles.opened(row, asked, pretrained=pretrained, hash=hash, check_hash=check_hash)
     vit: Any = headfiles.backbone(
         row, arch, backbone_weights if pretrained else "random", check_hash=check_hash, **options
     )
     vit.requires_grad_(False)
-    if asked != "random":
-        check(state, source, width=vit.embed_dim, hidden_dim=hidden_dim, n_classes=n_classes)
-    with torch.device("meta") if asked != "random" else nullcontext():
+    if not file.fresh:
+        check(file.state, file.source, width=vit.embed_dim, hidden_dim=hidden_dim, n_classes=n_classes)
+    with nullcontext() if file.fresh else torch.device("meta"):
         model = build_segmentor(vit, **built)
     pyramid: Any = model.pyramid
     pyramid.backbone = None  # for a moment: files hold everything else, and the backbone is where and what it should be
-    if asked == "random":
+    if file.fresh:
         model.to(next(vit.parameters()).device, options.get("dtype"))
     else:
         what = "the adapter and Mask2Former head"
-        headfiles.fill(model, state, what=what, source=source, like=vit, dtype=options.get("dtype"))
+        headfiles.fill(model, file.state, what=what, source=file.source, like=vit, dtype=options.get("dtype"))
     pyramid.backbone = vit
-    model.origin = headfiles.origin(row, source, vit, notes=notes)  # type: ignore[assignment]
+    model.origin = headfiles.origin(row, file.source, vit, notes=file.notes)  # type: ignore[assignment]
     return model.eval()
 
 

@@ -44,3 +44,15 @@ def chosen_layers(n: int | Sequence[int], total: int, what: str) -> list[int]:
     if not layers or len(set(layers)) != len(layers) or layers[0] < 0 or layers[-1] >= total:
         raise DinoError(f"{what}s {n} were asked for, but there are {total} (0 to {total - 1}), each at most once")
     return layers
+
+
+def named_features(normed: Tensor, raw: Tensor, mask: Tensor | None, storage: int = 0) -> dict[str, Any]:
+    """What `forward_features` gives: of tokens [B, 1+R+P, D] after the norm the CLS, the R = `storage` registers and the
+    patches; the tokens before it; the mask."""
+    return {
+        "x_norm_clstoken": normed[:, 0],
+        "x_storage_tokens": normed[:, 1 : 1 + storage],
+        "x_norm_patchtokens": normed[:, 1 + storage :],
+        "x_prenorm": raw,
+        "masks": mask,
+    }

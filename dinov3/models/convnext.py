@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3.errors import DinoError, UnknownName, did_you_mean
-from dinov3.models.base import TokenModel, chosen_layers
+from dinov3.models.base import TokenModel, chosen_layers, named_features
 
 
 @dataclass(frozen=True)
@@ -143,15 +143,7 @@ class ConvNeXt(TokenModel):
             last = self._stages(images)[-1]
             patches = last.flatten(2).transpose(1, 2)  # [B, hw, D]
             normed = self.norm(torch.cat([last.mean((2, 3)).unsqueeze(1), patches], dim=1))
-            outputs.append(
-                {
-                    "x_norm_clstoken": normed[:, 0],
-                    "x_storage_tokens": normed[:, 1:1],
-                    "x_norm_patchtokens": normed[:, 1:],
-                    "x_prenorm": patches,
-                    "masks": mask,
-                }
-            )
+            outputs.append(named_features(normed, patches, mask))
         return outputs
 
     def get_intermediate_layers(

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3.errors import DinoError, UnknownName, did_you_mean
-from dinov3.models.base import TokenModel, chosen_layers
+from dinov3.models.base import TokenModel, chosen_layers, named_features
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -475,19 +475,10 @@ class VisionTransformer(TokenModel):
     def forward_features_list(self, x_list: list[Tensor], masks_list: list[Tensor | None]) -> list[dict[str, Any]]:
         embedded = [self.tokens(x, mask) for x, mask in zip(x_list, masks_list, strict=True)]
         (groups,) = self._run([tokens for tokens, _ in embedded], [grid for _, grid in embedded])
-        outputs, prefix = [], 1 + self.n_storage_tokens
-        for i, (x, mask) in enumerate(zip(groups, masks_list)):
-            normed = self._final_norm(x, local_crops=i == 1)
-            outputs.append(
-                {
-                    "x_norm_clstoken": normed[:, 0],
-                    "x_storage_tokens": normed[:, 1:prefix],
-                    "x_norm_patchtokens": normed[:, prefix:],
-                    "x_prenorm": x,
-                    "masks": mask,
-                }
-            )
-        return outputs
+        return [
+            named_features(self._final_norm(x, local_crops=i == 1), x, mask, self.n_storage_tokens)
+            for i, (x, mask) in enumerate(zip(groups, masks_list))
+        ]
 
     def get_intermediate_layers(
         self,

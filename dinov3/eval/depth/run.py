@@ -502,13 +502,7 @@ def folder_words(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The script's and the command's door; the exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    try:
-        words = dense.folder_form(words, folder_words) or dense.with_recipe(words)
-    except DinoError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return common.main(NAME, DepthConfig, evaluate, words, saved_as="depth_config.yaml", doc=__doc__)
+    return dense.main(NAME, DepthConfig, evaluate, argv, folder_words, saved_as="depth_config.yaml", doc=__doc__)
 
 
 if __name__ == "__main__":
