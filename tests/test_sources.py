@@ -497,15 +497,15 @@ def test_a_damaged_parquet_file_is_a_failure_with_its_name(tmp_path: Path) -> No
 
 
 def test_a_window_smaller_than_the_row_group_serves_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dinov3.data import sources
+    from dinov3.data.sources import tables
 
-    monkeypatch.setattr(sources._RowGroup, "BATCH", 4)
-    monkeypatch.setattr(sources._RowGroup, "KEPT", 1000)
+    monkeypatch.setattr(tables._RowGroup, "BATCH", 4)
+    monkeypatch.setattr(tables._RowGroup, "KEPT", 1000)
     path = parquet(tmp_path / "a.parquet", {"image": structs(60)}, rows=60)
     items = list(open_source(path))
     order = [0, 59, 3, 30, 31, 2, 58, 0]
     assert [items[n].read() for n in order] == [picture(n) for n in order]
-    (group,) = [g for key, g in sources._row_groups.things.items() if key[0] == str(path)]
+    (group,) = [g for key, g in tables._row_groups.things.items() if key[0] == str(path)]
     assert len(group.window) < 60 / 4
 
 

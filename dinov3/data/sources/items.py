@@ -1,0 +1,90 @@
+"""One picture of a source, and what all kinds of sources share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from dinov3.data.pictures import HEAD
+from dinov3.errors import DinoError, PictureError
+
+# Companions of pictures that are never one themselves: not worth opening a million of them to look at their first bytes.
+# fmt: off
+COMPANIONS = frozenset([
+    ".txt", ".json", ".jsonl", ".cls", ".csv", ".tsv", ".xml", ".yaml", ".md", ".npy", ".npz", ".pt",
+])
+# A column of paths is found by its name.
+PATH_NAMES = (
+    "path", "file", "filename", "file_name", "filepath", "file_path", "image_path", "image_file", "img_path",
+    "image", "img", "picture", "photo",
+)
+# fmt: on
+
+
+class Place(Protocol):
+    """Where an item's bytes are. Small and picklable."""
+
+    def read(self) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One picture of a source: `path` is its name there (unique, stable), `stamp` changes when the file behind it does."""
+
+    path: str
+    stamp: str
+    place: Place
+
+    def read(self) -> bytes:
+        """The encoded picture. Raises `PictureError` with the reason if it cannot be had."""
+        return self.place.read()
+
+
+class Part(Protocol):
+    @property
+    def kind(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Item]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Nowhere:
+    reason: str
+
+    def read(self) -> bytes:
+        raise PictureError(self.reason)
+
+
+class NoPictureColumn(DinoError):
+    def __init__(self, path: Path, columns: Iterable[str]) -> None:
+        super().__init__(
+            f"no column of {path} holds pictures or paths (it has {', '.join(columns)}); choose with column="
+        )
+
+
+def first_bytes(path: str | Path, size: int = HEAD) -> bytes:
+    try:
+        if not os.path.isfile(path):  # opening a pipe would wait for ever
+            return b""
+        with open(path, "rb") as file:
+            return file.read(size)
+    except OSError:
+        return b""
+
+
+def stamp_of(path: str | os.PathLike[str]) -> str:
+    try:
+        facts = os.stat(path)
+    except OSError:
+        return "missing"
+    return f"{facts.st_size}-{facts.st_mtime_ns}"
+
+
+def storable(text: str) -> str:
+    """A name that can be stored as UTF-8, whatever bytes a file system or an archive holds."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -1,0 +1,284 @@
+"""Tables with a column of pictures: Parquet, and Arrow as `datasets` saves it. Rows are decoded when they are asked for."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dinov3.data.pictures import os_reason, read_file
+from dinov3.data.sources.items import PATH_NAMES, Item, NoPictureColumn, Nowhere
+from dinov3.errors import DinoError, PictureError, UnknownName, did_you_mean, require
+
+# A table's column is found by its type; where several would do, one with the likeliest name.
+# fmt: off
+_IMAGE_NAMES = (
+    "image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes", "pixels", "content",
+)
+# fmt: on
+
+
+def _pyarrow(name: str) -> Any:
+    return require(name, "search", "reading Parquet and Arrow tables")
+
+
+def _picture_column(path: Path, schema: Any, wanted: str | None) -> str:
+    """The column that holds pictures: a struct with `bytes` (as `datasets` writes it), binary, or paths in a text column."""
+    types = _pyarrow("pyarrow").types
+    if wanted is not None and wanted not in schema.names:
+        raise UnknownName(
+            f"{path} has no column {wanted!r} (it has {', '.join(schema.names)}){did_you_mean(wanted, schema.names)}"
+        )
+
+    def binary(kind: Any) -> bool:
+        return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
+
+    def fields(kind: Any) -> list[Any]:
+        return [kind.field(i) for i in range(kind.num_fields)]
+
+    structs, blobs, texts = [], [], []
+    for column in schema:
+        kind = getattr(column.type, "storage_type", column.type)
+        if types.is_struct(kind) and any(
+            f.name == "bytes" and (binary(f.type) or types.is_null(f.type)) for f in fields(kind)
+        ):
+            structs.append(column.name)
+        elif binary(kind):
+            blobs.append(column.name)
+        elif types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
+            texts.append(column.name)
+    if wanted is not None:
+        if wanted not in structs + blobs + texts:
+            raise DinoError(f"column {wanted!r} of {path} is {schema.field(wanted).type}: neither pictures nor paths")
+        return wanted
+    for candidates, names in ((structs, _IMAGE_NAMES), (blobs, _IMAGE_NAMES), (texts, PATH_NAMES)):
+        lowered = {c.lower(): c for c in candidates}
+        for name in names:
+            if name in lowered:
+                return lowered[name]
+        if len(candidates) == 1 and candidates is not texts:
+            return candidates[0]
+        if candidates and candidates is not texts:
+            raise DinoError(
+                f"several columns of {path} may hold pictures ({', '.join(candidates)}); choose with column="
+            )
+    raise NoPictureColumn(path, schema.names)
+
+
+def _cell_bytes(value: Any, table: str) -> bytes:
+    """A cell's picture: its bytes, or the file that it names, relative to the table's folder."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str) or not value:
+        raise PictureError("empty cell (null)")
+    if "://" in value:
+        raise PictureError(f"a remote address ({value}); only files are read")
+    return read_file(os.path.join(os.path.dirname(table), value))
+
+
+class _Kept:
+    """A few opened things, the most recently used ones; threads share them, forked children start anew."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.things: OrderedDict[Any, Any] = OrderedDict()
+        self.lock = threading.Lock()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.forget)
+
+    def forget(self) -> None:
+        self.things = OrderedDict()
+        self.lock = threading.Lock()
+
+    def get(self, key: Any, make: Callable[[], Any]) -> Any:
+        with self.lock:
+            if key not in self.things:
+                self.things[key] = make()
+                while len(self.things) > self.most:
+                    self.things.popitem(last=False)
+            self.things.move_to_end(key)
+            return self.things[key]
+
+
+_row_groups = _Kept(2)
+_arrow_tables = _Kept(16)
+
+
+class _RowGroup:
+    """A window on one column of one row group: batches are decoded forwards and the last 128 MB of them kept.
+
+    A writer may have put a whole file into one row group, so it is never decoded at once; readers that go forwards,
+    several threads among them, find their rows in the window, and one that goes far back starts the group again.
+    """
+
+    BATCH, KEPT = 64, 128 << 20  # rows, bytes
+
+    def __init__(self, path: str, group: int, column: str) -> None:
+        parquet = _pyarrow("pyarrow.parquet")
+        self.file = parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
+        self.group, self.column = group, column
+        self.lock = threading.Lock()
+        self._restart()
+
+    def _restart(self) -> None:
+        self.window: deque[tuple[int, Any]] = deque()  # (first row, values)
+        self.size = self.next = 0
+        self.failed: Exception | None = None
+        self.batches = self.file.iter_batches(
+            self.BATCH, row_groups=[self.group], columns=[self.column], use_threads=False
+        )
+
+    def value(self, row: int) -> Any:
+        with self.lock:
+            if self.window and row < self.window[0][0]:
+                self._restart()
+            while row >= self.next:
+                if self.failed is not None:
+                    raise self.failed
+                try:
+                    values = next(self.batches).column(0)
+                except Exception as error:
+                    self.failed = error  # and every later row with it
+                    raise
+                self.window.append((self.next, values))
+                self.next += len(values)
+                self.size += values.nbytes
+                while self.size > self.KEPT and len(self.window) > 1:
+                    self.size -= self.window.popleft()[1].nbytes
+            values_at = next((first, values) for first, values in reversed(self.window) if first <= row)
+        return values_at[1][row - values_at[0]].as_py()
+
+
+@dataclass(frozen=True, slots=True)
+class _ParquetCell:
+    path: str
+    stamp: str
+    column: str
+    group: int
+    row: int  # in its group
+
+    def read(self) -> bytes:
+        key = (self.path, self.stamp, self.column, self.group)
+        try:
+            group = _row_groups.get(key, lambda: _RowGroup(self.path, self.group, self.column))
+            value = group.value(self.row)
+        except Exception as error:  # pyarrow raises as many kinds as decoders do
+            raise PictureError(_table_reason(error, self.path)) from None
+        return _cell_bytes(value, self.path)
+
+
+@dataclass
+class Parquet:
+    path: str
+    name: str
+    stamp: str
+    column: str
+    groups: list[int]  # rows in each
+    kind: str = "parquet"
+
+    @classmethod
+    def open(cls, path: Path, name: str, stamp: str, wanted: str | None) -> Parquet:
+        parquet = _pyarrow("pyarrow.parquet")
+        try:
+            with parquet.ParquetFile(path) as file:
+                schema, facts = file.schema_arrow, file.metadata
+                groups = [facts.row_group(g).num_rows for g in range(facts.num_row_groups)]
+        except Exception as error:
+            raise PictureError(_table_reason(error, path)) from None
+        return cls(str(path), name, stamp, _picture_column(path, schema, wanted), groups)
+
+    def __len__(self) -> int:
+        return sum(self.groups)
+
+    def __iter__(self) -> Iterator[Item]:
+        number = 0
+        for group, rows in enumerate(self.groups):
+            for row in range(rows):
+                place = _ParquetCell(self.path, self.stamp, self.column, group, row)
+                yield Item(f"{self.name}#{number}", f"{self.stamp}@{number}", place)
+                number += 1
+
+
+def _arrow_batches(path: str) -> tuple[list[Any], Any, str]:
+    """The record batches of an Arrow file, mapped and not read; its schema; and why it ends early, if it does."""
+    arrow, ipc = _pyarrow("pyarrow"), _pyarrow("pyarrow.ipc")
+    mapped = arrow.memory_map(path)
+    batches: list[Any] = []
+    if mapped.read(6) == b"ARROW1":
+        reader = ipc.open_file(mapped)
+        return [reader.get_batch(i) for i in range(reader.num_record_batches)], reader.schema, ""
+    mapped.seek(0)
+    stream = ipc.open_stream(mapped)
+    try:
+        batches.extend(stream)
+    except Exception as error:
+        return batches, stream.schema, _table_reason(error, path)
+    return batches, stream.schema, ""
+
+
+@dataclass(frozen=True, slots=True)
+class _ArrowCell:
+    path: str
+    stamp: str
+    column: str
+    batch: int
+    row: int  # in its batch
+
+    def read(self) -> bytes:
+        try:
+            batches = _arrow_tables.get((self.path, self.stamp), lambda: _arrow_batches(self.path)[0])
+            value = batches[self.batch].column(self.column)[self.row].as_py()
+        except Exception as error:
+            raise PictureError(_table_reason(error, self.path)) from None
+        return _cell_bytes(value, self.path)
+
+
+@dataclass
+class Arrow:
+    """One Arrow file, as `datasets.save_to_disk` writes them (a stream) or as Feather does (a file)."""
+
+    path: str
+    name: str
+    stamp: str
+    column: str
+    batches: list[int]  # rows in each
+    broken: str
+    kind: str = "datasets"
+
+    @classmethod
+    def open(cls, path: Path, name: str, stamp: str, wanted: str | None) -> Arrow:
+        _pyarrow("pyarrow")
+        try:
+            batches, schema, broken = _arrow_batches(str(path))
+        except Exception as error:
+            raise PictureError(_table_reason(error, path)) from None
+        column = _picture_column(path, schema, wanted)
+        return cls(str(path), name, stamp, column, [b.num_rows for b in batches], broken)
+
+    def __len__(self) -> int:
+        return sum(self.batches) + bool(self.broken)
+
+    def __iter__(self) -> Iterator[Item]:
+        number = 0
+        for batch, rows in enumerate(self.batches):
+            for row in range(rows):
+                place = _ArrowCell(self.path, self.stamp, self.column, batch, row)
+                yield Item(f"{self.name}#{number}", f"{self.stamp}@{number}", place)
+                number += 1
+        if self.broken:
+            yield Item(f"{self.name}#end", self.stamp, Nowhere(f"truncated after {number} rows: {self.broken}"))
+
+
+def _table_reason(error: Exception, path: str | os.PathLike[str]) -> str:
+    if isinstance(error, OSError) and error.errno is not None:
+        return os_reason(error, path)
+    if isinstance(error, (StopIteration, IndexError)):
+        return f"{os.path.basename(path)} has changed: this row is gone"
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"{os.path.basename(path)} cannot be read: {text[:160]}"

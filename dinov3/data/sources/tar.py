@@ -1,0 +1,177 @@
+"""Tar shards, plain and compressed: headers are walked once, members are read at their offset."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import tarfile
+import threading
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from dinov3.data.pictures import HEAD, is_picture_header, os_reason, picture_suffix
+from dinov3.data.sources.items import COMPANIONS, Item, Nowhere, first_bytes, storable
+from dinov3.errors import PictureError
+
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Bytes inside a plain tar."""
+
+    path: str
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        try:
+            file = os.open(self.path, os.O_RDONLY)
+            try:
+                data = os.pread(file, self.size, self.offset)
+                while len(data) < self.size and (
+                    more := os.pread(file, self.size - len(data), self.offset + len(data))
+                ):
+                    data += more  # one call reads 2 GB at most
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise PictureError(os_reason(error, self.path)) from None
+        if len(data) < self.size:
+            raise PictureError(f"truncated tar: {os.path.basename(self.path)} ends inside of this member")
+        return data
+
+
+_here = threading.local()  # the compressed tar that this thread is reading
+
+
+@dataclass(frozen=True, slots=True)
+class _PackedSpan:
+    """Bytes inside what a .tar.gz decompresses to. The thread's stream is kept, so going forwards decompresses once."""
+
+    path: str
+    offset: int
+    size: int
+    stamp: str
+
+    def read(self) -> bytes:
+        key = (os.getpid(), self.path, self.stamp)  # a forked child shares the file's position: it must open its own
+        try:
+            if getattr(_here, "key", None) != key:
+                _here.key, _here.stream = None, None
+                _here.stream = gzip.open(self.path, "rb")  # noqa: SIM115  (kept open between calls)
+                _here.key = key
+            _here.stream.seek(self.offset)
+            data = _here.stream.read(self.size)
+        except (OSError, EOFError, zlib.error) as error:
+            _here.key = None
+            if isinstance(error, OSError) and error.errno is not None:
+                raise PictureError(os_reason(error, self.path)) from None
+            raise PictureError(f"truncated or damaged tar.gz: {error}") from None
+        if len(data) < self.size:
+            raise PictureError(f"truncated tar: {os.path.basename(self.path)} ends inside of this member")
+        return data
+
+
+class _Marked(tarfile.TarInfo):
+    """Tells a tar that ends with its end mark from one that just stops, which `tarfile` passes over in silence."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> _Marked:
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            tar.ended = True  # type: ignore[attr-defined]
+            raise
+
+
+@dataclass
+class Tar:
+    """The pictures of one shard: the headers are walked once, for names and offsets."""
+
+    path: str
+    name: str
+    stamp: str
+    packed: bool
+    members: list[tuple[str, int, int]] = field(default_factory=list)
+    skipped: int = 0
+    broken: list[tuple[str, str]] = field(default_factory=list)  # (name, reason)
+    kind: str = "tar"
+
+    @classmethod
+    def open(cls, path: Path, name: str, stamp: str) -> Tar:
+        packed = first_bytes(path, 2) == b"\x1f\x8b"
+        tar = cls(str(path), name, stamp, packed)
+        try:
+            with (
+                gzip.open(path, "rb") if packed else open(path, "rb") as stream,
+                tarfile.open(fileobj=stream, mode="r:", tarinfo=_Marked) as archive,
+            ):
+                tar._index(archive, None if packed else os.path.getsize(path))
+        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+            tar._cut(str(error) or type(error).__name__)
+        return tar
+
+    def _index(self, archive: tarfile.TarFile, length: int | None) -> None:
+        seen: dict[str, int] = {}
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # type: ignore[attr-defined]  # it would remember them all
+            base = PurePosixPath(member.name).name
+            if member.isdir() or base.startswith("."):
+                continue
+            is_picture = picture_suffix(base)
+            if not is_picture and member.isreg() and PurePosixPath(base).suffix.lower() not in COMPANIONS:
+                stream: Any = archive.fileobj
+                stream.seek(member.offset_data)
+                is_picture = is_picture_header(stream.read(min(HEAD, member.size)))
+            if not is_picture:
+                self.skipped += 1
+                continue
+            name = storable(member.name.removeprefix("./"))
+            seen[name] = seen.get(name, 0) + 1
+            if seen[name] > 1:
+                name += f"~{seen[name]}"  # a tar may hold a name twice
+            if not member.isreg() or member.issparse():
+                self.broken.append((name, "a link or a sparse file inside a tar; only plain members are read"))
+            elif length is not None and member.offset_data + member.size > length:
+                self._cut("ends inside of this member", name)
+                return
+            else:
+                self.members.append((name, member.offset_data, member.size))
+        if not getattr(archive, "ended", False):
+            self._cut("there is no end mark; members may be missing")
+
+    def _cut(self, reason: str, name: str = "end") -> None:
+        """Notes that the shard is not whole. Of a compressed one, the last member may be a half: that is tried."""
+        if self.packed and self.members:
+            last, offset, size = self.members[-1]
+            try:
+                _PackedSpan(self.path, offset, size, self.stamp).read()
+            except PictureError:
+                self.members.pop()
+                name = last
+        self.broken.append((name, f"truncated or damaged tar, after {len(self.members)} pictures: {reason}"))
+
+    def __len__(self) -> int:
+        return len(self.members) + len(self.broken)
+
+    def __iter__(self) -> Iterator[Item]:
+        for name, offset, size in self.members:
+            place = _PackedSpan(self.path, offset, size, self.stamp) if self.packed else _Span(self.path, offset, size)
+            yield Item(f"{self.name}#{name}", f"{self.stamp}@{offset}", place)
+        for name, reason in self.broken:
+            yield Item(f"{self.name}#{name}", self.stamp, Nowhere(reason))
+
+
+def is_tar(path: Path, head: bytes) -> bool:
+    if head[:2] == b"\x1f\x8b":
+        return True
+    if head[:3] == b"BZh" or head[:6] == b"\xfd7zXZ\0":
+        raise PictureError("compressed with bzip2 or xz: only plain and gzip tars are read")
+    try:
+        return tarfile.is_tarfile(path)  # those of before 1988 have no signature
+    except OSError:
+        return False
