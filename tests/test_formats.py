@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dinov3.errors import WeightsError
 from dinov3.models import ConvNeXtConfig, ViTConfig, backbone
-from dinov3.weights import catalog, formats
+from dinov3.weights import catalog, configs, formats
 
 HUB = {
     "layerscale_init": 1e-5,
@@ -61,7 +61,7 @@ def transformers_model(config, state) -> nn.Module:
     """The library's own module with `state`, loaded strictly (its modules put `model.` before `layer` and `stages`)."""
     from transformers import DINOv3ConvNextConfig, DINOv3ConvNextModel, DINOv3ViTConfig, DINOv3ViTModel
 
-    about = formats.transformers_config(config)
+    about = configs.transformers_config(config)
     if isinstance(config, ConvNeXtConfig):
         model = DINOv3ConvNextModel(DINOv3ConvNextConfig(**about))
     else:
@@ -74,7 +74,7 @@ def transformers_model(config, state) -> nn.Module:
 def timm_model(config, state, *, qkv_bias: bool = True) -> nn.Module:
     import timm
 
-    about = formats.timm_config(config, qkv_bias=qkv_bias)
+    about = configs.timm_config(config, qkv_bias=qkv_bias)
     model = timm.create_model(about["architecture"], **about["model_args"])
     model.load_state_dict(state)
     return model.eval()
@@ -121,7 +121,7 @@ def test_a_model_of_the_other_library_becomes_ours_with_the_same_output(name, fo
     theirs = theirs or timm_model(config, start, qkv_bias=any("q_bias" in k for k in start))
     hints = {"num_heads": config.num_heads} if isinstance(config, ViTConfig) else {}
     meta, _ = formats.to_meta(theirs.state_dict(), hints=hints)  # in-memory names, `model.layer.i` included
-    found = formats.infer_config(meta, hints)
+    found = configs.infer_config(meta, hints)
     model = backbone(found)
     model.load_state_dict(formats.complete(meta, found), strict=True)
     output = theirs(x).pooler_output if form == "transformers" else theirs(x)
@@ -131,14 +131,14 @@ def test_a_model_of_the_other_library_becomes_ours_with_the_same_output(name, fo
 def test_a_layer_norm_eps_of_1e_6_reaches_transformers_and_comes_back(oracles):
     config = ViTConfig(embed_dim=64, depth=2, num_heads=2, **(HUB | {"norm_layer": "layernorm"}))
     model, x = filled(config), pictures(64, 64)
-    about = formats.transformers_config(config)
+    about = configs.transformers_config(config)
     assert about["layer_norm_eps"] == 1e-6
     state, _ = formats.from_meta(model.state_dict(), "transformers", config)
     with torch.no_grad():
         theirs = transformers_model(config, state)
         torch.testing.assert_close(theirs(x).pooler_output, model(x), atol=1e-5, rtol=0)
-    hints = formats.config_from_json(theirs.config.to_dict())
-    assert formats.infer_config(formats.to_meta(state, hints=hints)[0], hints).norm_layer == "layernorm"
+    hints = configs.config_from_json(theirs.config.to_dict())
+    assert configs.infer_config(formats.to_meta(state, hints=hints)[0], hints).norm_layer == "layernorm"
 
 
 def test_an_acting_key_bias_reaches_transformers_and_is_refused_for_timm(oracles):
@@ -148,7 +148,7 @@ def test_an_acting_key_bias_reaches_transformers_and_is_refused_for_timm(oracles
     with torch.no_grad():
         torch.testing.assert_close(transformers_model(config, state)(x).pooler_output, model(x), atol=1e-5, rtol=0)
     back, _ = formats.to_meta(state, hints={"num_heads": 2})
-    assert formats.infer_config(back).mask_k_bias is False
+    assert configs.infer_config(back).mask_k_bias is False
     with pytest.raises(WeightsError, match="key bias acts"):
         formats.from_meta(model.state_dict(), "timm", config)
 
@@ -172,9 +172,9 @@ def test_transformers_to_timm_and_back_is_bit_for_bit(name):
     start, _ = formats.from_meta(filled(config).state_dict(), "transformers", config)
     hints = {"num_heads": getattr(config, "num_heads", None)}
     meta, _ = formats.to_meta(start, hints=hints)
-    there, residue = formats.from_meta(meta, "timm", formats.infer_config(meta))
+    there, residue = formats.from_meta(meta, "timm", configs.infer_config(meta))
     back, _ = formats.to_meta(there, hints=hints)
-    again, _ = formats.from_meta(back | residue, "transformers", formats.infer_config(back | residue))
+    again, _ = formats.from_meta(back | residue, "transformers", configs.infer_config(back | residue))
     assert same(again, start)
 
 
@@ -223,7 +223,7 @@ def test_conv_mlp_shapes_of_timm_are_accepted(oracles):
     args = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32), "num_classes": 0, "conv_mlp": True}
     theirs, x = timm.create_model("convnext_tiny", **args).eval(), pictures(64, 96)
     meta, _ = formats.to_meta(theirs.state_dict())
-    model = backbone(formats.infer_config(meta)).eval()
+    model = backbone(configs.infer_config(meta)).eval()
     model.load_state_dict(meta, strict=True)
     with torch.no_grad():
         torch.testing.assert_close(model(x), theirs(x), atol=1e-5, rtol=0)
@@ -335,16 +335,16 @@ def shapes_of(config) -> dict[str, Tensor]:
     with torch.device("meta"):
         state = dict(backbone(config).state_dict())
     if isinstance(config, ViTConfig):
-        state["rope_embed.periods"] = formats.exact_periods(config).bfloat16().float()
+        state["rope_embed.periods"] = configs.exact_periods(config).bfloat16().float()
     return state
 
 
 @pytest.mark.parametrize("row", catalog.ROWS, ids=lambda r: r.id)
 def test_every_published_architecture_is_read_from_its_shapes(row):
-    found = formats.infer_config(shapes_of(row.config))
+    found = configs.infer_config(shapes_of(row.config))
     assert found == row.config
-    assert row in formats.fitting_rows(found, "meta")
-    assert len(formats.fitting_rows(found, "meta")) == (2 if row.arch == "dinov3_vit7b16" else 1)
+    assert row in configs.fitting_rows(found, "meta")
+    assert len(configs.fitting_rows(found, "meta")) == (2 if row.arch == "dinov3_vit7b16" else 1)
 
 
 @pytest.mark.parametrize("row", catalog.ROWS, ids=lambda r: r.id)
@@ -352,7 +352,7 @@ def test_every_published_architecture_has_a_configuration_in_both_libraries(row,
     import timm
     from transformers import AutoConfig, AutoModel
 
-    about = formats.transformers_config(row.config)
+    about = configs.transformers_config(row.config)
     meta_state = shapes_of(row.config)
     for key in list(meta_state):
         if key.endswith(".bias_mask"):
@@ -364,7 +364,7 @@ def test_every_published_architecture_has_a_configuration_in_both_libraries(row,
     ours, _ = formats.from_meta(meta_state, "transformers", row.config)
     assert {k.removeprefix("model."): v.shape for k, v in theirs.items()} == {k: v.shape for k, v in ours.items()}
     plain, _ = formats.from_meta(meta_state, "timm", row.config)
-    about = formats.timm_config(row.config, qkv_bias=False, row=row)
+    about = configs.timm_config(row.config, qkv_bias=False, row=row)
     with torch.device("meta"):
         theirs = timm.create_model(about["architecture"], **about["model_args"]).state_dict()
     assert {k: v.shape for k, v in theirs.items()} == {k: v.shape for k, v in plain.items()}
@@ -406,6 +406,6 @@ def test_unusual_architectures_are_inferred_from_shapes():
         pos_embed_rope_max_period=9.0,
     )
     state = filled(config).state_dict()
-    found = formats.infer_config(state)
-    assert formats.signature(found) == formats.signature(config)
+    found = configs.infer_config(state)
+    assert configs.signature(found) == configs.signature(config)
     backbone(found).load_state_dict(state, strict=True)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from dinov3 import weights
 from dinov3.errors import MissingExtra, UnsafeFile, WeightsError, WeightsMismatch
 from dinov3.models import ViTConfig, backbone
-from dinov3.weights import catalog, formats, loading
+from dinov3.weights import catalog, configs, formats, loading
 from tests.test_cache import Server
 from tests.test_formats import HUB, TINY, filled, pictures, same
 
@@ -34,7 +34,7 @@ def write_transformers(folder: Path, config, state, **about) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     out, _ = formats.from_meta(state, "transformers", config)
     save_file(plain(out), folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(formats.transformers_config(config) | about))
+    (folder / "config.json").write_text(json.dumps(configs.transformers_config(config) | about))
     return folder
 
 
@@ -55,7 +55,7 @@ def test_every_kind_of_file_opens_to_the_same_state_and_fingerprint(name, tmp_pa
         opened = weights.open(tmp_path / file)
         assert opened.form == "meta"
         assert same(opened.state_dict, state), file
-        assert formats.signature(opened.config) == formats.signature(config)
+        assert configs.signature(opened.config) == configs.signature(config)
         assert weights.fingerprint(opened.state_dict) == weights.fingerprint(model)
     assert weights.open(tmp_path / "ours.safetensors").metadata["step"] == 7
     assert weights.open(tmp_path / "ours.safetensors").config == config
@@ -143,7 +143,7 @@ def small_catalogue(monkeypatch):
         if row.arch in ("dinov3_vitl16", "dinov3_vit7b16"):
             heads = 1 if row.arch == "dinov3_vitl16" else 2
             rows.append(replace(row, options={**row.options, "embed_dim": 64, "depth": 1, "num_heads": heads}))
-    monkeypatch.setattr(formats, "ROWS", tuple(rows))
+    monkeypatch.setattr(configs, "ROWS", tuple(rows))
     return {row.id: row for row in rows}
 
 
@@ -184,8 +184,8 @@ def test_an_ambiguous_pth_is_decided_by_its_hash(small_catalogue, tmp_path, monk
     assert len(weights.open(tmp_path / "w.pth").rows) == 2
     assert [r.dataset for r in weights.open(tmp_path / "w.pth").rows] == ["lvd1689m", "sat493m"]
     digest = weights.loading.cache.sha256_of(tmp_path / "w.pth")
-    known = tuple(replace(r, hash=digest[:8]) if r.dataset == "sat493m" else r for r in formats.ROWS)
-    monkeypatch.setattr(formats, "ROWS", known)
+    known = tuple(replace(r, hash=digest[:8]) if r.dataset == "sat493m" else r for r in configs.ROWS)
+    monkeypatch.setattr(configs, "ROWS", known)
     assert [r.dataset for r in weights.open(tmp_path / "w.pth").rows] == ["sat493m"]
 
 

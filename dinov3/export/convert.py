@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dinov3.errors import DinoError, did_you_mean
 from dinov3.models import ConvNeXtConfig, ViTConfig
-from dinov3.weights import cache, formats, loading
+from dinov3.weights import cache, configs, formats, loading
 from dinov3.weights.catalog import STATISTICS, Row
 
 LICENCE_URL = "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"
@@ -86,7 +86,7 @@ def convert(
 
     tensors, residue = formats.from_meta(state, to, config)
     if "rope_embed.periods" in residue:
-        exact = formats.exact_periods(config)
+        exact = configs.exact_periods(config)
         if exact is not None and not torch.equal(exact, residue["rope_embed.periods"].float()):
             notes.append(
                 f"{to} computes rope periods exactly, these weights hold rounded ones: its outputs differ by up to "
@@ -99,12 +99,12 @@ def convert(
         if to == "meta":
             _write_meta(work, tensors, row.id if row else _label(opened))
         elif to == "transformers":
-            _write_json(work / "config.json", formats.transformers_config(config) | {"dtype": _dtype_name(tensors)})
+            _write_json(work / "config.json", configs.transformers_config(config) | {"dtype": _dtype_name(tensors)})
             _write_json(work / "preprocessor_config.json", preprocessor_config(mean, std))
             _write_shards(work, tensors, max_shard_bytes)
         else:
             bias = any(k.endswith(".attn.q_bias") for k in tensors)
-            about = formats.timm_config(
+            about = configs.timm_config(
                 config, qkv_bias=bias, row=opened.rows[0] if opened.rows else None, mean=mean, std=std
             )
             _write_json(work / "config.json", about)

@@ -33,7 +33,7 @@ from dinov3.errors import DinoError, WeightsError, WeightsMismatch
 from dinov3.models import BackboneConfig
 from dinov3.parallel import full_state
 from dinov3.train.method import Network
-from dinov3.weights import formats
+from dinov3.weights import configs, formats
 from dinov3.weights.loading import OpenedWeights, publish, read
 
 HEADS = ("dino_head", "ibot_head")
@@ -118,7 +118,7 @@ def fill(network: Network, found: Found, config: BackboneConfig) -> list[str]:
     expected = network.backbone.state_dict()
     if expected.keys() != state.keys() or any(expected[k].shape != state[k].shape for k in expected):
         opened = found.opened or OpenedWeights(
-            state, "meta", formats.infer_config(state), (), found.source, Path(found.source)
+            state, "meta", configs.infer_config(state), (), found.source, Path(found.source)
         )
         raise WeightsMismatch(weights.explain_mismatch(config, opened))
     network.backbone.load_state_dict(state, strict=True)
@@ -203,7 +203,7 @@ def consolidate(source: str | os.PathLike[str], out: str | os.PathLike[str], con
     if out.suffix == ".pth":
         save_pth(state, out)
     elif out.suffix == ".safetensors":
-        shape = formats.infer_config(found.parts["backbone"])
+        shape = configs.infer_config(found.parts["backbone"])
         save_backbone(state, out, describe(config) if config is not None else {"config": dataclasses.asdict(shape)})
     else:
         raise DinoError(f"{out.name}: the ending says the form, .pth (with heads) or .safetensors (backbone alone)")

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from dinov3.errors import UnsafeFile, WeightsError, WeightsMismatch, did_you_mean, require
 from dinov3.models import BackboneConfig, ConvNeXtConfig, backbone
-from dinov3.weights import cache, formats
+from dinov3.weights import cache, configs, formats
 from dinov3.weights.catalog import Row, aliases
 
 RESIDUE_FILE = "dinov3_residue.safetensors"
@@ -133,9 +133,9 @@ def _understand(
     config_json = _json(beside / "config.json") if path.is_dir() or detected.form != "meta" else {}
     if config_json.get("model_type") == "chmv2":  # transformers' canopy model, of which the backbone is a part
         config_json = config_json.get("backbone_config") or {}
-    hints = dict(ours.get("config", {})) or formats.config_from_json(config_json)
+    hints = dict(ours.get("config", {})) or configs.config_from_json(config_json)
     notes: list[str] = []
-    if config_json and not formats.is_dinov3_json(config_json) and path.is_dir():
+    if config_json and not configs.is_dinov3_json(config_json) and path.is_dir():
         notes.append(f"config.json describes a {config_json.get('model_type', 'model of another kind')}; left aside")
         config_json = {}
 
@@ -149,8 +149,8 @@ def _understand(
             notes.append(f"{RESIDUE_FILE} put back what {detected.form} files cannot hold")
         else:
             notes.append(f"{RESIDUE_FILE} beside the file belongs to other weights; left aside")
-    config = formats.infer_config(state, hints)
-    rows = formats.fitting_rows(config, detected.form)
+    config = configs.infer_config(state, hints)
+    rows = configs.fitting_rows(config, detected.form)
     mean, std = (
         _statistics(beside, config_json, ours) if path.is_dir() or detected.form != "meta" or ours else (None,) * 2
     )
@@ -166,7 +166,7 @@ def _understand(
         )
     if rows and detected.form != "meta":
         state = formats.complete(state, rows[0].config)
-        config = formats.infer_config(state, hints)
+        config = configs.infer_config(state, hints)
     return OpenedWeights(
         state_dict=state,
         form=detected.form,
@@ -502,7 +502,7 @@ def explain_mismatch(config: BackboneConfig, opened: OpenedWeights, asked: Seque
     state = opened.state_dict if opened.form == "meta" else formats.complete(opened.state_dict, config)
     with torch.device("meta"):
         expected = backbone(config).state_dict()
-    asked = asked or formats.fitting_rows(config, "meta")
+    asked = asked or configs.fitting_rows(config, "meta")
     seems = " or ".join(r.id for r in opened.rows) or _words(opened.config)
     lines = [
         f"{shown(opened.source)} does not fit the model asked for",
