@@ -21,8 +21,11 @@ from dinov3.errors import DinoError, UnknownName
 from dinov3.models.vit import VisionTransformer, ViTConfig
 from dinov3.runlog import RunDir
 from dinov3.train import distill as module
-from dinov3.train.distill import Distillation, DistillConfig, Standardised, difference, distill, relations_loss
+from dinov3.train import distill_batches as batches
+from dinov3.train import pupils
+from dinov3.train.distill import Distillation, DistillConfig, distill
 from dinov3.train.inherit import awaken_last, inherit_dinov2, ridge, slow_first
+from dinov3.train.pupils import Standardised, difference, relations_loss
 from dinov3.train.teachers import MobileNetV2, Pictures, TargetCache, Targets, TeacherLine, Views, open_teacher
 from dinov3.weights import catalog, loading, save
 
@@ -254,7 +257,7 @@ def test_the_losses_are_what_their_names_say() -> None:
 
 def test_colours_are_changed_as_defined_step_by_step() -> None:
     pixels = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8)
-    x, turned = module.distorted(pixels, torch.Generator().manual_seed(3))
+    x, turned = batches.distorted(pixels, torch.Generator().manual_seed(3))
     rng = torch.Generator().manual_seed(3)
     assert torch.equal(turned, torch.rand(16, generator=rng) < 0.5)
     greyed, saturation, contrast, light = (torch.rand(16, 1, 1, 1, generator=rng) for _ in range(4))
@@ -268,7 +271,7 @@ def test_colours_are_changed_as_defined_step_by_step() -> None:
 
 def test_mirrored_pixels_get_mirrored_targets() -> None:
     pixels = torch.arange(4 * 3 * 4 * 4, dtype=torch.uint8).reshape(4, 3, 4, 4)
-    x, turned = module.distorted(pixels, torch.Generator().manual_seed(1))
+    x, turned = batches.distorted(pixels, torch.Generator().manual_seed(1))
     assert turned.any()
     assert not turned.all()
     assert x.shape == pixels.shape
@@ -277,7 +280,7 @@ def test_mirrored_pixels_get_mirrored_targets() -> None:
         signs = (kept.float().mean(0).diff(dim=-1) > 0) == (x[i].float().mean(0).diff(dim=-1) > 0)
         assert signs.float().mean() > 0.8
     said = Targets(torch.randn(4, 5), torch.randn(4, 2, 3, 5))
-    for i, (was, now) in enumerate(zip(said.patches, module.mirrored(said, turned).patches, strict=True)):
+    for i, (was, now) in enumerate(zip(said.patches, batches.mirrored(said, turned).patches, strict=True)):
         assert torch.equal(now, was.flip(1) if turned[i] else was)
 
 
@@ -312,7 +315,7 @@ def three_steps(config: DistillConfig, out: str) -> tuple[dict[str, torch.Tensor
     """(the student's weights as exported, the run's records, shards of the cache this process had computed)."""
     catalog.ROWS = rows_with_a_tiny_one()  # the ranks are processes of their own
     catalog.aliases.cache_clear()
-    module.distorted = lambda pixels, rng: (pixels, torch.zeros(len(pixels), dtype=torch.bool))
+    batches.distorted = lambda pixels, rng: (pixels, torch.zeros(len(pixels), dtype=torch.bool))
     written: list[Path] = []
     write = loading.write_safetensors
 
@@ -343,7 +346,7 @@ def test_two_processes_learn_what_one_learns_of_the_whole_batch(
     start = save(awake, tmp_path / "start.safetensors")
     for path in list(folder.iterdir()):  # three batches of four in an epoch
         Image.open(path).rotate(90).save(folder / f"turned-{path.name}")
-    monkeypatch.setattr(module, "distorted", module.distorted)  # put back afterwards
+    monkeypatch.setattr(batches, "distorted", batches.distorted)  # put back afterwards
     monkeypatch.setattr(catalog, "ROWS", catalog.ROWS)
     try:
         state, records, shards = three_steps(settings("one"), str(tmp_path / "one"))
@@ -361,9 +364,9 @@ def test_two_processes_learn_what_one_learns_of_the_whole_batch(
 
 
 def test_a_batch_must_go_round(tiny_student, folder: Path, teacher_file: Path, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(module.distributed, "world", lambda group=None: 2)
+    monkeypatch.setattr(batches.distributed, "world", lambda group=None: 2)
     with pytest.raises(DinoError, match="3 pictures a batch do not go round 2 processes"):
-        module.Batches(config_for(folder, teacher_file), Pictures(open_source(folder)), Views(), [])
+        batches.Batches(config_for(folder, teacher_file), Pictures(open_source(folder)), Views(), [])
 
 
 def test_cached_and_online_runs_learn_the_same(tiny_student, folder: Path, teacher_file: Path, tmp_path) -> None:
@@ -516,7 +519,7 @@ def test_mixing_takes_whole_pixels_or_weighted_means_of_the_neighbour() -> None:
     other = pixels.roll(1, 0)
 
     def draw(**shares: float) -> torch.Tensor:
-        return module.mixed(pixels, shares, torch.Generator().manual_seed(5))
+        return batches.mixed(pixels, shares, torch.Generator().manual_seed(5))
 
     cut = draw(cutmix=1.0)
     assert ((cut == pixels) | (cut == other)).all()
@@ -533,7 +536,7 @@ def test_mixing_takes_whole_pixels_or_weighted_means_of_the_neighbour() -> None:
 
 def test_a_share_of_the_pictures_is_mixed() -> None:
     pixels = torch.tensor([0, 255] * 100, dtype=torch.uint8)[:, None, None, None].expand(200, 3, 8, 8).contiguous()
-    changed = module.mixed(pixels, {"mixup": 0.3}, torch.Generator().manual_seed(0)) != pixels
+    changed = batches.mixed(pixels, {"mixup": 0.3}, torch.Generator().manual_seed(0)) != pixels
     assert 0.15 < changed.flatten(1).any(1).float().mean() < 0.45
 
 
@@ -637,11 +640,11 @@ def test_an_isometry_keeps_angles_and_finds_the_rotation() -> None:
     x = torch.randn(400, 6)
     x = x - x.mean(0)
     turned = torch.linalg.qr(torch.randn(20, 6))[0]
-    W = module.isometry(x, 3 * x @ turned.T + 0.01 * torch.randn(400, 20))
+    W = pupils.isometry(x, 3 * x @ turned.T + 0.01 * torch.randn(400, 20))
     torch.testing.assert_close(W.T @ W, W.T.norm(dim=1).square().mean() * torch.eye(6), atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(W, 3 * turned, atol=0.05, rtol=0.05)
     with pytest.raises(DinoError, match="more than 6 pictures"):
-        module.isometry(x[:4], x[:4])
+        pupils.isometry(x[:4], x[:4])
 
 
 def test_an_isometric_projection_is_fitted_once_and_stays(tiny_student, tmp_path) -> None:

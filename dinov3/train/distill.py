@@ -31,10 +31,8 @@ Legend: B pictures, HW student patches, d student's width, D a teacher's width, 
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
@@ -43,7 +41,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -53,10 +50,12 @@ from dinov3.data.loaders import permuted
 from dinov3.data.sources import open_source
 from dinov3.data.transforms import Preprocessing
 from dinov3.errors import DinoError, UnknownName
-from dinov3.losses import LossTerms, resize_patches
+from dinov3.losses import LossTerms
 from dinov3.optim import ema_update, multipliers, warmup_cosine_v2
 from dinov3.runlog import RunDir
-from dinov3.train.inherit import awaken_last, ridge
+from dinov3.train.distill_batches import Batch, Batches, seed_of
+from dinov3.train.inherit import awaken_last
+from dinov3.train.pupils import Pupil, isometry
 from dinov3.train.teachers import OnlineTargets, Pictures, TargetCache, Targets, Teacher, Views, open_teacher
 from dinov3.weights import catalog, loading
 
@@ -143,246 +142,6 @@ class DistillConfig:
         falls = max(1, round(self.steps * float(share)))
         left = min(1.0, (self.steps - step) / falls)  # the total can be changed until the fall begins
         return min(1.0, step / max(1, warmup)) * (self.final_lr + (self.lr - self.final_lr) * left)
-
-
-# ---- one batch ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Batch:
-    """pixels uint8 [B, 3, s, s], as the student sees them · targets by teacher, without those that sit this view out; a
-    teacher's targets may be of the first pictures only."""
-
-    pixels: Tensor
-    targets: dict[int, Targets]
-
-
-class Batches:
-    """The batch of a step, whichever step is asked for; the next one is made while this one is used."""
-
-    def __init__(
-        self,
-        config: DistillConfig,
-        pictures: Pictures,
-        views: Views,
-        said: Sequence[TargetCache | OnlineTargets],
-        patch: int = 16,
-    ) -> None:
-        self.config, self.pictures, self.views, self.said, self.patch = config, pictures, views, said, patch
-        self.rank, world = distributed.rank(), distributed.world()
-        self.size = min(config.batch, len(pictures))
-        self.share = self.size // world  # this process's
-        if self.share * world != self.size or self.share < 2:
-            raise DinoError(
-                f"{self.size} pictures a batch do not go round {world} processes with two or more each: change --batch"
-            )
-        self.epoch_length = len(pictures) // self.size
-
-    def at(self, step: int) -> Batch:
-        epoch, place = divmod(step, self.epoch_length)
-        offsets = np.arange(place * self.size, (place + 1) * self.size)
-        indices = permuted(offsets, len(self.pictures), self.config.seed, epoch)
-        indices = indices[self.rank * self.share :][: self.share]
-        view, side = epoch % self.views.count, self.config.side(step)
-        online = {i: t for i, t in enumerate(self.said) if isinstance(t, OnlineTargets) and t.sees_students_pixels}
-        sides = {i: t.teacher.side(side // self.patch) for i, t in online.items()}
-        canvas = self.pictures.views(self.views, indices, view, max([side, *sides.values()]))
-        rng = torch.Generator().manual_seed(_seed(self.config.seed, step, self.rank))
-        canvas, turned = distorted(canvas, rng)
-        canvas = mixed(canvas, self.config.mixing(), rng)
-        targets = {}
-        for i, said in enumerate(self.said):
-            if i in online:
-                some = math.ceil(len(canvas) * said.teacher.line.share)
-                targets[i] = online[i].look(resized(canvas[:some], sides[i]))
-            elif view in said:
-                targets[i] = mirrored(said.read(indices, view), turned)
-        return Batch(resized(canvas, side), targets)
-
-    def between(self, first: int, last: int) -> Iterator[Batch]:
-        with ThreadPoolExecutor(1) as pool:
-            coming = pool.submit(self.at, first) if first < last else None
-            for step in range(first, last):
-                assert coming is not None
-                batch = coming.result()
-                coming = pool.submit(self.at, step + 1) if step + 1 < last else None
-                yield batch
-
-
-def distorted(pixels: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """uint8 [B, 3, s, s] → (mirrored by chance and mildly recoloured uint8, which were mirrored [B])."""
-    B = len(pixels)
-    turned = torch.rand(B, generator=rng) < 0.5
-    x = pixels.clone()
-    x[turned] = pixels[turned].flip(-1)
-    x = x.float()
-
-    def factor(spread: float) -> Tensor:
-        return 1 + spread * (2 * torch.rand(B, 1, 1, 1, generator=rng) - 1)
-
-    keep = torch.where(torch.rand(B, 1, 1, 1, generator=rng) < 0.1, torch.zeros(1), factor(0.3))  # 0: without colour
-    contrast, light = factor(0.3), factor(0.3)
-    grey = (0.299 * x[:, 0] + 0.587 * x[:, 1] + 0.114 * x[:, 2])[:, None]
-    mean = grey.mean((2, 3), keepdim=True)
-    # saturation grey + (x - grey)·keep, then contrast about the mean, then light: one linear map
-    x.mul_(keep * contrast * light).add_(grey * ((1 - keep) * contrast * light) + mean * ((1 - contrast) * light))
-    return x.round_().clamp_(0, 255).to(torch.uint8), turned
-
-
-def mirrored(said: Targets, turned: Tensor) -> Targets:
-    """Targets of the clean pictures for those that were mirrored: the map of patches turns with them."""
-    if said.patches is None:
-        return said
-    return Targets(said.cls, torch.where(turned[:, None, None, None], said.patches.flip(2), said.patches), said.logits)
-
-
-def mixed(pixels: Tensor, shares: Mapping[str, float], rng: torch.Generator) -> Tensor:
-    """uint8 [B, 3, s, s] → the same, some of them mixed with their neighbour in the batch.
-
-    cutmix (arXiv 1905.04899): a box of the neighbour, its area uniform, is pasted. mixup (arXiv 1710.09412): a weighted
-    mean, the weight uniform in 0 … 0.5. No label is mixed: the teacher looks at the outcome.
-    """
-    B, side = len(pixels), pixels.shape[-1]
-    if not shares:
-        return pixels
-    kind, amount, top, left = torch.rand(4, B, 1, 1, 1, generator=rng).unbind(0)
-    cut = kind < shares.get("cutmix", 0.0)
-    blend = ~cut & (kind < sum(shares.values()))
-    length = (side * amount.sqrt()).round()  # of the box's sides
-    top, left = ((side - length) * at for at in (top, left))
-    at = torch.arange(side)
-    y, x = at[:, None], at[None, :]
-    inside = (y >= top.floor()) & (y < top.floor() + length) & (x >= left.floor()) & (x < left.floor() + length)
-    weight = torch.where(blend, 0.5 * amount, (cut & inside).float())
-    some = (cut | blend).flatten().nonzero().flatten()
-    outcome = pixels.clone()
-    outcome[some] = torch.lerp(pixels[some].float(), pixels[some - 1].float(), weight[some]).round().to(torch.uint8)
-    return outcome
-
-
-def resized(pixels: Tensor, side: int) -> Tensor:
-    """uint8 [B, 3, s, s] → [B, 3, side, side]."""
-    if pixels.shape[-1] == side:
-        return pixels
-    rows = pixels.contiguous(memory_format=torch.channels_last)
-    return F.interpolate(rows, size=(side, side), mode="bicubic", antialias=True).contiguous()
-
-
-# ---- what is learned ------------------------------------------------------------------------------------------------
-
-
-class Standardised(nn.Module):
-    """Targets minus their mean, over their spread, per dimension: without it the strongest dimensions are all there is."""
-
-    def __init__(self, sample: Tensor) -> None:
-        super().__init__()
-        rows = sample.flatten(0, -2)
-        self.mean: Tensor
-        self.spread: Tensor
-        self.register_buffer("mean", rows.mean(0))
-        self.register_buffer("spread", rows.std(0).clamp_min(1e-3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x - self.mean) / self.spread
-
-
-class Pupil(nn.Module):
-    """What ties the student to one teacher: the projections of its tokens, and the scale of the targets."""
-
-    def __init__(self, teacher: Teacher, width: int, sample: Targets) -> None:
-        super().__init__()
-        self.line = teacher.line
-        self.scale_cls = Standardised(sample.cls)
-        self.cls = nn.Linear(width, sample.cls.shape[-1]).requires_grad_(not self.line.isometry)
-        if sample.patches is not None and self.line.patches:
-            self.scale_patches = Standardised(sample.patches)
-            self.patches = nn.Linear(width, sample.patches.shape[-1])
-        if sample.logits is not None and self.line.logits:
-            self.logits = nn.Linear(width, sample.logits.shape[-1])
-
-    @torch.no_grad()
-    def fit(self, cls: Tensor, patches: Tensor, said: Targets) -> None:
-        """The projections in closed form for what the student gives now: random ones would teach it noise at first."""
-        for name, x, targets in (
-            ("cls", cls, self.scale_cls(said.cls)),
-            ("patches", patches.flatten(0, 2), said.patches),
-            ("logits", cls, said.logits),
-        ):
-            layer = getattr(self, name, None)
-            if layer is None or targets is None:
-                continue
-            if name == "cls" and self.line.isometry:
-                layer.weight.copy_(isometry(x.float(), targets.float()))
-                layer.bias.zero_()
-                continue
-            if name == "patches":
-                targets = self.scale_patches(resized_grid(targets, (patches.shape[1], patches.shape[2]))).flatten(0, 2)
-            weight, bias = ridge(x.float(), targets.float(), strength=1e-2)
-            layer.weight.copy_(weight)
-            layer.bias.copy_(bias)
-
-    def terms(self, terms: LossTerms, name: str, cls: Tensor, patches: Tensor, targets: Targets) -> None:
-        """Adds this teacher's terms. cls [B, d] and patches [B, H, W, d] of the student, targets of the first pictures."""
-        cls, patches = cls[: len(targets.cls)], patches[: len(targets.cls)]
-        wanted = self.scale_cls(targets.cls)
-        if self.line.cls:
-            terms.add(f"{name}/cls", self.line.cls, difference(self.cls(cls), wanted))
-        if self.line.relations:
-            together = distributed.all_gather_with_gradient(cls), distributed.all_gather(wanted)
-            terms.add(f"{name}/relations", self.line.relations, relations_loss(*together))
-        if self.line.patches and targets.patches is not None:
-            grid = resized_grid(targets.patches, (patches.shape[1], patches.shape[2]))
-            terms.add(f"{name}/patches", self.line.patches, difference(self.patches(patches), self.scale_patches(grid)))
-        if self.line.logits and targets.logits is not None:
-            terms.add(f"{name}/logits", self.line.logits, softened_kl(self.logits(cls), targets.logits))
-
-
-def isometry(x: Tensor, target: Tensor) -> Tensor:
-    """[D, d]: the map of x [n, d] into the strongest directions of the targets [n, D] that keeps angles and comes nearest.
-
-    A student that learns through it has the teacher's angles in its own features, not in a projection that is thrown away.
-    """
-    d = x.shape[1]
-    _, spectrum, directions = torch.linalg.svd(target - target.mean(0), full_matrices=False)
-    strongest = directions[:d]
-    if len(strongest) < d or spectrum[d - 1] < 1e-6 * spectrum[0]:
-        raise DinoError(f"isometry needs more than {d} pictures and teachers of more than {d} dimensions")
-    aimed = target @ strongest.T
-    U, _, V = torch.linalg.svd(aimed.T @ (x - x.mean(0)), full_matrices=False)
-    scale = (aimed.square().mean() / x.square().mean()).sqrt()
-    return scale * strongest.T @ U @ V
-
-
-def resized_grid(patches: Tensor, to_hw: tuple[int, int]) -> Tensor:
-    """[B, h, w, D] → [B, H, W, D]."""
-    if tuple(patches.shape[1:3]) == to_hw:
-        return patches
-    smaller = resize_patches(patches.flatten(1, 2), to_hw, from_hw=(patches.shape[1], patches.shape[2]))
-    return smaller.unflatten(1, to_hw)
-
-
-def difference(x: Tensor, target: Tensor) -> Tensor:
-    """0.9 · (1 − cosine) + 0.1 · smooth L1, mean over all rows [..., D]."""
-    x, target = x.float(), target.float()
-    return 0.9 * (1 - F.cosine_similarity(x, target, dim=-1)).mean() + 0.1 * F.smooth_l1_loss(x, target)
-
-
-def softened_kl(x: Tensor, target: Tensor, temperature: float = 2.0) -> Tensor:
-    """KL(teacher ‖ student) of logits [B, K] at a temperature T, times T² (Hinton et al., arXiv 1503.02531)."""
-    p = F.log_softmax(target.float() / temperature, -1)
-    q = F.log_softmax(x.float() / temperature, -1)
-    return F.kl_div(q, p, reduction="batchmean", log_target=True) * temperature**2
-
-
-def relations_loss(x: Tensor, target: Tensor, temperature: float = 0.1) -> Tensor:
-    """KL between whom the teacher and whom the student finds alike within the batch; x [B, d], target [B, D]."""
-    itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
-
-    def rows(z: Tensor) -> Tensor:
-        z = F.normalize(z.float(), dim=-1)
-        return F.log_softmax((z @ z.T / temperature).masked_fill(itself, -1e4), dim=-1)
-
-    return F.kl_div(rows(x), rows(target), reduction="batchmean", log_target=True)
 
 
 # ---- the run --------------------------------------------------------------------------------------------------------
@@ -546,7 +305,7 @@ class Distillation:
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["rate"]
             optimizer.zero_grad(set_to_none=True)
-        torch.manual_seed(_seed(c.seed, step, self.batches.rank))  # what the student itself draws
+        torch.manual_seed(seed_of(c.seed, step, self.batches.rank))  # what the student itself draws
         terms = self.terms(batch)
         terms.total().backward()
         trained = [p for p in (*self.student.parameters(), *self.pupils.parameters()) if p.requires_grad]
@@ -613,11 +372,6 @@ class Distillation:
         state = self.average.state_dict()
         small = {k: v.half() if v.is_floating_point() and k != periods else v for k, v in state.items()}
         return loading.save(small, path or self.run.path / STUDENT, metadata)
-
-
-def _seed(seed: int, step: int, rank: int = 0) -> int:
-    sequence = np.random.SeedSequence((seed, step, rank) if rank else (seed, step))
-    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def _without_folders(line: str) -> str:
