@@ -11,8 +11,9 @@ from PIL import Image
 pytest.importorskip("lancedb")
 
 from dinov3.embedding import search as search_module
+from dinov3.embedding.schema import Row, StoreFacts
 from dinov3.embedding.search import Hit, IndexStatus, build_index, index_status, search, sheet
-from dinov3.embedding.store import EmbeddingStore, Row, StoreFacts
+from dinov3.embedding.store import EmbeddingStore
 from dinov3.errors import DinoError, StoreError, UnknownName
 
 D = 16

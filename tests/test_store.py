@@ -18,8 +18,10 @@ import pytest
 
 pytest.importorskip("lancedb")
 
+from dinov3.embedding import schema as schema_module
 from dinov3.embedding import store as store_module
-from dinov3.embedding.store import EmbeddingStore, Failure, Row, StoreFacts
+from dinov3.embedding.schema import Failure, Row, StoreFacts
+from dinov3.embedding.store import EmbeddingStore
 from dinov3.errors import MissingExtra, StoreError, UnknownName
 
 ROOT = Path(__file__).parents[1]
@@ -305,9 +307,9 @@ def test_a_table_of_somebody_else_and_a_newer_store_are_refused(tmp_path):
     lancedb.connect(tmp_path / "other").create_table("pictures", [{"path": "a"}])
     with pytest.raises(StoreError, match="not made by dinov3"):
         EmbeddingStore.open(tmp_path / "other")
-    schema = store_module._schema(FACTS)
-    about = json.loads(schema.metadata[store_module.FACTS_KEY]) | {"schema_version": 99, "colour": "new"}
-    schema = schema.with_metadata({store_module.FACTS_KEY: json.dumps(about)})
+    schema = schema_module.arrow_schema(FACTS)
+    about = json.loads(schema.metadata[schema_module.FACTS_KEY]) | {"schema_version": 99, "colour": "new"}
+    schema = schema.with_metadata({schema_module.FACTS_KEY: json.dumps(about)})
     lancedb.connect(tmp_path / "newer").create_table("pictures", schema=schema)
     with pytest.raises(StoreError, match="schema version 99, made by a newer dinov3"):
         EmbeddingStore.open(tmp_path / "newer")
@@ -432,10 +434,10 @@ def test_fragments_do_not_pile_up_and_compaction_leaves_one_version(store, monke
 
 
 def test_a_reader_whose_files_were_compacted_away_reads_again(store, monkeypatch):
-    connect = store_module._connect
+    connect = store_module.connect
     store.append(rows("a"))
     with monkeypatch.context() as patch:  # a reader that is always late, as one in the middle of a scan is
-        patch.setattr(store_module, "_connect", lambda uri, fresh=True: connect(uri, fresh=False))
+        patch.setattr(store_module, "connect", lambda uri, fresh=True: connect(uri, fresh=False))
         reader = EmbeddingStore.open(store.uri)
     store.append(rows("b"))
     store.compact()
@@ -460,7 +462,8 @@ WRITER = """
 import sys
 import numpy as np
 from dinov3.embedding import store as store_module
-from dinov3.embedding.store import EmbeddingStore, Failure, Row, StoreFacts
+from dinov3.embedding.schema import Failure, Row, StoreFacts
+from dinov3.embedding.store import EmbeddingStore
 import lancedb  # the slow import, before the clock starts
 store_module.FEWEST_FRAGMENTS = 4  # compactions, too, are to be killed
 uri, run, facts = sys.argv[1], int(sys.argv[2]), StoreFacts(model="tiny@1234", dim=8, preprocessing="s224")

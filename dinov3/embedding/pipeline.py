@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from dinov3.data.pictures import open_picture
 from dinov3.data.sources import Item, Source
 from dinov3.data.transforms import Geometry, Preprocessing
+from dinov3.embedding.schema import Failure, PatchPrecision, Row, StoreFacts
 from dinov3.embedding.search import EXACT_LIMIT, build_index
-from dinov3.embedding.store import EmbeddingStore, Failure, PatchPrecision, Row, StoreFacts
+from dinov3.embedding.store import EmbeddingStore
 from dinov3.errors import DinoError, PictureError
 from dinov3.features import Features, extract
 from dinov3.weights import catalog

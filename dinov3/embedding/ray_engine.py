@@ -23,7 +23,8 @@ from torch import nn
 from dinov3.data.sources import Item, Source
 from dinov3.data.transforms import Preprocessing
 from dinov3.embedding.pipeline import Ahead, Embedder, Report, auto_batch, batches_by_size, finish, todo, write
-from dinov3.embedding.store import EmbeddingStore, Failure, PatchPrecision, Row
+from dinov3.embedding.schema import Failure, PatchPrecision, Row
+from dinov3.embedding.store import EmbeddingStore
 from dinov3.errors import require
 
 ITEMS_A_TASK = 64  # pictures a worker takes at a time: also what a killed worker repeats

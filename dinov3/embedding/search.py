@@ -29,7 +29,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from dinov3.embedding.store import EmbeddingStore, as_matrix
+from dinov3.embedding.schema import as_matrix
+from dinov3.embedding.store import EmbeddingStore
 from dinov3.errors import StoreError
 
 EXACT_LIMIT = 200_000  # rows; about 0.2 s for one query of D = 384

@@ -20,32 +20,46 @@ Shapes: D width of the vector, h × w grid of patches, P width of a patch's feat
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import math
 import os
 import re
-import socket
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dinov3.errors import StoreError, UnknownName, did_you_mean, require
+from dinov3.embedding.place import (
+    FAILED,
+    LOCK,
+    PICTURES,
+    Lock,
+    connect,
+    first_line,
+    has_table,
+    place_of,
+    refuse_damaged,
+    saying,
+)
+from dinov3.embedding.schema import (
+    Failure,
+    Row,
+    StoreFacts,
+    arrow_schema,
+    as_matrix,
+    decode_patches,
+    encode_patches,
+    facts_of,
+    failed_schema,
+    patch_columns,
+)
+from dinov3.errors import StoreError, UnknownName, did_you_mean
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-SCHEMA_VERSION = 1
-FACTS_KEY = b"dinov3.store"  # in the table's schema metadata: schema version and StoreFacts as JSON
-PICTURES, FAILED, LOCK = "pictures", "failed", ".writer.lock"
 
 # Every commit adds a fragment, and every commit rewrites the manifest that lists them all (about 80 bytes each).
 # Compacting merges fragments but rewrites the rows. Compacting once F fragments are loose costs as much as the
@@ -54,8 +68,6 @@ PICTURES, FAILED, LOCK = "pictures", "failed", ".writer.lock"
 MANIFEST_BYTES_PER_FRAGMENT = 80
 FEWEST_FRAGMENTS = 256
 KEEP_OLD_VERSIONS = timedelta(minutes=1)  # during a job: a reader in the middle of a scan still finds its files
-
-PatchPrecision = Literal["none", "float16", "float32", "int8"]
 
 # What two runs must share to write into one store, and the option a person would change.
 _IDENTITY = {
@@ -70,65 +82,10 @@ _IDENTITY = {
 }
 
 
-@dataclass(frozen=True)
-class StoreFacts:
-    """What is true of every row of a store.
-
-    `model` is an id that changes with the weights' content; `model_name` and `weights` are what loads the model again
-    for a search (they may change without making the store another one), as `preprocessing_json` rebuilds the transform.
-    """
-
-    model: str  # "dinov3_vits16_lvd1689m@<fingerprint>"
-    dim: int  # D
-    preprocessing: str  # short id
-    preprocessing_json: str = "{}"
-    model_name: str = ""
-    weights: str = ""
-    pooling: str = "cls"
-    layer: int = -1
-    normed: bool = True
-    vector_dtype: Literal["float32", "float16"] = "float32"
-    patches: PatchPrecision = "none"
-    patch_dim: int = 0  # width of the patches where the vector is wider (cls and mean side by side); 0: as the vector
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "patch_dim", self.patch_dim or self.dim)
-        if self.dim < 1:
-            raise StoreError(f"a store needs vectors of at least one number, not dim = {self.dim}")
-        for name, allowed in (
-            ("vector_dtype", ("float32", "float16")),
-            ("patches", ("none", "float16", "float32", "int8")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise StoreError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One embedded picture; the store adds model and preprocessing, which are the same for all."""
-
-    path: str
-    content_hash: str  # sha256 of the picture's bytes, hex
-    stamp: str  # the source's cheap change detector, e.g. size and time of modification
-    width: int  # original upright pixels
-    height: int
-    vector: np.ndarray  # [D]
-    patches: np.ndarray | None = None  # [h, w, P], exactly where the store keeps patches
-
-
-@dataclass(frozen=True)
-class Failure:
-    """One picture that could not be embedded; kept so that the next run need not try it again."""
-
-    path: str
-    stamp: str
-    reason: str
-
-
 class EmbeddingStore:
     """A table of embedded pictures, unique by path. Made by `create`, `open` or `open_or_create`; a context manager."""
 
-    def __init__(self, uri: str, database: Any, table: Any, facts: StoreFacts, lock: _Lock | None) -> None:
+    def __init__(self, uri: str, database: Any, table: Any, facts: StoreFacts, lock: Lock | None) -> None:
         self.uri, self.facts = uri, facts
         self._database, self._table, self._failed_table, self._lock = database, table, None, lock
         self._pen: Any = None  # the writer's handle on the table, see _claim
@@ -141,12 +98,12 @@ class EmbeddingStore:
     @classmethod
     def create(cls, uri: str | os.PathLike[str], about: StoreFacts) -> EmbeddingStore:
         """A new, empty store, open for writing; refuses a place that already holds one, or other files."""
-        uri, folder = _place(uri)
+        uri, folder = place_of(uri)
         lock = None
         if folder is not None:
             if folder.exists() and not folder.is_dir():
                 raise StoreError(f"{uri} is a file; an embedding store needs a folder of its own")
-            _refuse_damaged(uri, folder)
+            refuse_damaged(uri, folder)
             if folder.is_dir() and not (folder / f"{PICTURES}.lance").is_dir():
                 foreign = sorted(p.name for p in folder.iterdir() if p.name[0] != "." and p.name != f"{FAILED}.lance")
                 if foreign:
@@ -157,14 +114,14 @@ class EmbeddingStore:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise StoreError(f"cannot make the folder {uri}: {error.strerror}") from error
-            lock = _Lock(uri, folder / LOCK)
+            lock = Lock(uri, folder / LOCK)
         try:
-            database = _connect(uri)
-            if _has_table(database, uri):
+            database = connect(uri)
+            if has_table(database, uri):
                 raise StoreError(f"{uri} already holds an embedding store; open it, or give another --out")
-            with _saying(f"cannot create a store at {uri}"):
+            with saying(f"cannot create a store at {uri}"):
                 # The one commit that makes a store. Killed before it: no store. Killed after it: a complete, empty one.
-                table = database.create_table(PICTURES, schema=_schema(about))
+                table = database.create_table(PICTURES, schema=arrow_schema(about))
         except BaseException:
             if lock:
                 lock.release()
@@ -174,7 +131,7 @@ class EmbeddingStore:
     @classmethod
     def open(cls, uri: str | os.PathLike[str]) -> EmbeddingStore:
         """An existing store, for reading; its first write takes the lock."""
-        uri, folder = _place(uri)
+        uri, folder = place_of(uri)
         if folder is not None:
             if not folder.exists():
                 raise StoreError(
@@ -182,16 +139,16 @@ class EmbeddingStore:
                 )
             if not (folder / f"{PICTURES}.lance").is_dir():
                 raise StoreError(f"{uri} is not an embedding store (it has no table {PICTURES!r})")
-            _refuse_damaged(uri, folder)
-        database = _connect(uri)
-        if not _has_table(database, uri):
+            refuse_damaged(uri, folder)
+        database = connect(uri)
+        if not has_table(database, uri):
             raise StoreError(
                 f"there is no embedding store at {uri} (or its creation was interrupted); embed into it first"
             )
-        with _saying(f"the store at {uri} cannot be opened, it may be damaged"):
+        with saying(f"the store at {uri} cannot be opened, it may be damaged"):
             table = database.open_table(PICTURES)
             schema = table.schema
-        return cls(uri, database, table, _facts_of(schema, uri), None)
+        return cls(uri, database, table, facts_of(schema, uri), None)
 
     @classmethod
     def open_or_create(cls, uri: str | os.PathLike[str], about: StoreFacts) -> EmbeddingStore:
@@ -199,12 +156,12 @@ class EmbeddingStore:
 
         `StoreError` if it holds embeddings of another kind; one whose creation was cut short is completed.
         """
-        uri, folder = _place(uri)
+        uri, folder = place_of(uri)
         if folder is not None and not (folder / f"{PICTURES}.lance").is_dir():
             return cls.create(uri, about)
         if folder is not None:
-            _refuse_damaged(uri, folder)
-        if not _has_table(_connect(uri), uri):
+            refuse_damaged(uri, folder)
+        if not has_table(connect(uri), uri):
             return cls.create(uri, about)
         store = cls.open(uri)
         for name, way_out in _IDENTITY.items():
@@ -267,7 +224,7 @@ class EmbeddingStore:
         failed = self._failed(create=False)
         if failed is None:
             return []
-        with _saying(f"cannot read the failures of {self.uri}"):
+        with saying(f"cannot read the failures of {self.uri}"):
             return [Failure(**row) for row in failed.search().to_arrow().to_pylist()]
 
     def rows(self, columns: Sequence[str] | None = None, where: str | None = None) -> pa.Table:
@@ -290,19 +247,19 @@ class EmbeddingStore:
         """The patch features of these pictures as float32 [h, w, P], whatever precision they are kept in."""
         if self.facts.patches == "none":
             raise StoreError(f"the store at {self.uri} keeps no patch features; embed into another --out with patches")
-        kept = ["path", *_patch_columns(self.facts)]
+        kept = ["path", *patch_columns(self.facts)]
         found: dict[str, dict[str, Any]] = {}
         for some in _chunks(list(paths), 1000):
             found |= {row["path"]: row for row in self.rows(kept, f"path IN ({_quoted(some)})").to_pylist()}
         for path in paths:
             if path not in found:
                 raise UnknownName(f"the store at {self.uri} has no picture {path!r}{did_you_mean(path, found)}")
-        return [_decode_patches(found[path], self.facts) for path in paths]
+        return [decode_patches(found[path], self.facts) for path in paths]
 
     def read(self, ask: Callable[[Any], Any], where: str | None = None) -> Any:
         """`ask(table)`, once more if it fails on files that a compaction deleted meanwhile; errors are sentences."""
         what = f"the filter {where!r} cannot be used" if where else f"cannot read the store at {self.uri}"
-        with _saying(what, self._names_for_errors):
+        with saying(what, self._names_for_errors):
             try:
                 return ask(self.table)
             except (RuntimeError, OSError) as error:
@@ -332,7 +289,7 @@ class EmbeddingStore:
         for row in rows:
             if row.path in self._paths:
                 raise StoreError(f"{row.path!r} is in the store at {self.uri} already; replace it instead of appending")
-        with _saying(f"cannot write to the store at {self.uri}"):
+        with saying(f"cannot write to the store at {self.uri}"):
             pen.add(table)
         self._paths.update(row.path for row in rows)
         self._committed(table.nbytes)
@@ -343,7 +300,7 @@ class EmbeddingStore:
             return
         pen = self._claim()
         table = self._arrow(rows)
-        with _saying(f"cannot write to the store at {self.uri}"):
+        with saying(f"cannot write to the store at {self.uri}"):
             pen.merge_insert("path").when_matched_update_all().when_not_matched_insert_all().execute(table)
         if self._paths is not None:
             self._paths.update(row.path for row in rows)
@@ -354,7 +311,7 @@ class EmbeddingStore:
         pen = self._claim()
         paths, removed = list(paths), 0
         for some in _chunks(paths, 1000):
-            with _saying(f"cannot remove rows from the store at {self.uri}"):
+            with saying(f"cannot remove rows from the store at {self.uri}"):
                 removed += int(pen.delete(f"path IN ({_quoted(some)})").num_deleted_rows)
         if self._paths is not None:
             self._paths.difference_update(paths)
@@ -368,8 +325,8 @@ class EmbeddingStore:
             return
         self._claim()
         latest = {failure.path: dataclasses.asdict(failure) for failure in failures}
-        table = pa.Table.from_pylist(list(latest.values()), schema=_failed_schema())
-        with _saying(f"cannot record failures in {self.uri}"):
+        table = pa.Table.from_pylist(list(latest.values()), schema=failed_schema())
+        with saying(f"cannot record failures in {self.uri}"):
             failed = self._failed(create=True)
             failed.merge_insert("path").when_matched_update_all().when_not_matched_insert_all().execute(table)
 
@@ -378,7 +335,7 @@ class EmbeddingStore:
         self._claim()
         failed = self._failed(create=False)
         for some in _chunks(list(paths), 1000) if failed is not None else ():
-            with _saying(f"cannot clear failures in {self.uri}"):
+            with saying(f"cannot clear failures in {self.uri}"):
                 failed.delete(f"path IN ({_quoted(some)})")
 
     def add_column(self, name: str, values: Mapping[str, Any] | Callable[[str], Any] | str) -> None:
@@ -395,7 +352,7 @@ class EmbeddingStore:
         if name in self.columns:
             raise StoreError(f"the store at {self.uri} has a column {name!r} already; change it with set_metadata")
         if isinstance(values, str):
-            with _saying(f"cannot compute column {name!r} from {values!r}", self._names_for_errors):
+            with saying(f"cannot compute column {name!r} from {values!r}", self._names_for_errors):
                 pen.add_columns({name: values})
                 self._let_columns_be_empty(pen)
             return
@@ -405,11 +362,11 @@ class EmbeddingStore:
             by_path = dict(values)
         else:
             by_path = {path: values(path) for path in paths}
-        with _saying(f"the values of column {name!r} do not share a type that can be stored"):
+        with saying(f"the values of column {name!r} do not share a type that can be stored"):
             array = pa.array(list(by_path.values()))
         if pa.types.is_null(array.type):
             raise StoreError(f"column {name!r} would hold no value at all; give at least one")
-        with _saying(f"cannot add column {name!r} to {self.uri}"):
+        with saying(f"cannot add column {name!r} to {self.uri}"):
             pen.add_columns(pa.field(name, array.type))
             self._update(pa.table({"path": pa.array(list(by_path), pa.string()), name: array}))
 
@@ -419,7 +376,7 @@ class EmbeddingStore:
 
         self._claim()
         schema = self.table.schema
-        ours = set(_schema(self.facts).names)
+        ours = set(arrow_schema(self.facts).names)
         names = list(dict.fromkeys(name for row in values.values() for name in row))
         self.check_columns(names)
         for name in names:
@@ -431,13 +388,13 @@ class EmbeddingStore:
         self._refuse_unknown(values, now["path"].to_pylist())
         rows = [row | dict(values[row["path"]]) for row in now.to_pylist() if row["path"] in values]
         wanted = pa.schema([schema.field(name) for name in ("path", *names)])
-        with _saying(f"cannot set {', '.join(names)}: a value does not fit the column's type"):
+        with saying(f"cannot set {', '.join(names)}: a value does not fit the column's type"):
             self._update(pa.Table.from_pylist(rows, schema=wanted))
 
     def write(self, what: str, act: Callable[[Any], Any]) -> Any:
         """`act(table)` as the writer, for what this class does not do; `what` begins the sentence if it fails."""
         pen = self._claim()
-        with _saying(what, self._names_for_errors):
+        with saying(what, self._names_for_errors):
             return act(pen)
 
     def compact(self) -> None:
@@ -461,10 +418,10 @@ class EmbeddingStore:
         """
         self.table  # noqa: B018  # refuses in a forked child
         if self._pen is None:
-            if self._lock is None and (folder := _place(self.uri)[1]) is not None:
-                self._lock = _Lock(self.uri, folder / LOCK)
-            with _saying(f"cannot read the store at {self.uri}"):
-                pen = _connect(self.uri, fresh=False).open_table(PICTURES)
+            if self._lock is None and (folder := place_of(self.uri)[1]) is not None:
+                self._lock = Lock(self.uri, folder / LOCK)
+            with saying(f"cannot read the store at {self.uri}"):
+                pen = connect(self.uri, fresh=False).open_table(PICTURES)
                 self._let_columns_be_empty(pen)  # mends an add_column that was killed half-way
                 stats = pen.stats()
             self._bytes, self._loose = stats["total_bytes"], stats["fragment_stats"]["num_small_fragments"]
@@ -479,7 +436,7 @@ class EmbeddingStore:
 
     def _compact(self, keep: timedelta) -> None:
         pen = self._claim()
-        with _saying(f"cannot compact the store at {self.uri}"), warnings.catch_warnings():
+        with saying(f"cannot compact the store at {self.uri}"), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that readers of old versions fail: they try again
             for table in (pen, self._failed(create=False)):
                 if table is not None:
@@ -489,17 +446,17 @@ class EmbeddingStore:
     def _failed(self, create: bool) -> Any:
         self.table  # noqa: B018  # refuses in a forked child
         if self._failed_table is None:
-            if _has_table(self._database, self.uri, FAILED):
+            if has_table(self._database, self.uri, FAILED):
                 self._failed_table = self._database.open_table(FAILED)
             elif create:
-                self._failed_table = self._database.create_table(FAILED, schema=_failed_schema())
+                self._failed_table = self._database.create_table(FAILED, schema=failed_schema())
         return self._failed_table
 
     def _arrow(self, rows: Sequence[Row]) -> pa.Table:
         """Rows as a table of the store's own columns, after everything that can be wrong with them was looked for."""
         import pyarrow as pa
 
-        facts, schema = self.facts, _schema(self.facts)
+        facts, schema = self.facts, arrow_schema(self.facts)
         twice = _first_repeated(row.path for row in rows)
         if twice is not None:
             raise StoreError(f"{twice!r} comes twice in one batch; a store holds each path once")
@@ -517,12 +474,12 @@ class EmbeddingStore:
         columns["model"] = [facts.model] * len(rows)
         columns["preprocessing"] = [facts.preprocessing] * len(rows)
         columns["vector"] = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), facts.dim)
-        encoded = [_encode_patches(row, facts) for row in rows]
-        columns |= {name: [patches[name] for patches in encoded] for name in _patch_columns(facts)}
+        encoded = [encode_patches(row, facts) for row in rows]
+        columns |= {name: [patches[name] for patches in encoded] for name in patch_columns(facts)}
         try:
             return pa.table(columns, schema=schema)
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise StoreError(f"these rows do not fit the store at {self.uri}: {_first_line(error)}") from error
+            raise StoreError(f"these rows do not fit the store at {self.uri}: {first_line(error)}") from error
 
     def _update(self, table: pa.Table) -> None:
         """Overwrites the given columns of the given paths."""
@@ -531,7 +488,7 @@ class EmbeddingStore:
 
     def _let_columns_be_empty(self, table: Any) -> None:
         """An SQL expression without nulls makes a NOT NULL column; pictures without a value could not be added."""
-        ours = set(_schema(self.facts).names)
+        ours = set(arrow_schema(self.facts).names)
         for field in table.schema:
             if field.name not in ours and not field.nullable:
                 table.alter_columns({"path": field.name, "nullable": True})
@@ -541,211 +498,6 @@ class EmbeddingStore:
         for path in paths:
             if path not in known:
                 raise UnknownName(f"the store at {self.uri} has no picture {path!r}{did_you_mean(path, known)}")
-
-
-def as_matrix(column: Any, dim: int) -> np.ndarray:
-    """An Arrow column of vectors as float32 [N, D]."""
-    flat = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
-    return (np.concatenate(flat) if flat else np.empty(0)).astype(np.float32, copy=False).reshape(-1, dim)
-
-
-# ------------------------------------------------------------------------------------------------ schema and patches
-
-
-def _schema(facts: StoreFacts) -> pa.Schema:
-    import pyarrow as pa
-
-    number = {"float16": pa.float16(), "float32": pa.float32()}[facts.vector_dtype]
-    types: dict[str, Any] = {
-        "path": pa.string(),
-        "content_hash": pa.string(),
-        "stamp": pa.string(),
-        "width": pa.int32(),
-        "height": pa.int32(),
-        "model": pa.string(),
-        "preprocessing": pa.string(),
-        "vector": pa.list_(number, facts.dim),
-        "patches": pa.large_binary(),  # [h, w, P] little-endian; h and w differ from picture to picture
-        "grid_h": pa.int32(),
-        "grid_w": pa.int32(),
-        "patches_scale": pa.float32(),  # int8 only: value = number · scale
-    }
-    kept = [name for name in types if name not in _ALL_PATCH_COLUMNS or name in _patch_columns(facts)]
-    about = json.dumps({"schema_version": SCHEMA_VERSION, **dataclasses.asdict(facts)}).encode()
-    return pa.schema([pa.field(name, types[name], nullable=False) for name in kept], metadata={FACTS_KEY: about})
-
-
-def _failed_schema() -> pa.Schema:
-    import pyarrow as pa
-
-    return pa.schema([pa.field(field.name, pa.string(), nullable=False) for field in dataclasses.fields(Failure)])
-
-
-_ALL_PATCH_COLUMNS = ("patches", "grid_h", "grid_w", "patches_scale")
-
-
-def _patch_columns(facts: StoreFacts) -> tuple[str, ...]:
-    return {"none": (), "int8": _ALL_PATCH_COLUMNS}.get(facts.patches, _ALL_PATCH_COLUMNS[:3])
-
-
-def _facts_of(schema: pa.Schema, uri: str) -> StoreFacts:
-    written = (schema.metadata or {}).get(FACTS_KEY)
-    if written is None:
-        raise StoreError(
-            f"the database at {uri} was not made by dinov3: its table {PICTURES!r} does not say what it holds"
-        )
-    try:
-        about = json.loads(written)
-        version = int(about.pop("schema_version"))
-        if version > SCHEMA_VERSION:
-            raise StoreError(
-                f"the store at {uri} has schema version {version}, made by a newer dinov3; "
-                f"this one reads up to {SCHEMA_VERSION}: upgrade it"
-            )
-        return StoreFacts(**about)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(
-            f"the store at {uri} is damaged: what it says about itself cannot be read ({error})"
-        ) from error
-
-
-def _encode_patches(row: Row, facts: StoreFacts) -> dict[str, Any]:
-    if facts.patches == "none":
-        if row.patches is not None:
-            raise StoreError(f"patches came with {row.path!r}, but the store was created without them")
-        return {}
-    shape = np.shape(row.patches) if row.patches is not None else None
-    if shape is None or len(shape) != 3 or shape[2] != facts.patch_dim:
-        raise StoreError(f"the patches of {row.path!r} have shape {shape}, expected (h, w, {facts.patch_dim})")
-    values = np.asarray(row.patches, dtype=np.float32)
-    if not np.isfinite(values).all():
-        raise StoreError(f"the patches of {row.path!r} hold an infinite number or one that is none")
-    scale = 1.0
-    if facts.patches == "int8":
-        scale = float(np.abs(values).max(initial=0.0)) / 127 or 1.0
-        kept = np.rint(values / scale).astype(np.int8)
-    else:
-        with np.errstate(over="ignore"):
-            kept = values.astype({"float16": "<f2", "float32": "<f4"}[facts.patches])
-        if not np.isfinite(kept).all():
-            raise StoreError(f"the patches of {row.path!r} are too large for {facts.patches}")
-    return {"patches": kept.tobytes(), "grid_h": shape[0], "grid_w": shape[1], "patches_scale": scale}
-
-
-def _decode_patches(row: Mapping[str, Any], facts: StoreFacts) -> np.ndarray:
-    kind = {"float16": "<f2", "float32": "<f4", "int8": "i1"}[facts.patches]
-    kept = np.frombuffer(row["patches"], dtype=kind).astype(np.float32)
-    return kept.reshape(row["grid_h"], row["grid_w"], facts.patch_dim) * np.float32(row.get("patches_scale", 1.0))
-
-
-# ---------------------------------------------------------------------------------------------------- place and lock
-
-
-class _Lock:
-    """The right to write, held until `release` or the end of the process, however it ends."""
-
-    def __init__(self, uri: str, path: Path) -> None:
-        self._file: int | None = None
-        self._pid = os.getpid()
-        try:
-            import fcntl
-        except ModuleNotFoundError:  # Windows
-            return
-        try:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise StoreError(f"cannot write to {uri}: {error.strerror}") from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.read(self._file, 200).decode(errors="replace").strip() or "another process"
-            self.release()
-            raise StoreError(f"{holder} is writing to the store at {uri}; wait for it, or give another --out") from None
-        os.ftruncate(self._file, 0)
-        os.write(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        # A forked child would share the lock and keep it after this process is dead.
-        this = weakref.ref(self)
-
-        def let_go() -> None:
-            if lock := this():
-                lock.release()
-
-        os.register_at_fork(after_in_child=let_go)
-
-    def release(self) -> None:
-        if self._file is not None:
-            if os.getpid() == self._pid:
-                import fcntl
-
-                # A child forked a moment ago may not have closed its copy yet, and closing ours alone would leave it
-                # the lock. In the child, unlocking would take the lock from its parent.
-                fcntl.flock(self._file, fcntl.LOCK_UN)
-            os.close(self._file)
-        self._file = None
-
-    __del__ = release
-
-
-def _place(uri: str | os.PathLike[str]) -> tuple[str, Path | None]:
-    """(uri, folder), the folder None on object storage."""
-    text = os.fspath(uri)
-    if text.startswith("file://"):
-        text = text[len("file://") :]
-    return text, (None if "://" in text else Path(text))
-
-
-def _refuse_damaged(uri: str, folder: Path) -> None:
-    """Data without any version is a table that lost its manifests: LanceDB calls it absent and would write over it.
-
-    A store whose creation was cut short has no data, for it is created empty; its remains are left to LanceDB.
-    """
-    table = folder / f"{PICTURES}.lance"
-    if not any((table / "_versions").glob("*.manifest")) and any((table / "data").glob("*")):
-        raise StoreError(
-            f"the store at {uri} is damaged: it has data but no version of its table; restore it or delete it"
-        )
-
-
-def _connect(uri: str, fresh: bool = True) -> Any:
-    lancedb = require("lancedb", "search", "an embedding store")
-    require("pyarrow", "search", "an embedding store")
-    with _saying(f"cannot open {uri}"):
-        # Fresh: looks for a newer version before each question, and so sees every commit of the writer at once.
-        return lancedb.connect(uri, read_consistency_interval=timedelta(0) if fresh else None)
-
-
-def _has_table(database: Any, uri: str, name: str = PICTURES) -> bool:
-    """A table is there once it has a version; LanceDB also lists a folder whose creation was cut short."""
-    folder = _place(uri)[1]
-    if folder is not None:
-        return any((folder / f"{name}.lance" / "_versions").glob("*.manifest"))
-    with _saying(f"cannot open {uri}"):
-        return name in database.list_tables(limit=1000).tables
-
-
-# ------------------------------------------------------------------------------------------------------------- words
-
-
-@contextlib.contextmanager
-def _saying(what: str, columns: Callable[[], Sequence[str]] = tuple) -> Iterator[None]:
-    """LanceDB's errors, which are plain ValueErrors and RuntimeErrors of several lines, as one sentence of ours."""
-    try:
-        yield
-    except (ValueError, TypeError, RuntimeError, OSError, NotImplementedError) as error:
-        unknown = re.search(r"No field named ([^\s.]+)\.", str(error))
-        if unknown:
-            name = unknown[1].strip("`\"'")
-            known = columns()
-            near = did_you_mean(name, known)
-            raise UnknownName(f"{what}: unknown column {name!r}{near} (columns: {', '.join(known)})") from error
-        raise StoreError(f"{what}: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    """The part of a LanceDB message that says something: no source locations, no second line."""
-    text = str(error).split("\n")[0]
-    text = re.sub(r",? ?(location: )?/\S+\.rs:\d+:\d+.*$", "", text)
-    return re.sub(r"^(lance error: |Invalid input, |LanceError\(IO\): )+", "", text).strip() or type(error).__name__
 
 
 def _quoted(values: Iterable[str]) -> str:

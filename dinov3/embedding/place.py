@@ -1,0 +1,121 @@
+"""Where a store lies: its database, the right to write there, and LanceDB's errors in sentences of ours."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from dinov3.errors import StoreError, UnknownName, did_you_mean, require
+
+PICTURES, FAILED, LOCK = "pictures", "failed", ".writer.lock"
+
+
+class Lock:
+    """The right to write, held until `release` or the end of the process, however it ends."""
+
+    def __init__(self, uri: str, path: Path) -> None:
+        self._file: int | None = None
+        self._pid = os.getpid()
+        try:
+            import fcntl
+        except ModuleNotFoundError:  # Windows
+            return
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise StoreError(f"cannot write to {uri}: {error.strerror}") from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.read(self._file, 200).decode(errors="replace").strip() or "another process"
+            self.release()
+            raise StoreError(f"{holder} is writing to the store at {uri}; wait for it, or give another --out") from None
+        os.ftruncate(self._file, 0)
+        os.write(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        # A forked child would share the lock and keep it after this process is dead.
+        this = weakref.ref(self)
+
+        def let_go() -> None:
+            if lock := this():
+                lock.release()
+
+        os.register_at_fork(after_in_child=let_go)
+
+    def release(self) -> None:
+        if self._file is not None:
+            if os.getpid() == self._pid:
+                import fcntl
+
+                # A child forked a moment ago may not have closed its copy yet, and closing ours alone would leave it
+                # the lock. In the child, unlocking would take the lock from its parent.
+                fcntl.flock(self._file, fcntl.LOCK_UN)
+            os.close(self._file)
+        self._file = None
+
+    __del__ = release
+
+
+def place_of(uri: str | os.PathLike[str]) -> tuple[str, Path | None]:
+    """(uri, folder), the folder None on object storage."""
+    text = os.fspath(uri)
+    if text.startswith("file://"):
+        text = text[len("file://") :]
+    return text, (None if "://" in text else Path(text))
+
+
+def refuse_damaged(uri: str, folder: Path) -> None:
+    """Data without any version is a table that lost its manifests: LanceDB calls it absent and would write over it.
+
+    A store whose creation was cut short has no data, for it is created empty; its remains are left to LanceDB.
+    """
+    table = folder / f"{PICTURES}.lance"
+    if not any((table / "_versions").glob("*.manifest")) and any((table / "data").glob("*")):
+        raise StoreError(
+            f"the store at {uri} is damaged: it has data but no version of its table; restore it or delete it"
+        )
+
+
+def connect(uri: str, fresh: bool = True) -> Any:
+    lancedb = require("lancedb", "search", "an embedding store")
+    require("pyarrow", "search", "an embedding store")
+    with saying(f"cannot open {uri}"):
+        # Fresh: looks for a newer version before each question, and so sees every commit of the writer at once.
+        return lancedb.connect(uri, read_consistency_interval=timedelta(0) if fresh else None)
+
+
+def has_table(database: Any, uri: str, name: str = PICTURES) -> bool:
+    """A table is there once it has a version; LanceDB also lists a folder whose creation was cut short."""
+    folder = place_of(uri)[1]
+    if folder is not None:
+        return any((folder / f"{name}.lance" / "_versions").glob("*.manifest"))
+    with saying(f"cannot open {uri}"):
+        return name in database.list_tables(limit=1000).tables
+
+
+@contextlib.contextmanager
+def saying(what: str, columns: Callable[[], Sequence[str]] = tuple) -> Iterator[None]:
+    """LanceDB's errors, which are plain ValueErrors and RuntimeErrors of several lines, as one sentence of ours."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, OSError, NotImplementedError) as error:
+        unknown = re.search(r"No field named ([^\s.]+)\.", str(error))
+        if unknown:
+            name = unknown[1].strip("`\"'")
+            known = columns()
+            near = did_you_mean(name, known)
+            raise UnknownName(f"{what}: unknown column {name!r}{near} (columns: {', '.join(known)})") from error
+        raise StoreError(f"{what}: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The part of a LanceDB message that says something: no source locations, no second line."""
+    text = str(error).split("\n")[0]
+    text = re.sub(r",? ?(location: )?/\S+\.rs:\d+:\d+.*$", "", text)
+    return re.sub(r"^(lance error: |Invalid input, |LanceError\(IO\): )+", "", text).strip() or type(error).__name__

@@ -1,0 +1,169 @@
+"""What a store holds: its facts, its rows, and both as Arrow writes them.
+
+Shapes: D width of the vector, h × w grid of patches, P width of a patch's features, N rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from dinov3.embedding.place import PICTURES
+from dinov3.errors import StoreError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SCHEMA_VERSION = 1
+FACTS_KEY = b"dinov3.store"  # in the table's schema metadata: schema version and StoreFacts as JSON
+PatchPrecision = Literal["none", "float16", "float32", "int8"]
+_ALL_PATCH_COLUMNS = ("patches", "grid_h", "grid_w", "patches_scale")
+
+
+@dataclass(frozen=True)
+class StoreFacts:
+    """What is true of every row of a store.
+
+    `model` is an id that changes with the weights' content; `model_name` and `weights` are what loads the model again
+    for a search (they may change without making the store another one), as `preprocessing_json` rebuilds the transform.
+    """
+
+    model: str  # "dinov3_vits16_lvd1689m@<fingerprint>"
+    dim: int  # D
+    preprocessing: str  # short id
+    preprocessing_json: str = "{}"
+    model_name: str = ""
+    weights: str = ""
+    pooling: str = "cls"
+    layer: int = -1
+    normed: bool = True
+    vector_dtype: Literal["float32", "float16"] = "float32"
+    patches: PatchPrecision = "none"
+    patch_dim: int = 0  # width of the patches where the vector is wider (cls and mean side by side); 0: as the vector
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "patch_dim", self.patch_dim or self.dim)
+        if self.dim < 1:
+            raise StoreError(f"a store needs vectors of at least one number, not dim = {self.dim}")
+        for name, allowed in (
+            ("vector_dtype", ("float32", "float16")),
+            ("patches", ("none", "float16", "float32", "int8")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise StoreError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One embedded picture; the store adds model and preprocessing, which are the same for all."""
+
+    path: str
+    content_hash: str  # sha256 of the picture's bytes, hex
+    stamp: str  # the source's cheap change detector, e.g. size and time of modification
+    width: int  # original upright pixels
+    height: int
+    vector: np.ndarray  # [D]
+    patches: np.ndarray | None = None  # [h, w, P], exactly where the store keeps patches
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One picture that could not be embedded; kept so that the next run need not try it again."""
+
+    path: str
+    stamp: str
+    reason: str
+
+
+def arrow_schema(facts: StoreFacts) -> pa.Schema:
+    import pyarrow as pa
+
+    number = {"float16": pa.float16(), "float32": pa.float32()}[facts.vector_dtype]
+    types: dict[str, Any] = {
+        "path": pa.string(),
+        "content_hash": pa.string(),
+        "stamp": pa.string(),
+        "width": pa.int32(),
+        "height": pa.int32(),
+        "model": pa.string(),
+        "preprocessing": pa.string(),
+        "vector": pa.list_(number, facts.dim),
+        "patches": pa.large_binary(),  # [h, w, P] little-endian; h and w differ from picture to picture
+        "grid_h": pa.int32(),
+        "grid_w": pa.int32(),
+        "patches_scale": pa.float32(),  # int8 only: value = number · scale
+    }
+    kept = [name for name in types if name not in _ALL_PATCH_COLUMNS or name in patch_columns(facts)]
+    about = json.dumps({"schema_version": SCHEMA_VERSION, **dataclasses.asdict(facts)}).encode()
+    return pa.schema([pa.field(name, types[name], nullable=False) for name in kept], metadata={FACTS_KEY: about})
+
+
+def failed_schema() -> pa.Schema:
+    import pyarrow as pa
+
+    return pa.schema([pa.field(field.name, pa.string(), nullable=False) for field in dataclasses.fields(Failure)])
+
+
+def patch_columns(facts: StoreFacts) -> tuple[str, ...]:
+    return {"none": (), "int8": _ALL_PATCH_COLUMNS}.get(facts.patches, _ALL_PATCH_COLUMNS[:3])
+
+
+def facts_of(schema: pa.Schema, uri: str) -> StoreFacts:
+    written = (schema.metadata or {}).get(FACTS_KEY)
+    if written is None:
+        raise StoreError(
+            f"the database at {uri} was not made by dinov3: its table {PICTURES!r} does not say what it holds"
+        )
+    try:
+        about = json.loads(written)
+        version = int(about.pop("schema_version"))
+        if version > SCHEMA_VERSION:
+            raise StoreError(
+                f"the store at {uri} has schema version {version}, made by a newer dinov3; "
+                f"this one reads up to {SCHEMA_VERSION}: upgrade it"
+            )
+        return StoreFacts(**about)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(
+            f"the store at {uri} is damaged: what it says about itself cannot be read ({error})"
+        ) from error
+
+
+def encode_patches(row: Row, facts: StoreFacts) -> dict[str, Any]:
+    if facts.patches == "none":
+        if row.patches is not None:
+            raise StoreError(f"patches came with {row.path!r}, but the store was created without them")
+        return {}
+    shape = np.shape(row.patches) if row.patches is not None else None
+    if shape is None or len(shape) != 3 or shape[2] != facts.patch_dim:
+        raise StoreError(f"the patches of {row.path!r} have shape {shape}, expected (h, w, {facts.patch_dim})")
+    values = np.asarray(row.patches, dtype=np.float32)
+    if not np.isfinite(values).all():
+        raise StoreError(f"the patches of {row.path!r} hold an infinite number or one that is none")
+    scale = 1.0
+    if facts.patches == "int8":
+        scale = float(np.abs(values).max(initial=0.0)) / 127 or 1.0
+        kept = np.rint(values / scale).astype(np.int8)
+    else:
+        with np.errstate(over="ignore"):
+            kept = values.astype({"float16": "<f2", "float32": "<f4"}[facts.patches])
+        if not np.isfinite(kept).all():
+            raise StoreError(f"the patches of {row.path!r} are too large for {facts.patches}")
+    return {"patches": kept.tobytes(), "grid_h": shape[0], "grid_w": shape[1], "patches_scale": scale}
+
+
+def decode_patches(row: Mapping[str, Any], facts: StoreFacts) -> np.ndarray:
+    kind = {"float16": "<f2", "float32": "<f4", "int8": "i1"}[facts.patches]
+    kept = np.frombuffer(row["patches"], dtype=kind).astype(np.float32)
+    return kept.reshape(row["grid_h"], row["grid_w"], facts.patch_dim) * np.float32(row.get("patches_scale", 1.0))
+
+
+def as_matrix(column: Any, dim: int) -> np.ndarray:
+    """An Arrow column of vectors as float32 [N, D]."""
+    flat = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
+    return (np.concatenate(flat) if flat else np.empty(0)).astype(np.float32, copy=False).reshape(-1, dim)
