@@ -154,11 +154,10 @@ def reduce_gradients(parts: dict[str, nn.Module], wanted: bool) -> None:
     For accumulated batches: one reduction a step instead of one a batch, at the price of a whole gradient on each rank.
     Nothing to do for parts that are not sharded.
     """
-    from torch.distributed.fsdp import FSDPModule
-
     for part in parts.values():
-        if isinstance(part, FSDPModule):
-            part.set_requires_gradient_sync(wanted)
+        set_sync = getattr(part, "set_requires_gradient_sync", None)  # what FSDP2 adds to a module
+        if set_sync is not None:
+            set_sync(wanted)
 
 
 @contextlib.contextmanager

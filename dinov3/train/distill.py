@@ -191,7 +191,7 @@ class Distillation:
         if c.cache is None or teacher.line.online:
             return OnlineTargets(teacher, self.views, self.pictures, c.cached_grid, bf16=c.bf16)
         cache = TargetCache(Path(c.cache), teacher, self.views, self.pictures, c.cached_grid)
-        missing = len(list(cache.missing()))
+        missing = distributed.broadcast_object(len(list(cache.missing())))  # all fill it, or none
         if missing:
             self.run.say(f"{teacher.id}: {missing} shards of targets to compute into {cache.folder}")
             cache.fill(bf16=c.bf16, tell=self.run.say)

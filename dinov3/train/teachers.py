@@ -424,7 +424,7 @@ class TargetCache:
         """Computes the missing shards, each process its share; how many there were for this one."""
         from dinov3.weights.loading import write_safetensors
 
-        missing = distributed.gather_objects(list(self.missing()))[0][distributed.rank() :: distributed.world()]
+        missing = distributed.broadcast_object(list(self.missing()))[distributed.rank() :: distributed.world()]
         for done, (view, number) in enumerate(missing):
             everything = np.arange(number * SHARD, min((number + 1) * SHARD, len(self.pictures)))
             parts: dict[str, list[Tensor]] = {}
