@@ -16,7 +16,7 @@ from toy_training import write_config, write_pictures
 
 from dinov3.checkpoint import Checkpoints
 from dinov3.run import submit
-from dinov3.train.train import StopRequest
+from dinov3.train.stopping import StopRequest
 
 SCRIPT = """
 import json, os, sys

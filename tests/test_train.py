@@ -21,10 +21,11 @@ from dinov3.config import GramConfig, load_config
 from dinov3.errors import DinoError
 from dinov3.export.convert import convert
 from dinov3.runlog import read_metrics
-from dinov3.train import teacher_files
+from dinov3.train import assembly, teacher_files
 from dinov3.train import train as loop_module
 from dinov3.train.knn import knn_accuracy
-from dinov3.train.train import Outcome, StopRequest, main, parser, train
+from dinov3.train.stopping import StopRequest
+from dinov3.train.train import Outcome, main, parser, train
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -197,7 +198,7 @@ def test_begun_anew_means_that_old_checkpoints_are_put_aside(toy: str, pictures:
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, iterations: set[int], value: float) -> None:
     """Makes the loss of some steps `value`."""
-    predict = loop_module.SelfDistillation.predict
+    predict = assembly.SelfDistillation.predict
     calls = [0]
 
     def wrapped(self: Any, *args: Any) -> Any:
@@ -207,7 +208,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, iterations: set[int], value: float
         calls[0] += 1
         return terms
 
-    monkeypatch.setattr(loop_module.SelfDistillation, "predict", wrapped)
+    monkeypatch.setattr(assembly.SelfDistillation, "predict", wrapped)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -312,7 +313,7 @@ def test_a_new_run_begins_with_the_teacher_of_another(form: str, toy: str, pictu
     ema = {k.removeprefix("model.model_ema."): v for k, v in tensors(first.checkpoint).items() if "model_ema" in k}
     config, _ = load_config(toy, [f"train.dataset_path={pictures}", f"student.resume_from_teacher_chkpt={source}"])
     notes: list[str] = []
-    method = loop_module.build_method(config, torch.device("cpu"), seed=5, near=None, notes=notes)
+    method = assembly.build_method(config, torch.device("cpu"), seed=5, near=None, notes=notes)
     for network in (method.student, method.ema):
         assert_same(ema, dict(network.state_dict()))
     assert not notes
@@ -325,7 +326,7 @@ def test_a_backbone_without_heads_begins_a_run_and_a_sentence_says_what_is_missi
     source = tmp_path / "eval" / "training_3" / "backbone.safetensors"
     config, _ = load_config(toy, [f"train.dataset_path={pictures}", f"student.resume_from_teacher_chkpt={source}"])
     notes: list[str] = []
-    method = loop_module.build_method(config, torch.device("cpu"), seed=5, near=None, notes=notes)
+    method = assembly.build_method(config, torch.device("cpu"), seed=5, near=None, notes=notes)
     ema = tensors(tmp_path / "ckpt" / "3")
     assert torch.equal(method.student.state_dict()["backbone.norm.weight"], ema["model.model_ema.backbone.norm.weight"])
     assert any("holds no dino_head and no ibot_head: what is missing begins with random" in n for n in notes)
@@ -362,7 +363,7 @@ def test_weights_of_another_model_are_refused_in_words(toy: str, pictures: Path,
         ],
     )
     with pytest.raises(DinoError, match=r"does not fit the model asked for[\s\S]*storage_tokens"):
-        loop_module.build_method(config, torch.device("cpu"), seed=5, near=None, notes=[])
+        assembly.build_method(config, torch.device("cpu"), seed=5, near=None, notes=[])
 
 
 def test_a_checkpoint_becomes_one_file(uninterrupted: Path, tmp_path: Path) -> None:

@@ -32,8 +32,9 @@ from dinov3.distributed import Group
 from dinov3.errors import DinoError
 from dinov3.optim import StepValues
 from dinov3.runlog import RunDir
+from dinov3.train.assembly import assemble, deterministic
 from dinov3.train.method import SelfDistillation, Targets
-from dinov3.train.train import Outcome, assemble, deterministic, loop, put_aside
+from dinov3.train.train import Outcome, loop, put_aside
 
 
 def dealt(x: Tensor, global_batch: int, group: Group, axis: int = 0) -> Tensor:

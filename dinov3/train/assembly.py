@@ -1,0 +1,441 @@
+"""From a configuration to the parts of a run: networks with their first weights, data, optimiser, checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinov3 import checkpoint, distributed
+from dinov3.checkpoint import Checkpoints
+from dinov3.config import TrainConfig, load_teacher, resolutions, vit_config
+from dinov3.data.crops import CropRules
+from dinov3.data.datasets import make_dataset
+from dinov3.data.loaders import CropLoader
+from dinov3.data.masking import MaskRules
+from dinov3.distributed import Group
+from dinov3.errors import DinoError
+from dinov3.models.fp8 import convert_to_fp8
+from dinov3.optim import StepValues, build_optimizer, build_schedules
+from dinov3.parallel import DTYPES, parallelize
+from dinov3.runlog import RunDir
+from dinov3.train import teacher_files
+from dinov3.train.knn import knn
+from dinov3.train.method import Network, SelfDistillation, build_network, copy_weights
+from dinov3.train.stopping import StopRequest
+
+
+@dataclass
+class Trainer:
+    """The parts of a run, put together."""
+
+    config: TrainConfig
+    run: RunDir
+    device: torch.device
+    method: SelfDistillation
+    optimizer: torch.optim.Optimizer
+    schedules: Any
+    loader: CropLoader
+    checkpoints: Checkpoints
+    seed: int
+    group: Group = None  # the ranks of this student
+    several: bool = False  # whether other students run beside it
+    batch: int = 0  # pictures of all ranks of this student in a batch
+    notes: list[str] = field(default_factory=list)
+    reported: int = 0
+    consumed: int = 0  # pictures of finished iterations
+
+    @property
+    def global_batch(self) -> int:
+        """Pictures in a step."""
+        return self.batch * self.config.optim.accumulation_steps
+
+    def introduction(self, first: int) -> str:
+        count = sum(p.numel() for p in self.method.student.parameters())
+        ranks = distributed.world(self.group)
+        return (
+            f"{'training' if first == 0 else f'going on at iteration {first} of'} {self.schedules.total} iterations, "
+            f"{self.global_batch} of {self.loader.order.length} pictures each, on {ranks} "
+            f"{'process' if ranks == 1 else 'processes'} ({self.device.type}); the student has {count / 1e6:.1f} M parameters"
+        )
+
+    # -- data
+
+    def fetch(self, batches: Iterator[Any], stop: StopRequest) -> Any:
+        """The next batch on the device; None if loading broke off because the process is being stopped."""
+        try:
+            batch = next(batches)
+        except RuntimeError:
+            if stop.reason is not None and distributed.world() == 1:  # a signal to the group reached the workers too
+                return None
+            raise
+        return batch.to(self.device, DTYPES[self.config.compute_precision.param_dtype])
+
+    def report_unreadable(self) -> str | None:
+        """Says how many pictures could not be read and were replaced; why to stop, if they are too many."""
+        count, data = self.loader.unreadable_count, self.config.data
+        if count <= self.reported:
+            return None
+        self.reported = count
+        name = list(self.loader.unreadable)[-1]
+        self.run.say(f"unreadable pictures replaced by others so far: {count}; the last: {name}")
+        if data.unreadable == "skip" and count <= data.max_unreadable:
+            return None
+        return (
+            f"{count} pictures could not be read, such as {name}; data.unreadable={data.unreadable} and "
+            f"data.max_unreadable={data.max_unreadable} say to stop"
+        )
+
+    # -- numbers
+
+    def agree(
+        self, logs: list[dict[str, Tensor]], norms: dict[str, Tensor], stop: StopRequest
+    ) -> tuple[dict[str, Tensor], bool, bool]:
+        """(terms averaged over batches and ranks, whether all is finite, whether any rank was asked to stop).
+
+        One collective and one wait for the device in an iteration.
+        """
+        names = list(logs[0])
+        mean = torch.stack([torch.stack([log[n].float() for n in names]) for log in logs]).mean(0)
+        asked = mean.new_tensor([float(stop.requested())])
+        mean, asked = distributed.all_reduce(torch.cat([mean, asked]), "mean", self.group).split([len(names), 1])
+        if self.several:
+            asked = distributed.all_reduce(asked, "max")  # students stop together
+        finite = torch.isfinite(torch.stack([mean[0], *(n.float() for n in norms.values())])).all().float()
+        ok, stopping = torch.stack([finite, asked[0]]).tolist()
+        return dict(zip(names, mean.unbind())), bool(ok), stopping > 0
+
+    def fields(self, log: dict[str, Tensor], norms: dict[str, Tensor], values: StepValues) -> dict[str, Any]:
+        """A step's numbers under the names, and in the order, of the reference's metrics file."""
+        numbers: dict[str, Any] = {"total_loss": log["total_loss"]}
+        numbers["local_batch_size"] = self.global_batch // distributed.world(self.group)
+        numbers["global_batch_size"] = self.global_batch
+        for name, value in log.items():
+            if name == "gram_loss":
+                numbers["gram_loss_weight"] = values.gram_loss_weight
+            numbers[name] = value
+            if name == "dino_local_crops_loss":
+                numbers["dino_local_loss_weight"] = values.local_loss_weight
+        return numbers | {f"{name}_grad_norm": norm for name, norm in norms.items()}
+
+    # -- evaluation
+
+    def dump(self, iteration: int) -> None:
+        folder = self.run.evaluations / f"training_{iteration}"
+        ema, writer = self.method.ema, distributed.rank(self.group) == 0
+        if self.config.train.sharded_eval_checkpoint and distributed.world(self.group) > 1:
+            tensors = checkpoint.module_tensors(ema, "model.")
+            saved = Checkpoints(folder, group=self.group).save(
+                iteration, tensors, {"iteration": f"training_{iteration}"}
+            )
+            where = folder / teacher_files.SHARDED_FOLDER
+            if writer and not where.exists():
+                saved.rename(where)
+            distributed.barrier(self.group)
+        else:
+            where = teacher_files.write_teacher(ema, folder, self.config, writer=writer, iteration=iteration)
+        self.run.say(f"iteration {iteration}: wrote the teacher to {where}")
+
+    def knn_due(self, iteration: int, last: bool) -> bool:
+        e = self.config.evaluation
+        period = e.knn_period_iterations if e.knn_period_iterations is not None else e.eval_period_iterations
+        return e.knn_train_dataset is not None and (due(iteration, period) or (last and period > 0))
+
+    def evaluate(self, iteration: int) -> float:
+        began = time.perf_counter()
+        accuracy = knn(self.method.ema.backbone, self.config, self.device, self.group)
+        self.run.record(iteration, {"knn_accuracy": accuracy})
+        self.run.say(
+            f"iteration {iteration}: k-NN accuracy of the teacher {accuracy:.1%} ({time.perf_counter() - began:.0f} s)"
+        )
+        return accuracy
+
+    # -- saving and going on
+
+    def tensors(self) -> checkpoint.Tensors:
+        m = self.method
+        tensors = checkpoint.module_tensors(m.student, "model.student.")
+        tensors |= checkpoint.module_tensors(m.ema, "model.model_ema.")
+        if m.gram_teacher is not None:
+            tensors |= checkpoint.module_tensors(m.gram_teacher, "model.gram_teacher.")
+        return tensors | checkpoint.optimizer_tensors(self.optimizer, m.student)
+
+    def save(self, iteration: int) -> Path:
+        state = {
+            "iteration": iteration,
+            "loader": {"consumed": self.consumed},
+            "random": checkpoint.random_states(self.group),
+        }
+        began = time.perf_counter()
+        path = self.checkpoints.save(iteration, self.tensors(), state)
+        self.run.say(f"iteration {iteration}: saved {path} ({time.perf_counter() - began:.1f} s)")
+        return path
+
+    def saved_at(self, iteration: int) -> bool:
+        latest = self.checkpoints.latest()
+        return latest is not None and latest.name == str(iteration)
+
+    def resume(self, iteration: int | None = None) -> int:
+        """Takes everything from the newest checkpoint (several students: that of `iteration`, which all of them have);
+        the iteration to go on with, 0 if there is none."""
+        removed = self.checkpoints.clean()
+        if removed:
+            self.notes.append(f"removed what an interrupted save had left behind: {', '.join(removed)}")
+        path = self.checkpoints.latest()
+        if self.several:
+            path = None if iteration is None else self.checkpoints.folder / str(iteration)
+        if path is None:
+            return 0
+        state = checkpoint.read_state(path)
+        missing = checkpoint.load(path, self.tensors(), group=self.group)
+        gram = [name for name in missing if name.startswith("model.gram_teacher.")]
+        if len(missing) > len(gram):
+            other = next(name for name in missing if name not in set(gram))
+            raise DinoError(
+                f"{path} has no {other} (and {len(missing) - len(gram) - 1} more): it was made by another configuration; "
+                "use that one, or another --output-dir"
+            )
+        if gram and not self.config.gram.ckpt and self.method.gram_teacher is not None:
+            copy_weights(self.method.gram_teacher.backbone, self.method.teacher.backbone)
+            self.notes.append(f"{path} has no Gram teacher: it begins as a copy of the teacher")
+        self.loader.load_state_dict(state["loader"])
+        self.consumed = self.loader.consumed
+        first = int(state["iteration"]) + 1
+        if not checkpoint.restore_random_states(state["random"], self.group):
+            seed_everything(self.seed + distributed.rank() + 1_000_003 * first)
+            self.notes.append(
+                f"{path} was saved by {len(state['random'])} processes and {distributed.world(self.group)} go on: the "
+                "pictures are the same, random draws inside the network begin anew"
+            )
+        return first
+
+
+def assemble(
+    config: TrainConfig,
+    run: RunDir,
+    device: torch.device,
+    *,
+    seed: int = 0,
+    near: Path | None = None,
+    group: Group = None,
+    several: bool = False,
+    global_batch: int | None = None,
+) -> Trainer:
+    """From a configuration to the parts of a run.
+
+    `several`: one of several students, trained by `group` on `global_batch` pictures, which all ranks load together.
+    """
+    notes: list[str] = []
+    rank, world = distributed.rank(), distributed.world()
+    options: dict[str, Any] = {}
+    if several:
+        from dinov3.train.multi_distill import MultiDistillation  # it is built on this file
+
+        assert global_batch is not None
+        loader = build_loader(
+            config,
+            device,
+            rank,
+            world,
+            batch_size=-(-global_batch // world),
+            masked_pictures=global_batch // distributed.world(group),
+        )
+        options = {"cls": MultiDistillation, "global_batch": global_batch}
+    else:
+        loader = build_loader(config, device, rank, world)
+    method = build_method(config, device, seed=seed, near=near, notes=notes, group=group, **options)
+    seed_everything(seed + rank)
+    if device.type == "cuda" and not config.run.deterministic:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return Trainer(
+        config=config,
+        run=run,
+        device=device,
+        method=method,
+        optimizer=build_optimizer(method.student.parts(), config.optim),
+        schedules=build_schedules(config, world),
+        loader=loader,
+        checkpoints=Checkpoints(
+            run.checkpoints,
+            max_to_keep=config.checkpointing.max_to_keep,
+            keep_every=config.checkpointing.keep_every,
+            group=group,
+        ),
+        seed=seed,
+        group=group,
+        several=several,
+        batch=global_batch or loader.global_batch,
+        notes=notes,
+    )
+
+
+def build_loader(
+    config: TrainConfig,
+    device: torch.device,
+    rank: int,
+    world: int,
+    *,
+    batch_size: int | None = None,
+    masked_pictures: int | None = None,
+) -> CropLoader:
+    """Pictures, crops and masks as `train`, `crops`, `ibot` and `data` say."""
+    c = config.crops
+    assert config.train.dataset_path is not None
+    shared = {
+        "local_count": c.local_crops_number,
+        "global_scale": tuple(c.global_crops_scale),
+        "local_scale": tuple(c.local_crops_scale),
+        "gram_distorted": not c.gram_teacher_no_distortions,
+        "share_color_jitter": c.share_color_jitter,
+        "local_from_global": c.localcrops_subset_of_globalcrops,
+        "horizontal_flips": c.horizontal_flips,
+        "blur": c.blur_probabilities,
+        "mean": tuple(c.rgb_mean),
+        "std": tuple(c.rgb_std),
+    }
+    with_gram = config.gram.use_loss and not config.gram.ema_teacher  # Gram crops that nobody looks at are not made
+    rows = resolutions(c)
+    rules = [
+        CropRules(
+            global_size=row.global_px,
+            local_size=row.local_px,
+            gram_size=row.gram_px if with_gram else None,
+            **shared,  # type: ignore[arg-type]
+        )
+        for row in rows
+    ]
+    return CropLoader(
+        make_dataset(config.train.dataset_path),
+        rules,
+        MaskRules(
+            config.ibot.mask_sample_probability,
+            config.ibot.mask_ratio_min_max,
+            circular_shift=config.ibot.mask_random_circular_shift,
+        ),
+        patch=config.student.patch_size,
+        mask_scale=c.teacher_to_student_resolution_scale,
+        batch_size=batch_size or config.train.batch_size_per_gpu,
+        ratios=[row.ratio for row in rows],
+        seed=config.train.seed,
+        rank=rank,
+        world=world,
+        workers=config.train.num_workers,
+        prefetch=config.data.prefetch_factor,
+        pin_memory=device.type == "cuda",
+        masked_pictures=masked_pictures,
+    )
+
+
+def build_method(
+    config: TrainConfig,
+    device: torch.device,
+    *,
+    seed: int,
+    near: Path | None,
+    notes: list[str],
+    group: Group = None,
+    cls: type[SelfDistillation] = SelfDistillation,
+    **more: Any,
+) -> SelfDistillation:
+    """The networks, with their first weights, spread over `group`.
+
+    Order: the student is drawn (the same on all ranks) or read; the average is a copy of it; the Gram teacher is read, or
+    begins as the average; a frozen teacher is read. Weights are whole until they are sharded, one network after another.
+    """
+    c = config
+    seed_everything(seed)
+
+    def network(
+        source: str | None, described: TrainConfig, *, heads: bool = True, needs_heads: bool = False
+    ) -> Network:
+        with torch.device(device):
+            made = build_network(described, heads=heads)
+        if described.student.fp8_enabled:
+            convert_to_fp8(made.backbone, described.student.fp8_filter)
+        made.init_weights()
+        if source:
+            found = teacher_files.read_network(source)
+            if needs_heads:
+                teacher_files.frozen_teacher_needs_heads(found)
+            notes.extend(teacher_files.fill(made, found, vit_config(described.student)))
+        return made
+
+    def spread(made: Network, *, trained: bool = False, over: Group = group) -> Network:
+        checkpointing = "full" if c.train.checkpointing_full else "selective" if c.train.checkpointing else "none"
+        parallelize(
+            made.parts(),
+            device=device,
+            trained=trained,
+            group=over,
+            checkpointing=checkpointing,
+            compile=c.train.compile,
+            cudagraphs=c.train.cudagraphs,
+            param_dtype=c.compute_precision.param_dtype,
+            reduce_dtype=c.compute_precision.reduce_dtype,
+        )
+        return made
+
+    student = spread(network(c.student.resume_from_teacher_chkpt, c), trained=True)
+    ema = spread(network(None, c))
+    copy_weights(ema, student)
+    gram_teacher = teacher = None
+    if c.gram.use_loss and not c.gram.ema_teacher:
+        gram_teacher = spread(network(c.gram.ckpt, c, heads=False))
+        if not c.gram.ckpt:
+            copy_weights(gram_teacher.backbone, ema.backbone)
+    if c.distillation.enabled:
+        described = load_teacher(c, near=near)
+        source = c.distillation.checkpoint_path
+        teacher = spread(
+            network(None if source == "ignore" else source, described, needs_heads=True),
+            over=None,  # all ranks, also those that train other students
+        )
+        if source == "ignore":
+            notes.append("distillation.checkpoint_path is 'ignore': the teacher has random weights, which is for tests")
+    return cls(
+        student,
+        ema,
+        dino=c.dino,
+        ibot=c.ibot,
+        gram=c.gram,
+        teacher=teacher,
+        gram_teacher=gram_teacher,
+        teacher_scale=c.crops.teacher_to_student_resolution_scale,
+        group=group,
+        **more,
+    )
+
+
+def due(iteration: int, period: int | None) -> bool:
+    return period is not None and period > 0 and (iteration + 1) % period == 0
+
+
+def seed_everything(seed: int) -> None:
+    torch.manual_seed(seed)  # CUDA too
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+@contextlib.contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """The same numbers twice on one machine; operations that cannot do that raise."""
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
