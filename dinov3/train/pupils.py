@@ -47,7 +47,8 @@ class Pupil(nn.Module):
 
     @torch.no_grad()
     def fit(self, cls: Tensor, patches: Tensor, said: Targets) -> None:
-        """The projections in closed form for what the student gives now: random ones would teach it noise at first."""
+        """The projections in closed form for what the student gives now: random ones would teach it noise at first. Where it
+        gives the same for every picture they stay random."""
         for name, x, targets in (
             ("cls", cls, self.scale_cls(said.cls)),
             ("patches", patches.flatten(0, 2), said.patches),
@@ -60,6 +61,8 @@ class Pupil(nn.Module):
                 layer.weight.copy_(isometry(x.float(), targets.float()))
                 layer.bias.zero_()
                 continue
+            if x.var(0).mean() < 1e-2 * x.square().mean():
+                continue  # the same for all pictures, as CLS before any training: a fit would magnify the noise in it
             if name == "patches":
                 targets = self.scale_patches(resized_grid(targets, (patches.shape[1], patches.shape[2]))).flatten(0, 2)
             weight, bias = ridge(x.float(), targets.float(), strength=1e-2)
