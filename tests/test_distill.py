@@ -24,9 +24,9 @@ from dinov3.train import distill as module
 from dinov3.train import distill_batches as batches
 from dinov3.train import pupils
 from dinov3.train.distill import Distillation, DistillConfig, distill
-from dinov3.train.inherit import awaken_last, inherit_dinov2, ridge, slow_first
+from dinov3.train.inherit import awaken_last
 from dinov3.train.pupils import Standardised, difference, relations_loss
-from dinov3.train.teachers import MobileNetV2, Pictures, TargetCache, Targets, TeacherLine, Views, open_teacher
+from dinov3.train.teachers import MobileNetV2, Pictures, TargetCache, TeacherLine, Views, open_teacher
 from dinov3.weights import catalog, loading, save
 
 pytest.importorskip("omegaconf")
@@ -255,35 +255,6 @@ def test_the_losses_are_what_their_names_say() -> None:
     assert scaled.std() == pytest.approx(1, abs=0.1)
 
 
-def test_colours_are_changed_as_defined_step_by_step() -> None:
-    pixels = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8)
-    x, turned = batches.distorted(pixels, torch.Generator().manual_seed(3))
-    rng = torch.Generator().manual_seed(3)
-    assert torch.equal(turned, torch.rand(16, generator=rng) < 0.5)
-    greyed, saturation, contrast, light = (torch.rand(16, 1, 1, 1, generator=rng) for _ in range(4))
-    y = torch.stack([p.flip(-1) if t else p for p, t in zip(pixels, turned, strict=True)]).float()
-    grey = (y * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
-    y = grey + (y - grey) * torch.where(greyed < 0.1, 0, 1 + 0.3 * (2 * saturation - 1))
-    mean = grey.mean((2, 3), keepdim=True)
-    y = (mean + (y - mean) * (1 + 0.3 * (2 * contrast - 1))) * (1 + 0.3 * (2 * light - 1))
-    assert (y.round().clamp(0, 255) - x.float()).abs().max() <= 1  # rounding of halves
-
-
-def test_mirrored_pixels_get_mirrored_targets() -> None:
-    pixels = torch.arange(4 * 3 * 4 * 4, dtype=torch.uint8).reshape(4, 3, 4, 4)
-    x, turned = batches.distorted(pixels, torch.Generator().manual_seed(1))
-    assert turned.any()
-    assert not turned.all()
-    assert x.shape == pixels.shape
-    for i in range(4):
-        kept = pixels[i].flip(-1) if turned[i] else pixels[i]
-        signs = (kept.float().mean(0).diff(dim=-1) > 0) == (x[i].float().mean(0).diff(dim=-1) > 0)
-        assert signs.float().mean() > 0.8
-    said = Targets(torch.randn(4, 5), torch.randn(4, 2, 3, 5))
-    for i, (was, now) in enumerate(zip(said.patches, batches.mirrored(said, turned).patches, strict=True)):
-        assert torch.equal(now, was.flip(1) if turned[i] else was)
-
-
 # ---- the run --------------------------------------------------------------------------------------------------------
 
 
@@ -455,49 +426,6 @@ def test_the_distill_command_trains_and_goes_on(tiny_student, folder, teacher_fi
     assert dinov3.embed(model, folder / "0.png", size=32).cls.shape == (1, 32)
 
 
-# ---- beginning as a compressed teacher ------------------------------------------------------------------------------
-
-
-def test_ridge_finds_the_map_that_made_the_data() -> None:
-    torch.manual_seed(0)
-    x, W, b = torch.randn(500, 6), torch.randn(4, 6), torch.randn(4)
-    found, offset = ridge(x, x @ W.T + b, torch.rand(500) + 0.5, strength=1e-8)
-    torch.testing.assert_close(found, W, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(offset, b, atol=1e-4, rtol=1e-4)
-
-
-def test_turning_queries_and_keys_changes_no_product_and_puts_the_strongest_where_rope_is_slowest() -> None:
-    torch.manual_seed(0)
-    scale = torch.logspace(1, -1, 16)[torch.randperm(16)]
-    q, k = torch.randn(300, 16) * scale, torch.randn(300, 16) * scale
-    periods = torch.tensor([1.0, 3.0, 9.0, 27.0])
-    turn = slow_first(q, k, periods)
-    torch.testing.assert_close((q @ turn.T) @ (k @ turn.T).T, q @ k.T, atol=1e-3, rtol=1e-3)
-    energy = (q @ turn.T).var(0).unflatten(0, (4, 4)).sum(0)  # by period
-    assert energy.argsort().tolist() == [0, 1, 2, 3]
-
-
-def test_a_student_of_the_same_width_inherits_nearly_everything_and_half_the_width_a_good_part(
-    oracles, tmp_path: Path
-) -> None:
-    tiny_dinov2(layerscale_value=0.5).save_pretrained(tmp_path)
-    state, _ = loading.read(tmp_path / "model.safetensors")
-    torch.manual_seed(3)
-    blobs = F.interpolate(torch.rand(24, 3, 5, 5) * 255, size=(64, 64), mode="bicubic").clamp(0, 255)
-    mine = blobs.to(torch.uint8)
-    its = F.interpolate(blobs, size=(56, 56), mode="bicubic", antialias=True).clamp(0, 255).to(torch.uint8)
-    for width, heads, least in ((64, 4, 0.8), (32, 2, 0.4)):
-        config = replace(TINY, embed_dim=width, num_heads=heads, depth=3)
-        torch.manual_seed(0)
-        student = VisionTransformer(config)
-        student.init_weights()
-        explained = inherit_dinov2(student, state, mine, its, fresh=0)
-        assert explained[-1] > least
-        assert all(torch.isfinite(p).all() for p in student.parameters())
-    with pytest.raises(DinoError, match="cannot inherit"):
-        inherit_dinov2(VisionTransformer(replace(TINY, depth=9)), state, mine, its)
-
-
 # ---- the model that ships -------------------------------------------------------------------------------------------
 
 
@@ -521,32 +449,6 @@ def test_the_packaged_model_loads_without_a_network_and_knows_a_picture_by_its_p
 def online(teacher: Path, **options: object) -> list[str]:
     said = "".join(f",{k}={v}" for k, v in options.items())
     return [f"dinov3:{teacher},online=true,relations=0.5{said}"]
-
-
-def test_mixing_takes_whole_pixels_or_weighted_means_of_the_neighbour() -> None:
-    pixels = torch.tensor([0, 100, 200], dtype=torch.uint8)[:, None, None, None].expand(3, 3, 16, 16).contiguous()
-    other = pixels.roll(1, 0)
-
-    def draw(**shares: float) -> torch.Tensor:
-        return batches.mixed(pixels, shares, torch.Generator().manual_seed(5))
-
-    cut = draw(cutmix=1.0)
-    assert ((cut == pixels) | (cut == other)).all()
-    taken = (cut == other)[:, 0]
-    assert taken.any()
-    for box in taken:  # a rectangle: whole rows by whole columns
-        assert torch.equal(box, box.any(1)[:, None] & box.any(0)[None, :])
-    blend = draw(mixup=1.0).float()
-    weights = (blend - pixels) / (other.float() - pixels)
-    assert all(w.min() == w.max() and 0 <= w.min() <= 0.51 for w in weights)
-    assert torch.equal(draw(), pixels)
-    assert torch.equal(draw(cutmix=0.5, mixup=0.5), draw(cutmix=0.5, mixup=0.5))
-
-
-def test_a_share_of_the_pictures_is_mixed() -> None:
-    pixels = torch.tensor([0, 255] * 100, dtype=torch.uint8)[:, None, None, None].expand(200, 3, 8, 8).contiguous()
-    changed = batches.mixed(pixels, {"mixup": 0.3}, torch.Generator().manual_seed(0)) != pixels
-    assert 0.15 < changed.flatten(1).any(1).float().mean() < 0.45
 
 
 @pytest.mark.parametrize("mix", ["cutout:0.5", "cutmix:much", "cutmix:0.8,mixup:0.4", "mixup:-1"])

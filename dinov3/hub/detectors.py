@@ -96,7 +96,7 @@ def make_detector(
     )
     vit.requires_grad_(False)
     class_names = names.coco() if sizes["n_classes"] == 91 else None
-    notes = file.notes
+    notes = list(file.notes)
     if file.fresh:
         model = build_detector(vit, class_names=class_names, **sizes)
         for child, part in model.detector.named_children():
@@ -105,7 +105,7 @@ def make_detector(
     else:
         with torch.device("meta"):
             model = build_detector(vit, class_names=class_names, **sizes)
-        notes = notes + fill(model, file.state, source=file.source, dtype=dtype)
+        notes += fill(model, file.state, source=file.source, dtype=dtype)
     model.origin = headfiles.origin(row, file.source, vit, notes=notes)  # type: ignore[assignment]
     return model.eval()
 

@@ -61,9 +61,8 @@ def read(source: str, *, check_hash: bool = False) -> tuple[dict[str, Tensor], l
 
 @dataclass(frozen=True)
 class HeadFile:
-    """What was asked for as a head, and what its file holds; `source` is "random" and the rest empty for a fresh head."""
+    """What a head's file holds; `source` is "random" and the rest empty for a fresh head."""
 
-    asked: Enum | str
     source: str = "random"
     state: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -78,9 +77,9 @@ def opened(
 ) -> HeadFile:
     """The head's file (of `chosen` weights), read. Before the backbone's: it is the smaller one, and a mistake costs less."""
     if not pretrained or asked == "random":
-        return HeadFile("random")
+        return HeadFile()
     source = source_of(row, asked, hash)
-    return HeadFile(asked, source, *read(source, check_hash=check_hash))
+    return HeadFile(source, *read(source, check_hash=check_hash))
 
 
 def backbone(

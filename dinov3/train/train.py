@@ -9,7 +9,8 @@ that ended, for whatever reason: everything is in `<OUT>/ckpt`. A signal (Ctrl-C
 limit ends it after the current iteration, with a checkpoint. A step whose loss or gradient is not finite is left out, and
 after three in a row the run stops; neither it nor any other NaN reaches a checkpoint.
 
-Left out: what is learned (`method`), how models are spread over devices (`dinov3.parallel`).
+Left out: what is learned (`method`), how a run is put together (`assembly`), how models are spread over devices
+(`dinov3.parallel`).
 """
 
 from __future__ import annotations

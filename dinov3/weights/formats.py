@@ -1,6 +1,6 @@
 """The three ways DINOv3 weights are written (Meta's .pth, transformers, timm): recognised, and translated both ways.
 
-Everything here is a pure function on state dicts and configurations; files are `dinov3.weights.loading`'s business.
+Everything here is a pure function on state dicts; configurations are `configs`, files are `loading`.
 Meta's key names are the pivot: a model of this package has them, and any form reaches any other through them.
 
 What a form cannot hold is the *residue*: the loaded rope periods (transformers and timm recompute them), the masked
