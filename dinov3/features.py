@@ -228,6 +228,12 @@ def run(model: Any, x: Tensor, *, layer: int = -1, norm: bool = True) -> dict[st
         raise DinoError(
             f"layer {layer} does not exist: this model has {n_layers} (0 to {n_layers - 1}, or -1 for the last)"
         )
+    channels = getattr(getattr(model, "config", None), "in_chans", x.shape[1])
+    if x.shape[1] != channels:
+        raise DinoError(
+            f"this model takes {channels} channels, not {x.shape[1]}: pictures are opened as RGB; other bands go straight to "
+            "its forward_features as a tensor"
+        )
     h, w = model.patch_grid(x.shape[-2], x.shape[-1])
     if index == n_layers - 1 and norm:
         out = model.forward_features(x)

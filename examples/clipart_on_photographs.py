@@ -47,13 +47,13 @@ def composed(photographs: list[Path], clipart: list[Path], draw: random.Random) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photographs", type=Path)
-    parser.add_argument("clipart", type=Path, nargs="+", help="folders of PNGs with a transparent ground")
+    parser.add_argument("clipart", type=Path, nargs="+", help="folders of PNGs or WebPs with a transparent ground")
     parser.add_argument("out", type=Path)
     parser.add_argument("--count", type=int, default=3600)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     photographs = files(given.photographs, ".jpg", ".jpeg")
-    clipart = [p for folder in given.clipart for p in files(folder, ".png")]
+    clipart = [p for folder in given.clipart for p in files(folder, ".png", ".webp")]
     clipart = [p for p in clipart if p.stat().st_size < 1 << 20]  # a few are gigantic
     given.out.mkdir(parents=True, exist_ok=True)
     draw = random.Random(given.seed)

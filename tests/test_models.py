@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from golden_cases import Case
+from PIL import Image
 
 from dinov3.errors import DinoError, UnknownName
-from dinov3.models import Backbone, ConvNeXt, ConvNeXtConfig, VisionTransformer, ViTConfig, backbone
+from dinov3.models import Backbone, ConvNeXt, ConvNeXtConfig, VisionTransformer, ViTConfig, backbone, with_channels
 from dinov3.models.vit import RopeEmbedding, rotate, rotation
 
 KEYS = Path(__file__).parent / "keys"
@@ -270,3 +271,62 @@ def test_every_published_architecture_has_the_published_keys_shapes_and_size(pat
     assert {str(v.dtype).removeprefix("torch.") for v in state.values()} == {"float32"}
     parameters = sum(p.numel() for p in model.parameters())
     assert parameters == recorded["n_parameters"] == row.parameters
+
+
+# ---- other channels than three -------------------------------------------------------------------------------------
+
+SMALL = (
+    ViTConfig(embed_dim=32, depth=1, num_heads=2, n_storage_tokens=1),
+    ConvNeXtConfig(depths=(1, 1, 1, 1), dims=(8, 8, 8, 16)),
+)
+
+
+def small(config: ViTConfig | ConvNeXtConfig) -> VisionTransformer | ConvNeXt:
+    torch.manual_seed(0)
+    model = backbone(config).eval()
+    model.init_weights()
+    return model
+
+
+@pytest.mark.parametrize("config", SMALL, ids=("vit", "convnext"))
+@torch.no_grad()
+def test_a_fourth_channel_is_seen_as_the_mean_of_the_others(config: ViTConfig | ConvNeXtConfig) -> None:
+    model = small(config)
+    wide = with_channels(model, 4)
+    rgb, infrared = torch.randn(2, 3, 64, 64), torch.randn(2, 1, 64, 64)
+    nothing = torch.cat([rgb, torch.zeros_like(infrared)], 1)
+    torch.testing.assert_close(wide(nothing), model(rgb))
+    torch.testing.assert_close(wide(torch.cat([rgb, infrared], 1)), model(rgb + infrared / 3))
+    assert model.config.in_chans == 3
+    with pytest.raises(RuntimeError, match="channels"):
+        wide(rgb)
+
+
+@pytest.mark.parametrize("config", SMALL, ids=("vit", "convnext"))
+@torch.no_grad()
+def test_one_channel_gives_what_three_copies_gave(config: ViTConfig | ConvNeXtConfig) -> None:
+    model, grey = small(config), torch.randn(2, 1, 64, 64)
+    torch.testing.assert_close(with_channels(model, 1)(grey), model(grey.expand(-1, 3, -1, -1)))
+
+
+def test_channels_survive_a_file(tmp_path: Path) -> None:
+    import dinov3
+    from dinov3.weights.loading import save
+
+    wide = with_channels(dinov3.load("dinov3_vitt16"), 5)
+    assert wide.origin.name == "custom"
+    assert wide.origin.source.endswith("with 5 channels")
+    again = dinov3.load(weights=save(wide, tmp_path / "wide.safetensors"))
+    x = torch.randn(1, 5, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), wide(x))
+    with pytest.raises(DinoError, match="takes 5 channels, not 3"):
+        dinov3.embed(again, Image.new("RGB", (40, 40)))
+
+
+@pytest.mark.parametrize("channels", [0, 2, -1])
+def test_numbers_of_channels_that_say_nothing(channels: int) -> None:
+    with pytest.raises(DinoError, match="1 channel, or 3 and more"):
+        with_channels(small(SMALL[0]), channels)
+    with pytest.raises(DinoError, match="three channels"):
+        with_channels(with_channels(small(SMALL[0]), 4), 5)

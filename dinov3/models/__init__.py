@@ -7,10 +7,20 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from dinov3.models.channels import with_channels
 from dinov3.models.convnext import ConvNeXt, ConvNeXtConfig
 from dinov3.models.vit import VisionTransformer, ViTConfig
 
-__all__ = ["Backbone", "BackboneConfig", "ConvNeXt", "ConvNeXtConfig", "ViTConfig", "VisionTransformer", "backbone"]
+__all__ = [
+    "Backbone",
+    "BackboneConfig",
+    "ConvNeXt",
+    "ConvNeXtConfig",
+    "ViTConfig",
+    "VisionTransformer",
+    "backbone",
+    "with_channels",
+]
 
 BackboneConfig = ViTConfig | ConvNeXtConfig
 
