@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -162,6 +163,33 @@ def test_pck_of_translated_noise_is_perfect(shift: int, right: float) -> None:
     cells = cells.clamp(max=15)
     errors = semantic_errors(a, b, cells / 15, (cells - shift // P) / 16, target_scale=1)
     assert pck({"noise": errors}) == {"recall": right, "noise": right}
+
+
+def pck_of_a_turn(degrees: float, seed: int) -> float:
+    """Recall among the inner patches of a cloudy picture and the same turned about its centre; pixel values as features."""
+    P, side = 8, 128
+    cloudy = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+    picture = F.interpolate(cloudy, size=side, mode="bicubic")
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    grid = F.affine_grid(torch.tensor([[[c, -s, 0.0], [s, c, 0.0]]]), [1, 3, side, side], align_corners=False)
+    turned = F.grid_sample(picture, grid, align_corners=False)
+
+    def encode(x: Tensor) -> Tensor:
+        return F.unfold(x, P, stride=P)[0].T.unflatten(0, (side // P, side // P)) - 0.5
+
+    cells = torch.cartesian_prod(torch.arange(4, 12), torch.arange(4, 12))
+    centre = (cells + 0.5) / 8 - 1  # from -1 to 1, as in the grid, whose inverse takes a point to where it is seen
+    there = torch.stack([c * centre[:, 0] + s * centre[:, 1], c * centre[:, 1] - s * centre[:, 0]], -1)
+    errors = semantic_errors(encode(picture), encode(turned), cells / 15, (there + 1) / 2 - 0.5 / 16, target_scale=1)
+    return pck({"clouds": errors})["recall"]
+
+
+def test_pck_of_a_turned_picture_falls_with_the_angle() -> None:
+    recall = [np.mean([pck_of_a_turn(degrees, seed) for seed in range(3)]) for degrees in (0, 5, 20, 90)]
+    assert recall[0] == 100
+    assert recall[1] > 70
+    assert recall[3] < 25
+    assert recall == sorted(recall, reverse=True)
 
 
 def test_the_padded_square_is_white_and_points_are_whole_pixels(tmp_path: Path) -> None:
