@@ -206,15 +206,18 @@ def build_schedules(config: TrainConfig, world_size: int) -> Schedules:
     v1 scales the peak only; v2 scales `peak` and `end`, not `start`.
     """
     c, o, t = config, config.optim, config.teacher
-    epoch, total = c.train.OFFICIAL_EPOCH_LENGTH, c.iterations
+    total = c.iterations
+    epoch = c.train.OFFICIAL_EPOCH_LENGTH if o.iterations is None else total / o.epochs
     factor = lr_factor(o.scaling_rule, c.train.batch_size_per_gpu * world_size * o.accumulation_steps)
 
     def steps(epochs: float | None) -> int:
         return round((epochs or 0) * epoch)
 
     def v2(s: ScheduleConfig, scale: float = 1.0) -> Schedule:
-        cosine = None if s.cosine_epochs is None else steps(s.cosine_epochs)
         warmup = steps(s.warmup_epochs)
+        cosine = None if s.cosine_epochs is None else steps(s.cosine_epochs)
+        if cosine is not None and o.iterations is not None:
+            cosine = min(cosine, total - warmup)  # both may have been rounded up
         run = partial(
             warmup_cosine_v2,
             start=s.start,
@@ -394,6 +397,8 @@ def clip_per_module(modules: Mapping[str, nn.Module], max_norm: float | None) ->
     for name, module in modules.items():
         parameters = [p for p in module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not parameters:  # a head whose loss has weight 0: the norm of nothing is on the CPU
+            norm = norm.to(next(module.parameters()).device)
         if hasattr(norm, "full_tensor"):  # a DTensor holding this process's share
             norm = norm.full_tensor()
         if max_norm and parameters:

@@ -160,6 +160,14 @@ def reduce_gradients(parts: dict[str, nn.Module], wanted: bool) -> None:
             set_sync(wanted)
 
 
+def reshard(parts: dict[str, nn.Module]) -> None:
+    """After the backward pass: a head that no loss with a weight reached still holds its weights whole. Shards them again."""
+    for part in parts.values():
+        again = getattr(part, "reshard", None)  # what FSDP2 adds to a module
+        if again is not None:
+            again()
+
+
 @contextlib.contextmanager
 def precision(device: torch.device, param_dtype: str, group: Group = None) -> Iterator[None]:
     """For one process alone: matrix products in `param_dtype`, norms and residual sums in float32 (autocast).

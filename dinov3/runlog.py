@@ -233,9 +233,9 @@ class Progress:
         self.steps: list[float] = []
         self.terms: dict[str, list[Tensor]] = {}
 
-    def fetched(self) -> None:
-        """The batch is here: what passed since the last step was waiting for data."""
-        self.waits.append(time.perf_counter() - self.last)
+    def fetched(self, waited: float | None = None) -> None:
+        """The data of a step is here, after `waited` seconds; without a number, what passed since the last step."""
+        self.waits.append(time.perf_counter() - self.last if waited is None else waited)
 
     def stepped(self, iteration: int, schedules: Mapping[str, float], terms: Mapping[str, Number]) -> dict[str, float]:
         """An iteration is over. The record, if a line was due, else an empty dict."""

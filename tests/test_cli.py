@@ -223,6 +223,23 @@ import dinov3.cli
     assert done.stderr.strip().endswith("pip install 'dinov3[cli]'")
 
 
+@pytest.mark.parametrize("recipe", ["toy_cpu", "vits16_one_gpu", "vitb16_one_gpu"])
+@pytest.mark.parametrize("steps", [1, 7, 149, 250, 1040])
+def test_steps_are_the_steps_that_are_run(recipe: str, steps: int) -> None:
+    pytest.importorskip("omegaconf")
+    from dinov3.cli.training import training_overrides
+    from dinov3.config import load_config
+    from dinov3.optim import build_schedules
+
+    chosen = training_overrides("photos", None, recipe, steps, None, "cpu", [])
+    config, _ = load_config(f"{recipe}.yaml", chosen)
+    schedules = build_schedules(config, 1)
+    assert config.iterations == schedules.total == steps
+    usual = build_schedules(load_config(f"{recipe}.yaml", ["train.dataset_path=photos"])[0], 1)
+    warm = max(range(usual.total), key=lambda it: usual.lr(it)) / usual.total
+    assert max(range(steps), key=lambda it: schedules.lr(it)) == pytest.approx(warm * steps, abs=3)
+
+
 def test_train_runs_from_a_folder_to_a_loadable_model_and_goes_on_where_it_stopped(pictures, tmp_path, capsys) -> None:
     pytest.importorskip("omegaconf")
     small = [

@@ -321,6 +321,8 @@ def test_teacher_of_half_the_stride_sees_crops_of_half_the_size() -> None:
     terms = method.predict(batch, method.targets(batch, values), values)
     assert seen == [(8, 3, 32, 32)]
     assert torch.isfinite(terms.total())
+    with pytest.raises(DinoError, match="the student has 16 patches of a global crop, the masks have 4"):
+        method.predict(replace(batch, masks=batch.masks[:, :4]), method.targets(batch, values), values)
     method.teacher_scale = 1.0  # what the reference does: 64 teacher patches, indices of 16
     with pytest.raises(DinoError, match="64 patches of a global crop, the masks have 16"):
         method.targets(batch, values)

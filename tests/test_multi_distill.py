@@ -16,14 +16,14 @@ from test_parallel import CPU, ROW, share
 from toy_training import write_config, write_pictures
 
 from dinov3 import checkpoint, distributed
-from dinov3.config import DinoConfig, GramConfig, IbotConfig, load_config
+from dinov3.config import DinoConfig, GramConfig, IbotConfig, TrainConfig, load_config
 from dinov3.data.crops import CropBatch
 from dinov3.data.masking import summary
 from dinov3.errors import DinoError
 from dinov3.parallel import parallelize
 from dinov3.runlog import read_metrics
 from dinov3.train.method import SelfDistillation
-from dinov3.train.multi_distill import MultiDistillation, common_iteration, dealt, train_students
+from dinov3.train.multi_distill import MultiDistillation, check_alike, common_iteration, dealt, train_students
 from dinov3.train.train import Outcome, train
 
 RECORDED: dict[str, Any] = json.loads((GOLDEN / "multidist_gather.json").read_text())
@@ -167,6 +167,19 @@ def test_two_students_of_different_width_train_stop_and_go_on_together(files: tu
         assert not any(n.startswith("model.teacher.") for n in tensors)
         teacher = torch.load(out / name / "eval" / "training_11" / "teacher_checkpoint.pth", weights_only=True)
         assert teacher["teacher"]["backbone.cls_token"].shape[-1] == width
+
+
+def test_students_that_would_not_step_together_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig()
+    check_alike("narrow", config)
+    longer = replace(config, optim=replace(config.optim, epochs=7))
+
+    def two(mine: Any) -> list[Any]:
+        return [("narrow", {**mine[1], "optim.epochs": 100}), mine]
+
+    monkeypatch.setattr(distributed, "gather_objects", two)
+    with pytest.raises(DinoError, match=r"optim\.epochs: 100 for narrow, 7 for wide; say it once, in the shared file"):
+        check_alike("wide", longer)
 
 
 def test_the_iteration_to_go_on_with_is_one_that_all_students_saved(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -248,6 +248,28 @@ def test_a_run_of_one_process_goes_on_with_two_and_ends_as_with_one(tmp_path: Pa
     assert last.iterations == 16
 
 
+def silent_head(config_file: str, pictures: str, out: str) -> list[str]:
+    """Runs whose first or second head no loss reaches; a picture that ends all ranks with an error."""
+    for section in ("dino", "ibot"):
+        assert whole_run(
+            config_file, pictures, f"{out}/{section}", ["optim.epochs=1", f"{section}.loss_weight=0"]
+        ).finished
+    if distributed.is_main():
+        (Path(pictures) / "dots" / "0.png").write_bytes(b"no picture")
+    distributed.barrier()
+    with pytest.raises(DinoError) as raised:
+        whole_run(config_file, pictures, f"{out}/stop", ["data.unreadable=stop", "train.batch_size_per_gpu=2"])
+    return [str(raised.value)]
+
+
+def test_two_ranks_train_with_a_head_of_weight_zero_and_fail_together(tmp_path: Path) -> None:
+    config, pictures = write_config(tmp_path), str(write_pictures(tmp_path / "pictures"))
+    first, second = run_ranks(silent_head, 2, config, pictures, str(tmp_path / "run"), timeout_s=120)
+    assert first == second
+    assert "could not be read, such as" in first[0]
+    assert len(checkpoint.Checkpoints(tmp_path / "run" / "stop" / "ckpt").all()) > 0
+
+
 def test_settings_that_do_not_fit_the_number_of_processes_are_refused_in_words() -> None:
     from dinov3.config import TrainConfig, check_scale
 

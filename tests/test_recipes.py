@@ -35,7 +35,8 @@ def overrides(name: str) -> list[str]:
 
 def loaded(name: str) -> TrainConfig:
     if name in STUDENTS:
-        return load_config(name, ["train.dataset_path=D", "crops.teacher_to_student_resolution_scale=2"])[0]
+        scale = 2 if "convnext" in name else 1
+        return load_config(name, ["train.dataset_path=D", f"crops.teacher_to_student_resolution_scale={scale}"])[0]
     if name == DESCRIPTION:
         return load_config(name, ["train.dataset_path=D"])[0]
     return load_config(name, overrides(name))[0]

@@ -18,7 +18,7 @@ from toy_training import TOY, start, write_config, write_pictures
 
 from dinov3 import checkpoint, features, weights
 from dinov3.config import GramConfig, load_config
-from dinov3.errors import DinoError
+from dinov3.errors import DinoError, WeightsMismatch
 from dinov3.export.convert import convert
 from dinov3.runlog import read_metrics
 from dinov3.train import assembly, teacher_files
@@ -193,6 +193,41 @@ def test_begun_anew_means_that_old_checkpoints_are_put_aside(toy: str, pictures:
     assert [it for it, _ in checkpoint.Checkpoints(tmp_path / "ckpt.1").all()] == [3, 7, 11]
 
 
+def test_begun_anew_means_that_old_teachers_are_put_aside(toy: str, pictures: Path, tmp_path: Path) -> None:
+    run(toy, pictures, tmp_path, "optim.epochs=1", "evaluation.eval_period_iterations=2")
+    run(toy, pictures, tmp_path, "optim.epochs=1", "evaluation.eval_period_iterations=4", resume=False)
+    assert [p.name for p in (tmp_path / "eval").iterdir()] == ["training_3"]
+    assert sorted(p.name for p in (tmp_path / "eval.1").iterdir()) == ["training_1", "training_3"]
+
+
+@pytest.mark.parametrize("form", ["sharded", "whole"])
+def test_a_dump_replaces_an_older_one_of_either_form(form: str, toy: str, tmp_path: Path) -> None:
+    from dinov3.train.method import build_network
+
+    config, _ = load_config(toy, ["train.dataset_path=D"])
+    folder, network = tmp_path / "training_3", build_network(config)
+
+    def dump(value: float, sharded: bool) -> None:
+        with torch.no_grad():
+            for p in network.parameters():
+                p.fill_(value)
+        if sharded:
+            teacher_files.adopt_sharded(
+                checkpoint.Checkpoints(folder).save(3, checkpoint.module_tensors(network, "model."), {})
+            )
+        else:
+            teacher_files.write_teacher(network, folder, config, writer=True, iteration=3)
+
+    dump(1.0, sharded=True)
+    dump(2.0, sharded=form == "sharded")
+    dump(3.0, sharded=True)
+    assert [p.name for p in folder.iterdir()] == ["sharded_teacher_checkpoint"]
+    assert float(teacher_files.read_network(folder).parts["backbone"]["cls_token"].mean()) == 3
+    dump(4.0, sharded=False)
+    assert float(teacher_files.read_network(folder).parts["backbone"]["cls_token"].mean()) == 4
+    assert not (folder / "sharded_teacher_checkpoint").exists()
+
+
 # ---- numbers that are not numbers -----------------------------------------------------------------------------------
 
 
@@ -236,6 +271,15 @@ def test_three_steps_in_a_row_that_are_not_finite_end_the_run_with_a_sentence(
     assert [it for it, _ in checkpoint.Checkpoints(tmp_path / "ckpt").all()] == [3]
 
 
+def test_a_gram_teacher_due_in_a_step_that_is_not_finite_comes_all_the_same(
+    toy: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned(monkeypatch, {5}, float("nan"))
+    run(toy, pictures, tmp_path, *GRAM, "gram.it_load_ema_teacher=6", "gram.rep_update=false", "checkpointing.period=5")
+    before, last = (tensors(tmp_path / "ckpt" / it) for it in ("4", "11"))
+    assert torch.equal(last["model.gram_teacher.backbone.cls_token"], before["model.model_ema.backbone.cls_token"])
+
+
 # ---- batches --------------------------------------------------------------------------------------------------------
 
 
@@ -265,6 +309,47 @@ def test_accumulated_gradients_are_the_mean_over_batches(
     assert record["global_batch_size"] == record["local_batch_size"] == 8
 
 
+def test_a_step_abandoned_between_two_accumulated_batches_is_drawn_again(
+    toy: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C ends the data workers too: the second batch of iteration 2 never comes."""
+    two = ("optim.accumulation_steps=2", "optim.epochs=1")
+    expected = tensors(run(toy, pictures, tmp_path / "whole", *two).checkpoint)
+    fetch, calls = assembly.Trainer.fetch, [0]
+
+    def broken(self: Any, batches: Any, stop: StopRequest) -> Any:
+        calls[0] += 1
+        if calls[0] == 6:
+            stop.reason = "SIGINT"
+            return None
+        return fetch(self, batches, stop)
+
+    monkeypatch.setattr(assembly.Trainer, "fetch", broken)
+    assert run(toy, pictures, tmp_path / "cut", *two).iterations == 2
+    assert_same(expected, tensors(run(toy, pictures, tmp_path / "cut", *two).checkpoint))
+
+
+def test_waiting_for_data_is_all_that_is_called_so(
+    toy: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every accumulated batch, and without the time that a checkpoint takes."""
+    fetch, save = assembly.Trainer.fetch, assembly.Trainer.save
+
+    def slow_fetch(self: Any, batches: Any, stop: StopRequest) -> Any:
+        self.loader.waited_s += 10
+        return fetch(self, batches, stop)
+
+    def slow_save(self: Any, iteration: int) -> Path:
+        time.sleep(0.5)
+        return save(self, iteration)
+
+    monkeypatch.setattr(assembly.Trainer, "fetch", slow_fetch)
+    monkeypatch.setattr(assembly.Trainer, "save", slow_save)
+    run(toy, pictures, tmp_path, "optim.accumulation_steps=2", "optim.epochs=1", "checkpointing.period=1")
+    for record in read_metrics(tmp_path / "metrics.jsonl"):
+        assert 20 <= record["data_time"] < 20.5
+
+
 def test_more_processes_than_none_load_the_same_pictures(
     toy: str, pictures: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -280,6 +365,17 @@ def test_a_broken_picture_is_replaced_and_named_or_ends_the_run(toy: str, tmp_pa
     assert "0.png" in (tmp_path / "skip" / "log.txt").read_text()
     with pytest.raises(DinoError, match=r"could not be read, such as .*0\.png.*data.unreadable=stop"):
         run(toy, broken, tmp_path / "stop", "data.unreadable=stop")
+    (done,) = checkpoint.Checkpoints(tmp_path / "stop" / "ckpt").all()  # nothing that was learned is lost
+    assert done[0] < 11
+
+
+def test_a_picture_that_every_pass_meets_counts_once(toy: str, tmp_path: Path) -> None:
+    """Three passes over twelve pictures meet a broken one four times; no more than two broken ones are allowed."""
+    broken = write_pictures(tmp_path / "broken")
+    (broken / "dots" / "0.png").write_bytes(b"no picture")
+    assert run(toy, broken, tmp_path / "run", "optim.epochs=9", "data.max_unreadable=2").finished
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.count("unreadable pictures replaced by others so far: 1;") == 1
 
 
 # ---- weights in and out ---------------------------------------------------------------------------------------------
@@ -433,6 +529,36 @@ def test_distillation_from_a_wider_teacher_learns_and_leaves_the_teacher_alone(
     assert outcome.finished
     names = {n.split(".")[1] for n in tensors(outcome.checkpoint) if n.startswith("model.")}
     assert names == {"student", "model_ema"}  # the frozen teacher is not saved with every checkpoint
+
+
+def distil(run_folder: Path) -> list[str]:
+    teacher = run_folder / "eval" / "training_3"
+    return [
+        "distillation.enabled=true",
+        f"distillation.full_cfg_path={run_folder / 'resolved.yaml'}",
+        f"distillation.checkpoint_path={teacher}",
+    ]
+
+
+def test_a_frozen_teacher_whose_heads_do_not_fit_is_refused(toy: str, pictures: Path, tmp_path: Path) -> None:
+    """With random prototypes as targets the loss would mean nothing."""
+    run(toy, pictures, tmp_path / "teacher", "optim.epochs=1", "evaluation.eval_period_iterations=4")
+    file = tmp_path / "teacher" / "resolved.yaml"
+    file.write_text(file.read_text().replace("head_hidden_dim: 32", "head_hidden_dim: 48"))
+    with pytest.raises(WeightsMismatch, match=r"its dino_head has other sizes than distillation\.full_cfg"):
+        run(toy, pictures, tmp_path / "student", *distil(tmp_path / "teacher"))
+
+
+def test_a_gram_teacher_of_another_shape_than_its_source_is_refused(toy: str, pictures: Path, tmp_path: Path) -> None:
+    wide = ("student.embed_dim=48", "optim.epochs=1", "evaluation.eval_period_iterations=4")
+    run(toy, pictures, tmp_path / "teacher", *wide)
+    with pytest.raises(DinoError, match=r"a frozen one of another shape; set gram\.rep_update=false"):
+        run(toy, pictures, tmp_path / "student", *distil(tmp_path / "teacher"), *GRAM, "gram.it_load_ema_teacher=0")
+
+
+def test_a_vit_cannot_have_masks_of_a_coarser_grid(toy: str, pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(DinoError, match=r"teacher_to_student_resolution_scale.*1 for a ViT, not 2"):
+        run(toy, pictures, tmp_path, "crops.teacher_to_student_resolution_scale=2")
 
 
 # ---- k-NN -----------------------------------------------------------------------------------------------------------

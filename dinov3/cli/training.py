@@ -45,7 +45,6 @@ def training_overrides(
     """What the command's options mean in the configuration's words; `given` come last and win."""
     import os
 
-    from dinov3.config import load_config
     from dinov3.weights.catalog import resolve
 
     said = [f"train.dataset_path={pictures}", f"run.device={device}"]
@@ -57,12 +56,8 @@ def training_overrides(
         said += ["compute_precision.param_dtype=fp32", "train.compile=false", "train.batch_size_per_gpu=16"]
         said.append(f"train.num_workers={workers}")
     if steps is not None:
-        name = recipe if recipe.endswith((".yaml", ".yml")) else f"{recipe}.yaml"
-        epochs = load_config(name, said + given)[0].optim.epochs
-        if steps < epochs:
-            raise DinoError(f"--steps {steps}: the schedules of {recipe} need at least {epochs} (or set optim.epochs)")
-        said.append(f"train.OFFICIAL_EPOCH_LENGTH={round(steps / epochs)}")
         said += [
+            f"optim.iterations={steps}",
             f"checkpointing.period={max(1, steps // 20)}",
             f"evaluation.eval_period_iterations={max(1, steps // 4)}",
         ]

@@ -63,7 +63,7 @@ def _loop_problems(c: TrainConfig) -> Iterator[Problem]:
     yield from _positive("train", c.train, "batch_size_per_gpu", "OFFICIAL_EPOCH_LENGTH")
     if c.train.num_workers < 0:
         yield "train.num_workers", f"must be 0 (load in the training process) or more, not {c.train.num_workers}"
-    yield from _positive("optim", c.optim, "epochs", "accumulation_steps", "layerwise_decay")
+    yield from _positive("optim", c.optim, "epochs", "iterations", "accumulation_steps", "layerwise_decay")
     for beta in ("adamw_beta1", "adamw_beta2"):
         if not 0 <= getattr(c.optim, beta) < 1:
             yield f"optim.{beta}", f"must be at least 0 and below 1, not {getattr(c.optim, beta)}"
@@ -195,6 +195,11 @@ def _crop_problems(c: TrainConfig) -> Iterator[Problem]:
         yield (
             "crops.teacher_to_student_resolution_scale",
             f"a ConvNeXt has one token per 32 px, so student.patch_size × this must be 32, not {patch} × {scale:g}",
+        )
+    elif c.student.arch.startswith("vit_") and scale != 1 and not c.multidistillation.enabled:
+        yield (
+            "crops.teacher_to_student_resolution_scale",
+            f"is for a student of another stride than the teacher's, a ConvNeXt; 1 for a ViT, not {scale:g}",
         )
     if crops.localcrops_subset_of_globalcrops:
         if crops.local_crops_number % 2:

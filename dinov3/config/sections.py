@@ -161,7 +161,7 @@ class LoopConfig:
     dataset_path: str | None = "ImageNet:split=TRAIN"  # Name:key=value:…, or (ours) a folder, tar or parquet source
     output_dir: str = "."  # set from --output-dir
     seed: int = 0  # of the samplers
-    num_workers: int = 10  # per loader
+    num_workers: int = 10  # of each process, for all resolutions together
     OFFICIAL_EPOCH_LENGTH: int = 1250  # iterations; the unit of every *_epochs
     checkpointing: bool = False  # activation checkpointing: recompute what is cheap …
     checkpointing_full: bool = False  # … or everything
@@ -239,6 +239,9 @@ class MultiDistillationConfig:
 @dataclass
 class OptimConfig:
     epochs: int = 100
+    iterations: int | None = (
+        None  # ours: so many in all, every *_epochs stretched; null: epochs × OFFICIAL_EPOCH_LENGTH
+    )
     weight_decay: float | None = 0.04  # this and the next six: v1 schedules
     weight_decay_end: float | None = 0.4
     lr: float | None = 0.001  # before scaling with the batch
@@ -422,7 +425,7 @@ class TrainConfig:
 
     @property
     def iterations(self) -> int:
-        return self.optim.epochs * self.train.OFFICIAL_EPOCH_LENGTH
+        return self.optim.iterations or self.optim.epochs * self.train.OFFICIAL_EPOCH_LENGTH
 
     def problems(self) -> Iterator[Problem]:
         """Every condition that does not hold, as (key, sentence)."""

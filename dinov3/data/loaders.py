@@ -301,7 +301,7 @@ class CropLoader:
         self.consumed = consumed
         self.wait_s = self.waited_s = 0.0
         self.unreadable_count = 0
-        self.unreadable: dict[str, int] = {}  # "name: reason" → how often; the first thousand names
+        self.unreadable: dict[str, int] = {}  # "name: reason" → how often
         grids = []
         for rule in self.rules:
             rule.check_patch(patch)
@@ -359,8 +359,7 @@ class CropLoader:
     def _count(self, unreadable: Sequence[str]) -> None:
         self.unreadable_count += len(unreadable)
         for told in unreadable:
-            if told in self.unreadable or len(self.unreadable) < 1000:
-                self.unreadable[told] = self.unreadable.get(told, 0) + 1
+            self.unreadable[told] = self.unreadable.get(told, 0) + 1
 
 
 class _Steps:

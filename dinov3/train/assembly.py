@@ -81,8 +81,11 @@ class Trainer:
         return batch.to(self.device, DTYPES[self.config.compute_precision.param_dtype])
 
     def report_unreadable(self) -> str | None:
-        """Says how many pictures could not be read and were replaced; why to stop, if they are too many."""
-        count, data = self.loader.unreadable_count, self.config.data
+        """Says how many pictures could not be read and were replaced; why to stop, if they are too many.
+
+        Each counts once, however many passes meet it.
+        """
+        count, data = len(self.loader.unreadable), self.config.data
         if count <= self.reported:
             return None
         self.reported = count
@@ -137,9 +140,7 @@ class Trainer:
             saved = Checkpoints(folder, group=self.group).save(
                 iteration, tensors, {"iteration": f"training_{iteration}"}
             )
-            where = folder / teacher_files.SHARDED_FOLDER
-            if writer and not where.exists():
-                saved.rename(where)
+            where = teacher_files.adopt_sharded(saved) if writer else folder / teacher_files.SHARDED_FOLDER
             distributed.barrier(self.group)
         else:
             where = teacher_files.write_teacher(ema, folder, self.config, writer=writer, iteration=iteration)
@@ -364,9 +365,7 @@ def build_method(
         made.init_weights()
         if source:
             found = teacher_files.read_network(source)
-            if needs_heads:
-                teacher_files.frozen_teacher_needs_heads(found)
-            notes.extend(teacher_files.fill(made, found, vit_config(described.student)))
+            notes.extend(teacher_files.fill(made, found, vit_config(described.student), needs_heads=needs_heads))
         return made
 
     def spread(made: Network, *, trained: bool = False, over: Group = group) -> Network:
@@ -401,6 +400,13 @@ def build_method(
         )
         if source == "ignore":
             notes.append("distillation.checkpoint_path is 'ignore': the teacher has random weights, which is for tests")
+    if teacher is not None and gram_teacher is not None and (c.gram.rep_update or c.gram.it_load_ema_teacher >= 0):
+        shapes = [[p.shape for p in network.backbone.parameters()] for network in (gram_teacher, teacher)]
+        if shapes[0] != shapes[1]:
+            raise DinoError(
+                "the Gram teacher is refreshed from the teacher, and here that is a frozen one of another shape; set "
+                "gram.rep_update=false and name a file in gram.ckpt"
+            )
     return cls(
         student,
         ema,

@@ -144,16 +144,16 @@ class SelfDistillation:
         crops = self._seen_by_teacher(batch.global_crops)
         out = self.teacher.backbone(crops, is_training=True)
         cls, patches = out["x_norm_clstoken"], out["x_norm_patchtokens"]  # [2B, D], [2B, P, D]
-        self._check_grid(patches, batch.masks)
+        self._check_grid("teacher", patches, batch.masks)
         dino = losses.sinkhorn_knopp(self.teacher.dino_head(cls), T, group=self.group)
         masked = patches.flatten(0, 1).index_select(0, batch.mask_indices)  # [n, D]
         ibot = losses.sinkhorn_knopp(self.teacher.ibot_head(masked), T, group=self.group)
         return Targets(dino.unflatten(0, (2, B)), ibot, self._gram_target(batch, patches, values))
 
-    def _check_grid(self, patches: Tensor, masks: Tensor) -> None:
+    def _check_grid(self, who: str, patches: Tensor, masks: Tensor) -> None:
         if patches.shape[1] != masks.shape[1]:
             raise DinoError(
-                f"the teacher has {patches.shape[1]} patches of a global crop, the masks have {masks.shape[1]}; "
+                f"the {who} has {patches.shape[1]} patches of a global crop, the masks have {masks.shape[1]}; "
                 "crops.teacher_to_student_resolution_scale must be the ratio of the two models' strides"
             )
 
@@ -198,6 +198,7 @@ class SelfDistillation:
         )
         cls, local_cls = globals_["x_norm_clstoken"], locals_["x_norm_clstoken"]  # [2B, D], [n_l·B, D]
         patches = globals_["x_norm_patchtokens"]  # [2B, P, D]
+        self._check_grid("student", patches, batch.masks)
         logits = self.student.dino_head(torch.cat([cls, local_cls])).view(-1, B, K)  # [2 + n_l, B, K]
         masked = patches.flatten(0, 1).index_select(0, batch.mask_indices)  # [n, D]
         n_local = len(logits) - 2

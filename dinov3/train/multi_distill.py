@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from dinov3 import distributed, losses
-from dinov3.config import check_scale, load_config, load_student
+from dinov3.config import TrainConfig, check_scale, load_config, load_student, report
 from dinov3.data.crops import CropBatch
 from dinov3.distributed import Group
 from dinov3.errors import DinoError
@@ -84,7 +84,7 @@ class MultiDistillation(SelfDistillation):
         L, G, T = batch.loaded.batch_size, self.global_batch, values.teacher_temp
         out = self.teacher.backbone(self._seen_by_teacher(batch.loaded.global_crops), is_training=True)
         cls, patches = out["x_norm_clstoken"], out["x_norm_patchtokens"]  # [2L, D], [2L, P, D]
-        self._check_grid(patches, batch.masks)
+        self._check_grid("teacher", patches, batch.masks)
         dino_head, ibot_head = self.teacher.dino_head, self.teacher.ibot_head
         words = dino_head(cls, part="bottleneck").unflatten(0, (2, L))  # [2, L, w]
         words = dealt(words, G, self.group, axis=1).flatten(0, 1)  # [2b, w]
@@ -113,12 +113,13 @@ def train_students(
     if not shared.multidistillation.enabled:
         raise DinoError(f"{file} names no students (multidistillation.students); leave --multi-distillation out")
     student, config, own_notes = load_student(shared, distributed.rank(), world, file, overrides)
+    check_alike(student.name, config)
     group = distributed.subgroup([range(*s.ranks_range) for s in shared.multidistillation.students])
     run = RunDir(config.train.output_dir, writer=distributed.rank(group) == 0)
     G = config.multidistillation.global_batch_size
     assert G is not None
     if not resume:
-        put_aside(run.checkpoints, group)
+        put_aside(run, group)
     with deterministic(config.run.deterministic):
         trainer = assemble(
             config,
@@ -138,6 +139,22 @@ def train_students(
             return loop(trainer, first)
         finally:
             run.close()
+
+
+def check_alike(name: str, config: TrainConfig) -> None:
+    """Students see the same pictures in the same steps: what shapes these must not differ between their files."""
+    keys = ["optim.epochs", "optim.iterations", "optim.accumulation_steps", "train.OFFICIAL_EPOCH_LENGTH"]
+    keys += ["train.dataset_path", "train.seed", "student.patch_size"]
+    keys += [f"crops.{f.name}" for f in fields(config.crops) if f.name != "teacher_to_student_resolution_scale"]
+    mine = {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in keys}
+    everybody = dict(distributed.gather_objects((name, mine)))
+    wrong = []
+    for key in keys:
+        values = {student: values[key] for student, values in everybody.items()}
+        if any(value != mine[key] for value in values.values()):
+            wrong.append(f"{key}: {', '.join(f'{value} for {student}' for student, value in values.items())}")
+    if wrong:
+        raise DinoError(report([f"{line}; say it once, in the shared file" for line in wrong]))
 
 
 def common_iteration(mine: list[int]) -> int | None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -107,11 +108,18 @@ def _heads(tensors: Mapping[str, Tensor]) -> dict[str, State]:
     return heads
 
 
-def fill(network: Network, found: Found, config: BackboneConfig) -> list[str]:
+def fill(network: Network, found: Found, config: BackboneConfig, *, needs_heads: bool = False) -> list[str]:
     """Puts weights into a network (not yet sharded); what is worth saying. Raises `WeightsMismatch`.
 
-    The backbone must fit in every key and shape. Heads that the file lacks, or that have other sizes, stay as they are.
+    The backbone must fit in every key and shape. Heads that the file lacks, or that have other sizes, stay as they are;
+    with `needs_heads` they must be there and fit: a frozen teacher's prototypes are the targets of distillation.
     """
+    if needs_heads and not found.has_heads:
+        raise DinoError(
+            f"{found.source} holds a backbone without heads, and distillation needs the teacher's: its prototypes are the "
+            "targets. Published files have none; give a teacher_checkpoint.pth or a training checkpoint, or first train "
+            "heads by continuing from this file (student.resume_from_teacher_chkpt)"
+        )
     state = found.parts["backbone"]
     if found.opened is not None and found.opened.form != "meta":
         state = formats.complete(state, config)
@@ -133,6 +141,11 @@ def fill(network: Network, found: Found, config: BackboneConfig) -> list[str]:
         if there is None:
             absent.append(head)
         elif {k: v.shape for k, v in there.items()} != {k: v.shape for k, v in module.state_dict().items()}:
+            if needs_heads:
+                raise WeightsMismatch(
+                    f"{found.source}: its {head} has other sizes than distillation.full_cfg_path says; give the "
+                    "configuration that the teacher was trained with (a run keeps it as resolved.yaml)"
+                )
             notes.append(f"{found.source}: its {head} has other sizes than this configuration; it begins anew")
         else:
             module.load_state_dict(there, strict=True)
@@ -142,16 +155,6 @@ def fill(network: Network, found: Found, config: BackboneConfig) -> list[str]:
             "files hold backbones only); a few warm-up epochs with a low rate let the heads catch up"
         )
     return notes
-
-
-def frozen_teacher_needs_heads(found: Found) -> None:
-    """Distillation compares prototypes, so a teacher without heads is of no use."""
-    if not found.has_heads:
-        raise DinoError(
-            f"{found.source} holds a backbone without heads, and distillation needs the teacher's: its prototypes are the "
-            "targets. Published files have none; give a teacher_checkpoint.pth or a training checkpoint, or first train "
-            "heads by continuing from this file (student.resume_from_teacher_chkpt)"
-        )
 
 
 # ---- out ------------------------------------------------------------------------------------------------------------
@@ -171,7 +174,22 @@ def write_teacher(network: nn.Module, folder: Path, config: TrainConfig, *, writ
         folder.mkdir(parents=True, exist_ok=True)
         save_pth(state, folder / TEACHER_FILE)
         save_backbone(state, folder / BACKBONE_FILE, describe(config) | {"iteration": iteration})
+        shutil.rmtree(folder / SHARDED_FOLDER, ignore_errors=True)  # of an earlier start: `read_network` takes either
     return folder
+
+
+def adopt_sharded(saved: Path) -> Path:
+    """Renames a sharded dump to `sharded_teacher_checkpoint` beside it; what an earlier start left there goes."""
+    where = saved.with_name(SHARDED_FOLDER)
+    old = where.with_name(f".{SHARDED_FOLDER}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if where.exists():
+        where.rename(old)
+    saved.rename(where)
+    shutil.rmtree(old, ignore_errors=True)
+    for other in (TEACHER_FILE, BACKBONE_FILE):
+        where.with_name(other).unlink(missing_ok=True)
+    return where
 
 
 def save_pth(state: State, path: Path) -> None:

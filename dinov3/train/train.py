@@ -32,12 +32,12 @@ from typing import Any
 
 from torch import Tensor
 
-from dinov3 import distributed
+from dinov3 import checkpoint, distributed
 from dinov3.config import TrainConfig, check_scale, load_config
 from dinov3.distributed import Group
 from dinov3.errors import DinoError, did_you_mean
 from dinov3.optim import apply_schedules, clip_per_module
-from dinov3.parallel import precision, reduce_gradients
+from dinov3.parallel import precision, reduce_gradients, reshard
 from dinov3.runlog import Progress, RunDir, plot
 from dinov3.train.assembly import Trainer, assemble, deterministic, due
 from dinov3.train.method import gram_active
@@ -55,6 +55,7 @@ class Outcome:
     reason: str  # "finished", or what asked it to stop
     signal: int | None = None
     checkpoint: Path | None = None
+    error: str | None = None  # what ended it, raised once all is saved
     skipped_steps: int = 0  # of this start
     knn: dict[int, float] = field(default_factory=dict)  # iteration → accuracy, of this start
 
@@ -85,7 +86,7 @@ def train(
     config = replace(config, train=replace(config.train, output_dir=str(Path(out).absolute())))
     run = RunDir(out, writer=distributed.is_main())
     if not resume:
-        put_aside(run.checkpoints)
+        put_aside(run)
     with deterministic(config.run.deterministic):
         trainer = assemble(config, run, device, seed=seed, near=near)
         first = trainer.resume() if resume else 0
@@ -123,14 +124,13 @@ def loop(trainer: Trainer, first: int) -> Outcome:
 
             # -- data, targets, prediction, gradients; several batches when they are accumulated
             logs: list[dict[str, Tensor]] = []
-            fetched = True
+            fetched, waited = True, t.loader.waited_s
+            before = checkpoint.random_states() if c.optim.accumulation_steps > 1 and distributed.world() == 1 else None
             for nth in range(c.optim.accumulation_steps):
                 batch = t.fetch(batches, stop)
                 if batch is None:
                     fetched = False
                     break
-                if not logs:
-                    progress.fetched()
                 with precision(t.device, c.compute_precision.param_dtype, t.group):
                     batch = method.receive(batch)
                     targets = method.targets(batch, values)
@@ -138,8 +138,14 @@ def loop(trainer: Trainer, first: int) -> Outcome:
                 reduce_gradients(method.student.parts(), nth + 1 == c.optim.accumulation_steps)
                 (terms.total() / c.optim.accumulation_steps).backward()
                 logs.append(terms.log())
-            if not fetched:
-                break  # asked to stop while waiting for data
+            if not fetched:  # asked to stop while waiting for data
+                if before is not None:
+                    checkpoint.restore_random_states(
+                        before
+                    )  # what the abandoned step's first batches drew is drawn again
+                break
+            progress.fetched(t.loader.waited_s - waited)
+            reshard(method.student.parts())
             norms = clip_per_module(method.student.parts(), c.optim.clip_grad)
 
             # -- step, unless something is not finite; all ranks see the same numbers and decide alike
@@ -147,8 +153,8 @@ def loop(trainer: Trainer, first: int) -> Outcome:
             if finite:
                 t.optimizer.step()
                 method.update_ema(values.momentum)
-                if method.refresh_gram(it):
-                    run.say(f"iteration {it}: the Gram teacher is now a copy of the teacher")
+            if method.refresh_gram(it):
+                run.say(f"iteration {it}: the Gram teacher is now a copy of the teacher")
             in_a_row = 0 if finite else in_a_row + 1
             outcome.skipped_steps += not finite
             outcome.iterations, t.consumed = it + 1, t.loader.consumed
@@ -161,18 +167,19 @@ def loop(trainer: Trainer, first: int) -> Outcome:
                 run.say(
                     f"iteration {it}: {not_finite_names(log, norms)}; no step ({in_a_row} of {MAX_BAD_STEPS} in a row)"
                 )
-            too_many = t.report_unreadable() if told else None
-            if too_many and distributed.world() == 1:
-                raise DinoError(too_many)
-            stop.reason = stop.reason or too_many  # several processes: all stop, after a step more
-            if in_a_row >= MAX_BAD_STEPS and t.several:
-                stop.reason = "losses that are not finite"  # the other students stop with this one, after a step more
-            elif in_a_row >= MAX_BAD_STEPS:
-                raise DinoError(
+            # -- an error of this rank ends them all: alone at once, among several after a step more
+            wrong = t.report_unreadable() if told else None
+            if in_a_row >= MAX_BAD_STEPS:
+                wrong = (
                     f"stopped at iteration {it}: the loss or its gradient was not finite {MAX_BAD_STEPS} times in a row. "
                     f"The newest checkpoint is sound ({outcome.checkpoint or 'none yet'}). Try a lower rate (optim.lr), a "
                     "longer warm-up, smaller optim.clip_grad, or compute_precision.param_dtype=fp32"
                 )
+                if not t.several:  # its ranks all know
+                    raise DinoError(wrong)
+            if wrong is not None and it + 1 < total:
+                outcome.error, stop.reason = wrong, "an error"
+                asked = asked or distributed.world() == 1
 
             # -- evaluate, save
             last = it + 1 == total
@@ -192,20 +199,26 @@ def loop(trainer: Trainer, first: int) -> Outcome:
                 f"stopped by {outcome.reason} after iteration {outcome.iterations - 1}; everything is in "
                 f"{outcome.checkpoint or 'no checkpoint yet'}, and the same command goes on from there"
             )
+            outcome.error = next(filter(None, distributed.gather_objects(outcome.error)), None)
+        else:
+            outcome.error = None  # the step in which the others would have heard of it was the last
     if outcome.iterations > first:
         progress.close()
     if run.writer:
         run.say(plot(run.metrics_file, run.plots / "losses.png"))
+    if outcome.error is not None:
+        raise DinoError(outcome.error)
     return outcome
 
 
-def put_aside(folder: Path, group: Group = None) -> None:
-    """Checkpoints of a run that is begun anew, under another name: a later start must not go on from them."""
-    if distributed.rank(group) == 0 and folder.is_dir() and any(folder.iterdir()):
-        n = 1
-        while folder.with_name(f"{folder.name}.{n}").exists():
-            n += 1
-        folder.rename(folder.with_name(f"{folder.name}.{n}"))
+def put_aside(run: RunDir, group: Group = None) -> None:
+    """What a run that is begun anew had saved, under other names: nothing later may go on from it or take it for its own."""
+    for folder in (run.checkpoints, run.evaluations):
+        if distributed.rank(group) == 0 and folder.is_dir() and any(folder.iterdir()):
+            n = 1
+            while folder.with_name(f"{folder.name}.{n}").exists():
+                n += 1
+            folder.rename(folder.with_name(f"{folder.name}.{n}"))
     distributed.barrier()
 
 
