@@ -3,8 +3,9 @@
     python examples/clipart_on_photographs.py PHOTOGRAPHS CLIPART OUT --count 3600
 
 A student that learns from teachers needs no labels and no realism, only pictures that make the teachers say many different
-things. Written for the shipped model (docs/model-card-vitt16.md): Caltech-101 and Open Clip Art (public domain). One picture
-in four gets a plain ground instead of a photograph. The same arguments give the same pictures.
+things. Written for the shipped model (docs/model-card-vitt16.md): Caltech-101, Open Clip Art (public domain) and
+Fluent Emoji (MIT). One picture in four gets a plain ground instead of a photograph. The same arguments give the same
+pictures.
 """
 
 from __future__ import annotations

@@ -239,9 +239,7 @@ class MultiDistillationConfig:
 @dataclass
 class OptimConfig:
     epochs: int = 100
-    iterations: int | None = (
-        None  # ours: so many in all, every *_epochs stretched; null: epochs × OFFICIAL_EPOCH_LENGTH
-    )
+    iterations: int | None = None  # ours: in all, every *_epochs stretched; null: epochs × OFFICIAL_EPOCH_LENGTH
     weight_decay: float | None = 0.04  # this and the next six: v1 schedules
     weight_decay_end: float | None = 0.4
     lr: float | None = 0.001  # before scaling with the batch
