@@ -10,7 +10,9 @@ to the pictures, and refuses to be compared or joined with one that differs.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -59,11 +61,18 @@ class Features:
         where = f"layer {self.layer} of {self.n_layers}, {norm}"
         return f"Features({B} pictures, grid {h}×{w}, width {D}, {where}, {self.preprocessing}, {self.model})"
 
-    def __getitem__(self, index: int | slice | Sequence[int]) -> Features:
-        """The features of some of the pictures; an int keeps the batch dimension."""
-        if isinstance(index, int):
-            index = [range(len(self))[index]]
-        rows = list(range(len(self))[index]) if isinstance(index, slice) else list(index)
+    def __getitem__(self, index: Any) -> Features:
+        """The features of some of the pictures: an integer (the batch dimension stays), a slice, integers, or a mask [B]."""
+        B = len(self)
+        if isinstance(index, slice):
+            rows = list(range(B)[index])
+        else:
+            chosen = torch.as_tensor(index)
+            if chosen.dtype == torch.bool:
+                if chosen.shape != (B,):
+                    raise IndexError(f"a mask of {B} pictures has {B} entries, not {list(chosen.shape)}")
+                chosen = chosen.nonzero()
+            rows = [range(B)[int(i)] for i in chosen.flatten().tolist()]
         return replace(
             self,
             cls=self.cls[rows],
@@ -281,9 +290,28 @@ def extract(
 
 
 def model_label(model: nn.Module) -> str:
-    """Whose features these are: the catalogue's name and the weights' source, or the class and object."""
-    origin = getattr(model, "origin", None)
-    return str(origin) if origin is not None else f"{type(model).__name__} at {id(model):#x}"
+    """Whose features these are: the catalogue's name, or the class, and eight digits that follow from the weights.
+
+    The digits are a hash of up to 256 values of every tensor, evenly spread, and of its type: where the file lies makes no
+    difference, other weights do.
+    """
+    name = getattr(getattr(model, "origin", None), "name", type(model).__name__)
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    # replaced, or changed in place: hashed again
+    now = [(id(value), 0 if value.is_inference() else value._version) for _, value in tensors]
+    known = _labels.get(model)
+    if known is None or known[0] != now:
+        digest = hashlib.sha256()
+        for key, value in tensors:
+            flat = getattr(value, "_local_tensor", value).detach().flatten()  # of a sharded one this rank's part
+            some = flat[:: max(1, flat.numel() // 256)].contiguous().cpu()
+            digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+            digest.update(some.view(torch.uint8).numpy().data)
+        known = _labels[model] = (now, digest.hexdigest()[:8])
+    return f"{name} {known[1]}"
+
+
+_labels: weakref.WeakKeyDictionary[nn.Module, tuple[list[tuple[int, int]], str]] = weakref.WeakKeyDictionary()
 
 
 def batched(

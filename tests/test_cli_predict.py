@@ -130,6 +130,41 @@ def test_classes_go_to_stdout_and_one_table(photos: list[Path], tmp_path: Path) 
     run("classify", photos[0], "--weights", "random", "--size", 32, "--labels", tmp_path / "names.txt")
 
 
+def test_a_table_keeps_what_other_runs_said(photos: list[Path], tmp_path: Path) -> None:
+    more = ("--weights", "random", "--size", 32, "--labels", "cat,rocket", "--top", 1, "--out", tmp_path)
+    for chosen in (photos, photos[:1], photos[:1]):
+        run("classify", *chosen, *more)
+    with (tmp_path / "classes.csv").open() as file:
+        assert sorted(row["picture"] for row in csv.DictReader(file)) == sorted(map(str, photos))
+
+
+def test_results_are_not_taken_for_pictures(photos: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for photo in photos:
+        (folder / photo.name).write_bytes(photo.read_bytes())
+    more = ("--weights", "random", "--size", 32, "--labels", "cat,rocket")
+    for _ in range(2):
+        said = run("classify", folder, *more, "--out", folder / "results")
+        assert len(said.stdout.splitlines()) == len(photos)
+    with pytest.raises(DinoError, match="is the pictures' own folder"):
+        run("classify", folder, *more, "--out", folder)
+    run("classify", folder / photos[0].name, *more, "--out", folder)  # one picture, named by itself
+
+
+def test_a_misspelt_file_of_labels_is_no_class(photos: list[Path]) -> None:
+    with pytest.raises(DinoError, match=r"--labels nofile\.txt: no such file"):
+        run("classify", photos[0], "--weights", "random", "--labels", "nofile.txt")
+
+
+def test_a_device_that_is_not_there_is_a_sentence(photos: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(DinoError, match="--device cda: cpu, cuda, cuda:1, mps or auto"):
+        run("embed", photos[0].parent, "--out", tmp_path / "s", "--device", "cda")
+    if not torch.cuda.is_available():
+        with pytest.raises(DinoError, match="there is no CUDA device here"):
+            run("segment", photos[0], "--weights", "random", "--out", tmp_path / "m", "--device", "cuda")
+
+
 # ---- words ---------------------------------------------------------------------------------------------------------
 
 

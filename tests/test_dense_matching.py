@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -103,3 +104,11 @@ def test_some_of_the_matches() -> None:
     m = Matches(torch.arange(3), torch.arange(3), torch.tensor([0.1, 0.9, 0.5]))
     assert m[m.similarity > 0.3].left.tolist() == [1, 2]
     assert len(m) == 3
+
+
+def test_a_mask_of_bytes_is_refused_and_an_array_is_taken() -> None:
+    mask = np.zeros((8, 8), bool)
+    mask[:4] = True
+    assert coverage(mask, (2, 1)).tolist() == [[1.0], [0.0]]
+    with pytest.raises(DinoError, match="not values up to 255"):
+        coverage(mask.astype(np.uint8) * 255, (2, 1))

@@ -424,6 +424,11 @@ def test_the_distill_command_trains_and_goes_on(tiny_student, folder, teacher_fi
     assert "resumed at step 3" in (tmp_path / "run" / "log.txt").read_text(), again.output
     model = dinov3.load(weights=tmp_path / "run" / "student.safetensors")
     assert dinov3.embed(model, folder / "0.png", size=32).cls.shape == (1, 32)
+    for change in (["--seed", "1"], ["--teacher", f"dinov3:{teacher_file},layer=0"]):
+        with pytest.raises(DinoError, match="was begun with"):
+            typer.CliRunner().invoke(app, [*line, *change], catch_exceptions=False)
+    with pytest.raises(DinoError, match="is no folder"):
+        typer.CliRunner().invoke(app, [*line, "--knn", str(tmp_path / "nowhere")], catch_exceptions=False)
 
 
 # ---- the model that ships -------------------------------------------------------------------------------------------

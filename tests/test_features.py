@@ -240,3 +240,44 @@ def test_the_rainbow_is_the_same_on_every_machine_and_sees_two_halves(vit) -> No
     pca = fit(f)
     assert abs((pca.directions[:, 0].double() @ vectors[:, -1]).item()) == pytest.approx(1, abs=1e-4)
     assert pca.variance_share[0].item() == pytest.approx((values[-1] / values.sum()).item(), abs=1e-4)
+
+
+def test_some_of_the_pictures_keep_their_own_geometry(vit, photo, skimage_pictures) -> None:
+    three = [photo, skimage_pictures / "coffee.png", skimage_pictures / "rocket.jpg"]
+    f = dinov3.embed(vit, three, size=32)
+    for chosen in (
+        [0, 2],
+        [True, False, True],
+        torch.tensor([0, 2]),
+        torch.tensor([True, False, True]),
+        np.array([0, -1]),
+    ):
+        some = f[chosen]
+        assert torch.equal(some.cls, f.cls[[0, 2]])
+        assert some.geometry == (f.geometry[0], f.geometry[2])
+    assert f[np.int64(1)].geometry == f[1].geometry == (f.geometry[1],)
+    with pytest.raises(IndexError, match="a mask of 3 pictures"):
+        f[[True, False]]
+
+
+def test_a_model_is_known_by_its_weights_not_by_its_file(tmp_path, photo) -> None:
+    """The same weights in two places are one model; other weights in the same place are another."""
+    from dinov3 import weights
+
+    model = dinov3.load()
+    (tmp_path / "moved").mkdir()
+    files = [tmp_path / "a.safetensors", tmp_path / "moved" / "b.safetensors"]
+    for file in files:
+        weights.save(model, file)
+    a, b = (dinov3.embed(dinov3.load(weights=file), photo, size=32) for file in files)
+    assert a.model == b.model
+    assert float(a.similarity(b)) == pytest.approx(1)
+    with torch.no_grad():
+        model.blocks[3].mlp.fc1.weight.mul_(1.01)
+    weights.save(model, files[0])
+    with pytest.raises(IncompatibleFeatures):
+        a.similarity(dinov3.embed(dinov3.load(weights=files[0]), photo, size=32))
+    before = dinov3.embed(model, photo, size=32).model
+    with torch.no_grad():
+        model.norm.bias.add_(1)
+    assert dinov3.embed(model, photo, size=32).model != before

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageChops, ImageFile
+from PIL import ExifTags, Image, ImageChops, ImageFile
 
 from dinov3.data.pictures import PICTURE_SUFFIXES, Picture, is_picture_header, open_picture, upright_rgb
 from dinov3.errors import PictureError
@@ -172,6 +172,17 @@ def test_upright_rgb_follows_the_same_rules_for_pillow_pictures(colours: Image.I
 
 
 # ---- cheap decoding of large JPEGs ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_an_almost_square_jpeg_keeps_its_sides_apart(orientation: int, photograph: Image.Image) -> None:
+    """1999 × 2000 is 1000 × 1000 at half its size, which does not tell which side was longer."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    data = encoded(photograph.resize((1999, 2000)), "JPEG", quality=50, exif=exif)
+    picture = open_picture(data, target_short_side=256)
+    assert (picture.width, picture.height) == ((2000, 1999) if orientation >= 5 else (1999, 2000))
+    assert picture.image.size == (1000, 1000)
 
 
 @pytest.mark.parametrize(

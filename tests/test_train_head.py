@@ -74,6 +74,17 @@ def mask_folder(root: Path, n: int = 6) -> Path:
     return root
 
 
+def test_masks_of_black_and_white_are_not_one_class(tmp_path: Path) -> None:
+    """0 and 255, the second of which does not count: a head of one class would be right everywhere."""
+    data = mask_folder(tmp_path / "data")
+    for file in data.glob("*annot/*.png"):
+        write(file, np.where(np.asarray(Image.open(file)) > 0, 255, 0).astype(np.uint8))
+    (data / "classes.txt").unlink()
+    for classes in ([], ["back", "person"]):
+        with pytest.raises(DinoError, match=r"only the number 0 \(besides 255"):
+            train_head(config(data, classes=classes), tmp_path / "run")
+
+
 def depth_folder(root: Path, n: int = 4) -> Path:
     for i in range(n):
         classes = blocks(i)

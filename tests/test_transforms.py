@@ -177,3 +177,10 @@ def test_wrong_words_are_answered_with_the_right_ones() -> None:
         Preprocessing(shape="native", fit="crop")(gradient(10, 100))
     with pytest.raises(DinoError, match="positive"):
         Preprocessing(size=0)
+
+
+def test_a_strip_is_not_enlarged_beyond_memory() -> None:
+    with pytest.raises(DinoError, match="20000×3 would be enlarged to 1706667×256"):
+        Preprocessing(size=256, shape="short").plan(20000, 3)
+    assert Preprocessing(size=256, shape="square").plan(20000, 3).input_hw == (256, 256)
+    assert Preprocessing(shape="native").plan(8992, 8992).input_hw == (8992, 8992)

@@ -37,3 +37,6 @@ def main() -> None:
     except BrokenPipeError:  # `dinov3 models | head`
         sys.stderr.close()
         raise SystemExit(0) from None
+    except OSError as error:  # no space, no permission, a file where a folder should be
+        say(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        raise SystemExit(1) from None

@@ -279,13 +279,17 @@ def over(
     from dinov3.predict.common import OutputNames
 
     sources = [open_source(p) for p in pictures]
+    folders = [os.path.abspath(p) for p in pictures if os.path.isdir(p)]
+    if out is not None and os.path.abspath(out) in folders:
+        raise DinoError(f"--out {out} is the pictures' own folder: results would be taken for pictures; name another")
+    items = list(_each(sources, out if folders else None))
     names = OutputNames(out) if out is not None else None
     failures: list[tuple[str, str]] = []
-    total = sum(map(len, sources))
+    total = len(items)
     done = 0
     try:
         with Progress(word, total) as progress:
-            for path, item in _each(sources):
+            for path, item in items:
                 try:
                     data = item.read()
                     result = predict(open_picture(data), data)
@@ -307,22 +311,34 @@ def over(
         raise typer.Exit(UNREADABLE)
 
 
-def _each(sources: list[Any]) -> Iterator[tuple[str, Item]]:
-    """Every picture once, by its absolute path, however often it was named."""
+def _each(sources: list[Any], results: Path | None) -> Iterator[tuple[str, Item]]:
+    """Every picture once, by its absolute path, however often it was named; none of an earlier run's `results`."""
     seen: set[str] = set()
+    inside = None if results is None else os.path.join(os.path.abspath(results), "")
     for source in sources:
         for item in source:
             path = os.path.join(source.root, item.path)
-            if path not in seen:
+            if path not in seen and (inside is None or not os.path.abspath(path).startswith(inside)):
                 seen.add(path)
                 yield path, item
 
 
 def write_csv(path: Path, head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
-    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    """A table whose first column is the picture; rows of other pictures, from earlier runs, stay."""
+    mine = {str(row[0]) for row in rows}
+    kept: list[list[str]] = []
+    if path.is_file():
+        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+            there = csv.reader(file)
+            if next(there, None) == list(head):
+                kept = [row for row in there if row and row[0] not in mine]
+    beside = path.with_name(f".{os.getpid()}.{path.name}")
+    with beside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(head)
+        writer.writerows(kept)
         writer.writerows(rows)
+    os.replace(beside, path)
 
 
 def names_given(labels: str | None) -> list[str] | None:
@@ -333,6 +349,8 @@ def names_given(labels: str | None) -> list[str] | None:
         from dinov3.data.names import read_names
 
         return list(read_names(labels))
+    if "," not in labels and (labels.endswith(".txt") or os.sep in labels):
+        raise DinoError(f"--labels {labels}: no such file (class names are written a,b,c)")
     names = [word.strip() for word in labels.split(",")]
     if not all(names):
         raise DinoError(f"--labels {labels!r} has an empty name; write a,b,c or name a text file")

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from dinov3.errors import DinoError
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -31,6 +33,12 @@ def device_of(name: str) -> str:
     import torch
 
     if name != "auto":
+        try:
+            kind = torch.device(name).type
+        except RuntimeError:
+            raise DinoError(f"--device {name}: cpu, cuda, cuda:1, mps or auto") from None
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise DinoError(f"--device {name}: there is no CUDA device here (or this torch was built without CUDA)")
         return name
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 

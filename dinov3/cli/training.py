@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dinov3.cli.shared import Device, app, device_of, say
+from dinov3.cli.shared import INTERRUPTED, Device, app, device_of, say
 from dinov3.errors import DinoError
 
 
@@ -37,6 +37,8 @@ def train(
     say(f"{outcome.reason}: {outcome.iterations} of {outcome.total} steps; {out}")
     for iteration, accuracy in outcome.knn.items():
         print(f"{iteration}\t{accuracy:.4f}")
+    if outcome.signal is not None and not outcome.finished:
+        raise typer.Exit(INTERRUPTED)
 
 
 def training_overrides(

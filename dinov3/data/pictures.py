@@ -213,7 +213,7 @@ def _decode_opened(image: ImageFile.ImageFile, target_short_side: int | None, ma
         notes.append("EXIF rotated")
     if factor > 1:
         notes.append(f"decoded at 1/{factor}")
-        if (rgb.width >= rgb.height) != (width >= height):
+        if _orientation(image) >= 5:  # a quarter turn
             width, height = height, width
     else:
         width, height = rgb.size  # of an ICO, only now known

@@ -30,6 +30,7 @@ SHAPES = ("square", "short", "long", "native")
 FITS = ("resize", "pad", "crop")
 INTERPOLATIONS = ("bilinear", "bicubic")
 LVD_MEAN, LVD_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LARGEST_ENLARGED = 1 << 24  # pixels: a strip of 20000 × 3 at a short side of 256 would have 437 million
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,10 @@ class Preprocessing:
     def plan(self, width: int, height: int) -> Geometry:
         """What will happen to a picture of width × height pixels."""
         w, h = self._scaled(width, height)
+        if w * h > max(LARGEST_ENLARGED, 4 * width * height):
+            raise DinoError(
+                f"a picture of {width}×{height} would be enlarged to {w}×{h} pixels; leave it out, or shape='square'"
+            )
         m = self.multiple
         if self.center_crop:
             return self._center_cropped(width, height, w, h)

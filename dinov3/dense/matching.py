@@ -6,6 +6,7 @@ Legend: h×w patch grid, D width, N and M numbers of patches or points. Points a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,9 +75,9 @@ def match(
     matches = Matches(torch.arange(len(a), device=a.device), there[:, 0], similarity[:, 0])
     keep = torch.ones(len(a), dtype=torch.bool, device=a.device)
     if left_mask is not None:
-        keep &= left_mask.bool().flatten().to(a.device)
+        keep &= as_mask(left_mask).bool().flatten().to(a.device)
     if right_mask is not None:
-        keep &= right_mask.bool().flatten().to(a.device)[matches.right]
+        keep &= as_mask(right_mask).bool().flatten().to(a.device)[matches.right]
     if mutual:
         _, back = nearest(b, a)
         keep &= back[:, 0][matches.right] == matches.left
@@ -92,7 +93,18 @@ def pixels(features: Features, patches: Tensor, image: int = 0) -> Tensor:
 
 def coverage(mask: Tensor, grid_hw: tuple[int, int]) -> Tensor:
     """Share [h, w] of every patch that a mask [H, W] (booleans, or alpha in [0, 1]) covers: its mean over the cell."""
-    return F.adaptive_avg_pool2d(mask[None, None].float(), grid_hw)[0, 0]
+    return F.adaptive_avg_pool2d(as_mask(mask)[None, None].float(), grid_hw)[0, 0]
+
+
+def as_mask(mask: Any) -> Tensor:
+    """A mask of booleans or of alpha in [0, 1], tensor or array; other numbers (a picture's 0 and 255) are refused."""
+    values = torch.as_tensor(mask)
+    if values.numel() and (float(values.max()) > 1 or float(values.min()) < 0):
+        raise DinoError(
+            f"a mask holds booleans or alpha in [0, 1], not values up to {float(values.max()):g}: write mask > 127, "
+            "or mask / 255"
+        )
+    return values
 
 
 def thin(points: Tensor, distance: float = 100.0) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dinov3.dense.matching import as_mask
 from dinov3.errors import DinoError
 from dinov3.features import Features
 
@@ -53,7 +54,7 @@ def fit(features: Features, components: int = 3, mask: Tensor | None = None) -> 
 
 def _mask_of(features: Features, mask: Tensor) -> Tensor:
     """A boolean mask [B, h, w] of the features' patches, from one of that shape or, for one picture, [h, w]."""
-    mask = mask.bool().cpu()
+    mask = as_mask(mask).bool().cpu()
     mask = mask[None] if mask.ndim == 2 else mask
     if mask.shape != features.patches.shape[:3]:
         expected = list(features.patches.shape[:3])

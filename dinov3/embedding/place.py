@@ -14,6 +14,11 @@ from typing import Any
 
 from dinov3.errors import StoreError, UnknownName, did_you_mean, require
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 PICTURES, FAILED, LOCK = "pictures", "failed", ".writer.lock"
 
 
@@ -23,9 +28,7 @@ class Lock:
     def __init__(self, uri: str, path: Path) -> None:
         self._file: int | None = None
         self._pid = os.getpid()
-        try:
-            import fcntl
-        except ModuleNotFoundError:  # Windows
+        if fcntl is None:
             return
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -51,8 +54,7 @@ class Lock:
     def release(self) -> None:
         if self._file is not None:
             if os.getpid() == self._pid:
-                import fcntl
-
+                assert fcntl is not None
                 # A child forked a moment ago may not have closed its copy yet, and closing ours alone would leave it
                 # the lock. In the child, unlocking would take the lock from its parent.
                 fcntl.flock(self._file, fcntl.LOCK_UN)

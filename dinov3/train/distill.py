@@ -47,6 +47,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dinov3 import distributed
 from dinov3.data.crops import normalised
 from dinov3.data.loaders import permuted
+from dinov3.data.pictures import PICTURE_SUFFIXES
 from dinov3.data.sources import open_source
 from dinov3.data.transforms import Preprocessing
 from dinov3.errors import DinoError, UnknownName
@@ -332,6 +333,7 @@ class Distillation:
                 "average": self.average.state_dict(),
                 "pupils": self.pupils.state_dict(),
                 "optimizers": [o.state_dict() for o in self.optimizers],
+                "begun_with": self.begun_with(),
             },
             temporary,
         )
@@ -342,6 +344,12 @@ class Distillation:
         if not path.is_file():
             return False
         state = torch.load(path, map_location=self.device, weights_only=True)
+        before, now = state.get("begun_with", {}), self.begun_with()
+        for name in (n for n in before if before[n] != now[n]):
+            raise DinoError(
+                f"{self.run.path} was begun with {name} {before[name]}, not {now[name]}; give the same to go on, or "
+                f"another --out (and --weights {self.run.path / STUDENT} to begin with what it learned)"
+            )
         self.student.load_state_dict(state["student"])
         self.average.load_state_dict(state["average"])
         self.pupils.load_state_dict(state["pupils"])
@@ -349,6 +357,16 @@ class Distillation:
             optimizer.load_state_dict(kept)
         self.step = int(state["step"])
         return True
+
+    def begun_with(self) -> dict[str, Any]:
+        """What must stay the same when a run goes on. Lengths, rates, sizes and the like may change."""
+        c = self.config
+        same = ("student", "inherit", "awaken", "batch", "views", "optimizer", "seed")
+        return {name: getattr(c, name) for name in same} | {
+            "teachers": [_without_folders(line) for line in c.teachers],
+            "weights": Path(c.weights).name if c.weights else None,
+            "pictures": len(self.pictures),
+        }
 
     def export(self, path: Path | None = None, about: Mapping[str, Any] | None = None) -> Path:
         """The average as our own file, float16, with what it is and how it came about."""
@@ -383,6 +401,8 @@ def _without_folders(line: str) -> str:
 def distill(config: DistillConfig, out: str | Path) -> Path:
     """Trains, or goes on with, the run in folder `out`, alone or with the other processes; the exported student's path."""
     config = replace(config, device=str(distributed.setup(config.device)))
+    if config.knn:
+        _labelled(Path(config.knn), 1)  # a mistake in it is said now, not after the first steps
     run = RunDir(out, writer=distributed.is_main())
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     work = Distillation(config, run)
@@ -453,8 +473,11 @@ def knn(
 
 def _labelled(folder: Path, most: int) -> list[list[tuple[Path, int]]]:
     def of(root: Path) -> list[list[Path]]:
-        return [sorted(c.iterdir()) for c in sorted(root.iterdir()) if c.is_dir()]
+        classes = [c for c in sorted(root.iterdir()) if c.is_dir()]
+        return [sorted(f for f in c.iterdir() if f.suffix.lower() in PICTURE_SUFFIXES) for c in classes]
 
+    if not folder.is_dir():
+        raise DinoError(f"{folder} is no folder: one with a sub-folder of pictures for each class is needed")
     if (folder / "train").is_dir() and (folder / "val").is_dir():
         parts = [[files[:most] for files in of(folder / part)] for part in ("train", "val")]
     else:

@@ -26,6 +26,7 @@ from torch import nn
 
 from dinov3 import distributed, hub
 from dinov3.data.datasets import make_dataset
+from dinov3.data.datasets.dense import ONE_CLASS
 from dinov3.data.pictures import open_picture
 from dinov3.data.transforms import Preprocessing
 from dinov3.errors import DinoError, PictureError, UnknownName, did_you_mean
@@ -398,6 +399,8 @@ def class_names(config: HeadConfig, data: Any) -> list[str]:
         highest = data.highest_class() - zero
         if highest < 0:
             raise DinoError("no mask holds a class: all pixels are ignored (255)")
+        if highest == 0 and not zero:
+            raise DinoError(ONE_CLASS)
         if known is not None and highest >= known:
             raise DinoError(
                 f"a mask holds class {highest}, but there are {known} classes (0 to {known - 1}): name all of "

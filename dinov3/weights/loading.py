@@ -598,6 +598,7 @@ def save(
 
 def write_safetensors(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Atomically: a temporary name beside the target, flushed to the disk, then renamed."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -606,6 +607,9 @@ def write_safetensors(state: Mapping[str, Tensor], path: Path, metadata: dict[st
     try:
         save_file({k: owned(v) for k, v in state.items()}, temporary, metadata)
         publish(temporary, path)
+    except SafetensorError as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise WeightsError(f"{path} could not be written: {error}") from None
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

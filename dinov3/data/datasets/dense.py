@@ -33,6 +33,12 @@ KINDS = ("classes", "depth", "height")
 UNKNOWN_DEPTH = 65535  # what depth cameras write into 16 bits where they saw nothing
 
 
+ONE_CLASS = (
+    "the masks hold only the number 0 (besides 255, which does not count): one class cannot be learned. "
+    "Black and white masks are 0 and 255; write 0 and 1"
+)
+
+
 class DenseDataset(PictureDataset):
     """Pairs of files: a picture, and a map of its size. `kind` says what the map holds."""
 

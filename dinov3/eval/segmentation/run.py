@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov3 import distributed
-from dinov3.data.datasets.dense import DenseDataset
+from dinov3.data.datasets.dense import ONE_CLASS, DenseDataset
 from dinov3.data.dense_transforms import SegmentationRule, normalised, resized_picture, short_side, tta_short
 from dinov3.data.transforms import to_pixels
 from dinov3.errors import DinoError
@@ -476,6 +476,8 @@ def folder_words(
         classes = sets[0].n_classes or max(data.highest_class() for data in sets) + 1
         if classes < 1:
             raise DinoError(f"the masks of {folder} hold no class that counts")
+        if classes == 1:
+            raise DinoError(ONE_CLASS)
     words = [
         f"datasets.train={train}", f"datasets.val={val}", f"decoder_head.num_classes={classes}", "decoder_head.type=linear",
         f"transforms.eval.img_size={size}", f"eval.crop_size={size}", f"eval.stride={max(1, size * 2 // 3)}",
