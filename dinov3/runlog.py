@@ -14,6 +14,7 @@ and norms since the previous record. Numbers that are not finite become null: JS
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from dinov3 import config as configuration
 from dinov3.errors import DinoError, UnknownName, did_you_mean, require
+from dinov3.locks import Lock
 
 Number = float | int | Tensor
 
@@ -112,6 +114,19 @@ class RunDir:
         self.checkpoints = self.path / "ckpt"
         self.evaluations = self.path / "eval"
         self.plots = self.path / "plots"
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """While this lasts no other process may do the same with this folder. Raises DinoError if one does already."""
+        if not self.writer:
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = Lock(self.path / ".running.lock", str(self.path))
+        try:
+            yield
+        finally:
+            lock.release()
 
     def start(self, config: Any, *, iteration: int = 0, sinks: Sequence[str | Sink] = ()) -> None:
         """Make the folder, write the configuration, cut the metrics at the iteration about to be run, open the sinks."""

@@ -256,3 +256,19 @@ def test_without_matplotlib_or_losses_a_sentence_says_why(tmp_path, monkeypatch)
     assert "pip install 'dinov3[plots]'" in runlog.plot(run.metrics_file, tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
     assert json.loads(run.metrics_file.read_text())["total_loss"] == 1.0
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
+    run = RunDir(tmp_path / "run")
+    with run.claimed():
+        with (
+            pytest.raises(
+                DinoError, match=r"process \d+ on .* is writing to .*run; wait for it, or give another --out"
+            ),
+            RunDir(tmp_path / "run").claimed(),
+        ):
+            pass
+        with RunDir(tmp_path / "other").claimed(), RunDir(tmp_path / "run", writer=False).claimed():
+            pass
+    with run.claimed():
+        pass

@@ -1,12 +1,10 @@
-"""Where a store lies: its database, the right to write there, and LanceDB's errors in sentences of ours."""
+"""Where a store lies: its database, and LanceDB's errors in sentences of ours."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
-import socket
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -14,54 +12,7 @@ from typing import Any
 
 from dinov3.errors import StoreError, UnknownName, did_you_mean, require
 
-try:
-    import fcntl
-except ModuleNotFoundError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 PICTURES, FAILED, LOCK = "pictures", "failed", ".writer.lock"
-
-
-class Lock:
-    """The right to write, held until `release` or the end of the process, however it ends."""
-
-    def __init__(self, uri: str, path: Path) -> None:
-        self._file: int | None = None
-        self._pid = os.getpid()
-        if fcntl is None:
-            return
-        try:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise StoreError(f"cannot write to {uri}: {error.strerror}") from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.read(self._file, 200).decode(errors="replace").strip() or "another process"
-            self.release()
-            raise StoreError(f"{holder} is writing to the store at {uri}; wait for it, or give another --out") from None
-        os.ftruncate(self._file, 0)
-        os.write(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        # A forked child would share the lock and keep it after this process is dead.
-        this = weakref.ref(self)
-
-        def let_go() -> None:
-            if lock := this():
-                lock.release()
-
-        os.register_at_fork(after_in_child=let_go)
-
-    def release(self) -> None:
-        if self._file is not None:
-            if os.getpid() == self._pid:
-                assert fcntl is not None
-                # A child forked a moment ago may not have closed its copy yet, and closing ours alone would leave it
-                # the lock. In the child, unlocking would take the lock from its parent.
-                fcntl.flock(self._file, fcntl.LOCK_UN)
-            os.close(self._file)
-        self._file = None
-
-    __del__ = release
 
 
 def place_of(uri: str | os.PathLike[str]) -> tuple[str, Path | None]:

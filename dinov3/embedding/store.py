@@ -36,7 +36,6 @@ from dinov3.embedding.place import (
     FAILED,
     LOCK,
     PICTURES,
-    Lock,
     connect,
     first_line,
     has_table,
@@ -57,6 +56,7 @@ from dinov3.embedding.schema import (
     patch_columns,
 )
 from dinov3.errors import StoreError, UnknownName, did_you_mean
+from dinov3.locks import Lock
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -114,7 +114,7 @@ class EmbeddingStore:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise StoreError(f"cannot make the folder {uri}: {error.strerror}") from error
-            lock = Lock(uri, folder / LOCK)
+            lock = Lock(folder / LOCK, f"the store at {uri}", StoreError)
         try:
             database = connect(uri)
             if has_table(database, uri):
@@ -419,7 +419,7 @@ class EmbeddingStore:
         self.table  # noqa: B018  # refuses in a forked child
         if self._pen is None:
             if self._lock is None and (folder := place_of(self.uri)[1]) is not None:
-                self._lock = Lock(self.uri, folder / LOCK)
+                self._lock = Lock(folder / LOCK, f"the store at {self.uri}", StoreError)
             with saying(f"cannot read the store at {self.uri}"):
                 pen = connect(self.uri, fresh=False).open_table(PICTURES)
                 self._let_columns_be_empty(pen)  # mends an add_column that was killed half-way

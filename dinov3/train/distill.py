@@ -404,6 +404,11 @@ def distill(config: DistillConfig, out: str | Path) -> Path:
     if config.knn:
         _labelled(Path(config.knn), 1)  # a mistake in it is said now, not after the first steps
     run = RunDir(out, writer=distributed.is_main())
+    with run.claimed():
+        return _distill(config, run)
+
+
+def _distill(config: DistillConfig, run: RunDir) -> Path:
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     work = Distillation(config, run)
     resumed = work.resume()

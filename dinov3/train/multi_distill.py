@@ -118,9 +118,9 @@ def train_students(
     run = RunDir(config.train.output_dir, writer=distributed.rank(group) == 0)
     G = config.multidistillation.global_batch_size
     assert G is not None
-    if not resume:
-        put_aside(run, group)
-    with deterministic(config.run.deterministic):
+    with run.claimed(), deterministic(config.run.deterministic):
+        if not resume:
+            put_aside(run, group)
         trainer = assemble(
             config,
             run,

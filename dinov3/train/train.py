@@ -85,9 +85,9 @@ def train(
     check_scale(config, distributed.world())
     config = replace(config, train=replace(config.train, output_dir=str(Path(out).absolute())))
     run = RunDir(out, writer=distributed.is_main())
-    if not resume:
-        put_aside(run)
-    with deterministic(config.run.deterministic):
+    with run.claimed(), deterministic(config.run.deterministic):
+        if not resume:
+            put_aside(run)
         trainer = assemble(config, run, device, seed=seed, near=near)
         first = trainer.resume() if resume else 0
         run.start(config, iteration=first, sinks=config.run.sinks)
