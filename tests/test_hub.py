@@ -228,3 +228,9 @@ print(tuple(dinov3.embed(again, numpy.zeros((50, 70, 3), numpy.uint8), size=32).
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == "(1, 2, 2, 384)"
+
+
+def test_a_type_may_be_named() -> None:
+    assert next(dinov3.load(dtype="bfloat16").parameters()).dtype == torch.bfloat16
+    with pytest.raises(UnknownName, match="'half' is none of float32"):
+        dinov3.load(dtype="half")

@@ -391,6 +391,7 @@ def test_the_teacher_file_opens_as_any_published_file_does(toy: str, pictures: P
     assert all(torch.equal(v, ema[f"model.model_ema.{k}"]) for k, v in state.items())
     for file in ("teacher_checkpoint.pth", "backbone.safetensors"):
         opened = weights.open(folder / file)
+        assert "teacher.*" not in " ".join(opened.notes)  # heads were left out, the teacher was not
         assert torch.equal(opened.state_dict["cls_token"], state["backbone.cls_token"])
     model = weights.build(opened.config, opened)
     assert opened.config.norm_layer == "layernorm"  # shapes cannot tell, the file's own words do

@@ -211,6 +211,8 @@ class Session:
 
     def rule(self, model: nn.Module, transform: TransformSection) -> Preprocessing:
         """The classification preprocessing with the statistics of the model's weights."""
+        if min(transform.resize_size, transform.crop_size) < 1:
+            raise DinoError("transform.resize_size and transform.crop_size are pixels: 1 or more")
         if abs(transform.resize_size / transform.crop_size - 256 / 224) > 0.03 and self.name == "knn":
             self.say(
                 f"note: resize {transform.resize_size} and crop {transform.crop_size} are not in the usual ratio 256/224"

@@ -66,7 +66,7 @@ def load(
     weights: str | os.PathLike[str] | None = None,
     *,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     check_hash: bool = False,
     seed: int = 0,
     **options: Any,
@@ -84,6 +84,9 @@ def load(
     The model carries `model.origin`: what was loaded and from where. Raises `UnknownName`, `WeightsMismatch` (at most ten
     lines: what the file seems to be, what to call instead), `UnsafeFile` and other `WeightsError`s.
     """
+    if isinstance(dtype, str) and dtype not in ("float32", "bfloat16", "float16"):
+        raise UnknownName(f"dtype {dtype!r} is none of float32, bfloat16, float16")
+    kind: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if name is None and weights is None:
         name, weights = catalog.DEFAULT_MODEL, catalog.DEFAULT_WEIGHTS
     from dinov3.hub import foreign
@@ -94,19 +97,19 @@ def load(
             raise DinoError(
                 f"{name.split(':')[0]}:… names its weights itself; options stand in the line: {name},layer=9"
             )
-        return foreign.load(name, device=device, dtype=dtype)
+        return foreign.load(name, device=device, dtype=kind)
     rows = catalog.resolve(name) if name is not None else ()
     if weights == "random":
         if not rows:
             raise DinoError("random weights need a model's name, for example load('dinov3_vits16', 'random')")
-        return fresh(rows[0], seed=seed, device=device, dtype=dtype, **options)
+        return fresh(rows[0], seed=seed, device=device, dtype=kind, **options)
 
     from dinov3.weights import loading
 
     if weights is None and rows[0].packaged:
-        dtype = dtype or torch.float32  # the file is float16 to be small, not to be computed with
+        kind = kind or torch.float32  # the file is float16 to be small, not to be computed with
     source = os.fspath(weights) if weights is not None else published_source(rows[0])
-    return assemble(loading.open(source, check_hash=check_hash), rows, device=device, dtype=dtype, **options)
+    return assemble(loading.open(source, check_hash=check_hash), rows, device=device, dtype=kind, **options)
 
 
 def published_source(row: catalog.Row) -> str:

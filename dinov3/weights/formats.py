@@ -237,10 +237,12 @@ def to_meta(
     hints, notes = hints or {}, []
     inside: State = {}
     outside: set[str] = set()
+    around = detected.prefix.removesuffix("backbone.")  # "teacher.": what is left out is teacher.dino_head, not teacher
     for key, value in state.items():
         plain = unwrapped(key)
         if not plain.startswith(detected.prefix):
-            outside.add(plain.split(".")[0])
+            known = around if plain.startswith(around) else ""
+            outside.add(known + plain.removeprefix(known).split(".")[0])
             continue
         plain = plain.removeprefix(detected.prefix)
         is_norm = detected.family == "convnext" and plain.startswith("head.norm.")
