@@ -427,8 +427,8 @@ def test_a_backbone_without_heads_begins_a_run_and_a_sentence_says_what_is_missi
     ema = tensors(tmp_path / "ckpt" / "3")
     assert torch.equal(method.student.state_dict()["backbone.norm.weight"], ema["model.model_ema.backbone.norm.weight"])
     assert any("holds no dino_head and no ibot_head: what is missing begins with random" in n for n in notes)
+    found = teacher_files.read_network(source)
     with pytest.raises(DinoError, match="holds a backbone without heads, and distillation needs"):
-        found = teacher_files.read_network(source)
         teacher_files.fill(method.student, found, method.student.backbone.config, needs_heads=True)
 
 
