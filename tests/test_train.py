@@ -370,7 +370,7 @@ def test_a_broken_picture_is_replaced_and_named_or_ends_the_run(toy: str, tmp_pa
 
 
 def test_a_picture_that_every_pass_meets_counts_once(toy: str, tmp_path: Path) -> None:
-    """Three passes over twelve pictures meet a broken one four times; no more than two broken ones are allowed."""
+    """Twelve passes over twelve pictures meet one broken picture again and again; two different ones are allowed."""
     broken = write_pictures(tmp_path / "broken")
     (broken / "dots" / "0.png").write_bytes(b"no picture")
     assert run(toy, broken, tmp_path / "run", "optim.epochs=9", "data.max_unreadable=2").finished

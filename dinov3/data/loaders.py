@@ -300,7 +300,6 @@ class CropLoader:
         self.ratios = tuple(ratios)
         self.consumed = consumed
         self.wait_s = self.waited_s = 0.0
-        self.unreadable_count = 0
         self.unreadable: dict[str, int] = {}  # "name: reason" → how often
         grids = []
         for rule in self.rules:
@@ -353,13 +352,9 @@ class CropLoader:
             if isinstance(batch, _Hopeless):
                 raise DinoError(batch.sentence)
             self.consumed += self.global_batch
-            self._count(batch.unreadable)
+            for told in batch.unreadable:
+                self.unreadable[told] = self.unreadable.get(told, 0) + 1
             yield batch
-
-    def _count(self, unreadable: Sequence[str]) -> None:
-        self.unreadable_count += len(unreadable)
-        for told in unreadable:
-            self.unreadable[told] = self.unreadable.get(told, 0) + 1
 
 
 class _Steps:
