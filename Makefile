@@ -1,4 +1,4 @@
-# make demo   a virtual environment, installation, and a picture to look at in demo-out/
+# make demo   a virtual environment, installation, and an image to look at in demo-out/
 # make test   what CI runs: lint, types, layers, the default tests (minutes)
 # make test-all   the slow tests too
 

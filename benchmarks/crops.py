@@ -1,7 +1,7 @@
-"""CPU milliseconds for the crops of one picture (2 × 224, 8 × 96): ours, torchvision on Pillow, torchvision on tensors.
+"""CPU milliseconds for the crops of one image (2 × 224, 8 × 96): ours, torchvision on Pillow, torchvision on tensors.
 
-    python benchmarks/crops.py                       # A B C A B C …, one thread, a decoded 500 × 375 picture
-    python benchmarks/crops.py photo.jpg --size 0    # another picture, at its own size, and the cost of decoding it
+    python benchmarks/crops.py                       # A B C A B C …, one thread, a decoded 500 × 375 image
+    python benchmarks/crops.py photo.jpg --size 0    # another image, at its own size, and the cost of decoding it
 
 CPU time of the process, not wall time, so that a busy machine disturbs less; the median of the rounds is reported. Both
 torchvision pipelines apply the reference's operations with the probabilities that it really applies; they normalise each
@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from dinov3.data.crops import CropRules, generator, normalised, render
-from dinov3.data.pictures import open_picture
+from dinov3.data.images import open_image
 
 
 def torchvision_crops(on_tensors: bool) -> Callable[[Any], list[torch.Tensor]]:
@@ -66,17 +66,17 @@ def torchvision_crops(on_tensors: bool) -> Callable[[Any], list[torch.Tensor]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("picture", nargs="?", help="without one: a smooth synthetic picture")
-    parser.add_argument("--size", type=int, default=500, help="width the picture is resized to first; 0: leave it")
+    parser.add_argument("path", nargs="?", help="without one: a smooth synthetic image")
+    parser.add_argument("--size", type=int, default=500, help="width the image is resized to first; 0: leave it")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--pictures", type=int, default=40, help="crops of that many pictures a round")
+    parser.add_argument("--images", type=int, default=40, help="crops of that many images a round")
     parser.add_argument("--normalise", action="store_true", help="ours: add normalising to float32 on the CPU")
     args = parser.parse_args()
     torch.set_num_threads(1)
 
-    if args.picture:
-        data = Path(args.picture).read_bytes()
-        image = open_picture(data).image
+    if args.path:
+        data = Path(args.path).read_bytes()
+        image = open_image(data).image
     else:
         coarse = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (24, 32, 3), np.uint8)
         image = Image.fromarray(coarse).resize((1280, 960), Image.Resampling.BICUBIC)
@@ -99,20 +99,18 @@ def main() -> None:
         "ours": ours,
         "torchvision on Pillow": lambda: on_pillow(image),
         "torchvision on tensors": lambda: on_tensors(image),
-        "(decoding the file in full)": lambda: open_picture(data),
-        "(decoding, as small as the crops allow)": lambda: open_picture(
-            data, target_short_side=rules.target_short_side
-        ),
+        "(decoding the file in full)": lambda: open_image(data),
+        "(decoding, as small as the crops allow)": lambda: open_image(data, target_short_side=rules.target_short_side),
     }
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for round_ in range(args.rounds + 1):  # the first warms up
         for name, run in contestants.items():
             start = time.process_time()
-            for _ in range(args.pictures):
+            for _ in range(args.images):
                 run()
             if round_:
-                times[name].append((time.process_time() - start) / args.pictures * 1e3)
-    print(f"{image.width} × {image.height} pixels, {args.rounds} rounds of {args.pictures} pictures, one thread")
+                times[name].append((time.process_time() - start) / args.images * 1e3)
+    print(f"{image.width} × {image.height} pixels, {args.rounds} rounds of {args.images} images, one thread")
     for name, values in times.items():
         print(f"{name:42s} {statistics.median(values):6.2f} ms   ({min(values):.2f} … {max(values):.2f})")
 

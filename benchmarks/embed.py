@@ -1,10 +1,10 @@
-"""Folder → store, beside transformers' processor + model on the same pictures: A B A B in one run.
+"""Folder → store, beside transformers' processor + model on the same images: A B A B in one run.
 
     python benchmarks/embed.py FOLDER [--model dinov3_vits16] [--rounds 3] [--limit 200] [--size 224]
 
 Both sides get the same random weights (converted), the same size and the same number of threads, and read the same
 files. Ours writes a store; theirs keeps the vectors in memory, which favours it. Each round runs in a fresh process.
-Prints pictures/s, CPU seconds a picture and peak memory: median over the rounds, and the ratio of each pair of rounds.
+Prints images/s, CPU seconds an image and peak memory: median over the rounds, and the ratio of each pair of rounds.
 
 The transformers side is what its documentation shows: PIL open, AutoImageProcessor, AutoModel, batches of 16.
 """
@@ -23,13 +23,13 @@ import time
 from pathlib import Path
 
 
-def ours(pictures: list[str], size: int, weights: str, out: str) -> None:
+def ours(images: list[str], size: int, weights: str, out: str) -> None:
     import dinov3
     from dinov3.data.sources import open_source
     from dinov3.embedding.pipeline import embed_source
     from dinov3.features import default_preprocessing
 
-    (Path(out) / "list.txt").write_text("\n".join(pictures))
+    (Path(out) / "list.txt").write_text("\n".join(images))
     model = dinov3.load(weights=weights)
     import lancedb  # noqa: F401  # seconds of import, which the clock excludes on both sides
 
@@ -39,7 +39,7 @@ def ours(pictures: list[str], size: int, weights: str, out: str) -> None:
     tell(report.embedded, start)
 
 
-def theirs(pictures: list[str], size: int, weights: str, out: str) -> None:
+def theirs(paths: list[str], size: int, weights: str, out: str) -> None:
     import torch
 
     try:
@@ -57,17 +57,17 @@ def theirs(pictures: list[str], size: int, weights: str, out: str) -> None:
     start = time.perf_counter(), time.process_time()
     vectors = []
     with torch.inference_mode():
-        for i in range(0, len(pictures), 16):
-            images = [Image.open(p).convert("RGB") for p in pictures[i : i + 16]]
+        for i in range(0, len(paths), 16):
+            images = [Image.open(p).convert("RGB") for p in paths[i : i + 16]]
             inputs = processor(images=images, size={"height": size, "width": size}, return_tensors="pt")
             vectors.append(model(**inputs).pooler_output)
     tell(len(torch.cat(vectors)), start)
 
 
-def tell(pictures: int, start: tuple[float, float]) -> None:
+def tell(images: int, start: tuple[float, float]) -> None:
     wall, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"pictures/s": pictures / wall, "CPU s/picture": cpu / pictures, "peak MiB": peak}))
+    print(json.dumps({"images/s": images / wall, "CPU s/image": cpu / images, "peak MiB": peak}))
 
 
 def main() -> None:
@@ -82,7 +82,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.side:
         job = json.loads(Path(args.job).read_text())
-        {"ours": ours, "theirs": theirs}[args.side](job["pictures"], args.size, job["weights"], job["out"])
+        {"ours": ours, "theirs": theirs}[args.side](job["images"], args.size, job["weights"], job["out"])
         return
 
     from dinov3 import load
@@ -90,7 +90,7 @@ def main() -> None:
     from dinov3.weights import save
 
     suffixes = {".jpg", ".jpeg", ".png"}
-    pictures = [str(p.resolve()) for p in sorted(args.folder.rglob("*")) if p.suffix.lower() in suffixes][: args.limit]
+    images = [str(p.resolve()) for p in sorted(args.folder.rglob("*")) if p.suffix.lower() in suffixes][: args.limit]
     runs: dict[str, list[dict[str, float]]] = {"ours": [], "theirs": []}
     with tempfile.TemporaryDirectory() as folder:
         save(load(args.model, "random"), f"{folder}/own.safetensors")
@@ -100,7 +100,7 @@ def main() -> None:
                 out = Path(folder) / f"{side}{i}"
                 out.mkdir()
                 weights = f"{folder}/own.safetensors" if side == "ours" else f"{folder}/transformers"
-                job = {"pictures": pictures, "weights": weights, "out": str(out)}
+                job = {"images": images, "weights": weights, "out": str(out)}
                 (out / "job.json").write_text(json.dumps(job))
                 command = [sys.executable, __file__, str(args.folder), "--side", side, "--job", str(out / "job.json")]
                 done = subprocess.run([*command, "--size", str(args.size)], capture_output=True, text=True)
@@ -109,9 +109,7 @@ def main() -> None:
                 runs[side].append(json.loads(done.stdout.splitlines()[-1]))
                 print(side, runs[side][-1], file=sys.stderr)
 
-    print(
-        f"{len(pictures)} pictures, {args.model} at {args.size}, {args.rounds} rounds, {platform.processor() or 'CPU'}"
-    )
+    print(f"{len(images)} images, {args.model} at {args.size}, {args.rounds} rounds, {platform.processor() or 'CPU'}")
     print(f"| | {' | '.join(runs['ours'][0])} |\n|---|---|---|---|")
     for side, rows in runs.items():
         print(f"| {side} | " + " | ".join(f"{statistics.median(r[k] for r in rows):.3g}" for k in rows[0]) + " |")

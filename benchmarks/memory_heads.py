@@ -22,14 +22,14 @@ import torch
 
 def segmentor(backbone: Any, x: torch.Tensor) -> Callable[[], Any]:
     """All a training step would see: masks of every layer."""
-    from dinov3.heads.mask2former import build_segmentor
+    from dinov3.heads.mask2former.model import build_segmentor
 
     model = build_segmentor(backbone, 150).eval()
     return lambda: model(x)
 
 
 def segmentor_predict(backbone: Any, x: torch.Tensor) -> Callable[[], Any]:
-    from dinov3.heads.mask2former import build_segmentor
+    from dinov3.heads.mask2former.model import build_segmentor
 
     model = build_segmentor(backbone, 150).eval()
     return lambda: model.predict(x, rescale_to=(x.shape[-2], x.shape[-1]))
@@ -44,13 +44,13 @@ def depther_dpt(backbone: Any, x: torch.Tensor) -> Callable[[], Any]:
 
 def detector(backbone: Any, x: torch.Tensor) -> Callable[[], Any]:
     """At the published sizes: width 768, 6 + 6 layers, 1500 queries."""
-    from dinov3.heads.detr import build_detector
+    from dinov3.heads.detr.model import build_detector
 
     model = build_detector(backbone).eval()
     return lambda: model.detect(list(x))
 
 
-# what: (its forward, the default side of the picture)
+# what: (its forward, the default side of the image)
 ROWS: dict[str, tuple[Callable[[Any, torch.Tensor], Callable[[], Any]], int]] = {
     "segmentor": (segmentor, 1024),
     "segmentor_predict": (segmentor_predict, 1024),
@@ -83,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--backbone", default="dinov3_vits16")
-    parser.add_argument("--size", type=int, default=0, help="side of the picture in pixels")
+    parser.add_argument("--size", type=int, default=0, help="side of the image in pixels")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

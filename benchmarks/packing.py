@@ -1,11 +1,11 @@
 """Global and local crops of a step: apart, or packed into one sequence? Forward and backward through all blocks.
 
     python benchmarks/packing.py                                  # ViT-S, 2 × 224 and 8 × 96 pixels, this machine
-    python benchmarks/packing.py --model dinov3_vitl16 --pictures 32 --device cuda --dtype bfloat16 --compile
+    python benchmarks/packing.py --model dinov3_vitl16 --images 32 --device cuda --dtype bfloat16 --compile
 
     apart     each group of equal crops is a batch of its own (what the package does)
     linears   norms, projections and FFNs run once over the tokens of all crops; attention a group at a time
-    masked    one sequence a picture, attention kept inside the crops by a block-diagonal mask
+    masked    one sequence an image, attention kept inside the crops by a block-diagonal mask
     flex      as masked, by flex_attention's block mask, which skips empty blocks (with --compile only)
 
 All four compute the same (checked first). A B C A B C … in one process; the median of the rounds and the ratio to `apart`.
@@ -55,12 +55,12 @@ def linears(model: Any, groups: list[Tensor], ropes: list[Rope]) -> list[Tensor]
 
 
 def one_sequence(model: Any, groups: list[Tensor], ropes: list[Rope], attend: Callable[..., Tensor]) -> list[Tensor]:
-    """[pictures, all tokens of all crops of a picture, D], crop-major groups in."""
-    pictures = PICTURES
-    parts = [g.unflatten(0, (-1, pictures)).transpose(0, 1).flatten(1, 2) for g in groups]
+    """[images, all tokens of all crops of an image, D], crop-major groups in."""
+    images = IMAGES
+    parts = [g.unflatten(0, (-1, images)).transpose(0, 1).flatten(1, 2) for g in groups]
     lengths = [p.shape[1] for p in parts]
     x = torch.cat(parts, 1)  # [B, ΣN, D]
-    crops = [g.shape[0] // pictures for g in groups]
+    crops = [g.shape[0] // images for g in groups]
     sin, cos = (torch.cat([t.repeat(c, 1, 1, 1) for t, c in zip(ts, crops)]) for ts in zip(*ropes))
     for block in model.blocks:
         a, heads = block.attn, block.attn.num_heads
@@ -75,15 +75,15 @@ def one_sequence(model: Any, groups: list[Tensor], ropes: list[Rope], attend: Ca
 
 
 def documents(groups: Sequence[Tensor], device: str) -> Tensor:
-    """To which crop of the picture every token belongs [ΣN]."""
-    lengths = [n for g in groups for n in [g.shape[1]] * (g.shape[0] // PICTURES)]
+    """To which crop of the image every token belongs [ΣN]."""
+    lengths = [n for g in groups for n in [g.shape[1]] * (g.shape[0] // IMAGES)]
     return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="dinov3_vits16")
-    parser.add_argument("--pictures", type=int, default=2)
+    parser.add_argument("--images", type=int, default=2)
     parser.add_argument("--global-size", type=int, default=224)
     parser.add_argument("--local-size", type=int, default=96)
     parser.add_argument("--device", default="cpu")
@@ -91,14 +91,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
-    global PICTURES
-    PICTURES = args.pictures
+    global IMAGES
+    IMAGES = args.images
     dtype = getattr(torch, args.dtype)
 
     model: Any = load(args.model, "random", seed=0).to(args.device, dtype).eval()
     groups, ropes = [], []
     for crops, side in ((2, args.global_size), (8, args.local_size)):
-        x = torch.randn(crops * PICTURES, 3, side, side, device=args.device, dtype=dtype)
+        x = torch.randn(crops * IMAGES, 3, side, side, device=args.device, dtype=dtype)
         tokens, grid = model.tokens(x)
         groups.append(tokens.detach())
         ropes.append(rotation(*model.rope_embed(*grid), 1 + model.n_storage_tokens))
@@ -146,9 +146,9 @@ def main() -> None:
             seconds = step(f)
             if i:  # the first round warms up
                 times[name].append(seconds)
-    lengths = [n for g in groups for n in [g.shape[1]] * (g.shape[0] // PICTURES)]
-    what = f"{sum(lengths)} tokens a picture in {len(lengths)} crops"
-    print(f"{args.model}, {PICTURES} pictures, {what}, {args.dtype} on {args.device}")
+    lengths = [n for g in groups for n in [g.shape[1]] * (g.shape[0] // IMAGES)]
+    what = f"{sum(lengths)} tokens an image in {len(lengths)} crops"
+    print(f"{args.model}, {IMAGES} images, {what}, {args.dtype} on {args.device}")
     for name, seconds_ in times.items():
         ratio = statistics.median(a / b for a, b in zip(seconds_, times["apart"]))
         print(f"{name:8} {1e3 * statistics.median(seconds_):8.1f} ms a step   {ratio:5.2f} of apart")

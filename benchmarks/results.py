@@ -87,7 +87,7 @@ LINEAR = (
     "train.batch_size=32 train.epochs=1 train.epoch_length=60 train.num_workers=2 eval.num_workers=2 "
     "train.learning_rates=[1e-3,3e-3,1e-2,3e-2,0.1,0.3,1.0] " + SMALL
 )
-# small: features once, 300 and 200 steps of 4 pictures of 336 × 448
+# small: features once, 300 and 200 steps of 4 images of 336 × 448
 CAMVID = "DenseFolder:root={data}/camvid:split=%s:ignore=11"
 ROOM = "DenseFolder:root={data}/7scenes:select=%s"
 DENSE = (

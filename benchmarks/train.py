@@ -1,6 +1,6 @@
 """CPU seconds of a training step, each choice against its alternative: A B A B in one process, medians, and the ratio.
 
-    python benchmarks/train.py                  # vit_tiny, 48 px, 16 pictures; a minute
+    python benchmarks/train.py                  # vit_tiny, 48 px, 16 images; a minute
     python benchmarks/train.py --device cuda --arch vit_large --size 224 --batch 32
 
 Measured: the Gram forward that is not run while its weight is 0; activation checkpointing; the loop around the step
@@ -109,9 +109,7 @@ def main() -> None:
     method = made_method(config, device)
     optimizer = build_optimizer(method.student.parts(), config.optim)
     cuda = device.type == "cuda"
-    print(
-        f"{options.arch}, {options.batch} pictures of {options.size} px, Gram crops of {2 * options.size} px, {device}"
-    )
+    print(f"{options.arch}, {options.batch} images of {options.size} px, Gram crops of {2 * options.size} px, {device}")
 
     without = replace(VALUES, gram_loss_weight=0.0)
     compare(

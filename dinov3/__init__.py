@@ -16,13 +16,13 @@ _WHERE = {
     "embed": "dinov3.features",
     "extract": "dinov3.features",
     "Features": "dinov3.features",
-    "Preprocessing": "dinov3.data.transforms",
+    "Preprocessing": "dinov3.data.transforms.inputs",
     "DinoError": "dinov3.errors",
 }
 __all__ = ["DinoError", "Features", "Preprocessing", "embed", "extract", "load"]
 
 if TYPE_CHECKING:
-    from dinov3.data.transforms import Preprocessing
+    from dinov3.data.transforms.inputs import Preprocessing
     from dinov3.errors import DinoError
     from dinov3.features import Features, embed, extract
     from dinov3.hub import load

@@ -32,8 +32,8 @@ class UnsafeFile(WeightsError):
     """A pickle that would have to run code to be read; never opened."""
 
 
-class PictureError(DinoError):
-    """One picture that cannot be decoded; `str(error)` is the reason kept in a job's `failed` list."""
+class ImageError(DinoError):
+    """One image that cannot be decoded; `str(error)` is the reason kept in a job's `failed` list."""
 
 
 class IncompatibleFeatures(DinoError):

@@ -1,11 +1,11 @@
-"""From pictures to `Features`: the one loop that every activity uses, and the contract its result keeps.
+"""From images to `Features`: the one loop that every activity uses, and the contract its result keeps.
 
-Legend: B pictures, R registers, D width, h×w patch grid. Patch positions are (row, column); pixel positions are (x, y) in
-the ORIGINAL picture, x to the right, y down, (0, 0) the top left corner.
+Legend: B images, R registers, D width, h×w patch grid. Patch positions are (row, column); pixel positions are (x, y) in
+the ORIGINAL image, x to the right, y down, (0, 0) the top left corner.
 
 The commonest silent mistakes with these features are a layer taken before the norm, a mixture of preprocessings, and a
 patch map read with the wrong scale. So every `Features` says which layer it is, whether it is normed and what was done
-to the pictures, and refuses to be compared or joined with one that differs.
+to the images, and refuses to be compared or joined with one that differs.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov3.data.pictures import Picture, open_picture, upright_rgb
-from dinov3.data.transforms import Geometry, Preprocessing
+from dinov3.data.images import DecodedImage, open_image, upright_rgb
+from dinov3.data.transforms.inputs import Geometry, Preprocessing
 from dinov3.errors import DinoError, IncompatibleFeatures
 
 if TYPE_CHECKING:
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """What a backbone says of B pictures.
+    """What a backbone says of B images.
 
     cls [B, D] · registers [B, R, D] · patches [B, h, w, D]. `layer` is the 0-based index of the block (ConvNeXt: stage)
     they come from, `normed` whether the final norm was applied, `preprocessing` the id of the rule, `model` whose
-    features these are, `geometry` what was done to each picture.
+    features these are, `geometry` what was done to each image.
     """
 
     cls: Tensor
@@ -59,10 +59,10 @@ class Features:
         (h, w), (B, D) = self.grid_hw, self.cls.shape
         norm = "normed" if self.normed else "before the norm"
         where = f"layer {self.layer} of {self.n_layers}, {norm}"
-        return f"Features({B} pictures, grid {h}×{w}, width {D}, {where}, {self.preprocessing}, {self.model})"
+        return f"Features({B} images, grid {h}×{w}, width {D}, {where}, {self.preprocessing}, {self.model})"
 
     def __getitem__(self, index: Any) -> Features:
-        """The features of some of the pictures: an integer (the batch dimension stays), a slice, integers, or a mask [B]."""
+        """The features of some of the images: an integer (the batch dimension stays), a slice, integers, or a mask [B]."""
         B = len(self)
         if isinstance(index, slice):
             rows = list(range(B)[index])
@@ -70,7 +70,7 @@ class Features:
             chosen = torch.as_tensor(index)
             if chosen.dtype == torch.bool:
                 if chosen.shape != (B,):
-                    raise IndexError(f"a mask of {B} pictures has {B} entries, not {list(chosen.shape)}")
+                    raise IndexError(f"a mask of {B} images has {B} entries, not {list(chosen.shape)}")
                 chosen = chosen.nonzero()
             rows = [range(B)[int(i)] for i in chosen.flatten().tolist()]
         return replace(
@@ -116,23 +116,23 @@ class Features:
         return geometry, geometry.input_hw[1] / w, geometry.input_hw[0] / h
 
     def pixel_of_patch(self, row: float, col: float, image: int = 0) -> tuple[float, float]:
-        """(x, y) of the patch's centre in the original picture."""
+        """(x, y) of the patch's centre in the original image."""
         geometry, pw, ph = self._patch_size(image)
         return geometry.to_original((col + 0.5) * pw, (row + 0.5) * ph)
 
     def box_of_patch(self, row: int, col: int, image: int = 0) -> tuple[float, float, float, float]:
-        """(x0, y0, x1, y1) of the patch in the original picture; beyond the picture where the patch is padding."""
+        """(x0, y0, x1, y1) of the patch in the original image; beyond the image where the patch is padding."""
         geometry, pw, ph = self._patch_size(image)
         return (*geometry.to_original(col * pw, row * ph), *geometry.to_original((col + 1) * pw, (row + 1) * ph))
 
     def patch_of_pixel(self, x: float, y: float, image: int = 0) -> tuple[int, int]:
-        """(row, column) of the patch that sees a pixel of the original picture.
+        """(row, column) of the patch that sees a pixel of the original image.
 
-        Raises `DinoError` outside the picture, and where the pixel was cropped away.
+        Raises `DinoError` outside the image, and where the pixel was cropped away.
         """
         geometry, pw, ph = self._patch_size(image)
         if not (0 <= x < geometry.width and 0 <= y < geometry.height):
-            raise DinoError(f"pixel ({x}, {y}) is outside the picture, which is {geometry.width}×{geometry.height}")
+            raise DinoError(f"pixel ({x}, {y}) is outside the image, which is {geometry.width}×{geometry.height}")
         u, v = geometry.to_input(x, y)
         row, col = int(v // ph), int(u // pw)
         (h, w) = self.grid_hw
@@ -161,7 +161,7 @@ class Features:
             parts[0].check_comparable(other)
             if parts[0].grid_hw != other.grid_hw:
                 raise IncompatibleFeatures(
-                    f"patch grids {parts[0].grid_hw} and {other.grid_hw} differ: give the pictures one size "
+                    f"patch grids {parts[0].grid_hw} and {other.grid_hw} differ: give the images one size "
                     "(shape='square'), or keep the features apart"
                 )
         return replace(
@@ -185,7 +185,7 @@ class Features:
         return F.normalize(other.patches.float(), dim=-1) @ query
 
 
-# ---- pictures in ----------------------------------------------------------------------------------------------------
+# ---- images in ----------------------------------------------------------------------------------------------------
 
 
 def default_preprocessing(model: nn.Module, **changes: Any) -> Preprocessing:
@@ -196,8 +196,8 @@ def default_preprocessing(model: nn.Module, **changes: Any) -> Preprocessing:
     return Preprocessing(**({"multiple": backbone.stride} | statistics | changes))
 
 
-def _pictures(images: Any) -> Iterator[Any]:
-    """One picture at a time from what people pass: one picture, a list of them, a [B, 3, h, w] tensor."""
+def _images(images: Any) -> Iterator[Any]:
+    """One image at a time from what people pass: one image, a list of them, a [B, 3, h, w] tensor."""
     if isinstance(images, (Tensor, np.ndarray)) and images.ndim == 4:
         yield from images
     elif isinstance(images, (str, bytes, os.PathLike, Tensor, np.ndarray)) or not isinstance(images, Iterable):
@@ -207,12 +207,12 @@ def _pictures(images: Any) -> Iterator[Any]:
 
 
 def prepare(image: Any, preprocessing: Preprocessing) -> tuple[Tensor, Geometry]:
-    """Any picture (path, bytes, PIL, array, tensor) to a network input [3, h, w] and its geometry."""
+    """Any image (path, bytes, PIL, array, tensor) to a network input [3, h, w] and its geometry."""
     if isinstance(image, (str, bytes, os.PathLike)):
-        image = open_picture(image, target_short_side=preprocessing.target_short_side)
+        image = open_image(image, target_short_side=preprocessing.target_short_side)
     elif hasattr(image, "getexif"):  # PIL
         image = upright_rgb(image)
-    if isinstance(image, Picture):
+    if isinstance(image, DecodedImage):
         return preprocessing(image.image, original_wh=(image.width, image.height))
     return preprocessing(image)
 
@@ -240,7 +240,7 @@ def run(model: Any, x: Tensor, *, layer: int = -1, norm: bool = True) -> dict[st
     channels = getattr(getattr(model, "config", None), "in_chans", x.shape[1])
     if x.shape[1] != channels:
         raise DinoError(
-            f"this model takes {channels} channels, not {x.shape[1]}: pictures are opened as RGB; other bands go straight to "
+            f"this model takes {channels} channels, not {x.shape[1]}: images are opened as RGB; other bands go straight to "
             "its forward_features as a tensor"
         )
     h, w = model.patch_grid(x.shape[-2], x.shape[-1])
@@ -317,7 +317,7 @@ _labels: weakref.WeakKeyDictionary[nn.Module, tuple[list[tuple[int, int]], str]]
 def batched(
     images: Iterable[Any], preprocessing: Preprocessing, batch_size: int
 ) -> Iterator[tuple[Tensor, list[Geometry]]]:
-    """Network inputs in batches of at most `batch_size` pictures of one size, in order."""
+    """Network inputs in batches of at most `batch_size` images of one size, in order."""
     inputs: list[Tensor] = []
     geometry: list[Geometry] = []
     for image in images:
@@ -341,19 +341,19 @@ def embed(
     batch_size: int = 16,
     **changes: Any,
 ) -> Features:
-    """Pictures to `Features`.
+    """Images to `Features`.
 
-    `images`: a path, PIL picture, array [h, w, 3], tensor [3, h, w] (uint8, or floats in [0, 1]), or a list of those, or
+    `images`: a path, PIL image, array [h, w, 3], tensor [3, h, w] (uint8, or floats in [0, 1]), or a list of those, or
     a tensor [B, 3, h, w]. `preprocessing`: default the reference's rule (256 × 256, nothing cropped) with the statistics
     of the model's weights; single fields can be given by name: `embed(model, x, size=512, shape="short", fit="pad")`.
     `layer`: 0-based block (ConvNeXt: stage), -1 the last; `norm`: apply the final norm.
 
-    Raises `PictureError` for a picture that cannot be decoded and `IncompatibleFeatures` where the pictures come out at
-    different grids (possible with shape="short", "long" or "native": then use one call per picture).
+    Raises `ImageError` for an image that cannot be decoded and `IncompatibleFeatures` where the images come out at
+    different grids (possible with shape="short", "long" or "native": then use one call per image).
     """
     rule = preprocessing.with_(**changes) if preprocessing is not None else default_preprocessing(model, **changes)
-    batches = batched(_pictures(images), rule, batch_size)
+    batches = batched(_images(images), rule, batch_size)
     parts = list(extract(model, batches, preprocessing=rule, layer=layer, norm=norm))
     if not parts:
-        raise DinoError("no pictures were given")
+        raise DinoError("no images were given")
     return Features.cat(parts)

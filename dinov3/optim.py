@@ -148,7 +148,7 @@ def zero_before(first: int, schedule: Schedule, step: int) -> float:
 
 
 def lr_factor(rule: str | None, global_batch: int) -> float:
-    """What a learning rate is multiplied by for a batch of that many pictures, all processes and accumulation counted.
+    """What a learning rate is multiplied by for a batch of that many images, all processes and accumulation counted.
 
     `sqrt_wrt_1024` is 4·√(batch/1024): 1e-3 becomes 5.657e-3 at 2048, and the 7B's 5e-5 becomes 4e-4 at 4096.
     """

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from dinov3 import config as configuration
 from dinov3.errors import DinoError, UnknownName, did_you_mean, require
-from dinov3.locks import Lock
+from dinov3.files import Lock
 
 Number = float | int | Tensor
 
@@ -323,13 +323,13 @@ def peak_memory_gb(device: torch.device) -> float:
     return peak / (1e9 if sys.platform == "darwin" else 1e6)  # bytes there, kilobytes elsewhere
 
 
-# ---- a picture of it ------------------------------------------------------------------------------------------------
+# ---- an image of it ------------------------------------------------------------------------------------------------
 
 
 def plot(metrics: str | os.PathLike[str], out: str | os.PathLike[str]) -> str:
     """Loss terms above, k-NN accuracy below, over iterations; the sentence says what became of it.
 
-    Without matplotlib nothing is drawn and that is no error: a run does not die of a missing picture.
+    Without matplotlib nothing is drawn and that is no error: a run does not die of a missing image.
     """
     records = list(read_metrics(metrics))
     curves: dict[str, tuple[list[int], list[float]]] = {}

@@ -1,11 +1,11 @@
-"""More kinds of things than a few thousand photographs show: pictures with a transparent ground, pasted onto photographs.
+"""More kinds of things than a few thousand photographs show: images with a transparent ground, pasted onto photographs.
 
     python examples/clipart_on_photographs.py PHOTOGRAPHS CLIPART OUT --count 3600
 
-A student that learns from teachers needs no labels and no realism, only pictures that make the teachers say many different
+A student that learns from teachers needs no labels and no realism, only images that make the teachers say many different
 things. Written for the shipped model (docs/model-card-vitt16.md): Caltech-101, Open Clip Art (public domain) and
-Fluent Emoji (MIT). One picture in four gets a plain ground instead of a photograph. The same arguments give the same
-pictures.
+Fluent Emoji (MIT). One image in four gets a plain ground instead of a photograph. The same arguments give the same
+images.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def files(folder: Path, *ends: str) -> list[Path]:
 
 
 def composed(photographs: list[Path], clipart: list[Path], draw: random.Random) -> Image.Image:
-    """A square photograph (or plain ground) with one or two pictures pasted on it, each a third of its side to all of it."""
+    """A square photograph (or plain ground) with one or two images pasted on it, each a third of its side to all of it."""
     if draw.random() < 0.25:
         ground = Image.new("RGB", (SIDE, SIDE), tuple(draw.randint(100, 255) for _ in range(3)))
     else:
@@ -60,7 +60,7 @@ def main() -> None:
     draw = random.Random(given.seed)
     for number in range(given.count):
         composed(photographs, clipart, draw).save(given.out / f"{number:05d}.jpg", quality=92)
-    print(f"{given.count} pictures of {len(clipart)} things on {len(photographs)} photographs in {given.out}")
+    print(f"{given.count} images of {len(clipart)} things on {len(photographs)} photographs in {given.out}")
 
 
 if __name__ == "__main__":

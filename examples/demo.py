@@ -1,4 +1,4 @@
-"""`make demo`: a folder of photographs → store → search with one of them → a picture to look at.
+"""`make demo`: a folder of photographs → store → search with one of them → an image to look at.
 
 The photographs are those inside scikit-image's and scikit-learn's installed packages, and crops of them, so nothing is
 downloaded. Every command it runs is printed, and is what you would type for a folder of your own.
@@ -38,14 +38,14 @@ def photographs(folder: Path) -> None:
         found = next((place / name for place in places if (place / name).is_file()), None)
         if found is None:
             continue
-        picture = Image.open(found).convert("RGB")
-        w, h = picture.size
+        image = Image.open(found).convert("RGB")
+        w, h = image.size
         stem = Path(name).stem
-        picture.save(folder / f"{stem}.jpg", quality=92)
+        image.save(folder / f"{stem}.jpg", quality=92)
         for crop, (x0, y0, x1, y1) in CROPS.items():
-            part = picture.crop((round(x0 * w), round(y0 * h), round(x1 * w), round(y1 * h)))
+            part = image.crop((round(x0 * w), round(y0 * h), round(x1 * w), round(y1 * h)))
             part.save(folder / f"{stem}-{crop}.jpg", quality=92)
-        ImageOps.mirror(picture).save(folder / f"{stem}-mirrored.jpg", quality=92)
+        ImageOps.mirror(image).save(folder / f"{stem}-mirrored.jpg", quality=92)
 
 
 def run(*command: str) -> str:
@@ -58,7 +58,7 @@ def run(*command: str) -> str:
 
 
 def draw(query: Path, hits: list[dict], colours: Image.Image, random: bool, out: Path) -> None:
-    """One picture: the query, the rainbow of its patches, and its neighbours."""
+    """One image: the query, the rainbow of its patches, and its neighbours."""
     side, gap, label = 224, 16, 44
     font, small = ImageFont.load_default(size=17), ImageFont.load_default(size=14)
     tiles = [("query", query.stem, Image.open(query)), ("its patches", "first three principal directions", colours)]
@@ -68,13 +68,13 @@ def draw(query: Path, hits: list[dict], colours: Image.Image, random: bool, out:
     head = 60
     canvas = Image.new("RGB", (gap + columns * (side + gap), head + rows * (side + label + gap)), "white")
     pen = ImageDraw.Draw(canvas)
-    pen.text((gap, 14), "dinov3: search by picture, and what the patches see", "black", ImageFont.load_default(size=22))
+    pen.text((gap, 14), "dinov3: search by image, and what the patches see", "black", ImageFont.load_default(size=22))
     if random:
         note = "random weights: colours and layout, not meaning"
         pen.text((canvas.width - gap - pen.textlength(note, font), 18), note, (190, 30, 30), font)
-    for i, (title, name, picture) in enumerate(tiles):
+    for i, (title, name, image) in enumerate(tiles):
         x, y = gap + i % columns * (side + gap), head + i // columns * (side + label + gap)
-        canvas.paste(ImageOps.fit(picture.convert("RGB"), (side, side)), (x, y))
+        canvas.paste(ImageOps.fit(image.convert("RGB"), (side, side)), (x, y))
         pen.text((x, y + side + 4), title, "black", font)
         pen.text((x, y + side + 24), name, (110, 110, 110), small)
     canvas.save(out)
@@ -86,11 +86,11 @@ def main() -> None:
     parser.add_argument("--weights", help="your own weights: a file, URL or Hugging Face id")
     args = parser.parse_args()
     out = args.out
-    pictures, store = out / "pictures", out / "store"
-    photographs(pictures)
+    images, store = out / "images", out / "store"
+    photographs(images)
     weights = ["--weights", args.weights] if args.weights else []
-    run("embed", str(pictures), "--out", str(store), *weights)
-    query = pictures / "chelsea-middle.jpg"
+    run("embed", str(images), "--out", str(store), *weights)
+    query = images / "chelsea-middle.jpg"
     hits = json.loads(run("search", str(store), "--image", str(query), "--top", "7", "--json"))
     hits = [h for h in hits if Path(h["path"]).name != query.name][:6]
     for h in hits:

@@ -1,4 +1,4 @@
-"""Shared by all tests: where real pictures come from, and the oracles' import shim."""
+"""Shared by all tests: where real images come from, and the oracles' import shim."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _few_threads() -> None:
 
 
 @pytest.fixture(scope="session")
-def skimage_pictures() -> Path:
+def skimage_images() -> Path:
     """The folder of photographs inside scikit-image's wheel (astronaut.png, chelsea.png, coffee.png, rocket.jpg, …)."""
     skimage = pytest.importorskip("skimage")
     return Path(skimage.__file__).parent / "data"
@@ -27,7 +27,7 @@ def skimage_pictures() -> Path:
 
 @pytest.fixture(scope="session")
 def development_data() -> Path:
-    """The development pictures, where they are present; a test that needs them says that it was skipped."""
+    """The development images, where they are present; a test that needs them says that it was skipped."""
     root = Path(os.environ.get("DINOV3_DATA", Path(__file__).parents[2] / "shared" / "data"))
     if not root.is_dir():
         pytest.skip(f"development data not present at {root} (set DINOV3_DATA)")

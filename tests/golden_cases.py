@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 import zlib
 from math import prod, sqrt
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from paths import GOLDEN
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-HERE = Path(__file__).parent / "golden"
+HERE = GOLDEN
 KEPT = ("rope_embed.periods", "bias_mask", "num_batches_tracked")
 
 

@@ -1,4 +1,4 @@
-"""The example that pastes clipart onto photographs: the same arguments give the same pictures."""
+"""The example that pastes clipart onto photographs: the same arguments give the same images."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from paths import ROOT
 from PIL import Image
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "clipart_on_photographs.py"
+SCRIPT = ROOT / "examples" / "clipart_on_photographs.py"
 
 
 def test_clipart_lies_on_photographs_and_every_run_makes_the_same(tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from paths import ROOT
 
 import dinov3
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 WEIGHTS = "dinov3_vits16_pretrain_lvd1689m-08c60483.pth"
 
@@ -25,30 +25,30 @@ def blocks(language: str) -> list[str]:
 
 
 def draw_scene(folder: Path | None, name: str | Path, horizon: int) -> None:
-    """A road below a sky; in a folder of images and masks, or as a picture alone."""
+    """A road below a sky; in a folder of images and masks, or as an image alone."""
     from PIL import Image
 
     below = np.arange(64)[:, None, None] >= horizon
     pixels = np.where(below, np.array([90, 90, 95]), np.array([120, 170, 240])) * np.ones((64, 80, 1))
     pixels += np.random.default_rng(horizon).normal(0, 6, pixels.shape)
-    picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     if folder is None:
-        picture.save(name)
+        image.save(name)
         return
-    picture.save(folder / "images" / name)
+    image.save(folder / "images" / name)
     mask = np.where(below[:, :, 0], 0, 1) * np.ones((64, 80))
     Image.fromarray(mask.astype(np.uint8)).save(folder / "masks" / name)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, skimage_pictures) -> Path:
+def place(tmp_path_factory, skimage_images) -> Path:
     """A folder with `photos/` and a weights file (random values in Meta's form) under the published name."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "photos").mkdir()
     for source, target in (("chelsea.png", "cat.jpg"), ("coffee.png", "coffee.jpg"), ("rocket.jpg", "rocket.jpg")):
         from PIL import Image
 
-        Image.open(skimage_pictures / source).save(folder / "photos" / target)
+        Image.open(skimage_images / source).save(folder / "photos" / target)
     for split, parts in (("train", "images masks"), ("val", "images masks")):
         for part in parts.split():
             (folder / "scenes" / split / part).mkdir(parents=True)
@@ -118,7 +118,7 @@ def test_the_shapes_printed_beside_the_snippet_are_right(place: Path, monkeypatc
     assert (f.layer, f.normed) == (11, True)
 
 
-def test_the_demo_draws_its_picture(tmp_path: Path) -> None:
+def test_the_demo_draws_its_image(tmp_path: Path) -> None:
     run(f"{sys.executable} {ROOT / 'examples' / 'demo.py'} --out {tmp_path / 'out'}", ROOT)
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""Pictures to Features: the same numbers as the bare model, the way back to pixels, and what may not be mixed."""
+"""Images to Features: the same numbers as the bare model, the way back to pixels, and what may not be mixed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 
 import dinov3
 from dinov3.dense.pca import fit, rainbow
-from dinov3.errors import DinoError, IncompatibleFeatures, PictureError
+from dinov3.errors import DinoError, ImageError, IncompatibleFeatures
 from dinov3.features import default_preprocessing, prepare
 from dinov3.models import ConvNeXt, ConvNeXtConfig, VisionTransformer, ViTConfig
 
@@ -35,8 +35,8 @@ def convnext() -> ConvNeXt:
 
 
 @pytest.fixture(scope="module")
-def photo(skimage_pictures: Path) -> Path:
-    return skimage_pictures / "chelsea.png"  # 451 × 300
+def photo(skimage_images: Path) -> Path:
+    return skimage_images / "chelsea.png"  # 451 × 300
 
 
 def test_shapes_and_what_is_said(vit, photo) -> None:
@@ -51,7 +51,7 @@ def test_shapes_and_what_is_said(vit, photo) -> None:
     assert "grid 4×4" in repr(f)
 
 
-def test_all_forms_of_a_picture_give_the_same_features(vit, photo) -> None:
+def test_all_forms_of_a_image_give_the_same_features(vit, photo) -> None:
     image = Image.open(photo)
     pixels = np.asarray(image)
     tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
@@ -136,12 +136,12 @@ def test_patches_and_pixels_lead_to_each_other(vit, photo, options) -> None:
 
 
 def test_the_patch_that_sees_a_bright_spot_is_the_one_that_changes(vit) -> None:
-    """The map is checked against the picture itself: a spot painted at (x, y) changes that input patch and no other."""
-    picture = np.zeros((200, 300, 3), np.uint8)
+    """The map is checked against the image itself: a spot painted at (x, y) changes that input patch and no other."""
+    image = np.zeros((200, 300, 3), np.uint8)
     rule = default_preprocessing(vit, size=96, shape="short", fit="pad")
-    black, _ = prepare(picture, rule)
+    black, _ = prepare(image, rule)
     for x, y in ((5, 5), (150, 100), (290, 190), (37, 161)):
-        spot = picture.copy()
+        spot = image.copy()
         spot[y - 1 : y + 2, x - 1 : x + 2] = 255
         changed = (prepare(spot, rule)[0] - black).abs().sum(0)
         v, u = np.unravel_index(int(changed.argmax()), changed.shape)
@@ -151,7 +151,7 @@ def test_the_patch_that_sees_a_bright_spot_is_the_one_that_changes(vit) -> None:
 
 def test_pixels_outside_and_pixels_cropped_away_are_told_apart(vit, photo) -> None:
     f = dinov3.embed(vit, photo, shape="native", fit="crop")
-    with pytest.raises(DinoError, match="outside the picture, which is 451×300"):
+    with pytest.raises(DinoError, match="outside the image, which is 451×300"):
         f.patch_of_pixel(451, 10)
     with pytest.raises(DinoError, match="cropped away"):
         f.patch_of_pixel(450, 10)
@@ -172,8 +172,8 @@ def test_different_features_are_not_compared_or_joined(vit, photo, difference) -
     assert a.similarity(b, ignore=[difference]).shape == (1, 1)
 
 
-def test_similarity_is_cosine(vit, photo, skimage_pictures) -> None:
-    a = dinov3.embed(vit, [photo, skimage_pictures / "coffee.png"], size=64)
+def test_similarity_is_cosine(vit, photo, skimage_images) -> None:
+    a = dinov3.embed(vit, [photo, skimage_images / "coffee.png"], size=64)
     s = a.similarity(a)
     assert s.diagonal().tolist() == pytest.approx([1, 1])
     expected = torch.nn.functional.cosine_similarity(a.cls[0], a.cls[1], dim=0)
@@ -183,8 +183,8 @@ def test_similarity_is_cosine(vit, photo, skimage_pictures) -> None:
     assert p[1, 1, 2].item() == pytest.approx(1)
 
 
-def test_joining_keeps_order_and_refuses_other_grids(vit, photo, skimage_pictures) -> None:
-    coffee = skimage_pictures / "coffee.png"  # 600 × 400
+def test_joining_keeps_order_and_refuses_other_grids(vit, photo, skimage_images) -> None:
+    coffee = skimage_images / "coffee.png"  # 600 × 400
     a, b = dinov3.embed(vit, photo, size=64), dinov3.embed(vit, coffee, size=64)
     both = dinov3.Features.cat([a, b])
     together = dinov3.embed(vit, [photo, coffee], size=64)
@@ -215,20 +215,20 @@ def test_statistics_follow_the_weights(photo) -> None:
 def test_mistakes_are_sentences(vit, photo, tmp_path) -> None:
     with pytest.raises(DinoError, match="this model has 3"):
         dinov3.embed(vit, photo, layer=3, size=32)
-    with pytest.raises(DinoError, match="no pictures were given"):
+    with pytest.raises(DinoError, match="no images were given"):
         dinov3.embed(vit, [])
-    with pytest.raises(PictureError):
+    with pytest.raises(ImageError):
         dinov3.embed(vit, tmp_path / "none.jpg")
     (tmp_path / "page.jpg").write_text("<!DOCTYPE html>")
-    with pytest.raises(PictureError, match="not a picture"):
+    with pytest.raises(ImageError, match="not an image"):
         dinov3.embed(vit, tmp_path / "page.jpg")
 
 
 def test_the_rainbow_is_the_same_on_every_machine_and_sees_two_halves(vit) -> None:
     """Two flat halves must get two colours; the directions are those of a plain eigendecomposition."""
-    picture = np.zeros((64, 64, 3), np.uint8)
-    picture[:, 32:] = (250, 30, 60)
-    f = dinov3.embed(vit, picture, size=64)
+    image = np.zeros((64, 64, 3), np.uint8)
+    image[:, 32:] = (250, 30, 60)
+    f = dinov3.embed(vit, image, size=64)
     colours = rainbow(f)
     assert colours.shape == (1, 4, 4, 3)
     assert colours.min() >= 0
@@ -242,8 +242,8 @@ def test_the_rainbow_is_the_same_on_every_machine_and_sees_two_halves(vit) -> No
     assert pca.variance_share[0].item() == pytest.approx((values[-1] / values.sum()).item(), abs=1e-4)
 
 
-def test_some_of_the_pictures_keep_their_own_geometry(vit, photo, skimage_pictures) -> None:
-    three = [photo, skimage_pictures / "coffee.png", skimage_pictures / "rocket.jpg"]
+def test_some_of_the_images_keep_their_own_geometry(vit, photo, skimage_images) -> None:
+    three = [photo, skimage_images / "coffee.png", skimage_images / "rocket.jpg"]
     f = dinov3.embed(vit, three, size=32)
     for chosen in (
         [0, 2],
@@ -256,7 +256,7 @@ def test_some_of_the_pictures_keep_their_own_geometry(vit, photo, skimage_pictur
         assert torch.equal(some.cls, f.cls[[0, 2]])
         assert some.geometry == (f.geometry[0], f.geometry[2])
     assert f[np.int64(1)].geometry == f[1].geometry == (f.geometry[1],)
-    with pytest.raises(IndexError, match="a mask of 3 pictures"):
+    with pytest.raises(IndexError, match="a mask of 3 images"):
         f[[True, False]]
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from paths import GOLDEN_LOSSES
 from ranks import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
@@ -47,7 +47,7 @@ class Recorded:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.tensors = load_file(Path(__file__).parent / "golden_losses" / f"{name}.safetensors")
+        self.tensors = load_file(GOLDEN_LOSSES / f"{name}.safetensors")
         self.missing = set(self.tensors)
 
     def input(self, name: str, expected: Tensor | None = None) -> Tensor:

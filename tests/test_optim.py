@@ -6,10 +6,10 @@ import copy
 import json
 import math
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from paths import GOLDEN_LOSSES
 from torch import nn
 
 from dinov3 import optim as O
@@ -18,10 +18,10 @@ from dinov3.errors import DinoError
 from dinov3.models.convnext import ConvNeXt, ConvNeXtConfig
 from dinov3.models.vit import VisionTransformer, ViTConfig
 
-HERE = Path(__file__).parent / "golden_losses"
+HERE = GOLDEN_LOSSES
 SCHEDULES = json.loads((HERE / "schedules.json").read_text())
 GROUPS = json.loads((HERE / "param_groups.json").read_text())
-PICTURES = "train.dataset_path=/pictures"
+IMAGES = "train.dataset_path=/images"
 
 
 # ---- schedules ------------------------------------------------------------------------------------------------------
@@ -72,13 +72,13 @@ def test_the_rate_is_scaled_with_the_batch():
 
 def test_accumulated_batches_count_as_one_large_batch():
     def peak(*overrides):
-        return O.build_schedules(load_config(None, [PICTURES, *overrides])[0], 2).lr(12_500)
+        return O.build_schedules(load_config(None, [IMAGES, *overrides])[0], 2).lr(12_500)
 
     assert peak("train.batch_size_per_gpu=64") == peak("train.batch_size_per_gpu=16", "optim.accumulation_steps=4")
 
 
 def test_the_start_and_the_v1_end_of_the_rate_are_not_scaled():
-    config, _ = load_config(None, [PICTURES, "train.batch_size_per_gpu=4096"])
+    config, _ = load_config(None, [IMAGES, "train.batch_size_per_gpu=4096"])
     assert O.build_schedules(config, 1).lr(10**9) == 1e-6
     overrides = [
         "schedules.lr={start: 1e-7, peak: 1e-4, end: 1e-5, warmup_epochs: 1}",
@@ -86,28 +86,28 @@ def test_the_start_and_the_v1_end_of_the_rate_are_not_scaled():
         "schedules.momentum={start: 1, peak: 1, end: 1}",
         "schedules.teacher_temp={start: 1, peak: 1, end: 1}",
     ]
-    config, _ = load_config(None, [PICTURES, "train.batch_size_per_gpu=4096", *overrides])
+    config, _ = load_config(None, [IMAGES, "train.batch_size_per_gpu=4096", *overrides])
     lr = O.build_schedules(config, 1).lr
     assert (lr(0), lr(1250), lr(10**9)) == pytest.approx((1e-7, 8e-4, 8e-5))
 
 
 def test_the_last_layer_is_frozen_and_then_follows_the_rate():
-    config, _ = load_config(None, [PICTURES])
+    config, _ = load_config(None, [IMAGES])
     schedules = O.build_schedules(config, 1)
     assert schedules.at(1249).last_layer_lr == 0.0 < schedules.at(1249).lr
     assert schedules.at(1250).last_layer_lr == schedules.at(1250).lr
 
 
 def test_loss_weights_are_constants_unless_scheduled():
-    plain = O.build_schedules(load_config(None, [PICTURES])[0], 1).at(5)
+    plain = O.build_schedules(load_config(None, [IMAGES])[0], 1).at(5)
     assert (plain.local_loss_weight, plain.gram_loss_weight) == (1.0, 0.0)
     overrides = ["gram.use_loss=true", "gram.ckpt=x", "gram.loss_weight=1.5", "dino.reweight_dino_local_loss=true"]
-    weighted = O.build_schedules(load_config(None, [PICTURES, *overrides])[0], 1).at(5)
+    weighted = O.build_schedules(load_config(None, [IMAGES, *overrides])[0], 1).at(5)
     assert (weighted.local_loss_weight, weighted.gram_loss_weight) == (0.5, 1.5)
 
 
 def test_the_logged_fields_have_the_names_of_the_metrics_file():
-    fields = O.build_schedules(load_config(None, [PICTURES])[0], 1).at(0).fields()
+    fields = O.build_schedules(load_config(None, [IMAGES])[0], 1).at(0).fields()
     assert list(fields) == ["lr", "wd", "mom", "last_layer_lr", "teacher_temp"]
 
 

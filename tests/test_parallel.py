@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from test_method import VARIANTS, Variant, recorded_batch, step_values, tiny_network
 from torch import Tensor
-from toy_training import write_config, write_pictures
+from toy_training import write_config, write_images
 
 from dinov3 import checkpoint, distributed
 from dinov3.config import DinoConfig, GramConfig, OptimConfig, load_config
@@ -24,6 +23,7 @@ from dinov3.runlog import read_metrics
 from dinov3.train.method import SelfDistillation
 from dinov3.train.teacher_files import read_network
 from dinov3.train.train import Outcome, train
+from tests.train.test_method import VARIANTS, Variant, recorded_batch, step_values, tiny_network
 
 CPU = torch.device("cpu")
 # all terms that cross ranks: KoLeo with neighbours anywhere, Gram of large crops
@@ -44,7 +44,7 @@ ROW = {
 
 
 def share(batch: CropBatch, rank: int, world: int) -> CropBatch:
-    """The rows of a rank's pictures: crops are crop-major."""
+    """The rows of a rank's images: crops are crop-major."""
 
     def mine(x: Tensor | None, crops: int) -> Any:
         return None if x is None else x.unflatten(0, (crops, -1)).chunk(world, 1)[rank].flatten(0, 1)
@@ -201,29 +201,29 @@ def test_sharded_bf16_keeps_parameters_gradients_and_losses_in_float32() -> None
 FIXED = ("student.drop_path_rate=0", "student.pos_embed_rope_rescale_coords=null", "dino.koleo_loss_distributed=true")
 
 
-def whole_run(config_file: str, pictures: str, out: str, overrides: list[str]) -> Outcome:
-    config, notes = load_config(config_file, [f"train.dataset_path={pictures}", *FIXED, *overrides])
+def whole_run(config_file: str, images: str, out: str, overrides: list[str]) -> Outcome:
+    config, notes = load_config(config_file, [f"train.dataset_path={images}", *FIXED, *overrides])
     return train(config, out, notes=notes)
 
 
 def test_a_run_of_one_process_goes_on_with_two_and_ends_as_with_one(tmp_path: Path) -> None:
     """Everything is resharded; k-NN, dumps and checkpoints work sharded; the global batch stays 4."""
-    config, pictures = write_config(tmp_path), str(write_pictures(tmp_path / "pictures"))
-    knn = [f"evaluation.knn_train_dataset={pictures}", f"evaluation.knn_val_dataset={pictures}", "evaluation.knn_k=3"]
+    config, images = write_config(tmp_path), str(write_images(tmp_path / "images"))
+    knn = [f"evaluation.knn_train_dataset={images}", f"evaluation.knn_val_dataset={images}", "evaluation.knn_k=3"]
     knn += [
         "evaluation.eval_period_iterations=6",
         "ibot.mask_sample_probability=1.0",
         "ibot.mask_ratio_min_max=[0.3,0.31]",
     ]
-    alone = whole_run(config, pictures, str(tmp_path / "alone"), knn)
+    alone = whole_run(config, images, str(tmp_path / "alone"), knn)
     out = tmp_path / "both"
-    first = whole_run(config, pictures, str(out), [*knn, "run.time_limit_minutes=1e-6"])
+    first = whole_run(config, images, str(out), [*knn, "run.time_limit_minutes=1e-6"])
     assert first.iterations == 1
     both, other = run_ranks(
         whole_run,
         2,
         config,
-        pictures,
+        images,
         str(out),
         [*knn, "train.batch_size_per_gpu=2", "train.sharded_eval_checkpoint=true"],
         timeout_s=120,
@@ -244,27 +244,27 @@ def test_a_run_of_one_process_goes_on_with_two_and_ends_as_with_one(tmp_path: Pa
         assert all(torch.equal(v, b[f"model.model_ema.{part}.{k}"]) for k, v in state.items())
     assert dump.has_heads
     # and back again: two ranks' checkpoint on one process
-    last = whole_run(config, pictures, str(out), [*knn, "optim.epochs=4"])
+    last = whole_run(config, images, str(out), [*knn, "optim.epochs=4"])
     assert last.iterations == 16
 
 
-def silent_head(config_file: str, pictures: str, out: str) -> list[str]:
-    """Runs whose first or second head no loss reaches; a picture that ends all ranks with an error."""
+def silent_head(config_file: str, images: str, out: str) -> list[str]:
+    """Runs whose first or second head no loss reaches; an image that ends all ranks with an error."""
     for section in ("dino", "ibot"):
         assert whole_run(
-            config_file, pictures, f"{out}/{section}", ["optim.epochs=1", f"{section}.loss_weight=0"]
+            config_file, images, f"{out}/{section}", ["optim.epochs=1", f"{section}.loss_weight=0"]
         ).finished
     if distributed.is_main():
-        (Path(pictures) / "dots" / "0.png").write_bytes(b"no picture")
+        (Path(images) / "dots" / "0.png").write_bytes(b"no image")
     distributed.barrier()
     with pytest.raises(DinoError) as raised:
-        whole_run(config_file, pictures, f"{out}/stop", ["data.unreadable=stop", "train.batch_size_per_gpu=2"])
+        whole_run(config_file, images, f"{out}/stop", ["data.unreadable=stop", "train.batch_size_per_gpu=2"])
     return [str(raised.value)]
 
 
 def test_two_ranks_train_with_a_head_of_weight_zero_and_fail_together(tmp_path: Path) -> None:
-    config, pictures = write_config(tmp_path), str(write_pictures(tmp_path / "pictures"))
-    first, second = run_ranks(silent_head, 2, config, pictures, str(tmp_path / "run"), timeout_s=120)
+    config, images = write_config(tmp_path), str(write_images(tmp_path / "images"))
+    first, second = run_ranks(silent_head, 2, config, images, str(tmp_path / "run"), timeout_s=120)
     assert first == second
     assert "could not be read, such as" in first[0]
     assert len(checkpoint.Checkpoints(tmp_path / "run" / "stop" / "ckpt").all()) > 0

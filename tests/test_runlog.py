@@ -49,7 +49,7 @@ def test_making_the_object_touches_nothing(tmp_path):
 
 
 def test_the_folder_holds_the_configuration_that_reads_back(tmp_path):
-    config, _ = load_config(None, ["train.dataset_path=/pictures"])
+    config, _ = load_config(None, ["train.dataset_path=/images"])
     run = RunDir(tmp_path / "run", console=io.StringIO())
     run.start(config)
     assert load_config(run.config_file)[0] == config

@@ -22,7 +22,7 @@ def write_model(folder: Path) -> str:
 
 
 def write_scenes(root: Path, splits: dict[str, int], *, ade: bool = False, seed: int = 0) -> Path:
-    """Red, green and blue boxes in grey pictures of 40 × 56; the mask says the colour, 0 is grey (in ADE20K's form also, but
+    """Red, green and blue boxes in grey images of 40 × 56; the mask says the colour, 0 is grey (in ADE20K's form also, but
     there it is nothing, and 1 to 3 are the classes)."""
     rng = np.random.default_rng(seed)
     for split, count in splits.items():
@@ -35,8 +35,8 @@ def write_scenes(root: Path, splits: dict[str, int], *, ade: bool = False, seed:
                 mask[box] = colour + 1
                 pixels[box] = 20
                 pixels[*box, colour] = 240
-            pictures, masks = ("images", "annotations") if not ade else (f"images/{split}", f"annotations/{split}")
-            folder = root / (pictures if ade else f"{split}/images")
+            images, masks = ("images", "annotations") if not ade else (f"images/{split}", f"annotations/{split}")
+            folder = root / (images if ade else f"{split}/images")
             target = root / (masks if ade else f"{split}/masks")
             for where, values in ((folder, pixels), (target, mask)):
                 where.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What the tests of training share: pictures that can be learned, a model of a few thousand weights, a process to kill."""
+"""What the tests of training share: images that can be learned, a model of a few thousand weights, a process to kill."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 PATTERNS = ("stripes across", "stripes down", "checks", "dots")
 
 # 32 px crops of 8 px patches, a model of 33 thousand weights: 30 ms a step on one core. The usual layer scale of 1e-5
-# would leave the CLS token of so short a run the same for all pictures.
+# would leave the CLS token of so short a run the same for all images.
 TOY = """
 student: {arch: vit_tiny, embed_dim: 32, depth: 2, num_heads: 2, patch_size: 8, drop_path_rate: 0.2,
           n_storage_tokens: 2, layerscale: 0.1, pos_embed_rope_rescale_coords: 2, pos_embed_rope_dtype: fp32}
@@ -35,7 +35,7 @@ def write_config(folder: Path, text: str = TOY) -> str:
     return str(file)
 
 
-def write_pictures(folder: Path, each: int = 3, side: int = 48, seed: int = 0) -> Path:
+def write_images(folder: Path, each: int = 3, side: int = 48, seed: int = 0) -> Path:
     """One sub-folder for each of four patterns, whatever their size and phase."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:side, :side]
@@ -45,7 +45,7 @@ def write_pictures(folder: Path, each: int = 3, side: int = 48, seed: int = 0) -
             width = rng.uniform(5, 8)
             a, b = (np.sin(np.pi * (z + rng.uniform(0, 20)) / width) for z in (x, y))
             value = {"stripes across": b, "stripes down": a, "checks": a * b, "dots": np.minimum(a, b)}[pattern] > 0
-            # grey: by colour one picture is told from another, and patterns need not be learned. Brightness and contrast,
+            # grey: by colour one image is told from another, and patterns need not be learned. Brightness and contrast,
             # which random features follow most, are what augmentation makes irrelevant
             light, contrast = rng.uniform(60, 195), rng.uniform(15, 60)
             noise = rng.normal(0, 10, (side, side, 1))

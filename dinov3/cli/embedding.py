@@ -1,4 +1,4 @@
-"""Verbs over a store: embed pictures, search."""
+"""Verbs over a store: embed images, search."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from dinov3.cli.shared import (
 from dinov3.errors import DinoError
 
 if TYPE_CHECKING:
-    from dinov3.data.transforms import Preprocessing
+    from dinov3.data.transforms.inputs import Preprocessing
     from dinov3.embedding.pipeline import Report
 
 
 @app.command()
 def embed(
-    source: Annotated[str, typer.Argument(help="Folder, picture, list file, tar shards or parquet.")],
+    source: Annotated[str, typer.Argument(help="Folder, image, list file, tar shards or parquet.")],
     out: Annotated[str, typer.Option(help="The store: a folder, or s3://, gs://, az://.")],
     model: Annotated[
         str | None, typer.Option(help="A name from `dinov3 models`. Default: what the weights are.")
@@ -51,19 +51,17 @@ def embed(
         Pooling | None, typer.Option(help="What the vector is. Default: cls; cls+mean for dino.txt.")
     ] = None,
     patches: Annotated[Patches, typer.Option(help="Also keep the patch features, in this precision.")] = "none",
-    batch: Annotated[str, typer.Option(help="Pictures a batch, or auto.")] = "auto",
+    batch: Annotated[str, typer.Option(help="Images a batch, or auto.")] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="The model's precision.")] = "float32",
     device: Device = "auto",
     workers: Annotated[int | None, typer.Option(help="Decoding threads (Ray: actors). Default: chosen.")] = None,
-    column: Annotated[str | None, typer.Option(help="The picture column of a parquet file. Default: found.")] = None,
+    column: Annotated[str | None, typer.Option(help="The image column of a parquet file. Default: found.")] = None,
     recursive: Annotated[bool, typer.Option(help="Look into sub-folders.")] = True,
-    retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Try pictures again that failed before.")
-    ] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try images again that failed before.")] = False,
     engine: Annotated[Literal["local", "ray"], typer.Option(help="One process, or Ray Data on a cluster.")] = "local",
     as_json: Annotated[bool, typer.Option("--json", help="The report as JSON on stdout.")] = False,
 ) -> None:
-    """Embed pictures into a store. Run it again to continue, or to add what is new."""
+    """Embed images into a store. Run it again to continue, or to add what is new."""
     batch_size = batch_of(batch)
     import torch
 
@@ -71,7 +69,7 @@ def embed(
     from dinov3.features import default_preprocessing
     from dinov3.hub import HEADS, load
 
-    pictures = open_source(source, column=column, recursive=recursive)
+    images = open_source(source, column=column, recursive=recursive)
     speaks = model in HEADS and HEADS[model].task == "text"
     if speaks:
         from dinov3.hub.dinotxt import ImageSide, open_towers
@@ -93,7 +91,7 @@ def embed(
         "batch_size": batch_size,
         "retry_failed": retry_failed,
     }
-    with Progress("embedding", len(pictures)) as bar:
+    with Progress("embedding", len(images)) as bar:
 
         def progress(report: Report) -> None:
             bar(report.skipped + report.embedded + len(report.failures), report.rate)
@@ -101,11 +99,11 @@ def embed(
         if engine == "ray":
             from dinov3.embedding.ray_engine import embed_with_ray
 
-            report = embed_with_ray(net, pictures, out, workers=workers, on_progress=progress, **options)
+            report = embed_with_ray(net, images, out, workers=workers, on_progress=progress, **options)
         else:
             from dinov3.embedding.pipeline import embed_source
 
-            report = embed_source(net, pictures, out, workers=workers, on_progress=progress, **options)
+            report = embed_source(net, images, out, workers=workers, on_progress=progress, **options)
     _tell_report(report, out, rule, as_json)
 
 
@@ -128,7 +126,7 @@ def _tell_report(report: Report, out: str, rule: Preprocessing, as_json: bool) -
     if len(report.failures) > len(shown):
         say(f"… and {len(report.failures) - len(shown)} more; `dinov3 info {out} --failed` lists all")
     say(
-        f"{report.embedded} embedded ({report.rate:.1f} pictures/s), {report.skipped} already there, "
+        f"{report.embedded} embedded ({report.rate:.1f} images/s), {report.skipped} already there, "
         f"{len(report.failures)} unreadable; {out} ({rule.id})"
     )
     if as_json:
@@ -145,7 +143,7 @@ def _tell_report(report: Report, out: str, rule: Preprocessing, as_json: bool) -
 @app.command()
 def search(
     store: Annotated[str, typer.Argument(help="A store made by `dinov3 embed`.")],
-    image: Annotated[str | None, typer.Option(help="The picture to look for.")] = None,
+    image: Annotated[str | None, typer.Option(help="The image to look for.")] = None,
     text: Annotated[str | None, typer.Option(help="Words to look for, in a store that dino.txt filled.")] = None,
     top: Annotated[int, typer.Option(min=1, help="How many neighbours.")] = 10,
     where: Annotated[str | None, typer.Option(help='SQL filter on columns, for example "width > 500".')] = None,
@@ -159,14 +157,14 @@ def search(
     device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
 ) -> None:
-    """Find the pictures of a store that are most like one picture, or that words fit (cosine similarity)."""
+    """Find the images of a store that are most like one image, or that words fit (cosine similarity)."""
     from dinov3.embedding.pipeline import model_of, query_vector, text_query
     from dinov3.embedding.search import search as neighbours
     from dinov3.embedding.search import sheet as draw
     from dinov3.embedding.store import EmbeddingStore
 
     if (image is None) == (text is None):
-        raise DinoError("give either --image, a picture to look for, or --text, words to look for")
+        raise DinoError("give either --image, an image to look for, or --text, words to look for")
     opened = EmbeddingStore.open(store)
     place = device_of(device)
     if text is not None:
@@ -191,7 +189,7 @@ def search(
 
 
 def _card(words: str) -> Any:
-    """Words as a picture, where a query's picture stands."""
+    """Words as an image, where a query's image stands."""
     import textwrap
 
     from PIL import Image, ImageDraw, ImageFont

@@ -13,18 +13,18 @@ from dinov3.errors import UnknownName, did_you_mean
 
 # name → (module, what it measures); a module has main(argv) → exit status
 EVALUATIONS: dict[str, tuple[str, str]] = {
-    "knn": ("dinov3.eval.knn", "classes of pictures by their nearest neighbours"),
-    "log-regression": ("dinov3.eval.log_regression", "classes of pictures by logistic regression on features"),
-    "linear": ("dinov3.eval.linear", "classes of pictures by linear heads trained with augmentation"),
+    "knn": ("dinov3.eval.knn", "classes of images by their nearest neighbours"),
+    "log-regression": ("dinov3.eval.log_regression", "classes of images by logistic regression on features"),
+    "linear": ("dinov3.eval.linear", "classes of images by linear heads trained with augmentation"),
     "segmentation": ("dinov3.eval.segmentation.run", "classes of pixels by a linear head"),
     "depth": ("dinov3.eval.depth.run", "metres of pixels by a linear or DPT head"),
     "detection": ("dinov3.eval.detection.run", "boxes of objects"),
-    "retrieval": ("dinov3.eval.retrieval", "the same place or work of art among many pictures"),
-    "keypoints": ("dinov3.eval.keypoints", "corresponding points of two pictures"),
+    "retrieval": ("dinov3.eval.retrieval", "the same place or work of art among many images"),
+    "keypoints": ("dinov3.eval.keypoints", "corresponding points of two images"),
     "tracking": ("dinov3.eval.tracking", "masks carried through a video"),
     "discovery": ("dinov3.eval.discovery", "objects found without a label (TokenCut)"),
     "video": ("dinov3.eval.video", "classes of video clips by an attentive probe"),
-    "geobench": ("dinov3.eval.geobench", "classes and class maps of satellite pictures"),
+    "geobench": ("dinov3.eval.geobench", "classes and class maps of satellite images"),
     "zero-shot": ("dinov3.eval.text.zero_shot", "classes by their names, with dino.txt"),
 }
 
@@ -42,8 +42,7 @@ def available() -> dict[str, tuple[str, str]]:
 
 
 @app.command(
-    "eval",
-    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+    "eval", context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 )
 def evaluate(
     context: typer.Context,

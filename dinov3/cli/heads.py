@@ -17,7 +17,7 @@ def train_head(
     data: Annotated[
         str,
         typer.Argument(
-            help="A folder: class folders; pictures and masks; pictures and depth; pictures with VOC or COCO boxes. Or a "
+            help="A folder: class folders; images and masks; images and depth; images with VOC or COCO boxes. Or a "
             "data set's line, NAME:key=value…"
         ),
     ],
@@ -40,7 +40,7 @@ def train_head(
     ] = None,
     shape: Annotated[
         Literal["auto", "square", "short", "long"],
-        typer.Option(help="auto: the short side where all pictures have one aspect, else squares."),
+        typer.Option(help="auto: the short side where all images have one aspect, else squares."),
     ] = "auto",
     augment: Annotated[
         str, typer.Option(help="none, flip, or full: scale, crops, colours; the backbone then runs at every step.")
@@ -49,7 +49,7 @@ def train_head(
     ignore: Annotated[int | None, typer.Option(help="A number in a folder's masks that does not count.")] = None,
     max_depth: Annotated[float | None, typer.Option(help="Metres. Default: the farthest in the data.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Batches in all.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Pictures a batch.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images a batch.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate of AdamW.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
     evaluate_every: Annotated[
@@ -64,8 +64,8 @@ def train_head(
     """Fit a head of your own on a frozen backbone: classes, segmentation, depth, boxes. Prints the head's file."""
     from dinov3 import distributed
     from dinov3.hub.heads import check_kind
-    from dinov3.train.head import HeadConfig
-    from dinov3.train.head import train_head as run
+    from dinov3.train_head.run import HeadConfig
+    from dinov3.train_head.run import train_head as run
 
     if task == "detection" and head is None:
         head = "detr"
@@ -73,7 +73,7 @@ def train_head(
     check_kind(task, chosen)
     measure = None
     if task == "detection":
-        from dinov3.eval.detection.scores import average_precision
+        from dinov3.metrics.boxes import average_precision
 
         measure = average_precision
     config = HeadConfig(

@@ -15,12 +15,12 @@ from dinov3.cli.shared import Dtype, app, say
 @app.command()
 def info(
     what: Annotated[str, typer.Argument(help="A weights file or folder, or a store.")],
-    failed: Annotated[bool, typer.Option("--failed", help="List a store's unreadable pictures.")] = False,
+    failed: Annotated[bool, typer.Option("--failed", help="List a store's unreadable images.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
 ) -> None:
     """Say what a weights file or a store is."""
     path = Path(what)
-    is_store = ("://" in what and not what.startswith(("http", "file:"))) or (path / "pictures.lance").is_dir()
+    is_store = ("://" in what and not what.startswith(("http", "file:"))) or (path / "images.lance").is_dir()
     facts = _store_facts(what, failed) if is_store else _weights_facts(what)
     if as_json:
         print(json.dumps(facts, default=str))
@@ -39,7 +39,7 @@ def _store_facts(uri: str, failed: bool) -> dict[str, Any]:
 
     store = EmbeddingStore.open(uri)
     failures = store.failures()
-    facts = {"kind": "embedding store", "pictures": len(store), "unreadable": len(failures)} | asdict(store.facts)
+    facts = {"kind": "embedding store", "images": len(store), "unreadable": len(failures)} | asdict(store.facts)
     facts["columns"] = ", ".join(store.columns)
     if failed:
         facts["failed"] = [f"{f.path}: {f.reason}" for f in failures]

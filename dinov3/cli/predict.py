@@ -1,7 +1,7 @@
-"""Verbs that say what is in pictures: segment, depth, detect, canopy, classify, zero-shot. One plot for all of them:
+"""Verbs that say what is in images: segment, depth, detect, canopy, classify, zero-shot. One plot for all of them:
 
-list the pictures, load the model, and for each picture: read, predict, save, one line on stdout. What cannot be read is
-named, counted, and the exit code is 3. Results of different pictures never share a name (`pictures.csv` keeps the list).
+list the images, load the model, and for each image: read, predict, save, one line on stdout. What cannot be read is
+named, counted, and the exit code is 3. Results of different images never share a name (`images.csv` keeps the list).
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dinov3.cli.shared import INTERRUPTED, UNREADABLE, Device, Dtype, Progress, app, device_of, say
-from dinov3.errors import DinoError, PictureError
+from dinov3.errors import DinoError, ImageError
 
 if TYPE_CHECKING:
-    from dinov3.data.pictures import Picture
+    from dinov3.data.images import DecodedImage
     from dinov3.data.sources import Item
 
-Pictures = Annotated[list[str], typer.Argument(help="Pictures, folders, list files, tar shards or parquet.")]
+Images = Annotated[list[str], typer.Argument(help="Images, folders, list files, tar shards or parquet.")]
 Out = Annotated[Path, typer.Option(help="Folder for the results; made if need be.")]
 OutIfAny = Annotated[Path | None, typer.Option(help="Folder for the results. Default: none, only stdout.")]
 Model = Annotated[str | None, typer.Option(help="A published head by its hub name. Default: the one for this task.")]
@@ -54,7 +54,7 @@ TASKS: dict[str, tuple[str, str, str, int | None, dict[str, Any]]] = {
 
 @app.command()
 def segment(
-    pictures: Pictures,
+    images: Images,
     out: Out,
     model: Model = None,
     head: HeadFile = None,
@@ -68,13 +68,13 @@ def segment(
     device: Device = "auto",
     dtype: Precision = None,
 ) -> None:
-    """The class of every pixel: an indexed PNG, its legend as JSON, and a drawing, for each picture."""
+    """The class of every pixel: an indexed PNG, its legend as JSON, and a drawing, for each image."""
     from dinov3.predict.segment import predict_segments
 
     names = names_given(labels)
     net = model_for("segment", model, head, weights, backbone_weights, device, dtype, n_classes=len(names or ()))
     options: dict[str, Any] = {"size": size, "window": window, "stride": stride, "whole": whole, "names": names}
-    for path, name, found in over(pictures, "segmenting", lambda p, _: predict_segments(net, p, **options), out):
+    for path, name, found in over(images, "segmenting", lambda p, _: predict_segments(net, p, **options), out):
         found.save(out, name)
         shares = list(found.shares().items())
         print(f"{path}\t" + ", ".join(f"{word} {share:.1%}" for word, share in shares[:5]))
@@ -82,7 +82,7 @@ def segment(
 
 @app.command()
 def depth(
-    pictures: Pictures,
+    images: Images,
     out: Out,
     model: Model = None,
     head: HeadFile = None,
@@ -91,16 +91,16 @@ def depth(
     size: Size = None,
     window: Window = None,
     stride: Stride = None,
-    flip: Annotated[bool, typer.Option("--flip", help="Mean with the mirrored picture: slower, better.")] = False,
+    flip: Annotated[bool, typer.Option("--flip", help="Mean with the mirrored image: slower, better.")] = False,
     device: Device = "auto",
     dtype: Precision = None,
 ) -> None:
-    """Metres from the camera for every pixel: a float32 .npy and a drawing for each picture."""
+    """Metres from the camera for every pixel: a float32 .npy and a drawing for each image."""
     from dinov3.predict.depth import predict_depth
 
     net = model_for("depth", model, head, weights, backbone_weights, device, dtype)
     options: dict[str, Any] = {"size": size, "window": window, "stride": stride, "flip": flip}
-    for path, name, found in over(pictures, "measuring", lambda p, _: predict_depth(net, p, **options), out):
+    for path, name, found in over(images, "measuring", lambda p, _: predict_depth(net, p, **options), out):
         found.save(out, name)
         low, high = float(found.depth_m.min()), float(found.depth_m.max())
         print(f"{path}\t{low:.2f} to {high:.2f} m")
@@ -108,24 +108,24 @@ def depth(
 
 @app.command()
 def canopy(
-    pictures: Pictures,
+    images: Images,
     out: Out,
     model: Model = None,
     head: HeadFile = None,
     weights: HeadWeights = None,
     backbone_weights: BackboneWeights = None,
     size: Annotated[int | None, typer.Option(min=1, help="Resize the short side first. Default: not at all.")] = None,
-    window: Annotated[int, typer.Option(min=1, help="Larger pictures are seen through windows.")] = 1024,
+    window: Annotated[int, typer.Option(min=1, help="Larger images are seen through windows.")] = 1024,
     stride: Stride = None,
     device: Device = "auto",
     dtype: Precision = None,
 ) -> None:
-    """Height of trees in metres from aerial pictures: GeoTIFF for GeoTIFFs, else .npy, and a drawing for each."""
+    """Height of trees in metres from aerial images: GeoTIFF for GeoTIFFs, else .npy, and a drawing for each."""
     from dinov3.predict.canopy import predict_canopy
 
     net = model_for("canopy", model, head, weights, backbone_weights, device, dtype)
     options: dict[str, Any] = {"size": size, "window": window, "stride": stride}
-    results = over(pictures, "measuring", lambda p, data: predict_canopy(net, p, file=data, **options), out)
+    results = over(images, "measuring", lambda p, data: predict_canopy(net, p, file=data, **options), out)
     for path, name, found in results:
         found.save(out, name)
         print(f"{path}\t{found.words()}")
@@ -133,7 +133,7 @@ def canopy(
 
 @app.command()
 def detect(
-    pictures: Pictures,
+    images: Images,
     out: Out,
     model: Model = None,
     head: HeadFile = None,
@@ -141,12 +141,12 @@ def detect(
     backbone_weights: BackboneWeights = None,
     size: Size = None,
     threshold: Annotated[float, typer.Option(min=0, max=1, help="The least score that is kept.")] = 0.5,
-    most: Annotated[int, typer.Option(min=1, help="At most so many boxes a picture.")] = 100,
+    most: Annotated[int, typer.Option(min=1, help="At most so many boxes an image.")] = 100,
     labels: Labels = None,
     device: Device = "auto",
     dtype: Precision = None,
 ) -> None:
-    """Boxes around objects: one detections.json in COCO's form, and a drawing for each picture."""
+    """Boxes around objects: one detections.json in COCO's form, and a drawing for each image."""
     from dinov3.predict.detect import predict_objects, write_coco
 
     names = names_given(labels)
@@ -154,7 +154,7 @@ def detect(
     options: dict[str, Any] = {"size": size, "threshold": threshold, "most": most, "names": names}
     kept = []
     try:
-        for path, name, found in over(pictures, "detecting", lambda p, _: predict_objects(net, p, **options), out):
+        for path, name, found in over(images, "detecting", lambda p, _: predict_objects(net, p, **options), out):
             found.drawing().save(out / f"{name}_boxes.png")
             kept.append((path, found.without_image()))
             best = ", ".join(f"{word} {score:.2f}" for word, score in zip(found.names[:5], found.scores))
@@ -166,19 +166,19 @@ def detect(
 
 @app.command()
 def classify(
-    pictures: Pictures,
+    images: Images,
     out: OutIfAny = None,
     model: Model = None,
     head: HeadFile = None,
     weights: HeadWeights = None,
     backbone_weights: BackboneWeights = None,
     size: Annotated[int | None, typer.Option(min=1, help="Side of the square cut from the middle.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="So many classes a picture.")] = 5,
+    top: Annotated[int, typer.Option(min=1, help="So many classes an image.")] = 5,
     labels: Labels = None,
     device: Device = "auto",
     dtype: Precision = None,
 ) -> None:
-    """What pictures show: classes with probabilities on stdout, in classes.csv and, with --out, drawn."""
+    """What images show: classes with probabilities on stdout, in classes.csv and, with --out, drawn."""
     from dinov3.predict.classify import predict_classes
 
     names = names_given(labels)
@@ -186,7 +186,7 @@ def classify(
     rows: list[tuple[Any, ...]] = []
     try:
         for path, name, found in over(
-            pictures, "classifying", lambda p, _: predict_classes(net, p, size=size, names=names), out
+            images, "classifying", lambda p, _: predict_classes(net, p, size=size, names=names), out
         ):
             best = found.best(top)
             rows += [(path, rank, number, word, f"{p:.6g}") for rank, (number, word, p) in enumerate(best, 1)]
@@ -195,12 +195,12 @@ def classify(
                 found.drawing().save(out / f"{name}_classes.png")
     finally:
         if out is not None and rows:
-            write_csv(out / "classes.csv", ("picture", "rank", "class", "name", "probability"), rows)
+            write_csv(out / "classes.csv", ("image", "rank", "class", "name", "probability"), rows)
 
 
 @app.command("zero-shot")
 def zero_shot(
-    pictures: Pictures,
+    images: Images,
     labels: Annotated[str, typer.Option(help="Class names: a,b,c or a text file with one a line.")],
     out: OutIfAny = None,
     weights: Annotated[str | None, typer.Option(help="dino.txt's head and text tower. 'random': to try.")] = None,
@@ -217,11 +217,11 @@ def zero_shot(
     ] = None,
     window: Annotated[int | None, typer.Option(min=1, help="With --dense. Default: 384.")] = None,
     stride: Annotated[int | None, typer.Option(min=1, help="With --dense. Default: half a window.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="So many classes a picture.")] = 5,
+    top: Annotated[int, typer.Option(min=1, help="So many classes an image.")] = 5,
     device: Device = "auto",
     dtype: Precision = None,
 ) -> None:
-    """Classes by their names alone, with dino.txt: of whole pictures, or with --dense of every pixel."""
+    """Classes by their names alone, with dino.txt: of whole images, or with --dense of every pixel."""
     import warnings
 
     from dinov3.data import names as known
@@ -230,7 +230,7 @@ def zero_shot(
     names = names_given(labels)
     assert names is not None
     if dense and out is None:
-        raise DinoError("--dense writes a mask for each picture: name a folder with --out")
+        raise DinoError("--dense writes a mask for each image: name a folder with --out")
     if not dense and (window or stride):
         raise DinoError("--window and --stride are for --dense")
     sentences = ("{}",) if templates == "none" else known.read_names(templates, "templates") if templates else None
@@ -243,7 +243,7 @@ def zero_shot(
     if dense:
         assert out is not None
         options = {k: v for k, v in {"size": size, "window": window, "stride": stride}.items() if v is not None}
-        places = over(pictures, "segmenting", lambda p, _: predict_places(model, p, classes, **options), out)
+        places = over(images, "segmenting", lambda p, _: predict_places(model, p, classes, **options), out)
         for path, name, found in places:
             found.save(out, name)
             shares = list(found.shares().items())
@@ -252,7 +252,7 @@ def zero_shot(
     square = {"size": size} if size is not None else {}
     rows: list[tuple[Any, ...]] = []
     try:
-        results = over(pictures, "classifying", lambda p, _: predict_words(model, p, classes, **square), out)
+        results = over(images, "classifying", lambda p, _: predict_words(model, p, classes, **square), out)
         for path, name, said in results:
             best = said.best(top)
             rows += [
@@ -264,24 +264,24 @@ def zero_shot(
                 said.drawing().save(out / f"{name}_words.png")
     finally:
         if out is not None and rows:
-            write_csv(out / "words.csv", ("picture", "rank", "class", "name", "probability", "cosine"), rows)
+            write_csv(out / "words.csv", ("image", "rank", "class", "name", "probability", "cosine"), rows)
 
 
 # ---- the plot ------------------------------------------------------------------------------------------------------
 
 
 def over(
-    pictures: list[str], word: str, predict: Callable[[Picture, bytes], Any], out: Path | None
+    images: list[str], word: str, predict: Callable[[DecodedImage, bytes], Any], out: Path | None
 ) -> Iterator[tuple[str, str, Any]]:
-    """(path, name for files, result) of every picture that can be read; the others are named at the end, exit code 3."""
-    from dinov3.data.pictures import open_picture
+    """(path, name for files, result) of every image that can be read; the others are named at the end, exit code 3."""
+    from dinov3.data.images import open_image
     from dinov3.data.sources import open_source
     from dinov3.predict.common import OutputNames
 
-    sources = [open_source(p) for p in pictures]
-    folders = [os.path.abspath(p) for p in pictures if os.path.isdir(p)]
+    sources = [open_source(p) for p in images]
+    folders = [os.path.abspath(p) for p in images if os.path.isdir(p)]
     if out is not None and os.path.abspath(out) in folders:
-        raise DinoError(f"--out {out} is the pictures' own folder: results would be taken for pictures; name another")
+        raise DinoError(f"--out {out} is the images' own folder: results would be taken for images; name another")
     items = list(_each(sources, out if folders else None))
     names = OutputNames(out) if out is not None else None
     failures: list[tuple[str, str]] = []
@@ -292,27 +292,27 @@ def over(
             for path, item in items:
                 try:
                     data = item.read()
-                    result = predict(open_picture(data), data)
-                except PictureError as error:
+                    result = predict(open_image(data), data)
+                except ImageError as error:
                     failures.append((path, str(error)))
                 else:
                     yield path, names(path) if names is not None else Path(path).stem, result
                     done += 1
                 progress(done + len(failures))
     except KeyboardInterrupt:
-        say(f"interrupted after {done} of {total} pictures; what is done is saved")
+        say(f"interrupted after {done} of {total} images; what is done is saved")
         raise typer.Exit(INTERRUPTED) from None
     for path, reason in failures[:20]:
         say(f"could not read {path}: {reason}")
     if len(failures) > 20:
         say(f"… and {len(failures) - 20} more")
-    say(f"{done} pictures, {len(failures)} unreadable" + (f"; {out}" if out is not None else ""))
+    say(f"{done} images, {len(failures)} unreadable" + (f"; {out}" if out is not None else ""))
     if failures:
         raise typer.Exit(UNREADABLE)
 
 
 def _each(sources: list[Any], results: Path | None) -> Iterator[tuple[str, Item]]:
-    """Every picture once, by its absolute path, however often it was named; none of an earlier run's `results`."""
+    """Every image once, by its absolute path, however often it was named; none of an earlier run's `results`."""
     seen: set[str] = set()
     inside = None if results is None else os.path.join(os.path.abspath(results), "")
     for source in sources:
@@ -324,7 +324,7 @@ def _each(sources: list[Any], results: Path | None) -> Iterator[tuple[str, Item]
 
 
 def write_csv(path: Path, head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
-    """A table whose first column is the picture; rows of other pictures, from earlier runs, stay."""
+    """A table whose first column is the image; rows of other images, from earlier runs, stay."""
     mine = {str(row[0]) for row in rows}
     kept: list[list[str]] = []
     if path.is_file():
@@ -447,7 +447,7 @@ def text_model(
         say(f"{model.origin}, {dtype} on {place}")
         return model, tokenizer
     from dinov3.data.tokenizer import Tokenizer
-    from dinov3.heads.dinotxt import DinoTxtConfig, TextConfig
+    from dinov3.heads.dinotxt.model import DinoTxtConfig, TextConfig
 
     tokenizer = Tokenizer.from_file(vocabulary) if vocabulary is not None else dinotxt.vocabulary(None, 49_408)
     under: Any = hub.load(None, backbone_weights)

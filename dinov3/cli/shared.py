@@ -14,7 +14,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="DINOv3: embed, search and look at pictures; measure, fit heads, train, distil.",
+    help="DINOv3: embed, search and look at images; measure, fit heads, train, distil.",
 )
 UNREADABLE, INTERRUPTED = 3, 130
 
@@ -90,12 +90,12 @@ class Progress:
         self.bar.stop()
 
     def __call__(self, done: int, rate: float | None = None) -> None:
-        """`done` pictures in all; `rate` a second, default: counted here."""
+        """`done` images in all; `rate` a second, default: counted here."""
         now = time.monotonic()
         if rate is None:
             rate = done / max(now - self.start, 1e-9)
-        self.bar.update(self.task, completed=done, rate=f"{rate:.1f} pictures/s")
+        self.bar.update(self.task, completed=done, rate=f"{rate:.1f} images/s")
         if not self.console.is_terminal and now - self.last > 30:
             self.last = now
             left = (self.total - done) / rate if rate else float("nan")
-            say(f"{done} of {self.total} · {rate:.1f} pictures/s · {left / 60:.0f} min left")
+            say(f"{done} of {self.total} · {rate:.1f} images/s · {left / 60:.0f} min left")

@@ -1,4 +1,4 @@
-"""Verbs that train: a backbone on your own pictures, a small student of larger teachers."""
+"""Verbs that train: a backbone on your own images, a small student of larger teachers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dinov3.errors import DinoError
 
 @app.command(context_settings={"allow_interspersed_args": True})
 def train(
-    pictures: Annotated[str, typer.Argument(help="Folder, list file, tar shards, parquet, or a data set's line.")],
+    images: Annotated[str, typer.Argument(help="Folder, list file, tar shards, parquet, or a data set's line.")],
     out: Annotated[Path, typer.Option(help="The run's folder. Run again to go on after a stop.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings that win: key.sub=value …")] = None,
     model: Annotated[
@@ -26,11 +26,11 @@ def train(
     seed: Annotated[int, typer.Option(help="Of weights and random draws.")] = 0,
     device: Device = "auto",
 ) -> None:
-    """Train a backbone on your own pictures by self-distillation (DINO, iBOT, KoLeo, Gram). Under torchrun: on many."""
+    """Train a backbone on your own images by self-distillation (DINO, iBOT, KoLeo, Gram). Under torchrun: on many."""
     from dinov3.config import load_config
     from dinov3.train.train import train as run
 
-    chosen = training_overrides(pictures, model, recipe, steps, knn, device_of(device), overrides or [])
+    chosen = training_overrides(images, model, recipe, steps, knn, device_of(device), overrides or [])
     config, notes = load_config(recipe if recipe.endswith((".yaml", ".yml")) else f"{recipe}.yaml", chosen)
     say("settings: " + " ".join(chosen))
     outcome = run(config, out, resume=resume, seed=seed, notes=notes)
@@ -42,14 +42,14 @@ def train(
 
 
 def training_overrides(
-    pictures: str, model: str | None, recipe: str, steps: int | None, knn: str | None, device: str, given: list[str]
+    images: str, model: str | None, recipe: str, steps: int | None, knn: str | None, device: str, given: list[str]
 ) -> list[str]:
     """What the command's options mean in the configuration's words; `given` come last and win."""
     import os
 
     from dinov3.weights.catalog import resolve
 
-    said = [f"train.dataset_path={pictures}", f"run.device={device}"]
+    said = [f"train.dataset_path={images}", f"run.device={device}"]
     if model is not None:
         said.append(f"student.arch={model if model.startswith(('vit_', 'convnext_')) else resolve(model)[0].arch}")
     if device == "cpu" and not recipe.startswith("toy"):
@@ -73,7 +73,7 @@ def training_overrides(
 
 @app.command()
 def distill(
-    pictures: Annotated[str, typer.Argument(help="Folder, list file, tar shards or parquet.")],
+    images: Annotated[str, typer.Argument(help="Folder, list file, tar shards or parquet.")],
     out: Annotated[Path, typer.Option(help="The run's folder. Run again to go on after a stop.")],
     teacher: Annotated[
         list[str],
@@ -85,15 +85,15 @@ def distill(
     weights: Annotated[str | None, typer.Option(help="The student's first weights. Default: random.")] = None,
     inherit: Annotated[str | None, typer.Option(help="A DINOv2 folder the student begins as a small copy of.")] = None,
     awaken: Annotated[
-        int, typer.Option(min=0, help="Begin with the last block in closed form on so many pictures (isometry=true).")
+        int, typer.Option(min=0, help="Begin with the last block in closed form on so many images (isometry=true).")
     ] = 0,
     steps: Annotated[int, typer.Option(min=0, help="Batches in all.")] = 2000,
-    batch: Annotated[int, typer.Option(min=2, help="Pictures a batch, of all processes.")] = 64,
+    batch: Annotated[int, typer.Option(min=2, help="Images a batch, of all processes.")] = 64,
     sizes: Annotated[str, typer.Option(help="SIDE:SHARE of the steps, in order.")] = "128:0.9,224:0.1",
-    views: Annotated[int, typer.Option(min=1, help="Different views of a picture.")] = 4,
-    scale: Annotated[float, typer.Option(help="Smallest share of the picture that a view shows.")] = 0.35,
+    views: Annotated[int, typer.Option(min=1, help="Different views of an image.")] = 4,
+    scale: Annotated[float, typer.Option(help="Smallest share of the image that a view shows.")] = 0.35,
     mix: Annotated[
-        str, typer.Option(help="cutmix:SHARE,mixup:SHARE of the pictures; for teachers with online=true.")
+        str, typer.Option(help="cutmix:SHARE,mixup:SHARE of the images; for teachers with online=true.")
     ] = "",
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-4,
     schedule: Annotated[
@@ -107,17 +107,17 @@ def distill(
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
     bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16 autocast.")] = False,
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile: minutes at first, then faster.")] = False,
-    in_memory: Annotated[bool, typer.Option("--in-memory", help="Keep the pictures decoded.")] = False,
+    in_memory: Annotated[bool, typer.Option("--in-memory", help="Keep the images decoded.")] = False,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     device: Device = "auto",
 ) -> None:
-    """Train a small model to say what larger ones say of your pictures. Under torchrun: on several devices."""
+    """Train a small model to say what larger ones say of your images. Under torchrun: on several devices."""
     from dinov3 import distributed
-    from dinov3.train.distill import DistillConfig
-    from dinov3.train.distill import distill as run
+    from dinov3.distill.run import DistillConfig
+    from dinov3.distill.run import distill as run
 
     config = DistillConfig(
-        pictures=pictures, teachers=teacher, student=student, weights=weights, inherit=inherit, steps=steps, batch=batch,
+        images=images, teachers=teacher, student=student, weights=weights, inherit=inherit, steps=steps, batch=batch,
         sizes=sizes, views=views, scale=[scale, 1.0], mix=mix, lr=lr, schedule=schedule, optimizer=optimizer,
         momentum=momentum, cache=cache, knn=knn, knn_every=knn_every, save_every=save_every, bf16=bf16, compile=compile,
         awaken=awaken, in_memory=in_memory, seed=seed, device=device_of(device),

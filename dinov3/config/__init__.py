@@ -1,6 +1,6 @@
 """The configuration of a training run: dataclasses, YAML on top, dotted overrides on top of that, all of it strict.
 
-    config, notes = load_config("vits16_one_gpu.yaml", ["train.dataset_path=/pictures", "optim.lr=3e-4"])
+    config, notes = load_config("vits16_one_gpu.yaml", ["train.dataset_path=/images", "optim.lr=3e-4"])
 
 Keys and defaults are those of the public training code, so its files load here. Three things differ. A key nobody reads
 is refused, and every mistake of every source is reported at once, with its source and a proposal. A key that the
@@ -24,7 +24,7 @@ from pathlib import Path
 
 from dinov3.config.conditions import SCALING_RULES, SINKS, check_scale, dataset_problem, student_problems
 from dinov3.config.loading import RECIPES, dump, find_file, load, report, to_dict
-from dinov3.config.sections import (
+from dinov3.config.train import (
     ANY,
     ARCHITECTURES,
     CONVNEXT_SIZES,
@@ -102,11 +102,7 @@ class _ModelOnly(TrainConfig):
 
 
 def load_student(
-    config: TrainConfig,
-    rank: int,
-    world_size: int,
-    file: str | os.PathLike[str],
-    overrides: Sequence[str] = (),
+    config: TrainConfig, rank: int, world_size: int, file: str | os.PathLike[str], overrides: Sequence[str] = ()
 ) -> tuple[DistilledStudent, TrainConfig, list[str]]:
     """The student that `rank` trains and its own configuration, with several students (`config` is the shared one).
 

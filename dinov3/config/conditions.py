@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dinov3.config.loading import report
-from dinov3.config.sections import (
+from dinov3.config.train import (
     ARCHITECTURES,
     CONVNEXT_SIZES,
     V1_KEYS,
@@ -38,7 +38,7 @@ def problems(config: TrainConfig) -> Iterator[Problem]:
 def dataset_problem(path: str | None) -> str | None:
     """What can be said of a data set's string without its reader, or None: names and keys are the reader's to know."""
     if not path:
-        return "name the pictures: a folder, or Name:key=value:…, such as ImageNet:split=TRAIN:root=/data/imagenet"
+        return "name the images: a folder, or Name:key=value:…, such as ImageNet:split=TRAIN:root=/data/imagenet"
     if re.fullmatch(r"[A-Za-z]\w+(:\w+=[^:]*)+", path) and ":root=" not in path and not os.path.exists(path):
         return f"{path!r} does not say where the files are: add :root=/folder"
     return None
@@ -227,10 +227,10 @@ def _loss_problems(c: TrainConfig) -> Iterator[Problem]:
         if group % batch:
             yield (
                 "dino.koleo_distributed_loss_group_size",
-                f"{group} pictures must be whole processes of train.batch_size_per_gpu {batch}: a multiple of it",
+                f"{group} images must be whole processes of train.batch_size_per_gpu {batch}: a multiple of it",
             )
         if dino.koleo_topk >= group > 0:
-            yield "dino.koleo_topk", f"{dino.koleo_topk} neighbours do not exist among {group} pictures"
+            yield "dino.koleo_topk", f"{dino.koleo_topk} neighbours do not exist among {group} images"
 
     g = c.gram
     if g.remove_neg and g.remove_only_teacher_neg:
@@ -351,10 +351,7 @@ def _distillation_problems(c: TrainConfig) -> Iterator[Problem]:
             yield "multidistillation.students", f"{s.name}: ranks [{first}, {last}) are none"
         elif first != end:
             what = "belong to nobody" if first > end else "belong to two students"
-            yield (
-                "multidistillation.students",
-                f"{s.name}: ranks begin at {first} where {end} is next; some {what}",
-            )
+            yield ("multidistillation.students", f"{s.name}: ranks begin at {first} where {end} is next; some {what}")
         elif G % (last - first):
             yield (
                 "multidistillation.global_batch_size",
@@ -371,11 +368,11 @@ def check_scale(config: TrainConfig, world_size: int) -> None:
         group, everything = c.dino.koleo_distributed_loss_group_size or batch * world_size, batch * world_size
         if group % batch or everything % group:
             wrong.append(
-                f"dino.koleo_distributed_loss_group_size: {group} pictures must be whole processes of {batch} and "
-                f"divide the {everything} pictures of a step on {world_size} processes"
+                f"dino.koleo_distributed_loss_group_size: {group} images must be whole processes of {batch} and "
+                f"divide the {everything} images of a step on {world_size} processes"
             )
         if c.dino.koleo_topk >= group:
-            wrong.append(f"dino.koleo_topk: {c.dino.koleo_topk} neighbours do not exist among {group} pictures")
+            wrong.append(f"dino.koleo_topk: {c.dino.koleo_topk} neighbours do not exist among {group} images")
     if c.multidistillation.enabled:
         ranks = max(s.ranks_range[1] for s in c.multidistillation.students)
         if ranks != world_size:

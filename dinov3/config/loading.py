@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from dinov3.config.sections import ANY, PUBLISHED, V1_KEYS, V1_TO_V2
+from dinov3.config.train import ANY, PUBLISHED, V1_KEYS, V1_TO_V2
 from dinov3.errors import DinoError, did_you_mean, require
 
 T = TypeVar("T")

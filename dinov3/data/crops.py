@@ -1,13 +1,13 @@
-"""One picture to the crops of one training step: large global crops, small local crops, crops for the Gram teacher.
+"""One image to the crops of one training step: large global crops, small local crops, crops for the Gram teacher.
 
 Paper: section 3.1 (multi-crop as in DINO and DINOv2) and 4.2 (Gram crops, of a higher resolution). The distribution is the
-released training code's; the semantics of each operation are those of torchvision on 8-bit pictures, which that code uses.
+released training code's; the semantics of each operation are those of torchvision on 8-bit images, which that code uses.
 
 A crop is first a plain value and then pixels: `CropRules.plan` draws where and how (`Plan`), `render` does it. The draw is a
-pure function of (seed, epoch, index), so the same picture gives the same crops in any worker, after any resume. Only
+pure function of (seed, epoch, index), so the same image gives the same crops in any worker, after any resume. Only
 uniform doubles are drawn, whose sequence Python guarantees for a seed, so that crops stay the same across versions.
 
-Why it is fast (4.7 ms against torchvision's 25 ms, for 2 × 224 and 8 × 96 pixels of a decoded 500 × 375 picture, measured
+Why it is fast (4.7 ms against torchvision's 25 ms, for 2 × 224 and 8 × 96 pixels of a decoded 500 × 375 image, measured
 by `benchmarks/crops.py` on one core of a busy machine): the crop is cut before it is resized; torch resizes uint8 in
 integers; colours are float32 planes that numpy walks through with vector instructions; hue is turned without going through
 HSV (`_turn_hue`); the blur is separable. Brightness, contrast and saturation are not folded into one matrix although each is
@@ -20,7 +20,7 @@ Blur: the released code applies the complement of the probabilities it names (1.
 the library's argument means "keep". The released models were trained that way, so "applied" is the default; "paper" is what
 the DINOv2 papers describe.
 
-Legend: g, l, q sides of global, local and Gram crops; B pictures; n_l local crops a picture; P patches of a global crop.
+Legend: g, l, q sides of global, local and Gram crops; B images; n_l local crops an image; P patches of a global crop.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov3.data.transforms import LVD_MEAN, LVD_STD, to_pixels
+from dinov3.data.transforms.inputs import LVD_MEAN, LVD_STD, to_pixels
 from dinov3.errors import DinoError, UnknownName, did_you_mean
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Colours:
 
 @dataclass(frozen=True)
 class Crop:
-    """A box of the picture (pixels), and what happens to it after it was resized."""
+    """A box of the image (pixels), and what happens to it after it was resized."""
 
     top: int = 0
     left: int = 0
@@ -92,7 +92,7 @@ class Crop:
 
 @dataclass(frozen=True)
 class Plan:
-    """All crops of one picture. `windows`: (top, left) in the global crops, where local crops are cut out of them."""
+    """All crops of one image. `windows`: (top, left) in the global crops, where local crops are cut out of them."""
 
     globals_: tuple[Crop, ...]
     locals_: tuple[Crop, ...]
@@ -107,7 +107,7 @@ class Uniform(Protocol):
 
 
 def generator(seed: int, epoch: int, index: int) -> random.Random:
-    """The one source of chance of a picture's crops."""
+    """The one source of chance of an image's crops."""
     return random.Random(f"crops {seed} {epoch} {index}")  # a text is hashed whole: near keys give unrelated streams
 
 
@@ -116,7 +116,7 @@ class CropRules:
     """How crops are drawn, for one combination of sizes. The defaults are the reference's.
 
     gram_distorted: whether colour and blur reach the Gram teacher's crops too (`gram_teacher_no_distortions: false`).
-    share_color_jitter: jitter and greyscale once for the whole picture.
+    share_color_jitter: jitter and greyscale once for the whole image.
     local_from_global: local crops are windows of the global crops, at multiples of `window_step` pixels and with colours of
     their own (`localcrops_subset_of_globalcrops`): the first half from crop 1, the second from crop 2.
     """
@@ -146,9 +146,7 @@ class CropRules:
         for name in ("global_scale", "local_scale"):
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
-                raise DinoError(
-                    f"{name} is a range of shares of the picture's area, 0 < low ≤ high ≤ 1: not {low, high}"
-                )
+                raise DinoError(f"{name} is a range of shares of the image's area, 0 < low ≤ high ≤ 1: not {low, high}")
         if self.blur not in BLUR_P:
             raise UnknownName(f"blur is {' or '.join(BLUR_P)}, not {self.blur!r}{did_you_mean(self.blur, BLUR_P)}")
         room = self.global_size - self.local_size
@@ -171,14 +169,14 @@ class CropRules:
 
     @property
     def target_short_side(self) -> int:
-        """For `open_picture`, which keeps twice this: no crop has to be enlarged that the full picture would not enlarge."""
+        """For `open_image`, which keeps twice this: no crop has to be enlarged that the full image would not enlarge."""
         sides = [(max(self.global_size, self.gram_size or 0), self.global_scale[0])]
         if self.local_count and not self.local_from_global:
             sides.append((self.local_size, self.local_scale[0]))
         return max(math.ceil(side / math.sqrt(share * ASPECT[0]) / 2) for side, share in sides)
 
     def plan(self, width: int, height: int, rng: Uniform) -> Plan:
-        """Draws all crops of a picture of width × height pixels."""
+        """Draws all crops of an image of width × height pixels."""
         first, second, local = BLUR_P[self.blur]
         shared = _draw_colours(rng) if self.share_color_jitter else None
         globals_ = (
@@ -253,7 +251,7 @@ def _integer(rng: Uniform, below: int) -> int:
 
 @dataclass(frozen=True)
 class Crops:
-    """The crops of one picture, uint8: global [2, 3, g, g], local [n_l, 3, l, l], Gram [2, 3, q, q] or None."""
+    """The crops of one image, uint8: global [2, 3, g, g], local [n_l, 3, l, l], Gram [2, 3, q, q] or None."""
 
     global_crops: Tensor
     local_crops: Tensor
@@ -261,21 +259,21 @@ class Crops:
 
 
 def render(image: Image.Image | np.ndarray | Tensor, plan: Plan, rules: CropRules) -> Crops:
-    """Does what the plan says to an RGB picture of the size that the plan was drawn for."""
-    picture = to_pixels(image)
-    if picture.dtype != torch.uint8:
-        raise DinoError(f"crops are taken from 8-bit pictures, not from {picture.dtype}")
+    """Does what the plan says to an RGB image of the size that the plan was drawn for."""
+    pixels = to_pixels(image)
+    if pixels.dtype != torch.uint8:
+        raise DinoError(f"crops are taken from 8-bit images, not from {pixels.dtype}")
     if plan.shared is not None:
-        planes = coloured(picture.numpy().astype(np.float32, order="C"), plan.shared)
-        picture = torch.from_numpy(planes.astype(np.uint8))
-    picture = picture.unsqueeze(0)  # [1, 3, H, W], usually channels last in memory
+        planes = coloured(pixels.numpy().astype(np.float32, order="C"), plan.shared)
+        pixels = torch.from_numpy(planes.astype(np.uint8))
+    pixels = pixels.unsqueeze(0)  # [1, 3, H, W], usually channels last in memory
 
     g, q = rules.global_size, rules.gram_size
     seen = torch.empty(2, 3, g, g, dtype=torch.uint8)
     gram = None if q is None else torch.empty(2, 3, q, q, dtype=torch.uint8)
     bases: list[Pixels] = []
     for i, crop in enumerate(plan.globals_):
-        base = cut(picture, crop, max(g, q or 0))
+        base = cut(pixels, crop, max(g, q or 0))
         bases.append(base)
         if gram is None:
             finish(base, crop, seen[i].numpy())
@@ -293,7 +291,7 @@ def render(image: Image.Image | np.ndarray | Tensor, plan: Plan, rules: CropRule
     for i, crop in enumerate(plan.locals_):
         out = local[i].numpy()
         if plan.windows is None:
-            finish(cut(picture, crop, side), crop, out)
+            finish(cut(pixels, crop, side), crop, out)
         else:  # colours and blur see the whole base, then the window is cut
             base = bases[0 if i < len(plan.locals_) // 2 else 1]
             whole = np.empty_like(base)
@@ -303,10 +301,10 @@ def render(image: Image.Image | np.ndarray | Tensor, plan: Plan, rules: CropRule
     return Crops(seen, local, gram)
 
 
-def cut(picture: Tensor, crop: Crop, side: int) -> Pixels:
-    """The crop's box of a [1, 3, H, W] picture, resized (bicubic, antialiased, in integers) and flipped."""
-    box = picture[:, :, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
-    # a copy first: resizing a view of a larger picture costs a third more
+def cut(image: Tensor, crop: Crop, side: int) -> Pixels:
+    """The crop's box of a [1, 3, H, W] image, resized (bicubic, antialiased, in integers) and flipped."""
+    box = image[:, :, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+    # a copy first: resizing a view of a larger image costs a third more
     return _interpolated(box.contiguous(memory_format=torch.channels_last), side, crop.flip)
 
 
@@ -340,7 +338,7 @@ def finish(pixels: Pixels, crop: Crop, out: Pixels) -> None:
 
 
 def coloured(x: Planes, colours: Colours) -> Planes:
-    """Colour operations, in place, with the rounding of 8-bit pictures after each: what an operation clips stays lost."""
+    """Colour operations, in place, with the rounding of 8-bit images after each: what an operation clips stays lost."""
     for name in colours.order:
         if name == "brightness":
             x *= np.float32(colours.brightness)
@@ -481,7 +479,7 @@ def _scratch(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 @dataclass
 class CropBatch:
-    """What one training step sees. All crops are crop-major: row c·B + b is crop c of picture b.
+    """What one training step sees. All crops are crop-major: row c·B + b is crop c of image b.
 
     Crops are uint8 as they come from the workers; `to` moves the batch and turns them into normalised floats.
     """
@@ -493,10 +491,10 @@ class CropBatch:
     mask_indices: Tensor  # int64 [n_masked], positions of true entries in the flattened masks
     masks_weight: Tensor  # float32 [n_masked], 1 / (masked patches of the same crop)
     n_masked: int
-    unreadable: tuple[str, ...] = ()  # "name: reason" of pictures that were replaced by others
+    unreadable: tuple[str, ...] = ()  # "name: reason" of images that were replaced by others
     step: int = 0  # number of this batch since the beginning of the training
     resolution: int = 0  # which of the loader's rules made it
-    indices: tuple[int, ...] = ()  # of the B pictures in the dataset
+    indices: tuple[int, ...] = ()  # of the B images in the dataset
     mean: tuple[float, float, float] = LVD_MEAN
     std: tuple[float, float, float] = LVD_STD
 
@@ -546,7 +544,7 @@ def normalised(x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: to
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture's crops on their way into a batch."""
+    """One image's crops on their way into a batch."""
 
     crops: Crops
     index: int = 0

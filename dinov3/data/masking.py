@@ -11,7 +11,7 @@ One number differs from the reference: the largest block is half of the grid. Th
 (0.5·g // patch)·g // patch from left to right, which is the same on even grids (98 at 224/16, 128 at 256/16) and smaller
 on odd ones (21 instead of 24 at 112/16); `reference_max_block` gives that number to those who need it.
 
-Legend: B pictures, so 2B global crops; P = rows × columns patches of a crop.
+Legend: B images, so 2B global crops; P = rows × columns patches of a crop.
 """
 
 from __future__ import annotations
@@ -133,14 +133,9 @@ def masked_counts(crops: int, patches: int, rules: MaskRules) -> list[int]:
 
 
 def batch_masks(
-    crops: int,
-    grid: tuple[int, int],
-    rules: MaskRules,
-    rng: MaskRandom,
-    *,
-    max_block: float | None = None,
+    crops: int, grid: tuple[int, int], rules: MaskRules, rng: MaskRandom, *, max_block: float | None = None
 ) -> Masks:
-    """Masks for a batch of `crops` global crops (2B), which of them are masked left to chance, not to the picture."""
+    """Masks for a batch of `crops` global crops (2B), which of them are masked left to chance, not to the image."""
     rows, columns = grid
     masks = []
     for count in masked_counts(crops, rows * columns, rules):

@@ -253,7 +253,7 @@ def read_merges(path_or_url: str | os.PathLike[str]) -> list[tuple[str, str]]:
 
 def _located(source: str) -> Path:
     if "://" in source or source.startswith("file:"):
-        from dinov3.weights import cache as downloads
+        from dinov3.weights import download as downloads
 
         return downloads.fetch(source)
     path = Path(source).expanduser()

@@ -1,4 +1,4 @@
-"""Finding the object of a picture without labels: TokenCut on patch features (paper §6.1.4, App. D).
+"""Finding the object of an image without labels: TokenCut on patch features (paper §6.1.4, App. D).
 
 Patches are the nodes of a graph, joined where their features point the same way (cosine above τ). A normalised cut
 splits it in two; the part that holds the patch which sticks out most is the object.
@@ -22,7 +22,7 @@ from dinov3.features import Features
 
 @dataclass(frozen=True)
 class Cut:
-    """A picture's two parts.
+    """An image's two parts.
 
     mask [h, w]: the connected part that holds the seed. foreground [h, w]: the whole side of the cut that does.
     eigenvector [h, w]: where every patch lies between the parts (its sign is arbitrary). seed: (row, column).
@@ -42,7 +42,7 @@ class Cut:
 
 
 def token_cut(features: Features | Tensor, *, tau: float = 0.2, epsilon: float = 1e-5) -> Cut:
-    """The object of one picture from its patches (`Features` of one picture, or a map [h, w, D]).
+    """The object of one image from its patches (`Features` of one image, or a map [h, w, D]).
 
     tau: cosine above which two patches belong together. The paper tries 0, 0.05, …, 0.4 for each backbone; see
     `cosines` and `cut` to do so without computing the cosines again. epsilon: the weight of all other pairs, which keeps
@@ -53,7 +53,7 @@ def token_cut(features: Features | Tensor, *, tau: float = 0.2, epsilon: float =
 
 
 def cosines(features: Features | Tensor) -> Tensor:
-    """Cosine [N, N] of every pair of one picture's patches."""
+    """Cosine [N, N] of every pair of one image's patches."""
     x = unit_map(features).flatten(0, 1)
     return x @ x.T
 
@@ -111,14 +111,14 @@ def connected(mask: Tensor, seed: tuple[int, int]) -> Tensor:
 def box_px(
     found: Cut, patch_size: tuple[float, float] | float, size_hw: tuple[int, int]
 ) -> tuple[float, float, float, float]:
-    """(x0, y0, x1, y1) in the network input's pixels, clipped to the unpadded picture."""
+    """(x0, y0, x1, y1) in the network input's pixels, clipped to the unpadded image."""
     ph, pw = patch_size if isinstance(patch_size, tuple) else (patch_size, patch_size)
     r0, c0, r1, c1 = found.box_rc
     return c0 * pw, r0 * ph, min(c1 * pw, size_hw[1]), min(r1 * ph, size_hw[0])
 
 
-def box_in_picture(found: Cut, features: Features, image: int = 0) -> tuple[float, float, float, float]:
-    """(x0, y0, x1, y1) in the original picture's pixels."""
+def box_in_image(found: Cut, features: Features, image: int = 0) -> tuple[float, float, float, float]:
+    """(x0, y0, x1, y1) in the original image's pixels."""
     r0, c0, r1, c1 = found.box_rc
     x0, y0, _, _ = features.box_of_patch(r0, c0, image)
     _, _, x1, y1 = features.box_of_patch(r1 - 1, c1 - 1, image)

@@ -1,9 +1,9 @@
 """Object or background, patch by patch: a logistic regression on patch features (the foreground notebook).
 
-A handful of pictures with masks is enough. Patches that lie wholly in or wholly out of the mask are learnt from, the
-others are not; how strongly to regularise is found by leaving out one picture at a time.
+A handful of images with masks is enough. Patches that lie wholly in or wholly out of the mask are learnt from, the
+others are not; how strongly to regularise is found by leaving out one image at a time.
 
-Legend: B pictures, h×w patch grid, D width, N patches.
+Legend: B images, h×w patch grid, D width, N patches.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def kind_of(features: Features) -> str:
 
 
 def notebook_size(image: Image.Image, *, height: int = 768, patch: int = 16) -> Image.Image:
-    """A picture (or mask) at the notebooks' size: that high, and as wide as whole patches fit; bilinear, antialiased."""
+    """An image (or mask) at the notebooks' size: that high, and as wide as whole patches fit; bilinear, antialiased."""
     from PIL import Image as pil
 
     width = max(1, int(image.width * height / (image.height * patch))) * patch
@@ -93,7 +93,7 @@ def patch_labels(mask: Tensor, grid_hw: tuple[int, int]) -> Tensor:
 
 
 def examples(features: Features | Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(patches [N, D], labels [N]) of one picture without the mixed ones."""
+    """(patches [N, D], labels [N]) of one image without the mixed ones."""
     x, y = maps(features), labels[None] if labels.ndim == 2 else labels
     if x.shape[:3] != y.shape:
         raise DinoError(f"labels of these features have the shape {list(x.shape[:3])}, not {list(y.shape)}")
@@ -102,44 +102,42 @@ def examples(features: Features | Tensor, labels: Tensor) -> tuple[Tensor, Tenso
 
 
 def fit(
-    pictures: Sequence[Features],
+    images: Sequence[Features],
     labels: Sequence[Tensor],
     *,
     C: float | None = None,
     strengths: Sequence[float] = STRENGTHS,
 ) -> tuple[Foreground, dict[float, float]]:
-    """(the classifier on all pictures, mean average precision of each strength tried).
+    """(the classifier on all images, mean average precision of each strength tried).
 
-    pictures: features of one picture each; labels [h, w] of each (`patch_labels`). C: the inverse of the regularisation,
-    as scikit-learn's; None: the best of `strengths` when each picture in turn is left out (the table is empty otherwise).
+    images: features of one image each; labels [h, w] of each (`patch_labels`). C: the inverse of the regularisation,
+    as scikit-learn's; None: the best of `strengths` when each image in turn is left out (the table is empty otherwise).
     """
-    if len(pictures) != len(labels) or not pictures:
-        raise DinoError(
-            f"as many label maps as pictures are needed, at least one; got {len(labels)} and {len(pictures)}"
-        )
-    for other in pictures[1:]:
-        if kind_of(other) != kind_of(pictures[0]):
-            raise DinoError(f"pictures of two kinds of features: {kind_of(pictures[0])}, {kind_of(other)}")
-    parts = [examples(f, y) for f, y in zip(pictures, labels)]
+    if len(images) != len(labels) or not images:
+        raise DinoError(f"as many label maps as images are needed, at least one; got {len(labels)} and {len(images)}")
+    for other in images[1:]:
+        if kind_of(other) != kind_of(images[0]):
+            raise DinoError(f"images of two kinds of features: {kind_of(images[0])}, {kind_of(other)}")
+    parts = [examples(f, y) for f, y in zip(images, labels)]
     table: dict[float, float] = {}
     if C is None:
         table = leave_one_out(parts, strengths)
         C = max(table, key=lambda c: table[c])  # of equals the first: the stronger regularisation
     x, y = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
     weight, bias = logistic(x, y, C)
-    return Foreground(weight.cpu(), bias.cpu(), C, kind_of(pictures[0])), table
+    return Foreground(weight.cpu(), bias.cpu(), C, kind_of(images[0])), table
 
 
 def leave_one_out(parts: Sequence[tuple[Tensor, Tensor]], strengths: Sequence[float] = STRENGTHS) -> dict[float, float]:
-    """Average precision on the picture left out, averaged over pictures, for every strength.
+    """Average precision on the image left out, averaged over images, for every strength.
 
-    parts: (patches [N, D], labels [N]) of every picture. Pictures without both kinds of patches teach and are not scored.
+    parts: (patches [N, D], labels [N]) of every image. Images without both kinds of patches teach and are not scored.
     """
     if len(parts) < 2:
-        raise DinoError("leaving one picture out needs two pictures at least; give C (the notebook found 0.1)")
+        raise DinoError("leaving one image out needs two images at least; give C (the notebook found 0.1)")
     scored = [i for i, (_, y) in enumerate(parts) if 0 < int(y.sum()) < len(y)]
     if not scored:
-        raise DinoError("no picture has both object and background patches: the strength cannot be chosen, give C")
+        raise DinoError("no image has both object and background patches: the strength cannot be chosen, give C")
     table: dict[float, float] = {}
     for C in strengths:
         found = []
@@ -199,7 +197,7 @@ def average_precision(scores: Tensor, labels: Tensor) -> float:
 
 def median3(x: Tensor) -> Tensor:
     """The median of every 3 × 3 neighbourhood of maps [B, h, w]; the border is repeated outwards, so that an object at
-    the picture's edge is not eaten away."""
+    the image's edge is not eaten away."""
     padded = F.pad(x[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
     h, w = x.shape[-2:]
     around = torch.stack([padded[:, i : i + h, j : j + w] for i in range(3) for j in range(3)])

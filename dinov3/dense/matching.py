@@ -1,4 +1,4 @@
-"""Correspondence: which patch of one picture shows what a patch of another shows (paper §6.1.3; the matching notebook).
+"""Correspondence: which patch of one image shows what a patch of another shows (paper §6.1.3; the matching notebook).
 
 Legend: h×w patch grid, D width, N and M numbers of patches or points. Points are (x, y) in pixels, patches (row, column).
 """
@@ -58,7 +58,7 @@ def match(
     right_mask: Tensor | None = None,
     mutual: bool = False,
 ) -> Matches:
-    """The best right patch of every left patch, by cosine; both are one picture's features (or maps [h, w, D]).
+    """The best right patch of every left patch, by cosine; both are one image's features (or maps [h, w, D]).
 
     left_mask, right_mask: boolean maps [h, w]; matches with a patch outside are dropped (the search itself is over all
     patches, so a left patch best matched by the background is dropped and not pressed onto the object). mutual: keep a
@@ -85,7 +85,7 @@ def match(
 
 
 def pixels(features: Features, patches: Tensor, image: int = 0) -> Tensor:
-    """Centres (x, y) [M, 2] of patches, given as indices into the flattened grid, in the original picture's pixels."""
+    """Centres (x, y) [M, 2] of patches, given as indices into the flattened grid, in the original image's pixels."""
     _, w = features.grid_hw
     points = [features.pixel_of_patch(i // w, i % w, image) for i in patches.tolist()]
     return torch.tensor(points, dtype=torch.float32).reshape(-1, 2)
@@ -97,7 +97,7 @@ def coverage(mask: Tensor, grid_hw: tuple[int, int]) -> Tensor:
 
 
 def as_mask(mask: Any) -> Tensor:
-    """A mask of booleans or of alpha in [0, 1], tensor or array; other numbers (a picture's 0 and 255) are refused."""
+    """A mask of booleans or of alpha in [0, 1], tensor or array; other numbers (an image's 0 and 255) are refused."""
     values = torch.as_tensor(mask)
     if values.numel() and (float(values.max()) > 1 or float(values.min()) < 0):
         raise DinoError(

@@ -1,6 +1,6 @@
-"""What all dense methods begin with: the patch map of some pictures, as unit vectors in float32.
+"""What all dense methods begin with: the patch map of some images, as unit vectors in float32.
 
-Legend: B pictures, h×w patch grid, D width. Every method here takes `Features` or a plain map [h, w, D] / [B, h, w, D].
+Legend: B images, h×w patch grid, D width. Every method here takes `Features` or a plain map [h, w, D] / [B, h, w, D].
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def unit_maps(features: Features | Tensor) -> Tensor:
 
 
 def unit_map(features: Features | Tensor) -> Tensor:
-    """The patch map [h, w, D] of one picture, as unit vectors."""
+    """The patch map [h, w, D] of one image, as unit vectors."""
     every = unit_maps(features)
     if len(every) != 1:
-        raise DinoError(f"this takes the features of one picture, got {len(every)}: pass features[i]")
+        raise DinoError(f"this takes the features of one image, got {len(every)}: pass features[i]")
     return every[0]

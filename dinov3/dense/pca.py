@@ -18,7 +18,7 @@ from dinov3.features import Features
 
 @dataclass(frozen=True)
 class PatchPCA:
-    """Directions fitted on some patches, applicable to others, so that colours mean the same across pictures."""
+    """Directions fitted on some patches, applicable to others, so that colours mean the same across images."""
 
     mean: Tensor  # [D]
     directions: Tensor  # [D, k], strongest first, signs fixed
@@ -35,7 +35,7 @@ class PatchPCA:
 
 
 def fit(features: Features, components: int = 3, mask: Tensor | None = None) -> PatchPCA:
-    """Principal directions of the patches of all pictures together: all of them, or those in a boolean mask [B, h, w]."""
+    """Principal directions of the patches of all images together: all of them, or those in a boolean mask [B, h, w]."""
     x = features.patches.float().cpu().flatten(0, 2)  # [B·h·w, D]
     if mask is not None:
         x = x[_mask_of(features, mask).flatten()]
@@ -53,7 +53,7 @@ def fit(features: Features, components: int = 3, mask: Tensor | None = None) -> 
 
 
 def _mask_of(features: Features, mask: Tensor) -> Tensor:
-    """A boolean mask [B, h, w] of the features' patches, from one of that shape or, for one picture, [h, w]."""
+    """A boolean mask [B, h, w] of the features' patches, from one of that shape or, for one image, [h, w]."""
     mask = as_mask(mask).bool().cpu()
     mask = mask[None] if mask.ndim == 2 else mask
     if mask.shape != features.patches.shape[:3]:
@@ -78,10 +78,10 @@ def object_colours(
     signs: tuple[int, int, int] = (1, 1, 1),
     order: tuple[int, int, int] = (0, 1, 2),
 ) -> Tensor:
-    """Colours [B, h, w, 3] in [0, 1] of the patches in a boolean mask [B, h, w] (or [h, w] of one picture), black elsewhere.
+    """Colours [B, h, w, 3] in [0, 1] of the patches in a boolean mask [B, h, w] (or [h, w] of one image), black elsewhere.
 
     Directions of the masked patches (or `pca`'s), whitened, sigmoid(2x). signs (±1 per direction) and order (which
-    direction is red, green, blue) change the palette: the paper picks the nicest for each picture.
+    direction is red, green, blue) change the palette: the paper picks the nicest for each image.
     """
     if sorted(order) != [0, 1, 2] or any(s not in (1, -1) for s in signs):
         raise DinoError(f"order is a permutation of 0, 1, 2 and signs are 1 or -1; got {order} and {signs}")

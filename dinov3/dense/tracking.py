@@ -1,7 +1,7 @@
 """Following a mask through a video: labels of the first frame, propagated from patch to patch (paper §6.1.5, App. D).
 
 Nothing is trained. A patch of the current frame takes the labels of the patches most like it in frame 0 and in the few
-frames before, if they lie near enough in the picture; a label is a distribution and stays soft from frame to frame.
+frames before, if they lie near enough in the image; a label is a distribution and stays soft from frame to frame.
 
 Legend: h×w patch grid, D width, M labels (0 is the background), C context frames, R radius in patches.
 """
@@ -106,7 +106,7 @@ def track(
 ) -> Iterator[Tensor]:  # fmt: skip
     """Label distributions [h, w, M] of every frame, frame 0 included, as they come.
 
-    frames: features of one picture each, in order, all of one grid. first: labels of frame 0, as numbers [H, W] of any
+    frames: features of one image each, in order, all of one grid. first: labels of frame 0, as numbers [H, W] of any
     size (0 is the background) or as distributions [h, w, M].
     """
     context: deque[tuple[Tensor, Tensor]] = deque(maxlen=settings.n_context)
@@ -137,7 +137,7 @@ def masks(labels: Tensor, size_hw: tuple[int, int], *, upsampling: str = "biline
     """Distributions [h, w, M] to a mask of numbers [H, W] at any size.
 
     upsampling: "bilinear" (the paper's text) or "nearest" (its notebook). stretch: every label's map is first stretched
-    to [0, 1] over the picture, which lets an object that has become faint win over the background where it is strongest;
+    to [0, 1] over the image, which lets an object that has become faint win over the background where it is strongest;
     a constant map becomes 0.
     """
     if upsampling not in ("bilinear", "nearest"):

@@ -1,7 +1,7 @@
-"""A folder of pictures into an embedding store: read, decode, prepare, run, commit; resumable at any moment.
+"""A folder of images into an embedding store: read, decode, prepare, run, commit; resumable at any moment.
 
-The plot: what the store already knows is skipped; threads read and decode ahead; pictures of one input size form a
-batch; every batch is one commit. A picture that cannot be read goes to the store's `failed` table with its reason and
+The plot: what the store already knows is skipped; threads read and decode ahead; images of one input size form a
+batch; every batch is one commit. An image that cannot be read goes to the store's `failed` table with its reason and
 never stops the job. Whatever kills the process, the store holds whole batches, and the same command continues.
 
 `prepare_item` and `Embedder` are the two halves that any engine runs (`ray_engine.py` puts a cluster between them).
@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dinov3.data.pictures import open_picture
+from dinov3.data.images import open_image
 from dinov3.data.sources import Item, Source
-from dinov3.data.transforms import Geometry, Preprocessing
+from dinov3.data.transforms.inputs import Geometry, Preprocessing
 from dinov3.embedding.schema import Failure, PatchPrecision, Row, StoreFacts
 from dinov3.embedding.search import EXACT_LIMIT, build_index
 from dinov3.embedding.store import EmbeddingStore
-from dinov3.errors import DinoError, PictureError
+from dinov3.errors import DinoError, ImageError
 from dinov3.features import Features, extract
 from dinov3.weights import catalog
 
@@ -44,7 +44,7 @@ POOLINGS = ("cls", "mean", "cls+mean")
 
 @dataclass(frozen=True)
 class Prepared:
-    """One decoded picture on its way to the model."""
+    """One decoded image on its way to the model."""
 
     item: Item
     content_hash: str  # sha256 of the bytes
@@ -55,18 +55,18 @@ class Prepared:
 
 
 def prepare_item(item: Item, preprocessing: Preprocessing) -> Prepared | Failure:
-    """Reads, hashes, decodes and transforms one picture; what is wrong with it is returned, not raised."""
+    """Reads, hashes, decodes and transforms one image; what is wrong with it is returned, not raised."""
     try:
         data = item.read()
-        picture = open_picture(data, target_short_side=preprocessing.target_short_side)
-        x, geometry = preprocessing(picture.image, original_wh=(picture.width, picture.height))
-    except (PictureError, DinoError) as error:
+        image = open_image(data, target_short_side=preprocessing.target_short_side)
+        x, geometry = preprocessing(image.image, original_wh=(image.width, image.height))
+    except (ImageError, DinoError) as error:
         return Failure(item.path, item.stamp, str(error))
-    return Prepared(item, hashlib.sha256(data).hexdigest(), picture.width, picture.height, x, geometry)
+    return Prepared(item, hashlib.sha256(data).hexdigest(), image.width, image.height, x, geometry)
 
 
 def pool(features: Features, pooling: str) -> Tensor:
-    """One vector a picture [B, D], or [B, 2D] for "cls+mean"."""
+    """One vector an image [B, D], or [B, 2D] for "cls+mean"."""
     if pooling == "cls":
         return features.cls
     if pooling == "mean":
@@ -87,7 +87,7 @@ def lasting_source(origin: Origin) -> str:
 
 @dataclass
 class Embedder:
-    """Batches of prepared pictures to rows of the store. Halves the batch when the accelerator's memory runs out."""
+    """Batches of prepared images to rows of the store. Halves the batch when the accelerator's memory runs out."""
 
     model: nn.Module
     preprocessing: Preprocessing
@@ -101,7 +101,7 @@ class Embedder:
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise DinoError(
-                    f"one picture of {inputs.shape[-1]}×{inputs.shape[-2]} does not fit into the accelerator's memory; "
+                    f"one image of {inputs.shape[-1]}×{inputs.shape[-2]} does not fit into the accelerator's memory; "
                     "use a smaller --size or --dtype bfloat16"
                 ) from None
             torch.cuda.empty_cache()
@@ -141,7 +141,7 @@ class Embedder:
 
 @dataclass
 class Report:
-    """What a run did. `failed` counts the pictures of this source that are listed as unreadable, also from earlier runs."""
+    """What a run did. `failed` counts the images of this source that are listed as unreadable, also from earlier runs."""
 
     found: int = 0
     embedded: int = 0
@@ -152,7 +152,7 @@ class Report:
 
     @property
     def rate(self) -> float:
-        """Pictures embedded a second."""
+        """Images embedded a second."""
         return self.embedded / self.seconds if self.seconds else 0.0
 
 
@@ -212,7 +212,7 @@ def todo(source: Source, store: EmbeddingStore, report: Report, *, retry_failed:
     seen: set[str] = set()
     for item in source:
         item = replace(item, path=os.path.join(source.root, item.path))
-        if item.path in seen:  # a list file may name a picture twice
+        if item.path in seen:  # a list file may name an image twice
             continue
         seen.add(item.path)
         report.found += 1
@@ -232,7 +232,7 @@ class Ahead:
 
     def __init__(self, items: Iterable[Item], preprocessing: Preprocessing, workers: int, ahead: int) -> None:
         self.items, self.preprocessing, self.ahead = iter(items), preprocessing, ahead
-        # one thread a worker: the picture's own resize must not start a thread pool inside each of them
+        # one thread a worker: the image's own resize must not start a thread pool inside each of them
         self.pool = ThreadPoolExecutor(workers, "decode", initializer=torch.set_num_threads, initargs=(1,))
         self.waiting: deque[Future[Prepared | Failure]] = deque()
 
@@ -266,13 +266,13 @@ def batches_by_size(
             del open_batches[tuple(p.input.shape)]
             yield batch
         elif sum(map(len, open_batches.values())) >= 4 * batch_size:
-            # pictures of many sizes: let none wait for ever, and keep memory bounded
+            # images of many sizes: let none wait for ever, and keep memory bounded
             yield open_batches.pop(max(open_batches, key=lambda s: len(open_batches[s])))
     yield from open_batches.values()
 
 
 def write(store: EmbeddingStore, rows: list[Row], known: dict[str, str]) -> None:
-    """One commit for new pictures, one for those whose file changed."""
+    """One commit for new images, one for those whose file changed."""
     store.append([row for row in rows if row.path not in known])
     store.replace([row for row in rows if row.path in known])
 
@@ -297,7 +297,7 @@ def embed_source(
     retry_failed: bool = False,
     on_progress: Callable[[Report], None] | None = None,
 ) -> Report:
-    """Embeds every picture of `source` that the store at `uri` lacks; the report says what happened.
+    """Embeds every image of `source` that the store at `uri` lacks; the report says what happened.
 
     `batch_size` None chooses one. `workers` decoding threads (`auto_workers` by default). Ctrl-C ends the job after
     the last commit with `report.interrupted`; nothing that was committed is lost. Raises `StoreError` where the store
@@ -442,7 +442,7 @@ def text_query(
 
 
 def query_vector(store: EmbeddingStore, image: Any, model: nn.Module, preprocessing: Preprocessing) -> Any:
-    """The vector [D] of one picture (path, bytes, PIL, array), made exactly as the store's rows were."""
+    """The vector [D] of one image (path, bytes, PIL, array), made exactly as the store's rows were."""
     from dinov3.features import embed
 
     features = embed(model, image, preprocessing=preprocessing)

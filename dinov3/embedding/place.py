@@ -12,7 +12,7 @@ from typing import Any
 
 from dinov3.errors import StoreError, UnknownName, did_you_mean, require
 
-PICTURES, FAILED, LOCK = "pictures", "failed", ".writer.lock"
+IMAGES, FAILED, LOCK = "images", "failed", ".writer.lock"
 
 
 def place_of(uri: str | os.PathLike[str]) -> tuple[str, Path | None]:
@@ -28,7 +28,7 @@ def refuse_damaged(uri: str, folder: Path) -> None:
 
     A store whose creation was cut short has no data, for it is created empty; its remains are left to LanceDB.
     """
-    table = folder / f"{PICTURES}.lance"
+    table = folder / f"{IMAGES}.lance"
     if not any((table / "_versions").glob("*.manifest")) and any((table / "data").glob("*")):
         raise StoreError(
             f"the store at {uri} is damaged: it has data but no version of its table; restore it or delete it"
@@ -43,7 +43,7 @@ def connect(uri: str, fresh: bool = True) -> Any:
         return lancedb.connect(uri, read_consistency_interval=timedelta(0) if fresh else None)
 
 
-def has_table(database: Any, uri: str, name: str = PICTURES) -> bool:
+def has_table(database: Any, uri: str, name: str = IMAGES) -> bool:
     """A table is there once it has a version; LanceDB also lists a folder whose creation was cut short."""
     folder = place_of(uri)[1]
     if folder is not None:

@@ -2,7 +2,7 @@
 
 The driver lists the source, leaves out what the store knows, and deals the rest to shards by a hash of the path, so
 that a shard's content does not depend on the cluster's size or on timing. Workers read, decode and run the model; the
-driver commits whatever arrives, batch by batch, so a killed job continues as the single process does. Pictures must be
+driver commits whatever arrives, batch by batch, so a killed job continues as the single process does. Images must be
 readable from the workers under the same paths. Rows are those of the single process.
 
 Left out: writing from the workers (one writer keeps the store's commits whole; vectors are small).
@@ -21,13 +21,13 @@ from typing import Any
 from torch import nn
 
 from dinov3.data.sources import Item, Source
-from dinov3.data.transforms import Preprocessing
+from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.embedding.pipeline import Ahead, Embedder, Report, auto_batch, batches_by_size, finish, todo, write
 from dinov3.embedding.schema import Failure, PatchPrecision, Row
 from dinov3.embedding.store import EmbeddingStore
 from dinov3.errors import require
 
-ITEMS_A_TASK = 64  # pictures a worker takes at a time: also what a killed worker repeats
+ITEMS_A_TASK = 64  # images a worker takes at a time: also what a killed worker repeats
 
 
 class _Worker:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from dinov3.embedding.place import PICTURES
+from dinov3.embedding.place import IMAGES
 from dinov3.errors import StoreError
 
 if TYPE_CHECKING:
@@ -60,10 +60,10 @@ class StoreFacts:
 
 @dataclass(frozen=True)
 class Row:
-    """One embedded picture; the store adds model and preprocessing, which are the same for all."""
+    """One embedded image; the store adds model and preprocessing, which are the same for all."""
 
     path: str
-    content_hash: str  # sha256 of the picture's bytes, hex
+    content_hash: str  # sha256 of the image's bytes, hex
     stamp: str  # the source's cheap change detector, e.g. size and time of modification
     width: int  # original upright pixels
     height: int
@@ -73,7 +73,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Failure:
-    """One picture that could not be embedded; kept so that the next run need not try it again."""
+    """One image that could not be embedded; kept so that the next run need not try it again."""
 
     path: str
     stamp: str
@@ -93,7 +93,7 @@ def arrow_schema(facts: StoreFacts) -> pa.Schema:
         "model": pa.string(),
         "preprocessing": pa.string(),
         "vector": pa.list_(number, facts.dim),
-        "patches": pa.large_binary(),  # [h, w, P] little-endian; h and w differ from picture to picture
+        "patches": pa.large_binary(),  # [h, w, P] little-endian; h and w differ from image to image
         "grid_h": pa.int32(),
         "grid_w": pa.int32(),
         "patches_scale": pa.float32(),  # int8 only: value = number · scale
@@ -117,7 +117,7 @@ def facts_of(schema: pa.Schema, uri: str) -> StoreFacts:
     written = (schema.metadata or {}).get(FACTS_KEY)
     if written is None:
         raise StoreError(
-            f"the database at {uri} was not made by dinov3: its table {PICTURES!r} does not say what it holds"
+            f"the database at {uri} was not made by dinov3: its table {IMAGES!r} does not say what it holds"
         )
     try:
         about = json.loads(written)

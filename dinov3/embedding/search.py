@@ -1,4 +1,4 @@
-"""Which stored pictures are most like this one: cosine similarity over an `EmbeddingStore`.
+"""Which stored images are most like this one: cosine similarity over an `EmbeddingStore`.
 
 Exact up to `EXACT_LIMIT` rows that pass the filter; above it through an approximate index (IVF with RabitQ codes, the
 candidates re-ranked by their full vectors), if `build_index` was called. Without an index the answer is still right,
@@ -12,7 +12,7 @@ quick to scan anyway; for the others the number of cells looked into grows as th
 Measured on 2 cores at 208,000 rows of D = 384: exact 0.16 s for one query and 16 ms each for forty together; by index
 21 and 8 ms, all true neighbours found; built in 2 s.
 
-`sheet` draws an answer as one picture. Left out: embedding the query (the pipeline does), full-text search.
+`sheet` draws an answer as one image. Left out: embedding the query (the pipeline does), full-text search.
 
 Shapes: Q queries, D width, N rows.
 """
@@ -76,7 +76,7 @@ def search(
     columns: Sequence[str] | None = None,
     exact: bool | None = None,
 ) -> list[list[Hit]]:
-    """The `top` nearest pictures to each query, best first, equal scores by path.
+    """The `top` nearest images to each query, best first, equal scores by path.
 
     `vectors` is [Q, D] or [D]; the answer has one list per query. `where` is an SQL filter on the store's columns,
     applied before ranking, e.g. `"width > 640 AND label = 'cat'"`. `exact=True` scans whatever the size, `exact=False`
@@ -106,9 +106,7 @@ def build_index(store: EmbeddingStore) -> IndexStatus:
     """Builds (or rebuilds) the approximate index over all rows; a write, so it takes the store's lock."""
     rows = len(store)
     if rows < FEWEST_INDEXED:
-        raise StoreError(
-            f"{rows} pictures are too few for an index (it needs {FEWEST_INDEXED}); exact search is instant"
-        )
+        raise StoreError(f"{rows} images are too few for an index (it needs {FEWEST_INDEXED}); exact search is instant")
     from lancedb.index import IvfRq
 
     config = IvfRq(distance_type="cosine", num_partitions=_cells(rows))
@@ -243,7 +241,7 @@ def sheet(
 ) -> None:
     """Draws the query and its neighbours, with rank, score and file name, into one PNG.
 
-    Paths of hits are relative to `root`. A picture that is missing or unreadable is a grey tile that says so.
+    Paths of hits are relative to `root`. An image that is missing or unreadable is a grey tile that says so.
     """
     across = max(1, min(PER_ROW, len(hits)))
     down = max(1, math.ceil(len(hits) / PER_ROW))
@@ -264,7 +262,7 @@ def sheet(
 
     draw.line([(left, MARGIN), (left, height - MARGIN)], fill=GREY, width=1)
     left += 2 * GAP
-    heading = f"{len(hits)} nearest pictures" if len(hits) > 1 else "Nearest picture" if hits else "No neighbours"
+    heading = f"{len(hits)} nearest images" if len(hits) > 1 else "Nearest image" if hits else "No neighbours"
     draw.text((left, MARGIN), heading, font=large, fill=INK)
     for n, hit in enumerate(hits):
         x, y = left + n % PER_ROW * (TILE + GAP), top + n // PER_ROW * (TILE + CAPTION + GAP)
@@ -279,17 +277,17 @@ def sheet(
         raise StoreError(f"cannot write the contact sheet {os.fspath(out_png)}: {error.strerror or error}") from error
 
 
-def _put(page: Image.Image, picture: Any, corner: tuple[int, int], side: int, font: Any) -> None:
-    """The whole picture, as large as fits, in the middle of a square; a grey square with the reason if it cannot."""
+def _put(page: Image.Image, image: Any, corner: tuple[int, int], side: int, font: Any) -> None:
+    """The whole image, as large as fits, in the middle of a square; a grey square with the reason if it cannot."""
     x, y = corner
     draw = ImageDraw.Draw(page)
     draw.rectangle([x, y, x + side - 1, y + side - 1], fill=MAT)
     try:
-        if isinstance(picture, Image.Image):
-            opened = picture
+        if isinstance(image, Image.Image):
+            opened = image
         else:
-            opened = Image.open(picture)
-            opened.draft("RGB", (2 * side, 2 * side))  # a JPEG decoder's cheap way to a small picture
+            opened = Image.open(image)
+            opened.draft("RGB", (2 * side, 2 * side))  # a JPEG decoder's cheap way to a small image
         upright = ImageOps.exif_transpose(opened).convert("RGBA")
         fitted = ImageOps.contain(upright, (side, side), Image.Resampling.LANCZOS)
     except Exception as error:  # whatever a broken file makes a decoder do, the sheet is drawn

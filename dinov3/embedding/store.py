@@ -1,4 +1,4 @@
-"""Where embeddings live: one LanceDB database with a table `pictures`, a row for every picture.
+"""Where embeddings live: one LanceDB database with a table `images`, a row for every image.
 
 The store can be killed at any moment. Every write is one commit that is either wholly there or not at all, and what
 was acknowledged (the call returned) stays. What the store holds (model, preprocessing, pooling, …) is written into the
@@ -34,8 +34,8 @@ import numpy as np
 
 from dinov3.embedding.place import (
     FAILED,
+    IMAGES,
     LOCK,
-    PICTURES,
     connect,
     first_line,
     has_table,
@@ -56,7 +56,7 @@ from dinov3.embedding.schema import (
     patch_columns,
 )
 from dinov3.errors import StoreError, UnknownName, did_you_mean
-from dinov3.locks import Lock
+from dinov3.files import Lock
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -83,7 +83,7 @@ _IDENTITY = {
 
 
 class EmbeddingStore:
-    """A table of embedded pictures, unique by path. Made by `create`, `open` or `open_or_create`; a context manager."""
+    """A table of embedded images, unique by path. Made by `create`, `open` or `open_or_create`; a context manager."""
 
     def __init__(self, uri: str, database: Any, table: Any, facts: StoreFacts, lock: Lock | None) -> None:
         self.uri, self.facts = uri, facts
@@ -104,7 +104,7 @@ class EmbeddingStore:
             if folder.exists() and not folder.is_dir():
                 raise StoreError(f"{uri} is a file; an embedding store needs a folder of its own")
             refuse_damaged(uri, folder)
-            if folder.is_dir() and not (folder / f"{PICTURES}.lance").is_dir():
+            if folder.is_dir() and not (folder / f"{IMAGES}.lance").is_dir():
                 foreign = sorted(p.name for p in folder.iterdir() if p.name[0] != "." and p.name != f"{FAILED}.lance")
                 if foreign:
                     raise StoreError(
@@ -121,7 +121,7 @@ class EmbeddingStore:
                 raise StoreError(f"{uri} already holds an embedding store; open it, or give another --out")
             with saying(f"cannot create a store at {uri}"):
                 # The one commit that makes a store. Killed before it: no store. Killed after it: a complete, empty one.
-                table = database.create_table(PICTURES, schema=arrow_schema(about))
+                table = database.create_table(IMAGES, schema=arrow_schema(about))
         except BaseException:
             if lock:
                 lock.release()
@@ -135,10 +135,10 @@ class EmbeddingStore:
         if folder is not None:
             if not folder.exists():
                 raise StoreError(
-                    f"there is no embedding store at {uri}: no such folder; embed some pictures into it first"
+                    f"there is no embedding store at {uri}: no such folder; embed some images into it first"
                 )
-            if not (folder / f"{PICTURES}.lance").is_dir():
-                raise StoreError(f"{uri} is not an embedding store (it has no table {PICTURES!r})")
+            if not (folder / f"{IMAGES}.lance").is_dir():
+                raise StoreError(f"{uri} is not an embedding store (it has no table {IMAGES!r})")
             refuse_damaged(uri, folder)
         database = connect(uri)
         if not has_table(database, uri):
@@ -146,7 +146,7 @@ class EmbeddingStore:
                 f"there is no embedding store at {uri} (or its creation was interrupted); embed into it first"
             )
         with saying(f"the store at {uri} cannot be opened, it may be damaged"):
-            table = database.open_table(PICTURES)
+            table = database.open_table(IMAGES)
             schema = table.schema
         return cls(uri, database, table, facts_of(schema, uri), None)
 
@@ -157,7 +157,7 @@ class EmbeddingStore:
         `StoreError` if it holds embeddings of another kind; one whose creation was cut short is completed.
         """
         uri, folder = place_of(uri)
-        if folder is not None and not (folder / f"{PICTURES}.lance").is_dir():
+        if folder is not None and not (folder / f"{IMAGES}.lance").is_dir():
             return cls.create(uri, about)
         if folder is not None:
             refuse_damaged(uri, folder)
@@ -212,12 +212,12 @@ class EmbeddingStore:
         return self.read(lambda table: int(table.count_rows(where)), where)
 
     def known(self) -> dict[str, str]:
-        """path → stamp of every embedded picture; reads those two columns only."""
+        """path → stamp of every embedded image; reads those two columns only."""
         table = self.rows(["path", "stamp"])
         return dict(zip(table["path"].to_pylist(), table["stamp"].to_pylist()))
 
     def known_failed(self) -> dict[str, str]:
-        """path → stamp of every picture that could not be embedded."""
+        """path → stamp of every image that could not be embedded."""
         return {failure.path: failure.stamp for failure in self.failures()}
 
     def failures(self) -> list[Failure]:
@@ -244,7 +244,7 @@ class EmbeddingStore:
         return table["path"].to_pylist(), as_matrix(table["vector"], self.facts.dim)
 
     def patches(self, paths: Sequence[str]) -> list[np.ndarray]:
-        """The patch features of these pictures as float32 [h, w, P], whatever precision they are kept in."""
+        """The patch features of these images as float32 [h, w, P], whatever precision they are kept in."""
         if self.facts.patches == "none":
             raise StoreError(f"the store at {self.uri} keeps no patch features; embed into another --out with patches")
         kept = ["path", *patch_columns(self.facts)]
@@ -253,7 +253,7 @@ class EmbeddingStore:
             found |= {row["path"]: row for row in self.rows(kept, f"path IN ({_quoted(some)})").to_pylist()}
         for path in paths:
             if path not in found:
-                raise UnknownName(f"the store at {self.uri} has no picture {path!r}{did_you_mean(path, found)}")
+                raise UnknownName(f"the store at {self.uri} has no image {path!r}{did_you_mean(path, found)}")
         return [decode_patches(found[path], self.facts) for path in paths]
 
     def read(self, ask: Callable[[Any], Any], where: str | None = None) -> Any:
@@ -279,7 +279,7 @@ class EmbeddingStore:
     # ----------------------------------------------------------------------------------------------------- writing
 
     def append(self, rows: Sequence[Row]) -> None:
-        """New pictures, all in one commit. A path that is there already is refused; that is what `replace` is for."""
+        """New images, all in one commit. A path that is there already is refused; that is what `replace` is for."""
         if not rows:
             return
         pen = self._claim()
@@ -295,7 +295,7 @@ class EmbeddingStore:
         self._committed(table.nbytes)
 
     def replace(self, rows: Sequence[Row]) -> None:
-        """Changed or new pictures, all in one commit; columns added by `add_column` keep their values."""
+        """Changed or new images, all in one commit; columns added by `add_column` keep their values."""
         if not rows:
             return
         pen = self._claim()
@@ -307,7 +307,7 @@ class EmbeddingStore:
         self._committed(table.nbytes)
 
     def remove(self, paths: Iterable[str]) -> int:
-        """Deletes these pictures (unknown paths are no mistake); the number that were there. One commit per 1,000."""
+        """Deletes these images (unknown paths are no mistake); the number that were there. One commit per 1,000."""
         pen = self._claim()
         paths, removed = list(paths), 0
         for some in _chunks(paths, 1000):
@@ -318,7 +318,7 @@ class EmbeddingStore:
         return removed
 
     def record_failures(self, failures: Sequence[Failure]) -> None:
-        """Remembers pictures that could not be embedded, one commit; a path recorded before gets the new reason."""
+        """Remembers images that could not be embedded, one commit; a path recorded before gets the new reason."""
         import pyarrow as pa
 
         if not failures:
@@ -331,7 +331,7 @@ class EmbeddingStore:
             failed.merge_insert("path").when_matched_update_all().when_not_matched_insert_all().execute(table)
 
     def clear_failures(self, paths: Iterable[str]) -> None:
-        """Forgets these failures, e.g. because the pictures were embedded after all."""
+        """Forgets these failures, e.g. because the images were embedded after all."""
         self._claim()
         failed = self._failed(create=False)
         for some in _chunks(list(paths), 1000) if failed is not None else ():
@@ -341,7 +341,7 @@ class EmbeddingStore:
     def add_column(self, name: str, values: Mapping[str, Any] | Callable[[str], Any] | str) -> None:
         """A new column: a mapping or a function from path to value, or an SQL expression (`"width * height"`).
 
-        Paths the mapping lacks get null, as do pictures appended later. A mapping or function makes two commits:
+        Paths the mapping lacks get null, as do images appended later. A mapping or function makes two commits:
         killed between them the column is there, all null, and `set_metadata` fills it.
         """
         import pyarrow as pa
@@ -381,7 +381,7 @@ class EmbeddingStore:
         self.check_columns(names)
         for name in names:
             if name in ours:
-                raise StoreError(f"column {name!r} is the store's own and comes with the picture; it cannot be set")
+                raise StoreError(f"column {name!r} is the store's own and comes with the image; it cannot be set")
         if not names:
             return
         now = self.rows(["path", *names])
@@ -421,7 +421,7 @@ class EmbeddingStore:
             if self._lock is None and (folder := place_of(self.uri)[1]) is not None:
                 self._lock = Lock(folder / LOCK, f"the store at {self.uri}", StoreError)
             with saying(f"cannot read the store at {self.uri}"):
-                pen = connect(self.uri, fresh=False).open_table(PICTURES)
+                pen = connect(self.uri, fresh=False).open_table(IMAGES)
                 self._let_columns_be_empty(pen)  # mends an add_column that was killed half-way
                 stats = pen.stats()
             self._bytes, self._loose = stats["total_bytes"], stats["fragment_stats"]["num_small_fragments"]
@@ -487,7 +487,7 @@ class EmbeddingStore:
         self._committed(table.nbytes)
 
     def _let_columns_be_empty(self, table: Any) -> None:
-        """An SQL expression without nulls makes a NOT NULL column; pictures without a value could not be added."""
+        """An SQL expression without nulls makes a NOT NULL column; images without a value could not be added."""
         ours = set(arrow_schema(self.facts).names)
         for field in table.schema:
             if field.name not in ours and not field.nullable:
@@ -497,7 +497,7 @@ class EmbeddingStore:
         known = set(known)
         for path in paths:
             if path not in known:
-                raise UnknownName(f"the store at {self.uri} has no picture {path!r}{did_you_mean(path, known)}")
+                raise UnknownName(f"the store at {self.uri} has no image {path!r}{did_you_mean(path, known)}")
 
 
 def _quoted(values: Iterable[str]) -> str:

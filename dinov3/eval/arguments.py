@@ -43,7 +43,7 @@ class TransformSection:
 
 @dataclass
 class FeatureSection:
-    """What a picture's vector is.
+    """What an image's vector is.
 
     cls: the CLS tokens of the layers, one after the other; mean: their mean patches; cls+mean: the CLS tokens of all,
     then the mean patch of the last of them (the reference's linear evaluation).
@@ -59,7 +59,7 @@ class FeatureSection:
 @dataclass
 class FewShotSection:
     enable: bool = False
-    k_or_percent: float | None = None  # < 1: share of each class; ≥ 1: pictures of each class
+    k_or_percent: float | None = None  # < 1: share of each class; ≥ 1: images of each class
     n_tries: int = 1
 
 
@@ -85,7 +85,7 @@ def section_problems(config: Any) -> Iterator[tuple[str, str]]:
         yield "model.pretrained_weights", "needs model.config_file; a file that says what it is goes to model.weights"
     shots: FewShotSection | None = getattr(config, "few_shot", None)
     if shots is not None and shots.enable and (shots.k_or_percent is None or shots.k_or_percent <= 0):
-        yield "few_shot.k_or_percent", "must be given with few_shot.enable: 5 pictures of each class, or 0.1 of them"
+        yield "few_shot.k_or_percent", "must be given with few_shot.enable: 5 images of each class, or 0.1 of them"
     if shots is not None and shots.n_tries < 1:
         yield "few_shot.n_tries", "must be at least 1"
 

@@ -1,8 +1,8 @@
 """What the evaluations of segmentation and depth share: keys of their configurations, batches, the fit of a linear head.
 
 Both scripts take the reference's keys with its defaults; keys of ours are marked so. A head is fitted by
-`heads.fitting.fit` on pictures that are transformed anew in every epoch or, with `transforms.train.augment=false` (ours),
-as they are: then their features are computed once and kept, which takes minutes on a CPU for some hundred pictures.
+`heads.fitting.fit` on images that are transformed anew in every epoch or, with `transforms.train.augment=false` (ours),
+as they are: then their features are computed once and kept, which takes minutes on a CPU for some hundred images.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from dinov3 import distributed
-from dinov3.data import dense_transforms
 from dinov3.data.datasets import KNOWN, make_dataset
 from dinov3.data.datasets.dense import DenseDataset, DenseFolder
+from dinov3.data.transforms import dense as dense_transforms
 from dinov3.errors import DinoError, did_you_mean
-from dinov3.eval import common
-from dinov3.heads.fitting import SCHEDULES, FitConfig, shuffled
+from dinov3.eval import session as common
+from dinov3.fit.loop import SCHEDULES, FitConfig, shuffled
 
 RECIPES = Path(__file__).parents[1] / "configs" / "eval"
 Rule = Callable[..., tuple[Tensor, Tensor]]
@@ -85,7 +85,7 @@ def fit_config(
     optimizer: OptimizerSection,
     scheduler: SchedulerSection,
     *,
-    pictures: int,
+    images: int,
     late: int,
     evaluate_every: int,
     **others: Any,
@@ -105,7 +105,7 @@ def fit_config(
     return FitConfig(
         steps=scheduler.total_iter, lr=optimizer.lr, weight_decay=optimizer.weight_decay, beta1=optimizer.beta1,
         beta2=optimizer.beta2, clip=None if math.isinf(optimizer.gradient_clip) else optimizer.gradient_clip,
-        schedule=schedule, warmup=warmup, schedule_options=options, batch=pictures * distributed.world(),
+        schedule=schedule, warmup=warmup, schedule_options=options, batch=images * distributed.world(),
         evaluate_every=evaluate_every, **others,
     )  # fmt: skip
 
@@ -155,7 +155,7 @@ def open_dense(line: str, root: str | None, kinds: Sequence[str], key: str) -> D
     dataset = make_dataset(line)
     if not isinstance(dataset, DenseDataset):
         dense = [name for name, (module, _) in KNOWN.items() if module == "dense"]
-        raise DinoError(f"{key}={line} has no map for each picture; data sets that have: {', '.join(dense)}")
+        raise DinoError(f"{key}={line} has no map for each image; data sets that have: {', '.join(dense)}")
     if dataset.kind not in kinds:
         raise DinoError(
             f"{key}={line} holds {dataset.kind}, this evaluation needs {' or '.join(kinds)} (a folder's key kind=… says it)"
@@ -166,7 +166,7 @@ def open_dense(line: str, root: str | None, kinds: Sequence[str], key: str) -> D
 
 
 def my_share(n: int) -> range:
-    """The pictures that this process evaluates: every one once, whatever the number of processes."""
+    """The images that this process evaluates: every one once, whatever the number of processes."""
     return range(distributed.rank(), n, distributed.world())
 
 
@@ -189,8 +189,8 @@ def batches(
 
 
 def remembered(model: nn.Module, folder: Path, *, augment: bool) -> AbstractContextManager[Any]:
-    """Features are kept while a head is fitted to pictures that do not change."""
-    from dinov3.heads.remember import remembering
+    """Features are kept while a head is fitted to images that do not change."""
+    from dinov3.fit.features import remembering
 
     return nullcontext() if augment else remembering(model, folder=folder / f"features-{distributed.rank()}")
 
@@ -199,7 +199,7 @@ def stacked(parts: Sequence[Tensor]) -> Tensor:
     shapes = sorted({tuple(p.shape) for p in parts})
     if len(shapes) > 1:
         raise DinoError(
-            f"the pictures of a batch differ in size ({shapes[0]} and {shapes[-1]}): set a crop for training "
+            f"the images of a batch differ in size ({shapes[0]} and {shapes[-1]}): set a crop for training "
             "(transforms.train.crop_size or random_crop), or bs=1"
         )
     return torch.stack(list(parts))
@@ -231,7 +231,7 @@ def folder_lines(folder: str | os.PathLike[str], kind: str, extra: str = "") -> 
         raise DinoError(f"{root} holds {whole.kind} targets, not {kind}; see the key kind of DenseFolder")
     cut = int(0.8 * len(whole))
     if cut < 1 or cut == len(whole):
-        raise DinoError(f"{root} has {len(whole)} pictures with a target: too few to train and to evaluate on")
+        raise DinoError(f"{root} has {len(whole)} images with a target: too few to train and to evaluate on")
     return f"{base}:select=:{cut}", f"{base}:select={cut}:"
 
 
@@ -275,8 +275,8 @@ def fill_head(module: nn.Module, path: str, prefix: str) -> None:
 
 
 def statistics(model: nn.Module) -> tuple[list[float], list[float]]:
-    """(mean, std) of the pictures a model was trained on, in [0, 1]."""
-    from dinov3.data.transforms import LVD_MEAN, LVD_STD
+    """(mean, std) of the images a model was trained on, in [0, 1]."""
+    from dinov3.data.transforms.inputs import LVD_MEAN, LVD_STD
 
     origin: Any = getattr(model, "origin", None)
     mean, std = getattr(origin, "mean", None), getattr(origin, "std", None)

@@ -1,9 +1,9 @@
-"""Unsupervised object discovery: TokenCut's box of every picture against the annotated ones, CorLoc (paper §6.1.4, Fig. 14).
+"""Unsupervised object discovery: TokenCut's box of every image against the annotated ones, CorLoc (paper §6.1.4, Fig. 14).
 
-Pictures at their own size, zeros to the right and below up to a multiple of the patch. The threshold τ of the graph is
-chosen per backbone among 0, 0.05, …, 0.4 on the same pictures, as in the paper; all are reported.
+Images at their own size, zeros to the right and below up to a multiple of the patch. The threshold τ of the graph is
+chosen per backbone among 0, 0.05, …, 0.4 on the same images, as in the paper; all are reported.
 
-CorLoc: percent of pictures whose box overlaps some annotated one with IoU of at least 0.5. Without the tiny constants of
+CorLoc: percent of images whose box overlaps some annotated one with IoU of at least 0.5. Without the tiny constants of
 the public code, which only turn exact ties into misses.
 """
 
@@ -21,22 +21,22 @@ from torch import Tensor, nn
 from dinov3 import distributed
 from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.detection import BoxDataset, CocoDetection
-from dinov3.dense.discovery import box_in_picture, cosines, cut
+from dinov3.dense.discovery import box_in_image, cosines, cut
 from dinov3.errors import DinoError
-from dinov3.eval import common
-from dinov3.eval.common import EvalConfig, Session
+from dinov3.eval import session as common
+from dinov3.eval.session import EvalConfig, Session
 from dinov3.features import default_preprocessing, embed
-from dinov3.heads.boxes import overlap
+from dinov3.metrics.boxes import overlap
 
 
 @dataclass
 class DiscoveryConfig(EvalConfig):
     data: str = ""  # VocDetection:root=…/VOC2007:split=trainval, CocoDetection:root=…:split=train2014, …
-    names: str | None = None  # a file of picture names, one a line: only these (COCO20k)
-    limit: int | None = None  # the first so many pictures
+    names: str | None = None  # a file of image names, one a line: only these (COCO20k)
+    limit: int | None = None  # the first so many images
     taus: list[float] = field(default_factory=lambda: [round(0.05 * i, 2) for i in range(9)])
     epsilon: float = 1e-5
-    patches: int | None = None  # on the short side; null: the pictures' own size
+    patches: int | None = None  # on the short side; null: the images' own size
     layer: int = -1
     norm: bool = True
     iou: float = 0.5
@@ -53,9 +53,9 @@ class DiscoveryConfig(EvalConfig):
 
 
 def corloc(hits: Tensor) -> Tensor:
-    """Percent [T] of pictures found, from hits [N, T] for T thresholds."""
+    """Percent [T] of images found, from hits [N, T] for T thresholds."""
     if not len(hits):
-        raise DinoError("no picture has an annotated box: nothing can be scored")
+        raise DinoError("no image has an annotated box: nothing can be scored")
     return 100 * hits.double().mean(0)
 
 
@@ -65,22 +65,22 @@ def is_hit(box: Sequence[float], truth: Tensor, least: float = 0.5) -> bool:
 
 
 def boxes_of(
-    model: nn.Module, picture: Any, config: DiscoveryConfig
+    model: nn.Module, image: Any, config: DiscoveryConfig
 ) -> list[tuple[float, float, float, float]]:  # fmt: skip
-    """TokenCut's box in the picture's pixels, for every τ; the cosines are computed once."""
+    """TokenCut's box in the image's pixels, for every τ; the cosines are computed once."""
     backbone: Any = model
     size: dict[str, Any] = {"shape": "native"}
     if config.patches is not None:
         size = {"shape": "short", "size": config.patches * backbone.stride}
     rule = default_preprocessing(model, fit="pad", **size)
-    features = embed(model, picture, preprocessing=rule, layer=config.layer, norm=config.norm)
+    features = embed(model, image, preprocessing=rule, layer=config.layer, norm=config.norm)
     similarity = cosines(features)
     found = (cut(similarity, features.grid_hw, tau=tau, epsilon=config.epsilon) for tau in config.taus)
-    return [box_in_picture(c, features) for c in found]
+    return [box_in_image(c, features) for c in found]
 
 
 def chosen(data: BoxDataset, config: DiscoveryConfig) -> list[int]:
-    """Numbers of the pictures to look at."""
+    """Numbers of the images to look at."""
     rows = list(range(len(data)))
     if config.names is not None:
         file = Path(config.names).expanduser()
@@ -89,7 +89,7 @@ def chosen(data: BoxDataset, config: DiscoveryConfig) -> list[int]:
         wanted = {Path(line.strip()).name for line in file.read_text().splitlines() if line.strip()}
         rows = [i for i in rows if Path(data.name(i)).name in wanted]
         if not rows:
-            raise DinoError(f"none of the {len(wanted)} names in {file} is a picture of {config.data}")
+            raise DinoError(f"none of the {len(wanted)} names in {file} is an image of {config.data}")
     return rows[: config.limit]
 
 
@@ -109,18 +109,18 @@ def evaluate(config: DiscoveryConfig, session: Session) -> dict[str, float]:
     hits: list[list[bool]] = []
     mine = rows[distributed.rank() :: distributed.world()]
     for number, i in enumerate(mine):
-        picture, _ = data[i]
-        truth = annotated(data, i, (picture.height, picture.width))
-        if len(truth):  # a picture without objects cannot be right
-            hits.append([is_hit(box, truth, config.iou) for box in boxes_of(model, picture, config)])
+        image, _ = data[i]
+        truth = annotated(data, i, (image.height, image.width))
+        if len(truth):  # an image without objects cannot be right
+            hits.append([is_hit(box, truth, config.iou) for box in boxes_of(model, image, config)])
         if (number + 1) % 100 == 0:
-            session.say(f"{number + 1}/{len(mine)} pictures")
+            session.say(f"{number + 1}/{len(mine)} images")
     every = distributed.all_gather(
         torch.tensor(hits, dtype=torch.bool, device=session.device).reshape(-1, len(config.taus))
     )
     found = corloc(every.cpu())
     best = int(found.argmax())
-    results: dict[str, Any] = {"CorLoc": float(found[best]), "tau": config.taus[best], "pictures": len(every)}
+    results: dict[str, Any] = {"CorLoc": float(found[best]), "tau": config.taus[best], "images": len(every)}
     return results | {f"CorLoc tau={t:g}": float(v) for t, v in zip(config.taus, found)}
 
 

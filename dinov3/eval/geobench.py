@@ -1,14 +1,14 @@
-"""GEO-Bench: classes and class maps of satellite and aerial pictures on a frozen backbone (paper §8, Tab. 18).
+"""GEO-Bench: classes and class maps of satellite and aerial images on a frozen backbone (paper §8, Tab. 18).
 
 Classification: a linear layer on features, SGD with momentum, 2,400 steps of 32, cosine; the learning rate between 1e-5
-and 1 that is best on the validation pictures. Segmentation: a DPT decoder, the learning rate of {3e-5, 1e-4, 3e-4, 1e-3}
+and 1 that is best on the validation images. Segmentation: a DPT decoder, the learning rate of {3e-5, 1e-4, 3e-4, 1e-3}
 that is best there. Red, green and blue only. Metrics: accuracy; micro F1 for BigEarthNet's several labels; mean of the
-classes' IoU for maps, over all pixels of the test pictures.
+classes' IoU for maps, over all pixels of the test images.
 
 The paper gives neither size nor augmentation nor what happens to the bands' values, nor the decoder's steps: here 16
 patches a side for classes and 32 for maps, flips, bands standardised with the benchmark's own statistics, 2,400 steps.
 
-Legend: N pictures, D width, K classes.
+Legend: N images, D width, K classes.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from torch import Tensor, nn
 from dinov3 import distributed
 from dinov3.data.datasets.geo import GeoBench
 from dinov3.errors import DinoError
-from dinov3.eval import common
-from dinov3.eval.common import EvalConfig, Session
+from dinov3.eval import session as common
+from dinov3.eval.session import EvalConfig, Session
 from dinov3.features import default_preprocessing
+from dinov3.fit.loop import FitConfig, fit, shuffled
 from dinov3.heads.dpt import DPTHead
 from dinov3.heads.encoder import FrozenLayers, resized
-from dinov3.heads.fitting import FitConfig, fit, shuffled
 from dinov3.losses import LossTerms
-from dinov3.metrics import IGNORED, confusion_matrix, iou_scores
+from dinov3.metrics.dense import IGNORED, confusion_matrix, iou_scores
 
 
 @dataclass
 class GeoConfig(EvalConfig):
     root: str = ""
     task: str = "m-eurosat"
-    partition: str = "default"  # or 0.10x_train, … for a share of the training pictures
+    partition: str = "default"  # or 0.10x_train, … for a share of the training images
     patches: int | None = None  # per side; null: 16 for classes, 32 for maps
     scaling: Literal["band_stats", "eight_bit"] = "band_stats"
     pool: Literal["cls", "mean", "cls+mean"] = "cls"
@@ -85,7 +85,7 @@ def accuracy(scores: Tensor, labels: Tensor) -> float:
 
 
 def micro_f1(scores: Tensor, labels: Tensor) -> float:
-    """Percent: F1 over all labels of all pictures together; a label is predicted where its score (a logit) is above 0."""
+    """Percent: F1 over all labels of all images together; a label is predicted where its score (a logit) is above 0."""
     predicted, true = scores > 0, labels > 0
     hits = int((predicted & true).sum())
     total = int(predicted.sum()) + int(true.sum())
@@ -105,7 +105,7 @@ def linear_probes(
 ) -> list[nn.Linear]:
     """Linear layers trained by SGD (momentum 0.9, cosine to zero) on features, one per learning rate.
 
-    x [N, V, D]: V views of every picture, of which each step draws one. labels [N], or [N, K] for several a picture.
+    x [N, V, D]: V views of every image, of which each step draws one. labels [N], or [N, K] for several an image.
     """
     N, V, D = x.shape
     weight = torch.zeros(len(lrs), n_classes, D, device=x.device, requires_grad=True)
@@ -140,7 +140,7 @@ def linear_probes(
     return layers
 
 
-# ---- pictures -------------------------------------------------------------------------------------------------------
+# ---- images -------------------------------------------------------------------------------------------------------
 
 
 class _Inputs:
@@ -192,7 +192,7 @@ def classification(config: GeoConfig, session: Session, model: nn.Module) -> dic
     x, y = {}, {}
     for name, data in splits.items():
         x[name], y[name] = _features(model, data, inputs, config, flips=config.flips and name == "train")
-        session.say(f"{name}: features of {len(data)} pictures")
+        session.say(f"{name}: features of {len(data)} images")
     layers = linear_probes(
         x["train"], y["train"], task.n_classes, config.class_lrs, steps=config.steps, batch_size=config.batch_size,
         seed=config.seed,
@@ -253,7 +253,7 @@ def map_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> LossTerms:
 def map_confusion(
     model: nn.Module, data: GeoBench, inputs: _Inputs, dropped: Sequence[int], device: torch.device
 ) -> Tensor:
-    """Counts [K, K] over all pixels of the pictures, at the pictures' own size."""
+    """Counts [K, K] over all pixels of the images, at the images' own size."""
     K = data.task.n_classes
     total = torch.zeros(K, K, dtype=torch.long)
     for i in range(distributed.rank(), len(data), distributed.world()):

@@ -2,7 +2,7 @@
 
 Paper §6.1.3 and Tab. 4. Geometric: every cell of one view is matched with the most similar cell of another; a match is
 right if the two points, known from depth and cameras, coincide within 1, 2, 5 cm. Semantic: annotated keypoints of one
-picture are looked for in another of the same class; PCK@0.1 of the object's box.
+image are looked for in another of the same class; PCK@0.1 of the object's box.
 
 Legend: N cells, g×g grid of cells, h×w patch grid, D width. Points [.., 3] in metres, in their camera's frame.
 """
@@ -24,17 +24,17 @@ from torch import Tensor, nn
 from dinov3 import distributed
 from dinov3.data.datasets import correspondence
 from dinov3.data.datasets.correspondence import NAVI_SHORT_SIDE, KeypointPair, View
-from dinov3.data.pictures import open_picture
+from dinov3.data.images import open_image
 from dinov3.dense.matching import nearest, sample
 from dinov3.errors import DinoError
-from dinov3.eval import common
-from dinov3.eval.common import EvalConfig, Session
+from dinov3.eval import session as common
+from dinov3.eval.session import EvalConfig, Session
 from dinov3.features import default_preprocessing, embed
 
 
 @dataclass
 class KeypointsConfig(EvalConfig):
-    benchmark: Literal["navi", "spair", "frames"] = "navi"  # frames: posed RGB-D pictures, scored as NAVI
+    benchmark: Literal["navi", "spair", "frames"] = "navi"  # frames: posed RGB-D images, scored as NAVI
     root: str = ""
     size: int | None = (
         None  # pixels; null: 32 patches (navi, a square), 64 (spair, a square), 30 (frames, the short side)
@@ -204,9 +204,9 @@ def semantic_errors(
 ) -> Tensor:
     """Distances [K] between where keypoints are found and where they are, in units of the target's box.
 
-    features [h, w, D]; points (x, y) [K, 2] in units of the (square) picture's side. A source keypoint's feature is a
+    features [h, w, D]; points (x, y) [K, 2] in units of the (square) image's side. A source keypoint's feature is a
     bilinear sample with aligned corners; the found place is the best patch's top left corner, as in the benchmark's code,
-    which costs about half a patch. target_scale: longest side of the target's box over the longest side of the picture.
+    which costs about half a patch. target_scale: longest side of the target's box over the longest side of the image.
     """
     h, w, D = features_b.shape
     a, b = F.normalize(features_a.float(), dim=-1), F.normalize(features_b.float(), dim=-1)
@@ -220,11 +220,11 @@ def pck(errors: dict[str, Tensor], threshold: float = 0.1) -> dict[str, float]:
     """Percent of each class's keypoints nearer than the threshold, and the mean of the classes."""
     per_class = {c: 100 * float((e < threshold).float().mean()) for c, e in sorted(errors.items()) if len(e)}
     if not per_class:
-        raise DinoError("no pair has a keypoint that is visible in both pictures")
+        raise DinoError("no pair has a keypoint that is visible in both images")
     return {"recall": float(np.mean(list(per_class.values()))), **per_class}
 
 
-# ---- pictures -------------------------------------------------------------------------------------------------------
+# ---- images -------------------------------------------------------------------------------------------------------
 
 
 def _tensor(image: Image.Image) -> Tensor:
@@ -237,7 +237,7 @@ def _nearest(x: Tensor, size_hw: tuple[int, int]) -> Tensor:
 
 
 def navi_input(view: View, side: int) -> tuple[Tensor, Tensor]:
-    """(picture [3, side, side] in [0, 1], points [side, side, 3]) of the square around the object."""
+    """(image [3, side, side] in [0, 1], points [side, side, 3]) of the square around the object."""
     image, depth = view.image(), torch.from_numpy(view.depth_m())
     if min(image.size) > NAVI_SHORT_SIDE:
         scale = NAVI_SHORT_SIDE / min(image.size)
@@ -256,9 +256,9 @@ def navi_input(view: View, side: int) -> tuple[Tensor, Tensor]:
 
 
 def frame_input(view: View, short_side: int, multiple: int) -> tuple[Tensor, Tensor, tuple[float, tuple[float, float]]]:
-    """(picture [3, H, W], points [H, W, 3], (focal, centre) in pixels) of a whole frame at multiples of the patch.
+    """(image [3, H, W], points [H, W, 3], (focal, centre) in pixels) of a whole frame at multiples of the patch.
 
-    The sides are rounded one by one, and the camera keeps one focal length: the picture's shape changes by a hair.
+    The sides are rounded one by one, and the camera keeps one focal length: the image's shape changes by a hair.
     """
     image, depth = view.image(), torch.from_numpy(view.depth_m())
     scale = short_side / min(image.size)
@@ -273,12 +273,12 @@ def frame_input(view: View, short_side: int, multiple: int) -> tuple[Tensor, Ten
 
 
 def spair_input(path: Any, points_xy: np.ndarray, side: int) -> tuple[Image.Image, Tensor, int]:
-    """(square picture, points in units of its side, longest side of the original).
+    """(square image, points in units of its side, longest side of the original).
 
-    White to the right and below makes it square; points are cut to whole pixels of the resized picture, as in the
+    White to the right and below makes it square; points are cut to whole pixels of the resized image, as in the
     benchmark's code.
     """
-    image = open_picture(path).image
+    image = open_image(path).image
     longest = max(image.size)
     square = Image.new("RGB", (longest, longest), (255, 255, 255))
     square.paste(image, (0, 0))
@@ -290,7 +290,7 @@ def spair_input(path: Any, points_xy: np.ndarray, side: int) -> tuple[Image.Imag
 
 
 class _Maps:
-    """Patch maps [h, w, D] of pictures, with and without the final norm."""
+    """Patch maps [h, w, D] of images, with and without the final norm."""
 
     def __init__(self, model: nn.Module, layer: int, norms: Sequence[bool]) -> None:
         self.model, self.layer, self.norms = model, layer, norms

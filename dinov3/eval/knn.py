@@ -3,9 +3,9 @@
     python -m dinov3.run.submit dinov3/eval/knn.py model.name=dinov3_vits16 model.weights=FILE \\
         train.dataset=ImageNet:split=TRAIN:root=…:extra=… eval.test_dataset=ImageNet:split=VAL:root=…:extra=…
 
-The normalised CLS token of every training picture is the bank; a test picture's neighbours by cosine vote with weights
+The normalised CLS token of every training image is the bank; a test image's neighbours by cosine vote with weights
 softmax(cosine / 0.07). Nothing is trained. Results are per cent, one column for each k. Published check of the training
-recipe: ViT-L on ImageNet-1k, 82.0. Legend: Q test pictures, K kept neighbours, C classes.
+recipe: ViT-L on ImageNet-1k, 82.0. Legend: Q test images, K kept neighbours, C classes.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from dinov3.data.datasets import make_dataset
-from dinov3.eval import common
-from dinov3.eval.classification import Metric, Numbers
-from dinov3.eval.classification import evaluate as measure
-from dinov3.eval.common import EvalConfig, FeatureSection, FewShotSection, Session, TransformSection
+from dinov3.eval import session as common
+from dinov3.eval.session import EvalConfig, FeatureSection, FewShotSection, Session, TransformSection
+from dinov3.metrics.classification import Metric, Numbers
+from dinov3.metrics.classification import evaluate as measure
 from dinov3.neighbours import nearest, votes
 
 
@@ -33,7 +33,7 @@ class TrainSection:
     num_workers: int = 5
     ks: list[int] = field(default_factory=lambda: [10, 20, 100, 200])
     temperature: float = 0.07
-    skip_first_nn: bool = False  # the best neighbour is the picture itself: train = test
+    skip_first_nn: bool = False  # the best neighbour is the image itself: train = test
 
 
 @dataclass

@@ -6,12 +6,12 @@
 
 Every batch of random crops goes through the backbone once and then through all heads: one for each learning rate, number
 of last blocks, pooling and weight decay. Their losses are added, so no head knows of the others. The head that is best on
-the validation pictures at the end is measured on the test sets. Validation and test pictures are always seen the same
+the validation images at the end is measured on the test sets. Validation and test images are always seen the same
 way, so their features are computed once. A stopped run goes on exactly where it was: crops are functions of (seed,
-epoch, picture) and the schedule's state is in the checkpoint.
+epoch, image) and the schedule's state is in the checkpoint.
 
 A head's input is the CLS tokens of the last n blocks, then (`avgpool`) the mean patch of the last, all normed. Published:
-ViT-L trained on ImageNet-1k by the README's recipe 83.5. Legend: B pictures, N patches, D width, C classes, H heads.
+ViT-L trained on ImageNet-1k by the README's recipe 83.5. Legend: B images, N patches, D width, C classes, H heads.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from torch import Tensor, nn
 from dinov3 import distributed
 from dinov3.data.crops import draw_box, generator, normalised
 from dinov3.data.datasets import make_dataset
-from dinov3.data.datasets.base import PictureDataset
-from dinov3.data.loaders import Order
-from dinov3.data.transforms import to_pixels
+from dinov3.data.datasets.base import ImageDataset
+from dinov3.data.loading import Order
+from dinov3.data.transforms.inputs import to_pixels
 from dinov3.errors import DinoError
-from dinov3.eval import common
-from dinov3.eval.classification import Metric, Numbers
-from dinov3.eval.classification import evaluate as measure
-from dinov3.eval.common import EvalConfig, FeatureSection, FewShotSection, Session, Targets, TransformSection
+from dinov3.eval import session as common
+from dinov3.eval.session import EvalConfig, FeatureSection, FewShotSection, Session, Targets, TransformSection
+from dinov3.metrics.classification import Metric, Numbers
+from dinov3.metrics.classification import evaluate as measure
 from dinov3.runlog import spoken_time
 
 RATES = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1]
@@ -187,22 +187,22 @@ def make_optimizer(heads: Heads, train: TrainSection, total: int) -> tuple[torch
 def loss_of(kind: str, logits: Tensor, target: Tensor) -> Tensor:
     if kind == "cross_entropy":
         if target.ndim == 2:
-            raise DinoError("pictures with several labels need train.loss_type=binary_cross_entropy")
+            raise DinoError("images with several labels need train.loss_type=binary_cross_entropy")
         return F.cross_entropy(logits, target)
     if target.ndim == 1:
         target = F.one_hot(target, logits.shape[1])
     return F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype))
 
 
-# ---- pictures -------------------------------------------------------------------------------------------------------
+# ---- images -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Augmented:
-    """Random crops (area 8 to 100 %, aspect 3/4 to 4/3, bicubic) and flips, as a function of (seed, epoch, picture)."""
+    """Random crops (area 8 to 100 %, aspect 3/4 to 4/3, bicubic) and flips, as a function of (seed, epoch, image)."""
 
-    dataset: PictureDataset
-    rows: np.ndarray  # the pictures that train
+    dataset: ImageDataset
+    rows: np.ndarray  # the images that train
     size: int
     seed: int = 0
 
@@ -211,9 +211,9 @@ class Augmented:
         epoch, position = draw
         index = int(self.rows[position])
         rng = generator(self.seed, epoch, index)
-        picture = to_pixels(common.decoded(self.dataset, index).image)
-        top, left, h, w = draw_box(picture.shape[2], picture.shape[1], (0.08, 1.0), rng)
-        box = picture[None, :, top : top + h, left : left + w].contiguous(memory_format=torch.channels_last)
+        image = to_pixels(common.decoded(self.dataset, index).image)
+        top, left, h, w = draw_box(image.shape[2], image.shape[1], (0.08, 1.0), rng)
+        box = image[None, :, top : top + h, left : left + w].contiguous(memory_format=torch.channels_last)
         crop = F.interpolate(box, size=(self.size, self.size), mode="bicubic", antialias=True)[0]
         return (crop.flip(-1) if rng.random() < 0.5 else crop).contiguous()
 
@@ -287,7 +287,7 @@ def kept_by(policy: str, numbers: Sequence[int]) -> set[str]:
 
 @dataclass
 class TestSet:
-    """Pictures that are seen the same way every time: features once, then only heads."""
+    """Images that are seen the same way every time: features once, then only heads."""
 
     line: str
     cls: list[Tensor]
@@ -352,7 +352,7 @@ class LinearEvaluation:
             line, columns[:-1], columns[-1], common.test_targets(dataset, line), metric or self.metric_of(dataset)
         )
 
-    def metric_of(self, dataset: PictureDataset) -> Metric:
+    def metric_of(self, dataset: ImageDataset) -> Metric:
         """What a data set says it is measured by (ReaL, ImageNet-C), else the validation's metric."""
         own = getattr(dataset, "metric", "mean_accuracy")
         return Metric(own) if own != "mean_accuracy" else self.config.train.val_metric_type
@@ -369,7 +369,7 @@ class LinearEvaluation:
     # -- one training of all heads
 
     def one_try(self, rows: np.ndarray, suffix: str = "") -> tuple[Numbers, str, Heads]:
-        """({column: fraction}, the winner's name, the heads) after training on these pictures."""
+        """({column: fraction}, the winner's name, the heads) after training on these images."""
         t, session = self.config.train, self.session
         total = t.epochs * t.epoch_length
         save_every, eval_every = (
@@ -392,7 +392,7 @@ class LinearEvaluation:
             }  # fmt: skip
 
         if first < total:
-            each = f"{t.batch_size} pictures on each of {distributed.world()} processes"
+            each = f"{t.batch_size} images on each of {distributed.world()} processes"
             session.say(f"{len(kinds)} heads, iterations {first} to {total}, {each}")
         told = Ticker(session.say, first, total, t.batch_size * distributed.world())
         for step, (numbers, crops) in enumerate(data.batches(t.batch_size, first, total, t.num_workers), start=first):
@@ -463,7 +463,7 @@ class LinearEvaluation:
 
     @torch.no_grad()
     def validate(self, heads: Heads, iteration: int) -> tuple[str, float]:
-        """The best head on the validation pictures and its accuracy, also written to results_eval_linear.json."""
+        """The best head on the validation images and its accuracy, also written to results_eval_linear.json."""
         accuracies = {name: self.val.numbers(heads, name)["top-1"] for name in heads.kinds}
         name = best_head(accuracies)
         if self.session.run.writer:
@@ -506,10 +506,10 @@ class LinearEvaluation:
 class Ticker:
     """How far the training is, every 15 seconds."""
 
-    def __init__(self, say: Callable[[str], None], first: int, total: int, pictures: int) -> None:
+    def __init__(self, say: Callable[[str], None], first: int, total: int, images: int) -> None:
         import time
 
-        self.clock, self.say, self.first, self.total, self.pictures = time.perf_counter, say, first, total, pictures
+        self.clock, self.say, self.first, self.total, self.images = time.perf_counter, say, first, total, images
         self.began = self.last = self.clock()
 
     def due(self) -> bool:
@@ -522,7 +522,7 @@ class Ticker:
         each = (self.last - self.began) / max(1, done - self.first)
         self.say(
             f"[{done}/{self.total}]  eta {spoken_time(each * (self.total - done))}  mean loss of the heads {loss:.4g}  "
-            f"{self.pictures / each:.0f} pictures/s"
+            f"{self.images / each:.0f} images/s"
         )
 
 

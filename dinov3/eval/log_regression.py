@@ -1,16 +1,16 @@
-"""Logistic regression on frozen features, its strength chosen on validation pictures (paper §6.1.3: the Fine-S suite).
+"""Logistic regression on frozen features, its strength chosen on validation images (paper §6.1.3: the Fine-S suite).
 
     python -m dinov3.run.submit dinov3/eval/log_regression.py model.name=dinov3_vits16 model.weights=FILE \\
         train.dataset=/data/flowers/train eval.test_dataset=/data/flowers/test
 
 Multinomial, L2, L-BFGS: ½‖w‖² + C Σ cross-entropy, for 45 strengths C = 1e-6 … 1e5. Without a validation set, a tenth
-of each class is set apart for choosing C and joins the training set for the last fit. Several labels a picture are
+of each class is set apart for choosing C and joins the training set for the last fit. Several labels an image are
 as many yes-or-no regressions. Results are per cent.
 
 The solver is scikit-learn's, which the reference uses and which is the faster one for small problems, or torch's L-BFGS
 (`train.solver=torch`), which runs on any device (`train.train_features_device=cuda`); "auto" takes the first on the cpu
 where it is installed. Both minimise the same convex function, and a test holds them together.
-Legend: N pictures, D width, C classes.
+Legend: N images, D width, C classes.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from torch import Tensor
 from dinov3 import distributed
 from dinov3.data.datasets import make_dataset
 from dinov3.errors import DinoError, require
-from dinov3.eval import common
-from dinov3.eval.classification import Metric, Numbers
-from dinov3.eval.classification import evaluate as measure
-from dinov3.eval.common import EvalConfig, FeatureSection, FewShotSection, Session, Targets, TransformSection
+from dinov3.eval import session as common
+from dinov3.eval.session import EvalConfig, FeatureSection, FewShotSection, Session, Targets, TransformSection
+from dinov3.metrics.classification import Metric, Numbers
+from dinov3.metrics.classification import evaluate as measure
 
 STRENGTHS: tuple[float, ...] = tuple(10 ** (e / 4) for e in range(-24, 21))  # 1e-6, 1.7783e-6, …, 1e5
 
@@ -80,7 +80,7 @@ class LogRegressionConfig(EvalConfig):
 
 @dataclass(frozen=True)
 class Fitted:
-    """weight [C, D], bias [C]; `classes` are those that training pictures had."""
+    """weight [C, D], bias [C]; `classes` are those that training images had."""
 
     weight: Tensor
     bias: Tensor
@@ -88,7 +88,7 @@ class Fitted:
     n_classes: int
 
     def scores(self, x: np.ndarray, rows: int = 8192) -> np.ndarray:
-        """Log-odds [N, C] of features [N, D]; −inf for a class that no training picture had."""
+        """Log-odds [N, C] of features [N, D]; −inf for a class that no training image had."""
         out = np.full((len(x), self.n_classes), -np.inf)
         columns = self.classes.cpu().numpy()
         for i in range(0, len(x), rows):
@@ -115,7 +115,7 @@ def fit(
     multi = labels.ndim == 2
     classes = torch.arange(n_classes, device=x.device) if multi else labels.unique()
     if len(classes) < 2:
-        raise DinoError("logistic regression needs pictures of at least two classes")
+        raise DinoError("logistic regression needs images of at least two classes")
     if solver == "sklearn":
         return _fit_sklearn(x, labels, strength, n_classes, classes, tol, max_iter)
     two = not multi and len(classes) == 2  # one row of weights, as scikit-learn: two would halve the penalty
@@ -192,9 +192,9 @@ def solver_of(config: LogRegressionConfig) -> str:
 
 
 def validation_rows(labels: np.ndarray, share: float = 0.1, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(training rows, validation rows): of the shuffled pictures the first max(1, ⌊share·n_c⌋) of each class.
+    """(training rows, validation rows): of the shuffled images the first max(1, ⌊share·n_c⌋) of each class.
 
-    A class of one picture keeps it for training. Multi-hot labels: by the first label of a picture.
+    A class of one image keeps it for training. Multi-hot labels: by the first label of an image.
     """
     single = labels.argmax(1) if labels.ndim == 2 else labels
     order = torch.randperm(len(single), generator=torch.Generator().manual_seed(seed)).numpy()
@@ -268,7 +268,7 @@ def evaluate(config: LogRegressionConfig, session: Session) -> Numbers:
         strength = best_strength(pairs)
         session.say(f"C = {strength:.4g}: validation top-1 {100 * dict(pairs)[strength]:.2f}")
         if not shots.enable and (len(val_targets.labels) and c.train.val_dataset is None):
-            x, y = on_device(np.arange(len(labels)))  # training and validation pictures together
+            x, y = on_device(np.arange(len(labels)))  # training and validation images together
         elif not shots.enable:
             x = torch.cat([x, torch.from_numpy(np.asarray(val, np.float32)).to(x)])
             y = torch.cat([y, torch.from_numpy(val_targets.labels).to(y.device)])

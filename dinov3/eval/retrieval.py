@@ -2,7 +2,7 @@
 
 Revisited Oxford and Paris (mAP medium and hard), Met (GAP, GAP−, accuracy), AmsterTime (mAP of street view and archive).
 
-Legend: Q queries, N database pictures, D width, K neighbours.
+Legend: Q queries, N database images, D width, K neighbours.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from dinov3.data.datasets import retrieval as data
-from dinov3.data.datasets.retrieval import PictureList
-from dinov3.data.transforms import Preprocessing
+from dinov3.data.datasets.retrieval import ImageList
+from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.dense.matching import nearest
 from dinov3.errors import DinoError
-from dinov3.eval import common
-from dinov3.eval.common import EvalConfig, FeatureSection, Session, TransformSection
+from dinov3.eval import session as common
+from dinov3.eval.session import EvalConfig, FeatureSection, Session, TransformSection
 from dinov3.features import default_preprocessing
 
 MET_K = (1, 2, 3, 5, 7, 10, 15, 20, 50)
@@ -43,7 +43,7 @@ class RetrievalConfig(EvalConfig):
     size: int = 224
     square: Literal["pad", "crop"] = "pad"
     crop_queries: bool = True  # to the query's box, as the benchmark's own code does; the paper does not say
-    # Met: pictures at their own size, each side to the nearest multiple of the patch
+    # Met: images at their own size, each side to the nearest multiple of the patch
     whitened: int = 512  # dimensions kept
     ks: list[int] = field(default_factory=lambda: list(MET_K))
     temperatures: list[float] = field(default_factory=lambda: list(MET_T))
@@ -70,15 +70,15 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 def positions(ranking: np.ndarray, ok: np.ndarray, junk: np.ndarray) -> np.ndarray:
-    """0-based ranks of the right pictures after the junk has been taken out of the ranking."""
+    """0-based ranks of the right images after the junk has been taken out of the ranking."""
     kept = ranking[~np.isin(ranking, junk)]
     return np.flatnonzero(np.isin(kept, ok))
 
 
 def trapezoid_ap(ranks: np.ndarray, n_ok: int) -> float:
-    """Average precision under the trapezoids between the recall steps; ranks of the right pictures, 0-based, rising.
+    """Average precision under the trapezoids between the recall steps; ranks of the right images, 0-based, rising.
 
-    Not the usual step sum: a right picture at rank r counts with the mean of the precision before it and at it.
+    Not the usual step sum: a right image at rank r counts with the mean of the precision before it and at it.
     """
     j = np.arange(len(ranks))
     before = np.where(ranks == 0, 1.0, j / np.maximum(ranks, 1))
@@ -87,7 +87,7 @@ def trapezoid_ap(ranks: np.ndarray, n_ok: int) -> float:
 
 
 def precision_at(ranks: np.ndarray, k: int) -> float:
-    """Share of right pictures among the first k, or up to the last right one where that comes earlier."""
+    """Share of right images among the first k, or up to the last right one where that comes earlier."""
     if not len(ranks):
         return 0.0
     k = min(k, int(ranks.max()) + 1)
@@ -99,7 +99,7 @@ def revisited_scores(
 ) -> dict[str, float]:
     """mAP and mP@1, 5, 10 in percent, for easy, medium and hard; rankings [Q, N] of database numbers, best first.
 
-    Easy ignores the hard pictures, hard ignores the easy ones, medium wants both. Queries without any right picture are
+    Easy ignores the hard images, hard ignores the easy ones, medium wants both. Queries without any right image are
     left out.
     """
     results: dict[str, float] = {}
@@ -234,7 +234,7 @@ def ranks_of_partners(queries: np.ndarray, database: np.ndarray) -> np.ndarray:
 
 
 def amstertime_scores(new: np.ndarray, old: np.ndarray, depth: int | None = None) -> dict[str, float]:
-    """mAP in percent, both ways and over all queries: with one right picture each, AP is 1/rank (0 beyond `depth`)."""
+    """mAP in percent, both ways and over all queries: with one right image each, AP is 1/rank (0 beyond `depth`)."""
     results: dict[str, float] = {}
     values = []
     for name, queries, database in (("old→new", old, new), ("new→old", new, old)):
@@ -250,9 +250,9 @@ def amstertime_scores(new: np.ndarray, old: np.ndarray, depth: int | None = None
 
 
 def _vectors(
-    config: RetrievalConfig, session: Session, model: nn.Module, pictures: PictureList, rule: Preprocessing, batch: int
+    config: RetrievalConfig, session: Session, model: nn.Module, images: ImageList, rule: Preprocessing, batch: int
 ) -> np.ndarray:
-    return session.features(model, pictures, rule, config.features, batch_size=batch, workers=config.num_workers)
+    return session.features(model, images, rule, config.features, batch_size=batch, workers=config.num_workers)
 
 
 def evaluate(config: RetrievalConfig, session: Session) -> dict[str, float]:
@@ -268,8 +268,8 @@ def _revisited(config: RetrievalConfig, session: Session, model: nn.Module) -> d
         raise DinoError(f"size={config.size} is no multiple of the patch ({backbone.stride})")
     rule = default_preprocessing(model, shape="native")
     boxes = truth.boxes if config.crop_queries else None
-    listed = PictureList(truth.database, square=config.size, fit=config.square)
-    asked = PictureList(truth.queries, boxes=boxes, square=config.size, fit=config.square)
+    listed = ImageList(truth.database, square=config.size, fit=config.square)
+    asked = ImageList(truth.queries, boxes=boxes, square=config.size, fit=config.square)
     database = _vectors(config, session, model, listed, rule, config.batch_size)
     queries = _vectors(config, session, model, asked, rule, config.batch_size)
     return revisited_scores(ranked(queries, database), truth.easy, truth.hard, truth.junk)
@@ -281,7 +281,7 @@ def _met(config: RetrievalConfig, session: Session, model: nn.Module) -> dict[st
     labels: dict[str, np.ndarray] = {}
     for part in ("database", "val", "test"):
         paths, labels[part] = data.met(config.root, part)
-        vectors[part] = _vectors(config, session, model, PictureList(paths), rule, 1)  # each has its own size
+        vectors[part] = _vectors(config, session, model, ImageList(paths), rule, 1)  # each has its own size
     whitening = fit_whitening(vectors["database"], config.whitened)
     database = whitening(vectors["database"])
     n_classes = len(np.unique(labels["database"]))
@@ -306,7 +306,7 @@ def _amstertime(config: RetrievalConfig, session: Session, model: nn.Module) -> 
     new, old = data.amstertime(config.root)
     rule = session.rule(model, config.transform)
     sides: list[list[Path]] = [new, old]
-    found = [_vectors(config, session, model, PictureList(side), rule, config.batch_size) for side in sides]
+    found = [_vectors(config, session, model, ImageList(side), rule, config.batch_size) for side in sides]
     return amstertime_scores(found[0], found[1], config.depth)
 
 

@@ -21,8 +21,8 @@ from dinov3 import distributed
 from dinov3.data.datasets.video import MaskedVideo, MaskedVideos
 from dinov3.dense.tracking import Propagation, masks, track
 from dinov3.errors import DinoError
-from dinov3.eval import common
-from dinov3.eval.common import EvalConfig, Session
+from dinov3.eval import session as common
+from dinov3.eval.session import EvalConfig, Session
 from dinov3.features import default_preprocessing, embed
 
 
@@ -105,7 +105,7 @@ def contour_accuracy(predicted: np.ndarray, truth: np.ndarray, *, tolerance: flo
         return 1.0
     if not n_p or not n_t:
         return 0.0  # precision or recall is 0
-    # only contour pixels are asked about, so the picture around both contours need not be grown through
+    # only contour pixels are asked about, so the image around both contours need not be grown through
     rows, columns = np.flatnonzero((p | t).any(1)), np.flatnonzero((p | t).any(0))
     inside = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
     p, t = p[inside], t[inside]
@@ -245,7 +245,7 @@ def evaluate(config: TrackingConfig, session: Session) -> dict[str, float]:
 
 
 def save(predicted: Sequence[np.ndarray], video: MaskedVideo, session: Session) -> None:
-    """The masks as palette pictures, in DAVIS' layout."""
+    """The masks as palette images, in DAVIS' layout."""
     folder = session.output / "masks" / video.name
     folder.mkdir(parents=True, exist_ok=True)
     palette = [round(255 * c) for i in range(256) for c in (i & 1, i >> 1 & 1, i >> 2 & 1)]

@@ -35,11 +35,11 @@ from dinov3 import distributed
 from dinov3.data.crops import draw_box, generator
 from dinov3.data.datasets.video import Clip, Clips, n_frames, read_frames
 from dinov3.errors import DinoError
-from dinov3.eval import common
-from dinov3.eval.common import EvalConfig, Session
+from dinov3.eval import session as common
+from dinov3.eval.session import EvalConfig, Session
 from dinov3.features import default_preprocessing
+from dinov3.fit.loop import shuffled
 from dinov3.heads.attentive import AttentiveProbe, clip_coordinates
-from dinov3.heads.fitting import shuffled
 from dinov3.optim import warmup_cosine_v2
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from dinov3.errors import DinoError, did_you_mean
 from dinov3.models import ConvNeXtConfig, ViTConfig
-from dinov3.weights import cache, configs, formats, loading
+from dinov3.weights import configs, formats, loading
+from dinov3.weights import download as cache
 from dinov3.weights.catalog import STATISTICS, Row
 
 LICENCE_URL = "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"

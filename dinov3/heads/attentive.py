@@ -10,7 +10,7 @@ one learned vector without a position, reads the clip in a fifth, cross-attendin
 The paper gives blocks, width and tokens; heads, MLP ratio, norm and the wavelengths are ours (16, 4, pre-norm, below).
 
 Legend: B clips, N tokens, D width of the backbone, W width of the probe, h heads, d = W/h, K classes. Coordinates
-[B, N, 3] are (x, y, t): x and y in [0, 1] across the picture, t in seconds.
+[B, N, 3] are (x, y, t): x and y in [0, 1] across the image, t in seconds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dinov3.errors import DinoError
 
-# wavelengths, from two patches of a 16 × 16 grid to four pictures, from an eighth of a second to two minutes
+# wavelengths, from two patches of a 16 × 16 grid to four images, from an eighth of a second to two minutes
 SPACE = (2 / 16, 4.0)
 TIME = (0.125, 120.0)
 

@@ -4,7 +4,7 @@ DPT is arXiv 2103.13413. Two published models: `SYNTHMIX` (7B, monocular depth) 
 canopy height); both lists of options are at the bottom, with the builder. Loss and evaluation are elsewhere.
 
 Legend: B images, D_i width of level i, P_i its width after projection, K width of the fusion, n depth bins, h×w grid of
-patches. Output: 32·⌈h/2⌉ × 32·⌈w/2⌉, the adapted picture's pixels when h and w are even, 16 more otherwise.
+patches. Output: 32·⌈h/2⌉ × 32·⌈w/2⌉, the adapted image's pixels when h and w are even, 16 more otherwise.
 """
 
 from __future__ import annotations
@@ -255,14 +255,14 @@ class DPTHead(nn.Module):
         return resized(self(levels), rescale_to)
 
 
-# ---- pictures to metres --------------------------------------------------------------------------------------------
+# ---- images to metres --------------------------------------------------------------------------------------------
 
 
 class Depther(nn.Module):
-    """Normalised pictures [B, 3, H, W] → depth [B, 1, H', W'] in metres, over the adapted (padded) picture.
+    """Normalised images [B, 3, H, W] → depth [B, 1, H', W'] in metres, over the adapted (padded) image.
 
-    `in_picture` gives the depth of exactly the picture's pixels. autocast_dtype: None computes in the parameters' own
-    dtype; torch.bfloat16 or float16 runs encoder and decoder under autocast on the picture's device. The depth itself
+    `in_image` gives the depth of exactly the image's pixels. autocast_dtype: None computes in the parameters' own
+    dtype; torch.bfloat16 or float16 runs encoder and decoder under autocast on the image's device. The depth itself
     is float32 (or wider) either way, also on the CPU, where the reference silently gives bfloat16.
     """
 
@@ -284,9 +284,9 @@ class Depther(nn.Module):
         return self.features_to_depth(channels)
 
     @torch.no_grad()
-    def in_picture(self, x: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] → depth [B, 1, H, W] in metres: resized to the padded picture, the padding cut off."""
-        return self.encoder.to_picture(self(x), (x.shape[-2], x.shape[-1]))
+    def in_image(self, x: Tensor) -> Tensor:
+        """Images [B, 3, H, W] → depth [B, 1, H, W] in metres: resized to the padded image, the padding cut off."""
+        return self.encoder.to_image(self(x), (x.shape[-2], x.shape[-1]))
 
 
 HEADS = ("linear", "dpt")
@@ -344,11 +344,7 @@ def build_depther(
     decoder: nn.Module
     if known("head_type", head_type, HEADS) == "linear":
         decoder = LinearDepthHead(
-            encoder.widths,
-            n_output_channels,
-            use_batchnorm=use_batchnorm,
-            use_cls_token=use_cls_token,
-            **head_options,
+            encoder.widths, n_output_channels, use_batchnorm=use_batchnorm, use_cls_token=use_cls_token, **head_options
         )
     else:
         head_options.setdefault("readout", "project" if use_cls_token else "ignore")

@@ -1,13 +1,13 @@
-"""A frozen backbone as dense heads see it: pictures of any size → one map and one CLS token per chosen layer.
+"""A frozen backbone as dense heads see it: images of any size → one map and one CLS token per chosen layer.
 
 Legend: B images, D_i width of layer i (ViT: D everywhere; ConvNeXt: the width of the stage), h×w grid of a map.
 
-A backbone loses the pixels beyond its last whole patch. Here no pixel gets lost: the picture is first adapted to a
+A backbone loses the pixels beyond its last whole patch. Here no pixel gets lost: the image is first adapted to a
 multiple of the backbone's step, by zeros around it (the published depth heads were trained so) or by stretching.
-Predictions then have the adapted picture's geometry; `to_picture` brings them back to the picture's.
+Predictions then have the adapted image's geometry; `to_image` brings them back to the image's.
 
 The backbone is frozen: no gradient reaches it, and it stays in evaluation mode (no stochastic depth, no drawn
-positions) while a head trains. Precision is the parameters' own: pictures are cast to the backbone's dtype, nothing
+positions) while a head trains. Precision is the parameters' own: images are cast to the backbone's dtype, nothing
 here opens an autocast region.
 """
 
@@ -58,7 +58,7 @@ def widths_of(backbone: Backbone, layers: Sequence[int]) -> list[int]:
 def step_of(backbone: Backbone) -> int:
     """The smallest multiple, in pixels, at which the backbone loses nothing: a ViT's patch, a ConvNeXt's stride 32.
 
-    (The reference pads pictures for a ConvNeXt to multiples of 4, and its later stages then drop up to 28 pixels at
+    (The reference pads images for a ConvNeXt to multiples of 4, and its later stages then drop up to 28 pixels at
     the right and bottom; no published head depends on that. Pass `multiple=4` to do the same.)
     """
     return math.lcm(backbone.stride, backbone.patch_size or 1)
@@ -71,7 +71,7 @@ def adapted_size(size_hw: tuple[int, int], multiple: int) -> tuple[int, int]:
 
 
 def center_pad(x: Tensor, multiple: int) -> Tensor:
-    """Zeros around pictures [B, C, H, W] up to the multiple; of an odd rest the larger half goes right and bottom."""
+    """Zeros around images [B, C, H, W] up to the multiple; of an odd rest the larger half goes right and bottom."""
     (H, W), (height, width) = x.shape[-2:], adapted_size((x.shape[-2], x.shape[-1]), multiple)
     top, left = (height - H) // 2, (width - W) // 2
     return F.pad(x, (left, width - W - left, top, height - H - top))
@@ -96,10 +96,10 @@ def check_levels(what: str, given: int, expected: int) -> None:
 
 
 class FrozenLayers(nn.Module):
-    """Pictures [B, C, H, W] → a list of (map [B, D_i, h, w], cls [B, D_i]), one per chosen layer, ascending.
+    """Images [B, C, H, W] → a list of (map [B, D_i, h, w], cls [B, D_i]), one per chosen layer, ascending.
 
     backbone: a finished backbone. layers: a name of `LAYER_SETS` or 0-based indices. norm: apply the final norm to
-    every layer. adapt: how pictures whose sides are no multiple of `multiple` (default: `step_of`) are treated:
+    every layer. adapt: how images whose sides are no multiple of `multiple` (default: `step_of`) are treated:
     "center_padding", "stretch" (bilinear, up to the multiple), or "never": the backbone's remainder is lost.
     key: the name under which the backbone stands in state dicts.
     """
@@ -132,15 +132,13 @@ class FrozenLayers(nn.Module):
         return self
 
     def adapted_size(self, size_hw: tuple[int, int]) -> tuple[int, int]:
-        """The size in pixels at which the backbone sees a picture of this size."""
+        """The size in pixels at which the backbone sees an image of this size."""
         return size_hw if self.adapt == "never" else adapted_size(size_hw, self.multiple)
 
     def adapted(self, x: Tensor) -> Tensor:
-        """Pictures as the backbone sees them: in its dtype, padded or stretched to the multiple."""
+        """Images as the backbone sees them: in its dtype, padded or stretched to the multiple."""
         if x.ndim != 4 or not x.is_floating_point():
-            raise DinoError(
-                f"expected normalised pictures [B, C, H, W] in floating point, got {list(x.shape)} {x.dtype}"
-            )
+            raise DinoError(f"expected normalised images [B, C, H, W] in floating point, got {list(x.shape)} {x.dtype}")
         x = x.to(dtype_of(self.get_submodule(self.key)))
         if self.adapt == "center_padding":
             return center_pad(x, self.multiple)
@@ -152,11 +150,11 @@ class FrozenLayers(nn.Module):
         options = {"reshape": True, "return_class_token": True, "norm": self.norm}
         return list(backbone.get_intermediate_layers(self.adapted(x), n=self.layers, **options))
 
-    def to_picture(self, prediction: Tensor, size_hw: tuple[int, int]) -> Tensor:
-        """A dense prediction [B, C, h', w'] of any resolution → [B, C, H, W], pixel by pixel over the picture given.
+    def to_image(self, prediction: Tensor, size_hw: tuple[int, int]) -> Tensor:
+        """A dense prediction [B, C, h', w'] of any resolution → [B, C, H, W], pixel by pixel over the image given.
 
-        The prediction covers the adapted picture: it is resized to it, and then the padding is cut off (or the stretch
-        undone). With adapt "never" it is taken to cover the whole picture, up to the lost remainder.
+        The prediction covers the adapted image: it is resized to it, and then the padding is cut off (or the stretch
+        undone). With adapt "never" it is taken to cover the whole image, up to the lost remainder.
         """
         if self.adapt != "center_padding":
             return resized(prediction, size_hw)

@@ -1,4 +1,4 @@
-"""Heads of one linear layer: picture classes, segmentation, depth (paper §6.1, §7; Tab. 3, 4).
+"""Heads of one linear layer: image classes, segmentation, depth (paper §6.1, §7; Tab. 3, 4).
 
 Legend: B images, D width, K classes or depth bins, D_i width of level i, h×w the first level's grid, C = Σ D_i.
 
@@ -20,11 +20,11 @@ from dinov3.errors import DinoError
 from dinov3.heads.encoder import FrozenLayers, check_levels, dtype_of, resized
 from dinov3.models import Backbone
 
-# ---- classes of a picture ------------------------------------------------------------------------------------------
+# ---- classes of an image ------------------------------------------------------------------------------------------
 
 
 class LinearClassifier(nn.Module):
-    """Pictures → logits [B, K] from [CLS ; mean of the patch tokens], 2·D numbers, both normalised.
+    """Images → logits [B, K] from [CLS ; mean of the patch tokens], 2·D numbers, both normalised.
 
     The backbone is not frozen here: gradients reach it, and `.eval()` is the caller's to call.
     """
@@ -146,13 +146,13 @@ class LinearSegmentor(nn.Module):
         self.segmentation_model = nn.ModuleList([encoder, head])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pictures [B, C, H, W] → logits [B, K, h, w] on the grid of the adapted picture."""
+        """Images [B, C, H, W] → logits [B, K, h, w] on the grid of the adapted image."""
         encoder, head = self.segmentation_model
         return head(encoder(x))
 
     @torch.no_grad()
     def predict(self, x: Tensor, rescale_to: tuple[int, int] = (512, 512)) -> Tensor:
-        """Logits [B, K, *rescale_to] over exactly the picture given, whatever its size."""
+        """Logits [B, K, *rescale_to] over exactly the image given, whatever its size."""
         encoder, head = self.segmentation_model
         assert isinstance(encoder, FrozenLayers)
         assert isinstance(head, LinearSegmentationHead)
@@ -160,7 +160,7 @@ class LinearSegmentor(nn.Module):
         if encoder.adapt != "center_padding" or encoder.adapted_size(size_hw) == size_hw:
             return head.predict(levels, rescale_to)  # one resize from the grid, as in the reference
         logits = head.predict(levels, levels[0][0].shape[-2:])
-        return resized(encoder.to_picture(logits, size_hw), rescale_to)
+        return resized(encoder.to_image(logits, size_hw), rescale_to)
 
 
 def build_linear_segmentor(

@@ -20,7 +20,7 @@ def hungarian(cost: Tensor) -> tuple[Tensor, Tensor]:
     """
     optimize = require("scipy.optimize", "heads", "matching queries with targets")
     if cost.ndim != 2:
-        raise DinoError(f"the matching takes costs [queries, targets], not {list(cost.shape)}; call it once a picture")
+        raise DinoError(f"the matching takes costs [queries, targets], not {list(cost.shape)}; call it once an image")
     matrix = cost.detach().to("cpu", torch.float64)
     if bad := int((~matrix.isfinite()).sum()):
         raise DinoError(

@@ -1,9 +1,9 @@
 """What a dense head is told it did wrong: losses of segmentation and of depth (evaluation of the paper's §6.1, App. D).
 
-Legend: B pictures, K classes, H×W pixels of the target. Targets say themselves which pixels do not count: a class map by
+Legend: B images, K classes, H×W pixels of the target. Targets say themselves which pixels do not count: a class map by
 `ignore_index`, a depth map by a mask. All is computed in float32. Matching losses (Mask2Former, DETR) are elsewhere.
 
-The reference's depth recipe averages over pixels of the whole batch at once, and so do these, unless they say "per picture".
+The reference's depth recipe averages over pixels of the whole batch at once, and so do these, unless they say "per image".
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def cross_entropy_map(
 ) -> Tensor:
     """Cross-entropy of logits [B, K, h, w], resized to the target [B, H, W] of class numbers.
 
-    mean_over: "all" divides by all pixels, ignored ones included (the reference's recipe: a picture that is mostly void
+    mean_over: "all" divides by all pixels, ignored ones included (the reference's recipe: an image that is mostly void
     weighs little), "valid" by those that count. The slow version:
 
         sum(-log softmax(logits[b, :, y, x])[target[b, y, x]] for valid (b, y, x)) / (B·H·W or number of valid)
@@ -56,7 +56,7 @@ def check_classes(target: Tensor, n_classes: int, ignore_index: int) -> None:
 def dice_map(logits: Tensor, target: Tensor, *, ignore_index: int = 255) -> Tensor:
     """1 − Dice of the softmax of logits [B, K, h, w], resized to the target [B, H, W], ignored pixels left out.
 
-    Per picture and class (2·Σ p·t + 1) / (Σ p² + Σ t² + 1) over pixels; mean over classes, then pictures.
+    Per image and class (2·Σ p·t + 1) / (Σ p² + Σ t² + 1) over pixels; mean over classes, then images.
     """
     K = logits.shape[1]
     check_classes(target, K, ignore_index)
@@ -158,26 +158,26 @@ def depth_l1(prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
 
 
 def aligned(x: Tensor, valid: Tensor) -> Tensor:
-    """Each picture's map [B, 1, H, W] less its median, over its mean distance from it (valid pixels): scale and shift are
+    """Each image's map [B, 1, H, W] less its median, over its mean distance from it (valid pixels): scale and shift are
     gone. (MiDaS, arXiv 1907.01341; Depth Anything v2 trains DPT so.) Invalid places are 0."""
     x = x.float()
     out = []
-    for picture, mask in zip(x, valid):
-        known = picture[mask]
+    for image, mask in zip(x, valid):
+        known = image[mask]
         if known.numel() == 0:
-            out.append(torch.zeros_like(picture))
+            out.append(torch.zeros_like(image))
             continue
         shift = known.median()
         scale = (known - shift).abs().mean().clamp_min(1e-6)
-        out.append(torch.where(mask, (picture - shift) / scale, 0.0))
+        out.append(torch.where(mask, (image - shift) / scale, 0.0))
     return torch.stack(out)
 
 
 def scale_and_shift_invariant(prediction: Tensor, target: Tensor, valid: Tensor, *, trim: float = 0.0) -> Tensor:
-    """Mean |aligned prediction − aligned target| per picture, then over pictures that have valid pixels.
+    """Mean |aligned prediction − aligned target| per image, then over images that have valid pixels.
 
     `target` is what should be linear in the prediction: for relative depth the inverse, 1/t. trim: the share of a
-    picture's largest errors that is left out (0.2 in MiDaS, against wrong ground truth)."""
+    image's largest errors that is left out (0.2 in MiDaS, against wrong ground truth)."""
     difference = (aligned(prediction, valid) - aligned(target, valid)).abs()
     losses = []
     for errors, mask in zip(difference, valid):

@@ -1,4 +1,4 @@
-"""Class maps of one picture, whole or through sliding windows (paper §6.2.2; the protocol of mmsegmentation).
+"""Class maps of one image, whole or through sliding windows (paper §6.2.2; the protocol of mmsegmentation).
 
 Legend: B images, K output channels (classes), Q queries of a Mask2Former head. A segmentation model is anything with
 `predict(x, rescale_to)`: for "linear" heads logits [B, K, *rescale_to], for "m2f" heads a dict of `pred_logits`
@@ -18,14 +18,14 @@ from dinov3.errors import DinoError, UnknownName, did_you_mean
 
 MODES = ("whole", "slide")
 DECODERS = ("linear", "m2f")
-WHOLE_SIZE = (512, 512)  # what "whole" resizes a picture to, whatever its shape
+WHOLE_SIZE = (512, 512)  # what "whole" resizes an image to, whatever its shape
 
 
 def windows(size_hw: tuple[int, int], crop_hw: tuple[int, int], stride_hw: tuple[int, int]) -> list[tuple[int, ...]]:
     """(top, left, bottom, right) of every window, row by row; the last of a row or column is shifted back to the border.
 
-    A crop larger than the picture in both directions becomes the square of its short side; one that is larger in one
-    direction only gives windows of the picture's size there.
+    A crop larger than the image in both directions becomes the square of its short side; one that is larger in one
+    direction only gives windows of the image's size there.
     """
     (H, W), (crop_h, crop_w) = size_hw, crop_hw
     if min(*crop_hw, *stride_hw) < 1:
@@ -67,7 +67,7 @@ def slide(
     stride_hw: tuple[int, int],
     num_max_forward: int = 1,
 ) -> Tensor:
-    """The mean over all windows that see a pixel, [B, K, H, W], gathered on the CPU: class maps of a large picture are
+    """The mean over all windows that see a pixel, [B, K, H, W], gathered on the CPU: class maps of a large image are
     larger than a model. Every window is predicted at its own resolution."""
     B, _, H, W = x.shape
     total = torch.zeros(B, n_output_channels, H, W, dtype=x.dtype)
@@ -76,7 +76,7 @@ def slide(
     for top, left, bottom, right in spans:
         crop = x[:, :, top:bottom, left:right]
         prediction = segmentation_model.predict(crop, rescale_to=(bottom - top, right - left))
-        # bfloat16 here, float32 for whole pictures: the published numbers of the m2f head were made so
+        # bfloat16 here, float32 for whole images: the published numbers of the m2f head were made so
         maps = class_maps(prediction, decoder_head_type, torch.bfloat16)
         if maps.shape[1] != n_output_channels:
             raise DinoError(f"the model gives {maps.shape[1]} classes, but n_output_channels is {n_output_channels}")
@@ -101,12 +101,12 @@ def make_inference(
     num_max_forward: int = 1,
     output_activation: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Normalised pictures [B, 3, H, W] → class maps [B, n_output_channels, *rescale_to].
+    """Normalised images [B, 3, H, W] → class maps [B, n_output_channels, *rescale_to].
 
-    inference_mode: "whole" resizes the picture to 512×512 and predicts once; "slide" averages windows of `crop_size`
-    (height, width) every `stride` pixels at the picture's own resolution, and gives the result on the CPU.
+    inference_mode: "whole" resizes the image to 512×512 and predicts once; "slide" averages windows of `crop_size`
+    (height, width) every `stride` pixels at the image's own resolution, and gives the result on the CPU.
     decoder_head_type: "linear" (logits) or "m2f" (sums of mask probabilities). apply_horizontal_flip: mirror the result
-    (x was a mirrored picture). num_max_forward: at least so many forwards in "slide", for models sharded over ranks.
+    (x was a mirrored image). num_max_forward: at least so many forwards in "slide", for models sharded over ranks.
     output_activation: applied last, to the resized map.
     """
     for what, given, names in (("inference_mode", inference_mode, MODES), ("decoder", decoder_head_type, DECODERS)):

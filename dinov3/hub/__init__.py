@@ -29,7 +29,7 @@ class Origin:
     name: str  # the catalogue's id ("dinov3_vits16_lvd1689m"), or "custom" for an architecture that is not published
     source: str  # what was opened, or "random (seed 0)"
     form: str  # "meta", "transformers", "timm", "dinov3" or "random"
-    mean: tuple[float, float, float]  # statistics of the pictures the weights were trained on
+    mean: tuple[float, float, float]  # statistics of the images the weights were trained on
     std: tuple[float, float, float]
     notes: tuple[str, ...] = ()
 

@@ -39,7 +39,7 @@ def dinov3_vit7b16_lc(
     hash: str | None = None,
     **options: Any,
 ) -> LinearClassifier:
-    """ViT-7B/16 with a linear layer over [CLS ; mean patch]: normalised pictures [B, 3, H, W] → logits [B, 1000].
+    """ViT-7B/16 with a linear layer over [CLS ; mean patch]: normalised images [B, 3, H, W] → logits [B, 1000].
 
     `weights`: the head, `backbone_weights`: the 7B; each a path, URL or enum member, or "random". `hash`: another ending
     of the published head's name. `options`: `device`, `dtype` and constructor arguments of the backbone.

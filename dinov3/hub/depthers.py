@@ -2,7 +2,7 @@
 
     depther = torch.hub.load(REPO, "dinov3_vit7b16_dd", source="local",
                              weights="head.pth", backbone_weights="vit7b16.pth")
-    depth_m = depther(images)  # [B, 1, H', W'] metres over the picture padded to multiples of 16
+    depth_m = depther(images)  # [B, 1, H', W'] metres over the image padded to multiples of 16
 
 Canopy height reads transformers' file as well (`CHMv2ForDepthEstimation`, a folder or Hugging Face id with backbone and
 head in one): then `backbone_weights` may be left out.
@@ -57,7 +57,7 @@ def dinov3_vit7b16_dd(
     hash: str | None = None,
     **options: Any,
 ) -> Depther:
-    """ViT-7B/16 with the SYNTHMIX depth head: normalised pictures [B, 3, H, W] → metres [B, 1, H', W'], 0.001 to 100.
+    """ViT-7B/16 with the SYNTHMIX depth head: normalised images [B, 3, H, W] → metres [B, 1, H', W'], 0.001 to 100.
 
     `weights`: the head, `backbone_weights`: the 7B; each a path, URL or enum member, or "random". `autocast_dtype`:
     float32 computes in the parameters' own precision. `hash`: another ending of the published head's name. `options`:
@@ -84,9 +84,9 @@ def dinov3_vitl16_chmv2(
     autocast_dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> Depther:
-    """Satellite ViT-L/16 with the CHMv2 head: aerial pictures [B, 3, H, W] → canopy height in metres [B, 1, H', W'].
+    """Satellite ViT-L/16 with the CHMv2 head: aerial images [B, 3, H, W] → canopy height in metres [B, 1, H', W'].
 
-    Pictures in [0, 1] are normalised with mean (0.420, 0.411, 0.296) and std (0.213, 0.156, 0.143) (`model.origin`).
+    Images in [0, 1] are normalised with mean (0.420, 0.411, 0.296) and std (0.213, 0.156, 0.143) (`model.origin`).
     `weights` may be transformers' folder or id, which holds the backbone too. Otherwise as `dinov3_vit7b16_dd`.
     """
     return make_depther(

@@ -6,7 +6,7 @@
     detector.detect([image], score_threshold=0.5)  # fewer, with names
 
 Differences from the reference: everything comes in evaluation mode (there the encoder's dropout is on until `.eval()`);
-the head's file must hold every entry of the head, and what else it holds is said; pictures of any size are taken, also
+the head's file must hold every entry of the head, and what else it holds is said; images of any size are taken, also
 those whose last window or coarsest proposals would be empty; "random" as weights draws fresh ones.
 """
 
@@ -24,8 +24,8 @@ from torch import Tensor
 
 from dinov3.data import names
 from dinov3.errors import UnknownName, WeightsMismatch
-from dinov3.heads.detr import DetectorWithProcessor, build_detector
-from dinov3.heads.detr_transformer import DetrConfig
+from dinov3.heads.detr.model import DetectorWithProcessor, build_detector
+from dinov3.heads.detr.transformer import DetrConfig
 from dinov3.hub import head, headfiles
 from dinov3.hub.backbones import Weights
 from dinov3.weights import loading
@@ -55,7 +55,7 @@ def dinov3_vit7b16_de(
     hash: str | None = None,
     **options: Any,
 ) -> DetectorWithProcessor:
-    """ViT-7B/16 with the COCO detector: a list of normalised pictures [3, H_i, W_i] → 1500 boxes in each.
+    """ViT-7B/16 with the COCO detector: a list of normalised images [3, H_i, W_i] → 1500 boxes in each.
 
     `weights`: the head, `backbone_weights`: the 7B; each a path, URL or enum member, or "random". `hash`: another ending
     of the published head's name. `options`: `device`, `dtype` and constructor arguments of the backbone. The backbone is

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from dinov3.data.tokenizer import Tokenizer
 from dinov3.errors import DinoError, WeightsMismatch
-from dinov3.heads.dinotxt import DinoTxt, DinoTxtConfig, TextConfig, build
+from dinov3.heads.dinotxt.model import DinoTxt, DinoTxtConfig, TextConfig, build
 from dinov3.hub import Origin, head, headfiles
 from dinov3.hub.backbones import Weights, dinov3_vitl16
 from dinov3.models import VisionTransformer
-from dinov3.weights import cache, catalog, loading
+from dinov3.weights import catalog, loading
+from dinov3.weights import download as cache
 
 NAME = "dinov3_vitl16_dinotxt_tet1280d20h24l"
 OWN = "dinotxt"  # one of other sizes
@@ -103,7 +104,7 @@ def load_towers(
     device: Any = "cpu",
     dtype: Any = None,
 ) -> DinoTxt:
-    """As `load_dinotxt`, without a vocabulary: what pictures alone need."""
+    """As `load_dinotxt`, without a vocabulary: what images alone need."""
     from dinov3.hub import load
 
     if sizes is None:

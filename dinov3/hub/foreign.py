@@ -11,7 +11,7 @@ Any transformer of equal blocks can be wrapped: its tokens are CLS, registers, p
 of blocks and one final norm. What a block says is caught by a hook, so nothing depends on how a library hands out its
 hidden states. Left out: networks without a CLS token, hierarchical ones, and iBOT masks.
 
-Legend: B pictures, N = 1 + R + h·w tokens, D width.
+Legend: B images, N = 1 + R + h·w tokens, D width.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Triple = tuple[float, float, float]
 class ForeignBackbone(TokenModel):
     """A vision transformer of another library that meets `Backbone`.
 
-    network: the whole; call: runs it on pictures; blocks: its list of equal blocks (a part of `network`); norm: the
+    network: the whole; call: runs it on images; blocks: its list of equal blocks (a part of `network`); norm: the
     final one. prefix: tokens before the patches, CLS first, the others taken for registers.
     """
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from dinov3.errors import WeightsMismatch
 from dinov3.hub import Head, Origin
 from dinov3.hub.backbones import Weights, _make
-from dinov3.weights import cache, catalog, loading
+from dinov3.weights import catalog, loading
+from dinov3.weights import download as cache
 
 WRAPPINGS = ("model.", "module.")
 Names = TypeVar("Names", bound=Enum)

@@ -26,11 +26,11 @@ import torch
 from torch import nn
 
 import dinov3
-from dinov3.data.transforms import Preprocessing
+from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.errors import DinoError, UnknownName, WeightsError, WeightsMismatch, did_you_mean
 from dinov3.features import default_preprocessing
+from dinov3.fit.loop import backbones_in, freeze, head_tensors, load_head_tensors
 from dinov3.heads.encoder import FrozenLayers, dtype_of
-from dinov3.heads.fitting import backbones_in, freeze, head_tensors, load_head_tensors
 from dinov3.hub import foreign
 from dinov3.hub.headfiles import placed
 from dinov3.models import Backbone, ConvNeXt
@@ -70,7 +70,7 @@ def sizes_for(task: str, head: str, backbone: Backbone) -> dict[str, Any]:
         widths = (48, 96, 192, 384) if small else (96, 192, 384, 768) if middle else (256, 512, 1024, 1024)
         return {"channels": channels, "post_process_channels": widths, "use_batchnorm": True, "max_depth": 10.0}
     if (task, head) == ("segmentation", "mask2former"):
-        from dinov3.heads.mask2former import default_width
+        from dinov3.heads.mask2former.model import default_width
 
         width = default_width(backbone)
         return {"hidden_dim": width, "ffn": max(2 * width, 1024)}
@@ -102,14 +102,14 @@ def build_head(task: str, head: str, backbone: nn.Module, *, n_classes: int | No
         if task == "classification":
             return freeze(_classifier(under, n_classes, **given))
         if task == "detection":
-            from dinov3.heads.detr import build_detector
+            from dinov3.heads.detr.model import build_detector
 
             return freeze(build_detector(under, n_classes, **given))
         if head == "linear":
             from dinov3.heads.linear import build_linear_segmentor
 
             return freeze(build_linear_segmentor(under, num_classes=n_classes, **given))
-        from dinov3.heads.mask2former import build_segmentor
+        from dinov3.heads.mask2former.model import build_segmentor
 
         return freeze(build_segmentor(under, n_classes, **given))
     except TypeError as error:
@@ -225,7 +225,7 @@ def save_head(
     """Writes the head of a task model; appears whole or not at all. Returns its path.
 
     options: what `build_head` was given, `n_classes` included; sizes that followed the backbone are added. class_names:
-    one per class, default "class 0" …; colours: default `palette`. preprocessing: how pictures became the model's input.
+    one per class, default "class 0" …; colours: default `palette`. preprocessing: how images became the model's input.
     """
     check_kind(task, head)
     backbone = the_backbone(module)

@@ -6,7 +6,7 @@
                                crop_size=(896, 896), stride=(596, 596)).argmax(1)
 
 Differences from the reference: the whole model comes in evaluation mode and its backbone frozen, no model moves to a GPU
-by itself, pictures may have any size of a patch or more, and "random" as weights draws fresh ones. As there, autocast
+by itself, images may have any size of a patch or more, and "random" as weights draws fresh ones. As there, autocast
 is for accelerators; on the CPU everything is computed in the parameters' own precision.
 """
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dinov3.errors import UnknownName, WeightsMismatch
-from dinov3.heads.mask2former import Mask2FormerSegmentor, build_segmentor
+from dinov3.heads.mask2former.model import Mask2FormerSegmentor, build_segmentor
 from dinov3.hub import head, headfiles
 from dinov3.hub.backbones import Weights
 from dinov3.weights import loading
@@ -35,10 +35,7 @@ class SegmentorWeights(Enum):
 
 
 # Options of `build_segmentor` on each backbone a head may stand on; for a ViT-L no file was published.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "dinov3_vit7b16": {"ffn": 4096},
-    "dinov3_vitl16": {"ffn": 4096},
-}
+OPTIONS: dict[str, dict[str, Any]] = {"dinov3_vit7b16": {"ffn": 4096}, "dinov3_vitl16": {"ffn": 4096}}
 
 
 def dinov3_vit7b16_ms(
@@ -52,7 +49,7 @@ def dinov3_vit7b16_ms(
     hash: str | None = None,
     **options: Any,
 ) -> Mask2FormerSegmentor:
-    """ViT-7B/16 with adapter and Mask2Former head: normalised pictures [B, 3, H, W] → `pred_logits` [B, 100, 151] and
+    """ViT-7B/16 with adapter and Mask2Former head: normalised images [B, 3, H, W] → `pred_logits` [B, 100, 151] and
     `pred_masks` [B, 100, H/4, W/4]; class maps come from `make_inference(…, decoder_head_type="m2f")`.
 
     `weights`: adapter and head, `backbone_weights`: the 7B; each a path, URL or enum member, or "random".

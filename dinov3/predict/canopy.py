@@ -1,10 +1,10 @@
-"""Height of trees in metres, for every pixel of an aerial picture (CHMv2).
+"""Height of trees in metres, for every pixel of an aerial image (CHMv2).
 
 The model wants RGB at about the resolution it was trained on (0.6 m a pixel), 8 bits, straight from above. A GeoTIFF in
-gives a GeoTIFF out that lies on the same ground: the picture's own tags are written to the result, pixel by pixel the
-same grid. Pixels that the picture declares empty (alpha 0, or its no-data value in every band) are not-a-number.
+gives a GeoTIFF out that lies on the same ground: the image's own tags are written to the result, pixel by pixel the
+same grid. Pixels that the image declares empty (alpha 0, or its no-data value in every band) are not-a-number.
 
-Left out: reading a raster in pieces. A picture is in memory as a whole, twelve bytes a pixel and more.
+Left out: reading a raster in pieces. An image is in memory as a whole, twelve bytes a pixel and more.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import torch
 from PIL import Image, TiffImagePlugin
 from torch import nn
 
-from dinov3.data.pictures import Picture
+from dinov3 import drawing
+from dinov3.data.images import DecodedImage
 from dinov3.heads.encoder import resized
-from dinov3.predict import drawing
 from dinov3.predict.common import in_folder, predicted_map, rule_of, see, to_original
 from dinov3.predict.depth import depther_of
 
-WINDOW = 1024  # pixels; larger pictures are seen through windows
+WINDOW = 1024  # pixels; larger images are seen through windows
 # GeoTIFF's tags and their types: pixel scale, tie points, transformation, keys with their numbers and words
 GEO_TAGS = {33550: 12, 33922: 12, 34264: 12, 34735: 3, 34736: 12, 34737: 2}
 NO_DATA = 42113  # GDAL's
@@ -34,11 +34,11 @@ NO_DATA = 42113  # GDAL's
 
 @dataclass(frozen=True)
 class CanopyMap:
-    """height_m [H, W] float32, metres above ground, in the original picture's geometry; NaN where it has no data."""
+    """height_m [H, W] float32, metres above ground, in the original image's geometry; NaN where it has no data."""
 
     height_m: np.ndarray
     image: Image.Image
-    geo: dict[int, Any] = field(default_factory=dict)  # GeoTIFF tags of the picture; empty: it lies nowhere
+    geo: dict[int, Any] = field(default_factory=dict)  # GeoTIFF tags of the image; empty: it lies nowhere
 
     def words(self) -> str:
         """A line for a person."""
@@ -52,8 +52,8 @@ class CanopyMap:
         high = max(1.0, float(np.percentile(known, 99))) if known.size else 1.0
         return drawing.side_by_side(self.image, drawing.heights_drawn(self.height_m, 0.0, high, "m"))
 
-    def save(self, folder: str | os.PathLike[str], name: str = "picture") -> list[Path]:
-        """`NAME_canopy.tif` (float32 metres, on the ground) where the picture was a GeoTIFF, else `NAME_canopy.npy`;
+    def save(self, folder: str | os.PathLike[str], name: str = "image") -> list[Path]:
+        """`NAME_canopy.tif` (float32 metres, on the ground) where the image was a GeoTIFF, else `NAME_canopy.npy`;
         and `NAME_canopy.png` to look at."""
         data, seen = in_folder(folder) / f"{name}_canopy.npy", in_folder(folder) / f"{name}_canopy.png"
         if self.geo:
@@ -66,7 +66,7 @@ class CanopyMap:
 
 
 def write_geotiff(path: Path, values: np.ndarray, geo: dict[int, Any]) -> None:
-    """[H, W] float32 as a deflated TIFF with a picture's place on the ground; NaN is its no-data value."""
+    """[H, W] float32 as a deflated TIFF with an image's place on the ground; NaN is its no-data value."""
     tags = TiffImagePlugin.ImageFileDirectory_v2()
     for tag, value in geo.items():
         tags.tagtype[tag] = GEO_TAGS[tag]
@@ -77,7 +77,7 @@ def write_geotiff(path: Path, values: np.ndarray, geo: dict[int, Any]) -> None:
 
 
 def ground_of(source: Any) -> tuple[dict[int, Any], np.ndarray | None]:
-    """(GeoTIFF tags, empty pixels [H, W] or None) of a picture file's path or bytes; ({}, None) for anything else."""
+    """(GeoTIFF tags, empty pixels [H, W] or None) of an image file's path or bytes; ({}, None) for anything else."""
     if isinstance(source, bytes):
         source = io.BytesIO(source)
     elif not isinstance(source, (str, os.PathLike)):
@@ -90,11 +90,11 @@ def ground_of(source: Any) -> tuple[dict[int, Any], np.ndarray | None]:
             geo = {tag: tags[tag] for tag in GEO_TAGS if tag in tags}
             if not ({33550, 34264} & geo.keys()):
                 return {}, None
-            if tags.get(274, 1) != 1:  # a turned picture's grid is no longer that of its tags
+            if tags.get(274, 1) != 1:  # a turned image's grid is no longer that of its tags
                 return {}, None
             return geo, _empty(file, tags.get(NO_DATA))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return {}, None  # whatever is wrong with it, the picture's own reader will say
+        return {}, None  # whatever is wrong with it, the image's own reader will say
 
 
 def _empty(file: Image.Image, no_data: Any) -> np.ndarray | None:
@@ -114,20 +114,20 @@ def _empty(file: Image.Image, no_data: Any) -> np.ndarray | None:
 @torch.inference_mode()
 def predict_canopy(
     model: nn.Module,
-    picture: Any,
+    image: Any,
     *,
     size: int | None = None,
     window: int | None = WINDOW,
     stride: int | None = None,
     file: bytes | None = None,
 ) -> CanopyMap:
-    """size: a short side to resize to; None, the default, keeps the picture's resolution, which is what heights depend
-    on. window, stride: of sliding windows for pictures larger than a window. file: the bytes of an already opened
-    `Picture`, where its place on the ground is read from."""
+    """size: a short side to resize to; None, the default, keeps the image's resolution, which is what heights depend
+    on. window, stride: of sliding windows for images larger than a window. file: the bytes of an already opened
+    `DecodedImage`, where its place on the ground is read from."""
     depther = depther_of(model, "canopy height")
-    geo, empty = ground_of(file if isinstance(picture, Picture) else picture)
-    seen = see(depther, picture, rule_of(depther, size))
-    metres = predicted_map(seen.x, lambda x, size_hw: resized(depther.in_picture(x), size_hw), 1, window, stride)
+    geo, empty = ground_of(file if isinstance(image, DecodedImage) else image)
+    seen = see(depther, image, rule_of(depther, size))
+    metres = predicted_map(seen.x, lambda x, size_hw: resized(depther.in_image(x), size_hw), 1, window, stride)
     height = to_original(metres, seen)[0, 0].float().cpu().numpy()
     if empty is not None and empty.shape == height.shape:
         height = np.where(empty, np.float32("nan"), height)

@@ -1,4 +1,4 @@
-"""What a picture shows, as classes with probabilities: a linear head on [CLS ; mean patch] (paper §6.1)."""
+"""What an image shows, as classes with probabilities: a linear head on [CLS ; mean patch] (paper §6.1)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from torch import nn
 
+from dinov3 import drawing
 from dinov3.data import names as known_names
-from dinov3.data.transforms import Preprocessing
+from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.errors import DinoError
-from dinov3.predict import drawing
 from dinov3.predict.common import in_folder, names_of, see, statistics
 
 SIZE = 224  # the centre crop; the short side is 256/224 of it
@@ -39,7 +39,7 @@ class Classification:
     def drawing(self) -> Image.Image:
         return drawing.shares_beside(self.image, [(name, p) for _, name, p in self.best()])
 
-    def save(self, folder: str | os.PathLike[str], name: str = "picture") -> list[Path]:
+    def save(self, folder: str | os.PathLike[str], name: str = "image") -> list[Path]:
         """`NAME_classes.csv` (rank, class, name, probability; the likeliest 100) and `NAME_classes.png` to look at."""
         data, seen = in_folder(folder) / f"{name}_classes.csv", in_folder(folder) / f"{name}_classes.png"
         with data.open("w", newline="", encoding="utf-8") as file:
@@ -61,13 +61,13 @@ def classification_rule(model: nn.Module, size: int) -> Preprocessing:
 
 @torch.inference_mode()
 def predict_classes(
-    model: nn.Module, picture: Any, *, size: int | None = None, names: Sequence[str] | None = None
+    model: nn.Module, image: Any, *, size: int | None = None, names: Sequence[str] | None = None
 ) -> Classification:
     """size: the side of the square that the model sees, cut from the middle (default: as a head of your own was trained;
     else 224, as published). names: of the classes; default the model's own, ImageNet-1k's where there are 1000."""
     info = getattr(model, "head_info", None)
     rule = info.preprocessing if info is not None and size is None else classification_rule(model, size or SIZE)
-    seen = see(model, picture, rule)
+    seen = see(model, image, rule)
     logits = model(seen.x.to(next(model.parameters()).dtype))
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
         raise DinoError(f"classification needs a classifier on a backbone, not a {type(model).__name__}")

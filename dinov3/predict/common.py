@@ -1,6 +1,6 @@
-"""What the tasks share: a picture in, a model's input and the way back, names for files.
+"""What the tasks share: an image in, a model's input and the way back, names for files.
 
-Legend: H×W the original picture, h×w the network's input, C channels of a map.
+Legend: H×W the original image, h×w the network's input, C channels of a map.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dinov3.data.pictures import Picture, open_picture, upright_rgb
-from dinov3.data.transforms import Geometry, Preprocessing, to_pixels
+from dinov3.data.images import DecodedImage, open_image, upright_rgb
+from dinov3.data.transforms.inputs import Geometry, Preprocessing, to_pixels
 from dinov3.errors import DinoError
 from dinov3.heads.encoder import resized
 from dinov3.heads.windows import slide
@@ -29,7 +29,7 @@ from dinov3.weights import catalog
 
 @dataclass(frozen=True)
 class Seen:
-    """One picture on its way through a model."""
+    """One image on its way through a model."""
 
     image: Image.Image  # the original, upright RGB, H×W
     x: Tensor  # [1, 3, h, w] on the model's device
@@ -40,36 +40,36 @@ class Seen:
         return (self.image.height, self.image.width)
 
 
-def image_of(picture: Any) -> Image.Image:
-    """Upright RGB of a path, bytes, PIL picture, opened `Picture`, array [H, W, 3] or tensor [3, H, W]. `PictureError`
+def image_of(source: Any) -> Image.Image:
+    """Upright RGB of a path, bytes, PIL source, opened `DecodedImage`, array [H, W, 3] or tensor [3, H, W]. `ImageError`
     for what cannot be decoded."""
-    if isinstance(picture, Picture):
-        return picture.image
-    if isinstance(picture, (str, bytes, os.PathLike)):
-        return open_picture(picture).image
-    if isinstance(picture, Image.Image):
-        return upright_rgb(picture)
-    pixels = to_pixels(picture)
+    if isinstance(source, DecodedImage):
+        return source.image
+    if isinstance(source, (str, bytes, os.PathLike)):
+        return open_image(source).image
+    if isinstance(source, Image.Image):
+        return upright_rgb(source)
+    pixels = to_pixels(source)
     if pixels.dtype != torch.uint8:
         pixels = (pixels * 255).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
-def see(model: nn.Module, picture: Any, rule: Preprocessing) -> Seen:
-    """The picture as `rule` prepares it, on the model's device (the model casts it to its own dtype)."""
-    image = image_of(picture)
+def see(model: nn.Module, source: Any, rule: Preprocessing) -> Seen:
+    """The image as `rule` prepares it, on the model's device (the model casts it to its own dtype)."""
+    image = image_of(source)
     x, geometry = rule(image)
     return Seen(image, x[None].to(next(model.parameters()).device), geometry)
 
 
 def own_rule(model: Any) -> Preprocessing | None:
-    """How a head of your own saw its pictures in training, borders included."""
+    """How a head of your own saw its images in training, borders included."""
     info = getattr(model, "head_info", None)
     return info.preprocessing.with_(center_crop=None) if info is not None else None
 
 
 def statistics(model: Any) -> dict[str, Any]:
-    """Mean and std of the pictures a model was trained on: its own word, else its backbone's."""
+    """Mean and std of the images a model was trained on: its own word, else its backbone's."""
     for holder in (own_rule(model), *(getattr(part, "origin", None) for part in model.modules())):
         if holder is not None:
             return {"mean": holder.mean, "std": holder.std}
@@ -100,7 +100,7 @@ def colours_of(model: Any, n: int) -> np.ndarray:
 
 
 def window_options(size_hw: tuple[int, int], window: int | None, stride: int | None) -> tuple[int, int] | None:
-    """(window, stride) where sliding windows are needed: a window was given and the picture is larger than it."""
+    """(window, stride) where sliding windows are needed: a window was given and the image is larger than it."""
     if window is None:
         if stride is not None:
             raise DinoError("a stride is the distance of windows: give a window as well")
@@ -143,7 +143,7 @@ def predicted_map(
 
 
 def to_original(maps: Tensor, seen: Seen) -> Tensor:
-    """[1, C, h, w] over the input → [1, C, H, W] over the original picture, padding cut off."""
+    """[1, C, h, w] over the input → [1, C, H, W] over the original image, padding cut off."""
     height, width = seen.geometry.valid_hw
     return resized(maps[..., :height, :width].float(), seen.size_hw)
 
@@ -154,7 +154,7 @@ STRIP_VALUES = 1 << 26  # of a strip of resized class maps: 256 MiB of float32
 def best_class(maps: Tensor, seen: Seen, weights: Callable[[Tensor], Tensor]) -> tuple[np.ndarray, np.ndarray]:
     """(class [H, W] uint8 or uint16, its weight [H, W] float32) of class maps [1, K, h, w].
 
-    As `weights(to_original(maps)).max(1)`, in strips: 150 classes of a 12-megapixel picture are 7 GB.
+    As `weights(to_original(maps)).max(1)`, in strips: 150 classes of a 12-megapixel image are 7 GB.
     """
     height, width = seen.geometry.valid_hw
     maps = maps[..., :height, :width].float()
@@ -179,9 +179,9 @@ def best_class(maps: Tensor, seen: Seen, weights: Callable[[Tensor], Tensor]) ->
 
 
 class OutputNames:
-    """One name per picture in a folder of results; a name once given to a picture is never given to another.
+    """One name per image in a folder of results; a name once given to an image is never given to another.
 
-    `pictures.csv` in the folder remembers, so that a second run with other pictures of the same names overwrites nothing.
+    `images.csv` in the folder remembers, so that a second run with other images of the same names overwrites nothing.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -190,25 +190,25 @@ class OutputNames:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DinoError(f"cannot make the folder {self.folder}: {error.strerror or error}") from None
-        self.table = self.folder / "pictures.csv"
+        self.table = self.folder / "images.csv"
         self.name_of: dict[str, str] = {}
         if self.table.is_file():
             with self.table.open(newline="", encoding="utf-8") as file:
-                self.name_of = {row["picture"]: row["name"] for row in csv.DictReader(file)}
+                self.name_of = {row["image"]: row["name"] for row in csv.DictReader(file)}
 
     def __call__(self, path: str) -> str:
-        """The name for a picture's path: its stem; with its folder, or a few digits, where that is another's."""
+        """The name for an image's path: its stem; with its folder, or a few digits, where that is another's."""
         if path in self.name_of:
             return self.name_of[path]
         taken = {name.casefold() for name in self.name_of.values()}
-        stem, folder = Path(path).stem or "picture", Path(path).parent.name
+        stem, folder = Path(path).stem or "image", Path(path).parent.name
         digits = hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()[:8]
         name = next(n for n in (stem, f"{folder}-{stem}", f"{stem}-{digits}") if n.casefold() not in taken)
         new = not self.table.exists()
         with self.table.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.writer(file)
             if new:
-                writer.writerow(("name", "picture"))
+                writer.writerow(("name", "image"))
             writer.writerow((name, path))
         self.name_of[path] = name
         return name

@@ -1,6 +1,6 @@
-"""Metres from the camera, for every pixel of a picture (paper §7; the SYNTHMIX head, or a depth head of your own).
+"""Metres from the camera, for every pixel of an image (paper §7; the SYNTHMIX head, or a depth head of your own).
 
-The published head's metres are right up to a scale and a shift per picture: near and far are, absolute numbers need a
+The published head's metres are right up to a scale and a shift per image: near and far are, absolute numbers need a
 measured distance or two.
 """
 
@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 from torch import nn
 
+from dinov3 import drawing
 from dinov3.errors import DinoError
 from dinov3.heads.dpt import Depther
 from dinov3.heads.encoder import resized
-from dinov3.predict import drawing
 from dinov3.predict.common import in_folder, own_rule, predicted_map, rule_of, see, to_original
 
 SIZE = 768  # short side in pixels, as the published head was evaluated
@@ -27,7 +27,7 @@ SIZE = 768  # short side in pixels, as the published head was evaluated
 
 @dataclass(frozen=True)
 class DepthMap:
-    """depth_m [H, W] float32, metres, in the original picture's geometry."""
+    """depth_m [H, W] float32, metres, in the original image's geometry."""
 
     depth_m: np.ndarray
     image: Image.Image
@@ -36,7 +36,7 @@ class DepthMap:
         low, high = (float(v) for v in np.percentile(self.depth_m, (1, 99)))
         return drawing.side_by_side(self.image, drawing.heights_drawn(self.depth_m, low, high, "m"))
 
-    def save(self, folder: str | os.PathLike[str], name: str = "picture") -> list[Path]:
+    def save(self, folder: str | os.PathLike[str], name: str = "image") -> list[Path]:
         """`NAME_depth.npy` (float32 metres) and `NAME_depth.png` to look at."""
         data, seen = in_folder(folder) / f"{name}_depth.npy", in_folder(folder) / f"{name}_depth.png"
         np.save(data, self.depth_m)
@@ -53,22 +53,22 @@ def depther_of(model: nn.Module, task: str = "depth") -> Depther:
 @torch.inference_mode()
 def predict_depth(
     model: nn.Module,
-    picture: Any,
+    image: Any,
     *,
     size: int | None = None,
     window: int | None = None,
     stride: int | None = None,
     flip: bool = False,
 ) -> DepthMap:
-    """size: the short side at which the model sees the picture (default: as a head of your own was trained; else 768).
+    """size: the short side at which the model sees the image (default: as a head of your own was trained; else 768).
     window, stride: sliding windows of so
-    many pixels of that size, for pictures beyond what fits at once. flip: mean with the mirrored picture's depth."""
+    many pixels of that size, for images beyond what fits at once. flip: mean with the mirrored image's depth."""
     depther = depther_of(model)
     own = own_rule(depther)
-    seen = see(depther, picture, own if own is not None and size is None else rule_of(depther, size or SIZE))
+    seen = see(depther, image, own if own is not None and size is None else rule_of(depther, size or SIZE))
 
     def metres(x: torch.Tensor, size_hw: tuple[int, int]) -> torch.Tensor:
-        return resized(depther.in_picture(x), size_hw)
+        return resized(depther.in_image(x), size_hw)
 
     depth = predicted_map(seen.x, metres, 1, window, stride)
     if flip:

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from torch import nn
 
+from dinov3 import drawing
 from dinov3.data import names as known_names
 from dinov3.errors import DinoError
-from dinov3.predict import drawing
 from dinov3.predict.common import colours_of, in_folder, own_rule, rule_of, see
 
 SIZE = 768  # short side; the published evaluation's 2048 costs seven times as much and finds smaller things
@@ -25,7 +25,7 @@ THRESHOLD = 0.5
 
 @dataclass(frozen=True)
 class Objects:
-    """n boxes, best first: boxes_xyxy_px [n, 4] float32 in the original picture's pixels, scores [n] in [0, 1], labels
+    """n boxes, best first: boxes_xyxy_px [n, 4] float32 in the original image's pixels, scores [n] in [0, 1], labels
     [n] (COCO category ids for the published head) and their names. `categories`: all names by label."""
 
     boxes_xyxy_px: np.ndarray
@@ -41,7 +41,7 @@ class Objects:
         return len(self.scores)
 
     def without_image(self) -> Objects:
-        """For keeping the boxes of many pictures."""
+        """For keeping the boxes of many images."""
         return replace(self, image=None)
 
     def drawing(self) -> Image.Image:
@@ -49,7 +49,7 @@ class Objects:
         labels = self.labels.tolist()
         return drawing.boxes_over(self.image, self.boxes_xyxy_px, labels, self.names, self.scores, self.colours)
 
-    def save(self, folder: str | os.PathLike[str], name: str = "picture") -> list[Path]:
+    def save(self, folder: str | os.PathLike[str], name: str = "image") -> list[Path]:
         """`NAME_boxes.json` (COCO's form) and `NAME_boxes.png` to look at."""
         data, seen = in_folder(folder) / f"{name}_boxes.json", in_folder(folder) / f"{name}_boxes.png"
         write_coco(data, [(name, self)])
@@ -57,12 +57,12 @@ class Objects:
         return [data, seen]
 
 
-def write_coco(path: Path, pictures: Iterable[tuple[str, Objects]]) -> None:
+def write_coco(path: Path, detections: Iterable[tuple[str, Objects]]) -> None:
     """One file in COCO's form: images, annotations (bbox x, y, width, height in pixels, with a score), categories."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     categories: dict[int, dict[str, Any]] = {}
-    for number, (file_name, found) in enumerate(pictures, 1):
+    for number, (file_name, found) in enumerate(detections, 1):
         images.append({"id": number, "file_name": file_name, "width": found.size_wh[0], "height": found.size_wh[1]})
         categories |= {i: {"id": i, "name": n} for i, n in enumerate(found.categories) if n}
         for (x0, y0, x1, y1), score, label in zip(found.boxes_xyxy_px.tolist(), found.scores, found.labels):
@@ -85,14 +85,14 @@ def write_coco(path: Path, pictures: Iterable[tuple[str, Objects]]) -> None:
 @torch.inference_mode()
 def predict_objects(
     model: nn.Module,
-    picture: Any,
+    image: Any,
     *,
     size: int | None = None,
     threshold: float = THRESHOLD,
     most: int = 100,
     names: Sequence[str] | None = None,
 ) -> Objects:
-    """size: the short side at which the model sees the picture (default: as a head of your own was trained; else 768).
+    """size: the short side at which the model sees the image (default: as a head of your own was trained; else 768).
     threshold: the least score that is
     kept; most: at most so many boxes. names: of the labels, where the model has none."""
     if not hasattr(model, "detect"):
@@ -103,7 +103,7 @@ def predict_objects(
     # sides that are no multiples of the patch would lose their rest in the windows of the backbone
     own = own_rule(model)
     rule = own if own is not None and size is None else rule_of(model, size or SIZE)
-    seen = see(model, picture, rule.with_(multiple=16, fit="resize"))
+    seen = see(model, image, rule.with_(multiple=16, fit="resize"))
     x = seen.x[0].to(next(model.parameters()).dtype)
     (found,) = detector.detect([x], [seen.size_hw], score_threshold=threshold, most=most)
     categories = _categories(detector, names)

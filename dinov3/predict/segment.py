@@ -14,20 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from dinov3 import drawing
 from dinov3.data import names as known_names
 from dinov3.errors import DinoError
 from dinov3.heads.windows import class_maps
-from dinov3.predict import drawing
-from dinov3.predict.common import (
-    best_class,
-    colours_of,
-    in_folder,
-    names_of,
-    own_rule,
-    predicted_map,
-    rule_of,
-    see,
-)
+from dinov3.predict.common import best_class, colours_of, in_folder, names_of, own_rule, predicted_map, rule_of, see
 
 SIZES = {"linear": 512, "m2f": 896}  # short side and windows of the published protocols; every 2/3 of a window
 
@@ -35,7 +26,7 @@ SIZES = {"linear": 512, "m2f": 896}  # short side and windows of the published p
 @dataclass(frozen=True)
 class Segmentation:
     """classes [H, W] uint8 (uint16 beyond 256 classes), numbers into `names`; probability [H, W] float32 of that class;
-    both in the original picture's geometry."""
+    both in the original image's geometry."""
 
     classes: np.ndarray
     probability: np.ndarray
@@ -44,7 +35,7 @@ class Segmentation:
     image: Image.Image
 
     def shares(self) -> dict[str, float]:
-        """Share of the picture's area of every class that occurs, the largest first."""
+        """Share of the image's area of every class that occurs, the largest first."""
         numbers, counts = np.unique(self.classes, return_counts=True)
         return {
             self.names[numbers[i]]: float(counts[i] / self.classes.size) for i in np.argsort(-counts, kind="stable")
@@ -53,7 +44,7 @@ class Segmentation:
     def drawing(self) -> Image.Image:
         return drawing.classes_over(self.image, self.classes, self.names, self.colours)
 
-    def save(self, folder: str | os.PathLike[str], name: str = "picture") -> list[Path]:
+    def save(self, folder: str | os.PathLike[str], name: str = "image") -> list[Path]:
         """`NAME_classes.png` (pixel values are class numbers; with a palette up to 256 classes, 16 bits beyond),
         `NAME_classes.json` (what the numbers mean, areas) and `NAME_segments.png` to look at."""
         base = in_folder(folder)
@@ -89,7 +80,7 @@ def n_classes_of(model: Any, kind: str) -> int:
 @torch.inference_mode()
 def predict_segments(
     model: nn.Module,
-    picture: Any,
+    image: Any,
     *,
     size: int | None = None,
     window: int | None = None,
@@ -97,7 +88,7 @@ def predict_segments(
     whole: bool = False,
     names: Sequence[str] | None = None,
 ) -> Segmentation:
-    """size: the short side at which the model sees the picture (default: as a head of your own was trained; else 512 for
+    """size: the short side at which the model sees the image (default: as a head of your own was trained; else 512 for
     linear heads, 896 for Mask2Former). window, stride: sliding windows (default: the short side and 2/3 of it, as both
     published protocols have it). whole: no windows; the model sees all at once, which costs memory but has no seams.
     names: of the classes, where the model has none (150 are taken for ADE20K's)."""
@@ -108,7 +99,7 @@ def predict_segments(
     rule = own if own is not None and size is None else rule_of(model, size or SIZES[kind])
     if window is None and not whole and rule.shape == "short":
         window = rule.size
-    seen = see(model, picture, rule)
+    seen = see(model, image, rule)
     segmentor: Any = model
 
     def maps_of(x: Tensor, size_hw: tuple[int, int]) -> Tensor:

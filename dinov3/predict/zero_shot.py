@@ -1,6 +1,6 @@
-"""Classes that are only words, with dino.txt: of a whole picture, or of every place in it (paper §5.3, Tab. 16).
+"""Classes that are only words, with dino.txt: of a whole image, or of every place in it (paper §5.3, Tab. 16).
 
-Class names are put into sentences (CLIP's 80 by default) and become vectors once, `Words`; pictures are compared with
+Class names are put into sentences (CLIP's 80 by default) and become vectors once, `Words`; images are compared with
 them. Nothing needs to be trained for a new list of classes.
 """
 
@@ -18,14 +18,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dinov3 import drawing
 from dinov3.data import names as known_names
 from dinov3.data.tokenizer import Tokenizer
-from dinov3.data.transforms import Preprocessing
+from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.errors import DinoError
-from dinov3.heads.dinotxt import DinoTxt
-from dinov3.heads.open_vocabulary import OpenVocabulary, averaged, patch_part, prompt_features
+from dinov3.heads.dinotxt.model import DinoTxt
+from dinov3.heads.dinotxt.open_vocabulary import OpenVocabulary, averaged, patch_part, prompt_features
 from dinov3.hub.heads import palette
-from dinov3.predict import drawing
 from dinov3.predict.common import best_class, in_folder, predicted_map, rule_of, see, statistics
 from dinov3.predict.segment import Segmentation
 
@@ -35,10 +35,10 @@ SHORT, WINDOW, STRIDE = 512, 384, 192  # of the published example for places
 
 @dataclass(frozen=True, eq=False)
 class Words:
-    """C classes as vectors of length one: picture [C, E] compares with whole pictures, patch [C, D'] with places."""
+    """C classes as vectors of length one: image [C, E] compares with whole images, patch [C, D'] with places."""
 
     names: tuple[str, ...]
-    picture: Tensor
+    image: Tensor
     patch: Tensor | None  # None: the model was trained without patch tokens
 
 
@@ -54,7 +54,7 @@ def words(model: DinoTxt, tokenizer: Tokenizer, names: Sequence[str], templates:
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """cosines [C] of the picture with each class, probabilities [C] by the model's own temperature."""
+    """cosines [C] of the image with each class, probabilities [C] by the model's own temperature."""
 
     cosines: np.ndarray
     probabilities: np.ndarray
@@ -69,7 +69,7 @@ class ZeroShot:
     def drawing(self) -> Image.Image:
         return drawing.shares_beside(self.image, [(name, p) for _, name, p in self.best()])
 
-    def save(self, folder: str | os.PathLike[str], name: str = "picture") -> list[Path]:
+    def save(self, folder: str | os.PathLike[str], name: str = "image") -> list[Path]:
         """`NAME_words.csv` (rank, class, name, probability, cosine) and `NAME_words.png` to look at."""
         data, seen = in_folder(folder) / f"{name}_words.csv", in_folder(folder) / f"{name}_words.png"
         with data.open("w", newline="", encoding="utf-8") as file:
@@ -88,17 +88,17 @@ def check_model(model: Any) -> DinoTxt:
 
 
 @torch.inference_mode()
-def predict_words(model: DinoTxt, picture: Any, classes: Words, *, size: int = SIZE) -> ZeroShot:
+def predict_words(model: DinoTxt, image: Any, classes: Words, *, size: int = SIZE) -> ZeroShot:
     """size: the side of the square cut from the middle, after the short side was brought to it (bicubic)."""
     step: Any = check_model(model).visual_model.backbone.stride
     size = max(step, round(size / step) * step)
     rule = Preprocessing.named(
         "classification", **{"size": size, "center_crop": size, "multiple": step} | statistics(model)
     )
-    seen = see(model, picture, rule)
+    seen = see(model, image, rule)
     weight = model.visual_model.backbone.cls_token
-    image = model.encode_image(seen.x.to(weight.dtype), normalize=True).float().cpu()
-    cosines = (image @ classes.picture.T)[0]  # [C]
+    embedding = model.encode_image(seen.x.to(weight.dtype), normalize=True).float().cpu()
+    cosines = (embedding @ classes.image.T)[0]  # [C]
     scale = model.logit_scale.exp().float().cpu()
     return ZeroShot(cosines.numpy(), (scale * cosines).softmax(0).numpy(), classes.names, seen.image)
 
@@ -106,7 +106,7 @@ def predict_words(model: DinoTxt, picture: Any, classes: Words, *, size: int = S
 @torch.inference_mode()
 def predict_places(
     model: DinoTxt,
-    picture: Any,
+    image: Any,
     classes: Words,
     *,
     size: int = SHORT,
@@ -120,10 +120,10 @@ def predict_places(
     cosine; shares have no temperature and so are close to each other.
     """
     if classes.patch is None:
-        raise DinoError("this dino.txt was trained without patch tokens: it can name pictures, but not places in them")
+        raise DinoError("this dino.txt was trained without patch tokens: it can name images, but not places in them")
     if window is not None and stride is None:
         stride = max(1, window // 2)
-    seen = see(check_model(model), picture, rule_of(model, size, interpolation="bicubic"))
+    seen = see(check_model(model), image, rule_of(model, size, interpolation="bicubic"))
     maps_of = OpenVocabulary(model, classes.patch, softmax=window is not None)
     maps = predicted_map(seen.x, maps_of.predict, len(classes.names), window, stride)
     number, share = best_class(maps, seen, lambda m: m)

@@ -20,7 +20,7 @@ from dinov3.checkpoint import Checkpoints
 from dinov3.config import TrainConfig, load_teacher, resolutions, vit_config
 from dinov3.data.crops import CropRules
 from dinov3.data.datasets import make_dataset
-from dinov3.data.loaders import CropLoader
+from dinov3.data.loading import CropLoader
 from dinov3.data.masking import MaskRules
 from dinov3.distributed import Group
 from dinov3.errors import DinoError
@@ -49,14 +49,14 @@ class Trainer:
     seed: int
     group: Group = None  # the ranks of this student
     several: bool = False  # whether other students run beside it
-    batch: int = 0  # pictures of all ranks of this student in a batch
+    batch: int = 0  # images of all ranks of this student in a batch
     notes: list[str] = field(default_factory=list)
     reported: int = 0
-    consumed: int = 0  # pictures of finished iterations
+    consumed: int = 0  # images of finished iterations
 
     @property
     def global_batch(self) -> int:
-        """Pictures in a step."""
+        """Images in a step."""
         return self.batch * self.config.optim.accumulation_steps
 
     def introduction(self, first: int) -> str:
@@ -64,7 +64,7 @@ class Trainer:
         ranks = distributed.world(self.group)
         return (
             f"{'training' if first == 0 else f'going on at iteration {first} of'} {self.schedules.total} iterations, "
-            f"{self.global_batch} of {self.loader.order.length} pictures each, on {ranks} "
+            f"{self.global_batch} of {self.loader.order.length} images each, on {ranks} "
             f"{'process' if ranks == 1 else 'processes'} ({self.device.type}); the student has {count / 1e6:.1f} M parameters"
         )
 
@@ -81,7 +81,7 @@ class Trainer:
         return batch.to(self.device, DTYPES[self.config.compute_precision.param_dtype])
 
     def report_unreadable(self) -> str | None:
-        """Says how many pictures could not be read and were replaced; why to stop, if they are too many.
+        """Says how many images could not be read and were replaced; why to stop, if they are too many.
 
         Each counts once, however many passes meet it.
         """
@@ -90,11 +90,11 @@ class Trainer:
             return None
         self.reported = count
         name = list(self.loader.unreadable)[-1]
-        self.run.say(f"unreadable pictures replaced by others so far: {count}; the last: {name}")
+        self.run.say(f"unreadable images replaced by others so far: {count}; the last: {name}")
         if data.unreadable == "skip" and count <= data.max_unreadable:
             return None
         return (
-            f"{count} pictures could not be read, such as {name}; data.unreadable={data.unreadable} and "
+            f"{count} images could not be read, such as {name}; data.unreadable={data.unreadable} and "
             f"data.max_unreadable={data.max_unreadable} say to stop"
         )
 
@@ -215,7 +215,7 @@ class Trainer:
             seed_everything(self.seed + distributed.rank() + 1_000_003 * first)
             self.notes.append(
                 f"{path} was saved by {len(state['random'])} processes and {distributed.world(self.group)} go on: the "
-                "pictures are the same, random draws inside the network begin anew"
+                "images are the same, random draws inside the network begin anew"
             )
         return first
 
@@ -233,7 +233,7 @@ def assemble(
 ) -> Trainer:
     """From a configuration to the parts of a run.
 
-    `several`: one of several students, trained by `group` on `global_batch` pictures, which all ranks load together.
+    `several`: one of several students, trained by `group` on `global_batch` images, which all ranks load together.
     """
     notes: list[str] = []
     rank, world = distributed.rank(), distributed.world()
@@ -248,7 +248,7 @@ def assemble(
             rank,
             world,
             batch_size=-(-global_batch // world),
-            masked_pictures=global_batch // distributed.world(group),
+            masked_images=global_batch // distributed.world(group),
         )
         options = {"cls": MultiDistillation, "global_batch": global_batch}
     else:
@@ -286,9 +286,9 @@ def build_loader(
     world: int,
     *,
     batch_size: int | None = None,
-    masked_pictures: int | None = None,
+    masked_images: int | None = None,
 ) -> CropLoader:
-    """Pictures, crops and masks as `train`, `crops`, `ibot` and `data` say."""
+    """Images, crops and masks as `train`, `crops`, `ibot` and `data` say."""
     c = config.crops
     assert config.train.dataset_path is not None
     shared = {
@@ -332,7 +332,7 @@ def build_loader(
         workers=config.train.num_workers,
         prefetch=config.data.prefetch_factor,
         pin_memory=device.type == "cuda",
-        masked_pictures=masked_pictures,
+        masked_images=masked_images,
     )
 
 

@@ -1,7 +1,7 @@
 """How good the features are, while training goes on: k nearest neighbours, voting (DINO's protocol; paper §6, App. D).
 
 A small plain check on the average of the moment. The full evaluation, with its protocol and its options, is another
-activity. Every process takes its share of the pictures; the result is the same on all.
+activity. Every process takes its share of the images; the result is the same on all.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dinov3 import distributed
 from dinov3.config import EvaluationConfig, TrainConfig
 from dinov3.data.datasets import make_dataset
-from dinov3.data.transforms import Preprocessing
+from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.distributed import Group
 from dinov3.errors import DinoError
 from dinov3.features import batched, extract
@@ -41,10 +41,7 @@ def features_of(
     stride: Any = backbone.stride
     mean, std = config.crops.rgb_mean, config.crops.rgb_std
     rule = Preprocessing(
-        size=e.knn_image_size,
-        multiple=stride,
-        mean=(mean[0], mean[1], mean[2]),
-        std=(std[0], std[1], std[2]),
+        size=e.knn_image_size, multiple=stride, mean=(mean[0], mean[1], mean[2]), std=(std[0], std[1], std[2])
     )
     batches = batched((data[i][0] for i in mine), rule, e.knn_batch_size)
     cls = torch.cat([f.cls for f in extract(backbone, batches, preprocessing=rule)])

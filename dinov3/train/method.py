@@ -14,8 +14,8 @@ Four networks with four names. `student` learns by gradients. `ema` is its movin
 `values` are this iteration's scheduled numbers (`optim.StepValues`). Nothing here knows of iterations to come, files,
 devices, sharding or precision; the ranks are met only in sums, through `group`.
 
-Legend: B pictures, n_l local crops, P patches of a global crop, D width, K prototypes, n masked patches. Crops are
-crop-major: row c·B + b is crop c of picture b.
+Legend: B images, n_l local crops, P patches of a global crop, D width, K prototypes, n masked patches. Crops are
+crop-major: row c·B + b is crop c of image b.
 """
 
 from __future__ import annotations

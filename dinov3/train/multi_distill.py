@@ -3,15 +3,15 @@
     torchrun --nproc-per-node 8 dinov3/train/train.py --multi-distillation --config-file … --output-dir OUT …
 
 World of N ranks; student s has n_s of them, in proportion to its size, so that all take equally long. Every rank loads
-ceil(G/N) pictures and runs the teacher, sharded over all ranks, on these. Then pictures and the teacher's words for them
-are gathered and dealt out anew: each student sees the whole batch G, G/n_s pictures a rank. What travels of the teacher are
+ceil(G/N) images and runs the teacher, sharded over all ranks, on these. Then images and the teacher's words for them
+are gathered and dealt out anew: each student sees the whole batch G, G/n_s images a rank. What travels of the teacher are
 the unit vectors before the prototypes (hundreds of numbers), and the prototypes are applied where they are needed.
 
 Losses, optimiser, average, checkpoints and metrics are each student's own, in <OUT>/<name>. All students stop together and
 go on together, from the newest iteration that all of them have saved.
 
 Left out: Gram anchoring, and KoLeo with neighbours on other ranks (the configuration says so).
-Legend: G pictures of a step, L loaded by a rank, b = G/n_s of a student's rank, P patches, w width of a bottleneck.
+Legend: G images of a step, L loaded by a rank, b = G/n_s of a student's rank, P patches, w width of a bottleneck.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ from dinov3.train.train import Outcome, loop, put_aside
 
 
 def dealt(x: Tensor, global_batch: int, group: Group, axis: int = 0) -> Tensor:
-    """All ranks' pictures (along `axis`, L each) in rank order, the first G of them, this rank's share in its group.
+    """All ranks' images (along `axis`, L each) in rank order, the first G of them, this rank's share in its group.
 
-    [.., L, ..] → [.., G/n, ..]. A student's ranks together hold all G pictures, whatever the sizes of the groups.
+    [.., L, ..] → [.., G/n, ..]. A student's ranks together hold all G images, whatever the sizes of the groups.
     """
     everybody = distributed.all_gather(x.movedim(axis, 0).contiguous())[:global_batch]
     n = distributed.world(group)
     if len(everybody) < global_batch or global_batch % n:
         raise DinoError(
-            f"{len(everybody)} pictures were loaded for a global batch of {global_batch}, dealt among {n} ranks"
+            f"{len(everybody)} images were loaded for a global batch of {global_batch}, dealt among {n} ranks"
         )
     return everybody.chunk(n)[distributed.rank(group)].movedim(0, axis)
 
 
 @dataclass
 class DealtBatch(CropBatch):
-    """What a rank's student sees (masks included), and the pictures that this rank loaded, for the teacher."""
+    """What a rank's student sees (masks included), and the images that this rank loaded, for the teacher."""
 
     loaded: CropBatch | None = None
 
@@ -68,7 +68,7 @@ class MultiDistillation(SelfDistillation):
         self.global_batch = global_batch
 
     def receive(self, batch: CropBatch) -> CropBatch:
-        """Crops of other ranks' pictures for this rank's student; the masks were made for them already."""
+        """Crops of other ranks' images for this rank's student; the masks were made for them already."""
         L = batch.batch_size
 
         def deal(crops: Tensor) -> Tensor:
@@ -122,14 +122,7 @@ def train_students(
         if not resume:
             put_aside(run, group)
         trainer = assemble(
-            config,
-            run,
-            device,
-            seed=seed,
-            near=Path(file).parent,
-            group=group,
-            several=True,
-            global_batch=G,
+            config, run, device, seed=seed, near=Path(file).parent, group=group, several=True, global_batch=G
         )
         first = trainer.resume(common_iteration([it for it, _ in trainer.checkpoints.all()])) if resume else 0
         run.start(config, iteration=first, sinks=config.run.sinks)
@@ -142,7 +135,7 @@ def train_students(
 
 
 def check_alike(name: str, config: TrainConfig) -> None:
-    """Students see the same pictures in the same steps: what shapes these must not differ between their files."""
+    """Students see the same images in the same steps: what shapes these must not differ between their files."""
     keys = ["optim.epochs", "optim.iterations", "optim.accumulation_steps", "train.OFFICIAL_EPOCH_LENGTH"]
     keys += ["train.dataset_path", "train.seed", "student.patch_size"]
     keys += [f"crops.{f.name}" for f in fields(config.crops) if f.name != "teacher_to_student_resolution_scale"]

@@ -78,7 +78,7 @@ def train(
 ) -> Outcome:
     """Trains in the folder `out`, from its newest checkpoint if there is one and `resume`; alone, or with the other ranks.
 
-    `seed`: of weights, and (plus the rank) of random draws in the network; the order of the pictures is
+    `seed`: of weights, and (plus the rank) of random draws in the network; the order of the images is
     `config.train.seed`. `notes`: lines for the log. `near`: the folder that relative paths in the configuration refer to.
     """
     device = distributed.setup(None if config.run.device == "auto" else config.run.device)

@@ -18,14 +18,14 @@ _WHERE = {
     "fingerprint": "dinov3.weights.loading",
     "open": "dinov3.weights.loading",
     "save": "dinov3.weights.loading",
-    "fetch": "dinov3.weights.cache",
+    "fetch": "dinov3.weights.download",
     "resolve": "dinov3.weights.catalog",
 }
 __all__ = ["OpenedWeights", "build", "explain_mismatch", "fetch", "fingerprint", "open", "resolve", "save"]
 
 if TYPE_CHECKING:
-    from dinov3.weights.cache import fetch
     from dinov3.weights.catalog import resolve
+    from dinov3.weights.download import fetch
     from dinov3.weights.loading import OpenedWeights, build, explain_mismatch, fingerprint, open, save
 
 

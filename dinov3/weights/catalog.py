@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 DEFAULT_MODEL: str = "dinov3_vitt16"
 DEFAULT_WEIGHTS: str | None = None
 
-# Statistics of the training pictures, RGB in [0, 1].
+# Statistics of the training images, RGB in [0, 1].
 STATISTICS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
     "lvd1689m": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "sat493m": ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143)),
     "own": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 DATASETS = {
-    "lvd1689m": "LVD-1689M, web pictures",
-    "sat493m": "SAT-493M, satellite pictures at 0.6 m",
-    "own": "freely licensed pictures; the file ships with the package under Apache-2.0",
+    "lvd1689m": "LVD-1689M, web images",
+    "sat493m": "SAT-493M, satellite images at 0.6 m",
+    "own": "freely licensed images; the file ships with the package under Apache-2.0",
 }
 
 DOWNLOAD_BASE = "https://dl.fbaipublicfiles.com/dinov3"  # DINOV3_DOWNLOAD_BASE in the environment overrides it
@@ -118,7 +118,7 @@ class Row:
         return self.options["embed_dim"] if self.family == "vit" else self.options["dims"][-1]
 
     def tokens(self, size: int) -> int:
-        """Length of the sequence for a size × size picture: CLS + registers + patches (ConvNeXt: pooled + pixels)."""
+        """Length of the sequence for a size × size image: CLS + registers + patches (ConvNeXt: pooled + pixels)."""
         if self.family == "convnext":
             return 1 + (size // 32) ** 2
         return 1 + self.options["n_storage_tokens"] + (size // self.options.get("patch_size", 16)) ** 2
@@ -223,7 +223,7 @@ class HeadRow:
 
     @property
     def statistics(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-        """(mean, std) of the pictures the head was trained on."""
+        """(mean, std) of the images the head was trained on."""
         (row,) = (row for row in ROWS if row.id == self.backbone)
         return self.mean or row.mean, row.std
 

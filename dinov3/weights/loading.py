@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 from dinov3.errors import UnsafeFile, WeightsError, WeightsMismatch, did_you_mean, require
 from dinov3.models import BackboneConfig, ConvNeXtConfig, backbone
-from dinov3.weights import cache, configs, formats
+from dinov3.weights import configs, formats
+from dinov3.weights import download as cache
 from dinov3.weights.catalog import Row, aliases
 
 RESIDUE_FILE = "dinov3_residue.safetensors"
@@ -191,7 +192,7 @@ def _which(
     lone: bool,
 ) -> tuple[Row, ...]:
     """Which of several published files of one architecture this is; all of them if nothing tells."""
-    if "local_cls_norm.weight" in state:  # L has it only when trained on satellite pictures
+    if "local_cls_norm.weight" in state:  # L has it only when trained on satellite images
         rows = tuple(r for r in rows if r.options.get("untie_global_and_local_cls_norm")) or rows
     text = " ".join(names).lower()
     by_hash = tuple(r for r in rows if r.sha256_prefix and f"-{r.sha256_prefix}." in text)

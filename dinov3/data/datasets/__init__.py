@@ -4,9 +4,9 @@
     ImageNet22k:root=/data/imagenet22k:extra=/data/imagenet22k-index
     Folder:root=/data/photos            or simply /data/photos: folder, list file, tar shards, Parquet, glob
 
-A value may hold ":" and "=" (C:\\pictures, a=b/c): it ends only where ":key=" of a key follows. A data set offers
+A value may hold ":" and "=" (C:\\images, a=b/c): it ends only where ":key=" of a key follows. A data set offers
 
-    len(data), data[i] → (PIL picture, target), data.read(i) → encoded bytes, data.name(i), data.label(i)
+    len(data), data[i] → (PIL image, target), data.read(i) → encoded bytes, data.name(i), data.label(i)
 
 Adding one: a class with `from_options(**strings)` in a file here, and one row in `KNOWN`.
 """
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from dinov3.errors import DinoError, UnknownName, did_you_mean
 
 if TYPE_CHECKING:
-    from dinov3.data.datasets.base import PictureDataset
+    from dinov3.data.datasets.base import ImageDataset
     from dinov3.data.datasets.folder import Folder
     from dinov3.data.datasets.imagenet import ImageNet, ImageNet22k
 
@@ -61,15 +61,12 @@ def __getattr__(name: str) -> Any:
 
 
 def make_dataset(
-    text: str,
-    *,
-    transform: Callable[[Any], Any] | None = None,
-    target_transform: Callable[[Any], Any] | None = None,
-) -> PictureDataset:
+    text: str, *, transform: Callable[[Any], Any] | None = None, target_transform: Callable[[Any], Any] | None = None
+) -> ImageDataset:
     """The data set that a line of text names. Raises `DinoError` with a sentence for every mistake in it."""
     name, options = parse_dataset(text)
     module = importlib.import_module(f"{__name__}.{KNOWN[name][0]}")
-    dataset: PictureDataset = getattr(module, name).from_options(**options)
+    dataset: ImageDataset = getattr(module, name).from_options(**options)
     dataset.transform, dataset.target_transform = transform, target_transform
     return dataset
 

@@ -1,16 +1,16 @@
-"""What all picture data sets share: from encoded bytes to (picture, target), and a name for every message."""
+"""What all image data sets share: from encoded bytes to (image, target), and a name for every message."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Self
 
-from dinov3.data.pictures import open_picture
-from dinov3.errors import DinoError, PictureError
+from dinov3.data.images import open_image
+from dinov3.errors import DinoError, ImageError
 
 
-class PictureDataset:
-    """A map from a number to an encoded picture; decoding and targets on top. Picklable, so workers can have it."""
+class ImageDataset:
+    """A map from a number to an encoded image; decoding and targets on top. Picklable, so workers can have it."""
 
     transform: Callable[[Any], Any] | None = None
     target_transform: Callable[[Any], Any] | None = None
@@ -24,26 +24,26 @@ class PictureDataset:
         raise NotImplementedError
 
     def read(self, index: int) -> bytes:
-        """The encoded picture. Raises `PictureError` with the reason if it cannot be had."""
+        """The encoded image. Raises `ImageError` with the reason if it cannot be had."""
         raise NotImplementedError
 
     def name(self, index: int) -> str:
-        """Where the picture is, for messages."""
+        """Where the image is, for messages."""
         raise NotImplementedError
 
     def label(self, index: int) -> int | None:
-        """The number of the picture's class; None where there are no classes."""
+        """The number of the image's class; None where there are no classes."""
         return None
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        """(upright RGB picture, target), each through its transform."""
+        """(upright RGB image, target), each through its transform."""
         if not -len(self) <= index < len(self):
-            raise IndexError(f"picture {index} of {len(self)}")
+            raise IndexError(f"image {index} of {len(self)}")
         index %= len(self)
         try:
-            image: Any = open_picture(self.read(index)).image
-        except PictureError as error:
-            raise PictureError(f"{self.name(index)}: {error}") from None
+            image: Any = open_image(self.read(index)).image
+        except ImageError as error:
+            raise ImageError(f"{self.name(index)}: {error}") from None
         target: Any = self.label(index)
         if self.transform is not None:
             image = self.transform(image)

@@ -1,12 +1,12 @@
-"""Pictures with sentences: COCO Captions in its published layout, and your own.
+"""Images with sentences: COCO Captions in its published layout, and your own.
 
     CocoCaptions:root=/data/coco:split=TRAIN             annotations_trainval2014/, train2014/train2014/; 2017 for VAL
-    Captions:root=/data/photos                           beside every picture a .txt of the same name, a caption a line
-    Captions:root=/data/photos:captions=captions.csv     a table: picture, caption; .csv, .tsv (with a header) or .jsonl
+    Captions:root=/data/photos                           beside every image a .txt of the same name, a caption a line
+    Captions:root=/data/photos:captions=captions.csv     a table: image, caption; .csv, .tsv (with a header) or .jsonl
 
-`data[i]` gives (picture, one of its captions): which one is a function of (seed, epoch, index) for whoever says so
+`data[i]` gives (image, one of its captions): which one is a function of (seed, epoch, index) for whoever says so
 (`caption`), else the first. (The reference draws with Python's global random state, and reads VAL's captions from
-TRAIN's file, which knows none of its pictures.)
+TRAIN's file, which knows none of its images.)
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from typing import Any, Self
 
 import numpy as np
 
-from dinov3.data.datasets.base import PictureDataset, required
-from dinov3.data.pictures import read_file
+from dinov3.data.datasets.base import ImageDataset, required
+from dinov3.data.images import read_file
 from dinov3.data.sources import open_source
 from dinov3.errors import DinoError, UnknownName, did_you_mean
 
-COCO_PLACES = {  # split → (captions, pictures)
+COCO_PLACES = {  # split → (captions, images)
     "TRAIN": ("annotations_trainval2014/annotations/captions_train2014.json", "train2014/train2014"),
     "VAL": ("annotations_trainval2017/annotations/captions_val2017.json", "val2017/val2017"),
 }
-PICTURE_COLUMNS, CAPTION_COLUMNS = ("picture", "image", "path", "file", "file_name"), ("caption", "text", "sentence")
+IMAGE_COLUMNS, CAPTION_COLUMNS = ("picture", "image", "path", "file", "file_name"), ("caption", "text", "sentence")
 
 
-class Captioned(PictureDataset):
-    """Files below `root`, each with at least one caption. `pictures`: relative path → captions, in their order."""
+class Captioned(ImageDataset):
+    """Files below `root`, each with at least one caption. `images`: relative path → captions, in their order."""
 
-    def __init__(self, root: str | os.PathLike[str], pictures: Mapping[str, list[str]], where: str) -> None:
+    def __init__(self, root: str | os.PathLike[str], images: Mapping[str, list[str]], where: str) -> None:
         self.root = Path(root).expanduser()
-        self.paths = list(pictures)
-        self.captions = [pictures[p] for p in self.paths]
+        self.paths = list(images)
+        self.captions = [images[p] for p in self.paths]
         if not self.paths:
-            raise DinoError(f"{where} gives no picture a caption: there is nothing to learn or to measure")
+            raise DinoError(f"{where} gives no image a caption: there is nothing to learn or to measure")
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -52,7 +52,7 @@ class Captioned(PictureDataset):
         return self.paths[index]
 
     def caption(self, index: int, *, seed: int = 0, epoch: int = 0) -> str:
-        """One of the picture's captions: the same for the same three numbers, on every machine."""
+        """One of the image's captions: the same for the same three numbers, on every machine."""
         own = self.captions[index]
         if len(own) == 1:
             return own[0]
@@ -60,12 +60,12 @@ class Captioned(PictureDataset):
         return own[int(drawn) % len(own)]
 
     def label(self, index: int) -> Any:
-        """The first caption: what `data[i]` pairs the picture with."""
+        """The first caption: what `data[i]` pairs the image with."""
         return self.captions[index][0]
 
 
 class CocoCaptions(Captioned):
-    """COCO Captions: TRAIN is 2014's, VAL 2017's; five captions a picture or a few more."""
+    """COCO Captions: TRAIN is 2014's, VAL 2017's; five captions an image or a few more."""
 
     class Split:
         TRAIN, VAL = "TRAIN", "VAL"
@@ -74,8 +74,8 @@ class CocoCaptions(Captioned):
         if split.upper() not in COCO_PLACES:
             raise UnknownName(f"CocoCaptions has TRAIN and VAL, no split {split!r}{did_you_mean(split, COCO_PLACES)}")
         self.split = split.upper()
-        file, pictures = (Path(root).expanduser() / place for place in COCO_PLACES[self.split])
-        super().__init__(pictures, coco_captions(file), str(file))
+        file, images = (Path(root).expanduser() / place for place in COCO_PLACES[self.split])
+        super().__init__(images, coco_captions(file), str(file))
 
     @classmethod
     def from_options(cls, **options: str) -> Self:
@@ -83,23 +83,23 @@ class CocoCaptions(Captioned):
 
 
 class Captions(Captioned):
-    """Your own pictures: a table of captions, or a text file beside each picture."""
+    """Your own images: a table of captions, or a text file beside each image."""
 
     def __init__(self, root: str | os.PathLike[str], captions: str | os.PathLike[str] | None = None) -> None:
         folder = Path(root).expanduser()
         if not folder.is_dir():
-            raise DinoError(f"{root} is no folder; captions come from a folder of pictures")
+            raise DinoError(f"{root} is no folder; captions come from a folder of images")
         if captions is None:
-            super().__init__(folder, text_files(folder), f"no picture in {root} has a .txt file beside it, so {root}")
+            super().__init__(folder, text_files(folder), f"no image in {root} has a .txt file beside it, so {root}")
             return
         table = Path(captions).expanduser()
         table = table if table.is_file() else folder / table
-        pictures = coco_captions(table) if table.suffix == ".json" else read_table(table)
-        lost = [p for p in pictures if not (folder / p).is_file()]
+        images = coco_captions(table) if table.suffix == ".json" else read_table(table)
+        lost = [p for p in images if not (folder / p).is_file()]
         if lost:
             more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
             raise DinoError(f"{table.name} names {lost[0]}{more}, which {root} does not have: paths are relative to it")
-        super().__init__(folder, pictures, str(table))
+        super().__init__(folder, images, str(table))
 
     @classmethod
     def from_options(cls, **options: str) -> Self:
@@ -107,7 +107,7 @@ class Captions(Captioned):
 
 
 def text_files(folder: Path) -> dict[str, list[str]]:
-    """{picture: the lines of the text file of the same name}; pictures without one are left out."""
+    """{image: the lines of the text file of the same name}; images without one are left out."""
     found = {}
     for item in open_source(folder):
         beside = (folder / item.path).with_suffix(".txt")
@@ -117,18 +117,18 @@ def text_files(folder: Path) -> dict[str, list[str]]:
 
 
 def read_table(file: Path) -> dict[str, list[str]]:
-    """{picture: captions} of a .csv, .tsv or .jsonl; a picture may have several rows, and in .jsonl a list of captions."""
+    """{image: captions} of a .csv, .tsv or .jsonl; an image may have several rows, and in .jsonl a list of captions."""
     found: dict[str, list[str]] = {}
     for number, row in _rows(file):
-        picture = next((row[c] for c in PICTURE_COLUMNS if row.get(c)), None)
+        image = next((row[c] for c in IMAGE_COLUMNS if row.get(c)), None)
         caption = next((row[c] for c in CAPTION_COLUMNS if row.get(c)), None)
-        if picture is None or caption is None:
+        if image is None or caption is None:
             raise DinoError(
-                f"{file}, row {number}: expected a picture ({', '.join(PICTURE_COLUMNS)}) and a caption "
+                f"{file}, row {number}: expected an image ({', '.join(IMAGE_COLUMNS)}) and a caption "
                 f"({', '.join(CAPTION_COLUMNS)}), got {', '.join(map(str, row))}"
             )
-        found.setdefault(picture, []).extend(_lines(caption if isinstance(caption, list) else [caption]))
-    return {picture: captions for picture, captions in found.items() if captions}
+        found.setdefault(image, []).extend(_lines(caption if isinstance(caption, list) else [caption]))
+    return {image: captions for image, captions in found.items() if captions}
 
 
 def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -147,7 +147,7 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def coco_captions(file: Path) -> dict[str, list[str]]:
-    """{file name: captions} of COCO's JSON, in the order of its pictures; those without captions are left out."""
+    """{file name: captions} of COCO's JSON, in the order of its images; those without captions are left out."""
     try:
         told = json.loads(file.read_text(encoding="utf-8"))
         names = {image["id"]: image["file_name"] for image in told["images"]}

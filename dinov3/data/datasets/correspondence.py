@@ -1,4 +1,4 @@
-"""Pictures between which the true correspondence is known: by depth and camera (NAVI, posed RGB-D frames) or by
+"""Images between which the true correspondence is known: by depth and camera (NAVI, posed RGB-D frames) or by
 annotated keypoints (SPair-71k).
 
     NAVI      navi_v1/<object>/<scene>/{images/*.jpg, depth/*.png, annotations.json}
@@ -20,24 +20,24 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dinov3.data.pictures import open_picture
+from dinov3.data.images import open_image
 from dinov3.errors import DinoError, UnknownName, did_you_mean
 
-NO_DEPTH = 65535  # in depth pictures in millimetres
+NO_DEPTH = 65535  # in depth images in millimetres
 NAVI_SHORT_SIDE = 1024  # the benchmark shrinks its large photographs first
 
 
 @dataclass(frozen=True)
 class View:
-    """A picture, the depth of its pixels, and its camera.
+    """An image, the depth of its pixels, and its camera.
 
-    group: what shows the same thing (object or scene). world_to_camera [4, 4], metres. focal_px: for a picture of
+    group: what shows the same thing (object or scene). world_to_camera [4, 4], metres. focal_px: for an image of
     `size_wh`. center_px: the principal point, or None for the middle.
     """
 
     name: str
     group: str
-    picture: Path
+    path: Path
     depth: Path
     world_to_camera: np.ndarray
     focal_px: float
@@ -46,14 +46,14 @@ class View:
     inverse: bool = False  # depth is stored as 655350 / mm
 
     def image(self) -> Image.Image:
-        return open_picture(self.picture).image
+        return open_image(self.path).image
 
     def depth_m(self) -> np.ndarray:
         """[H, W] float32, 0 where there is none."""
         with Image.open(self.depth) as stored:
             raw = np.asarray(stored).astype(np.float32)
         if raw.ndim != 2:
-            raise DinoError(f"{self.depth} is no depth picture: one 16-bit number a pixel is expected")
+            raise DinoError(f"{self.depth} is no depth image: one 16-bit number a pixel is expected")
         if self.inverse:
             return np.divide(655.350, raw, out=np.zeros_like(raw), where=raw > 0)
         return np.where(raw == NO_DEPTH, 0, raw / 1000).astype(np.float32)
@@ -118,15 +118,15 @@ def frames(root: str | os.PathLike[str]) -> list[View]:
     views: list[View] = []
     for pose in sorted(base.glob("*.pose.txt")):
         stem = pose.name.removesuffix(".pose.txt")
-        picture = next((p for e in ("jpg", "png") if (p := base / f"{stem}.color.{e}").is_file()), None)
+        color = next((p for e in ("jpg", "png") if (p := base / f"{stem}.color.{e}").is_file()), None)
         depth = base / f"{stem}.depth.png"
         world = np.loadtxt(pose)
-        if picture is None or not depth.is_file() or not np.isfinite(world).all():
+        if color is None or not depth.is_file() or not np.isfinite(world).all():
             continue  # tracking was lost, or half a frame
-        with Image.open(picture) as image:
+        with Image.open(color) as image:
             size = image.size
         center = (float(K[0, 2]), float(K[1, 2]))
-        views.append(View(stem, base.name, picture, depth, np.linalg.inv(world), float(K[0, 0]), size, center))
+        views.append(View(stem, base.name, color, depth, np.linalg.inv(world), float(K[0, 0]), size, center))
     if len(views) < 2:
         raise DinoError(f"{base} holds fewer than two frames with colour, depth and pose")
     return views
@@ -134,7 +134,7 @@ def frames(root: str | os.PathLike[str]) -> list[View]:
 
 @dataclass(frozen=True)
 class KeypointPair:
-    """Two pictures of one class and keypoints annotated in both, (x, y) [K, 2] in the pictures' pixels."""
+    """Two images of one class and keypoints annotated in both, (x, y) [K, 2] in the images' pixels."""
 
     category: str
     source: Path
@@ -166,8 +166,8 @@ def spair(
         by_class.setdefault(file.stem.split(":")[-1], []).append(file)
     keypoints: dict[Path, dict[str, list[float] | None]] = {}
 
-    def points(category: str, picture: str) -> dict[str, list[float] | None]:
-        file = base / "ImageAnnotation" / category / f"{Path(picture).stem}.json"
+    def points(category: str, image: str) -> dict[str, list[float] | None]:
+        file = base / "ImageAnnotation" / category / f"{Path(image).stem}.json"
         if file not in keypoints:
             keypoints[file] = json.loads(file.read_text())["kps"]
         return keypoints[file]
@@ -179,11 +179,11 @@ def spair(
             row = json.loads(file.read_text())
             a, b = points(category, row["src_imname"]), points(category, row["trg_imname"])
             both = [k for k in a if a[k] is not None and b.get(k) is not None]
-            pictures = base / "JPEGImages" / category
+            images = base / "JPEGImages" / category
             x0, y0, x1, y1 = (float(v) for v in row["trg_bndbox"])
             pairs.append(
                 KeypointPair(
-                    category, pictures / row["src_imname"], pictures / row["trg_imname"],
+                    category, images / row["src_imname"], images / row["trg_imname"],
                     np.array([a[k] for k in both], float).reshape(-1, 2),
                     np.array([b[k] for k in both], float).reshape(-1, 2),
                     (x0, y0, x1, y1), int(row.get("viewpoint_variation", 0)),

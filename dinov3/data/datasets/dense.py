@@ -1,12 +1,12 @@
-"""Pictures with a number at every pixel: class maps (ADE20K, VOC, Cityscapes) and depth maps (NYUv2), or your own folders.
+"""Images with a number at every pixel: class maps (ADE20K, VOC, Cityscapes) and depth maps (NYUv2), or your own folders.
 
     ADE20K:root=/data/ade:split=VAL                     ADE20K_object150_val.txt, or the official folder as downloaded
     NYU:root=/data/nyu:split=TEST                       nyu_test.txt, lines "<rgb> <depth> <focal>"
     DepthList:root=/data/kitti:list=test.txt:unit=256   any list of that form; `unit`: integers per metre
     VOC2012:root=/data/VOCdevkit/VOC2012:split=VAL      Cityscapes:root=/data/cityscapes:split=VAL
-    DenseFolder:root=/data/mine:split=train             pictures and masks that have the same names; see `DenseFolder`
+    DenseFolder:root=/data/mine:split=train             images and masks that have the same names; see `DenseFolder`
 
-`data[i]` → (upright RGB picture, target): class numbers uint8 or int64 [h, w]; depth float32 [h, w] in metres, 0 where it is
+`data[i]` → (upright RGB image, target): class numbers uint8 or int64 [h, w]; depth float32 [h, w] in metres, 0 where it is
 unknown; heights float32 in metres, NaN where they are unknown (0 is the ground). Masks are what the files hold: ADE20K's 0
 ("other") is turned into "ignored" by whoever trains or scores (`metrics.reduce_zero_label`; `zero_is_other` says that the
 set is of that kind).
@@ -25,9 +25,9 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from PIL import Image
 
-from dinov3.data.datasets.base import PictureDataset, required
-from dinov3.data.pictures import PICTURE_SUFFIXES, open_picture, read_file
-from dinov3.errors import DinoError, PictureError, UnknownName, did_you_mean
+from dinov3.data.datasets.base import ImageDataset, required
+from dinov3.data.images import IMAGE_SUFFIXES, open_image, read_file
+from dinov3.errors import DinoError, ImageError, UnknownName, did_you_mean
 
 KINDS = ("classes", "depth", "height")
 UNKNOWN_DEPTH = 65535  # what depth cameras write into 16 bits where they saw nothing
@@ -39,15 +39,15 @@ ONE_CLASS = (
 )
 
 
-class DenseDataset(PictureDataset):
-    """Pairs of files: a picture, and a map of its size. `kind` says what the map holds."""
+class DenseDataset(ImageDataset):
+    """Pairs of files: an image, and a map of its size. `kind` says what the map holds."""
 
     kind: str = "classes"
     class_names: list[str] | None = None
     ignore_index: int = 255
     zero_is_other: bool = False  # masks count classes from 1, and 0 is none of them (ADE20K)
     unit: float = 1000.0  # integers per metre in depth files; floating-point files are in metres
-    left_out: int = 0  # pictures for which there was no target
+    left_out: int = 0  # images for which there was no target
 
     def __init__(self, pairs: Sequence[tuple[Path, Path]]) -> None:
         self.pairs = list(pairs)
@@ -76,12 +76,12 @@ class DenseDataset(PictureDataset):
         return highest
 
     def target(self, index: int) -> np.ndarray:
-        """The map [h, w] of picture `index`: class numbers, or metres."""
+        """The map [h, w] of image `index`: class numbers, or metres."""
         path = self.pairs[index][1]
         values = read_map(path)
         if self.kind == "classes":
             if values.dtype.kind == "f":
-                raise PictureError(f"{path} holds {values.dtype} values, but class masks hold whole numbers")
+                raise ImageError(f"{path} holds {values.dtype} values, but class masks hold whole numbers")
             return self.relabelled(values)
         if self.kind == "height":
             return heights(values, self.unit, getattr(self, "ignored", None))
@@ -93,21 +93,21 @@ class DenseDataset(PictureDataset):
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         if not -len(self) <= index < len(self):
-            raise IndexError(f"picture {index} of {len(self)}")
+            raise IndexError(f"image {index} of {len(self)}")
         index %= len(self)
         try:
-            picture: Any = open_picture(self.read(index)).image
-        except PictureError as error:
-            raise PictureError(f"{self.name(index)}: {error}") from None
+            image: Any = open_image(self.read(index)).image
+        except ImageError as error:
+            raise ImageError(f"{self.name(index)}: {error}") from None
         target: Any = self.target(index)
-        if (picture.height, picture.width) != target.shape:
-            raise PictureError(
-                f"{self.name(index)} has {picture.width}×{picture.height} pixels and {self.pairs[index][1].name} "
-                f"{target.shape[1]}×{target.shape[0]}: a target has the size of its picture"
+        if (image.height, image.width) != target.shape:
+            raise ImageError(
+                f"{self.name(index)} has {image.width}×{image.height} pixels and {self.pairs[index][1].name} "
+                f"{target.shape[1]}×{target.shape[0]}: a target has the size of its image"
             )
         if self.transform is not None:
-            picture = self.transform(picture)
-        return picture, target if self.target_transform is None else self.target_transform(target)
+            image = self.transform(image)
+        return image, target if self.target_transform is None else self.target_transform(target)
 
 
 # ---- one map -------------------------------------------------------------------------------------------------------
@@ -126,12 +126,12 @@ def read_map(path: str | os.PathLike[str]) -> np.ndarray:
                 elif image.mode in ("1", "L", "P", "I", "F") or image.mode.startswith("I;16"):
                     values = np.array(image)
                 else:
-                    raise PictureError(f"{path} is a picture of colours ({image.mode}), not of numbers")
+                    raise ImageError(f"{path} is an image of colours ({image.mode}), not of numbers")
     except (OSError, ValueError, SyntaxError) as error:
-        raise PictureError(f"{path} cannot be read as a map of numbers: {error}") from None
+        raise ImageError(f"{path} cannot be read as a map of numbers: {error}") from None
     values = values.squeeze() if values.ndim == 3 else values
     if values.ndim != 2:
-        raise PictureError(f"{path} holds an array {list(values.shape)}; a map is [height, width]")
+        raise ImageError(f"{path} holds an array {list(values.shape)}; a map is [height, width]")
     if values.dtype.kind in "bu" and values.dtype.itemsize == 1:
         return values.astype(np.uint8)
     return values.astype(np.float32 if values.dtype.kind == "f" else np.int64)
@@ -141,7 +141,7 @@ def _grey(values: np.ndarray, path: str | os.PathLike[str]) -> np.ndarray:
     """Greys that were saved as RGB are numbers still; colours are not."""
     colours = values[..., :3] if values.shape[-1] >= 3 else values[..., :1]
     if (colours != colours[..., :1]).any():
-        raise PictureError(
+        raise ImageError(
             f"{path} is a mask of colours; masks hold the number of the class at every pixel (8-bit grey or palette): "
             "replace each colour by its number"
         )
@@ -195,7 +195,7 @@ class ADE20K(DenseDataset):
         else:
             names = sorted(str(p.relative_to(images)) for p in folder.rglob("*.jpg")) if folder.is_dir() else []
         if not names:
-            raise DinoError(f"no pictures of ADE20K {split} in {self.root}: expected {listed.name}, or {folder}")
+            raise DinoError(f"no images of ADE20K {split} in {self.root}: expected {listed.name}, or {folder}")
         annotations = self.root / "annotations"
         super().__init__([(images / n, annotations / Path(n).with_suffix(".png")) for n in names])
         info = self.root / "objectInfo150.txt"
@@ -214,7 +214,7 @@ class ADE20K(DenseDataset):
 
 
 class DepthList(DenseDataset):
-    """Depth pictures by a list file: sorted lines `<rgb> <depth> <anything>`, relative to the root, a leading "/" dropped.
+    """Depth images by a list file: sorted lines `<rgb> <depth> <anything>`, relative to the root, a leading "/" dropped.
 
     Lines whose depth is "None" (KITTI's lists have some) are left out.
     """
@@ -227,7 +227,7 @@ class DepthList(DenseDataset):
         try:
             lines = sorted(line for line in path.read_text().splitlines() if line.strip())
         except OSError as error:
-            raise DinoError(f"the list of pictures {path} cannot be read: {error.strerror}") from None
+            raise DinoError(f"the list of images {path} cannot be read: {error.strerror}") from None
         pairs = []
         for line in lines:
             words = line.split()
@@ -238,7 +238,7 @@ class DepthList(DenseDataset):
                 continue
             pairs.append((self.root / words[0].lstrip("/"), self.root / words[1].lstrip("/")))
         if not pairs:
-            raise DinoError(f"{path} lists no picture with a depth map")
+            raise DinoError(f"{path} lists no image with a depth map")
         super().__init__(pairs)
 
     @classmethod
@@ -249,7 +249,7 @@ class DepthList(DenseDataset):
 
 
 class NYU(DepthList):
-    """NYUv2 as extracted for BTS: 16-bit millimetres, 640×480. VAL and TEST are the same 654 pictures."""
+    """NYUv2 as extracted for BTS: 16-bit millimetres, 640×480. VAL and TEST are the same 654 images."""
 
     SPLITS: ClassVar = {"TRAIN": "nyu_train.txt", "VAL": "nyu_test.txt", "TEST": "nyu_test.txt"}
 
@@ -275,8 +275,8 @@ class VOC2012(DenseDataset):
         if not listed.is_file():
             raise DinoError(f"{listed} does not exist: root is the folder that holds ImageSets, as VOCdevkit/VOC2012")
         names = sorted(line.strip() for line in listed.read_text().splitlines() if line.strip())
-        pictures, masks = self.root / "JPEGImages", self.root / "SegmentationClass"
-        super().__init__([(pictures / f"{n}.jpg", masks / f"{n}.png") for n in names])
+        images, masks = self.root / "JPEGImages", self.root / "SegmentationClass"
+        super().__init__([(images / f"{n}.jpg", masks / f"{n}.png") for n in names])
         self.class_names = self.NAMES.split()
 
     @classmethod
@@ -297,12 +297,12 @@ class Cityscapes(DenseDataset):
 
     def __init__(self, *, root: str | os.PathLike[str], split: str) -> None:
         self.root = Path(root).expanduser()
-        pictures = sorted((self.root / "leftImg8bit" / split.lower()).glob("*/*_leftImg8bit.png"))
-        if not pictures:
+        images = sorted((self.root / "leftImg8bit" / split.lower()).glob("*/*_leftImg8bit.png"))
+        if not images:
             raise DinoError(f"no *_leftImg8bit.png in {self.root}/leftImg8bit/{split.lower()}/<city>/")
         masks = self.root / "gtFine" / split.lower()
         ends = ("_leftImg8bit.png", "_gtFine_labelIds.png")
-        super().__init__([(p, masks / p.parent.name / p.name.replace(*ends)) for p in pictures])
+        super().__init__([(p, masks / p.parent.name / p.name.replace(*ends)) for p in images])
         self.class_names = self.NAMES.split(",")
         self._table = np.full(256, 255, np.uint8)
         self._table[list(self.IDS)] = range(len(self.IDS))
@@ -318,18 +318,18 @@ class Cityscapes(DenseDataset):
 
 # ---- your own ------------------------------------------------------------------------------------------------------
 
-_PICTURE_WORDS = ("images", "image", "imgs", "img", "pictures", "photos", "rgb", "color", "JPEGImages")
+_IMAGE_WORDS = ("images", "image", "imgs", "img", "pictures", "photos", "rgb", "color", "JPEGImages")
 _TARGET_WORDS = (
     "annotations", "annotation", "annot", "masks", "mask", "labels", "label", "targets", "target", "gt", "segmentation",
     "depth", "depths", "height", "heights", "chm",
 )  # fmt: skip
-_PICTURE_ROLE = re.compile(rf"[._-]({'|'.join(_PICTURE_WORDS)})$", re.IGNORECASE)
+_IMAGE_ROLE = re.compile(rf"[._-]({'|'.join(_IMAGE_WORDS)})$", re.IGNORECASE)
 _TARGET_ROLE = re.compile(rf"[._-]({'|'.join(_TARGET_WORDS)})$", re.IGNORECASE)
 _MAP_SUFFIXES = frozenset((".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm", ".pfm", ".npy"))
 
 
 class DenseFolder(DenseDataset):
-    """Pictures and targets of a folder, paired by name. These layouts are found by themselves (here: split=train):
+    """Images and targets of a folder, paired by name. These layouts are found by themselves (here: split=train):
 
         images/train/x.jpg   annotations/train/x.png     (also masks, labels, targets, gt, depth)
         train/x.jpg          trainannot/x.png            (also train_masks, …)
@@ -362,11 +362,11 @@ class DenseFolder(DenseDataset):
             raise DinoError(f"{self.root} is not a folder")
         if kind is not None and kind not in KINDS:
             raise UnknownName(f"kind is {' or '.join(KINDS)}, not {kind!r}{did_you_mean(kind, KINDS)}")
-        pictures, maps = _find(self.root, split, targets)
-        pairs, self.left_out = _paired(pictures, maps)
+        images, maps = _find(self.root, split, targets)
+        pairs, self.left_out = _paired(images, maps)
         if not pairs:
             raise DinoError(
-                f"no picture in {pictures} has a target of the same name in {maps}; name the folder of masks or depth maps "
+                f"no image in {images} has a target of the same name in {maps}; name the folder of masks or depth maps "
                 "with targets=…"
             )
         super().__init__(pairs[_slice(select)] if select else pairs)
@@ -393,14 +393,14 @@ class DenseFolder(DenseDataset):
 
 
 def _find(root: Path, split: str | None, targets: str | None) -> tuple[Path, Path]:
-    """The folders of pictures and of targets (the same one where both lie together)."""
+    """The folders of images and of targets (the same one where both lie together)."""
     if split:
-        candidates = [root / w / split for w in _PICTURE_WORDS]
-        candidates += [root / split / w for w in _PICTURE_WORDS] + [root / split]
+        candidates = [root / w / split for w in _IMAGE_WORDS]
+        candidates += [root / split / w for w in _IMAGE_WORDS] + [root / split]
     else:
-        candidates = [root / w for w in _PICTURE_WORDS] + [root]
-    pictures = next((c for c in candidates if c.is_dir()), None)
-    if pictures is None:
+        candidates = [root / w for w in _IMAGE_WORDS] + [root]
+    images = next((c for c in candidates if c.is_dir()), None)
+    if images is None:
         there = sorted(p.name for p in root.iterdir() if p.is_dir())
         near = did_you_mean(split or "", there) or f"; it holds {', '.join(there) or 'no folders'}"
         raise DinoError(f"{root} has no folder for split {split!r}{near}")
@@ -408,43 +408,43 @@ def _find(root: Path, split: str | None, targets: str | None) -> tuple[Path, Pat
         folder = root / targets.replace("{split}", split or "")
         if not folder.is_dir():
             raise DinoError(f"the folder of targets {folder} does not exist")
-        return pictures, folder
+        return images, folder
     maps: list[Path] = []
-    if split and pictures == root / split:
+    if split and images == root / split:
         maps = [root / f"{split}{sep}{w}" for w in _TARGET_WORDS for sep in ("", "_", "-")]
         maps += [root / w / split for w in _TARGET_WORDS]
-    elif split and pictures.parent == root / split:
+    elif split and images.parent == root / split:
         maps = [root / split / w for w in _TARGET_WORDS]
     elif split:
         maps = [root / w / split for w in _TARGET_WORDS]
     else:
         maps = [root / w for w in _TARGET_WORDS]
-    return pictures, next((m for m in maps if m.is_dir()), pictures)
+    return images, next((m for m in maps if m.is_dir()), images)
 
 
-def _paired(pictures: Path, maps: Path) -> tuple[list[tuple[Path, Path]], int]:
-    """Pairs sorted by name, and how many pictures have no target."""
+def _paired(images: Path, maps: Path) -> tuple[list[tuple[Path, Path]], int]:
+    """Pairs sorted by name, and how many images have no target."""
 
     def stem(path: Path, folder: Path) -> str:
         return str(path.relative_to(folder).with_suffix(""))
 
-    together = pictures == maps
+    together = images == maps
     found: dict[str, Path] = {}
     for path in sorted(p for p in maps.rglob("*") if p.suffix.lower() in _MAP_SUFFIXES):
         bare = _TARGET_ROLE.sub("", stem(path, maps))
         if together and bare == stem(path, maps):
-            continue  # a picture, not a target
+            continue  # an image, not a target
         if bare in found:
             raise DinoError(
                 f"{found[bare].name} and {path.name} in {maps} are both targets of {bare!r}: keep one of them"
             )
         found[bare] = path
     pairs, alone = [], 0
-    for path in sorted(p for p in pictures.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES):
-        name = stem(path, pictures)
+    for path in sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES):
+        name = stem(path, images)
         if _TARGET_ROLE.search(name) if together else maps in path.parents:
             continue
-        target = found.get(name) or found.get(_PICTURE_ROLE.sub("", name))
+        target = found.get(name) or found.get(_IMAGE_ROLE.sub("", name))
         if target is None:
             alone += 1
         else:
@@ -476,7 +476,7 @@ def _class_names(root: Path) -> list[str] | None:
 def _slice(text: str) -> slice:
     parts = text.split(":")
     if len(parts) not in (2, 3) or not all(re.fullmatch(r"-?\d*", p) for p in parts):
-        raise DinoError(f"select is a slice of the sorted pictures, as 0:80 or 80: or ::2, not {text!r}")
+        raise DinoError(f"select is a slice of the sorted images, as 0:80 or 80: or ::2, not {text!r}")
     return slice(*(int(p) if p else None for p in parts))
 
 

@@ -1,18 +1,18 @@
-"""Pictures with boxes: COCO's JSON and Pascal VOC's XML.
+"""Images with boxes: COCO's JSON and Pascal VOC's XML.
 
     CocoDetection:root=/data/coco:split=val2017         annotations/instances_val2017.json and val2017/*.jpg
-    CocoDetection:root=/data/mine:annotations=boxes.json     any file of that form; pictures below root (or root/images)
+    CocoDetection:root=/data/mine:annotations=boxes.json     any file of that form; images below root (or root/images)
     VocDetection:root=/data/VOCdevkit/VOC2007:split=test     Annotations/*.xml, JPEGImages/, ImageSets/Main/test.txt
     VocDetection:root=/data/raccoon                     annotations/*.xml beside images/, without a list
 
-`data[i]` → (upright RGB picture, target), the target a dict of tensors, one row a box:
+`data[i]` → (upright RGB image, target), the target a dict of tensors, one row a box:
 
-    boxes_xyxy_px float32 [T, 4]   left, top, right, bottom; (0, 0) is the top left corner of the picture
+    boxes_xyxy_px float32 [T, 4]   left, top, right, bottom; (0, 0) is the top left corner of the image
     labels        int64 [T]        index into `class_names` (COCO: in the order of `category_ids`)
     crowd         bool [T]         COCO's crowds and VOC's difficult objects: training leaves them out, scoring ignores them
     area_px2      float32 [T]      what COCO's small, medium and large go by: of the mask where one is known, else of the box
 
-Pictures without any box stay, with T = 0: they teach what is nothing. Boxes are cut to the picture; those without area
+Images without any box stay, with T = 0: they teach what is nothing. Boxes are cut to the image; those without area
 are left out (`left_out` counts them). VOC counts pixels from 1 and includes the last: 1–1 is one pixel wide, 0 to 1 here.
 """
 
@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 
 from dinov3.data import names as known_names
-from dinov3.data.datasets.base import PictureDataset, required
-from dinov3.data.pictures import PICTURE_SUFFIXES, open_picture, read_file
-from dinov3.errors import DinoError, PictureError, UnknownName, did_you_mean
+from dinov3.data.datasets.base import ImageDataset, required
+from dinov3.data.images import IMAGE_SUFFIXES, open_image, read_file
+from dinov3.errors import DinoError, ImageError, UnknownName, did_you_mean
 
 Target = dict[str, Tensor]
 
@@ -50,7 +50,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Row:
-    """One picture and what is known of it before it is opened."""
+    """One image and what is known of it before it is opened."""
 
     path: Path
     id: int
@@ -58,8 +58,8 @@ class Row:
     size_hw: tuple[int, int] | None = None
 
 
-class BoxDataset(PictureDataset):
-    """Pictures and boxes, whatever the files look like."""
+class BoxDataset(ImageDataset):
+    """Images and boxes, whatever the files look like."""
 
     def __init__(self, rows: Sequence[Row], class_names: Sequence[str], category_ids: Sequence[int] | None = None):
         self.rows = list(rows)
@@ -76,12 +76,12 @@ class BoxDataset(PictureDataset):
     def name(self, index: int) -> str:
         return str(self.rows[index].path)
 
-    def picture_id(self, index: int) -> int:
-        """The number by which results name the picture."""
+    def image_id(self, index: int) -> int:
+        """The number by which results name the image."""
         return self.rows[index].id
 
     def target(self, index: int, size_hw: tuple[int, int] | None = None) -> Target:
-        """The boxes of picture `index`, cut to its size where that is known."""
+        """The boxes of image `index`, cut to its size where that is known."""
         row = self.rows[index]
         h, w = size_hw or row.size_hw or (float("inf"), float("inf"))
         boxes = []
@@ -100,22 +100,22 @@ class BoxDataset(PictureDataset):
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         if not -len(self) <= index < len(self):
-            raise IndexError(f"picture {index} of {len(self)}")
+            raise IndexError(f"image {index} of {len(self)}")
         index %= len(self)
         try:
-            picture: Any = open_picture(self.read(index)).image
-        except PictureError as error:
-            raise PictureError(f"{self.name(index)}: {error}") from None
-        size_hw, told = (picture.height, picture.width), self.rows[index].size_hw
+            image: Any = open_image(self.read(index)).image
+        except ImageError as error:
+            raise ImageError(f"{self.name(index)}: {error}") from None
+        size_hw, told = (image.height, image.width), self.rows[index].size_hw
         if told is not None and told != size_hw:
             turned = "; it was turned upright by its EXIF tag, its boxes were not" if told == size_hw[::-1] else ""
-            raise PictureError(
+            raise ImageError(
                 f"{self.name(index)} has {size_hw[1]}×{size_hw[0]} pixels, its boxes are for {told[1]}×{told[0]}{turned}"
             )
         target: Any = self.target(index, size_hw)
         if self.transform is not None:
-            picture = self.transform(picture)
-        return picture, target if self.target_transform is None else self.target_transform(target)
+            image = self.transform(image)
+        return image, target if self.target_transform is None else self.target_transform(target)
 
 
 def _has_area(box: Box) -> bool:
@@ -129,7 +129,7 @@ def _has_area(box: Box) -> bool:
 class CocoDetection(BoxDataset):
     """COCO's form: `images`, `annotations` with `bbox` (left, top, width, height), `categories`.
 
-    A bare list of annotations is read too, as results files have it: then the pictures are those named, with COCO's 12
+    A bare list of annotations is read too, as results files have it: then the images are those named, with COCO's 12
     digits, and the categories COCO's own.
     """
 
@@ -142,7 +142,7 @@ class CocoDetection(BoxDataset):
     ) -> None:
         self.root = Path(root).expanduser()
         if not self.root.is_dir():
-            raise DinoError(f"{self.root} is no folder; CocoDetection needs root=FOLDER with the pictures in it")
+            raise DinoError(f"{self.root} is no folder; CocoDetection needs root=FOLDER with the images in it")
         self.file = self._annotation_file(split, annotations)
         content = _json(self.file)
         if isinstance(content, list):
@@ -165,14 +165,14 @@ class CocoDetection(BoxDataset):
         number = {category: i for i, category in enumerate(ids)}
         boxes: dict[int, list[Box]] = {int(image["id"]): [] for image in content["images"]}
         for annotation in content["annotations"]:
-            picture, category = int(annotation["image_id"]), int(annotation["category_id"])
-            if picture not in boxes or category not in number:
-                what = f"picture {picture}" if picture not in boxes else f"category {category}"
+            image_id, category = int(annotation["image_id"]), int(annotation["category_id"])
+            if image_id not in boxes or category not in number:
+                what = f"image {image_id}" if image_id not in boxes else f"category {category}"
                 raise DinoError(f"{self.file}: an annotation names {what}, which the file does not list")
             x, y, w, h = (float(v) for v in annotation["bbox"])
             area = float(annotation["area"]) if annotation.get("area") is not None else None
             crowd = bool(annotation.get("iscrowd", 0))
-            boxes[picture].append(Box((x, y, x + w, y + h), number[category], crowd, area))
+            boxes[image_id].append(Box((x, y, x + w, y + h), number[category], crowd, area))
         places = self._places(split)
         rows = []
         for image in content["images"]:
@@ -204,7 +204,7 @@ class CocoDetection(BoxDataset):
         raise DinoError(f"there is no COCO annotation file at {' or '.join(map(str, tried))}; pass annotations=FILE")
 
     def _places(self, split: str | None) -> list[Path]:
-        """Folders in which pictures are looked for."""
+        """Folders in which images are looked for."""
         splits = [split] if split else []
         if hit := re.fullmatch(r"instances_(.+)", self.file.stem):
             splits.append(hit[1])
@@ -213,10 +213,10 @@ class CocoDetection(BoxDataset):
 
     def _of_list(self, annotations: list[Any]) -> dict[str, Any]:
         images = []
-        for picture in sorted({int(a["image_id"]) for a in annotations if isinstance(a, dict) and "image_id" in a}):
-            stem = f"{picture:012d}"
-            names = [stem + suffix for suffix in sorted(PICTURE_SUFFIXES) if (self.root / (stem + suffix)).is_file()]
-            images.append({"id": picture, "file_name": names[0] if names else stem + ".jpg"})
+        for image in sorted({int(a["image_id"]) for a in annotations if isinstance(a, dict) and "image_id" in a}):
+            stem = f"{image:012d}"
+            names = [stem + suffix for suffix in sorted(IMAGE_SUFFIXES) if (self.root / (stem + suffix)).is_file()]
+            images.append({"id": image, "file_name": names[0] if names else stem + ".jpg"})
         return {"images": images, "annotations": annotations}
 
     @classmethod
@@ -246,12 +246,12 @@ VOC_CLASSES = (
 
 
 class VocDetection(BoxDataset):
-    """One XML file a picture. Classes are VOC's twenty where all names are among them, else those that occur, sorted."""
+    """One XML file an image. Classes are VOC's twenty where all names are among them, else those that occur, sorted."""
 
     def __init__(self, root: str | os.PathLike[str], *, split: str | None = None) -> None:
         self.root = Path(root).expanduser()
         folder = _first_folder(self.root, "Annotations", "annotations")
-        self.pictures = _first_folder(self.root, "JPEGImages", "images")
+        self.images = _first_folder(self.root, "JPEGImages", "images")
         files = sorted(folder.glob("*.xml"), key=_natural)
         if split is not None:
             listed = self._list(split)
@@ -273,11 +273,11 @@ class VocDetection(BoxDataset):
         if not file.is_file():
             known = [p.stem for p in sorted(file.parent.glob("*.txt"))]
             hint = did_you_mean(split, known) or (f"; there are {', '.join(known[:6])}" if known else "")
-            raise UnknownName(f"there is no list {file}{hint}; without split, all pictures are taken")
+            raise UnknownName(f"there is no list {file}{hint}; without split, all images are taken")
         return [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
 
     def _parse(self, file: Path) -> tuple[Path, tuple[int, int] | None, list[tuple[str, Any, bool]]]:
-        """(picture, its size, (class, box, difficult) of every object)."""
+        """(image, its size, (class, box, difficult) of every object)."""
         try:
             tree = ElementTree.fromstring(read_file(file))
             size = tree.find("size")
@@ -295,8 +295,8 @@ class VocDetection(BoxDataset):
         except (ElementTree.ParseError, ValueError) as error:
             raise DinoError(f"{file} is no VOC annotation: {error}") from None
         named = tree.findtext("filename") or ""
-        stems = [named, *(file.stem + s for s in sorted(PICTURE_SUFFIXES))]
-        return _first_file([self.pictures / stem for stem in stems if stem]), size_hw, objects
+        stems = [named, *(file.stem + s for s in sorted(IMAGE_SUFFIXES))]
+        return _first_file([self.images / stem for stem in stems if stem]), size_hw, objects
 
     @classmethod
     def from_options(cls, **options: str) -> Self:
@@ -308,7 +308,7 @@ def _first_folder(root: Path, *names: str) -> Path:
         if (root / name).is_dir():
             return root / name
     raise DinoError(
-        f"{root} has no folder {' or '.join(names)}; VocDetection needs XML files in one and pictures in another"
+        f"{root} has no folder {' or '.join(names)}; VocDetection needs XML files in one and images in another"
     )
 
 

@@ -1,7 +1,7 @@
-"""Your own pictures: anything that `dinov3.data.sources` lists (folder, list file, tar shards, Parquet, glob).
+"""Your own images: anything that `dinov3.data.sources` lists (folder, list file, tar shards, Parquet, glob).
 
 Classes are the first sub-folders, numbered in sorted order, as in `cats/a.jpg`, `dogs/x/b.jpg`; in a tar, the first folder
-of the member's name. Pictures that lie beside the sub-folders have no class. Without sub-folders there are no classes.
+of the member's name. Images that lie beside the sub-folders have no class. Without sub-folders there are no classes.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import Self
 
 import numpy as np
 
-from dinov3.data.datasets.base import PictureDataset, required
+from dinov3.data.datasets.base import ImageDataset, required
 from dinov3.data.sources import Item, open_source
 
 
-class Folder(PictureDataset):
-    """Pictures of a source, labelled by their first sub-folder where there is one."""
+class Folder(ImageDataset):
+    """Images of a source, labelled by their first sub-folder where there is one."""
 
     def __init__(self, root: str | os.PathLike[str], *, column: str | None = None):
         self.source = open_source(root, column=column)

@@ -1,4 +1,4 @@
-"""GEO-Bench v1.0: satellite and aerial pictures, one HDF5 file each, with a class, several classes, or a class map.
+"""GEO-Bench v1.0: satellite and aerial images, one HDF5 file each, with a class, several classes, or a class map.
 
     <root>/{classification_v1.0,segmentation_v1.0}/<task>/<sample>.hdf5, default_partition.json, band_stats.json
 
@@ -29,7 +29,7 @@ FOLDERS = ("classification_v1.0", "segmentation_v1.0")
 
 @dataclass(frozen=True)
 class Task:
-    """What a task asks. kind: "classes" (one a picture), "labels" (several), "map"."""
+    """What a task asks. kind: "classes" (one an image), "labels" (several), "map"."""
 
     kind: str
     n_classes: int
@@ -165,9 +165,9 @@ class GeoBench:
         return np.where((target < 0) | (target >= n), 255, target) if kind == "map" else (target > 0).astype(np.int64)
 
     def band_stats(self) -> tuple[np.ndarray, np.ndarray]:
-        """(means, standard deviations) [3] of red, green, blue over the training pictures."""
+        """(means, standard deviations) [3] of red, green, blue over the training images."""
         if not self.stats:
-            raise DinoError(f"{self.folder} has no band_stats.json; use scaling=eight_bit for 8-bit pictures")
+            raise DinoError(f"{self.folder} has no band_stats.json; use scaling=eight_bit for 8-bit images")
         rows = [self.stats[key] for key in rgb_keys(list(self.stats), str(self.folder / "band_stats.json"))]
         return np.array([r["mean"] for r in rows], np.float32), np.array([r["std"] for r in rows], np.float32)
 

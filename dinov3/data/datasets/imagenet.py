@@ -6,7 +6,7 @@ ImageNet:    <root>/train/<wnid>/<wnid>_<n>.JPEG     <root>/val/<wnid>/ILSVRC201
 ImageNet22k: <root>/<wnid>.tar    <extra>/entries.npy, class-ids.npy
 
 The index files are the reference's (structured NumPy arrays, memory-mapped), and are written once by `dump_extra()`. Any
-number of pictures is fine: a subset of classes, a tenth of the pictures. Without `extra` ImageNet is listed when it is
+number of images is fine: a subset of classes, a tenth of the images. Without `extra` ImageNet is listed when it is
 opened, which takes a minute for the whole of it and seconds for a subset.
 
 Differences from the reference: TEST can be indexed with NumPy 2; ImageNet22k can be read at all, needs no block listings
@@ -27,9 +27,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from dinov3.data.datasets.base import PictureDataset, required
-from dinov3.data.pictures import os_reason, read_file
-from dinov3.errors import DinoError, PictureError, UnknownName, did_you_mean
+from dinov3.data.datasets.base import ImageDataset, required
+from dinov3.data.images import os_reason, read_file
+from dinov3.errors import DinoError, ImageError, UnknownName, did_you_mean
 
 NO_CLASS = 2**32 - 1  # of the test split, in unsigned 32 bits
 HEADER = 512  # bytes of a tar member before its content
@@ -50,7 +50,7 @@ class ImageNetSplit(Enum):
         )
 
     def relative_path(self, class_id: str, number: int) -> str:
-        """Where picture `number` of a class lies below the root."""
+        """Where image `number` of a class lies below the root."""
         if self is ImageNetSplit.TRAIN:
             return f"train/{class_id}/{class_id}_{number}.JPEG"
         if self is ImageNetSplit.VAL:
@@ -58,7 +58,7 @@ class ImageNetSplit(Enum):
         return f"test/ILSVRC2012_test_{number:08d}.JPEG"
 
 
-class ImageNet(PictureDataset):
+class ImageNet(ImageDataset):
     """ImageNet-1k, or any part of it in the same layout."""
 
     Split = ImageNetSplit
@@ -134,7 +134,7 @@ class ImageNet(PictureDataset):
         return _classes(self.entries, {"ids": "class_id", "names": "class_name"}[what])
 
     def dump_extra(self) -> None:
-        """Lists the pictures below the root and writes the index files, each in one move."""
+        """Lists the images below the root and writes the index files, each in one move."""
         if self.extra is None:
             raise DinoError("dump_extra() writes index files: give the folder for them, extra=…")
         entries = self._listed()
@@ -148,7 +148,7 @@ class ImageNet(PictureDataset):
     def _listed(self) -> np.ndarray:
         folder = self.root / self.split.value
         if not folder.is_dir():
-            raise DinoError(f"no folder {folder}: ImageNet's {self.split.name} pictures are expected there")
+            raise DinoError(f"no folder {folder}: ImageNet's {self.split.name} images are expected there")
         rows: list[tuple[int, int, str, str]] = []
         if self.split is ImageNetSplit.TEST:
             rows += [(number, NO_CLASS, "", "") for number in _numbers(folder, r"ILSVRC2012_test_(\d{8})\.JPEG")]
@@ -163,7 +163,7 @@ class ImageNet(PictureDataset):
                 numbers = _numbers(folder / class_id, start + r"\.JPEG")
                 rows += [(number, index, class_id, names.get(class_id, "")) for number in numbers]
         if not rows:
-            raise DinoError(f"no pictures in {folder} that are named as ImageNet's {self.split.name} pictures are")
+            raise DinoError(f"no images in {folder} that are named as ImageNet's {self.split.name} images are")
         widths = [max(1, max(map(len, column))) for column in ([r[2] for r in rows], [r[3] for r in rows])]
         return np.array(
             rows,
@@ -183,8 +183,8 @@ class ImageNet(PictureDataset):
             return {row[0]: row[1].strip() for row in csv.reader(file) if len(row) > 1}
 
 
-class ImageNet22k(PictureDataset):
-    """One tar per class; the index says where in it each picture is."""
+class ImageNet22k(ImageDataset):
+    """One tar per class; the index says where in it each image is."""
 
     def __init__(
         self,
@@ -240,14 +240,14 @@ class ImageNet22k(PictureDataset):
                 file.seek(start)
                 data = file.read(end - start)
         except OSError as error:
-            raise PictureError(os_reason(error, path)) from None
+            raise ImageError(os_reason(error, path)) from None
         if len(data) < end - start:
-            raise PictureError(f"truncated tar: {path.name} ends inside of this member")
+            raise ImageError(f"truncated tar: {path.name} ends inside of this member")
         if data[:2] == b"\x1f\x8b":
             try:
                 return gzip.decompress(data)
             except (OSError, EOFError, zlib.error) as error:
-                raise PictureError(f"damaged gzip inside of {path.name}: {error}") from None
+                raise ImageError(f"damaged gzip inside of {path.name}: {error}") from None
         return data
 
     def dump_extra(self) -> None:
@@ -286,14 +286,14 @@ class ImageNet22k(PictureDataset):
 
 
 def _numbers(folder: Path, pattern: str) -> list[int]:
-    """The numbers in the names of a folder's pictures, in the order of the names."""
+    """The numbers in the names of a folder's images, in the order of the names."""
     with os.scandir(folder) as found:
         matches = [re.fullmatch(pattern, name) for name in sorted(e.name for e in found)]
     return [int(m[1]) for m in matches if m]
 
 
 def _classes(entries: np.ndarray, column: str) -> np.ndarray:
-    """One value per class, in the order of the classes; empty where a class has no picture."""
+    """One value per class, in the order of the classes; empty where a class has no image."""
     numbers, firsts = np.unique(entries["class_index"], return_index=True)
     values = np.zeros(int(numbers[-1]) + 1, entries.dtype[column])
     values[numbers] = entries[column][firsts]

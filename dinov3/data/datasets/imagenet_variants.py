@@ -9,7 +9,7 @@
 
 Classes are ImageNet-1k's numbers, the sorted WordNet ids. A set with some of them only counts its own: `get_targets` then
 numbers those, and `get_imagenet_class_mapping` gives the classifier's columns that mean each of them. `metric` is what a
-set is measured by where nothing else is asked for. Any number of pictures is fine, so small copies of a layout work.
+set is measured by where nothing else is asked for. Any number of images is fine, so small copies of a layout work.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from dinov3.data.datasets.base import PictureDataset, required
+from dinov3.data.datasets.base import ImageDataset, required
 from dinov3.data.datasets.imagenet import ImageNet, ImageNetSplit
-from dinov3.data.pictures import open_picture, picture_suffix, read_file
+from dinov3.data.images import image_suffix, open_image, read_file
 from dinov3.errors import DinoError, UnknownName, did_you_mean
 
 WNIDS = Path(__file__).parents[1] / "names" / "imagenet_wnids.txt"
@@ -42,8 +42,8 @@ def class_numbers() -> dict[str, int]:
     return {wnid: i for i, wnid in enumerate(WNIDS.read_text().split())}
 
 
-class Listed(PictureDataset):
-    """Pictures below a folder with a class for each; `columns` where only some of ImageNet's classes occur."""
+class Listed(ImageDataset):
+    """Images below a folder with a class for each; `columns` where only some of ImageNet's classes occur."""
 
     metric: ClassVar[str] = "mean_accuracy"
     line: ClassVar[str] = "root=…"
@@ -51,12 +51,12 @@ class Listed(PictureDataset):
     def __init__(self, root: str | os.PathLike[str]):
         self.root = Path(root).expanduser()
         if not self.root.is_dir():
-            raise DinoError(f"no folder {self.root}: {type(self).__name__}:{self.line} expects its pictures there")
+            raise DinoError(f"no folder {self.root}: {type(self).__name__}:{self.line} expects its images there")
         self.paths: list[str] = []  # relative to root
         self.numbers: list[int] = []
         self.find()
         if not self.paths:
-            raise DinoError(f"no pictures of {type(self).__name__} in {self.root}; its layout: {self.line}")
+            raise DinoError(f"no images of {type(self).__name__} in {self.root}; its layout: {self.line}")
 
     @classmethod
     def from_options(cls, **options: str) -> Self:
@@ -67,7 +67,7 @@ class Listed(PictureDataset):
 
     def add(self, folder: Path, number: int) -> None:
         for name in sorted(os.listdir(folder)):
-            if picture_suffix(name):
+            if image_suffix(name):
                 self.paths.append(str((folder / name).relative_to(self.root)))
                 self.numbers.append(number)
 
@@ -134,7 +134,7 @@ class Subset(Listed):
 
 
 class ImageNetA(Subset):
-    """Hendrycks et al. 2021: 7,500 pictures that a ResNet-50 gets wrong, 200 classes."""
+    """Hendrycks et al. 2021: 7,500 images that a ResNet-50 gets wrong, 200 classes."""
 
 
 class ImageNetR(Subset):
@@ -142,9 +142,9 @@ class ImageNetR(Subset):
 
 
 class ImageNetReaL(ImageNet):
-    """Beyer et al. 2020: ImageNet's VAL with every label that fits; pictures without one are not counted.
+    """Beyer et al. 2020: ImageNet's VAL with every label that fits; images without one are not counted.
 
-    real.json is a list indexed by the number in the picture's name − 1.
+    real.json is a list indexed by the number in the image's name − 1.
     """
 
     metric: ClassVar[str] = "any_match_accuracy"
@@ -173,7 +173,7 @@ class ImageNetReaL(ImageNet):
         """int64 [N, L], each row a set of labels padded with −1."""
         numbers = self.entries["actual_index"].astype(int)
         if numbers.max() > len(self.sets):
-            raise DinoError(f"real.json has {len(self.sets)} sets, but there is a picture number {numbers.max()}")
+            raise DinoError(f"real.json has {len(self.sets)} sets, but there is an image number {numbers.max()}")
         sets = [self.sets[n - 1] for n in numbers]
         padded = np.full((len(sets), max(1, *map(len, sets))), -1, np.int64)
         for row, labels in zip(padded, sets):
@@ -262,9 +262,9 @@ class ObjectNet(Listed):
         return self.columns
 
     def read(self, index: int) -> bytes:
-        picture = open_picture(super().read(index)).image
-        w, h = picture.size
+        image = open_image(super().read(index)).image
+        w, h = image.size
         out = io.BytesIO()
         f = self.FRAME
-        picture.crop((f, f, w - f, h - f)).save(out, "PNG", compress_level=1)
+        image.crop((f, f, w - f, h - f)).save(out, "PNG", compress_level=1)
         return out.getvalue()

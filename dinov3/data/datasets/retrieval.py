@@ -1,10 +1,10 @@
 """Instance retrieval: revisited Oxford and Paris, Met, AmsterTime.
 
     roxford5k/, rparis6k/    gnd_<name>.pkl (or .json), jpg/<name>.jpg
-    Met                      ground_truth/{MET_database,testset,valset}.json beside images/ (or the pictures at the root)
+    Met                      ground_truth/{MET_database,testset,valset}.json beside images/ (or the images at the root)
     AmsterTime               new/0000.png …, old/0000.jpg …: the same place today and in the archive
 
-Each is read as lists of pictures (`PictureList`) and what is known of them. The ground truth of Oxford and Paris is
+Each is read as lists of images (`ImageList`) and what is known of them. The ground truth of Oxford and Paris is
 published as a pickle; it is read without running anything in it.
 """
 
@@ -22,18 +22,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dinov3.data.datasets.base import PictureDataset
-from dinov3.data.pictures import open_picture, read_file
+from dinov3.data.datasets.base import ImageDataset
+from dinov3.data.images import open_image, read_file
 from dinov3.errors import DinoError, UnsafeFile
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
-class PictureList(PictureDataset):
-    """Pictures by their paths, each perhaps cut to a box and brought to a square before anything else happens.
+class ImageList(ImageDataset):
+    """Images by their paths, each perhaps cut to a box and brought to a square before anything else happens.
 
-    boxes: (x0, y0, x1, y1) for each picture, or None. square: None, or the side of a square; fit "pad": the longer side
-    becomes that long and black fills the rest, the picture in the middle; "crop": the shorter side does, and the middle
+    boxes: (x0, y0, x1, y1) for each image, or None. square: None, or the side of a square; fit "pad": the longer side
+    becomes that long and black fills the rest, the image in the middle; "crop": the shorter side does, and the middle
     is kept.
     """
 
@@ -51,7 +51,7 @@ class PictureList(PictureDataset):
         return len(self.paths)
 
     def name(self, index: int) -> str:
-        """The path, and what is done to the picture: features are kept under this name."""
+        """The path, and what is done to the image: features are kept under this name."""
         box = "" if self.boxes is None else "#" + ",".join(f"{v:g}" for v in self.boxes[index])
         return f"{self.paths[index]}{box}" + (f"#{self.fit}{self.square}" if self.square else "")
 
@@ -59,7 +59,7 @@ class PictureList(PictureDataset):
         encoded = read_file(self.paths[index])
         if self.boxes is None and self.square is None:
             return encoded
-        image = open_picture(encoded).image
+        image = open_image(encoded).image
         if self.boxes is not None:
             image = image.crop(tuple(round(v) for v in self.boxes[index]))  # type: ignore[arg-type]
         if self.square is not None:
@@ -70,7 +70,7 @@ class PictureList(PictureDataset):
 
 
 def squared(image: Image.Image, side: int, fit: str = "pad") -> Image.Image:
-    """A square of `side` pixels (see `PictureList`), bicubic."""
+    """A square of `side` pixels (see `ImageList`), bicubic."""
     chosen = max(image.size) if fit == "pad" else min(image.size)
     w, h = (max(1, round(s * side / chosen)) for s in image.size)
     out = Image.new("RGB", (side, side))
@@ -83,7 +83,7 @@ def squared(image: Image.Image, side: int, fit: str = "pad") -> Image.Image:
 
 @dataclass(frozen=True)
 class Revisited:
-    """Database and query pictures; per query a box (x0, y0, x1, y1) and database numbers that are easy, hard, junk."""
+    """Database and query images; per query a box (x0, y0, x1, y1) and database numbers that are easy, hard, junk."""
 
     database: list[Path]
     queries: list[Path]
@@ -128,8 +128,8 @@ def revisited(root: str | os.PathLike[str], name: str) -> Revisited:
             content = _Containers(io.BytesIO(file.read_bytes()), encoding="latin1").load()
         rows = content["gnd"]
         return Revisited(
-            [_picture(base / "jpg", n) for n in content["imlist"]],
-            [_picture(base / "jpg", n) for n in content["qimlist"]],
+            [_image(base / "jpg", n) for n in content["imlist"]],
+            [_image(base / "jpg", n) for n in content["qimlist"]],
             [tuple(float(v) for v in row["bbx"]) for row in rows],
             *([np.asarray(row[key], dtype=np.int64).reshape(-1) for row in rows] for key in ("easy", "hard", "junk")),
         )
@@ -137,7 +137,7 @@ def revisited(root: str | os.PathLike[str], name: str) -> Revisited:
         raise DinoError(f"{file} is no ground truth of {name}: {type(error).__name__} {error}") from None
 
 
-def _picture(folder: Path, name: str) -> Path:
+def _image(folder: Path, name: str) -> Path:
     """A listed name has no ending."""
     path = folder / name
     return path if path.suffix.lower() in SUFFIXES else folder / f"{name}.jpg"
@@ -147,7 +147,7 @@ def _picture(folder: Path, name: str) -> Path:
 
 
 def met(root: str | os.PathLike[str], part: str) -> tuple[list[Path], np.ndarray]:
-    """(pictures, exhibit numbers) of "database", "test" or "val"; −1 is a distractor, of no exhibit."""
+    """(images, exhibit numbers) of "database", "test" or "val"; −1 is a distractor, of no exhibit."""
     base = Path(root).expanduser()
     file = {"database": "MET_database", "test": "testset", "val": "valset"}[part]
     listed = next((p for p in (base / "ground_truth", base) if (p / f"{file}.json").is_file()), None)
@@ -163,7 +163,7 @@ def met(root: str | os.PathLike[str], part: str) -> tuple[list[Path], np.ndarray
 
 
 def amstertime(root: str | os.PathLike[str]) -> tuple[list[Path], list[Path]]:
-    """(pictures of today, archive pictures), pair by pair."""
+    """(images of today, archive images), pair by pair."""
     base = Path(root).expanduser()
     sides = []
     for name in ("new", "old"):
@@ -174,5 +174,5 @@ def amstertime(root: str | os.PathLike[str]) -> tuple[list[Path], list[Path]]:
     if not new or set(new) != set(old):
         alone = sorted(set(new) ^ set(old))
         why = f"{alone[0]} has no partner" if alone else "they are empty or missing"
-        raise DinoError(f"{base} needs pairs of pictures in new/ and old/ with the same names; {why}")
+        raise DinoError(f"{base} needs pairs of images in new/ and old/ with the same names; {why}")
     return [new[k] for k in sorted(new)], [old[k] for k in sorted(new)]

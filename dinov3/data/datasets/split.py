@@ -1,9 +1,9 @@
-"""A fixed division of one labelled folder into training and test pictures, where its makers gave none (Caltech-101).
+"""A fixed division of one labelled folder into training and test images, where its makers gave none (Caltech-101).
 
     FolderSplit:root=/data/caltech101:split=train:train_per_class=30
     FolderSplit:root=/data/caltech101:split=test:train_per_class=30:test_per_class=50
 
-Each class's pictures are put in an order drawn from the class's name (so that a class keeps its division whatever else
+Each class's images are put in an order drawn from the class's name (so that a class keeps its division whatever else
 lies beside it): the first `train_per_class` train, of the rest at most `test_per_class` test. `exclude=BACKGROUND_Google`
 leaves classes out (several with commas).
 """
@@ -21,7 +21,7 @@ from dinov3.errors import DinoError, UnknownName, did_you_mean
 
 
 class FolderSplit(Folder):
-    """`Folder` with a part of its pictures; classes are numbered in sorted order, the same in both parts."""
+    """`Folder` with a part of its images; classes are numbered in sorted order, the same in both parts."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class FolderSplit(Folder):
                 end = None if test_per_class is None else train_per_class + test_per_class
                 kept = order[train_per_class:end]
             if len(kept) == 0:
-                raise DinoError(f"class {name} has {len(members)} pictures: none is left for split={split}")
+                raise DinoError(f"class {name} has {len(members)} images: none is left for split={split}")
             rows += sorted(members[kept].tolist())
             labels += [number] * len(kept)
         self.items = [self.items[i] for i in rows]
@@ -67,7 +67,7 @@ class FolderSplit(Folder):
         for key in ("train_per_class", "test_per_class"):
             if key in options:
                 if not options[key].isdecimal() or int(options[key]) < 1:
-                    raise DinoError(f"{key} is a number of pictures, not {options[key]!r}")
+                    raise DinoError(f"{key} is a number of images, not {options[key]!r}")
                 numbers[key] = int(options[key])
         return cls(
             required(options, "root", line),

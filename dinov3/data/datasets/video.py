@@ -1,4 +1,4 @@
-"""Videos: sequences of pictures with masks (DAVIS, YouTube-VOS, MOSE), and labelled clips for classification.
+"""Videos: sequences of images with masks (DAVIS, YouTube-VOS, MOSE), and labelled clips for classification.
 
 Two layouts of masked videos are read, both below one root:
 
@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dinov3.data.pictures import open_picture
+from dinov3.data.images import open_image
 from dinov3.errors import DinoError, UnknownName, did_you_mean, require
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 VIDEOS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg")
 VOID = 255
 
@@ -46,7 +46,7 @@ class MaskedVideo:
         return len(self.frames)
 
     def frame(self, index: int) -> Image.Image:
-        return open_picture(self.frames[index]).image
+        return open_image(self.frames[index]).image
 
     @cached_property
     def binary(self) -> bool:
@@ -67,7 +67,7 @@ class MaskedVideo:
 def _numbers(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         if image.mode not in ("L", "P", "1"):
-            raise DinoError(f"{path} is a {image.mode} picture; a mask holds one number a pixel (palette or grey PNG)")
+            raise DinoError(f"{path} is a {image.mode} image; a mask holds one number a pixel (palette or grey PNG)")
         return np.array(image.convert("L") if image.mode == "1" else image, dtype=np.uint8)
 
 
@@ -82,22 +82,22 @@ class MaskedVideos(Sequence[MaskedVideo]):
         self, root: str | os.PathLike[str], *, split: str | None = None, sequences: Sequence[str] | None = None
     ) -> None:
         self.root = Path(root).expanduser()
-        pictures, masks = self.root / "JPEGImages", self.root / "Annotations"
-        if not (pictures.is_dir() and masks.is_dir()):
+        images, masks = self.root / "JPEGImages", self.root / "Annotations"
+        if not (images.is_dir() and masks.is_dir()):
             raise DinoError(
                 f"{self.root} holds no JPEGImages and Annotations: give the folder above them (DAVIS, train/ of MOSE)"
             )
         for resolution in ("480p", "Full-Resolution", "1080p"):
-            if (pictures / resolution).is_dir() and (masks / resolution).is_dir():
-                pictures, masks = pictures / resolution, masks / resolution
+            if (images / resolution).is_dir() and (masks / resolution).is_dir():
+                images, masks = images / resolution, masks / resolution
                 break
-        there = sorted(p.name for p in pictures.iterdir() if p.is_dir())
+        there = sorted(p.name for p in images.iterdir() if p.is_dir())
         wanted = list(sequences) if sequences else self._listed(split) if split else there
         if unknown := [name for name in wanted if name not in there]:
-            raise UnknownName(f"{pictures} holds no sequence {unknown[0]!r}{did_you_mean(unknown[0], there)}")
+            raise UnknownName(f"{images} holds no sequence {unknown[0]!r}{did_you_mean(unknown[0], there)}")
         if not wanted:
-            raise DinoError(f"{pictures} holds no sequences")
-        self.videos = [self._video(name, pictures / name, masks / name) for name in wanted]
+            raise DinoError(f"{images} holds no sequences")
+        self.videos = [self._video(name, images / name, masks / name) for name in wanted]
 
     def _listed(self, split: str) -> list[str]:
         sets = self.root / "ImageSets"
@@ -109,11 +109,11 @@ class MaskedVideos(Sequence[MaskedVideo]):
 
     @staticmethod
     def _video(name: str, frames: Path, masks: Path) -> MaskedVideo:
-        pictures = sorted(p for p in frames.iterdir() if p.suffix.lower() in PICTURES)
-        if not pictures:
-            raise DinoError(f"{frames} holds no pictures")
-        found = [masks / f"{p.stem}.png" for p in pictures]
-        return MaskedVideo(name, tuple(pictures), tuple(p if p.is_file() else None for p in found))
+        images = sorted(p for p in frames.iterdir() if p.suffix.lower() in IMAGES)
+        if not images:
+            raise DinoError(f"{frames} holds no images")
+        found = [masks / f"{p.stem}.png" for p in images]
+        return MaskedVideo(name, tuple(images), tuple(p if p.is_file() else None for p in found))
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -135,14 +135,14 @@ class Clip:
 
 
 def read_frames(path: str | os.PathLike[str], indices: Sequence[int], *, fps: float = 25.0) -> Clip:
-    """The frames of these numbers, ascending or not, of a video file or of a folder of pictures.
+    """The frames of these numbers, ascending or not, of a video file or of a folder of images.
 
-    fps: of a folder of pictures, which does not say it; a file's own time stamps are used.
+    fps: of a folder of images, which does not say it; a file's own time stamps are used.
     """
     source = Path(path)
     if source.is_dir():
-        pictures = _pictures_of(source)
-        frames = [open_picture(pictures[i]).image for i in indices]
+        images = _images_of(source)
+        frames = [open_image(images[i]).image for i in indices]
         seconds = np.array([i / fps for i in indices])
     else:
         frames, seconds = _decode(source, indices)
@@ -150,10 +150,10 @@ def read_frames(path: str | os.PathLike[str], indices: Sequence[int], *, fps: fl
 
 
 def n_frames(path: str | os.PathLike[str]) -> int:
-    """How many frames a video file or a folder of pictures has."""
+    """How many frames a video file or a folder of images has."""
     source = Path(path)
     if source.is_dir():
-        return len(_pictures_of(source))
+        return len(_images_of(source))
     av = require("av", "video", "reading video files")
     with _opened(av, source) as container:
         stream = container.streams.video[0]
@@ -161,11 +161,11 @@ def n_frames(path: str | os.PathLike[str]) -> int:
         return stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
 
 
-def _pictures_of(folder: Path) -> list[Path]:
-    pictures = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
-    if not pictures:
-        raise DinoError(f"{folder} holds no frames (pictures)")
-    return pictures
+def _images_of(folder: Path) -> list[Path]:
+    images = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGES)
+    if not images:
+        raise DinoError(f"{folder} holds no frames (images)")
+    return images
 
 
 def _opened(av: Any, path: Path) -> Any:

@@ -1,20 +1,20 @@
-"""Where pictures come from: a folder, a file, a list, tar shards, Parquet, a saved `datasets` folder; one by one, by name.
+"""Where images come from: a folder, a file, a list, tar shards, Parquet, a saved `datasets` folder; one by one, by name.
 
 `open_source` looks at what a path is and lists what it holds; nothing is decoded and no container is read as a whole. The
 list is deterministic, and every `Item` in it is small, picklable and readable on its own, in any thread or process:
 
     for item in open_source("photos/"):
-        data = item.read()          # bytes, or PictureError with the reason
+        data = item.read()          # bytes, or ImageError with the reason
 
-Nothing disappears in silence. What looks like a picture and cannot be read (a dangling link, the rest of a truncated
+Nothing disappears in silence. What looks like an image and cannot be read (a dangling link, the rest of a truncated
 shard, an empty cell) is an item whose `read` fails with the reason, so that it ends in somebody's list of failures; what
-is no picture is counted in `source.skipped`. Hidden files and folders (".name") are left alone, as `ls` does.
+is no image is counted in `source.skipped`. Hidden files and folders (".name") are left alone, as `ls` does.
 
 What random access costs: a file or a member of a plain tar is one read at an offset. A member of a .tar.gz is found by
 decompressing up to it, so each reading thread decompresses the shard once when it moves forwards; many threads want plain
 tars. A Parquet row is found by decoding its row group up to it; the last 128 MB of two row groups are kept per process.
 
-Left out: remote addresses (mount or copy first), zip and other archives, and what accompanies a picture (captions, labels).
+Left out: remote addresses (mount or copy first), zip and other archives, and what accompanies an image (captions, labels).
 """
 
 from dinov3.data.sources.items import Item, Place

@@ -1,4 +1,4 @@
-"""One picture of a source, and what all kinds of sources share."""
+"""One image of a source, and what all kinds of sources share."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from dinov3.data.pictures import HEAD
-from dinov3.errors import DinoError, PictureError
+from dinov3.data.images import HEAD
+from dinov3.errors import DinoError, ImageError
 
-# Companions of pictures that are never one themselves: not worth opening a million of them to look at their first bytes.
+# Companions of images that are never one themselves: not worth opening a million of them to look at their first bytes.
 # fmt: off
 COMPANIONS = frozenset([
     ".txt", ".json", ".jsonl", ".cls", ".csv", ".tsv", ".xml", ".yaml", ".md", ".npy", ".npz", ".pt",
@@ -32,14 +32,14 @@ class Place(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One picture of a source: `path` is its name there (unique, stable), `stamp` changes when the file behind it does."""
+    """One image of a source: `path` is its name there (unique, stable), `stamp` changes when the file behind it does."""
 
     path: str
     stamp: str
     place: Place
 
     def read(self) -> bytes:
-        """The encoded picture. Raises `PictureError` with the reason if it cannot be had."""
+        """The encoded image. Raises `ImageError` with the reason if it cannot be had."""
         return self.place.read()
 
 
@@ -57,13 +57,13 @@ class Nowhere:
     reason: str
 
     def read(self) -> bytes:
-        raise PictureError(self.reason)
+        raise ImageError(self.reason)
 
 
-class NoPictureColumn(DinoError):
+class NoImageColumn(DinoError):
     def __init__(self, path: Path, columns: Iterable[str]) -> None:
         super().__init__(
-            f"no column of {path} holds pictures or paths (it has {', '.join(columns)}); choose with column="
+            f"no column of {path} holds images or paths (it has {', '.join(columns)}); choose with column="
         )
 
 

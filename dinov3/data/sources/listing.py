@@ -1,4 +1,4 @@
-"""What a path is, and the list of pictures it holds: `open_source`."""
+"""What a path is, and the list of images it holds: `open_source`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from dinov3.data.pictures import PICTURE_SUFFIXES, is_picture_header, os_reason, picture_suffix, read_file
+from dinov3.data.images import IMAGE_SUFFIXES, image_suffix, is_image_header, os_reason, read_file
 from dinov3.data.sources.items import (
     COMPANIONS,
     PATH_NAMES,
     Item,
-    NoPictureColumn,
+    NoImageColumn,
     Nowhere,
     Part,
     Place,
@@ -29,17 +29,17 @@ from dinov3.data.sources.items import (
 )
 from dinov3.data.sources.tables import Arrow, Parquet
 from dinov3.data.sources.tar import TAR_SUFFIXES, Tar, is_tar
-from dinov3.errors import DinoError, PictureError, UnknownName, did_you_mean
+from dinov3.errors import DinoError, ImageError, UnknownName, did_you_mean
 
 LIST_SUFFIXES = (".txt", ".lst", ".list", ".csv", ".tsv")
 
 
 class Source(Protocol):
-    """What `open_source` returns: `kind` is folder, picture, list, tar, parquet, datasets, mixed, or broken."""
+    """What `open_source` returns: `kind` is folder, image, list, tar, parquet, datasets, mixed, or broken."""
 
     name: str
     kind: str
-    skipped: int  # files and members that are no pictures
+    skipped: int  # files and members that are no images
     root: str  # absolute folder that items' paths are relative to
 
     def __len__(self) -> int: ...
@@ -48,10 +48,10 @@ class Source(Protocol):
 
 
 def open_source(spec: str | os.PathLike[str], *, column: str | None = None, recursive: bool = True) -> Source:
-    """List the pictures of a folder, picture, list file (.txt, .csv, .tsv), tar, Parquet file, or saved `datasets` folder.
+    """List the images of a folder, image, list file (.txt, .csv, .tsv), tar, Parquet file, or saved `datasets` folder.
 
     A text may also be a glob ("shards/*.tar") or hold braces ("shard-{000..010}.tar", "{train,val}.parquet").
-    `column` names the column of a table that holds pictures or their paths; found by type and name otherwise.
+    `column` names the column of a table that holds images or their paths; found by type and name otherwise.
     """
     text = os.path.expanduser(os.fspath(spec))
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
@@ -107,7 +107,7 @@ class _Listing:
     whole_folder: bool = False
 
     def close(self, name: str, root: str) -> Source:
-        kinds = [] if not self.files else ["folder" if self.whole_folder or len(self.files) > 1 else "picture"]
+        kinds = [] if not self.files else ["folder" if self.whole_folder or len(self.files) > 1 else "image"]
         parts: list[Part] = [_Files(sorted(self.files))] if self.files else []
         parts += self.containers
         kinds += dict.fromkeys(p.kind for p in self.containers)
@@ -118,17 +118,17 @@ class _Listing:
         if self.column is not None and not self.used_column:
             raise DinoError(f"column {self.column!r} was given, but {name} holds no table")
         if source.kind == "mixed":
-            counts = [f"{len(self.files)} pictures"] if self.files else []
+            counts = [f"{len(self.files)} images"] if self.files else []
             for kind in dict.fromkeys(p.kind for p in self.containers):
                 counts.append(f"{sum(p.kind == kind for p in self.containers)} {kind}")
             source.name = f"{name} ({', '.join(counts)})"
         return source
 
     def _emptiness(self, name: str) -> str:
-        known = " ".join(sorted(s.lstrip(".") for s in PICTURE_SUFFIXES))
+        known = " ".join(sorted(s.lstrip(".") for s in IMAGE_SUFFIXES))
         where = "there and in all folders below" if self.recursive else "there, not in folders below"
         sentence = (
-            f"no pictures in {name}: looked {where} for picture files ({known}, or by their first bytes), tar shards, "
+            f"no images in {name}: looked {where} for image files ({known}, or by their first bytes), tar shards, "
             f"Parquet and Arrow tables; {self.skipped} other files were skipped"
         )
         return "; ".join([sentence, *self.hints[:3]])
@@ -139,16 +139,16 @@ class _Listing:
         for path, relative in self._walk(str(root), prefix, frozenset()):
             lower = os.path.basename(path).lower()
             suffix = os.path.splitext(lower)[1]
-            if suffix in PICTURE_SUFFIXES:
+            if suffix in IMAGE_SUFFIXES:
                 self.files.append((relative, path))
             elif lower.endswith((*TAR_SUFFIXES, ".parquet")) or (suffix == ".arrow" and not lower.startswith("cache-")):
                 containers.append((relative, Path(path)))
-            elif suffix not in COMPANIONS and is_picture_header(first_bytes(path)):
+            elif suffix not in COMPANIONS and is_image_header(first_bytes(path)):
                 self.files.append((relative, path))
             else:
                 self.skipped += 1
                 if lower.endswith(LIST_SUFFIXES) and len(self.hints) < 3:
-                    self.hints.append(f"if {path} is a list of pictures, name that file")
+                    self.hints.append(f"if {path} is a list of images, name that file")
         for relative, container in sorted(containers, key=lambda c: _dataset_order(*c)):
             self.named(container, relative, on_its_own=False)
 
@@ -194,29 +194,27 @@ class _Listing:
                 self.containers.append(tar)
             elif lower.endswith((*TAR_SUFFIXES, ".parquet", ".arrow")):
                 if not head:
-                    raise PictureError("empty file (0 bytes)" if not read_file(path) else "unreadable")
+                    raise ImageError("empty file (0 bytes)" if not read_file(path) else "unreadable")
                 kind = "Parquet" if lower.endswith(".parquet") else "Arrow" if lower.endswith(".arrow") else "tar"
-                raise PictureError(
-                    f"not a{'n' * (kind == 'Arrow')} {kind} file (begins with bytes {head[:6].hex(' ')})"
-                )
-            elif is_picture_header(head) or picture_suffix(lower):
+                raise ImageError(f"not a{'n' * (kind == 'Arrow')} {kind} file (begins with bytes {head[:6].hex(' ')})")
+            elif is_image_header(head) or image_suffix(lower):
                 self.files.append((name, str(path)))
             elif lower.endswith(LIST_SUFFIXES):
                 self.used_column |= lower.endswith((".csv", ".tsv"))
                 self.containers.append(_read_list(path, self.column))
             else:
                 self.skipped += 1
-        except PictureError as error:
+        except ImageError as error:
             self.containers.append(_Broken(name, str(error), stamp))
 
     def _table(self, path: Path, opened: Callable[[], Part], on_its_own: bool) -> None:
         self.used_column = True
         try:
             self.containers.append(opened())
-        except NoPictureColumn as error:
+        except NoImageColumn as error:
             if on_its_own:
                 raise
-            self.skipped += 1  # a table beside pictures: labels, most likely
+            self.skipped += 1  # a table beside images: labels, most likely
             self.hints.append(str(error))
 
 
@@ -334,7 +332,7 @@ def _read_list(path: Path, column: str | None) -> Part:
     try:
         text = path.read_text("utf-8-sig", "surrogateescape")
     except OSError as error:
-        raise PictureError(os_reason(error, path)) from None
+        raise ImageError(os_reason(error, path)) from None
     if path.suffix.lower() in (".csv", ".tsv"):
         entries: Iterable[str] = _csv_column(path, text, column)
     else:
@@ -353,9 +351,9 @@ def _csv_column(path: Path, text: str, column: str | None) -> Iterator[str]:
     if column is None:
         lowered = {n.lower(): n for n in names}
         likely = [lowered[n] for n in PATH_NAMES if n in lowered]
-        likely += [n for n in names if listed and picture_suffix(listed[0].get(n) or "")]
+        likely += [n for n in names if listed and image_suffix(listed[0].get(n) or "")]
         if not likely:
-            raise NoPictureColumn(path, names)
+            raise NoImageColumn(path, names)
         column = likely[0]
     elif column not in names:
         raise UnknownName(f"{path} has no column {column!r} (it has {', '.join(names)}){did_you_mean(column, names)}")

@@ -1,4 +1,4 @@
-"""Tables with a column of pictures: Parquet, and Arrow as `datasets` saves it. Rows are decoded when they are asked for."""
+"""Tables with a column of images: Parquet, and Arrow as `datasets` saves it. Rows are decoded when they are asked for."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dinov3.data.pictures import os_reason, read_file
-from dinov3.data.sources.items import PATH_NAMES, Item, NoPictureColumn, Nowhere
-from dinov3.errors import DinoError, PictureError, UnknownName, did_you_mean, require
+from dinov3.data.images import os_reason, read_file
+from dinov3.data.sources.items import PATH_NAMES, Item, NoImageColumn, Nowhere
+from dinov3.errors import DinoError, ImageError, UnknownName, did_you_mean, require
 
 # A table's column is found by its type; where several would do, one with the likeliest name.
 # fmt: off
@@ -26,8 +26,8 @@ def _pyarrow(name: str) -> Any:
     return require(name, "search", "reading Parquet and Arrow tables")
 
 
-def _picture_column(path: Path, schema: Any, wanted: str | None) -> str:
-    """The column that holds pictures: a struct with `bytes` (as `datasets` writes it), binary, or paths in a text column."""
+def _image_column(path: Path, schema: Any, wanted: str | None) -> str:
+    """The column that holds images: a struct with `bytes` (as `datasets` writes it), binary, or paths in a text column."""
     types = _pyarrow("pyarrow").types
     if wanted is not None and wanted not in schema.names:
         raise UnknownName(
@@ -53,7 +53,7 @@ def _picture_column(path: Path, schema: Any, wanted: str | None) -> str:
             texts.append(column.name)
     if wanted is not None:
         if wanted not in structs + blobs + texts:
-            raise DinoError(f"column {wanted!r} of {path} is {schema.field(wanted).type}: neither pictures nor paths")
+            raise DinoError(f"column {wanted!r} of {path} is {schema.field(wanted).type}: neither images nor paths")
         return wanted
     for candidates, names in ((structs, _IMAGE_NAMES), (blobs, _IMAGE_NAMES), (texts, PATH_NAMES)):
         lowered = {c.lower(): c for c in candidates}
@@ -63,22 +63,20 @@ def _picture_column(path: Path, schema: Any, wanted: str | None) -> str:
         if len(candidates) == 1 and candidates is not texts:
             return candidates[0]
         if candidates and candidates is not texts:
-            raise DinoError(
-                f"several columns of {path} may hold pictures ({', '.join(candidates)}); choose with column="
-            )
-    raise NoPictureColumn(path, schema.names)
+            raise DinoError(f"several columns of {path} may hold images ({', '.join(candidates)}); choose with column=")
+    raise NoImageColumn(path, schema.names)
 
 
 def _cell_bytes(value: Any, table: str) -> bytes:
-    """A cell's picture: its bytes, or the file that it names, relative to the table's folder."""
+    """A cell's image: its bytes, or the file that it names, relative to the table's folder."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
         return value
     if not isinstance(value, str) or not value:
-        raise PictureError("empty cell (null)")
+        raise ImageError("empty cell (null)")
     if "://" in value:
-        raise PictureError(f"a remote address ({value}); only files are read")
+        raise ImageError(f"a remote address ({value}); only files are read")
     return read_file(os.path.join(os.path.dirname(table), value))
 
 
@@ -169,7 +167,7 @@ class _ParquetCell:
             group = _row_groups.get(key, lambda: _RowGroup(self.path, self.group, self.column))
             value = group.value(self.row)
         except Exception as error:  # pyarrow raises as many kinds as decoders do
-            raise PictureError(_table_reason(error, self.path)) from None
+            raise ImageError(_table_reason(error, self.path)) from None
         return _cell_bytes(value, self.path)
 
 
@@ -190,8 +188,8 @@ class Parquet:
                 schema, facts = file.schema_arrow, file.metadata
                 groups = [facts.row_group(g).num_rows for g in range(facts.num_row_groups)]
         except Exception as error:
-            raise PictureError(_table_reason(error, path)) from None
-        return cls(str(path), name, stamp, _picture_column(path, schema, wanted), groups)
+            raise ImageError(_table_reason(error, path)) from None
+        return cls(str(path), name, stamp, _image_column(path, schema, wanted), groups)
 
     def __len__(self) -> int:
         return sum(self.groups)
@@ -235,7 +233,7 @@ class _ArrowCell:
             batches = _arrow_tables.get((self.path, self.stamp), lambda: _arrow_batches(self.path)[0])
             value = batches[self.batch].column(self.column)[self.row].as_py()
         except Exception as error:
-            raise PictureError(_table_reason(error, self.path)) from None
+            raise ImageError(_table_reason(error, self.path)) from None
         return _cell_bytes(value, self.path)
 
 
@@ -257,8 +255,8 @@ class Arrow:
         try:
             batches, schema, broken = _arrow_batches(str(path))
         except Exception as error:
-            raise PictureError(_table_reason(error, path)) from None
-        column = _picture_column(path, schema, wanted)
+            raise ImageError(_table_reason(error, path)) from None
+        column = _image_column(path, schema, wanted)
         return cls(str(path), name, stamp, column, [b.num_rows for b in batches], broken)
 
     def __len__(self) -> int:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dinov3.data.pictures import HEAD, is_picture_header, os_reason, picture_suffix
+from dinov3.data.images import HEAD, image_suffix, is_image_header, os_reason
 from dinov3.data.sources.items import COMPANIONS, Item, Nowhere, first_bytes, storable
-from dinov3.errors import PictureError
+from dinov3.errors import ImageError
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
@@ -39,9 +39,9 @@ class _Span:
             finally:
                 os.close(file)
         except OSError as error:
-            raise PictureError(os_reason(error, self.path)) from None
+            raise ImageError(os_reason(error, self.path)) from None
         if len(data) < self.size:
-            raise PictureError(f"truncated tar: {os.path.basename(self.path)} ends inside of this member")
+            raise ImageError(f"truncated tar: {os.path.basename(self.path)} ends inside of this member")
         return data
 
 
@@ -69,10 +69,10 @@ class _PackedSpan:
         except (OSError, EOFError, zlib.error) as error:
             _here.key = None
             if isinstance(error, OSError) and error.errno is not None:
-                raise PictureError(os_reason(error, self.path)) from None
-            raise PictureError(f"truncated or damaged tar.gz: {error}") from None
+                raise ImageError(os_reason(error, self.path)) from None
+            raise ImageError(f"truncated or damaged tar.gz: {error}") from None
         if len(data) < self.size:
-            raise PictureError(f"truncated tar: {os.path.basename(self.path)} ends inside of this member")
+            raise ImageError(f"truncated tar: {os.path.basename(self.path)} ends inside of this member")
         return data
 
 
@@ -90,7 +90,7 @@ class _Marked(tarfile.TarInfo):
 
 @dataclass
 class Tar:
-    """The pictures of one shard: the headers are walked once, for names and offsets."""
+    """The images of one shard: the headers are walked once, for names and offsets."""
 
     path: str
     name: str
@@ -122,12 +122,12 @@ class Tar:
             base = PurePosixPath(member.name).name
             if member.isdir() or base.startswith("."):
                 continue
-            is_picture = picture_suffix(base)
-            if not is_picture and member.isreg() and PurePosixPath(base).suffix.lower() not in COMPANIONS:
+            is_image = image_suffix(base)
+            if not is_image and member.isreg() and PurePosixPath(base).suffix.lower() not in COMPANIONS:
                 stream: Any = archive.fileobj
                 stream.seek(member.offset_data)
-                is_picture = is_picture_header(stream.read(min(HEAD, member.size)))
-            if not is_picture:
+                is_image = is_image_header(stream.read(min(HEAD, member.size)))
+            if not is_image:
                 self.skipped += 1
                 continue
             name = storable(member.name.removeprefix("./"))
@@ -150,10 +150,10 @@ class Tar:
             last, offset, size = self.members[-1]
             try:
                 _PackedSpan(self.path, offset, size, self.stamp).read()
-            except PictureError:
+            except ImageError:
                 self.members.pop()
                 name = last
-        self.broken.append((name, f"truncated or damaged tar, after {len(self.members)} pictures: {reason}"))
+        self.broken.append((name, f"truncated or damaged tar, after {len(self.members)} images: {reason}"))
 
     def __len__(self) -> int:
         return len(self.members) + len(self.broken)
@@ -170,7 +170,7 @@ def is_tar(path: Path, head: bytes) -> bool:
     if head[:2] == b"\x1f\x8b":
         return True
     if head[:3] == b"BZh" or head[:6] == b"\xfd7zXZ\0":
-        raise PictureError("compressed with bzip2 or xz: only plain and gzip tars are read")
+        raise ImageError("compressed with bzip2 or xz: only plain and gzip tars are read")
     try:
         return tarfile.is_tarfile(path)  # those of before 1988 have no signature
     except OSError:

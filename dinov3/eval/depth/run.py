@@ -5,15 +5,15 @@
     python dinov3/eval/depth/run.py config=config-nyu-synthmix-dpt-inference.yaml datasets.root=/data/nyu \\
         load_from=dinov3_vit7b16_dd head_weights=HEAD.pth backbone_weights=7B.pth --output-dir=OUT
     python dinov3/eval/depth/run.py load_from=dinov3_vitl16_chmv2 datasets.test=DenseFolder:root=/data/plots --output-dir=OUT
-    dinov3 eval depth FOLDER --model dinov3_vits16               your own pictures and depth maps; no configuration
+    dinov3 eval depth FOLDER --model dinov3_vits16               your own images and depth maps; no configuration
 
 Protocol: the prediction is resized to the ground truth; pixels count inside the region, where min_depth < truth < max_depth;
-test pictures are predicted a second time mirrored and averaged (eval.use_tta; not for validation during the fit); where
-asked, each picture's prediction is first fitted to the truth by scale and shift; scores are means over pictures. Heights
+test images are predicted a second time mirrored and averaged (eval.use_tta; not for validation during the fit); where
+asked, each image's prediction is first fitted to the truth by scale and shift; scores are means over images. Heights
 (data of kind "height") are scored over all pixels: mae, rmse, bias, r2, block_r2. Results: results-depth.csv with
-<Data set>_<score>, <Data set>/results.json with every picture's scores, model_final.pth, head.safetensors.
+<Data set>_<score>, <Data set>/results.json with every image's scores, model_final.pth, head.safetensors.
 
-Padding around a picture is cut off the prediction before it is resized (the reference stretches it along: the same at
+Padding around an image is cut off the prediction before it is resized (the reference stretches it along: the same at
 640×480, where there is none). decoder_head.type=dpt can be fitted here too.
 """
 
@@ -34,15 +34,16 @@ from torch import Tensor, nn
 from dinov3 import distributed
 from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.dense import DenseDataset
-from dinov3.data.dense_transforms import FIXED_CROPS, DepthRule
+from dinov3.data.transforms.dense import FIXED_CROPS, DepthRule
 from dinov3.errors import DinoError, UnknownName, did_you_mean
-from dinov3.eval import common, dense
+from dinov3.eval import dense
+from dinov3.eval import session as common
+from dinov3.fit.loop import fit, head_tensors
 from dinov3.heads.dpt import Depther, build_depther
 from dinov3.heads.encoder import LAYER_SETS, resized
-from dinov3.heads.fitting import fit, head_tensors
 from dinov3.heads.objectives import DEPTH_LOSSES, DepthLoss
 from dinov3.losses import LossTerms
-from dinov3.metrics import DEPTH_SCORES, REGIONS, CanopySums, canopy_scores, depth_scores, mean_scores
+from dinov3.metrics.dense import DEPTH_SCORES, REGIONS, CanopySums, canopy_scores, depth_scores, mean_scores
 from dinov3.runlog import RunDir
 
 NAME = "depth"
@@ -100,7 +101,7 @@ class TrainTransform:
     rotation_angle: float = 2.5
     fixed_crop: str = "FULL"
     eval_mask: str = "FULL"
-    augment: bool = True  # ours; false: pictures as for evaluation, features computed once
+    augment: bool = True  # ours; false: images as for evaluation, features computed once
 
 
 @dataclass
@@ -134,7 +135,7 @@ class ResultSection:
     save_results: bool = False  # visualizations/results_<i>: prediction and truth
     extension: Literal["JPG", "PNG", "PTH"] = "JPG"
     save_resolution: list[int] | None = None  # [height, width]
-    overlay_alpha: float = 1.0  # below 1 the picture shines through
+    overlay_alpha: float = 1.0  # below 1 the image shines through
     save_separate_files: bool = False
 
 
@@ -206,11 +207,11 @@ class Protocol:
 
 @torch.no_grad()
 def depth_map(model: Depther, x: Tensor, size_hw: tuple[int, int], *, flip: bool) -> Tensor:
-    """Normalised picture [3, h, w] → metres float32 [*size_hw]; with `flip` the mean with the mirror image's, turned back."""
+    """Normalised image [3, h, w] → metres float32 [*size_hw]; with `flip` the mean with the mirror image's, turned back."""
     x = x[None]
-    depth = model.in_picture(x).float()
+    depth = model.in_image(x).float()
     if flip:
-        depth = (depth + model.in_picture(x.flip(-1)).float().flip(-1)) / 2
+        depth = (depth + model.in_image(x.flip(-1)).float().flip(-1)) / 2
     return resized(depth, size_hw)[0, 0]
 
 
@@ -224,19 +225,19 @@ def evaluate_model(
     shown: Callable[[int, Any, Tensor, Tensor], None] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> tuple[dict[str, float], list[dict[str, float]]]:
-    """(mean scores, each picture's scores in order), the same on all ranks. Heights have no scores of single pictures.
+    """(mean scores, each image's scores in order), the same on all ranks. Heights have no scores of single images.
 
-    shown(index, picture, prediction, truth) is called for every picture of this process.
+    shown(index, image, prediction, truth) is called for every image of this process.
     """
     rows: list[tuple[int, Any]] = []
     mine = dense.my_share(len(dataset))
     for done, index in enumerate(mine, 1):
-        picture, truth = dataset[index]
+        image, truth = dataset[index]
         if dataset.kind == "height":
-            x, _ = rule(picture, np.zeros_like(truth))
+            x, _ = rule(image, np.zeros_like(truth))
             target = torch.from_numpy(truth)
         else:
-            x, target = rule(picture, truth)
+            x, target = rule(image, truth)
         prediction = depth_map(model, x.to(device), (target.shape[0], target.shape[1]), flip=protocol.flip).cpu()
         if dataset.kind == "height":
             rows.append((index, CanopySums.of(prediction, target)))
@@ -247,9 +248,9 @@ def evaluate_model(
             )
             rows.append((index, scores))
         if shown is not None:
-            shown(index, picture, prediction, target)
+            shown(index, image, prediction, target)
         if say is not None and (done % 100 == 0 or done == len(mine)):
-            say(f"evaluated {done}/{len(mine)} pictures of this process")
+            say(f"evaluated {done}/{len(mine)} images of this process")
     every = [
         row for _, row in sorted((r for part in distributed.gather_objects(rows) for r in part), key=lambda r: r[0])
     ]
@@ -262,9 +263,9 @@ def evaluate_model(
 
 
 def depth_loss(model: nn.Module, batch: dict[str, Any], loss: DepthLoss) -> LossTerms:
-    """Of a batch {"x", "target", "step"}; the depth is brought over exactly the picture, without the padding around it."""
+    """Of a batch {"x", "target", "step"}; the depth is brought over exactly the image, without the padding around it."""
     assert isinstance(model, Depther)
-    depth = model.encoder.to_picture(model(batch["x"]), (batch["x"].shape[-2], batch["x"].shape[-1]))
+    depth = model.encoder.to_image(model(batch["x"]), (batch["x"].shape[-2], batch["x"].shape[-1]))
     return loss(depth, batch["target"][:, None], step=batch["step"])
 
 
@@ -276,7 +277,7 @@ def fitted(
     train, val = (
         opened(c, line, f"datasets.{key}") for line, key in ((c.datasets.train, "train"), (c.datasets.val, "val"))
     )
-    session.say(f"datasets.train: {len(train)} pictures; datasets.val: {len(val)} pictures")
+    session.say(f"datasets.train: {len(train)} images; datasets.val: {len(val)} images")
     batches = dense.batches(train, rules["train" if t.augment else "eval"], c.bs, c.seed, augment=t.augment)
     weights = c.losses if c.losses is not None else {"SIGLOSS": 1.0}
     loss = DepthLoss(weights, min_depth=c.decoder_head.min_depth, max_depth=c.decoder_head.max_depth)
@@ -288,7 +289,7 @@ def fitted(
             return evaluate_model(module, val, rules["eval"], unmirrored, device=session.device)[0]
 
     fc = dense.fit_config(
-        c.optimizer, c.scheduler, pictures=c.bs, late=0, evaluate_every=c.eval.eval_interval, seed=c.seed, finish_with="last",
+        c.optimizer, c.scheduler, images=c.bs, late=0, evaluate_every=c.eval.eval_interval, seed=c.seed, finish_with="last",
         precision="bfloat16" if c.model_dtype == "BFLOAT16" else "float32",
         workers=dense.workers(c.num_workers),
     )  # fmt: skip
@@ -410,7 +411,7 @@ def evaluate(config: DepthConfig, session: common.Session) -> dict[str, Any]:
     if c.load_from is None:
         fitted(c, session, model, rules, protocol)
     shown = (
-        Pictures(c.result_config, session.output / "visualizations", v.max_depth)
+        Images(c.result_config, session.output / "visualizations", v.max_depth)
         if c.result_config.save_results
         else None
     )
@@ -431,8 +432,8 @@ def evaluate(config: DepthConfig, session: common.Session) -> dict[str, Any]:
     return {f"{name}_{k}": scores[k] for k in asked if k in scores}
 
 
-class Pictures:
-    """Writes prediction and truth of every picture, side by side or as two files; .pth keeps the metres."""
+class Images:
+    """Writes prediction and truth of every image, side by side or as two files; .pth keeps the metres."""
 
     def __init__(self, section: ResultSection, folder: Path, max_depth: float) -> None:
         from dinov3.errors import require
@@ -440,9 +441,9 @@ class Pictures:
         self.section, self.folder, self.max_depth = section, folder, max_depth
         folder.mkdir(parents=True, exist_ok=True)
         if section.extension != "PTH":
-            self.colours = require("matplotlib", "plots", "pictures of depth").colormaps["plasma"]
+            self.colours = require("matplotlib", "plots", "images of depth").colormaps["plasma"]
 
-    def __call__(self, index: int, picture: Any, prediction: Tensor, truth: Tensor) -> None:
+    def __call__(self, index: int, image: Any, prediction: Tensor, truth: Tensor) -> None:
         s = self.section
         maps = {"prediction": prediction, "truth": truth}
         if s.save_resolution is not None:
@@ -460,17 +461,17 @@ class Pictures:
 
         known = truth[torch.isfinite(truth) & (truth > 0)]
         highest = float(known.max()) if known.numel() else self.max_depth
-        drawn = {k: self._drawn(v, highest, picture) for k, v in maps.items()}
+        drawn = {k: self._drawn(v, highest, image) for k, v in maps.items()}
         parts = drawn if s.save_separate_files else {"": np.concatenate(list(drawn.values()), axis=1)}
         for what, pixels in parts.items():
             Image.fromarray(pixels).save(f"{stem}{'_' + what if what else ''}.{s.extension.lower()}")
 
-    def _drawn(self, metres: Tensor, highest: float, picture: Any) -> np.ndarray:
+    def _drawn(self, metres: Tensor, highest: float, image: Any) -> np.ndarray:
         values = np.nan_to_num(metres.numpy() / highest).clip(0, 1)
         pixels = self.colours(values)[..., :3] * 255
         alpha = self.section.overlay_alpha
         if alpha < 1:
-            under = np.asarray(picture.resize((metres.shape[1], metres.shape[0])), np.float32)
+            under = np.asarray(image.resize((metres.shape[1], metres.shape[0])), np.float32)
             pixels = alpha * pixels + (1 - alpha) * under
         return pixels.round().astype(np.uint8)
 
@@ -482,9 +483,9 @@ def folder_words(
     folder: str | Path, *, model: str | None = None, weights: str | None = None, size: int | None = None, steps: int = 500,
     max_depth: int = 10, unit: int | None = None, output_dir: str | None = None,
 ) -> list[str]:  # fmt: skip
-    """The words of a configuration for a folder of pictures and depth maps: what `dinov3 eval depth FOLDER` does.
+    """The words of a configuration for a folder of images and depth maps: what `dinov3 eval depth FOLDER` does.
 
-    size: short side (default: the pictures' own); max_depth in metres; unit: integers per metre of depth files.
+    size: short side (default: the images' own); max_depth in metres; unit: integers per metre of depth files.
     """
     extra = f":unit={unit}" if unit is not None else ""
     train, val = dense.folder_lines(folder, "depth", extra)

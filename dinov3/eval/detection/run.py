@@ -5,7 +5,7 @@
     dinov3 eval detection load_from=raccoon.safetensors dataset=VocDetection:root=/data/raccoon --output-dir=OUT
 
 The paper's protocol: the short side to 2048 pixels, both sides rounded up to multiples of 16, boxes brought back to the
-original picture, at most 100 a picture and class in the scorer. With tta.enable: the same at eight short sides and
+original image, at most 100 an image and class in the scorer. With tta.enable: the same at eight short sides and
 mirrored, merged by SoftNMS (66.1 instead of 65.6 in the paper). A detector of other classes than the data set's is
 scored on those whose names both have.
 
@@ -27,12 +27,13 @@ from torch import Tensor
 from dinov3 import distributed
 from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.detection import BoxDataset
-from dinov3.data.detection_transforms import DetectionRule
+from dinov3.data.transforms.boxes import DetectionRule
 from dinov3.errors import DinoError
-from dinov3.eval import common, dense
-from dinov3.eval.common import EvalConfig, Session
-from dinov3.eval.detection.scores import average_precision, soft_nms
+from dinov3.eval import dense
+from dinov3.eval import session as common
+from dinov3.eval.session import EvalConfig, Session
 from dinov3.hub import HEADS
+from dinov3.metrics.boxes import average_precision, soft_nms
 
 PAPER_SIDE = 2048
 Found = dict[str, Tensor]
@@ -58,9 +59,9 @@ class DetectionConfig(EvalConfig):
     backbone_weights: str | None = None  # and its backbone, or that of a head file
     short_side: int | None = None  # pixels; null: what a head file was trained at, 2048 for the published head
     long_at_most: int | None = None  # pixels; null: nothing bounds the long side
-    most: int = 300  # detections of one picture that are kept
+    most: int = 300  # detections of one image that are kept
     tta: TtaSection = field(default_factory=TtaSection)
-    limit: int = 0  # only the first pictures; 0: all
+    limit: int = 0  # only the first images; 0: all
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from common.section_problems(self)
@@ -74,20 +75,18 @@ class DetectionConfig(EvalConfig):
         if self.most < 1:
             yield "most", "must be at least 1"
         if self.limit < 0:
-            yield "limit", "is a number of pictures; 0 takes all"
+            yield "limit", "is a number of images; 0 takes all"
         if self.tta.enable and (not self.tta.short_sides or min(self.tta.short_sides) < 16):
             yield "tta.short_sides", f"is a list of at least one side of 16 pixels or more, not {self.tta.short_sides}"
 
 
-# ---- a detector on pictures ----------------------------------------------------------------------------------------
+# ---- a detector on images ----------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def look(
-    model: Any, rule: DetectionRule, picture: Any, device: Any, *, mirrored: bool = False, most: int = 300
-) -> Found:
-    """One look at one picture: `boxes_xyxy_px` in its own pixels, `scores`, `labels`, best first."""
-    x, size_hw = rule.picture(picture)
+def look(model: Any, rule: DetectionRule, image: Any, device: Any, *, mirrored: bool = False, most: int = 300) -> Found:
+    """One look at one image: `boxes_xyxy_px` in its own pixels, `scores`, `labels`, best first."""
+    x, size_hw = rule.image(image)
     x = x.to(device)
     (found,) = model.detect([x.flip(-1) if mirrored else x], [size_hw], most=most)
     boxes = found.boxes_xyxy_px.float()
@@ -97,10 +96,10 @@ def look(
     return {"boxes_xyxy_px": boxes.cpu(), "scores": found.scores.float().cpu(), "labels": found.labels.cpu()}
 
 
-def looks(model: Any, rules: Sequence[DetectionRule], picture: Any, device: Any, config: DetectionConfig) -> Found:
-    """All looks at one picture, merged where there are several."""
+def looks(model: Any, rules: Sequence[DetectionRule], image: Any, device: Any, config: DetectionConfig) -> Found:
+    """All looks at one image, merged where there are several."""
     mirrored = (False, True) if config.tta.enable and config.tta.flip else (False,)
-    every = [look(model, rule, picture, device, mirrored=m, most=config.most) for rule in rules for m in mirrored]
+    every = [look(model, rule, image, device, mirrored=m, most=config.most) for rule in rules for m in mirrored]
     if len(every) == 1:
         return every[0]
     together = {key: torch.cat([found[key] for found in every]) for key in every[0]}
@@ -167,7 +166,7 @@ def open_detector(config: DetectionConfig, session: Session) -> tuple[Any, int]:
 
 
 def evaluate(config: DetectionConfig, session: Session) -> Mapping[str, float | None]:
-    """COCO's numbers in percent; each process looks at its share of the pictures."""
+    """COCO's numbers in percent; each process looks at its share of the images."""
     data = make_dataset(config.dataset)
     if not isinstance(data, BoxDataset):
         raise DinoError(f"{config.dataset} has no boxes; use CocoDetection:root=… or VocDetection:root=…")
@@ -195,21 +194,21 @@ def evaluate(config: DetectionConfig, session: Session) -> Mapping[str, float | 
     rank, world = distributed.rank(), distributed.world()
     mine: list[tuple[int, Found, dict[str, Tensor]]] = []
     for number in range(rank, total, world):
-        picture, target = data[number]
-        mine.append((number, in_classes_of(looks(model, rules, picture, session.device, config), mapped), target))
+        image, target = data[number]
+        mine.append((number, in_classes_of(looks(model, rules, image, session.device, config), mapped), target))
         if len(mine) % max(1, total // world // 10) == 0:
-            session.say(f"{len(mine) * world} of {total} pictures")
+            session.say(f"{len(mine) * world} of {total} images")
     every = sorted((row for part in distributed.gather_objects(mine) for row in part), key=lambda row: row[0])
     results, per_class = average_precision([f for _, f, _ in every], [t for _, _, t in every], data.class_names)
     if session.run.writer:
         common.write_table(session.output / "per-class.csv", per_class)
         if config.save_results:
             write_detections(session, data, every)
-    return {"pictures": total, **results}
+    return {"images": total, **results}
 
 
 def write_detections(session: Session, data: BoxDataset, every: Sequence[tuple[int, Found, Any]]) -> None:
-    """detections.json: pictures by the data set's ids, classes by its category ids, boxes as left, top, width, height."""
+    """detections.json: images by the data set's ids, classes by its category ids, boxes as left, top, width, height."""
     rows = []
     for number, found, _ in every:
         for (x1, y1, x2, y2), score, label in zip(
@@ -218,7 +217,7 @@ def write_detections(session: Session, data: BoxDataset, every: Sequence[tuple[i
             box = [round(v, 2) for v in (x1, y1, x2 - x1, y2 - y1)]
             rows.append(
                 {
-                    "image_id": data.picture_id(number),
+                    "image_id": data.image_id(number),
                     "category_id": data.category_ids[label],
                     "bbox": box,
                     "score": round(score, 5),

@@ -4,15 +4,15 @@
         datasets.root=/data/ade --output-dir=OUT
     python dinov3/eval/segmentation/run.py config=config-ade20k-m2f-inference.yaml datasets.root=/data/ade \\
         load_from=dinov3_vit7b16_ms head_weights=HEAD.pth backbone_weights=7B.pth --output-dir=OUT
-    dinov3 eval segmentation FOLDER --model dinov3_vits16           your own pictures and masks; no configuration
+    dinov3 eval segmentation FOLDER --model dinov3_vits16           your own images and masks; no configuration
 
-Protocol: sliding windows on a picture resized to a short side, overlapping logits averaged, the map resized to the mask,
+Protocol: sliding windows on an image resized to a short side, overlapping logits averaged, the map resized to the mask,
 softmax; with test-time augmentation the mean over sizes and flips; arg-max. The confusion matrix is summed over all
-pictures of all processes. Results: results-semantic-segmentation.csv (percent) and .json, per-class.csv, model_final.pth.
+images of all processes. Results: results-semantic-segmentation.csv (percent) and .json, per-class.csv, model_final.pth.
 
 Where the reference reads past a key, it counts here: eval.reduce_zero_label (null: as the data set is), eval.mode,
 decoder_head.use_batchnorm and use_backbone_norm, eval.compute_metric_per_image; the weights of Dice and cross-entropy add
-up; validation runs every eval_interval iterations and at the end; every picture counts once on any number of processes.
+up; validation runs every eval_interval iterations and at the end; every image counts once on any number of processes.
 """
 
 from __future__ import annotations
@@ -29,17 +29,25 @@ from torch import Tensor, nn
 
 from dinov3 import distributed
 from dinov3.data.datasets.dense import ONE_CLASS, DenseDataset
-from dinov3.data.dense_transforms import SegmentationRule, normalised, resized_picture, short_side, tta_short
-from dinov3.data.transforms import to_pixels
+from dinov3.data.transforms.dense import SegmentationRule, normalised, resized_image, short_side, tta_short
+from dinov3.data.transforms.inputs import to_pixels
 from dinov3.errors import DinoError
-from dinov3.eval import common, dense
+from dinov3.eval import dense
+from dinov3.eval import session as common
 from dinov3.eval.segmentation.inference import make_inference
+from dinov3.fit.loop import fit, head_tensors
 from dinov3.heads.encoder import FrozenLayers
-from dinov3.heads.fitting import fit, head_tensors
 from dinov3.heads.linear import LinearSegmentor, build_linear_segmentor
 from dinov3.heads.objectives import segmentation_terms
 from dinov3.losses import LossTerms
-from dinov3.metrics import IGNORED, SEGMENTATION_COLUMNS, confusion_matrix, iou_scores, percentages, reduce_zero_label
+from dinov3.metrics.dense import (
+    IGNORED,
+    SEGMENTATION_COLUMNS,
+    confusion_matrix,
+    iou_scores,
+    percentages,
+    reduce_zero_label,
+)
 from dinov3.runlog import RunDir
 
 NAME = "semantic_segmentation"
@@ -73,12 +81,12 @@ class TrainTransform:
     random_img_size_ratio_range: list[float] | None = None
     crop_size: int | list[int] | None = None
     flip_prob: float = 0.0
-    augment: bool = True  # ours; false: pictures as for evaluation, features computed once
+    augment: bool = True  # ours; false: images as for evaluation, features computed once
 
 
 @dataclass
 class EvalTransform:
-    img_size: int | None = None  # short side; null: eval.crop_size with load_from, else the picture's own size
+    img_size: int | None = None  # short side; null: eval.crop_size with load_from, else the image's own size
     tta_ratios: list[float] = field(default_factory=lambda: [1.0])
 
 
@@ -98,7 +106,7 @@ class LossSection:
 
 @dataclass
 class EvalSection:
-    compute_metric_per_image: bool = False  # true: mean over pictures of each one's scores
+    compute_metric_per_image: bool = False  # true: mean over images of each one's scores
     reduce_zero_label: bool | None = None  # null: as the data set is (ADE20K: yes)
     mode: Literal["slide", "whole"] = "slide"
     crop_size: int = 512
@@ -109,7 +117,7 @@ class EvalSection:
 
 @dataclass
 class SegmentationConfig(common.EvalConfig):
-    bs: int = 2  # pictures of a process
+    bs: int = 2  # images of a process
     n_gpus: int = 8  # for information; torchrun or the launcher decides
     num_workers: int = 6
     model_dtype: dense.ModelDtype = "FLOAT32"
@@ -152,7 +160,7 @@ class SegmentationConfig(common.EvalConfig):
 
 @dataclass(frozen=True)
 class Protocol:
-    """How pictures become class maps."""
+    """How images become class maps."""
 
     n_classes: int
     size: int | None = None  # short side; None: as they are
@@ -166,9 +174,9 @@ class Protocol:
     std: tuple[float, ...] = SegmentationRule.std
 
 
-def copies(picture: Any, protocol: Protocol) -> list[tuple[Tensor, bool]]:
-    """The network inputs [1, 3, h, w] of one picture and whether each is mirrored: originals first, then mirror images."""
-    pixels = to_pixels(picture)
+def copies(image: Any, protocol: Protocol) -> list[tuple[Tensor, bool]]:
+    """The network inputs [1, 3, h, w] of one image and whether each is mirrored: originals first, then mirror images."""
+    pixels = to_pixels(image)
     h, w = pixels.shape[-2:]
     size = protocol.size
     if size is None and protocol.ratios != (1.0,):
@@ -176,16 +184,16 @@ def copies(picture: Any, protocol: Protocol) -> list[tuple[Tensor, bool]]:
     inputs = []
     for ratio in protocol.ratios:
         hw = (h, w) if size is None else short_side((h, w), tta_short(size, ratio))
-        inputs.append(normalised(resized_picture(pixels, hw), protocol.mean, protocol.std)[None])
+        inputs.append(normalised(resized_image(pixels, hw), protocol.mean, protocol.std)[None])
     mirrored = [(x.flip(-1), True) for x in inputs] if protocol.flip else []
     return [(x, False) for x in inputs] + mirrored
 
 
 @torch.no_grad()
-def class_probabilities(model: Any, picture: Any, size_hw: tuple[int, int], protocol: Protocol, device: Any) -> Tensor:
+def class_probabilities(model: Any, image: Any, size_hw: tuple[int, int], protocol: Protocol, device: Any) -> Tensor:
     """[K, *size_hw]: the mean of the copies' softmax maps, on the CPU for sliding windows."""
     total: Tensor | None = None
-    inputs = copies(picture, protocol)
+    inputs = copies(image, protocol)
     for x, mirrored in inputs:
         maps = make_inference(
             x.to(device),
@@ -210,34 +218,34 @@ def evaluate_model(
     protocol: Protocol,
     *,
     reduce_zero: bool,
-    per_picture: bool = False,
+    per_image: bool = False,
     device: torch.device | str = "cpu",
     say: Callable[[str], None] | None = None,
     shown: Callable[[int, Tensor], None] | None = None,
 ) -> dict[str, Any]:
     """Scores of a segmentation model (`predict`) on a data set, as `metrics.iou_scores` gives them; the same on all ranks.
 
-    shown(index, class map) is called for every picture of this process.
+    shown(index, class map) is called for every image of this process.
     """
     K, n = protocol.n_classes, len(dataset)
-    counts = torch.zeros((n if per_picture else 1), K, K, dtype=torch.int64)
+    counts = torch.zeros((n if per_image else 1), K, K, dtype=torch.int64)
     mine = dense.my_share(n)
     for done, index in enumerate(mine, 1):
-        picture, target = dataset[index]
+        image, target = dataset[index]
         labels = torch.from_numpy(target)
         labels = reduce_zero_label(labels) if reduce_zero else labels
-        prediction = class_probabilities(model, picture, (labels.shape[0], labels.shape[1]), protocol, device).argmax(0)
-        counts[index if per_picture else 0] += confusion_matrix(prediction, labels, K, IGNORED)
+        prediction = class_probabilities(model, image, (labels.shape[0], labels.shape[1]), protocol, device).argmax(0)
+        counts[index if per_image else 0] += confusion_matrix(prediction, labels, K, IGNORED)
         if shown is not None:
             shown(index, prediction)
         if say is not None and (done % 100 == 0 or done == len(mine)):
             say(
-                f"evaluated {done}/{len(mine)} pictures"
+                f"evaluated {done}/{len(mine)} images"
                 + (f" on each of {distributed.world()} processes" if distributed.world() > 1 else "")
             )
     counts = distributed.all_reduce(counts.to(device), "sum").cpu()
     scores = iou_scores(counts.sum(0))
-    if per_picture:
+    if per_image:
         rows = [iou_scores(c) for c in counts]
         scores |= {name: float(torch.tensor([r[name] for r in rows]).nanmean()) for name in SEGMENTATION_COLUMNS}
     return scores
@@ -247,13 +255,13 @@ def evaluate_model(
 
 
 def segmentation_loss(model: nn.Module, batch: dict[str, Any], ce: float, dice: float) -> LossTerms:
-    """Of a batch {"x", "target"}; logits are brought over exactly the picture, without the padding around it."""
+    """Of a batch {"x", "target"}; logits are brought over exactly the image, without the padding around it."""
     assert isinstance(model, LinearSegmentor)
     encoder = model.segmentation_model[0]
     assert isinstance(encoder, FrozenLayers)
     logits, size_hw = model(batch["x"]), (batch["x"].shape[-2], batch["x"].shape[-1])
     if encoder.adapted_size(size_hw) != size_hw:
-        logits = encoder.to_picture(logits, size_hw)
+        logits = encoder.to_image(logits, size_hw)
     return segmentation_terms(logits, batch["target"], ce=ce, dice=dice, ignore_index=IGNORED, mean_over="all")
 
 
@@ -265,8 +273,8 @@ def fitted(
     train = dense.open_dense(c.datasets.train, c.datasets.root, ("classes",), "datasets.train")
     val = dense.open_dense(c.datasets.val, c.datasets.root, ("classes",), "datasets.val")
     for what, data in (("train", train), ("val", val)):
-        left = f" ({data.left_out} pictures without a mask are left out)" if data.left_out else ""
-        session.say(f"datasets.{what}: {len(data)} pictures{left}")
+        left = f" ({data.left_out} images without a mask are left out)" if data.left_out else ""
+        session.say(f"datasets.{what}: {len(data)} images{left}")
     zero = train.zero_is_other if c.eval.reduce_zero_label is None else c.eval.reduce_zero_label
     low_high = t.random_img_size_ratio_range
     rule = SegmentationRule(
@@ -288,7 +296,7 @@ def fitted(
                 val,
                 protocol,
                 reduce_zero=zero,
-                per_picture=c.eval.compute_metric_per_image,
+                per_image=c.eval.compute_metric_per_image,
                 device=session.device,
             )
         name = c.metric_to_save
@@ -297,7 +305,7 @@ def fitted(
         return percentages(scores)
 
     fc = dense.fit_config(
-        c.optimizer, c.scheduler, pictures=c.bs, late=1, evaluate_every=c.eval.eval_interval, seed=c.seed,
+        c.optimizer, c.scheduler, images=c.bs, late=1, evaluate_every=c.eval.eval_interval, seed=c.seed,
         best_by=c.metric_to_save, precision="bfloat16" if c.model_dtype == "BFLOAT16" else "float32",
         workers=dense.workers(c.num_workers),
     )  # fmt: skip
@@ -428,7 +436,7 @@ def evaluate(config: SegmentationConfig, session: common.Session) -> dict[str, A
         zero = val.zero_is_other if c.eval.reduce_zero_label is None else c.eval.reduce_zero_label
         with dense.autocast(c.model_dtype, session.device):
             scores = evaluate_model(
-                model, val, protocol, reduce_zero=zero, per_picture=c.eval.compute_metric_per_image,
+                model, val, protocol, reduce_zero=zero, per_image=c.eval.compute_metric_per_image,
                 device=session.device, say=session.say, shown=_writer(session.output) if c.save_results else None,
             )  # fmt: skip
     if session.run.writer:
@@ -443,7 +451,7 @@ def evaluate(config: SegmentationConfig, session: common.Session) -> dict[str, A
 
 
 def _writer(folder: Path) -> Callable[[int, Tensor], None]:
-    """`save_results`: predicted classes in predictions/<number of the picture>.png, 8 bits (16 beyond 256 classes)."""
+    """`save_results`: predicted classes in predictions/<number of the image>.png, 8 bits (16 beyond 256 classes)."""
     from PIL import Image
 
     (folder / "predictions").mkdir(parents=True, exist_ok=True)
@@ -462,7 +470,7 @@ def folder_words(
     folder: str | Path, *, model: str | None = None, weights: str | None = None, size: int = 512, steps: int = 500,
     classes: int | None = None, ignore: int | None = None, output_dir: str | None = None,
 ) -> list[str]:  # fmt: skip
-    """The words of a configuration for a folder of pictures and masks: what `dinov3 eval segmentation FOLDER` does.
+    """The words of a configuration for a folder of images and masks: what `dinov3 eval segmentation FOLDER` does.
 
     classes: None takes the highest number in the masks; ignore: a number that does not count, besides 255.
     """

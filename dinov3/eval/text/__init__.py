@@ -1,1 +1,1 @@
-"""Pictures and words: training dino.txt, and measuring it."""
+"""Images and words: training dino.txt, and measuring it."""

@@ -1,6 +1,6 @@
-"""Numbers of models that know pictures and words: retrieval both ways, classes by their names (paper Tab. 16).
+"""Numbers of models that know images and words: retrieval both ways, classes by their names (paper Tab. 16).
 
-Pure functions of features, and the few lines that compute the features. Legend: N pictures, M captions, C classes,
+Pure functions of features, and the few lines that compute the features. Legend: N images, M captions, C classes,
 E shared width; all features are rows of length one.
 """
 
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov3.data.datasets.base import PictureDataset
-from dinov3.data.transforms import Preprocessing
+from dinov3.data.datasets.base import ImageDataset
+from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.errors import DinoError
-from dinov3.eval.common import picture_batches
-from dinov3.heads.dinotxt import DinoTxt
+from dinov3.eval.session import image_batches
+from dinov3.heads.dinotxt.model import DinoTxt
 
 # ---- features -------------------------------------------------------------------------------------------------------
 
@@ -27,7 +27,7 @@ def text_rule(model: Any, size: int) -> Preprocessing:
     multiple = model.visual_model.backbone.stride
     if size % multiple:
         near = max(1, round(size / multiple)) * multiple
-        raise DinoError(f"pictures of {size} pixels are no multiple of the patch ({multiple}); try {near}")
+        raise DinoError(f"images of {size} pixels are no multiple of the patch ({multiple}); try {near}")
     return Preprocessing.named(
         "classification", size=size, center_crop=size, multiple=multiple, mean=origin.mean, std=origin.std
     )
@@ -35,15 +35,15 @@ def text_rule(model: Any, size: int) -> Preprocessing:
 
 @torch.inference_mode()
 def image_features(
-    model: DinoTxt, data: PictureDataset, rows: Sequence[int], *, size: int, batch_size: int = 32, workers: int = 4
+    model: DinoTxt, data: ImageDataset, rows: Sequence[int], *, size: int, batch_size: int = 32, workers: int = 4
 ) -> Tensor:
-    """[N, E] of some of a data set's pictures, on the CPU in float32. The model's mode is restored."""
+    """[N, E] of some of a data set's images, on the CPU in float32. The model's mode is restored."""
     weight = next(model.text_model.parameters())
     was = model.training
     model.eval()
     parts = [
         model.encode_image(x.to(weight.device, weight.dtype), normalize=True).float().cpu()
-        for x in picture_batches(data, rows, text_rule(model, size), batch_size, workers)
+        for x in image_batches(data, rows, text_rule(model, size), batch_size, workers)
     ]
     model.train(was)
     return torch.cat(parts)
@@ -52,20 +52,18 @@ def image_features(
 # ---- numbers --------------------------------------------------------------------------------------------------------
 
 
-def retrieval(images: Tensor, texts: Tensor, picture_of: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+def retrieval(images: Tensor, texts: Tensor, image_of: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
     """Recall in percent: `text_to_image_R@k`, `image_to_text_R@k`.
 
-    images [N, E] · texts [M, E] · picture_of [M]: which picture a caption belongs to. A caption is found when its
-    picture is among the k most similar; a picture when any of its captions is. Every picture needs a caption.
+    images [N, E] · texts [M, E] · image_of [M]: which image a caption belongs to. A caption is found when its
+    image is among the k most similar; an image when any of its captions is. Every image needs a caption.
     """
     N, M = len(images), len(texts)
-    if len(picture_of) != M or set(picture_of.tolist()) != set(range(N)):
-        raise DinoError(f"retrieval needs a caption for each of {N} pictures, and a picture for each of {M} captions")
-    hits_text = torch.cat(
-        [(top == own[:, None]).cumsum(1) for top, own in _nearest(texts, images, max(ks), picture_of)]
-    )
+    if len(image_of) != M or set(image_of.tolist()) != set(range(N)):
+        raise DinoError(f"retrieval needs a caption for each of {N} images, and an image for each of {M} captions")
+    hits_text = torch.cat([(top == own[:, None]).cumsum(1) for top, own in _nearest(texts, images, max(ks), image_of)])
     found = [
-        (picture_of[top] == own[:, None]).cumsum(1) for top, own in _nearest(images, texts, max(ks), torch.arange(N))
+        (image_of[top] == own[:, None]).cumsum(1) for top, own in _nearest(images, texts, max(ks), torch.arange(N))
     ]
     hits_image = torch.cat(found)
 
@@ -86,7 +84,7 @@ def _nearest(queries: Tensor, rows: Tensor, k: int, own: Tensor) -> Iterator[tup
 def classification(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """`top-1` and `top-5` in percent of logits [N, C] and labels [N]."""
     if len(logits) == 0:
-        raise DinoError("there is no labelled picture to classify")
+        raise DinoError("there is no labelled image to classify")
     order = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     return {
         "top-1": 100 * float(order[:, :1].any(1).double().mean()),

@@ -37,24 +37,24 @@ from dinov3 import distributed, losses
 from dinov3.data.crops import Crop, cut, draw_box, generator, normalised
 from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.captions import Captioned
-from dinov3.data.loaders import Order
-from dinov3.data.pictures import open_picture
+from dinov3.data.images import open_image
+from dinov3.data.loading import Order
 from dinov3.data.tokenizer import Tokenizer
-from dinov3.data.transforms import to_pixels
-from dinov3.errors import DinoError, PictureError
-from dinov3.eval import common
+from dinov3.data.transforms.inputs import to_pixels
+from dinov3.errors import DinoError, ImageError
+from dinov3.eval import session as common
 from dinov3.eval.text import scores
-from dinov3.heads.dinotxt import LOGIT_SCALE, DinoTxt, DinoTxtConfig, TextConfig
-from dinov3.heads.fitting import FitConfig, FitReport, fit, head_tensors, seed_of
-from dinov3.heads.open_vocabulary import class_vectors, text_features
+from dinov3.fit.loop import FitConfig, FitReport, fit, head_tensors, seed_of
+from dinov3.heads.dinotxt.model import LOGIT_SCALE, DinoTxt, DinoTxtConfig, TextConfig
+from dinov3.heads.dinotxt.open_vocabulary import class_vectors, text_features
 from dinov3.hub import dinotxt as hub
 from dinov3.losses import LossTerms
 from dinov3.models import VisionTransformer
 from dinov3.runlog import RunDir
 from dinov3.weights.loading import write_safetensors
 
-AREA = (0.08, 1.0)  # of a training crop, as a share of the picture
-REPLACEMENTS = 8  # other pairs that are tried in place of one whose picture cannot be read
+AREA = (0.08, 1.0)  # of a training crop, as a share of the image
+REPLACEMENTS = 8  # other pairs that are tried in place of one whose image cannot be read
 HEAD_FILE, MODEL_FILE = "head.safetensors", "clip_model_config.yaml"
 _NEVER = "has no effect in the reference"
 _DEAD = (
@@ -121,7 +121,7 @@ class TextTrainConfig:
     clip_grad: float | None = None
     log_every: int = 10
     val_dataset_str: str | None = None  # captions for retrieval; null: none
-    val_max_pictures: int = 1000
+    val_max_images: int = 1000
     zero_shot_dataset_str: str | None = None  # a folder of class folders, whose names are the words
     zero_shot_template: str = "a photo of a {}."
 
@@ -252,19 +252,19 @@ class PairLoader:
                 return self._pixels(epoch, tried, position), self.data.caption(
                     tried, seed=self.config.seed, epoch=epoch
                 )
-            except PictureError as error:
+            except ImageError as error:
                 self.unreadable[self.data.name(tried)] = str(error)
                 tried = self.order.replacement(position, attempt + 1)
         name, why = next(iter(self.unreadable.items()))
-        raise DinoError(f"{len(self.unreadable)} pictures cannot be read, the first: {name}: {why}")
+        raise DinoError(f"{len(self.unreadable)} images cannot be read, the first: {name}: {why}")
 
     def _pixels(self, epoch: int, index: int, position: int) -> Tensor:
         side = self.config.vision_model_train_img_size
-        picture = to_pixels(open_picture(self.data.read(index), target_short_side=2 * side).image)
+        image = to_pixels(open_image(self.data.read(index), target_short_side=2 * side).image)
         rng = generator(self.config.seed, epoch, position)
-        top, left, h, w = draw_box(picture.shape[-1], picture.shape[-2], AREA, rng)
+        top, left, h, w = draw_box(image.shape[-1], image.shape[-2], AREA, rng)
         crop = Crop(top=top, left=left, height=h, width=w, flip=rng.random() < 0.5)
-        return torch.from_numpy(np.ascontiguousarray(cut(picture[None], crop, side)))
+        return torch.from_numpy(np.ascontiguousarray(cut(image[None], crop, side)))
 
 
 # ---- the loss -------------------------------------------------------------------------------------------------------
@@ -303,7 +303,7 @@ def objective(
 
 @dataclass
 class Held:
-    """What is measured now and then, prepared once: held-out pictures with captions, a folder of classes."""
+    """What is measured now and then, prepared once: held-out images with captions, a folder of classes."""
 
     retrieval: tuple[Captioned, list[int]] | None = None
     classes: tuple[Any, list[str]] | None = None
@@ -314,7 +314,7 @@ def held_out(config: TextTrainConfig) -> Held:
     held = Held()
     if config.val_dataset_str:
         data = captioned(config.val_dataset_str)
-        n = min(len(data), config.val_max_pictures)
+        n = min(len(data), config.val_max_images)
         held.retrieval = data, np.linspace(0, len(data) - 1, n).round().astype(int).tolist()
     if config.zero_shot_dataset_str:
         folder: Any = make_dataset(config.zero_shot_dataset_str)
@@ -328,7 +328,7 @@ def held_out(config: TextTrainConfig) -> Held:
 def evaluation(
     config: TextTrainConfig, held: Held, tokenizer: Tokenizer, context: int
 ) -> Callable[[nn.Module], dict[str, float]] | None:
-    """module → recall of pictures and captions, top-1 of classes by their names; every process computes all of it."""
+    """module → recall of images and captions, top-1 of classes by their names; every process computes all of it."""
     if held.retrieval is None and held.classes is None:
         return None
 
@@ -373,11 +373,11 @@ def train(config: TextTrainConfig, *, notes: Sequence[str] = ()) -> FitReport:
     run = RunDir(config.output_dir, writer=distributed.is_main())
     for note in [*notes, *origin.notes]:
         run.say(f"note: {note}")
-    run.say(f"{origin}; {len(data)} pictures, {sum(map(len, data.captions))} captions")
+    run.say(f"{origin}; {len(data)} images, {sum(map(len, data.captions))} captions")
     total = config.batch_size * distributed.world()
     if len(data) < total:
         run.say(
-            f"note: a batch of {total} pairs holds pictures of {len(data)} more than once: they are each other's negatives"
+            f"note: a batch of {total} pairs holds images of {len(data)} more than once: they are each other's negatives"
         )
     accelerated = device.type != "cpu"
     if config.use_ac and accelerated:
@@ -408,7 +408,7 @@ def train(config: TextTrainConfig, *, notes: Sequence[str] = ()) -> FitReport:
     model.clamp_logit_scale()
     if loader.unreadable:
         name, why = next(iter(loader.unreadable.items()))
-        run.say(f"{len(loader.unreadable)} pictures could not be read and were replaced, the first: {name}: {why}")
+        run.say(f"{len(loader.unreadable)} images could not be read and were replaced, the first: {name}: {why}")
     if run.writer:
         tensors = {k: v.cpu().contiguous() for k, v in head_tensors(model).items()}
         write_safetensors(

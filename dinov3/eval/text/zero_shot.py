@@ -10,7 +10,7 @@ feature; top-1 and top-5. The published table is at 576 patches (size=384); the 
 segmentation: the second half of the text features against patch tokens; short side `resize` (bicubic, the long one rounded
 down); mode slide: windows of `side` every `stride`, the mean of their softmax without a temperature; mode whole: cosines.
 Then bilinear to the mask's size. Macro Jaccard over the classes that occur, mIoU in percent.
-retrieval: recall of pictures by captions and captions by pictures; any caption of a picture counts.
+retrieval: recall of images by captions and captions by images; any caption of an image counts.
 
 Class names come from the data set (ImageNet's, ADE20K's and Cityscapes' published lists, or folders' names), or one a line
 from `names`; templates are CLIP's 80, or one a line from `templates`, or "none": the bare name.
@@ -33,15 +33,14 @@ from dinov3.data import names as known
 from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.captions import Captioned
 from dinov3.data.datasets.dense import DenseDataset
-from dinov3.data.pictures import open_picture
-from dinov3.data.transforms import Preprocessing
+from dinov3.data.images import open_image
+from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.errors import DinoError
-from dinov3.eval import common
-from dinov3.eval.common import Number, Session
+from dinov3.eval import session as common
+from dinov3.eval.session import Number, Session
 from dinov3.eval.text import scores
-from dinov3.heads.dinotxt import DinoTxt
-from dinov3.heads.encoder import resized
-from dinov3.heads.open_vocabulary import (
+from dinov3.heads.dinotxt.model import DinoTxt
+from dinov3.heads.dinotxt.open_vocabulary import (
     OpenVocabulary,
     averaged,
     class_vectors,
@@ -49,9 +48,10 @@ from dinov3.heads.open_vocabulary import (
     prompt_features,
     text_features,
 )
+from dinov3.heads.encoder import resized
 from dinov3.heads.windows import slide
 from dinov3.hub.dinotxt import load_dinotxt
-from dinov3.metrics import confusion_matrix, iou_scores, reduce_zero_label
+from dinov3.metrics.dense import confusion_matrix, iou_scores, reduce_zero_label
 
 
 @dataclass
@@ -80,7 +80,7 @@ class ZeroShotConfig:
     stride: int = 192
     batch_size: int = 16
     workers: int = 4
-    max_pictures: int | None = None  # the first so many; null: all
+    max_images: int | None = None  # the first so many; null: all
     output_dir: str = "."
     save_results: bool = False
 
@@ -127,14 +127,14 @@ def evaluate(config: ZeroShotConfig, session: Session) -> dict[str, Number]:
         sizes=m.sizes, device=device, dtype=getattr(torch, m.dtype),
     )  # fmt: skip
     session.say(f"{model.origin}, {m.dtype} on {device}")
-    n = len(dataset) if c.max_pictures is None else min(len(dataset), c.max_pictures)
+    n = len(dataset) if c.max_images is None else min(len(dataset), c.max_images)
     rows = list(range(n))
     if n < len(dataset):
-        session.say(f"note: only the first {n} of {len(dataset)} pictures, so this is another benchmark")
+        session.say(f"note: only the first {n} of {len(dataset)} images, so this is another benchmark")
     if c.task == "retrieval":
         return _retrieval(c, model, tokenizer, dataset, rows)
     names = class_names(dataset, c.names)
-    session.say(f"{len(names)} classes, {len(chosen_templates(c.templates))} templates, {n} pictures")
+    session.say(f"{len(names)} classes, {len(chosen_templates(c.templates))} templates, {n} images")
     if c.task == "classification":
         return _classification(c, model, tokenizer, dataset, rows, names)
     return _segmentation(c, model, tokenizer, dataset, rows, names, session)
@@ -146,7 +146,7 @@ def _classification(
     targets = common.test_targets(dataset, c.dataset)
     labels = torch.from_numpy(targets.labels)
     if labels.ndim != 1:
-        raise DinoError(f"{c.dataset} has several labels a picture; zero-shot classification needs one")
+        raise DinoError(f"{c.dataset} has several labels an image; zero-shot classification needs one")
     vectors = class_vectors(model, tokenizer, names, chosen_templates(c.templates))
     mine = rows[distributed.rank() :: distributed.world()]
     images = scores.image_features(model, dataset, mine, size=c.size, batch_size=c.batch_size, workers=c.workers)
@@ -167,7 +167,7 @@ def _retrieval(
 
 
 def place_maps(model: DinoTxt, vectors: Tensor, x: Tensor, config: ZeroShotConfig) -> Tensor:
-    """Class maps [1, C, h, w] of one picture [1, 3, h, w]: shares from windows, or cosines of the whole."""
+    """Class maps [1, C, h, w] of one image [1, 3, h, w]: shares from windows, or cosines of the whole."""
     size_hw = (x.shape[-2], x.shape[-1])
     if config.mode == "whole":
         return OpenVocabulary(model, vectors).predict(x, size_hw)
@@ -203,8 +203,8 @@ def _segmentation(
     told = time.perf_counter()
     mine = rows[distributed.rank() :: distributed.world()]
     for done, row in enumerate(mine, 1):
-        picture = open_picture(dataset.read(row)).image
-        x, _ = rule(picture)
+        image = open_image(dataset.read(row)).image
+        x, _ = rule(image)
         maps = place_maps(model, vectors, x[None].to(weight.device), c)
         target = torch.from_numpy(dataset.target(row).astype("int64"))
         if dataset.zero_is_other:
@@ -212,7 +212,7 @@ def _segmentation(
         classes = resized(maps, (target.shape[-2], target.shape[-1])).argmax(1)[0].cpu()
         total += confusion_matrix(classes, target, len(names), dataset.ignore_index).double()
         if time.perf_counter() - told > 15 or done == len(mine):
-            session.say(f"pictures {done}/{len(mine)}")
+            session.say(f"images {done}/{len(mine)}")
             told = time.perf_counter()
     summed = sum(distributed.gather_objects(total))
     numbers = iou_scores(summed)

@@ -1,0 +1,501 @@
+"""The sections of a training configuration: every key with its default, and what the reference's dead keys accept."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from dinov3.errors import UnknownName, did_you_mean
+from dinov3.models import vit
+from dinov3.models.convnext import ConvNeXtConfig
+from dinov3.models.vit import ViTConfig
+
+Problem = tuple[str, str]  # a key and what is wrong with it
+
+MISSING: Any = "???"  # OmegaConf's mark for a value that must be given
+ANY = object()  # in RETIRED: whatever its value, it never did anything
+
+# ---- architectures that a configuration may name --------------------------------------------------------------------
+
+# (embed_dim, depth, num_heads, ffn_ratio); vit_tiny is ours, for toys and tests of the whole
+VIT_SIZES: dict[str, tuple[int, int, int, float]] = {"vit_tiny": (192, 12, 3, 4.0), **vit.SIZES}
+CONVNEXT_SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "convnext_tiny": ((3, 3, 9, 3), (96, 192, 384, 768)),
+    "convnext_small": ((3, 3, 27, 3), (96, 192, 384, 768)),
+    "convnext_base": ((3, 3, 27, 3), (128, 256, 512, 1024)),
+    "convnext_large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
+}
+_PUBLISHED: dict[str, Any] = {
+    "norm_layer": "layernormbf16",
+    "n_storage_tokens": 4,
+    "mask_k_bias": True,
+    "pos_embed_rope_rescale_coords": 2.0,
+}
+_PLUS: dict[str, Any] = _PUBLISHED | {"ffn_layer": "swiglu", "ffn_ratio": 6.0}
+_7B: dict[str, Any] = _PUBLISHED | {"ffn_layer": "swiglu64", "qkv_bias": False, "untie_global_and_local_cls_norm": True}
+# Published names bring the published options with them, as defaults of the `student` section: what a file or the
+# command line says still wins. The catalogue of weights is a row above this one, so a test holds the two together.
+PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
+    "dinov3_vits16": ("vit_small", _PUBLISHED),
+    "dinov3_vits16plus": ("vit_small", _PLUS),
+    "dinov3_vitb16": ("vit_base", _PUBLISHED),
+    "dinov3_vitl16": ("vit_large", _PUBLISHED),
+    "dinov3_vitl16plus": ("vit_large", _PLUS),
+    "dinov3_vith16plus": ("vit_huge2", _PLUS),
+    "dinov3_vit7b16": ("vit_7b", _7B),
+    **{f"dinov3_{name}": (name, {}) for name in CONVNEXT_SIZES},
+}
+ARCHITECTURES = (*VIT_SIZES, *CONVNEXT_SIZES, *PUBLISHED)
+
+
+def size_name(arch: str) -> str:
+    """The entry of VIT_SIZES or CONVNEXT_SIZES behind an architecture's name."""
+    if arch not in ARCHITECTURES:
+        raise UnknownName(f"unknown architecture {arch!r}{did_you_mean(arch, ARCHITECTURES)}")
+    return PUBLISHED[arch][0] if arch in PUBLISHED else arch
+
+
+# ---- the sections ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ModelConfig:
+    META_ARCHITECTURE: Literal["SSLMetaArch", "MultiDistillationMetaArch"] = "SSLMetaArch"
+
+
+@dataclass
+class PrecisionConfig:
+    param_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"  # of compute and of the crops; parameters stay fp32
+    reduce_dtype: Literal["bf16", "fp16", "fp32"] = "fp32"  # of the gradients' reduction over processes
+
+
+@dataclass
+class ScheduleConfig:
+    """start → peak in a line over warmup_epochs, peak → end in a cosine over cosine_epochs (null: the rest), then end."""
+
+    start: float = MISSING
+    peak: float = MISSING
+    end: float = MISSING
+    warmup_epochs: float = 0
+    cosine_epochs: float | None = None
+
+
+@dataclass
+class LearningRateConfig(ScheduleConfig):
+    freeze_last_layer_epochs: float = 0
+
+
+@dataclass
+class SchedulesConfig:
+    """The second form of schedules; where a configuration has it, the v1 keys in `optim` and `teacher` do nothing."""
+
+    lr: LearningRateConfig = field(default_factory=LearningRateConfig)  # peak and end are scaled with the batch
+    weight_decay: ScheduleConfig = field(default_factory=ScheduleConfig)
+    momentum: ScheduleConfig = field(default_factory=ScheduleConfig)
+    teacher_temp: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+
+@dataclass
+class DinoConfig:
+    loss_weight: float = 1.0
+    global_ignore_diagonal: bool = True  # a global crop is not compared with itself
+    head_n_prototypes: int = 65536
+    head_bottleneck_dim: int = 256
+    head_nlayers: int = 3
+    head_hidden_dim: int = 2048
+    koleo_loss_weight: float = 0.1
+    koleo_loss_distributed: bool = False  # neighbours over several processes instead of this one's crops
+    koleo_topk: int = 1
+    koleo_distributed_loss_group_size: int | None = None  # images that are compared; null: the global batch
+    reweight_dino_local_loss: bool = False
+    local_loss_weight_schedule: ScheduleConfig = field(
+        default_factory=lambda: ScheduleConfig(start=0.5, peak=0.5, end=0.5)
+    )
+
+
+@dataclass
+class IbotConfig:
+    loss_weight: float = 1.0
+    mask_sample_probability: float = 0.5  # share of global crops that are masked at all
+    mask_ratio_min_max: tuple[float, float] = (0.1, 0.5)
+    mask_random_circular_shift: bool = False
+    head_n_prototypes: int = 65536
+    head_bottleneck_dim: int = 256
+    head_nlayers: int = 3
+    head_hidden_dim: int = 2048
+
+
+@dataclass
+class GramConfig:
+    """Gram anchoring (paper §4): the student's patch similarities follow those of an earlier teacher."""
+
+    use_loss: bool = False
+    compute_stats: bool = False
+    loss_weight: float = 1.0
+    loss_weight_schedule: ScheduleConfig | None = None
+    ema_teacher: bool = False  # follow the EMA teacher itself; no separate network
+    ckpt: str | None = None  # a teacher: a dump of an evaluation, a checkpoint, or published weights
+    it_load_ema_teacher: int = -1  # load the Gram teacher from the EMA teacher before this iteration
+    rep_update: bool = True  # refresh the Gram teacher from the EMA teacher
+    update_frequency: int = 50000
+    it_first_update: int = 0
+    max_updates: int | None = None
+    normalized: bool = True
+    img_level: bool = False  # one matrix per crop instead of one per batch
+    remove_neg: bool = False
+    remove_only_teacher_neg: bool = False
+    tokens_used: Literal["all", "masked", "unmasked"] = "all"
+    global_teacher_resize_method: Literal["bicubic", "bilinear"] = "bicubic"
+    global_teacher_resize_antialias: bool = False
+
+
+@dataclass
+class LoopConfig:
+    batch_size_per_gpu: int = 64
+    dataset_path: str | None = "ImageNet:split=TRAIN"  # Name:key=value:…, or (ours) a folder, tar or parquet source
+    output_dir: str = "."  # set from --output-dir
+    seed: int = 0  # of the samplers
+    num_workers: int = 10  # of each process, for all resolutions together
+    OFFICIAL_EPOCH_LENGTH: int = 1250  # iterations; the unit of every *_epochs
+    checkpointing: bool = False  # activation checkpointing: recompute what is cheap …
+    checkpointing_full: bool = False  # … or everything
+    compile: bool = True
+    cudagraphs: bool = False
+    sharded_eval_checkpoint: bool = False
+    cache_dataset: bool = False  # caches nothing, as in the reference: it chooses the sampler that shards the order
+
+
+@dataclass
+class StudentConfig:
+    arch: str = "vit_large"  # a key of VIT_SIZES or CONVNEXT_SIZES, or a published name such as dinov3_vits16plus
+    patch_size: int = 16  # ConvNeXt: pseudo patch size
+    drop_path_rate: float = 0.3
+    layerscale: float | None = 1e-5  # ViT only; a ConvNeXt block begins at 1e-6
+    ffn_layer: Literal["mlp", "swiglu", "swiglu32", "swiglu64", "swiglu128"] = "mlp"
+    ffn_ratio: float | None = None  # null: the arch's own. The reference says 4.0 and ignores it
+    in_chans: int = 3
+    resume_from_teacher_chkpt: str = ""  # first weights, heads included
+    qkv_bias: bool = True
+    proj_bias: bool = True
+    ffn_bias: bool = True
+    norm_layer: Literal["layernorm", "layernormbf16", "rmsnorm"] = "layernorm"
+    n_storage_tokens: int = 0  # the paper's register tokens
+    mask_k_bias: bool = False
+    untie_cls_and_patch_norms: bool = False
+    untie_global_and_local_cls_norm: bool = False
+    pos_embed_rope_base: float | None = 100.0
+    pos_embed_rope_min_period: float | None = None
+    pos_embed_rope_max_period: float | None = None
+    pos_embed_rope_normalize_coords: Literal["separate", "min", "max"] = "separate"
+    pos_embed_rope_shift_coords: float | None = None
+    pos_embed_rope_jitter_coords: float | None = None
+    pos_embed_rope_rescale_coords: float | None = None
+    pos_embed_rope_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"  # of the tables; bf16 is what the reference trains
+    fp8_enabled: bool = False
+    fp8_filter: str = "blocks"  # a regular expression over module paths
+    embed_dim: int | None = None  # these three are ours, for toys: null is the arch's own
+    depth: int | None = None
+    num_heads: int | None = None
+
+
+@dataclass
+class TeacherConfig:
+    """The v1 schedules of the teacher."""
+
+    momentum_teacher: float | None = 0.992
+    final_momentum_teacher: float | None = 1.0
+    warmup_teacher_temp: float | None = 0.04
+    teacher_temp: float | None = 0.07
+    warmup_teacher_temp_epochs: float | None = 30
+
+
+@dataclass
+class DistillationConfig:
+    enabled: bool = False
+    full_cfg_path: str = ""  # the teacher's configuration
+    checkpoint_path: str = ""  # its weights; the word `ignore` means random ones, for tests
+
+
+@dataclass
+class DistilledStudent:
+    name: str = MISSING  # its folder inside the output folder
+    config_path: str = MISSING
+    ranks_range: tuple[int, int] = MISSING  # [first, end)
+
+
+@dataclass
+class MultiDistillationConfig:
+    enabled: bool = False
+    global_batch_size: int | None = None
+    students: list[DistilledStudent] = field(default_factory=list)
+
+
+@dataclass
+class OptimConfig:
+    epochs: int = 100
+    iterations: int | None = None  # ours: in all, every *_epochs stretched; null: epochs × OFFICIAL_EPOCH_LENGTH
+    weight_decay: float | None = 0.04  # this and the next six: v1 schedules
+    weight_decay_end: float | None = 0.4
+    lr: float | None = 0.001  # before scaling with the batch
+    warmup_epochs: float | None = 10
+    min_lr: float | None = 1e-6
+    schedule_trunc_extra: float | None = 0.0
+    freeze_last_layer_epochs: float | None = 1
+    clip_grad: float | None = 3.0  # 0 or null: no clipping
+    scaling_rule: str | None = "sqrt_wrt_1024"  # sqrt_wrt_1024 | linear_wrt_256 | none
+    patch_embed_lr_mult: float = 0.2
+    layerwise_decay: float = 0.9
+    dino_head_wd_multiplier: float = 1.0
+    multi_tensor_optim: bool = True
+    adamw_beta1: float = 0.9
+    adamw_beta2: float = 0.999
+    accumulation_steps: int = 1  # ours: batches whose gradients are added before a step; counted in the global batch
+
+
+@dataclass
+class CropsConfig:
+    global_crops_scale: tuple[float, float] = (0.32, 1.0)
+    local_crops_scale: tuple[float, float] = (0.05, 0.32)
+    local_crops_number: int = 8
+    global_crops_size: int | list[int] = 224  # a list: several resolutions, one drawn for each iteration
+    local_crops_size: int | list[int] = 96
+    global_local_crop_pairs_ratios: float | list[float] = 1.0
+    gram_teacher_crops_size: int | list[int] | None = None
+    localcrops_subset_of_globalcrops: bool = False
+    share_color_jitter: bool = False
+    gram_teacher_no_distortions: bool = False
+    horizontal_flips: bool = True
+    rgb_mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    rgb_std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    teacher_to_student_resolution_scale: float = 1.0  # the teacher sees its crops smaller by this factor
+    # Ours. "paper": blur with probability 1, 0.1, 0.5 (global 1, global 2, local). "applied": 0, 0.9, 0.5, which is
+    # what the published training code does by an inversion, and so what the published models were trained with.
+    blur_probabilities: Literal["applied", "paper"] = "applied"
+
+
+@dataclass
+class EvaluationConfig:
+    eval_period_iterations: int = 12500  # write the EMA teacher; ≤ 0: never
+    # Ours: k-NN while training, on the EMA teacher. Off unless both data sets are named.
+    knn_train_dataset: str | None = None
+    knn_val_dataset: str | None = None
+    knn_period_iterations: int | None = None  # null: at every eval_period_iterations
+    knn_k: int = 20
+    knn_temperature: float = 0.07
+    knn_image_size: int = 224
+    knn_batch_size: int = 64
+    knn_max_images: int | None = None  # at most that many of each data set
+
+
+@dataclass
+class CheckpointingConfig:
+    period: int = 3750
+    max_to_keep: int = 3
+    keep_every: int = 99999999999999999  # these are never deleted
+
+
+@dataclass
+class DataConfig:
+    """Ours: what happens between the disk and the crops."""
+
+    unreadable: Literal["skip", "stop"] = "skip"  # an image that cannot be read: take the next one, or stop the run
+    max_unreadable: int = 1000  # with "skip": so many, and the data is the problem
+    prefetch_factor: int = 2  # batches each worker keeps ready
+
+
+@dataclass
+class RunConfig:
+    """Ours: where and how the loop runs, none of which is to change what is learned."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    deterministic: bool = False  # same numbers twice on the same machine, at the price of speed
+    time_limit_minutes: float | None = None  # then a checkpoint, and a clean end
+    log_every: int = 10  # iterations between two lines
+    sinks: list[str] = field(default_factory=list)  # tensorboard | wandb | trackio, beside metrics.jsonl
+    note: str = ""  # free words, kept in resolved.yaml
+
+
+V1_KEYS = (
+    *(f"optim.{k}" for k in ("weight_decay", "weight_decay_end", "lr", "warmup_epochs", "min_lr")),
+    *(f"optim.{k}" for k in ("schedule_trunc_extra", "freeze_last_layer_epochs")),
+    *(f"teacher.{f.name}" for f in dataclasses.fields(TeacherConfig)),
+)
+V1_TO_V2 = {
+    "optim.lr": "schedules.lr.peak",
+    "optim.min_lr": "schedules.lr.end",
+    "optim.warmup_epochs": "schedules.lr.warmup_epochs",
+    "optim.freeze_last_layer_epochs": "schedules.lr.freeze_last_layer_epochs",
+    "optim.weight_decay": "schedules.weight_decay.peak",
+    "optim.weight_decay_end": "schedules.weight_decay.end",
+    "optim.schedule_trunc_extra": "schedules.lr.cosine_epochs",
+    "teacher.momentum_teacher": "schedules.momentum.peak",
+    "teacher.final_momentum_teacher": "schedules.momentum.end",
+    "teacher.teacher_temp": "schedules.teacher_temp.peak",
+    "teacher.warmup_teacher_temp": "schedules.teacher_temp.start",
+    "teacher.warmup_teacher_temp_epochs": "schedules.teacher_temp.warmup_epochs",
+}
+
+_NEVER = "never read by the public training code"
+_STUDENT_LEFTOVERS = [
+    "patch_drop",
+    "block_chunks",
+    "drop_path_uniform",
+    "drop_path_shape",
+    "sin_cos_embeddings",
+    "fourier_*",
+    "multiple_pos_embeddings",
+    "cls_pos_embedding",
+    "reg_pos_embedding",
+    "mask_attention",
+    "mask_register_attention",
+    "interpolate_*",
+    "init_std_*",
+    "rescale_weights_by_layer_id",
+    "pos_embed_grid_size",
+    "pos_embed_rope_gamma",
+    "pos_embed_rope_init_multi_frequencies",
+]
+
+
+@dataclass
+class TrainConfig:
+    MODEL: ModelConfig = field(default_factory=ModelConfig)
+    compute_precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    dino: DinoConfig = field(default_factory=DinoConfig)
+    ibot: IbotConfig = field(default_factory=IbotConfig)
+    gram: GramConfig = field(default_factory=GramConfig)
+    train: LoopConfig = field(default_factory=LoopConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    multidistillation: MultiDistillationConfig = field(default_factory=MultiDistillationConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedules: SchedulesConfig | None = None
+    crops: CropsConfig = field(default_factory=CropsConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    # Keys of the reference that change nothing there: (the only value accepted, why).
+    RETIRED: ClassVar[Mapping[str, tuple[Any, str]]] = {
+        "MODEL.DEVICE": ("cuda", f"{_NEVER}; the device is run.device"),
+        "MODEL.DTYPE": ("float32", f"{_NEVER}; parameters are float32, compute is compute_precision.param_dtype"),
+        "MODEL.WEIGHTS": (
+            "",
+            "only read on a path that never worked; first weights: student.resume_from_teacher_chkpt",
+        ),
+        "compute_precision.sharding_strategy": ("SHARD_GRAD_OP", "sharding is always full, whatever this says"),
+        "dino.head_norm_last_layer": (False, "the last layer has no weight normalisation"),
+        "dino.force_weight_norm": (False, "the last layer has no weight normalisation"),
+        "dino.koleo_distributed_replicas": (0, "replicas do not exist"),
+        "dino.koleo_distributed_loss_group_data": (True, _NEVER),
+        "ibot.head_norm_last_layer": (False, "the last layer has no weight normalisation"),
+        "ibot.force_masking_even_with_zero_weight": (False, _NEVER),
+        "ibot.separate_head": (True, "DINO and iBOT always have separate heads"),
+        "train.centering": ("sinkhorn_knopp", "Sinkhorn-Knopp is the only form"),
+        "train.data_config": (None, _NEVER),
+        "train.saveckp_freq": (20, f"{_NEVER}; see checkpointing.period"),
+        "train.monitor_gradient_norm": (False, f"{_NEVER}; gradient norms are always logged"),
+        "train.chunk_schedule": ([], _NEVER),
+        "train.use_teacher_head": (True, _NEVER),
+        "train.learn_from_teacher_tokens": (False, _NEVER),
+        "train.cell_augmentation*": (ANY, _NEVER),
+        "student.pretrained_weights": ("", f"{_NEVER}; first weights: student.resume_from_teacher_chkpt"),
+        "student.pos_embed_type": ("rope", "positions are rotary"),
+        **{f"student.{name}": (ANY, _NEVER) for name in _STUDENT_LEFTOVERS},
+        "teacher.in_chans": (3, f"{_NEVER}; see student.in_chans"),
+        "hrft.enabled": (False, f"{_NEVER}; several resolutions are lists in crops"),
+        "hrft.*": (ANY, _NEVER),
+        "optim.optimizer": ("adamw", "AdamW is the only optimiser"),
+        "optim.dump_fsdp_weights_path": ("", _NEVER),
+        "evaluation.low_freq_every": (5, _NEVER),
+        "evaluation.config_files.*": (ANY, "no evaluation job is started by training"),
+        "evaluation.config_files": (ANY, "no evaluation job is started by training"),
+        "coding_rate_loss.*": (ANY, _NEVER),
+    }
+
+    @property
+    def iterations(self) -> int:
+        return self.optim.iterations or self.optim.epochs * self.train.OFFICIAL_EPOCH_LENGTH
+
+    def problems(self) -> Iterator[Problem]:
+        """Every condition that does not hold, as (key, sentence)."""
+        from dinov3.config import conditions
+
+        yield from conditions.problems(self)
+
+    def remarks(self) -> Iterator[str]:
+        """What is allowed and still worth a line."""
+        s, optim = self.student, self.optim
+        if s.arch in ARCHITECTURES and size_name(s.arch) in VIT_SIZES:
+            own = VIT_SIZES[size_name(s.arch)][3] if s.arch not in PUBLISHED else PUBLISHED[s.arch][1].get("ffn_ratio")
+            if s.ffn_ratio is not None and own is not None and s.ffn_ratio != own:
+                yield f"student.ffn_ratio {s.ffn_ratio:g} takes effect here (the reference would use {own:g})"
+            if s.pos_embed_rope_dtype != "bf16":
+                yield f"student.pos_embed_rope_dtype {s.pos_embed_rope_dtype} takes effect here; the reference: bf16"
+        if optim.dino_head_wd_multiplier != 1:
+            yield f"optim.dino_head_wd_multiplier {optim.dino_head_wd_multiplier:g} takes effect here, not in the reference"
+        warm = self.teacher.warmup_teacher_temp_epochs
+        if self.schedules is None and warm is not None and warm > optim.epochs:
+            yield f"teacher.warmup_teacher_temp_epochs {warm:g} is longer than the run: the temperature never arrives"
+        if self.compute_precision.param_dtype == "fp16":
+            yield "compute_precision.param_dtype fp16 runs without loss scaling: small gradients vanish; prefer bf16"
+        if self.dino.koleo_loss_weight and not self.dino.koleo_loss_distributed and self.train.batch_size_per_gpu == 1:
+            yield "dino.koleo: with one image per process a crop is its own neighbour and the loss a constant"
+        for size in as_list(self.crops.local_crops_size):
+            if s.patch_size > 0 and size % s.patch_size:
+                yield (
+                    f"crops.local_crops_size {size} is no multiple of the patch size {s.patch_size}: "
+                    f"{size % s.patch_size} px at the right and bottom of those crops are not seen"
+                )
+        if self.crops.gram_teacher_crops_size is not None and not self.gram.use_loss:
+            yield "crops.gram_teacher_crops_size costs loading time and is not used: gram.use_loss is false"
+
+
+# ---- crop sizes as rows ---------------------------------------------------------------------------------------------
+
+
+def as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """Crop sizes in pixels that belong together, and how often they are drawn."""
+
+    global_px: int
+    local_px: int
+    gram_px: int | None
+    ratio: float
+
+
+def resolutions(crops: CropsConfig) -> list[Resolution]:
+    """The crop sizes as rows; one row when they are plain numbers."""
+    columns = [as_list(crops.global_crops_size), as_list(crops.local_crops_size)]
+    gram = as_list(crops.gram_teacher_crops_size)
+    columns.append(gram * len(columns[0]) if gram == [None] else gram)
+    columns.append(as_list(crops.global_local_crop_pairs_ratios))
+    assert len({len(c) for c in columns}) == 1, columns
+    return [Resolution(*row) for row in zip(*columns)]
+
+
+# ---- the model a configuration describes ----------------------------------------------------------------------------
+
+
+def vit_config(student: StudentConfig) -> ViTConfig | ConvNeXtConfig:
+    """What `dinov3.models` builds for the `student` section."""
+    s, size = student, size_name(student.arch)
+    if size in CONVNEXT_SIZES:
+        depths, dims = CONVNEXT_SIZES[size]
+        return ConvNeXtConfig(
+            in_chans=s.in_chans, depths=depths, dims=dims, drop_path_rate=s.drop_path_rate, patch_size=s.patch_size
+        )
+    embed_dim, depth, num_heads, ffn_ratio = VIT_SIZES[size]
+    given = {name: getattr(s, name) for name in ("embed_dim", "depth", "num_heads", "ffn_ratio")}
+    shape = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, "ffn_ratio": ffn_ratio}
+    shape |= {name: value for name, value in given.items() if value is not None}
+    same = {f.name for f in dataclasses.fields(ViTConfig)} & {f.name for f in dataclasses.fields(StudentConfig)}
+    return ViTConfig(**({n: getattr(s, n) for n in same} | shape), layerscale_init=s.layerscale)

@@ -1,0 +1,422 @@
+"""Endless batches of crops: which images, in which order, on which rank, and how to go on where one stopped.
+
+The order is a function, not a process. Position p of the global stream (0, 1, 2, …, over all ranks and epochs) is image
+`permutation(epoch)[p mod N]` with epoch = p // N; the permutation is computed for single positions (a Feistel network), so
+nothing is stored or skipped through, at a billion images as at ten. A batch of B images on each of W ranks takes the
+next B·W positions, rank r those at r, r + W, …. Everything else (crops, masks, resolution) is a function of position or
+step, hence
+
+    the state of the loader is one number, the samples consumed,
+
+and a resumed run sees what the uninterrupted one would have seen: bit for bit, with any number of workers; with another
+number of ranks (and the same B·W) the same images and crops, dealt out differently.
+
+Several resolutions (paper, section 4.2 high-resolution stage) share one set of workers: the step decides which rules apply,
+by the same sequence as the reference (PCG64 of 65537), the same on all ranks.
+
+An image that cannot be read is replaced by another, counted and named (`CropBatch.unreadable`, `CropLoader.unreadable`);
+when nothing can be read the run stops with a sentence.
+
+What differs from the reference: its order after a resume is another one (seed and position both change), its augmentation
+restarts from the same seeds, and one broken file stops it. Its own index streams are at the end of this file, under names
+that begin with `reference_`, for comparisons.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from dinov3.data.crops import CropBatch, CropRules, Sample, collate, generator, render
+from dinov3.data.images import open_image
+from dinov3.data.masking import MaskRules, batch_masks, mask_grid
+from dinov3.errors import DinoError, ImageError
+
+ROUNDS = 8
+REPLACEMENTS = 64  # images tried in place of one unreadable one; all of them bad by chance needs a hopeless data set
+RESOLUTION_SEED = 65537
+
+
+class Images(Protocol):
+    """What a data set must offer to be trained on: encoded images by number, each with a name for messages."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> bytes: ...
+
+    def name(self, index: int) -> str: ...
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The order
+
+
+@lru_cache(maxsize=64)
+def _round_keys(seed: int, epoch: int) -> tuple[np.ndarray, ...]:
+    return tuple(np.random.SeedSequence((seed, epoch)).generate_state(ROUNDS, np.uint64)[:, None])
+
+
+def permuted(offsets: np.ndarray, length: int, seed: int, epoch: int) -> np.ndarray:
+    """Where a permutation of 0 … length−1 sends `offsets`, without building the permutation.
+
+    A Feistel network on the smallest even number of bits that holds `length` is a bijection of that larger range; what
+    lands outside goes through again until it is inside ("cycle walking"), which keeps it a bijection of the smaller one.
+    """
+    half = np.uint64(max(1, ((length - 1).bit_length() + 1) // 2))
+    low = np.uint64((1 << int(half)) - 1)
+    keys = _round_keys(seed, epoch)
+
+    def once(x: np.ndarray) -> np.ndarray:
+        left, right = x >> half, x & low
+        for key in keys:
+            left, right = right, left ^ (_mixed(right ^ key) & low)
+        return (left << half) | right
+
+    x = once(np.asarray(offsets, np.uint64))
+    while (outside := x >= length).any():
+        x[outside] = once(x[outside])
+    return x.astype(np.int64)
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64: every bit of the result depends on every bit of x."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@dataclass(frozen=True)
+class Order:
+    """The endless stream over a data set of `length` images."""
+
+    length: int
+    seed: int = 0
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise DinoError("the data set is empty: there is nothing to train on")
+
+    def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(epochs, indices) at positions of the global stream."""
+        epochs, offsets = np.divmod(np.asarray(positions, np.int64), self.length)
+        if not self.shuffle:
+            return epochs, offsets
+        indices = np.empty_like(offsets)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            indices[here] = permuted(offsets[here], self.length, self.seed, epoch)
+        return epochs, indices
+
+    def replacement(self, position: int, attempt: int) -> int:
+        """Which image is tried when the one at `position` and attempt − 1 others could not be read."""
+        state = np.random.SeedSequence((self.seed, position, attempt)).generate_state(1, np.uint64)
+        return int(state[0]) % self.length
+
+
+def chosen_resolution(step: int, ratios: Sequence[float]) -> int:
+    """Which of the resolutions a step uses: the reference's sequence, but as a function of the step."""
+    if len(ratios) == 1:
+        return 0
+    bits = np.random.PCG64(RESOLUTION_SEED)
+    bits.advance(step)
+    shares = np.cumsum(np.asarray(ratios, float))
+    return int(np.searchsorted(shares / shares[-1], np.random.Generator(bits).random(), side="right"))
+
+
+def resolutions(
+    global_size: int | Sequence[int],
+    local_size: int | Sequence[int],
+    gram_size: int | Sequence[int | None] | None = None,
+    ratios: float | Sequence[float] = 1.0,
+    **shared: Any,
+) -> tuple[list[CropRules], list[float]]:
+    """Rules and their shares, from scalars or lists of equal length, as the configuration writes them."""
+
+    def as_list(value: Any) -> list[Any]:
+        return [value] if value is None or isinstance(value, (int, float)) else list(value)
+
+    given = {
+        "global_crops_size": as_list(global_size),
+        "local_crops_size": as_list(local_size),
+        "gram_teacher_crops_size": as_list(gram_size),
+        "global_local_crop_pairs_ratios": as_list(ratios),
+    }
+    if given["gram_teacher_crops_size"] == [None]:
+        given["gram_teacher_crops_size"] *= len(given["global_crops_size"])
+    if len({len(v) for v in given.values()}) > 1:
+        told = ", ".join(f"{k} has {len(v)}" for k, v in given.items())
+        raise DinoError(f"several resolutions need lists of equal length: {told}")
+    shares = [float(r) for r in given["global_local_crop_pairs_ratios"]]
+    if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+        raise DinoError(f"global_local_crop_pairs_ratios are shares that sum to 1; {shares} sum to {sum(shares):g}")
+    sizes = zip(given["global_crops_size"], given["local_crops_size"], given["gram_teacher_crops_size"])
+    return [CropRules(global_size=g, local_size=l, gram_size=q, **shared) for g, l, q in sizes], shares  # noqa: E741
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What travels to and from the workers
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One image to be made into crops."""
+
+    position: int
+    epoch: int
+    index: int
+    step: int
+    resolution: int
+
+
+@dataclass(frozen=True)
+class _Hopeless:
+    """Comes back from a worker in place of a batch; an exception would arrive wrapped in a traceback."""
+
+    sentence: str
+
+
+class _Renderer(Dataset[Any]):
+    """In the workers: a draw to its crops."""
+
+    def __init__(self, images: Images, rules: Sequence[CropRules], order: Order):
+        self.images, self.rules, self.order = images, rules, order
+
+    def __getitem__(self, draw: Draw) -> tuple[Draw, Sample] | _Hopeless:
+        threads = torch.get_num_threads()
+        if threads == 1:  # as in every worker
+            return self._rendered(draw)
+        torch.set_num_threads(
+            1
+        )  # crops are too small to share out: several threads took ten times as long on a busy machine
+        try:
+            return self._rendered(draw)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _rendered(self, draw: Draw) -> tuple[Draw, Sample] | _Hopeless:
+        rules = self.rules[draw.resolution]
+        unreadable: list[str] = []
+        for attempt in range(REPLACEMENTS + 1):
+            index = self.order.replacement(draw.position, attempt) if attempt else draw.index
+            try:
+                image = open_image(self.images.read(index), target_short_side=rules.target_short_side)
+            except (ImageError, OSError) as error:
+                unreadable.append(f"{self.images.name(index)}: {error}")
+                continue
+            rng = generator(self.order.seed, draw.epoch, index)
+            plan = rules.plan(*image.image.size, rng)
+            return draw, Sample(render(image.image, plan, rules), index, tuple(unreadable))
+        return _Hopeless(
+            f"{len(unreadable)} images in a row could not be read, so training stops. The first: {unreadable[0]}"
+        )
+
+
+@dataclass(frozen=True)
+class _Collator:
+    """In the workers: samples to a batch with masks, which depend on the batch's first position only."""
+
+    rules: Sequence[CropRules]
+    grids: Sequence[tuple[int, int]]
+    masks: MaskRules
+    seed: int
+    masked_images: int | None
+
+    def __call__(self, drawn: Sequence[tuple[Draw, Sample] | _Hopeless]) -> CropBatch | _Hopeless:
+        samples: list[Sample] = []
+        for d in drawn:
+            if isinstance(d, _Hopeless):
+                return d
+            samples.append(d[1])
+        first = drawn[0]
+        assert not isinstance(first, _Hopeless)
+        draw = first[0]
+        rng = random.Random(f"masks {self.seed} {draw.position}")
+        images = self.masked_images or len(samples)
+        masks = batch_masks(2 * images, self.grids[draw.resolution], self.masks, rng)
+        return collate(samples, masks, self.rules[draw.resolution], step=draw.step, resolution=draw.resolution)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loader
+
+
+class CropLoader:
+    """Endless `CropBatch`es of this rank.
+
+        loader = CropLoader(images, CropRules(), MaskRules(), patch=16, batch_size=64, seed=0, rank=r, world=w, workers=8)
+        for batch in loader:
+            batch = batch.to(device, dtype)
+            ...
+            loader.state_dict()          # {"consumed": samples of all ranks}, to be saved with the weights
+
+    rules: one, or several with `ratios` (see `resolutions`). patch: the student's, in pixels; global sizes that are no
+    multiple of it are refused. mask_scale: makes the mask grid coarser (`teacher_to_student_resolution_scale`).
+    masked_images: masks for another number of images than are loaded (multi-student distillation).
+    start_method: "fork", "spawn", "forkserver"; None is torch's choice.
+
+    `wait_s` is how long the last batch was waited for, `waited_s` the sum: a loop that waits is short of workers.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        rules: CropRules | Sequence[CropRules],
+        masks: MaskRules | None = None,
+        *,
+        patch: int,
+        batch_size: int,
+        ratios: Sequence[float] = (1.0,),
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        consumed: int = 0,
+        shuffle: bool = True,
+        workers: int = 0,
+        prefetch: int = 2,
+        pin_memory: bool = False,
+        start_method: str | None = None,
+        masked_images: int | None = None,
+        mask_scale: float = 1.0,
+    ):
+        self.rules = [rules] if isinstance(rules, CropRules) else list(rules)
+        if len(self.rules) != len(ratios):
+            raise DinoError(f"{len(self.rules)} crop rules need as many ratios, not {len(ratios)}")
+        if batch_size < 1 or not 0 <= rank < world:
+            raise DinoError(
+                f"batch size {batch_size}, rank {rank} of {world}: need a positive size and 0 ≤ rank < world"
+            )
+        self.order = Order(len(images), seed, shuffle)
+        self.batch_size, self.rank, self.world = batch_size, rank, world
+        self.ratios = tuple(ratios)
+        self.consumed = consumed
+        self.wait_s = self.waited_s = 0.0
+        self.unreadable: dict[str, int] = {}  # "name: reason" → how often
+        grids = []
+        for rule in self.rules:
+            rule.check_patch(patch)
+            grids.append(mask_grid(rule.global_size, patch, mask_scale))
+        self._loader: DataLoader[Any] = DataLoader(
+            _Renderer(images, self.rules, self.order),
+            batch_sampler=_Steps(self),
+            collate_fn=_Collator(self.rules, grids, masks or MaskRules(), seed, masked_images),
+            num_workers=workers,
+            prefetch_factor=prefetch if workers else None,
+            persistent_workers=workers > 0,
+            pin_memory=pin_memory,
+            multiprocessing_context=start_method if workers else None,
+            generator=torch.Generator(),  # or starting the workers would draw from the training's own generator
+        )
+
+    @property
+    def global_batch(self) -> int:
+        return self.batch_size * self.world
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far."""
+        return self.consumed / self.order.length
+
+    def state_dict(self) -> dict[str, int]:
+        return {"consumed": self.consumed}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Takes effect with the next `iter(loader)`."""
+        self.consumed = int(state["consumed"])
+
+    def draws(self, consumed: int) -> list[Draw]:
+        """This rank's next batch after `consumed` samples of all ranks."""
+        positions = consumed + np.arange(self.rank, self.global_batch, self.world)
+        epochs, indices = self.order.at(positions)
+        step = consumed // self.global_batch
+        resolution = chosen_resolution(step, self.ratios)
+        rows = zip(positions.tolist(), epochs.tolist(), indices.tolist())
+        return [Draw(position, epoch, index, step, resolution) for position, epoch, index in rows]
+
+    def __iter__(self) -> Iterator[CropBatch]:
+        batches = iter(self._loader)
+        while True:
+            start = time.perf_counter()
+            batch = next(batches)
+            self.wait_s = time.perf_counter() - start
+            self.waited_s += self.wait_s
+            if isinstance(batch, _Hopeless):
+                raise DinoError(batch.sentence)
+            self.consumed += self.global_batch
+            for told in batch.unreadable:
+                self.unreadable[told] = self.unreadable.get(told, 0) + 1
+            yield batch
+
+
+class _Steps:
+    """The endless batch sampler, from wherever the loader stands when it is asked."""
+
+    def __init__(self, loader: CropLoader):
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        start = self.loader.consumed
+        for step in itertools.count():
+            yield self.loader.draws(start + step * self.loader.global_batch)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The reference's orders: slow by nature, kept for comparisons with runs of the released code
+
+
+def reference_infinite(
+    length: int, *, shuffle: bool = True, seed: int = 0, rank: int = 0, world: int = 1, advance: int = 0
+) -> Iterator[int]:
+    """`INFINITE`: each pass a Fisher-Yates shuffle, all from one generator; every rank draws the whole pass."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def one_pass() -> Iterator[int]:
+        items = list(range(length))
+        for i in range(length):
+            if shuffle:
+                j = int(torch.randint(i, length, (1,), generator=rng))
+                items[i], items[j] = items[j], items[i]
+            yield items[i]
+
+    passes = (itertools.islice(one_pass(), rank, None, world) for _ in itertools.count())
+    return itertools.islice(itertools.chain.from_iterable(passes), advance, None)
+
+
+def reference_sharded_infinite(
+    length: int, *, seed: int = 0, rank: int = 0, world: int = 1, advance: int = 0, new: bool = False
+) -> Iterator[int]:
+    """`SHARDED_INFINITE` (and `_NEW`): a rank keeps its share of one permutation and shuffles it anew in every pass."""
+    mine = torch.randperm(length, generator=torch.Generator().manual_seed(seed))[rank::world][: length // world]
+
+    def one_pass(number: int) -> list[int]:
+        rng = torch.Generator().manual_seed(seed + rank + (number << 24))
+        if new:
+            return mine[torch.randperm(len(mine), generator=rng)].tolist()
+        items: list[int] = []
+        for i, item in enumerate(mine.tolist()):  # inside-out
+            j = int(torch.randint(0, i + 1, (1,), generator=rng)) if i else 0
+            items.append(item)
+            items[i], items[j] = items[j], item
+        return items
+
+    passes = (one_pass(number) for number in itertools.count(advance // length))
+    return itertools.islice(itertools.chain.from_iterable(passes), advance % length, None)
+
+
+def reference_epoch(
+    length: int, *, size: int, epoch: int, shuffle: bool = False, seed: int = 0, rank: int = 0, world: int = 1
+) -> list[int]:
+    """`EPOCH`: the data set tiled, `size` of it drawn without replacement, every world-th index."""
+    items = np.tile(np.arange(length), -(-size // length))
+    if shuffle:
+        items = np.random.default_rng(seed * epoch if seed else epoch).choice(items, size, replace=False)
+    return items[:size][rank::world][: size // world].tolist()

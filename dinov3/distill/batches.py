@@ -1,0 +1,150 @@
+"""Batches of a distillation: views of images, what is done to their pixels, and what the teachers say of the outcome.
+
+A batch is a function of (seed, step, rank), and so are its views, colours and mixtures. Legend as in `distill`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinov3 import distributed
+from dinov3.data.loading import permuted
+from dinov3.distill.teachers import Images, OnlineTargets, TargetCache, Targets, Views
+from dinov3.errors import DinoError
+
+if TYPE_CHECKING:
+    from dinov3.distill.run import DistillConfig
+
+
+@dataclass(frozen=True)
+class Batch:
+    """pixels uint8 [B, 3, s, s], as the student sees them · targets by teacher, without those that sit this view out; a
+    teacher's targets may be of the first images only."""
+
+    pixels: Tensor
+    targets: dict[int, Targets]
+
+
+class Batches:
+    """The batch of a step, whichever step is asked for; the next one is made while this one is used."""
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        images: Images,
+        views: Views,
+        said: Sequence[TargetCache | OnlineTargets],
+        patch: int = 16,
+    ) -> None:
+        self.config, self.images, self.views, self.said, self.patch = config, images, views, said, patch
+        self.rank, world = distributed.rank(), distributed.world()
+        self.size = min(config.batch, len(images))
+        self.share = self.size // world  # this process's
+        if self.share * world != self.size or self.share < 2:
+            raise DinoError(
+                f"{self.size} images a batch do not go round {world} processes with two or more each: change --batch"
+            )
+        self.epoch_length = len(images) // self.size
+
+    def at(self, step: int) -> Batch:
+        epoch, place = divmod(step, self.epoch_length)
+        offsets = np.arange(place * self.size, (place + 1) * self.size)
+        indices = permuted(offsets, len(self.images), self.config.seed, epoch)
+        indices = indices[self.rank * self.share :][: self.share]
+        view, side = epoch % self.views.count, self.config.side(step)
+        online = {i: t for i, t in enumerate(self.said) if isinstance(t, OnlineTargets) and t.sees_students_pixels}
+        sides = {i: t.teacher.side(side // self.patch) for i, t in online.items()}
+        canvas = self.images.views(self.views, indices, view, max([side, *sides.values()]))
+        rng = torch.Generator().manual_seed(seed_of(self.config.seed, step, self.rank))
+        canvas, turned = distorted(canvas, rng)
+        canvas = mixed(canvas, self.config.mixing(), rng)
+        targets = {}
+        for i, said in enumerate(self.said):
+            if i in online:
+                some = math.ceil(len(canvas) * said.teacher.line.share)
+                targets[i] = online[i].look(resized(canvas[:some], sides[i]))
+            elif view in said:
+                targets[i] = mirrored(said.read(indices, view), turned)
+        return Batch(resized(canvas, side), targets)
+
+    def between(self, first: int, last: int) -> Iterator[Batch]:
+        with ThreadPoolExecutor(1) as pool:
+            coming = pool.submit(self.at, first) if first < last else None
+            for step in range(first, last):
+                assert coming is not None
+                batch = coming.result()
+                coming = pool.submit(self.at, step + 1) if step + 1 < last else None
+                yield batch
+
+
+def distorted(pixels: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """uint8 [B, 3, s, s] → (mirrored by chance and mildly recoloured uint8, which were mirrored [B])."""
+    B = len(pixels)
+    turned = torch.rand(B, generator=rng) < 0.5
+    x = pixels.clone()
+    x[turned] = pixels[turned].flip(-1)
+    x = x.float()
+
+    def factor(spread: float) -> Tensor:
+        return 1 + spread * (2 * torch.rand(B, 1, 1, 1, generator=rng) - 1)
+
+    keep = torch.where(torch.rand(B, 1, 1, 1, generator=rng) < 0.1, torch.zeros(1), factor(0.3))  # 0: without colour
+    contrast, light = factor(0.3), factor(0.3)
+    grey = (0.299 * x[:, 0] + 0.587 * x[:, 1] + 0.114 * x[:, 2])[:, None]
+    mean = grey.mean((2, 3), keepdim=True)
+    # saturation grey + (x - grey)·keep, then contrast about the mean, then light: one linear map
+    x.mul_(keep * contrast * light).add_(grey * ((1 - keep) * contrast * light) + mean * ((1 - contrast) * light))
+    return x.round_().clamp_(0, 255).to(torch.uint8), turned
+
+
+def mirrored(said: Targets, turned: Tensor) -> Targets:
+    """Targets of the clean images for those that were mirrored: the map of patches turns with them."""
+    if said.patches is None:
+        return said
+    return Targets(said.cls, torch.where(turned[:, None, None, None], said.patches.flip(2), said.patches), said.logits)
+
+
+def mixed(pixels: Tensor, shares: Mapping[str, float], rng: torch.Generator) -> Tensor:
+    """uint8 [B, 3, s, s] → the same, some of them mixed with their neighbour in the batch.
+
+    cutmix (arXiv 1905.04899): a box of the neighbour, its area uniform, is pasted. mixup (arXiv 1710.09412): a weighted
+    mean, the weight uniform in 0 … 0.5. No label is mixed: the teacher looks at the outcome.
+    """
+    B, side = len(pixels), pixels.shape[-1]
+    if not shares:
+        return pixels
+    kind, amount, top, left = torch.rand(4, B, 1, 1, 1, generator=rng).unbind(0)
+    cut = kind < shares.get("cutmix", 0.0)
+    blend = ~cut & (kind < sum(shares.values()))
+    length = (side * amount.sqrt()).round()  # of the box's sides
+    top, left = ((side - length) * at for at in (top, left))
+    at = torch.arange(side)
+    y, x = at[:, None], at[None, :]
+    inside = (y >= top.floor()) & (y < top.floor() + length) & (x >= left.floor()) & (x < left.floor() + length)
+    weight = torch.where(blend, 0.5 * amount, (cut & inside).float())
+    some = (cut | blend).flatten().nonzero().flatten()
+    outcome = pixels.clone()
+    outcome[some] = torch.lerp(pixels[some].float(), pixels[some - 1].float(), weight[some]).round().to(torch.uint8)
+    return outcome
+
+
+def resized(pixels: Tensor, side: int) -> Tensor:
+    """uint8 [B, 3, s, s] → [B, 3, side, side]."""
+    if pixels.shape[-1] == side:
+        return pixels
+    rows = pixels.contiguous(memory_format=torch.channels_last)
+    return F.interpolate(rows, size=(side, side), mode="bicubic", antialias=True).contiguous()
+
+
+def seed_of(seed: int, step: int, rank: int = 0) -> int:
+    sequence = np.random.SeedSequence((seed, step, rank) if rank else (seed, step))
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))

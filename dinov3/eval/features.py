@@ -1,0 +1,326 @@
+"""Images → features, computed once and kept on disk; and what the images should be called.
+
+A column of numbers (the CLS token or the mean patch of one layer) is a .npy file in a folder named by the weights'
+fingerprint, the preprocessing and the images. Whoever asks for the same column again, from another evaluation or
+with another pooling, reads the file. Several processes write one file together, so the
+folder must lie where all of them see it.
+
+Legend: N images, D width, C classes, L labels in a set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dinov3 import distributed
+from dinov3.data.datasets.base import ImageDataset
+from dinov3.data.images import DecodedImage, open_image
+from dinov3.data.transforms.inputs import Preprocessing
+from dinov3.errors import DinoError, ImageError
+from dinov3.features import model_label
+from dinov3.heads.encoder import widths_of
+from dinov3.runlog import peak_memory_gb, spoken_time
+
+K = TypeVar("K")
+
+
+# ---- what images are called ----------------------------------------------------------------------------------------
+
+
+def labels_of(dataset: ImageDataset, what: str) -> np.ndarray:
+    """int64 [N], or [N, C] where the data set has several labels an image. Raises `DinoError` where there are none."""
+    targets = dataset.get_targets() if hasattr(dataset, "get_targets") else None
+    if targets is None:
+        targets = [-1 if (label := dataset.label(i)) is None else label for i in range(len(dataset))]
+    labels = np.asarray(targets).astype(np.int64)
+    if labels.ndim == 1 and (len(labels) == 0 or labels.min() < 0):
+        n = int((labels < 0).sum())
+        raise DinoError(
+            f"{what}: {n} of {len(labels)} images have no class; each needs one (a sub-folder for each class)"
+        )
+    return labels
+
+
+def class_count(labels: np.ndarray) -> int:
+    """The largest label + 1, or the width of multi-hot labels."""
+    return labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What test images should be called.
+
+    labels: int [N], multi-hot [N, C], or sets [N, L] padded with −1. groups: a word for each image (fairness tables,
+    ImageNet-C's "fog/3"). columns: for each class of the data set the classifier's columns that mean it, where it has
+    only some of the classifier's classes (ImageNet-A, -R, ObjectNet).
+    """
+
+    labels: np.ndarray
+    groups: np.ndarray | None = None
+    columns: list[list[int]] | None = None
+
+    def chosen(self, scores: np.ndarray) -> np.ndarray:
+        """Scores of the data set's own classes: of several columns the best."""
+        if self.columns is None:
+            return scores
+        last = max(max(c) for c in self.columns)
+        if last >= scores.shape[1]:
+            raise DinoError(
+                f"this data set's classes are columns up to {last} of an ImageNet-1k classifier, and this one has "
+                f"{scores.shape[1]}: train on ImageNet-1k"
+            )
+        return np.stack([scores[:, c].max(1) for c in self.columns], axis=1)
+
+
+def test_targets(dataset: ImageDataset, what: str) -> Targets:
+    """The targets of a data set, with the hooks that the reference's data sets have."""
+    groups = dataset.get_groupby_labels() if hasattr(dataset, "get_groupby_labels") else None
+    mapping = dataset.get_imagenet_class_mapping() if hasattr(dataset, "get_imagenet_class_mapping") else None
+    columns = None if mapping is None else [[int(c)] if np.ndim(c) == 0 else [int(x) for x in c] for c in mapping]
+    return Targets(labels_of(dataset, what), None if groups is None else np.asarray(groups), columns)
+
+
+def check_classes(train: ImageDataset, test: ImageDataset) -> None:
+    """Raises where both data sets name their classes and number them differently: sub-folders are counted in order."""
+    names = getattr(train, "class_names", None), getattr(test, "class_names", None)
+    if names[0] and names[1] and list(names[0])[: len(names[1])] != list(names[1]):
+        odd = sorted(set(names[1]) ^ set(names[0]))
+        hint = f"only one of them has {', '.join(odd[:3])}" if odd else "their order differs"
+        raise DinoError(
+            f"training and test images have different classes, so their numbers mean different things: {hint}"
+        )
+
+
+# ---- columns ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Column:
+    """One kind of number of every image: `token` "cls" or "mean" of a layer."""
+
+    token: str
+    layer: int
+
+    def file(self, norm: bool, dtype: str) -> str:
+        return f"{self.token}-layer{self.layer}{'' if norm else '-prenorm'}-{dtype}.npy"
+
+
+def columns_of(layers: Sequence[int], pool: str) -> list[Column]:
+    """The columns that make up a vector, in order (see `FeatureSection`)."""
+    cls, means = [Column("cls", i) for i in layers], [Column("mean", i) for i in layers]
+    return {"cls": cls, "mean": means, "cls+mean": [*cls, means[-1]]}[pool]
+
+
+def dataset_id(dataset: ImageDataset) -> str:
+    """12 hex digits of which images these are: names, and what changes when a file does, where it is known."""
+    digest = hashlib.sha256(type(dataset).__name__.encode())
+    items = getattr(dataset, "items", None)
+    if items is not None:
+        digest.update(str(getattr(getattr(dataset, "source", None), "root", "")).encode())
+        digest.update("\n".join(f"{item.path} {item.stamp}" for item in items).encode())
+    else:
+        digest.update(str(getattr(dataset, "root", "")).encode())
+        digest.update("\n".join(dataset.name(i) for i in range(len(dataset))).encode())
+    return digest.hexdigest()[:12]
+
+
+def in_threads(batches: Iterable[Sequence[K]], make: Callable[[K], Tensor], workers: int) -> Iterator[Tensor]:
+    """Stacked results of `make` for batches of keys, in order, made by threads two batches ahead."""
+    pool = ThreadPoolExecutor(max(1, min(workers, os.cpu_count() or 1)))
+    waiting: deque[list[Future[Tensor]]] = deque()
+    try:
+        for keys in batches:
+            waiting.append([pool.submit(make, key) for key in keys])
+            if len(waiting) > 2:
+                yield torch.stack([future.result() for future in waiting.popleft()])
+        while waiting:
+            yield torch.stack([future.result() for future in waiting.popleft()])
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def decoded(dataset: ImageDataset, i: int, target_short_side: int | None = None) -> DecodedImage:
+    """Image i; one that cannot be read stops an evaluation, which without it would be another evaluation."""
+    try:
+        return open_image(dataset.read(i), target_short_side=target_short_side)
+    except ImageError as error:
+        raise ImageError(f"{dataset.name(i)}: {error}; an evaluation needs all of its images") from None
+
+
+def image_batches(
+    dataset: ImageDataset, rows: Sequence[int], rule: Preprocessing, batch_size: int, workers: int
+) -> Iterator[Tensor]:
+    """Network inputs [B, 3, h, w] in the order of `rows`."""
+
+    def make(i: int) -> Tensor:
+        image = decoded(dataset, i, rule.target_short_side)
+        return rule(image.image, original_wh=(image.width, image.height))[0]
+
+    return in_threads((rows[i : i + batch_size] for i in range(0, len(rows), batch_size)), make, workers)
+
+
+class FeatureCache:
+    """Columns of features in a folder of their own for each (weights, preprocessing, images)."""
+
+    def __init__(self, model: nn.Module, root: Path, say: Callable[[str], None]) -> None:
+        from dinov3.weights.loading import fingerprint
+
+        self.model, self.root, self.say = model, root, say
+        weight = next(model.parameters())
+        self.model_id = f"{fingerprint(model)}-{str(weight.dtype).removeprefix('torch.')}"
+
+    def columns(
+        self,
+        dataset: ImageDataset,
+        rule: Preprocessing,
+        columns: Sequence[Column],
+        *,
+        norm: bool = True,
+        dtype: str = "float32",
+        batch_size: int = 64,
+        workers: int = 5,
+    ) -> list[np.ndarray]:
+        """One memory-mapped array [N, D_i] for each column; what is not there yet is computed in one pass."""
+        folder = self.root / self.model_id / f"{rule.id}-{dataset_id(dataset)}"
+        missing = [c for c in dict.fromkeys(columns) if not (folder / c.file(norm, dtype)).exists()]
+        missing = distributed.broadcast_object(missing)
+        if missing:
+            self._compute(folder, dataset, rule, missing, norm, dtype, batch_size, workers)
+        return [np.load(folder / c.file(norm, dtype), mmap_mode="r") for c in columns]
+
+    def _compute(
+        self,
+        folder: Path,
+        dataset: ImageDataset,
+        rule: Preprocessing,
+        columns: Sequence[Column],
+        norm: bool,
+        dtype: str,
+        batch_size: int,
+        workers: int,
+    ) -> None:
+        rank, world, N = distributed.rank(), distributed.world(), len(dataset)
+        if N == 0:
+            raise DinoError("the data set is empty: there is nothing to evaluate")
+        layers = sorted({c.layer for c in columns})
+        each = -(-N // world)
+        mine = range(min(rank * each, N), min((rank + 1) * each, N))
+        owner = distributed.broadcast_object(os.getpid())
+        parts = {c: folder / f".{c.file(norm, dtype)}.{owner}" for c in columns}
+        arrays: dict[Column, np.ndarray] = {}
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            about = {"model": model_label(self.model), "preprocessing": json.loads(rule.to_json()), "images": N}
+            (folder / "about.json").write_text(json.dumps(about, indent=1) + "\n")
+        weight, net = next(self.model.parameters()), self.model
+        began, done, told = time.perf_counter(), 0, time.perf_counter()
+        batches = image_batches(dataset, mine, rule, batch_size, workers)
+        widths = dict(zip(layers, widths_of(self.model, layers)))  # type: ignore[arg-type]
+        for c in columns:
+            if rank == 0:
+                np.lib.format.open_memmap(parts[c], "w+", np.dtype(dtype), (N, widths[c.layer]))
+        distributed.barrier()
+        for c in columns:
+            if not parts[c].exists():
+                raise DinoError(
+                    f"{parts[c]} was made by rank 0, but rank {rank} does not see it: set features.cache to a shared folder"
+                )
+            arrays[c] = np.lib.format.open_memmap(parts[c], "r+")
+        for x in batches:
+            with torch.inference_mode():
+                said = layer_tokens(net, x.to(weight.device, weight.dtype, non_blocking=True), layers, norm)
+            rows = slice(mine.start + done, mine.start + done + len(x))
+            for c in columns:
+                values = said[c.layer][0 if c.token == "cls" else 1]
+                arrays[c][rows] = values.float().cpu().numpy()
+            done += len(x)
+            now = time.perf_counter()
+            if now - told > 15 or done == len(mine):
+                rate = done / (now - began)
+                left = spoken_time((len(mine) - done) / rate)
+                memory = peak_memory_gb(weight.device)
+                self.say(f"features {done}/{len(mine)}  {rate:.1f} images/s  eta {left}  {memory:.1f} GB")
+                told = now
+        for array in arrays.values():
+            array.flush()  # type: ignore[attr-defined]
+        arrays.clear()
+        distributed.barrier()
+        if rank == 0:
+            for c in columns:
+                os.replace(parts[c], folder / c.file(norm, dtype))
+        distributed.barrier()
+
+
+def layer_tokens(model: Any, x: Tensor, layers: Sequence[int], norm: bool) -> dict[int, tuple[Tensor, Tensor]]:
+    """{layer: (CLS [B, D], mean patch [B, D])} of a batch."""
+    if list(layers) == [model.n_blocks - 1] and norm:  # exactly what the model puts out
+        out = model.forward_features(x)
+        return {layers[0]: (out["x_norm_clstoken"], out["x_norm_patchtokens"].mean(1))}
+    said = model.get_intermediate_layers(x, n=list(layers), return_class_token=True, norm=norm)
+    return {i: (cls, patches.mean(1)) for i, (patches, cls) in zip(layers, said)}
+
+
+def normal_layers(model: Any, layers: Sequence[int]) -> list[int]:
+    """0-based, as given otherwise; negative ones count from the end."""
+    n = model.n_blocks
+    for i in layers:
+        if not -n <= i < n:
+            raise DinoError(f"layer {i} does not exist: this model has {n} (0 to {n - 1}, or -1 for the last)")
+    if not layers:
+        raise DinoError("features.layers is empty; write features.layers=[-1] for the last layer")
+    return [range(n)[i] for i in layers]
+
+
+# ---- few shots ------------------------------------------------------------------------------------------------------
+
+
+def few_shot_subset(labels: np.ndarray, k_or_percent: float, seed: int) -> np.ndarray:
+    """Sorted rows: of each class the first k (or the share, at least one) of a permutation drawn with `seed`.
+
+    labels: int [N], or multi-hot [N, C]: then an image counts for each of its classes, and a share that selects too
+    many labels is corrected once.
+    """
+    multi = labels.ndim == 2
+    classes = range(labels.shape[1]) if multi else np.unique(labels).tolist()
+
+    def drawn(share: float) -> np.ndarray:
+        rng = torch.Generator().manual_seed(seed)
+        kept: list[np.ndarray] = []
+        for c in classes:
+            rows = np.flatnonzero(labels[:, c] > 0 if multi else labels == c)
+            if len(rows) == 0:
+                continue
+            order = torch.randperm(len(rows), generator=rng).numpy()
+            k = max(1, math.floor(share * len(rows))) if share < 1 else int(share)
+            kept.append(rows[order[:k]])
+        return np.unique(np.concatenate(kept))
+
+    rows = drawn(k_or_percent)
+    if multi and k_or_percent < 1:
+        rows = drawn(k_or_percent / (labels[rows].sum() / max(1.0, k_or_percent * labels.sum())))
+    return rows
+
+
+def over_tries(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean and unbiased standard deviation of several tries, as `<key>_mean` and `<key>_std`."""
+    values = {key: np.array([row[key] for row in rows], float) for key in rows[0]}
+    spread = {key: float(v.std(ddof=1)) if len(v) > 1 else 0.0 for key, v in values.items()}
+    return {
+        name: x
+        for key, v in values.items()
+        for name, x in ((f"{key}_mean", float(v.mean())), (f"{key}_std", spread[key]))
+    }

@@ -1,0 +1,483 @@
+"""What every evaluation shares: the model, a session with its features and results, sweeps, and the door.
+
+An evaluation is a configuration (dataclass), a function arrays → numbers, and a door:
+
+    def evaluate(config: KnnConfig, session: Session) -> dict[str, float]: ...
+    def main(argv=None) -> int:
+        return common.main("knn", KnnConfig, evaluate, argv)
+
+`common.main` understands what people type at the public scripts: `key.sub=value` words, `config_file=FILE` or
+`--config-file FILE`, `output_dir=DIR` or `--output-dir DIR`, and of our own `--sweep layers=8,9,11,size=224,256`. It joins
+the ranks of torchrun or SLURM, saves the resolved configuration, and writes results-NAME.csv and results-NAME.json.
+
+The chapters below it: `arguments` (sections of configurations, what people type), `columns` (images → features kept on
+disk, labels, few shots), `tables`, `published`. Their names can be had from here.
+
+Legend: N images, D width.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dinov3 import config as configuration
+from dinov3 import distributed
+from dinov3.data.datasets import make_dataset
+from dinov3.data.datasets.base import ImageDataset
+from dinov3.data.transforms.inputs import Preprocessing
+from dinov3.errors import DinoError, WeightsMismatch
+from dinov3.eval.arguments import (
+    Arguments,
+    C,
+    EvalConfig,
+    FeatureSection,
+    FewShotSection,
+    ModelSection,
+    TransformSection,
+    help_text,
+    read_arguments,
+    section_problems,
+    split_arguments,
+)
+from dinov3.eval.features import (
+    Column,
+    FeatureCache,
+    Targets,
+    check_classes,
+    class_count,
+    columns_of,
+    dataset_id,
+    decoded,
+    few_shot_subset,
+    image_batches,
+    in_threads,
+    labels_of,
+    layer_tokens,
+    normal_layers,
+    over_tries,
+    test_targets,
+)
+from dinov3.eval.published import published
+from dinov3.eval.tables import as_text, read_table, spoken, write_table
+from dinov3.features import default_preprocessing
+from dinov3.runlog import RunDir, peak_memory_gb, spoken_time
+
+if TYPE_CHECKING:
+    from dinov3.models import BackboneConfig
+
+__all__ = [
+    "Arguments",
+    "Column",
+    "EvalConfig",
+    "FeatureCache",
+    "FeatureSection",
+    "FewShotSection",
+    "ModelSection",
+    "Session",
+    "Targets",
+    "TransformSection",
+    "as_text",
+    "check_classes",
+    "class_count",
+    "columns_of",
+    "dataset_id",
+    "decoded",
+    "few_shot_subset",
+    "help_text",
+    "image_batches",
+    "in_threads",
+    "labels_of",
+    "layer_tokens",
+    "main",
+    "normal_layers",
+    "open_model",
+    "over_tries",
+    "published",
+    "read_arguments",
+    "read_table",
+    "section_problems",
+    "split_arguments",
+    "sweep",
+    "sweep_axes",
+    "test_targets",
+    "write_table",
+]  # fmt: skip
+
+Number = float | int | str | None
+
+
+# ---- the model ------------------------------------------------------------------------------------------------------
+
+
+def open_model(section: ModelSection, device: str | torch.device = "cpu") -> nn.Module:
+    """The frozen backbone of a `model` section, with `origin`."""
+    from dinov3.hub import load
+
+    options: dict[str, Any] = {"device": device, "dtype": getattr(torch, section.dtype)}
+    if section.config_file is not None:
+        model = _from_configuration(section.config_file, section.pretrained_weights, **options)
+    elif section.dino_hub is not None:
+        if "dinov2" in section.dino_hub:
+            raise DinoError(
+                f"model.dino_hub={section.dino_hub} is a DINOv2 model of another repository; save it in transformers' "
+                "layout and write model.name=transformers:FOLDER"
+            )
+        model = load(section.dino_hub, **options)
+    else:
+        model = load(section.name, section.weights, **options)
+    return model.eval().requires_grad_(False)
+
+
+def _from_configuration(file: str, weights: str | None, *, device: Any, dtype: torch.dtype) -> nn.Module:
+    """The teacher's backbone of a training run: architecture from its configuration, weights from a file or folder."""
+    from dinov3.hub import Origin
+    from dinov3.models import backbone
+    from dinov3.weights import loading
+
+    described, _ = configuration.load_model_config(file)
+    config = configuration.vit_config(described.student)
+    mean, std = described.crops.rgb_mean, described.crops.rgb_std
+    statistics = (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+    if not weights:
+        torch.manual_seed(0)
+        model: nn.Module = backbone(config)
+        model.init_weights()  # type: ignore[operator]
+        origin = Origin("custom", f"random ({Path(file).name})", "random", *statistics)
+    elif Path(weights).is_dir() and (Path(weights) / ".metadata").is_file():
+        model = _from_distributed(config, Path(weights))
+        origin = Origin("custom", weights, "dinov3", *statistics)
+    else:
+        opened = loading.open(weights)
+        model = loading.build(config, opened)
+        name = opened.rows[0].id if opened.rows else "custom"
+        origin = Origin(name, opened.source, opened.form, *statistics, tuple(opened.notes))
+    model.origin = origin  # type: ignore[assignment]
+    return model.to(device=device, dtype=dtype)
+
+
+def _from_distributed(config: BackboneConfig, folder: Path) -> nn.Module:
+    from dinov3 import checkpoint
+    from dinov3.models import backbone
+
+    names = checkpoint.stored(folder)
+    places = ("model.model_ema.backbone.", "model.teacher.backbone.", "model.backbone.", "teacher.backbone.")
+    for prefix in places:
+        state = {n.removeprefix(prefix) for n in names if n.startswith(prefix)}
+        if state:
+            break
+    else:
+        raise DinoError(f"the checkpoint {folder} holds no teacher (none of {', '.join(p + '…' for p in places)})")
+    model = backbone(config)
+    try:
+        model.load_state_dict(checkpoint.read_tensors(folder, prefix))
+    except RuntimeError as error:
+        raise WeightsMismatch(
+            f"{folder} does not fit model.config_file: {str(error).splitlines()[1].strip()}"
+        ) from None
+    return model
+
+
+# ---- a session ------------------------------------------------------------------------------------------------------
+
+
+class Session:
+    """One run of an evaluation: where it writes, on which device, and what has been opened already."""
+
+    def __init__(self, name: str, output_dir: str | os.PathLike[str] = ".", device: str = "auto") -> None:
+        self.name, self.device_name = name, device
+        self.device = distributed.setup(None if device == "auto" else device)
+        self.run = RunDir(output_dir, writer=distributed.is_main())
+        self.also: tuple[list[int], list[str]] = ([], [])  # layers and pools to compute in the same pass (sweeps)
+        self._models: dict[str, nn.Module] = {}
+        self._caches: dict[str, FeatureCache] = {}
+        self.began = time.perf_counter()
+        if self.run.writer:
+            self.output.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def output(self) -> Path:
+        return self.run.path
+
+    def say(self, text: str) -> None:
+        """One line on stderr and in log.txt, by the main process."""
+        self.run.say(text)
+
+    def at(self, output_dir: str | os.PathLike[str]) -> Session:
+        """The same session, writing elsewhere."""
+        other = Session.__new__(Session)
+        other.__dict__.update(self.__dict__)
+        other.run = RunDir(output_dir, writer=distributed.is_main())
+        if other.run.writer:
+            other.output.mkdir(parents=True, exist_ok=True)
+        return other
+
+    def model(self, section: ModelSection) -> nn.Module:
+        """The backbone, opened once."""
+        key = repr(section)
+        if key not in self._models:
+            self._models.clear()  # one at a time: they may be large
+            self._caches.clear()
+            self._models[key] = open_model(section, self.device)
+            net: Any = self._models[key]
+            self.say(f"{net.origin}, {section.dtype} on {self.device}")
+            if net.origin.random:
+                self.say("the weights are RANDOM: the numbers say what chance and pixels give")
+            for note in net.origin.notes:
+                self.say(f"note: {note}")
+        return self._models[key]
+
+    def rule(self, model: nn.Module, transform: TransformSection) -> Preprocessing:
+        """The classification preprocessing with the statistics of the model's weights."""
+        if min(transform.resize_size, transform.crop_size) < 1:
+            raise DinoError("transform.resize_size and transform.crop_size are pixels: 1 or more")
+        if abs(transform.resize_size / transform.crop_size - 256 / 224) > 0.03 and self.name == "knn":
+            self.say(
+                f"note: resize {transform.resize_size} and crop {transform.crop_size} are not in the usual ratio 256/224"
+            )
+        stride: Any = model.stride
+        if transform.crop_size % stride:
+            near = max(1, round(transform.crop_size / stride)) * stride
+            raise DinoError(
+                f"transform.crop_size={transform.crop_size} is no multiple of the patch ({stride}); try {near}"
+            )
+        named = Preprocessing.named("classification", size=transform.resize_size, center_crop=transform.crop_size)
+        return default_preprocessing(
+            model, size=named.size, shape=named.shape, interpolation=named.interpolation, center_crop=named.center_crop
+        )
+
+    def features(
+        self,
+        model: nn.Module,
+        dataset: ImageDataset,
+        rule: Preprocessing,
+        section: FeatureSection,
+        *,
+        batch_size: int = 64,
+        workers: int = 5,
+    ) -> np.ndarray:
+        """[N, D] of a data set's images: memory-mapped if it is one column, else in memory."""
+        layers = normal_layers(model, section.layers)
+        wanted = columns_of(layers, section.pool)
+        extra = (
+            [c for pool in self.also[1] for i in normal_layers(model, self.also[0]) for c in columns_of([i], pool)]
+            if self.also[0]
+            else []
+        )
+        root = self.cache_root(section.cache)
+        if str(root) not in self._caches:
+            self._caches[str(root)] = FeatureCache(model, root, self.say)
+        arrays = self._caches[str(root)].columns(
+            dataset, rule, [*wanted, *extra], norm=section.norm, dtype=section.dtype, batch_size=batch_size, workers=workers
+        )[: len(wanted)]  # fmt: skip
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=1)
+
+    def cache_root(self, chosen: str | None) -> Path:
+        from dinov3.weights import download as cache
+
+        if chosen == "none":
+            return self.output / ".features"
+        return Path(chosen).expanduser() if chosen else cache.root() / "features"
+
+    def labelled(
+        self,
+        line: str,
+        model: nn.Module,
+        rule: Preprocessing,
+        section: FeatureSection,
+        *,
+        batch_size: int = 64,
+        workers: int = 5,
+    ) -> tuple[np.ndarray, np.ndarray, ImageDataset]:
+        """(features [N, D], labels, the data set) of a data set line."""
+        dataset = make_dataset(line)
+        labels = labels_of(dataset, line)
+        return self.features(model, dataset, rule, section, batch_size=batch_size, workers=workers), labels, dataset
+
+    # -- results
+
+    def append_json(self, value: Mapping[str, Any], file: str | None = None) -> None:
+        """One JSON line more in `results_eval_<name>.json`."""
+        if self.run.writer:
+            with open(self.output / (file or f"results_eval_{self.name}.json"), "a", encoding="utf-8") as out:
+                out.write(json.dumps(value) + "\n")
+
+    def save_arrays(self, suffix: str, preds: np.ndarray, target: np.ndarray) -> None:
+        """`preds_<suffix>.npy` and `target_<suffix>.npy`, ordered by the images' numbers."""
+        if self.run.writer:
+            tail = f"_{suffix}" if suffix else ""
+            np.save(self.output / f"preds{tail}.npy", preds)
+            np.save(self.output / f"target{tail}.npy", target)
+
+    def finish(self, results: Mapping[str, Number], config: Any, model: nn.Module | None = None) -> None:
+        """results-<name>.csv with the documented columns, results-<name>.json with all that produced them."""
+        if not self.run.writer:
+            return
+        stem = f"results-{self.name.replace('_', '-')}"
+        write_table(self.output / f"{stem}.csv", [results])
+        about: dict[str, Any] = {"evaluation": self.name, "results": dict(results)}
+        model = model or next(iter(self._models.values()), None)
+        if model is not None:
+            origin: Any = getattr(model, "origin", None)
+            about["model"] = {"id": getattr(origin, "name", None), "source": getattr(origin, "source", None)}
+            if (known := published(getattr(origin, "name", ""), self.name)) is not None:
+                about["published"] = known
+        about |= {"seconds": round(time.perf_counter() - self.began, 1), "processes": distributed.world()}
+        about["config"] = configuration.to_dict(config)
+        (self.output / f"{stem}.json").write_text(json.dumps(about, indent=1, default=_json) + "\n", encoding="utf-8")
+
+    def clean(self) -> None:
+        if self.run.writer:
+            shutil.rmtree(self.output / ".features", ignore_errors=True)
+
+
+def _json(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value.item() if isinstance(value, np.generic) else str(value)
+
+
+# ---- sweeps ---------------------------------------------------------------------------------------------------------
+
+
+def sweep_axes(text: str) -> dict[str, list[str]]:
+    """`layers=8,9,size=224,256` → {"layers": ["8", "9"], "size": ["224", "256"]}; a dash is a range: `layers=0-11`,
+    a plus joins layers to one vector: `layers=8+11`."""
+    axes: dict[str, list[str]] = {}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        if equals:
+            if name in axes:
+                raise DinoError(f"{name} is given twice in --sweep {text}")
+            axes[name.strip()] = []
+        elif not axes:
+            raise DinoError(
+                f"--sweep is name=value,value,name=value…, for example layers=8,9,11,size=224,256; not {text!r}"
+            )
+        values = axes[next(reversed(axes))]
+        value = value if equals else part
+        first, dash, last = value.partition("-")
+        if dash and first.isdecimal() and last.isdecimal():
+            values += [str(i) for i in range(int(first), int(last) + 1)]
+        elif value.strip():
+            values.append(value.strip())
+        else:
+            raise DinoError(f"--sweep {text}: {part!r} has no value")
+    return axes
+
+
+def _overrides(name: str, value: str, config: Any) -> list[str]:
+    """What an axis sets: layers, pool and size are short for keys; any other name is a key."""
+    if name == "layers":
+        return [f"features.layers=[{value.replace('+', ',')}]"]
+    if name == "pool":
+        return [f"features.pool={value}"]
+    if name == "size":
+        if not value.isdecimal():
+            raise DinoError(f"--sweep size is in pixels, not {value!r}")
+        ratio = config.transform.resize_size / config.transform.crop_size
+        return [f"transform.crop_size={value}", f"transform.resize_size={round(int(value) * ratio)}"]
+    return [f"{name}={value}"]
+
+
+def sweep(
+    cls: type[C], arguments: Arguments, evaluate: Callable[[C, Session], Mapping[str, Number]], session: Session
+) -> list[dict[str, Any]]:
+    """The evaluation at every point of a grid: one table on stdout, sweep-<name>.csv, a folder for each point."""
+    assert arguments.sweep is not None
+    axes = sweep_axes(arguments.sweep)
+    base, _ = configuration.load(cls, arguments.file, arguments.overrides)
+    grid = [dict(zip(axes, values)) for values in product(*axes.values())]
+    points: list[tuple[dict[str, str], C]] = []
+    for point in grid:  # all are read before the first one runs: a mistake in the last value costs nothing
+        overrides = [o for name, value in point.items() for o in _overrides(name, value, base)]
+        config, _ = configuration.load(cls, arguments.file, [*arguments.overrides, *overrides])
+        folder = ",".join(f"{k}={v}" for k, v in point.items()).replace("/", "_")
+        config.output_dir = str(session.output / "sweep" / folder)
+        points.append((point, config))
+    sections = [getattr(config, "features", None) for _, config in points]
+    if all(isinstance(s, FeatureSection) for s in sections):
+        session.also = (sorted({i for s in sections for i in s.layers}), sorted({s.pool for s in sections}))  # type: ignore[union-attr]
+    rows: list[dict[str, Any]] = []
+    for i, (point, config) in enumerate(points):
+        session.say(f"[{i + 1}/{len(points)}] " + ", ".join(f"{k}={v}" for k, v in point.items()))
+        here = session.at(config.output_dir)
+        results = evaluate(config, here)
+        here.finish(results, config)
+        rows.append({**point, **results})
+        if session.run.writer:
+            write_table(session.output / f"sweep-{session.name.replace('_', '-')}.csv", rows)
+    return rows
+
+
+# ---- the door -------------------------------------------------------------------------------------------------------
+
+
+def main(
+    name: str,
+    cls: type[C],
+    evaluate: Callable[[C, Session], Mapping[str, Number]],
+    argv: Sequence[str] | None = None,
+    *,
+    saved_as: str = "eval_config.yaml",
+    doc: str | None = None,
+) -> int:
+    """Reads the arguments, runs the evaluation on all ranks, writes and prints the results; the exit status.
+
+    evaluate: (configuration, session) → one row of named results, the same on all ranks.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    outside = distributed.together()  # a group that somebody else made is somebody else's to leave
+    if {"-h", "--help"} & set(words):
+        print(help_text(name, cls, doc or sys.modules[evaluate.__module__].__doc__))
+        return 0
+    try:
+        config, notes, arguments = read_arguments(cls, words)
+        session = Session(name, config.output_dir, config.model.device)
+        torch.manual_seed(0)
+        for note in notes:
+            session.say(f"note: {note}")
+        if session.run.writer:
+            configuration.dump(config, session.output / saved_as)
+        if arguments.sweep is not None:
+            rows = sweep(cls, arguments, evaluate, session)
+            if session.run.writer:
+                print(as_text(rows))
+        else:
+            results = evaluate(config, session)
+            session.finish(results, config)
+            _tell(results, session)
+        session.clean()
+        session.say(
+            f"{name} took {spoken_time(time.perf_counter() - session.began)}, {peak_memory_gb(session.device):.1f} GB; "
+            f"results in {session.output}"
+        )
+    except DinoError as error:
+        who = "" if distributed.is_main() else f"[rank {distributed.rank()}] "
+        print(f"{who}{error}", file=sys.stderr)
+        return 1
+    if not outside:
+        distributed.shutdown()
+    return 0
+
+
+def _tell(results: Mapping[str, Number], session: Session) -> None:
+    """Results on stdout, and beside them what was published of the same model, where something was."""
+    if not session.run.writer:
+        return
+    for key, value in results.items():
+        print(f"{key}: {spoken(value)}")
+    model: Any = next(iter(session._models.values()), None)
+    known = published(model.origin.name, session.name) if model is not None else None
+    if known:
+        print("published (paper or model card): " + ", ".join(f"{k} {v:g}" for k, v in known.items()))

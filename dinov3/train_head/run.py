@@ -1,0 +1,566 @@
+"""Your own head: a folder of images with classes, masks, depth or boxes → a small file (`dinov3 train-head`).
+
+    <run>/head.safetensors     the head; `dinov3.hub.heads.load_head` gives the task model back
+          result.png           images, truth and prediction side by side; the loss and the score over steps
+          resolved.yaml  metrics.jsonl  log.txt  plots/  ckpt/
+
+The backbone is frozen, so it is asked about each image once (`heads.remember`) unless images are augmented at random;
+on a laptop a linear head then takes a minute. A run that was stopped or killed goes on with the same command, and ends
+as if nothing had happened. The loop is `heads.fitting`, the tasks are in `head_tasks`; recipes of the published evaluations
+are in `eval`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from dinov3 import distributed, hub
+from dinov3.data.datasets import make_dataset
+from dinov3.data.datasets.dense import ONE_CLASS
+from dinov3.data.images import open_image
+from dinov3.data.transforms.inputs import Preprocessing
+from dinov3.errors import DinoError, ImageError, UnknownName, did_you_mean
+from dinov3.features import default_preprocessing
+from dinov3.fit.features import remembering
+from dinov3.fit.loop import FitConfig, FitReport, fit, seed_of
+from dinov3.hub.heads import build_head, check_kind, palette, save_head
+from dinov3.models import ConvNeXt
+from dinov3.runlog import RunDir, read_metrics
+from dinov3.train_head import tasks
+
+HEAD, RESULT = "head.safetensors", "result.png"
+LISTED = 5  # names in a message
+
+# What suits a kind of head; anything may be given otherwise. Rates are AdamW's.
+RECIPES: dict[tuple[str, str], dict[str, Any]] = {
+    ("classification", "linear"): {"steps": 1000, "batch": 64, "lr": 1e-3, "weight_decay": 1e-4, "size": 256},
+    ("segmentation", "linear"): {"steps": 1000, "batch": 8, "lr": 1e-3, "weight_decay": 1e-3},
+    ("segmentation", "mask2former"): {"steps": 2000, "batch": 4, "lr": 1e-4, "weight_decay": 0.05, "clip": 0.01},
+    ("depth", "linear"): {"steps": 1000, "batch": 8, "lr": 1e-3, "weight_decay": 1e-4, "clip": 35.0},
+    ("depth", "dpt"): {"steps": 1000, "batch": 4, "lr": 3e-4, "weight_decay": 1e-4, "clip": 35.0},
+    ("detection", "detr"): {"steps": 2000, "batch": 4, "lr": 1e-4, "weight_decay": 0.05, "clip": 0.1},
+}
+
+
+@dataclass
+class HeadConfig:
+    """What is fitted to what; null means: as `RECIPES` has it, or as the data suggest."""
+
+    task: str = "segmentation"
+    head: str = "linear"
+    data: str = ""  # a folder, or a data set's line (`dinov3.data.datasets`)
+    val: str | None = None  # the same; null: the folder's own val/, where it has one
+    backbone: str | None = None  # a name; null: what the weights are, or the small model that comes along
+    weights: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)  # of the head: `hub.heads.build_head`
+    classes: list[str] = field(default_factory=list)  # names; empty: from the data, or "class 0" …
+    ignore: int | None = None  # a number in a folder's masks that does not count, besides 255
+    min_depth: float = 0.001
+    max_depth: float | None = None  # metres; null: the farthest in the data, rounded up
+    losses: dict[str, float] = field(default_factory=dict)  # of depth: `heads.objectives.DEPTH_LOSSES`
+    size: int | None = None  # pixels of the image's short side, or of the square
+    shape: str = "auto"  # square | short | long; auto: short where all images have one aspect, else square
+    augment: str = "flip"  # none | flip | full (scale, crop, colours: then the backbone runs at every step)
+    steps: int | None = None
+    batch: int | None = None  # images a step and process
+    lr: float | None = None
+    weight_decay: float | None = None
+    warmup: int | None = None  # steps; null: a twentieth
+    evaluate_every: int | None = None  # steps; null: five times in all
+    save_every: int | None = None  # steps; null: twenty times in all
+    log_every: int = 10
+    precision: str = "float32"  # or bfloat16
+    workers: int = 1  # threads that prepare batches
+    memory_gb: float = 2.0  # of remembered features; beyond it they go to the run's folder
+    seed: int = 0
+    device: str = "cpu"
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.augment not in tasks.AUGMENTATIONS:
+            near = did_you_mean(self.augment, tasks.AUGMENTATIONS)
+            found.append(f"augment is one of {', '.join(tasks.AUGMENTATIONS)}, not {self.augment!r}{near}")
+        for name in ("size", "steps", "batch", "lr"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                found.append(f"{name} must be above 0, not {value}")
+        return found
+
+    def fitting(self) -> FitConfig:
+        r = {"clip": None} | RECIPES[self.task, self.head]
+        steps = self.steps or int(r["steps"])
+        return FitConfig(
+            steps=steps,
+            lr=self.lr or float(r["lr"]),
+            weight_decay=self.weight_decay if self.weight_decay is not None else float(r["weight_decay"]),
+            warmup=self.warmup if self.warmup is not None else steps // 20,
+            decay="matrices" if self.head in ("mask2former", "detr", "dpt") else "all",
+            clip=r["clip"],
+            batch=(self.batch or int(r["batch"])) * distributed.world(),
+            log_every=self.log_every,
+            save_every=self.save_every or 0,
+            evaluate_every=self.evaluate_every or max(1, steps // 5),
+            precision=self.precision,
+            workers=self.workers,
+            seed=self.seed,
+        )
+
+
+@dataclass
+class Outcome:
+    head: Path
+    metrics: dict[str, float]
+    report: FitReport
+    measured_on: str  # "validation" or "training"
+
+
+# ---- the data ------------------------------------------------------------------------------------------------------
+
+
+def open_data(task: str, text: str, split: str | None = None, *, ignore: int | None = None) -> Any:
+    """The data set behind a folder or a line, for a task; `split` of a folder; `ignore`: a number in its masks that does
+    not count."""
+    if ":" in text and "=" in text.partition(":")[2]:
+        dataset: Any = make_dataset(text)
+        kind = kind_of(dataset)
+        if kind != task:
+            raise DinoError(f"{text} is a data set for {kind}: a head for {task} cannot learn from it")
+        dataset = Labelled(dataset) if task == "classification" else dataset
+    else:
+        root = Path(text).expanduser()
+        if not root.exists():
+            raise DinoError(f"there is no folder {text}")
+        dataset = _of_folder(task, root, split, ignore)
+    if len(dataset) == 0:
+        raise DinoError(f"{text} holds no images a head for {task} could learn from")
+    return dataset
+
+
+def _of_folder(task: str, root: Path, split: str | None, ignore: int | None) -> Any:
+    if task in ("segmentation", "depth"):
+        from dinov3.data.datasets.dense import DenseFolder
+
+        kind = "classes" if task == "segmentation" else "depth"
+        try:
+            return DenseFolder(root=root, split=split, kind=kind, ignore=ignore)
+        except DinoError as error:
+            files = sorted(p for p in root.rglob("*") if p.is_file()) if "of the same name" in str(error) else []
+            if not files:
+                raise
+            raise DinoError(f"{error} (it holds {_names([str(p.relative_to(root)) for p in files])})") from None
+    if task == "detection":
+        from dinov3.data.datasets.detection import CocoDetection, VocDetection
+
+        if root.is_file():
+            return CocoDetection(root.parent, annotations=root.name)
+        folders = [root / name for name in ("Annotations", "annotations") if (root / name).is_dir()]
+        if any(next(folder.glob("*.xml"), None) for folder in folders):
+            return VocDetection(root, split=split)
+        return CocoDetection(root, split=split)
+    from dinov3.data.datasets.folder import Folder
+
+    return Labelled(Folder(root / split if split else root))
+
+
+def kind_of(dataset: Any) -> str:
+    """The task a data set is for."""
+    if hasattr(dataset, "kind"):
+        return {"classes": "segmentation", "depth": "depth"}.get(dataset.kind, dataset.kind)
+    return "detection" if hasattr(dataset, "category_ids") else "classification"
+
+
+class Labelled:
+    """The images of a data set that have a class; in a folder, what lies beside the class folders has none."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+        labels = [data.label(i) for i in range(len(data))]
+        self.kept = [i for i, label in enumerate(labels) if label is not None]
+        if not self.kept:
+            raise DinoError("no image has a class: a classifier needs one folder of images for each class")
+        names = getattr(data, "class_names", None)
+        self.class_names = list(names or (f"class {i}" for i in range(1 + max(labels[i] for i in self.kept))))
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.data[self.kept[index]]
+
+    def name(self, index: int) -> str:
+        return self.data.name(self.kept[index])
+
+    def read(self, index: int) -> bytes:
+        return self.data.read(self.kept[index])
+
+
+class Relabelled:
+    """A data set whose classes are numbered as another's are."""
+
+    def __init__(self, data: Any, numbers: Sequence[int]) -> None:
+        self.data, self.numbers = data, torch.tensor(numbers)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.data, name)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        image, target = self.data[index]
+        if isinstance(target, dict):
+            return image, target | {"labels": self.numbers[target["labels"]]}
+        return image, int(self.numbers[target])
+
+
+def same_classes(data: Any, val: Any) -> Any:
+    """The validation data with the training data's numbers of the classes, which must hold all of its classes."""
+    known, names = getattr(data, "class_names", None), getattr(val, "class_names", None)
+    if not known or not names or list(known) == list(names):
+        return val
+    if new := [name for name in names if name not in known]:
+        raise DinoError(f"the validation data have classes that the training data lack: {_names(new)}")
+    if hasattr(val, "pairs"):
+        raise DinoError("the masks of training and validation data number their classes differently; name them alike")
+    return Relabelled(val, [known.index(name) for name in names])
+
+
+def both_sides(config: HeadConfig) -> tuple[Any, Any | None]:
+    """(training, validation) data; a folder with train/ and val/ inside has both."""
+    root = Path(config.data).expanduser()
+    inside = [name for name in ("train", "training") if (root / name).is_dir() or (root / "images" / name).is_dir()]
+    beside = [n for n in ("val", "valid", "validation") if (root / n).is_dir() or (root / "images" / n).is_dir()]
+    data = open_data(config.task, config.data, inside[0] if inside else None, ignore=config.ignore)
+    if config.val is not None:
+        other = Path(config.val).expanduser()
+        split = beside[0] if beside and other.exists() and other.resolve() == root.resolve() else None
+        return data, same_classes(data, open_data(config.task, config.val, split, ignore=config.ignore))
+    if not (inside and beside):
+        return data, None
+    return data, same_classes(data, open_data(config.task, config.data, beside[0], ignore=config.ignore))
+
+
+def checked_sizes(data: Any, say: Any, most: int = 20_000) -> set[tuple[int, int]]:
+    """(width, height) of all images (of very many: of some), upright; images that cannot be opened and targets of other
+    sizes are told, by at most five names."""
+    sizes: set[tuple[int, int]] = set()
+    unreadable: list[str] = []
+    wrong: list[str] = []
+    pairs = getattr(data, "pairs", None)
+    for index in range(0, len(data), 1 + len(data) // most):
+        try:
+            size = header_size(data.read(index))
+        except ImageError as error:
+            unreadable.append(f"{Path(data.name(index)).name} ({error})")
+            continue
+        sizes.add(size)
+        if pairs is not None:
+            target = target_size(pairs[index][1])
+            if target is not None and target not in (size, size[::-1]):
+                wrong.append(f"{Path(data.name(index)).name} {size[0]}×{size[1]} with {target[0]}×{target[1]}")
+    if unreadable:
+        raise DinoError(f"{listed(unreadable, 'images')} cannot be read: {_names(unreadable)}")
+    if wrong:
+        raise DinoError(f"{listed(wrong, 'targets')} not of their image's size: {_names(wrong)}")
+    if pairs is not None and getattr(data, "left_out", False):
+        alone = without_target(data)
+        if alone:
+            say(f"{listed(alone, 'images')} without a target of the same name, left out: {_names(alone)}")
+    return sizes
+
+
+def listed(names: Sequence[str], what: str) -> str:
+    return f"1 of the {what}" if len(names) == 1 else f"{len(names)} of the {what}"
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+
+
+def header_size(data: bytes) -> tuple[int, int]:
+    """(width, height) of an encoded image, upright, without decoding it where that is not needed."""
+    import io
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            return (image.height, image.width) if turned else (image.width, image.height)
+    except (OSError, ValueError, SyntaxError):
+        decoded = open_image(data)
+        return decoded.width, decoded.height
+
+
+def target_size(path: Path) -> tuple[int, int] | None:
+    """(width, height) of a map, from its header; None where the file has to be read to know."""
+    try:
+        if path.suffix == ".npy":
+            shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
+            return (shape[1], shape[0]) if len(shape) == 2 else None
+        with Image.open(path) as image:
+            return image.size
+    except (OSError, ValueError, SyntaxError):
+        return None
+
+
+def without_target(data: Any) -> list[str]:
+    from dinov3.data.images import IMAGE_SUFFIXES
+
+    have = {path for pair in data.pairs for path in pair}
+    folder = Path(os.path.commonpath([pair[0].parent for pair in data.pairs]))
+    return sorted(p.name for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p not in have)
+
+
+# ---- putting it together -------------------------------------------------------------------------------------------
+
+
+def load_backbone(config: HeadConfig) -> nn.Module:
+    """The backbone on the CPU; a ConvNeXt whose maps one grid must hold gets the patch size 16."""
+    backbone = hub.load(config.backbone, config.weights)
+    if isinstance(backbone, ConvNeXt) and config.head in ("dpt", "detr") and backbone.patch_size is None:
+        backbone = hub.load(config.backbone, config.weights, patch_size=16)
+    return backbone
+
+
+def rule_for(config: HeadConfig, backbone: nn.Module, sizes: set[tuple[int, int]]) -> Preprocessing:
+    """How images become inputs, with the backbone's statistics."""
+    size = config.size or int(RECIPES[config.task, config.head].get("size", 512))
+    multiple = {"mask2former": 32}.get(config.head, int(backbone.stride))  # type: ignore[arg-type]
+    if size < multiple:
+        raise DinoError(f"size {size} is smaller than one patch of the backbone and head ({multiple} pixels)")
+    if config.shape not in ("auto", "square", "short", "long"):
+        raise UnknownName(f"shape is auto, square, short or long, not {config.shape!r}")
+    rule = default_preprocessing(backbone, size=size, multiple=multiple, shape="short")
+    if config.shape != "auto":
+        return rule.with_(shape=config.shape)
+    aspects = {rule.plan(*wh).input_hw for wh in sizes}
+    return rule if len(aspects) == 1 else rule.with_(shape="square")
+
+
+def build_task(
+    config: HeadConfig, data: Any, val: Any | None, rule: Preprocessing, average_precision: Any = None
+) -> tasks.Task:
+    """The task over the data, with its classes. average_precision: of detection, handed in (see `train_head`)."""
+    given = (data, val, rule)
+    batch = config.batch or int(RECIPES[config.task, config.head]["batch"])
+    options: dict[str, Any] = {"augment": config.augment, "batch": batch, "seed": config.seed}
+    if config.task == "depth":
+        losses = config.losses or ({"SIGLOSS": 1.0} | ({"GRADIENT_LOG_LOSS": 0.5} if config.head == "dpt" else {}))
+        far = config.max_depth if config.max_depth is not None else farthest(data)
+        warm_up = min(100, config.fitting().steps // 10)  # steps in which SIGLOSS finds the scale
+        return tasks.Depth(*given, min_depth=config.min_depth, max_depth=far, losses=losses, warm_up=warm_up, **options)
+    names = class_names(config, data)
+    task: tasks.Task
+    if config.task == "segmentation":
+        criterion = None
+        if config.head == "mask2former":
+            from dinov3.heads.mask2former.loss import Mask2FormerCriterion
+
+            # masks have a sixteenth of the image's pixels: more points than that say nothing new
+            criterion = Mask2FormerCriterion(len(names), n_points=min(12544, rule.size**2 // 16))
+        task = tasks.Segmentation(*given, head=config.head, criterion=criterion, colours=palette(len(names)), **options)
+    elif config.task == "detection":
+        from dinov3.heads.detr.loss import DetrCriterion
+
+        if average_precision is None:
+            raise DinoError(
+                "a detector is measured by what is handed in: pass average_precision, "
+                "dinov3.metrics.boxes.average_precision"
+            )
+        task = tasks.Detection(*given, criterion=DetrCriterion(), average_precision=average_precision, **options)
+    else:
+        task = tasks.Classification(*given, **options)
+    task.class_names = names
+    return task
+
+
+def class_names(config: HeadConfig, data: Any) -> list[str]:
+    """Names of the classes: those given, the data's own, or as many numbers as the masks hold."""
+    own = getattr(data, "class_names", None)
+    names = list(config.classes) or list(own or [])
+    if config.task != "segmentation":
+        if config.classes and own and len(config.classes) != len(own):
+            raise DinoError(
+                f"{len(config.classes)} class names were given, the data have {len(own)}: {', '.join(own[:8])}"
+            )
+        return names
+    zero = 1 if getattr(data, "zero_is_other", False) else 0
+    known = len(names) or data.n_classes
+    if known is None or len(data) <= 2000:  # beyond it, a wrong number is found in the first batch that holds it
+        highest = data.highest_class() - zero
+        if highest < 0:
+            raise DinoError("no mask holds a class: all pixels are ignored (255)")
+        if highest == 0 and not zero:
+            raise DinoError(ONE_CLASS)
+        if known is not None and highest >= known:
+            raise DinoError(
+                f"a mask holds class {highest}, but there are {known} classes (0 to {known - 1}): name all of "
+                f"them, or say what should not count (--ignore {highest}; ignore={highest} in a data set's line)"
+            )
+        known = known if known is not None else highest + 1
+    return names or [f"class {i}" for i in range(known)]
+
+
+def farthest(data: Any, most: int = 200) -> float:
+    """The depth that 99.9 % of the known pixels stay below, rounded up to whole metres; of at most 200 images."""
+    step = max(1, len(data) // most)
+    known = [t[t > 0] for t in (data.target(i)[::4, ::4] for i in range(0, len(data), step))]
+    values = np.concatenate(known) if known else np.zeros(0)
+    if not values.size:
+        raise DinoError("no depth map holds a known depth: are they in another unit? (unit=1000 means millimetres)")
+    return float(np.ceil(np.quantile(values, 0.999) * 1.05))
+
+
+def train_head(
+    config: HeadConfig,
+    out: str | os.PathLike[str],
+    *,
+    resume: bool = True,
+    average_precision: tasks.AveragePrecision | None = None,
+) -> Outcome:
+    """Fits the head, or goes on fitting it, in folder `out`.
+
+    average_precision: for detection, `dinov3.metrics.boxes.average_precision` (training and evaluation are rooms
+    of one row, which do not import each other).
+    """
+    check_kind(config.task, config.head)
+    if wrong := config.problems():
+        raise DinoError("; ".join(wrong))
+    device = distributed.setup(config.device)
+    run = RunDir(out, writer=distributed.is_main())
+    data, val = both_sides(config)
+    notes: list[str] = []
+    sizes = checked_sizes(data, notes.append)
+    if val is not None:
+        checked_sizes(val, notes.append)
+    backbone = load_backbone(config)
+    rule = rule_for(config, backbone, sizes)
+    task = build_task(config, data, val, rule, average_precision)
+    options = dict(config.options) | ({} if task.n_classes is None else {"n_classes": task.n_classes})
+    if isinstance(task, tasks.Depth):
+        options |= {"min_depth": task.range[0], "max_depth": task.range[1]}
+    torch.manual_seed(seed_of(config.seed, 0x4EAD))
+    model = build_head(config.task, config.head, backbone, **options).to(device)
+    fitting = config.fitting()
+    fitting.best_by, fitting.best_is = task.score, task.score_is
+    same_as_before(run, config, resume)
+    if run.writer:
+        run.path.mkdir(parents=True, exist_ok=True)
+    for note in notes:
+        run.say(note)
+    run.say(
+        f"{len(data)} images, {f'{len(val)} to validate' if val is not None else 'none to validate'}, "
+        f"{f'{task.n_classes} classes, ' if task.n_classes else ''}{backbone.origin}, input {rule.id}"
+    )
+    if config.augment != "full":
+        folder = run.path / "features" if run.writer else None
+        remember: Any = remembering(model, most_bytes=int(config.memory_gb * 2**30), folder=folder)
+    else:
+        remember = nullcontext()
+    measured_on = "validation" if val is not None else "training"
+    with remember:
+        report = fit(
+            model,
+            task.batches(distributed.rank(), distributed.world()),
+            task.loss,
+            fitting,
+            run,
+            evaluate=lambda module: task.evaluate(module, device),
+            resume=resume,
+            about=config,
+        )
+        metrics = report.best[1] if report.best is not None else {}
+        path = run.path / HEAD
+        if run.writer:
+            save_head(
+                path, model, task=config.task, head=config.head, options=options,
+                class_names=task.class_names or None, preprocessing=rule, metrics=metrics, steps=fitting.steps,
+                data={"images": len(data), "measured_on": measured_on, "name": data_name(config.data)},
+            )  # fmt: skip
+            with torch.no_grad():
+                run.say(figure(task, model, run, device))
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if "/" not in name)
+    run.say(f"{path}: {shown} (on {measured_on} images, after {report.best[0] if report.best else 0} steps)")
+    return Outcome(path, metrics, report, measured_on)
+
+
+# What another value of would make another run of; steps, rates and intervals may be changed on the way.
+IDENTITY = (
+    "task",
+    "head",
+    "data",
+    "backbone",
+    "weights",
+    "options",
+    "classes",
+    "size",
+    "shape",
+    "augment",
+    "batch",
+    "seed",
+)
+
+
+def same_as_before(run: RunDir, config: HeadConfig, resume: bool) -> None:
+    """Refuses to go on with a run that was something else."""
+    if not resume or not run.config_file.is_file() or not any(run.checkpoints.glob("[0-9]*")):
+        return
+    from dinov3.config import load
+
+    before, _ = load(HeadConfig, run.config_file)
+    for name in IDENTITY:
+        if getattr(before, name) != getattr(config, name):
+            raise DinoError(
+                f"the run in {run.path} was started with {name}={getattr(before, name)!r}, not {getattr(config, name)!r}: "
+                "take another --out, or --no-resume to begin anew"
+            )
+
+
+def data_name(text: str) -> str:
+    """The data's name as a file may carry it: a folder's last part, or the name before a line's options."""
+    return text.partition(":")[0] if "=" in text else Path(text).name
+
+
+def figure(task: tasks.Task, model: nn.Module, run: RunDir, device: torch.device, rows: int = 4) -> str:
+    """Draws result.png; the sentence says what became of it. Without matplotlib nothing is drawn, which is no error."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        return "no image of the result: it needs matplotlib; install it with: pip install 'dinov3[plots]'"
+    dataset = task.val if task.val is not None else task.data
+    chosen = [round(i) for i in np.linspace(0, len(dataset) - 1, min(rows, len(dataset)))]
+    drawn = [task.panels(model, dataset, index, device) for index in chosen]
+    heights = [3.6 * max(p.shape[0] / p.shape[1] for p in panels) for panels in drawn] + [2.4]  # inches
+    page = Figure(figsize=(11, sum(heights) + 0.5), layout="constrained")
+    grid = page.add_gridspec(len(chosen) + 1, 3, height_ratios=heights)
+    for row, panels in enumerate(drawn):
+        for column, (panel, title) in enumerate(zip(panels, ("image", "truth", "prediction"))):
+            axes = page.add_subplot(grid[row, column])
+            axes.imshow(panel)
+            axes.set_axis_off()
+            if row == 0:
+                axes.set_title(title, fontsize=10)
+    records = list(read_metrics(run.metrics_file))
+    axes = page.add_subplot(grid[len(chosen), :])
+    for name, side in (("total_loss", axes), (task.score, axes.twinx())):
+        points = [(r["iteration"] + 1, r[name]) for r in records if r.get(name) is not None]
+        colour = "tab:blue" if side is axes else "tab:red"
+        if points:
+            side.plot(*zip(*points), color=colour, marker="o" if side is not axes else None, linewidth=1.2)
+        side.set_ylabel(name, color=colour)
+    axes.set_xlabel("steps")
+    axes.grid(alpha=0.3)
+    path = run.path / RESULT
+    beside = path.with_name(f".{path.stem}.{os.getpid()}.png")
+    page.savefig(beside, dpi=110)
+    beside.replace(path)
+    return f"result drawn: {path}"

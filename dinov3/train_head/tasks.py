@@ -1,0 +1,432 @@
+"""The four tasks a head can be fitted to: what an example is, what the loss is, how good the head is, how that looks.
+
+Each task holds the data and knows nothing of the loop (`heads.fitting`) nor of folders of runs (`train.head`). An example is
+(image [3, h, w], target) with an image of one size for all, unless the task takes lists (detection). What is drawn at
+random is a function of (seed, epoch, index).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from dinov3.data.crops import draw_box
+from dinov3.data.transforms.dense import DepthRule, SegmentationRule, generator, photometric, resized_map
+from dinov3.data.transforms.inputs import Preprocessing, to_pixels
+from dinov3.errors import DinoError
+from dinov3.fit.loop import shuffled
+from dinov3.heads.objectives import DepthLoss, segmentation_terms
+from dinov3.heads.windows import class_maps
+from dinov3.losses import LossTerms
+from dinov3.metrics.dense import IGNORED, confusion_matrix, depth_scores, iou_scores, mean_scores, reduce_zero_label
+
+AUGMENTATIONS = ("none", "flip", "full")
+KEPT_BYTES = 1 << 29  # of prepared examples: reading and resizing an image costs more than a linear head
+
+
+class Task(ABC):
+    """`data` and `val` are data sets of (image, target); `rule` is how images become inputs."""
+
+    name: str
+    score: str  # the evaluation's number that says which head is best …
+    score_is = "highest"
+    stacked: ClassVar[bool] = True  # whether a batch is one tensor
+
+    def __init__(self, data: Any, val: Any | None, rule: Preprocessing, *, augment: str, batch: int, seed: int) -> None:
+        self.data, self.val, self.rule = data, val, rule
+        self.augment, self.batch_size, self.seed = augment, batch, seed
+        self.class_names: list[str] = []
+        self._kept: dict[tuple[int, bool], tuple[Tensor, Any]] = {}
+        self._kept_bytes = 0
+
+    @property
+    def n_classes(self) -> int | None:
+        return len(self.class_names) or None
+
+    # ---- examples ------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def example(self, index: int, rng: Any | None) -> tuple[Tensor, Any]:
+        """One training example; without `rng` nothing is drawn."""
+
+    @abstractmethod
+    def flipped(self, target: Any, width: int) -> Any:
+        """The target of the mirrored image."""
+
+    def drawn(self, index: int, epoch: int) -> tuple[Tensor, Any]:
+        rng = generator(self.seed, epoch, index)
+        if self.augment == "full":
+            return self.example(index, rng)
+        flip = self.augment == "flip" and rng.random() < 0.5
+        if (index, flip) not in self._kept:
+            x, target = self.example(index, None)
+            made = (x.flip(-1).contiguous(), self.flipped(target, x.shape[-1])) if flip else (x, target)
+            size = x.numel() * x.element_size()
+            if self._kept_bytes + size > KEPT_BYTES:
+                return made
+            self._kept[index, flip] = made
+            self._kept_bytes += size
+        return self._kept[index, flip]
+
+    def batches(self, rank: int, world: int) -> Callable[[int], dict[str, Any]]:
+        """What a rank's batch of a step is."""
+
+        def batch(step: int) -> dict[str, Any]:
+            n, first = len(self.data), (step * world + rank) * self.batch_size
+            chosen = shuffled(n, self.batch_size, step, seed=self.seed, rank=rank, world=world)
+            examples = [self.drawn(index, (first + i) // n) for i, index in enumerate(chosen)]
+            xs, targets = [x for x, _ in examples], [target for _, target in examples]
+            if not self.stacked:
+                return {"x": xs, "target": targets, "step": step}
+            if len({x.shape for x in xs}) > 1:
+                raise DinoError("images of several shapes in one batch: pass shape='square'")
+            return {"x": torch.stack(xs), "target": self.collated(targets), "step": step}
+
+        return batch
+
+    def collated(self, targets: list[Any]) -> Any:
+        return torch.stack(targets)
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> LossTerms: ...
+
+    # ---- how good it is ------------------------------------------------------------------------------------------
+
+    def seen(self, dataset: Any, index: int) -> tuple[Image.Image, Any, Tensor]:
+        """(image, target, input [1, 3, h, w]) of an evaluation."""
+        image, target = dataset[index]
+        return image, target, self.rule(image)[0][None]
+
+    @abstractmethod
+    def scores(self, model: nn.Module, dataset: Any, device: torch.device) -> dict[str, float]: ...
+
+    def evaluate(self, model: nn.Module, device: torch.device, most: int = 200) -> dict[str, float]:
+        """Of the validation images; where there are none, of (at most 200) training images."""
+        dataset = self.val if self.val is not None else First(self.data, most)
+        return self.scores(model, dataset, device)
+
+    @abstractmethod
+    def panels(self, model: nn.Module, dataset: Any, index: int, device: torch.device) -> list[np.ndarray]:
+        """[image, truth, prediction] to look at, uint8 [h, w, 3]."""
+
+
+class First:
+    """The first n items of a data set."""
+
+    def __init__(self, data: Any, n: int) -> None:
+        self.data, self.n = data, min(n, len(data))
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> Any:
+        return self.data[index]
+
+
+# ---- segmentation --------------------------------------------------------------------------------------------------
+
+
+class Segmentation(Task):
+    """Targets: class maps [h, w], 255 where nothing counts."""
+
+    name, score = "segmentation", "mIoU"
+
+    def __init__(self, *given: Any, head: str, criterion: Any = None, colours: Any = (), **options: Any) -> None:
+        super().__init__(*given, **options)
+        self.kind = "m2f" if head == "mask2former" else "linear"
+        self.criterion, self.colours = criterion, np.array(colours, np.uint8)
+
+    def labels(self, target: Any) -> Tensor:
+        labels = torch.as_tensor(np.asarray(target)).long()
+        return reduce_zero_label(labels) if getattr(self.data, "zero_is_other", False) else labels
+
+    def example(self, index: int, rng: Any | None) -> tuple[Tensor, Tensor]:
+        image, target = self.data[index]
+        labels = self.labels(target)
+        if rng is None:
+            x, _ = self.rule(image)
+            return x, resized_map(labels, (x.shape[-2], x.shape[-1])).to(torch.uint8 if self._small else torch.int64)
+        m = self.rule.multiple
+        side = -(-self.rule.size // m) * m
+        full = SegmentationRule(
+            img_size=self.rule.size, ratio_range=(0.5, 2.0), crop_hw=(side, side), flip_prob=0.5,
+            mean=tuple(255 * v for v in self.rule.mean), std=tuple(255 * v for v in self.rule.std),
+        )  # fmt: skip
+        return full(image, labels, rng)
+
+    @property
+    def _small(self) -> bool:
+        return len(self.class_names) <= IGNORED
+
+    def flipped(self, target: Tensor, width: int) -> Tensor:
+        return target.flip(-1)
+
+    def loss(self, model: Any, batch: dict[str, Any]) -> LossTerms:
+        if self.kind == "linear":
+            return segmentation_terms(model(batch["x"]), batch["target"], mean_over="valid")
+        return self.criterion(model(batch["x"]), batch["target"].long())
+
+    def classes(self, model: Any, x: Tensor, size_hw: tuple[int, int]) -> Tensor:
+        """The class of every pixel [h, w]."""
+        return class_maps(model.predict(x, rescale_to=size_hw), self.kind)[0].argmax(0).cpu()
+
+    def scores(self, model: nn.Module, dataset: Any, device: torch.device) -> dict[str, float]:
+        K = len(self.class_names)
+        total = torch.zeros(K, K, dtype=torch.int64)
+        for index in range(len(dataset)):
+            _, target, x = self.seen(dataset, index)
+            labels = self.labels(target)
+            total += confusion_matrix(self.classes(model, x.to(device), tuple(labels.shape)), labels, K)  # type: ignore[arg-type]
+        scores = iou_scores(total)
+        each = {f"IoU/{name}": value for name, value in zip(self.class_names, scores["IoU_per_class"])}
+        return {name: scores[name] for name in ("mIoU", "aAcc", "mAcc")} | each
+
+    def panels(self, model: nn.Module, dataset: Any, index: int, device: torch.device) -> list[np.ndarray]:
+        image, target, x = self.seen(dataset, index)
+        labels = self.labels(target)
+        found = self.classes(model, x.to(device), tuple(labels.shape))  # type: ignore[arg-type]
+        return [np.asarray(image), self.painted(labels.numpy()), self.painted(found.numpy())]
+
+    def painted(self, classes: np.ndarray) -> np.ndarray:
+        colours = np.concatenate([self.colours, np.zeros((1, 3), np.uint8)])  # what is ignored is black
+        return colours[np.where(classes < len(self.colours), classes, len(self.colours))]
+
+
+# ---- depth ---------------------------------------------------------------------------------------------------------
+
+
+class Depth(Task):
+    """Targets: metres [h, w], 0 where unknown."""
+
+    name, score, score_is = "depth", "rmse", "lowest"
+
+    def __init__(
+        self, *given: Any, min_depth: float, max_depth: float, losses: dict[str, float], warm_up: int, **options: Any
+    ) -> None:
+        super().__init__(*given, **options)
+        self.range = (min_depth, max_depth)
+        self.criterion = DepthLoss(losses, min_depth=min_depth, max_depth=max_depth, warm_up=warm_up)
+
+    def example(self, index: int, rng: Any | None) -> tuple[Tensor, Tensor]:
+        image, target = self.data[index]
+        if rng is None:
+            x, _ = self.rule(image)
+            return x, resized_map(torch.as_tensor(target), (x.shape[-2], x.shape[-1]))[None]
+        # a crop of 7/8 of the image, in whole patches: the same for all, as the images are
+        h, w = (
+            max(self.rule.multiple, s * 7 // 8 // self.rule.multiple * self.rule.multiple) for s in self._input_hw()
+        )
+        full = DepthRule(
+            img_size=min(self._input_hw()),
+            random_crop=(h, w),
+            rotation_angle=2.5,
+            mean=self.rule.mean,
+            std=self.rule.std,
+        )
+        x, depth = full(image, target, rng)
+        return x, depth[None]
+
+    def _input_hw(self) -> tuple[int, int]:
+        if not hasattr(self, "_hw"):
+            image, _ = self.data[0]
+            self._hw = self.rule.plan(image.width, image.height).input_hw
+        return self._hw
+
+    def flipped(self, target: Tensor, width: int) -> Tensor:
+        return target.flip(-1)
+
+    def loss(self, model: Any, batch: dict[str, Any]) -> LossTerms:
+        prediction = model.encoder.to_image(model(batch["x"]), tuple(batch["x"].shape[-2:]))
+        return self.criterion(prediction, batch["target"], step=batch["step"])
+
+    def metres(self, model: Any, x: Tensor, size_hw: tuple[int, int]) -> Tensor:
+        """[h, w]"""
+        depth = model.in_image(x).float()
+        return F.interpolate(depth, size_hw, mode="bilinear", align_corners=False)[0, 0].cpu()
+
+    def scores(self, model: nn.Module, dataset: Any, device: torch.device) -> dict[str, float]:
+        rows = []
+        for index in range(len(dataset)):
+            _, target, x = self.seen(dataset, index)
+            rows.append(depth_scores(self.metres(model, x.to(device), target.shape), target, *self.range))
+        means = mean_scores(rows)
+        return {name: means[name] for name in ("rmse", "abs_rel", "a1", "a2", "a3", "silog")}
+
+    def panels(self, model: nn.Module, dataset: Any, index: int, device: torch.device) -> list[np.ndarray]:
+        image, target, x = self.seen(dataset, index)
+        found = self.metres(model, x.to(device), target.shape).numpy()
+        known = target[(target > self.range[0]) & (target < self.range[1])]
+        far = float(np.percentile(known, 98)) if known.size else self.range[1]
+        return [np.asarray(image), coloured_depth(target, far), coloured_depth(found, far)]
+
+
+def coloured_depth(metres: np.ndarray, far: float) -> np.ndarray:
+    """Near is bright yellow, far is dark violet, unknown is grey."""
+    stops = np.array([(253, 231, 37), (94, 201, 98), (33, 145, 140), (59, 82, 139), (68, 1, 84)], np.float64)
+    at = np.clip(metres / max(far, 1e-6), 0, 1) * (len(stops) - 1)
+    low = np.minimum(at.astype(int), len(stops) - 2)
+    colours = stops[low] + (stops[low + 1] - stops[low]) * (at - low)[..., None]
+    colours[metres <= 0] = 128
+    return colours.round().astype(np.uint8)
+
+
+# ---- classes -------------------------------------------------------------------------------------------------------
+
+
+class Classification(Task):
+    """Targets: the number of the class."""
+
+    name, score = "classification", "accuracy"
+
+    def example(self, index: int, rng: Any | None) -> tuple[Tensor, Tensor]:
+        image, label = self.data[index]
+        if rng is None:
+            return self.rule(image)[0], torch.tensor(label)
+        top, left, h, w = draw_box(image.width, image.height, (0.35, 1.0), rng)
+        pixels = to_pixels(image.crop((left, top, left + w, top + h)))
+        pixels = photometric(pixels.flip(-1) if rng.random() < 0.5 else pixels, rng)
+        side = self.rule.center_crop or self.rule.size
+        x, _ = replace(self.rule, shape="square", size=side, center_crop=None)(pixels)
+        return x, torch.tensor(label)
+
+    def flipped(self, target: Tensor, width: int) -> Tensor:
+        return target
+
+    def loss(self, model: Any, batch: dict[str, Any]) -> LossTerms:
+        terms = LossTerms()
+        terms.add("ce_loss", 1.0, F.cross_entropy(model(batch["x"]).float(), batch["target"]))
+        return terms
+
+    def scores(self, model: nn.Module, dataset: Any, device: torch.device) -> dict[str, float]:
+        right: list[float] = []
+        among_five: list[float] = []
+        for index in range(len(dataset)):
+            _, label, x = self.seen(dataset, index)
+            order = model(x.to(device))[0].float().argsort(descending=True).tolist()
+            right.append(float(order[0] == label))
+            among_five.append(float(label in order[:5]))
+        found = {"accuracy": sum(right) / len(right)}
+        return found | ({"top5": sum(among_five) / len(among_five)} if len(self.class_names) > 5 else {})
+
+    def panels(self, model: nn.Module, dataset: Any, index: int, device: torch.device) -> list[np.ndarray]:
+        image, label, x = self.seen(dataset, index)
+        shares = model(x.to(device))[0].float().softmax(0)
+        best = int(shares.argmax())
+        return [
+            np.asarray(image),
+            worded(self.class_names[label]),
+            worded(f"{self.class_names[best]}\n{float(shares[best]):.0%}", good=best == label),
+        ]
+
+
+def worded(text: str, *, good: bool = True) -> np.ndarray:
+    """A word as an image."""
+    from PIL import ImageDraw, ImageFont
+
+    page = Image.new("RGB", (320, 240), (252, 252, 250))
+    colour = (28, 28, 30) if good else (190, 30, 45)
+    font = ImageFont.load_default(size=28)
+    ImageDraw.Draw(page).multiline_text((160, 120), text, fill=colour, font=font, anchor="mm", align="center")
+    return np.asarray(page)
+
+
+# ---- boxes ---------------------------------------------------------------------------------------------------------
+
+
+# (detections, truth, class names) → (numbers in percent, None where nothing is there to be found; rows per class)
+AveragePrecision = Callable[
+    [Sequence[Any], Sequence[Any], Sequence[str]], tuple[dict[str, float | None], list[dict[str, Any]]]
+]
+
+
+class Detection(Task):
+    """Targets: dicts of boxes_xyxy_px [T, 4] in pixels of the input, and labels [T]. Images may differ in shape."""
+
+    name, score, stacked = "detection", "AP", False
+
+    def __init__(self, *given: Any, criterion: Any, average_precision: AveragePrecision, **options: Any) -> None:
+        super().__init__(*given, **options)
+        self.criterion, self.average_precision = criterion, average_precision
+        box = {"boxes_xyxy_px": torch.tensor([[0.0, 0, 9, 9]]), "labels": torch.tensor([0])}
+        average_precision([box | {"scores": torch.ones(1)}], [box], ["any"])  # what it lacks is said before hours pass
+
+    def example(self, index: int, rng: Any | None) -> tuple[Tensor, dict[str, Tensor]]:
+        image, target = self.data[index]
+        rule, boxes, labels = self.rule, target["boxes_xyxy_px"], target["labels"]
+        keep = ~target["crowd"]
+        boxes, labels = boxes[keep], labels[keep]
+        if rng is not None:
+            rule = replace(rule, size=round(rule.size * (0.6 + 0.4 * rng.random()) / 16) * 16)
+            if rng.random() < 0.5:
+                image, boxes, labels = cropped(image, boxes, labels, rng)
+        x, geometry = rule(image)
+        scale = torch.tensor([geometry.scale_x, geometry.scale_y] * 2)
+        made = {"boxes_xyxy_px": boxes * scale, "labels": labels}
+        if rng is not None and rng.random() < 0.5:
+            return x.flip(-1).contiguous(), self.flipped(made, x.shape[-1])
+        return x, made
+
+    def flipped(self, target: dict[str, Tensor], width: int) -> dict[str, Tensor]:
+        left, top, right, bottom = target["boxes_xyxy_px"].unbind(-1)
+        return target | {"boxes_xyxy_px": torch.stack([width - right, top, width - left, bottom], -1)}
+
+    def loss(self, model: Any, batch: dict[str, Any]) -> LossTerms:
+        return self.criterion(model.detector(batch["x"]), batch["target"])
+
+    def found(self, model: Any, image: Image.Image, x: Tensor) -> dict[str, Tensor]:
+        result = model([x[0]], [(image.height, image.width)])[0]
+        named = {"boxes": "boxes_xyxy_px"}
+        return {named.get(name, name): value.cpu() for name, value in result.items()}
+
+    def scores(self, model: nn.Module, dataset: Any, device: torch.device) -> dict[str, float]:
+        predictions, targets = [], []
+        for index in range(len(dataset)):
+            image, target, x = self.seen(dataset, index)
+            predictions.append(self.found(model, image, x.to(device)))
+            targets.append(target)
+        numbers, rows = self.average_precision(predictions, targets, self.class_names)
+        chosen = {name: numbers[name] for name in ("AP", "AP50", "AP75")} | {f"AP/{r['class']}": r["AP"] for r in rows}
+        return {name: float("nan") if value is None else value for name, value in chosen.items()}
+
+    def panels(self, model: nn.Module, dataset: Any, index: int, device: torch.device) -> list[np.ndarray]:
+        image, target, x = self.seen(dataset, index)
+        found = self.found(model, image, x.to(device))
+        sure = found["scores"] >= 0.3
+        truth = framed(image, target["boxes_xyxy_px"], [self.class_names[i] for i in target["labels"].tolist()])
+        words = [
+            f"{self.class_names[i]} {s:.2f}" for i, s in zip(found["labels"][sure], found["scores"][sure].tolist())
+        ]
+        return [np.asarray(image), truth, framed(image, found["boxes_xyxy_px"][sure], words)]
+
+
+def cropped(image: Image.Image, boxes: Tensor, labels: Tensor, rng: Any) -> tuple[Image.Image, Tensor, Tensor]:
+    """60 to 100 % of the image's area, and the boxes of which at least a quarter is left."""
+    share = (0.6 + 0.4 * rng.random()) ** 0.5
+    w, h = round(image.width * share), round(image.height * share)
+    left, top = int(rng.random() * (image.width - w + 1)), int(rng.random() * (image.height - h + 1))
+    moved = boxes - torch.tensor([left, top, left, top])
+    inside = torch.stack([moved[:, 0::2].clamp(0, w), moved[:, 1::2].clamp(0, h)], -1).flatten(1)
+    before = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    keep = (inside[:, 2] - inside[:, 0]) * (inside[:, 3] - inside[:, 1]) >= 0.25 * before
+    return image.crop((left, top, left + w, top + h)), inside[keep], labels[keep]
+
+
+def framed(image: Image.Image, boxes: Tensor, words: Sequence[str]) -> np.ndarray:
+    """The image with boxes and what stands for."""
+    from PIL import ImageDraw, ImageFont
+
+    page = image.copy()
+    draw = ImageDraw.Draw(page)
+    font, line = ImageFont.load_default(size=max(12, page.height // 24)), max(2, page.height // 160)
+    for box, word in zip(boxes.tolist(), words):
+        draw.rectangle(box, outline=(255, 64, 64), width=line)
+        draw.text((box[0] + line + 1, box[1] + line), word, fill=(255, 64, 64), font=font)
+    return np.asarray(page)

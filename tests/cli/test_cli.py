@@ -1,0 +1,264 @@
+"""The `dinov3` command: outputs, exit codes, and one sentence for every mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from dinov3 import cli
+from dinov3.errors import DinoError
+from dinov3.weights.catalog import ROWS
+
+
+class Result:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+def dinov3(*arguments: object, capsys) -> Result:
+    """The command in this process (an import of torch saved for every call), through its real door."""
+    argv = sys.argv
+    sys.argv = ["dinov3", *map(str, arguments)]
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as exit:
+        code = exit.code if isinstance(exit.code, int) else 1
+    finally:
+        sys.argv = argv
+    captured = capsys.readouterr()
+    return Result(code, captured.out, captured.err)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory, skimage_images: Path) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    for name in ("chelsea.png", "coffee.png", "rocket.jpg", "astronaut.png"):
+        Image.open(skimage_images / name).convert("RGB").resize((96, 80)).save(folder / f"{Path(name).stem}.jpg")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, images: Path) -> Path:
+    place = tmp_path_factory.mktemp("store") / "s"
+    options = [
+        "--weights",
+        "random",
+        "--model",
+        "dinov3_vits16",
+        "--size",
+        "32",
+        "--pooling",
+        "mean",
+        "--device",
+        "cpu",
+    ]
+    argv, sys.argv = sys.argv, ["dinov3", "embed", str(images), "--out", str(place), *options]
+    try:
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        assert exit.value.code in (0, None)
+    finally:
+        sys.argv = argv
+    return place
+
+
+def test_search_prints_the_image_itself_first(store, images, capsys, tmp_path) -> None:
+    sheet = tmp_path / "sheet.png"
+    result = dinov3("search", store, "--image", images / "coffee.jpg", "--top", 2, "--sheet", sheet, capsys=capsys)
+    assert result.code == 0
+    rank, score, path = result.out.splitlines()[0].split("\t")
+    assert (rank, score, path) == ("1", "1.0000", str(images / "coffee.jpg"))
+    assert len(result.out.splitlines()) == 2
+    assert "RANDOM" in result.err
+    assert Image.open(sheet).width > 500
+
+
+def test_search_as_json_with_a_filter(store, images, capsys) -> None:
+    result = dinov3(
+        "search",
+        store,
+        "--image",
+        images / "coffee.jpg",
+        "--where",
+        "path NOT LIKE '%coffee%'",
+        "--json",
+        capsys=capsys,
+    )
+    hits = json.loads(result.out)
+    assert [h["rank"] for h in hits] == [1, 2, 3]
+    assert all("coffee" not in h["path"] for h in hits)
+    assert hits[0]["width"] == 96
+
+
+def test_embedding_again_adds_nothing_and_reports_as_json(store, images, capsys) -> None:
+    options = ["--weights", "random", "--model", "dinov3_vits16", "--size", 32, "--pooling", "mean", "--device", "cpu"]
+    result = dinov3("embed", images, "--out", store, *options, "--json", capsys=capsys)
+    report = json.loads(result.out)
+    assert (report["embedded"], report["skipped"], report["failed"]) == (0, 4, [])
+
+
+def test_another_size_into_the_same_store_is_one_sentence(store, images, capsys) -> None:
+    options = ["--weights", "random", "--model", "dinov3_vits16", "--size", 48, "--pooling", "mean", "--device", "cpu"]
+    result = dinov3("embed", images, "--out", store, *options, capsys=capsys)
+    assert result.code == 1
+    error = [line for line in result.err.splitlines() if line.startswith("error:")]
+    assert len(error) == 1
+    assert "preprocessing" in error[0]
+
+
+def test_unreadable_images_give_exit_code_three(tmp_path, images, capsys) -> None:
+    folder = tmp_path / "p"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes((images / "coffee.jpg").read_bytes())
+    (folder / "b.jpg").write_bytes(b"")
+    options = ["--weights", "random", "--model", "dinov3_vits16", "--size", 32, "--device", "cpu"]
+    result = dinov3("embed", folder, "--out", tmp_path / "s", *options, capsys=capsys)
+    assert result.code == 3
+    assert "b.jpg: empty file (0 bytes)" in result.err
+    info = dinov3("info", tmp_path / "s", "--failed", "--json", capsys=capsys)
+    facts = json.loads(info.out)
+    assert (facts["images"], facts["unreadable"]) == (1, 1)
+    assert "empty" in facts["failed"][0]
+
+
+def test_the_table_of_models_lists_every_row(capsys) -> None:
+    text = dinov3("models", capsys=capsys).out
+    for row in ROWS:
+        assert row.id in text
+        assert row.file in text
+    rows = json.loads(dinov3("models", "--json", "--size", 224, capsys=capsys).out)
+    assert len(rows) == len(ROWS)
+    assert rows[0]["tokens"] == 201
+    assert rows[0]["scores"]["ADE20k"] == 47.0
+
+
+def test_info_says_what_a_file_is_and_convert_rewrites_it(tmp_path, capsys) -> None:
+    import dinov3 as package
+    from dinov3.weights import save
+
+    save(package.load("dinov3_vits16", "random"), tmp_path / "own.safetensors")
+    facts = json.loads(dinov3("info", tmp_path / "own.safetensors", "--json", capsys=capsys).out)
+    assert facts["model"] == "dinov3_vits16_lvd1689m"
+    assert facts["values"] == ROWS[0].parameters
+    done = dinov3("convert", tmp_path / "own.safetensors", tmp_path / "hf", "--to", "transformers", capsys=capsys)
+    assert done.code == 0
+    assert done.out.strip() == str(tmp_path / "hf")
+    again = json.loads(dinov3("info", tmp_path / "hf", "--json", capsys=capsys).out)
+    assert again["form"] == "transformers"
+    assert again["fingerprint"] == facts["fingerprint"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["embed", "nowhere", "--out", "s"], "nowhere"),
+        (["embed", ".", "--out", "s", "--model", "dinov3_vits17"], "did you mean"),
+        (["search", "nowhere", "--image", "x.jpg"], "no embedding store"),
+        (["info", "nowhere.pth"], "no file"),
+        (["convert", "nowhere.pth", "out", "--to", "timm"], "no file"),
+    ],
+)
+def test_every_mistake_is_one_sentence_and_exit_code_one(
+    arguments, message, capsys, tmp_path, monkeypatch, images
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jpg").write_bytes((images / "coffee.jpg").read_bytes())
+    result = dinov3(*arguments, capsys=capsys)
+    assert result.code == 1
+    errors = [line for line in result.err.splitlines() if line]
+    assert errors[-1].startswith("error: ")
+    assert message in errors[-1]
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["embed", ".", "--out", "s", "--batch", "many"], ["embed", ".", "--shape", "round"], ["frobnicate"]]
+)
+def test_wrong_usage_is_exit_code_two(arguments) -> None:
+    assert CliRunner().invoke(cli.app, arguments).exit_code == 2
+
+
+def test_an_error_of_ours_never_shows_a_traceback(monkeypatch, capsys) -> None:
+    def fail() -> None:
+        raise DinoError("this and that")
+
+    monkeypatch.setattr(cli, "app", fail)
+    result = dinov3(capsys=capsys)
+    assert (result.code, result.err.strip()) == (1, "error: this and that")
+
+
+def test_help_needs_no_torch() -> None:
+    code = """
+import sys
+sys.argv = ["dinov3", "embed", "--help"]
+from dinov3 import cli
+try:
+    cli.main()
+except SystemExit:
+    pass
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_without_typer_the_command_says_what_to_install() -> None:
+    code = """
+import sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "typer":
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Hidden())
+import dinov3.cli
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("pip install 'dinov3[cli]'")
+
+
+@pytest.mark.parametrize("recipe", ["toy_cpu", "vits16_one_gpu", "vitb16_one_gpu"])
+@pytest.mark.parametrize("steps", [1, 7, 149, 250, 1040])
+def test_steps_are_the_steps_that_are_run(recipe: str, steps: int) -> None:
+    pytest.importorskip("omegaconf")
+    from dinov3.cli.training import training_overrides
+    from dinov3.config import load_config
+    from dinov3.optim import build_schedules
+
+    chosen = training_overrides("photos", None, recipe, steps, None, "cpu", [])
+    config, _ = load_config(f"{recipe}.yaml", chosen)
+    schedules = build_schedules(config, 1)
+    assert config.iterations == schedules.total == steps
+    usual = build_schedules(load_config(f"{recipe}.yaml", ["train.dataset_path=photos"])[0], 1)
+    warm = max(range(usual.total), key=lambda it: usual.lr(it)) / usual.total
+    assert max(range(steps), key=lambda it: schedules.lr(it)) == pytest.approx(warm * steps, abs=3)
+
+
+def test_train_runs_from_a_folder_to_a_loadable_model_and_goes_on_where_it_stopped(images, tmp_path, capsys) -> None:
+    pytest.importorskip("omegaconf")
+    small = [
+        "student.depth=1", "crops.global_crops_size=32", "crops.local_crops_size=16", "crops.local_crops_number=2",
+        "dino.head_n_prototypes=32", "dino.head_hidden_dim=32", "ibot.head_n_prototypes=32", "ibot.head_hidden_dim=32",
+        "train.batch_size_per_gpu=2", "train.num_workers=0", "optim.epochs=2",
+    ]  # fmt: skip
+    run = tmp_path / "run"
+    command = ["train", images, "--out", run, "--recipe", "toy_cpu", "--steps", 2, "--device", "cpu", *small]
+    first = dinov3(*command, capsys=capsys)
+    assert first.code == 0, first.err
+    assert "finished: 2 of 2 steps" in first.err
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["total_loss"] > 0
+    teacher = next((run / "eval").rglob("teacher_checkpoint.pth"))
+    facts = json.loads(dinov3("info", teacher, "--json", capsys=capsys).out)
+    assert "embed_dim=192" in facts["config"]
+    again = dinov3(*command, capsys=capsys)
+    assert again.code == 0
+    assert "finished: 2 of 2 steps" in again.err
+    wrong = dinov3(*command, "optim.leraning_rate=1", capsys=capsys)
+    assert wrong.code == 1
+    assert "did you mean" in wrong.err

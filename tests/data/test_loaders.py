@@ -1,0 +1,325 @@
+"""The loader: an order that is a function, exact resuming, several resolutions, images that cannot be read."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from paths import GOLDEN_LOSSES
+from PIL import Image
+
+from dinov3.data.crops import CropBatch, CropRules
+from dinov3.data.datasets import Folder
+from dinov3.data.loading import (
+    CropLoader,
+    Order,
+    chosen_resolution,
+    permuted,
+    reference_epoch,
+    reference_infinite,
+    reference_sharded_infinite,
+    resolutions,
+)
+from dinov3.data.masking import MaskRules
+from dinov3.errors import DinoError, ImageError
+
+GOLDEN = json.loads((GOLDEN_LOSSES / "samplers.json").read_text())
+RULES = CropRules(32, 16, 2)
+
+
+@dataclass
+class Toy:
+    """n images in memory; those in `bad` cannot be read."""
+
+    n: int
+    bad: frozenset[int] = frozenset()
+
+    def __len__(self) -> int:
+        return self.n
+
+    def read(self, index: int) -> bytes:
+        if index in self.bad:
+            raise ImageError("truncated JPEG")
+        pixels = np.random.Generator(np.random.PCG64(index)).integers(0, 256, (40, 50, 3), np.uint8)
+        stream = io.BytesIO()
+        Image.fromarray(pixels).save(stream, "PNG")
+        return stream.getvalue()
+
+    def name(self, index: int) -> str:
+        return f"toy{index}"
+
+
+def loader(images: Any = None, rules: Any = RULES, **options: Any) -> CropLoader:
+    return CropLoader(images or Toy(10), rules, **{"patch": 8, "batch_size": 3, **options})
+
+
+def first(n: int, batches: Any) -> list[CropBatch]:
+    return list(islice(iter(batches), n))
+
+
+def same(a: CropBatch, b: CropBatch) -> bool:
+    assert vars(a).keys() == vars(b).keys()
+    return all(v.equal(vars(b)[k]) if isinstance(v, torch.Tensor) else v == vars(b)[k] for k, v in vars(a).items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The order
+
+
+@pytest.mark.parametrize("length", (1, 2, 3, 10, 17, 64, 1000))
+def test_the_permutation_meets_every_index_once(length: int) -> None:
+    assert sorted(permuted(np.arange(length), length, 5, 1).tolist()) == list(range(length))
+
+
+def test_the_permutation_of_a_billion_is_computed_for_single_positions() -> None:
+    n = 1_600_000_000
+    some = permuted(np.arange(1000) * 1_600_000, n, 0, 0)
+    assert len(set(some.tolist())) == 1000
+    assert some.min() >= 0
+    assert some.max() < n
+    assert abs(some.mean() / n - 0.5) < 4 * (1 / 12 / 1000) ** 0.5
+
+
+def test_other_epochs_and_seeds_are_other_permutations() -> None:
+    one, epoch, seed = (permuted(np.arange(100), 100, *key).tolist() for key in ((0, 0), (0, 1), (1, 0)))
+    assert one != epoch
+    assert one != seed
+    assert one != list(range(100))
+
+
+def test_every_place_gets_every_index_equally_often() -> None:
+    n, epochs = 12, 1500
+    table = np.stack([permuted(np.arange(n), n, 3, e) for e in range(epochs)])
+    counts = np.stack([np.bincount(column, minlength=n) for column in table.T])
+    chi_squared = ((counts - epochs / n) ** 2 / (epochs / n)).sum()
+    assert chi_squared < 200  # 121 degrees of freedom: p < 1e-5
+    follows = np.mean(table[:, 1:] == (table[:, :-1] + 1) % n)
+    assert abs(follows - 1 / (n - 1)) < 0.01
+
+
+def test_each_epoch_of_the_stream_is_a_permutation_across_ranks() -> None:
+    order = Order(10, seed=4)
+    epochs, indices = order.at(np.arange(30))
+    assert epochs.tolist() == [0] * 10 + [1] * 10 + [2] * 10
+    for e in range(3):
+        assert sorted(indices[epochs == e].tolist()) == list(range(10))
+
+
+def test_without_shuffling_the_order_is_that_of_the_data() -> None:
+    assert [i for b in first(4, loader(shuffle=False)) for i in b.indices] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+
+
+def test_ranks_share_the_global_order_out_without_overlap() -> None:
+    whole = loader(Toy(100), batch_size=6).draws(12)
+    parts = [loader(Toy(100), batch_size=2, rank=r, world=3).draws(12) for r in range(3)]
+    dealt = [parts[i % 3][i // 3] for i in range(6)]
+    assert dealt == whole
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resuming
+
+
+@pytest.mark.parametrize("workers", (0, 2))
+def test_a_resumed_loader_continues_bit_for_bit_with_any_number_of_workers(workers: int) -> None:
+    masks = MaskRules(circular_shift=True)
+    straight = first(6, loader(masks=masks, seed=7))
+    started = loader(masks=masks, seed=7, workers=workers)
+    begun = first(4, started)
+    assert started.state_dict() == {"consumed": 12}  # what was handed out, not what workers have prefetched
+    resumed = loader(masks=masks, seed=7)
+    resumed.load_state_dict(started.state_dict())
+    for a, b in zip(straight, begun + first(2, resumed), strict=True):
+        assert same(a, b)
+
+
+def test_a_loader_that_is_left_and_taken_up_again_loses_nothing() -> None:
+    straight = first(4, loader())
+    interrupted = loader(workers=1)
+    for a, b in zip(straight, first(1, interrupted) + first(3, interrupted), strict=True):
+        assert same(a, b)
+
+
+def test_resuming_with_another_number_of_ranks_sees_the_same_images_and_crops() -> None:
+    whole = first(2, loader(Toy(50), batch_size=4, consumed=8))[1]
+    halves = [first(2, loader(Toy(50), batch_size=2, rank=r, world=2, consumed=8))[1] for r in (0, 1)]
+    assert sorted(whole.indices) == sorted(halves[0].indices + halves[1].indices)
+    for r, half in enumerate(halves):
+        for b in range(2):
+            assert half.global_crops[b].equal(whole.global_crops[2 * b + r])
+
+
+def test_spawned_workers_give_the_same_batches() -> None:
+    for a, b in zip(first(2, loader()), first(2, loader(workers=1, start_method="spawn")), strict=True):
+        assert same(a, b)
+
+
+def test_the_trainings_own_chance_is_not_touched() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first(2, loader(workers=1))
+    assert torch.get_rng_state().equal(before)
+
+
+def test_epochs_bring_other_crops_of_the_same_image() -> None:
+    one, two = first(2, loader(Toy(1), batch_size=1))
+    assert one.indices == two.indices == (0,)
+    assert not one.global_crops.equal(two.global_crops)
+
+
+def test_a_data_set_smaller_than_the_batch_is_repeated_within_it() -> None:
+    (batch,) = first(1, loader(Toy(2), batch_size=5))
+    assert sorted(batch.indices)[:2] == [0, 0]
+    assert batch.global_crops.shape == (10, 3, 32, 32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several resolutions
+
+
+def test_resolutions_follow_the_recorded_choices_of_the_reference() -> None:
+    ratios = (0.3, 0.3, 0.3, 0.05, 0.05)
+    recorded = GOLDEN["combined_loader_choice_seed65537"]
+    assert [chosen_resolution(step, ratios) for step in range(len(recorded))] == recorded
+
+
+def test_sizes_masks_and_choice_go_together_on_all_ranks_and_after_a_resume() -> None:
+    rules, ratios = resolutions([32, 48, 48], [16, 16, 24], [48, 64, 64], [0.4, 0.3, 0.3], local_count=1)
+    chosen = []
+    for batch in first(12, loader(rules=rules, ratios=ratios, batch_size=1)):
+        rule = rules[batch.resolution]
+        assert batch.global_crops.shape[-1] == rule.global_size
+        assert batch.local_crops.shape[-1] == rule.local_size
+        assert batch.gram_crops is not None
+        assert batch.gram_crops.shape[-1] == rule.gram_size
+        assert batch.masks.shape == (2, (rule.global_size // 8) ** 2)
+        chosen.append(batch.resolution)
+    assert set(chosen) == {0, 1, 2}
+    other = loader(rules=rules, ratios=ratios, batch_size=1, rank=1, world=2, consumed=8)
+    assert [b.resolution for b in first(8, other)] == chosen[4:]
+    assert [b.step for b in first(1, other)] == [12]
+
+
+def test_scalars_and_lists_of_one_are_one_resolution() -> None:
+    rules, ratios = resolutions(224, [96])
+    assert rules == [CropRules()]
+    assert ratios == [1.0]
+    rules, _ = resolutions([512, 768], [112, 112], None, [0.5, 0.5])
+    assert [r.gram_size for r in rules] == [None, None]
+
+
+def test_lists_of_unequal_length_and_ratios_that_do_not_sum_to_one_are_refused() -> None:
+    with pytest.raises(DinoError, match="global_crops_size has 2, local_crops_size has 1"):
+        resolutions([224, 256], 96, None, [0.5, 0.5])
+    with pytest.raises(DinoError, match=r"\[0\.5, 0\.4\] sum to 0\.9"):
+        resolutions([224, 256], [96, 96], None, [0.5, 0.4])
+    with pytest.raises(DinoError, match="1 crop rules need as many ratios, not 2"):
+        loader(ratios=(0.5, 0.5))
+
+
+def test_a_size_that_the_patch_does_not_divide_is_refused_before_anything_is_read() -> None:
+    with pytest.raises(DinoError, match="global_size 32 is no multiple of the patch size 14; the nearest one is 28"):
+        loader(patch=14)
+
+
+def test_a_coarser_mask_grid_can_be_asked_for() -> None:
+    (batch,) = first(1, loader(mask_scale=2.0))
+    assert batch.masks.shape == (6, 4)
+
+
+def test_masks_can_be_drawn_for_another_number_of_images_than_are_loaded() -> None:
+    (batch,) = first(1, loader(batch_size=3, masked_images=2))
+    assert batch.masks.shape == (4, 16)
+    assert batch.global_crops.shape[0] == 6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images that cannot be read
+
+
+@pytest.mark.parametrize("workers", (0, 1))
+def test_an_unreadable_image_is_replaced_counted_and_named(workers: int) -> None:
+    mended = loader(Toy(10, frozenset({4, 7})), workers=workers)
+    batches = first(10, mended)  # three passes
+    assert not {4, 7} & {i for b in batches for i in b.indices}
+    assert sum(mended.unreadable.values()) >= 6
+    assert set(mended.unreadable) == {"toy4: truncated JPEG", "toy7: truncated JPEG"}
+    assert [b.unreadable for b in batches] == [b.unreadable for b in first(10, loader(Toy(10, frozenset({4, 7}))))]
+    untouched = first(10, loader(Toy(10)))
+    for a, b in zip(batches, untouched, strict=True):  # what could be read is what it was
+        if not {4, 7} & set(b.indices):
+            assert same(a, b)
+
+
+@pytest.mark.parametrize("workers", (0, 1))
+def test_a_data_set_without_a_readable_image_stops_with_one_sentence(workers: int) -> None:
+    with pytest.raises(DinoError, match=r"^65 images in a row could not be read.* The first: toy\d: truncated JPEG$"):
+        first(1, loader(Toy(3, frozenset({0, 1, 2})), workers=workers))
+
+
+def test_files_that_vanish_or_break_on_disk_do_not_stop_the_run(tmp_path: Path) -> None:
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes(Toy(4).read(i))
+    images = Folder(tmp_path)
+    (tmp_path / "1.png").unlink()
+    (tmp_path / "2.png").write_bytes(b"<html>gone</html>")
+    mended = loader(images, batch_size=4)
+    (batch,) = first(1, mended)
+    assert set(batch.indices) <= {0, 3}
+    assert any(told.startswith("1.png: no such file") for told in mended.unreadable)
+
+
+def test_an_empty_data_set_is_refused() -> None:
+    with pytest.raises(DinoError, match="the data set is empty"):
+        CropLoader(Toy(0), RULES, patch=8, batch_size=1)
+
+
+def test_a_rank_outside_the_world_is_refused() -> None:
+    with pytest.raises(DinoError, match="rank 2 of 2"):
+        loader(rank=2, world=2)
+
+
+def test_the_wait_for_data_is_measured() -> None:
+    slow = loader()
+    batches = iter(slow)
+    next(batches)
+    assert 0 < slow.wait_s == slow.waited_s
+    next(batches)
+    assert slow.waited_s > slow.wait_s
+    assert slow.epoch == 0.6
+
+
+def test_batches_survive_the_way_between_processes() -> None:
+    (batch,) = first(1, loader())
+    assert same(pickle.loads(pickle.dumps(batch)), batch)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The reference's own streams
+
+
+@pytest.mark.parametrize("row", GOLDEN["samplers"], ids=lambda r: "-".join(str(v) for v in list(r.values())[:7]))
+def test_recorded_index_streams_are_reproduced(row: dict[str, Any]) -> None:
+    options = {k: row[k] for k in ("seed", "rank", "world")}
+    if row["type"] == "EPOCH":
+        got = reference_epoch(
+            row["sample_count"], size=row["size"], epoch=row["epoch"], shuffle=row["shuffle"], **options
+        )
+        assert got == row["indices"]
+        assert len(got) == row["len"]
+        return
+    options["advance"] = row["advance"]
+    if row["type"] == "INFINITE":
+        stream: Iterator[int] = reference_infinite(row["sample_count"], shuffle=row["shuffle"], **options)
+    else:
+        stream = reference_sharded_infinite(row["sample_count"], new=row["type"].endswith("_NEW"), **options)
+    assert list(islice(stream, len(row["first"]))) == row["first"]

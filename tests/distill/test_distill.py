@@ -1,0 +1,652 @@
+"""Distillation: teachers of several families, their words on disk, a run that can be killed, a student that learns."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from ranks import run_ranks
+
+import dinov3
+from dinov3.data.crops import normalised
+from dinov3.data.sources import open_source
+from dinov3.distill import batches
+from dinov3.distill import run as module
+from dinov3.distill import students as pupils
+from dinov3.distill.inherit import awaken_last
+from dinov3.distill.run import Distillation, DistillConfig, distill
+from dinov3.distill.students import Standardised, difference, relations_loss
+from dinov3.distill.teachers import Images, MobileNetV2, TargetCache, TeacherLine, Views, open_teacher
+from dinov3.errors import DinoError, UnknownName
+from dinov3.models.vit import VisionTransformer, ViTConfig
+from dinov3.runlog import RunDir
+from dinov3.weights import catalog, loading, save
+
+pytest.importorskip("omegaconf")
+TINY = ViTConfig(
+    embed_dim=32, depth=2, num_heads=2, n_storage_tokens=1, layerscale_init=1e-5, mask_k_bias=True,
+    norm_layer="layernormbf16",
+)  # fmt: skip
+
+
+def rows_with_a_tiny_one() -> tuple[Any, ...]:
+    small = {name: getattr(TINY, name) for name in ("embed_dim", "depth", "num_heads", "n_storage_tokens")}
+    return tuple(replace(row, options={**row.options, **small}) if row.packaged else row for row in catalog.ROWS)
+
+
+@pytest.fixture
+def tiny_student(monkeypatch) -> None:
+    """`dinov3_vitt16` becomes a model of two blocks."""
+    monkeypatch.setattr(catalog, "ROWS", rows_with_a_tiny_one())
+    catalog.aliases.cache_clear()
+    yield
+    monkeypatch.undo()
+    catalog.aliases.cache_clear()
+
+
+@pytest.fixture
+def teacher_file(tmp_path: Path) -> Path:
+    torch.manual_seed(1)
+    model = VisionTransformer(replace(TINY, layerscale_init=1.0))
+    model.init_weights()
+    return save(model, tmp_path / "teacher.safetensors")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Six images of two kinds: two-coloured halves, upright or lying."""
+    place = tmp_path / "images"
+    place.mkdir()
+    for i in range(6):
+        noise = np.random.default_rng(i).integers(0, 60, (48, 60, 3), dtype=np.uint8)
+        noise[(slice(None), slice(0, 30)) if i % 2 else (slice(0, 24),)] += 180
+        Image.fromarray(noise).save(place / f"{i}.png")
+    return place
+
+
+def config_for(folder: Path, teacher: Path, **changes) -> DistillConfig:
+    base = DistillConfig(
+        images=str(folder), teachers=[f"dinov3:{teacher},relations=0.5"], steps=6, batch=3, sizes="32:1", views=2,
+        warmup=1, cached_grid=2, save_every=2, log_every=1, lr=1e-3,
+    )  # fmt: skip
+    return replace(base, **changes)
+
+
+# ---- teachers -------------------------------------------------------------------------------------------------------
+
+
+def test_a_teachers_line_says_what_is_wrong_with_it() -> None:
+    line = TeacherLine.parse("transformers:/some/folder,layer=9,cls=0.5,normed=false")
+    assert (line.kind, line.what, line.layer, line.cls, line.normed) == ("transformers", "/some/folder", 9, 0.5, False)
+    with pytest.raises(UnknownName, match="did you mean 'transformers'"):
+        TeacherLine.parse("transformer:x")
+    with pytest.raises(UnknownName, match="did you mean 'patches'"):
+        TeacherLine.parse("timm:x,patch=1")
+    with pytest.raises(DinoError, match="layer=last"):
+        TeacherLine.parse("timm:x,layer=last")
+
+
+def tiny_dinov2(**changes):
+    from transformers import Dinov2Config
+    from transformers.models.dinov2.modeling_dinov2 import Dinov2Model
+
+    torch.manual_seed(0)
+    options = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 56, "mlp_ratio": 4}
+    return Dinov2Model(Dinov2Config(**(options | changes))).eval()
+
+
+def test_a_dinov2_folder_gives_the_block_that_was_asked_for(oracles, tmp_path: Path) -> None:
+    model = tiny_dinov2()
+    model.save_pretrained(tmp_path / "dinov2")
+    teacher = open_teacher(f"transformers:{tmp_path / 'dinov2'},layer=1")
+    assert teacher.side(3) == 42
+    pixels = torch.randint(0, 256, (2, 3, 42, 42), dtype=torch.uint8)
+    said = teacher(pixels)
+    assert said.patches.shape == (2, 3, 3, 64)
+    mean, std = (torch.tensor(v)[:, None, None] for v in catalog.STATISTICS["lvd1689m"])
+    with torch.no_grad():
+        states = model(pixel_values=(pixels / 255 - mean) / std, output_hidden_states=True).hidden_states
+        expected = model.layernorm(states[2])
+    torch.testing.assert_close(said.cls, expected[:, 0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(said.patches.flatten(1, 2), expected[:, 1:], atol=1e-4, rtol=1e-4)
+    with pytest.raises(DinoError, match="3 blocks"):
+        open_teacher(f"transformers:{tmp_path / 'dinov2'},layer=3")
+
+
+def test_a_timm_model_is_a_teacher_by_its_name(oracles, tmp_path: Path) -> None:
+    import timm
+
+    torch.save(timm.create_model("mobilenetv2_050").state_dict(), tmp_path / "w.pth")
+    said = open_teacher(f"timm:mobilenetv2_050,checkpoint={tmp_path / 'w.pth'}")(
+        torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    )
+    assert (said.cls.shape, said.patches.shape, said.logits.shape) == ((2, 1280), (2, 2, 2, 1280), (2, 1000))
+
+
+def test_our_mobilenet_computes_what_timms_computes(oracles) -> None:
+    """Same parameters in the same order; the file's names are torchvision's."""
+    import timm
+
+    torch.manual_seed(0)
+    theirs, ours = timm.create_model("mobilenetv2_100").eval(), MobileNetV2().eval()
+    for norm in (m for m in theirs.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        norm.running_mean.normal_(std=0.1)
+        norm.weight.data.uniform_(0.5, 1.5)
+    values = list(theirs.state_dict().values())
+    ours.load_state_dict(dict(zip(ours.state_dict(), values, strict=True)))
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.look(x).logits, theirs(x), atol=1e-4, rtol=1e-4)
+
+
+def test_norms_vanish_into_convolutions_and_nothing_changes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain = MobileNetV2().eval()
+    for norm in (m for m in plain.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        norm.running_mean.normal_(std=0.1)
+        norm.running_var.uniform_(0.5, 2)
+        norm.weight.data.uniform_(0.5, 1.5)
+        norm.bias.data.normal_(std=0.1)
+    torch.save(plain.state_dict(), tmp_path / "w.pth")
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    teacher = open_teacher(f"mobilenetv2:{tmp_path / 'w.pth'},side=64")
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in teacher.network.modules())
+    with torch.no_grad():
+        known = plain.look(normalised(pixels, teacher.mean, teacher.std))
+    torch.testing.assert_close(teacher(pixels).logits, known.logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(teacher(pixels).patches, known.patches, atol=1e-4, rtol=1e-4)
+
+
+def test_a_torchvision_file_opens_and_another_is_refused(tmp_path: Path) -> None:
+    torch.save(MobileNetV2().state_dict(), tmp_path / "mobilenet_v2.pth")
+    said = open_teacher(f"mobilenetv2:{tmp_path / 'mobilenet_v2.pth'},side=64")(
+        torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    )
+    assert (said.cls.shape, said.logits.shape) == ((1, 1280), (1, 1000))
+    torch.save({"features.0.0.weight": torch.zeros(32, 3, 3, 3)}, tmp_path / "other.pth")
+    with pytest.raises(DinoError, match="not torchvision's MobileNetV2"):
+        open_teacher(f"mobilenetv2:{tmp_path / 'other.pth'}")
+
+
+@pytest.mark.data
+def test_the_real_mobilenet_knows_imagenettes_classes(development_data: Path) -> None:
+    file = development_data / "mobilenetv2" / "mobilenet_v2-b0353104.pth"
+    val = development_data / "imagenette" / "val"
+    if not file.is_file() or not val.is_dir():
+        pytest.skip("MobileNetV2's file or Imagenette is not present")
+    teacher = open_teacher(f"mobilenetv2:{file},side=224")
+    indices = [0, 217, 482, 491, 497, 566, 569, 571, 574, 701]  # of the ten classes, in the order of their WordNet ids
+    right, total = 0, 0
+    for label, place in enumerate(sorted(p for p in val.iterdir() if p.is_dir())):
+        images = Images(open_source(place))
+        pixels = images.views(Views(scale=(1.0, 1.0)), np.arange(8), 0, 224)
+        right += int((teacher(pixels).logits[:, indices].argmax(1) == label).sum())
+        total += len(pixels)
+    assert right / total > 0.9
+
+
+# ---- views and the cache --------------------------------------------------------------------------------------------
+
+
+def test_a_view_is_the_same_box_at_every_size(folder: Path) -> None:
+    images, views = Images(open_source(folder)), Views(scale=(0.3, 0.6))
+    large = views.cut(images[0], 0, 1, 64).float()
+    small = views.cut(images[0], 0, 1, 32).float()
+    assert F.l1_loss(F.avg_pool2d(large, 2), small) < 6
+    assert torch.equal(views.cut(images[0], 0, 1, 32).float(), small)
+    assert F.l1_loss(views.cut(images[0], 0, 0, 32).float(), small) > 6
+
+
+def test_cached_targets_are_those_of_the_teacher_within_float16(folder: Path, teacher_file: Path, tmp_path) -> None:
+    images, views = Images(open_source(folder)), Views(count=2)
+    teacher = open_teacher(f"dinov3:{teacher_file}")
+    cache = TargetCache(tmp_path / "cache", teacher, views, images, grid=2)
+    assert cache.fill() == 2
+    some = np.array([4, 0, 5])
+    for view in range(2):
+        online = teacher(images.views(views, some, view, teacher.side(2)))
+        kept = cache.read(some, view)
+        torch.testing.assert_close(kept.cls, online.cls, atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(kept.patches, online.patches, atol=2e-3, rtol=2e-3)
+
+
+def test_a_cache_computes_only_what_is_missing(folder: Path, teacher_file: Path, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("dinov3.distill.teachers.SHARD", 4)
+    images, views = Images(open_source(folder)), Views(count=2)
+    teacher = open_teacher(f"dinov3:{teacher_file},views=1")
+    cache = TargetCache(tmp_path / "cache", teacher, views, images, grid=2)
+    assert (0 in cache, 1 in cache) == (True, False)
+    assert cache.fill() == 2
+    before = cache.read(np.arange(6), 0)
+    (cache.folder / "view-0" / "shard-00001.safetensors").unlink()
+    again = TargetCache(tmp_path / "cache", teacher, views, images, grid=2)
+    assert again.fill() == 1
+    assert torch.equal(again.read(np.arange(6), 0).cls, before.cls)
+    assert TargetCache(tmp_path / "cache", teacher, replace(views, seed=1), images, grid=2).folder != cache.folder
+
+
+def test_an_unreadable_image_is_replaced_by_the_next_and_told(folder: Path) -> None:
+    (folder / "2.png").write_bytes(b"not an image at all, but long enough to be looked at")
+    images = Images(open_source(folder))
+    assert torch.equal(images[2], images[3])
+    assert [Path(p).name for p in images.unreadable] == ["2.png"]
+
+
+# ---- losses ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_losses_are_what_their_names_say() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(5, 8), torch.randn(5, 8)
+    assert difference(x, x).item() == pytest.approx(0, abs=1e-6)
+    slow = np.mean([1 - float(a @ b / a.norm() / b.norm()) for a, b in zip(x, y)])
+    assert difference(x, y).item() == pytest.approx(0.9 * slow + 0.1 * F.smooth_l1_loss(x, y).item(), abs=1e-5)
+    assert relations_loss(x, 3 * x).item() == pytest.approx(0, abs=1e-5)
+    assert relations_loss(x, y).item() > 0.1
+    scaled = Standardised(5 + 3 * torch.randn(400, 8))(5 + 3 * torch.randn(400, 8))
+    assert scaled.mean().abs() < 0.2
+    assert scaled.std() == pytest.approx(1, abs=0.1)
+
+
+# ---- the run --------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_was_killed_gives_the_same_student(tiny_student, folder: Path, teacher_file: Path, tmp_path) -> None:
+    whole = distill(config_for(folder, teacher_file), tmp_path / "whole")
+
+    class Killed(Exception):
+        pass
+
+    original = Distillation.train_step
+
+    def dying(self, batch):
+        if self.step == 5:
+            raise Killed
+        return original(self, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Distillation, "train_step", dying)
+        with pytest.raises(Killed):
+            distill(config_for(folder, teacher_file), tmp_path / "killed")
+    resumed = distill(config_for(folder, teacher_file), tmp_path / "killed")
+    a, b = (dinov3.load(weights=path).state_dict() for path in (whole, resumed))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    lines = [json.loads(line) for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["iteration"] for r in lines] == list(range(6))
+
+
+def three_steps(config: DistillConfig, out: str) -> tuple[dict[str, torch.Tensor], list[dict[str, float]], int]:
+    """(the student's weights as exported, the run's records, shards of the cache this process had computed)."""
+    catalog.ROWS = rows_with_a_tiny_one()  # the ranks are processes of their own
+    catalog.aliases.cache_clear()
+    batches.distorted = lambda pixels, rng: (pixels, torch.zeros(len(pixels), dtype=torch.bool))
+    written: list[Path] = []
+    write = loading.write_safetensors
+
+    def noted(state: Any, path: Path, *rest: Any) -> None:
+        written.append(path)
+        write(state, path, *rest)
+
+    loading.write_safetensors = noted
+    try:
+        state = loading.read(distill(config, out))[0]
+    finally:
+        loading.write_safetensors = write
+    records = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return state, records, sum("shard" in path.name for path in written)
+
+
+def test_two_processes_learn_what_one_learns_of_the_whole_batch(
+    folder: Path, teacher_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def settings(name: str) -> DistillConfig:
+        return config_for(
+            folder, teacher_file, batch=4, steps=3, weights=str(start), cache=str(tmp_path / name / "cache")
+        )
+
+    torch.manual_seed(2)
+    awake = VisionTransformer(replace(TINY, layerscale_init=1.0))
+    awake.init_weights()
+    start = save(awake, tmp_path / "start.safetensors")
+    for path in list(folder.iterdir()):  # three batches of four in an epoch
+        Image.open(path).rotate(90).save(folder / f"turned-{path.name}")
+    monkeypatch.setattr(batches, "distorted", batches.distorted)  # put back afterwards
+    monkeypatch.setattr(catalog, "ROWS", catalog.ROWS)
+    try:
+        state, records, shards = three_steps(settings("one"), str(tmp_path / "one"))
+    finally:
+        monkeypatch.undo()
+        catalog.aliases.cache_clear()
+    assert (len(records), shards) == (3, 2)
+    for their_state, their_records, their_shards in run_ranks(three_steps, 2, settings("two"), str(tmp_path / "two")):
+        assert their_shards == 1  # two views of one shard each, shared out
+        for mine, theirs in zip(records, their_records, strict=True):
+            for name in (k for k in mine if "loss" in k or "/" in k):
+                assert theirs[name] == pytest.approx(mine[name], rel=1e-4), name
+        for name, value in state.items():
+            torch.testing.assert_close(their_state[name].float(), value.float(), rtol=2e-2, atol=2e-3, msg=name)
+
+
+def test_a_batch_must_go_round(tiny_student, folder: Path, teacher_file: Path, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(batches.distributed, "world", lambda group=None: 2)
+    with pytest.raises(DinoError, match="3 images a batch do not go round 2 processes"):
+        batches.Batches(config_for(folder, teacher_file), Images(open_source(folder)), Views(), [])
+
+
+def test_cached_and_online_runs_learn_the_same(tiny_student, folder: Path, teacher_file: Path, tmp_path) -> None:
+    online = distill(config_for(folder, teacher_file), tmp_path / "online")
+    cached = distill(config_for(folder, teacher_file, cache=str(tmp_path / "cache")), tmp_path / "cached")
+    a, b = (dinov3.load(weights=path).state_dict() for path in (online, cached))
+    assert max((a[k].float() - b[k].float()).abs().max().item() for k in a) < 5e-3
+
+
+def test_the_loss_falls_and_the_student_resembles_its_teacher(
+    tiny_student, folder: Path, teacher_file: Path, tmp_path
+) -> None:
+    distill(config_for(folder, teacher_file, steps=80, lr=3e-3, batch=6, save_every=1000), tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [r["total_loss"] for r in lines]
+    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:5])
+
+
+def test_the_projections_begin_where_regression_puts_them(tiny_student, folder, teacher_file, tmp_path) -> None:
+    """The teacher's own weights as the student's: fitted projections have next to nothing left to learn."""
+    own = config_for(folder, teacher_file, weights=str(teacher_file), batch=6, steps=2, lr=1e-9, views=1)
+    own.teachers = [f"dinov3:{teacher_file},cls=0,patches=1"]
+    distill(own, tmp_path / "run")
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["0-dinov3/patches"] < 0.2
+
+
+def test_a_student_that_says_nothing_yet_does_not_begin_with_an_explosion(
+    tiny_student, folder, teacher_file, tmp_path
+) -> None:
+    """CLS of random weights is one vector for all images; projections fitted to its noise gave losses of 70 to 700."""
+    distill(config_for(folder, teacher_file), tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert max(r["0-dinov3/cls"] for r in lines) < 3
+
+
+def test_the_export_says_what_it_is_without_naming_folders(
+    tiny_student, folder: Path, teacher_file: Path, tmp_path
+) -> None:
+    path = distill(config_for(folder, teacher_file, steps=2), tmp_path / "run")
+    opened = dinov3.weights.open(path)
+    assert opened.metadata["steps"] == 2
+    assert opened.metadata["recipe"]["teachers"] == ["dinov3:teacher.safetensors,relations=0.5"]
+    assert str(tmp_path) not in json.dumps(opened.metadata)
+    dtypes = {v.dtype for k, v in opened.state_dict.items() if k != "rope_embed.periods"}
+    assert dtypes == {torch.float16}
+
+
+def test_a_run_without_teachers_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DinoError, match="needs a teacher"):
+        distill(DistillConfig(images=str(folder)), tmp_path / "run")
+
+
+def test_knn_reads_a_labelled_folder(teacher_file: Path, tmp_path: Path) -> None:
+    for label, colour in enumerate(((250, 20, 20), (20, 20, 250))):
+        (tmp_path / "labelled" / str(label)).mkdir(parents=True)
+        for i in range(6):
+            Image.new("RGB", (40, 40), tuple(c - i if c > 30 else c + i for c in colour)).save(
+                tmp_path / "labelled" / str(label) / f"{i}.png"
+            )
+    student = dinov3.load(weights=teacher_file)
+    assert module.knn(student, tmp_path / "labelled", size=32, k=3) == 1.0
+
+
+def test_the_distill_command_trains_and_goes_on(tiny_student, folder, teacher_file, tmp_path, capsys) -> None:
+    from dinov3.cli import app
+
+    typer = pytest.importorskip("typer.testing")
+    line = [
+        "distill",
+        str(folder),
+        "--out",
+        str(tmp_path / "run"),
+        "--teacher",
+        f"dinov3:{teacher_file}",
+        "--steps",
+        "3",
+    ]
+    line += ["--batch", "3", "--sizes", "32:1", "--device", "cpu", "--cache", str(tmp_path / "cache")]
+    done = typer.CliRunner().invoke(app, line)
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "run" / "student.safetensors").is_file()
+    again = typer.CliRunner().invoke(app, line)
+    assert "resumed at step 3" in (tmp_path / "run" / "log.txt").read_text(), again.output
+    model = dinov3.load(weights=tmp_path / "run" / "student.safetensors")
+    assert dinov3.embed(model, folder / "0.png", size=32).cls.shape == (1, 32)
+    for change in (["--seed", "1"], ["--teacher", f"dinov3:{teacher_file},layer=0"]):
+        with pytest.raises(DinoError, match="was begun with"):
+            typer.CliRunner().invoke(app, [*line, *change], catch_exceptions=False)
+    with pytest.raises(DinoError, match="is no folder"):
+        typer.CliRunner().invoke(app, [*line, "--knn", str(tmp_path / "nowhere")], catch_exceptions=False)
+
+
+# ---- the model that ships -------------------------------------------------------------------------------------------
+
+
+def test_the_packaged_model_loads_without_a_network_and_knows_a_image_by_its_part(skimage_images: Path) -> None:
+    row = catalog.resolve("dinov3_vitt16")[0]
+    assert row.packaged_path.stat().st_size < 12e6
+    model = dinov3.load("dinov3_vitt16")
+    assert model.origin.name == "dinov3_vitt16_own"
+    assert not model.origin.random
+    assert sum(p.numel() for p in model.parameters()) == row.parameters
+    names = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png")
+    images = [Image.open(skimage_images / name).convert("RGB") for name in names]
+    parts = [p.crop((p.width // 6, p.height // 6, p.width * 5 // 6, p.height * 5 // 6)) for p in images]
+    similarity = dinov3.embed(model, parts, size=224).similarity(dinov3.embed(model, images, size=224))
+    assert similarity.argmax(1).tolist() == list(range(len(names)))
+
+
+# ---- teachers that see the student's own pixels -----------------------------------------------------------------------
+
+
+def online(teacher: Path, **options: object) -> list[str]:
+    said = "".join(f",{k}={v}" for k, v in options.items())
+    return [f"dinov3:{teacher},online=true,relations=0.5{said}"]
+
+
+@pytest.mark.parametrize("mix", ["cutout:0.5", "cutmix:much", "cutmix:0.8,mixup:0.4", "mixup:-1"])
+def test_an_impossible_mix_is_told(mix: str) -> None:
+    with pytest.raises(DinoError, match=r"cutmix:0\.5,mixup:0\.2"):
+        DistillConfig(mix=mix).mixing()
+
+
+def test_teacher_and_student_see_the_same_mixed_pixels(tiny_student, folder, teacher_file, tmp_path) -> None:
+    config = config_for(folder, teacher_file, mix="cutmix:0.5,mixup:0.5", steps=3)
+    config.teachers = online(teacher_file)
+    work = Distillation(config, RunDir(tmp_path / "run"))
+    batch = work.batches.at(1)
+    teacher = open_teacher(online(teacher_file)[0])
+    torch.testing.assert_close(batch.targets[0].cls, teacher(batch.pixels).cls)
+    assert torch.equal(work.batches.at(1).pixels, batch.pixels)
+    assert not torch.equal(work.batches.at(2).pixels, batch.pixels)
+    config.mix = ""
+    assert not torch.equal(work.batches.at(1).pixels, batch.pixels)
+
+
+def test_a_costly_teacher_is_asked_about_a_share_of_the_batch(tiny_student, folder, teacher_file, tmp_path) -> None:
+    config = config_for(folder, teacher_file, batch=5)
+    config.teachers = online(teacher_file, share=0.25)
+    work = Distillation(config, RunDir(tmp_path / "run"))
+    batch = work.batches.at(0)
+    assert len(batch.pixels) == 5
+    assert batch.targets[0].cls.shape == (2, 32)
+    terms = work.terms(batch)
+    work.batches.said[0].teacher.line = replace(work.teachers[0].line, share=1.0)
+    everything = work.terms(work.batches.at(0))
+    assert terms.total().item() != everything.total().item()
+    with pytest.raises(DinoError, match="share=2"):
+        TeacherLine.parse("timm:x,share=2")
+
+
+def test_mixed_images_need_teachers_that_look(tiny_student, folder, teacher_file, tmp_path) -> None:
+    with pytest.raises(DinoError, match="online=true"):
+        distill(config_for(folder, teacher_file, mix="cutmix:0.5"), tmp_path / "run")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_mixed_run_that_was_killed_gives_the_same_student(
+    tiny_student, folder, teacher_file, tmp_path, optimizer: str
+) -> None:
+    config = config_for(folder, teacher_file, mix="cutmix:0.5,mixup:0.3", optimizer=optimizer, in_memory=True, views=9)
+    config.teachers = online(teacher_file)
+    whole = distill(config, tmp_path / "whole")
+    original = Distillation.train_step
+
+    def dying(self, batch):
+        if self.step == 5:
+            raise KeyboardInterrupt
+        return original(self, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Distillation, "train_step", dying)
+        with pytest.raises(KeyboardInterrupt):
+            distill(config, tmp_path / "killed")
+    resumed = distill(config, tmp_path / "killed")
+    a, b = (dinov3.load(weights=path).state_dict() for path in (whole, resumed))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_muon_moves_the_blocks_matrices_and_adamw_the_rest(tiny_student, folder, teacher_file, tmp_path) -> None:
+    work = Distillation(config_for(folder, teacher_file, optimizer="muon"), RunDir(tmp_path / "run"))
+    adamw, muon = ({id(p) for g in o.param_groups for p in g["params"]} for o in work.optimizers)
+    names = {id(p): n for n, p in work.student.named_parameters()}
+    assert {names[i].split(".", 2)[2] for i in muon} == {
+        "attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight",
+    }  # fmt: skip
+    everything = {id(p) for p in [*work.student.parameters(), *work.pupils.parameters()] if p.requires_grad}
+    assert adamw | muon == everything
+    assert not adamw & muon
+    with pytest.raises(UnknownName, match="adamw or muon"):
+        Distillation(config_for(folder, teacher_file, optimizer="sgd"), RunDir(tmp_path / "other"))
+
+
+def test_images_in_memory_are_decoded_once(folder: Path) -> None:
+    images = Images(open_source(folder), keep=True)
+    first = images[1]
+    (folder / "1.png").write_bytes(b"no longer an image, which nobody will notice")
+    assert images[1] is first
+    assert not images.unreadable
+
+
+def test_a_flat_schedule_falls_in_its_last_share_whatever_the_total() -> None:
+    short, long = (DistillConfig(schedule="flat:0.25", steps=n, warmup=10, lr=1.0, final_lr=0.0) for n in (100, 200))
+    assert [short.lr_at(i) for i in (0, 5, 10, 75)] == [0.0, 0.5, 1.0, 1.0]
+    assert short.lr_at(90) == pytest.approx(0.4)
+    assert short.lr_at(99) == pytest.approx(0.04)
+    assert [short.lr_at(i) == long.lr_at(i) for i in (3, 75, 76)] == [True, True, False]
+    for wrong in ("step", "flat", "flat:2", "flat:much"):
+        with pytest.raises(DinoError, match="cosine or flat:SHARE"):
+            DistillConfig(schedule=wrong).lr_at(1)
+
+
+def test_an_isometry_keeps_angles_and_finds_the_rotation() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(400, 6)
+    x = x - x.mean(0)
+    turned = torch.linalg.qr(torch.randn(20, 6))[0]
+    W = pupils.isometry(x, 3 * x @ turned.T + 0.01 * torch.randn(400, 20))
+    torch.testing.assert_close(W.T @ W, W.T.norm(dim=1).square().mean() * torch.eye(6), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(W, 3 * turned, atol=0.05, rtol=0.05)
+    with pytest.raises(DinoError, match="more than 6 images"):
+        pupils.isometry(x[:4], x[:4])
+
+
+def test_an_isometric_projection_is_fitted_once_and_stays(tiny_student, tmp_path) -> None:
+    place = tmp_path / "many"
+    place.mkdir()
+    for i in range(40):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(place / f"{i}.png")
+    torch.manual_seed(1)
+    model = VisionTransformer(replace(TINY, embed_dim=64, layerscale_init=1.0))
+    model.init_weights()
+    wide = save(model, tmp_path / "wide.safetensors")
+    config = config_for(place, wide)
+    config.teachers = [f"dinov3:{wide},isometry=true,patches=0"]
+    work = Distillation(config, RunDir(tmp_path / "run"))
+    before = work.pupils[0].cls.weight.clone()
+    gram = before.T @ before
+    torch.testing.assert_close(gram, gram.diagonal().mean() * torch.eye(32), atol=1e-4, rtol=1e-3)
+    work.train_step(work.batches.at(0))
+    work.train_step(work.batches.at(1))
+    assert torch.equal(work.pupils[0].cls.weight, before)
+
+
+@pytest.mark.slow
+def test_a_compiled_student_learns_the_same(tiny_student, folder, teacher_file, tmp_path) -> None:
+    plain = distill(config_for(folder, teacher_file, steps=3), tmp_path / "plain")
+    compiled = distill(config_for(folder, teacher_file, steps=3, compile=True), tmp_path / "compiled")
+    a, b = (dinov3.load(weights=path).state_dict() for path in (plain, compiled))
+    assert max((a[k].float() - b[k].float()).abs().max().item() for k in a) < 3e-3
+
+
+def test_the_last_block_awakes_pointing_where_the_teacher_points(tiny_student, folder, tmp_path) -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer(replace(TINY, layerscale_init=1.0))
+    model.init_weights()
+    for scale in (model.blocks[-1].ls1, model.blocks[-1].ls2):
+        scale.gamma.data.fill_(1e-5)
+    inputs = torch.randn(600, 3, 32, 32) + 2 * torch.randn(600, 3, 1, 1)
+    turn = torch.linalg.qr(torch.randn(32, 32))[0]
+    with torch.no_grad():
+        patches = model.eval().forward_features(inputs)["x_norm_patchtokens"]
+
+    def aim(cls):
+        return (cls - cls.mean(0)) @ turn
+
+    was, now = awaken_last(model, inputs.split(100), aim, patch_weight=1.0)
+    assert was < 0.3
+    assert now > 0.8
+    assert all(bool((scale.gamma == 1).all()) for scale in (model.blocks[-1].ls1, model.blocks[-1].ls2))
+    with torch.no_grad():
+        after = model.forward_features(inputs)["x_norm_patchtokens"]
+    assert F.cosine_similarity(patches, after, dim=-1).mean() > 0.95
+
+
+def test_awakening_alone_is_a_run_of_no_steps(tiny_student, tmp_path) -> None:
+    place = tmp_path / "many"
+    place.mkdir()
+    for i in range(60):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(place / f"{i}.png")
+    torch.manual_seed(1)
+    model = VisionTransformer(replace(TINY, embed_dim=64, layerscale_init=1.0))
+    model.init_weights()
+    wide = save(model, tmp_path / "wide.safetensors")
+    config = config_for(place, wide, steps=0, awaken=60)
+    config.teachers = [f"dinov3:{wide},isometry=true,patches=0"]
+    state = dinov3.load(weights=distill(config, tmp_path / "run")).state_dict()
+    assert bool((state["blocks.1.ls2.gamma"] == 1).all())
+    assert float(state["blocks.0.ls2.gamma"].max()) < 1e-4
+    assert "the last block awoke" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_awakening_needs_a_teacher_that_keeps_angles(tiny_student, folder, teacher_file, tmp_path) -> None:
+    with pytest.raises(DinoError, match="isometry=true"):
+        distill(config_for(folder, teacher_file, awaken=6), tmp_path / "run")
+
+
+def test_a_student_that_compiles_holds_no_lock_that_a_teacher_waits_for(
+    tiny_student, folder, teacher_file, tmp_path, monkeypatch
+) -> None:
+    """torch keeps the casts of all threads behind one lock: tracing under it while the teachers' thread leaves its own
+    autocast stood still for ever."""
+    config = config_for(folder, teacher_file, bf16=True)
+    run = RunDir(tmp_path / "run")
+    run.checkpoints.mkdir(parents=True)
+    work = Distillation(config, run)
+    seen = []
+    forward = work.forward
+    monkeypatch.setattr(work, "forward", lambda x: (seen.append(torch.is_autocast_cache_enabled()), forward(x))[1])
+    work.train_step(work.batches.at(0))
+    assert seen == [False]

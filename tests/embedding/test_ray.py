@@ -1,0 +1,76 @@
+"""The Ray engine gives the rows of the single process, on two workers of a local cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dinov3.data.sources import open_source
+from dinov3.data.transforms.inputs import Preprocessing
+from dinov3.embedding.pipeline import embed_source
+from dinov3.embedding.ray_engine import embed_with_ray, shard_of
+from dinov3.embedding.store import EmbeddingStore
+from dinov3.models import VisionTransformer, ViTConfig
+
+RULE = Preprocessing(size=32)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray = pytest.importorskip("ray", reason="the ray extra is not installed")
+    ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    place = tmp_path / "images"
+    place.mkdir()
+    for i in range(150):
+        pixels = np.random.default_rng(i).integers(0, 256, (30, 40 + i % 3, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(place / f"{i:03}.png")
+    (place / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 and nothing more")
+    return place
+
+
+def test_two_workers_give_the_rows_of_one_process(cluster, folder, tmp_path) -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer(ViTConfig(embed_dim=32, depth=2, num_heads=2, n_storage_tokens=4)).eval()
+    model.init_weights()
+    options = {"preprocessing": RULE, "patches": "float16", "batch_size": 8}
+    alone = embed_source(model, open_source(folder), tmp_path / "alone", **options)
+    seen: list[int] = []
+    spread = embed_with_ray(
+        model,
+        open_source(folder),
+        tmp_path / "ray",
+        workers=2,
+        on_progress=lambda r: seen.append(r.embedded),
+        **options,
+    )
+    assert (spread.found, spread.embedded, len(spread.failures)) == (alone.found, alone.embedded, 1) == (151, 150, 1)
+    assert seen == sorted(seen)
+    one, two = (EmbeddingStore.open(tmp_path / name) for name in ("alone", "ray"))
+    assert one.facts == two.facts
+    assert one.failures() == two.failures()
+    tables = [sorted(s.rows().to_pylist(), key=lambda r: r["path"]) for s in (one, two)]
+    assert tables[0] == tables[1]
+    vectors = [dict(zip(*s.vectors())) for s in (one, two)]
+    for path, vector in vectors[0].items():
+        np.testing.assert_allclose(vectors[1][path], vector, atol=1e-5)
+    some = sorted(vectors[0])[:5]
+    np.testing.assert_allclose(np.stack(one.patches(some)), np.stack(two.patches(some)), atol=2e-3)
+
+    again = embed_with_ray(model, open_source(folder), tmp_path / "ray", workers=2, **options)
+    assert (again.embedded, again.skipped) == (0, 150)
+
+
+def test_a_shard_is_a_function_of_the_path() -> None:
+    shards = [shard_of(f"/photos/{i}.jpg", 4) for i in range(400)]
+    assert shards == [shard_of(f"/photos/{i}.jpg", 4) for i in range(400)]
+    assert min(shards.count(k) for k in range(4)) > 60

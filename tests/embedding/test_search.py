@@ -1,0 +1,296 @@
+"""Search: exact answers equal numpy's, the index finds nearly all of them, mistakes are sentences, the sheet is drawn."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("lancedb")
+
+from dinov3.embedding import search as search_module
+from dinov3.embedding.schema import Row, StoreFacts
+from dinov3.embedding.search import Hit, IndexStatus, build_index, index_status, search, sheet
+from dinov3.embedding.store import EmbeddingStore
+from dinov3.errors import DinoError, StoreError, UnknownName
+
+D = 16
+FACTS = StoreFacts(model="tiny@1", dim=D, preprocessing="s224")
+
+
+def filled(folder, vectors: np.ndarray, **facts: object) -> EmbeddingStore:
+    """A store of these vectors; image n is `n.jpg`, n + 1 wide."""
+    store = EmbeddingStore.create(folder, dataclasses.replace(FACTS, dim=vectors.shape[1], **facts))  # type: ignore
+    rows = [Row(f"{n:05d}.jpg", "h", "1", n + 1, 480, vector) for n, vector in enumerate(vectors)]
+    store.append(rows)
+    return store
+
+
+def clustered(rows: int, dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors in 50 clusters, and 40 queries near some of them: like embeddings of images."""
+    rng = np.random.default_rng(seed)
+    centres = rng.standard_normal((50, dim))
+    vectors = centres[rng.integers(50, size=rows)] + 0.35 * rng.standard_normal((rows, dim))
+    queries = vectors[rng.integers(rows, size=40)] + 0.1 * rng.standard_normal((40, dim))
+    return vectors.astype(np.float32), queries.astype(np.float32)
+
+
+def by_hand(
+    vectors: np.ndarray, query: np.ndarray, top: int, keep: np.ndarray | None = None
+) -> list[tuple[str, float]]:
+    """The definition: every cosine, sorted, equal ones by path."""
+    vectors, query = vectors.astype(np.float64), query.astype(np.float64)
+    scores = [float(v @ query / np.linalg.norm(v) / np.linalg.norm(query)) for v in vectors]
+    kept = range(len(vectors)) if keep is None else np.flatnonzero(keep)
+    return sorted(((f"{n:05d}.jpg", scores[n]) for n in kept), key=lambda pair: (-pair[1], pair[0]))[:top]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    vectors, queries = clustered(300, D)
+    with filled(tmp_path_factory.mktemp("small") / "s", vectors) as store:
+        store.add_column("label", lambda path: "even" if int(path[:5]) % 2 == 0 else "odd")
+        yield store, vectors, queries
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("length", [0.01, 1.0, 300.0])
+def test_exact_search_is_the_brute_force_over_all_rows(tmp_path, dtype, length):
+    vectors, queries = clustered(200, D, seed=3)
+    vectors = (vectors * length).astype(dtype)
+    with filled(tmp_path / "s", vectors, vector_dtype=dtype) as store:
+        for query, hits in zip(queries[:5], search(store, queries[:5], top=7)):
+            wanted = by_hand(vectors, query, 7)
+            assert [hit.path for hit in hits] == [path for path, _ in wanted]
+            np.testing.assert_allclose([hit.score for hit in hits], [score for _, score in wanted], atol=1e-9)
+            assert [hit.rank for hit in hits] == list(range(1, 8))
+            assert [hit.width for hit in hits] == [int(path[:5]) + 1 for path, _ in wanted]
+
+
+def test_one_query_may_come_as_a_vector_and_a_stored_one_finds_itself(small):
+    store, vectors, _ = small
+    (hits,) = search(store, vectors[17])
+    assert len(hits) == 10
+    assert hits[0].path == "00017.jpg"
+    assert hits[0].score == pytest.approx(1.0, abs=1e-12)
+
+
+def test_many_queries_are_answered_as_each_alone(small):
+    store, _, queries = small
+    queries = np.concatenate([queries, queries])  # 80: more than are asked at once
+    together = search(store, queries, top=3)
+    assert len(together) == 80
+    assert together[70] == search(store, queries[70], top=3)[0]
+    assert together[:40] == together[40:]
+
+
+def test_a_filter_is_applied_before_ranking(small):
+    store, vectors, queries = small
+    odd = np.arange(300) % 2 == 1
+    (hits,) = search(store, queries[0], top=20, where="label = 'odd'", columns=["label", "stamp"])
+    assert [hit.path for hit in hits] == [path for path, _ in by_hand(vectors, queries[0], 20, odd)]
+    assert hits[0].extra == {"label": "odd", "stamp": "1"}
+    assert len(search(store, queries[0], top=20, where="width <= 3")[0]) == 3
+    assert search(store, queries[:2], where="width > 9999") == [[], []]
+
+
+def test_ties_are_broken_by_path_also_when_they_reach_beyond_the_last_place(tmp_path):
+    rng = np.random.default_rng(0)
+    image, others = rng.standard_normal(D), rng.standard_normal((50, D))
+    copies = [Row(f"{n:05d}.jpg", "h", "1", 1, 1, image * 2.0 ** (n % 3)) for n in range(400)]  # lengths do not count
+    rest = [Row(f"other{n}.jpg", "h", "1", 1, 1, vector) for n, vector in enumerate(others)]
+    with EmbeddingStore.create(tmp_path / "s", FACTS) as store:
+        store.append([*reversed(copies), *rest])  # the store's own order is not the paths'
+        (hits,) = search(store, image, top=4)
+        ((first, *_), *_) = search(store, np.stack([image, others[0]]), top=4)
+    assert [hit.path for hit in hits] == ["00000.jpg", "00001.jpg", "00002.jpg", "00003.jpg"]
+    assert len({hit.score for hit in hits}) == 1
+    assert first == hits[0]
+
+
+def test_asking_for_more_than_there_is_gives_all(small):
+    store, _, queries = small
+    assert len(search(store, queries[0], top=1000)[0]) == 300
+
+
+def test_an_empty_store_has_no_neighbours(tmp_path):
+    with EmbeddingStore.create(tmp_path / "s", FACTS) as store:
+        assert search(store, np.ones((2, D))) == [[], []]
+        assert index_status(store) is None
+
+
+@pytest.mark.parametrize(
+    "arguments, error, words",
+    [
+        ({"vectors": np.zeros(D)}, StoreError, "query 0 is zero"),
+        ({"vectors": np.array([np.ones(D), np.full(D, np.nan)])}, StoreError, "query 1 .* not a number"),
+        ({"vectors": np.ones(D + 1)}, StoreError, r"shape \(17,\), expected \(Q, 16\)"),
+        ({"vectors": np.ones(D), "top": 0}, StoreError, "at least one"),
+        ({"vectors": np.ones(D), "columns": ["lable"]}, UnknownName, "did you mean 'label'"),
+        ({"vectors": np.ones(D), "where": "lable = 'x'"}, UnknownName, "'lable'; did you mean 'label'.*columns: path"),
+        ({"vectors": np.ones(D), "where": "label = = 'x'"}, StoreError, "the filter"),
+        ({"vectors": np.ones(D), "where": "label > 3"}, StoreError, "the filter"),
+        ({"vectors": np.ones(D), "exact": False}, StoreError, "build_index"),
+    ],
+)
+def test_mistakes_are_one_sentence(small, arguments, error, words):
+    with pytest.raises(error, match=words) as caught:
+        search(small[0], **arguments)
+    assert isinstance(caught.value, DinoError)
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------- the index
+
+
+@pytest.fixture(scope="module")
+def index_of_5000(tmp_path_factory):
+    vectors, queries = clustered(5000, 64)
+    store = filled(tmp_path_factory.mktemp("indexed") / "s", vectors)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search_module, "ROWS_PER_CELL", 100)  # 50 cells, as 200,000 rows would have
+        assert index_status(store) is None
+        assert build_index(store) == IndexStatus(indexed=5000, unindexed=0)
+    yield store, vectors, queries
+    store.close()
+
+
+@pytest.fixture
+def indexed(index_of_5000, monkeypatch):
+    """As if 5,000 rows were many."""
+    monkeypatch.setattr(search_module, "EXACT_LIMIT", 500)
+    monkeypatch.setattr(search_module, "ROWS_PER_CELL", 100)
+    monkeypatch.setattr(search_module, "FEWEST_CELLS", 8)
+    return index_of_5000
+
+
+def found_by(monkeypatch, store: EmbeddingStore, *arguments, **keywords) -> tuple[list[list[Hit]], bool]:
+    """The answer, and whether the index gave it."""
+    asked = []
+    real = search_module._nearest
+    monkeypatch.setattr(search_module, "_nearest", lambda *a: asked.append(a[-1]) or real(*a))
+    answer = search(store, *arguments, **keywords)
+    return answer, asked[0] is not None
+
+
+@pytest.mark.parametrize("where, keep", [(None, 1), ("width % 4 = 0", 4)])
+def test_the_index_finds_nearly_all_true_neighbours(indexed, monkeypatch, where, keep):
+    store, vectors, queries = indexed
+    answers, used = found_by(monkeypatch, store, queries, where=where)
+    assert used
+    kept = (np.arange(5000) + 1) % keep == 0
+    shared = 0
+    for query, hits in zip(queries, answers):
+        true = dict(by_hand(vectors, query, 10, kept))
+        shared += len(true.keys() & {hit.path for hit in hits})
+        assert all(kept[int(hit.path[:5])] for hit in hits)
+        for hit in hits:  # scores are exact whoever found them
+            if hit.path in true:
+                assert hit.score == pytest.approx(true[hit.path], abs=1e-9)
+    assert shared / (10 * len(queries)) >= 0.95
+
+
+def test_the_index_does_less_than_a_scan(indexed):
+    plan = indexed[0].table.search(np.ones(64, np.float32)).distance_type("cosine").nprobes(8).limit(3).explain_plan()
+    assert "ANN" in plan
+
+
+def test_few_rows_behind_a_filter_and_exact_on_demand_are_scanned(indexed, monkeypatch):
+    store, vectors, queries = indexed
+    few = np.arange(5000) < 400
+    (hits,), used = found_by(monkeypatch, store, queries[0], where="width <= 400")
+    assert not used
+    assert [hit.path for hit in hits] == [path for path, _ in by_hand(vectors, queries[0], 10, few)]
+    (hits,), used = found_by(monkeypatch, store, queries[1], exact=True)
+    assert not used
+    assert [hit.path for hit in hits] == [path for path, _ in by_hand(vectors, queries[1], 10)]
+
+
+def test_a_tighter_filter_looks_into_more_cells():
+    at_a_million = [search_module._cells_to_look_into(1_000_000, kept) for kept in (1.0, 0.5, 0.01)]
+    assert at_a_million == [37, 74, 244]
+
+
+def test_images_newer_than_the_index_are_found_and_compaction_takes_them_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(search_module, "EXACT_LIMIT", 100)
+    vectors, _ = clustered(600, D)
+    with filled(tmp_path / "s", vectors) as store:
+        build_index(store)
+        new = -vectors[0]
+        store.append([Row("new.jpg", "h", "1", 1, 1, new)])
+        status = index_status(store)
+        assert status == IndexStatus(600, 1)
+        assert status.stale
+        (hits,), used = found_by(monkeypatch, store, new, top=1)
+        assert used
+        assert hits[0].path == "new.jpg"
+        store.remove(["00000.jpg"])
+        assert "00000.jpg" not in {hit.path for hit in search(store, vectors[0])[0]}
+        store.compact()
+        assert not index_status(store).stale
+        assert search(store, new, top=1)[0][0].path == "new.jpg"
+        assert "00000.jpg" not in {hit.path for hit in search(store, vectors[0])[0]}
+
+
+def test_a_store_too_small_for_an_index_is_told_so(tmp_path):
+    with filled(tmp_path / "s", clustered(20, D)[0]) as store, pytest.raises(StoreError, match="20 images are too few"):
+        build_index(store)
+
+
+# ------------------------------------------------------------------------------------------------------- the sheet
+
+
+def test_the_sheet_shows_the_images_and_a_grey_tile_where_there_is_none(tmp_path):
+    Image.new("RGB", (300, 100), "red").save(tmp_path / "query.png")
+    Image.new("RGBA", (50, 400), (0, 0, 255, 255)).save(tmp_path / "blue.png")
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 not an image")
+    hits = [Hit(n, name, 0.9, 1, 1) for n, name in enumerate(["blue.png", "gone.png", "broken.jpg"], start=1)]
+    sheet(tmp_path / "query.png", hits, tmp_path / "sheet.png", root=tmp_path)
+    with Image.open(tmp_path / "sheet.png") as drawn:
+        colours = {colour: count for count, colour in drawn.convert("RGB").getcolors(1 << 24)}
+        width, height = drawn.size
+    side, big = search_module.TILE, search_module.TILE + search_module.TILE // 3
+    assert colours[(255, 0, 0)] == pytest.approx(big * big / 3, rel=0.03)
+    assert colours[(0, 0, 255)] == pytest.approx(side * side / 8, rel=0.05)
+    assert 1.8 < colours[search_module.GREY] / side**2 < 2.05  # two tiles, less the letters, plus a hairline
+    assert width > height
+
+
+def test_the_sheet_turns_images_upright_and_takes_open_ones(tmp_path):
+    sideways = Image.new("RGB", (400, 100), "lime")
+    exif = sideways.getexif()
+    exif[0x0112] = 6  # to be turned by 90°
+    sideways.save(tmp_path / "a.png", exif=exif)
+    sheet(Image.new("RGB", (10, 10), "red"), [Hit(1, "a.png", 1.0, 100, 400)], tmp_path / "sheet.png", root=tmp_path)
+    with Image.open(tmp_path / "sheet.png") as drawn:
+        green = np.all(np.asarray(drawn.convert("RGB")) == (0, 255, 0), axis=-1)
+    tall, wide = green.any(axis=1).sum(), green.any(axis=0).sum()
+    assert tall == search_module.TILE
+    assert wide == pytest.approx(search_module.TILE / 4, abs=1)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 6, 23])
+def test_every_number_of_neighbours_makes_a_sheet(tmp_path, count):
+    hits = [Hit(n + 1, f"{n}.png", 0.5, 1, 1) for n in range(count)]
+    sheet(Image.new("L", (10, 10)), hits, tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as drawn:
+        assert drawn.height > (count + 4) // 5 * search_module.TILE
+
+
+def test_a_sheet_that_cannot_be_written_is_a_sentence(tmp_path):
+    with pytest.raises(StoreError, match="cannot write the contact sheet"):
+        sheet(Image.new("L", (10, 10)), [], tmp_path / "no" / "such" / "folder.png")
+
+
+def test_long_names_are_shortened_in_the_middle():
+    from PIL import ImageFont
+
+    font = ImageFont.load_default(size=13)
+    name = "holiday_in_the_mountains_with_everybody_2024_08_17_0042.jpg"
+    short = search_module._shortened(name, font, 220)
+    assert font.getlength(short) <= 220
+    assert short.startswith("holiday")
+    assert short.endswith("0042.jpg")
+    assert search_module._shortened("a.jpg", font, 220) == "a.jpg"

@@ -1,0 +1,536 @@
+"""`dinov3 train-head`: small folders of every task, exact resumption, the files it leaves, the sentences it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from dinov3.errors import DinoError
+from dinov3.fit import loop as fitting
+from dinov3.fit.features import remembering
+from dinov3.hub.heads import build_head, load_head
+from dinov3.models import VisionTransformer, ViTConfig
+from dinov3.runlog import read_metrics
+from dinov3.train_head import run as head_module
+from dinov3.train_head.run import HeadConfig, open_data, rule_for, train_head
+from dinov3.train_head.tasks import cropped
+
+COLOURS = np.array([(220, 40, 40), (40, 200, 60), (50, 60, 230)], np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def tiny_backbone(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """The verb's own small model and its images cost seconds a test; these cost none."""
+
+    def tiny(config: HeadConfig) -> nn.Module:
+        from dinov3.hub import Origin
+
+        torch.manual_seed(0)
+        model = VisionTransformer(ViTConfig(embed_dim=32, depth=4, num_heads=2, n_storage_tokens=1))
+        model.init_weights()
+        model.origin = Origin("custom", "tiny", "random", (0.5,) * 3, (0.25,) * 3)  # type: ignore[assignment]
+        return model.eval()
+
+    monkeypatch.setattr(head_module, "load_backbone", tiny)
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(head_module, "figure", lambda *_: "")
+        monkeypatch.setattr(fitting, "plot", lambda *_: "")
+
+
+@pytest.fixture
+def drawn() -> None:
+    """For tests that look at the images of the result."""
+
+
+def blocks(seed: int, side: int = 64) -> np.ndarray:
+    """Classes [side, side] in blocks of 16."""
+    return np.random.default_rng(seed).integers(0, 3, (side // 16, side // 16)).repeat(16, 0).repeat(16, 1)
+
+
+def write(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def mask_folder(root: Path, n: int = 6) -> Path:
+    for i in range(n):
+        split = "train" if i < n - 2 else "val"
+        classes = blocks(i)
+        write(root / split / f"{i}.png", COLOURS[classes])
+        write(root / f"{split}annot" / f"{i}.png", classes.astype(np.uint8))
+    (root / "classes.txt").write_text("red\ngreen\nblue\n")
+    return root
+
+
+def test_masks_of_black_and_white_are_not_one_class(tmp_path: Path) -> None:
+    """0 and 255, the second of which does not count: a head of one class would be right everywhere."""
+    data = mask_folder(tmp_path / "data")
+    for file in data.glob("*annot/*.png"):
+        write(file, np.where(np.asarray(Image.open(file)) > 0, 255, 0).astype(np.uint8))
+    (data / "classes.txt").unlink()
+    for classes in ([], ["back", "person"]):
+        with pytest.raises(DinoError, match=r"only the number 0 \(besides 255"):
+            train_head(config(data, classes=classes), tmp_path / "run")
+
+
+def depth_folder(root: Path, n: int = 4) -> Path:
+    for i in range(n):
+        classes = blocks(i)
+        write(root / f"{i}.color.png", COLOURS[classes])
+        write(root / f"{i}.depth.png", (1000 * (1 + classes)).astype(np.uint16))
+    return root
+
+
+def class_folder(root: Path, n: int = 6) -> Path:
+    for i in range(n):
+        for label, name in enumerate(("red", "green")):
+            noise = np.random.default_rng(i).integers(-30, 30, (40, 48, 3))
+            write(root / name / f"{i}.png", np.clip(COLOURS[label] + noise, 0, 255).astype(np.uint8))
+    return root
+
+
+def box_folder(root: Path, n: int = 3) -> Path:
+    images, annotations = [], []
+    for i in range(n):
+        rng = np.random.default_rng(i)
+        page = np.full((64, 96, 3), 128, np.uint8)
+        x, y, label = int(rng.integers(0, 60)), int(rng.integers(0, 30)), i % 2
+        page[y : y + 30, x : x + 32] = COLOURS[label]
+        write(root / f"{i}.png", page)
+        images.append({"id": i, "file_name": f"{i}.png", "width": 96, "height": 64})
+        annotations.append({"id": i, "image_id": i, "category_id": label + 1, "bbox": [x, y, 32, 30], "iscrowd": 0})
+    categories = [{"id": 1, "name": "red"}, {"id": 2, "name": "green"}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (root / "_annotations.coco.json").write_text(json.dumps(content))
+    return root
+
+
+def config(data: Path, **changes: Any) -> HeadConfig:
+    given: dict[str, Any] = {"size": 64, "steps": 30, "batch": 2, "lr": 3e-2, "log_every": 5, "workers": 0}
+    return HeadConfig(data=str(data), **(given | changes))
+
+
+# ---- every task ------------------------------------------------------------------------------------------------------
+
+
+def test_a_segmentation_head_learns_a_folder_and_is_found_again(tmp_path: Path, drawn: None) -> None:
+    data = mask_folder(tmp_path / "data")
+    outcome = train_head(config(data), tmp_path / "run")
+    assert outcome.measured_on == "validation"
+    assert outcome.metrics["aAcc"] > 0.95
+    assert {"mIoU", "IoU/red", "IoU/blue"} <= set(outcome.metrics)
+    backbone = head_module.load_backbone(config(data))
+    model: Any = load_head(outcome.head, backbone=backbone)
+    info = model.head_info
+    assert (info.class_names, info.preprocessing.size, info.preprocessing.shape) == (
+        ("red", "green", "blue"),
+        64,
+        "short",
+    )
+    assert info.data == {"images": 4, "measured_on": "validation", "name": "data"}
+    image, classes = open_data("segmentation", str(data), "val")[0]
+    x, _ = info.preprocessing(image)
+    found = model.predict(x[None], rescale_to=classes.shape)[0].argmax(0).numpy()
+    assert (found == classes).mean() > 0.95
+    drawing = tmp_path / "run" / "result.png"
+    if drawing.is_file():
+        assert Image.open(drawing).width > 800
+    else:
+        assert "it needs matplotlib" in (tmp_path / "run" / "log.txt").read_text()
+    assert str(tmp_path) not in Path(outcome.head).read_bytes().decode("latin-1")
+
+
+def test_a_mask2former_head_is_fitted(tmp_path: Path) -> None:
+    small = {"hidden_dim": 32, "ffn": 32, "n_queries": 8, "decoder_layers": 3, "pixel_layers": 1}
+    wanted = config(mask_folder(tmp_path / "data"), head="mask2former", options=small, steps=5, batch=1, log_every=1)
+    wanted.lr, wanted.evaluate_every = 2e-3, 5
+    outcome = train_head(wanted, tmp_path / "run")
+    losses = [r["total_loss"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "total_loss" in r]
+    assert losses[-1] < 0.95 * losses[0]
+    assert load_head(outcome.head, backbone=head_module.load_backbone(wanted)).head_info.options["n_queries"] == 8
+
+
+@pytest.mark.parametrize("head", ["linear", "dpt"])
+def test_a_depth_head_learns_a_folder(tmp_path: Path, head: str) -> None:
+    small = {"channels": 16, "post_process_channels": [8, 8, 16, 16]} if head == "dpt" else {}
+    wanted = config(depth_folder(tmp_path / "data"), task="depth", head=head, options=small, lr=1e-2)
+    wanted.options["n_output_channels"], wanted.losses = 16, {"SIGLOSS": 1.0}
+    if head == "dpt":
+        wanted.steps, wanted.lr = 12, 3e-3
+    outcome = train_head(wanted, tmp_path / "run")
+    assert outcome.measured_on == "training"
+    first, *_, last = (r["rmse"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "rmse" in r)
+    assert last < first
+    assert outcome.metrics["a1"] > {"linear": 0.7, "dpt": 0.3}[head]
+    model: Any = load_head(outcome.head, backbone=head_module.load_backbone(wanted))
+    assert model.head_info.options["max_depth"] == 4.0  # the farthest, 3 m, rounded up
+    assert model.features_to_depth.max_depth == 4.0
+    image, truth, found = panels(wanted, outcome)
+    assert image.shape == truth.shape == found.shape == (64, 64, 3)
+    assert len(np.unique(truth.reshape(-1, 3), axis=0)) == 3  # three depths, three colours
+
+
+def test_a_classifier_learns_a_folder(tmp_path: Path) -> None:
+    wanted = config(class_folder(tmp_path / "data"), task="classification", val=str(class_folder(tmp_path / "val")))
+    outcome = train_head(wanted, tmp_path / "run")
+    assert outcome.metrics == {"accuracy": 1.0}
+    assert load_head(outcome.head, backbone=head_module.load_backbone(wanted)).head_info.class_names == ("green", "red")
+    _, truth, found = panels(wanted, outcome)
+    assert truth.shape == found.shape
+    assert not np.array_equal(truth, found)  # the prediction says how sure it is
+
+
+def panels(config: HeadConfig, outcome: Any) -> list[np.ndarray]:
+    """What the image of the result shows of the first image."""
+    backbone = head_module.load_backbone(config)
+    model = load_head(outcome.head, backbone=backbone)
+    data = open_data(config.task, config.data)
+    task = head_module.build_task(config, data, None, rule_for(config, backbone, {(64, 64)}))
+    with torch.no_grad():
+        return task.panels(model, data, 0, torch.device("cpu"))
+
+
+def test_validation_classes_are_numbered_as_those_of_training(tmp_path: Path) -> None:
+    val = class_folder(tmp_path / "val")
+    for i in range(6):  # without green, red would be number 0
+        (val / "green" / f"{i}.png").unlink()
+    (val / "green").rmdir()
+    wanted = config(class_folder(tmp_path / "data"), task="classification", val=str(val))
+    data, other = head_module.both_sides(wanted)
+    assert data.class_names == ["green", "red"]
+    assert {other[i][1] for i in range(len(other))} == {1}
+    write(val / "blue" / "0.png", COLOURS[blocks(0)])
+    with pytest.raises(DinoError, match="classes that the training data lack: blue"):
+        head_module.both_sides(wanted)
+
+
+def test_a_data_set_for_another_task_is_told(tmp_path: Path) -> None:
+    line = f"DenseFolder:root={depth_folder(tmp_path)}:kind=depth"
+    assert len(open_data("depth", line)) == 4
+    with pytest.raises(DinoError, match="is a data set for depth: a head for segmentation cannot learn from it"):
+        open_data("segmentation", line)
+    assert open_data("classification", f"Folder:root={class_folder(tmp_path / 'c')}").class_names == ["green", "red"]
+
+
+def simple_precision(found: Any, truth: Any, names: Any) -> Any:
+    """The share of true boxes that the best detection of their image overlaps by half: enough to see that it learns."""
+    from dinov3.metrics.boxes import overlap
+
+    hits = [
+        float(
+            overlap(f["boxes_xyxy_px"][:1], t["boxes_xyxy_px"][:1])[0].item() > 0.5 and f["labels"][0] == t["labels"][0]
+        )
+        for f, t in zip(found, truth)
+    ]
+    share = 100 * sum(hits) / len(hits)
+    return {"AP": share, "AP50": share, "AP75": None}, [{"class": name, "AP": share} for name in names]
+
+
+def test_a_detector_is_fitted_to_boxes(tmp_path: Path, drawn: None) -> None:
+    small = {"width": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn": 32, "decoder_ffn": 32, "n_heads": 2}
+    small |= {"n_queries": 10, "n_queries_one2many": 10, "topk": 10, "proposal_min_size": 16.0, "bias_hidden": 16}
+    wanted = config(
+        box_folder(tmp_path / "data"), task="detection", head="detr", options=small, lr=1e-3, steps=12, batch=3
+    )
+    outcome = train_head(wanted, tmp_path / "run", average_precision=simple_precision)
+    losses = [r["total_loss"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "total_loss" in r]
+    assert losses[-1] < losses[0]
+    model: Any = load_head(outcome.head, backbone=head_module.load_backbone(wanted))
+    assert model.class_names == ("red", "green")
+    with pytest.raises(DinoError, match="pass average_precision"):
+        train_head(wanted, tmp_path / "other")
+
+
+@pytest.mark.parametrize("task", ["segmentation", "depth", "classification", "detection"])
+def test_full_augmentation_gives_sound_examples(tmp_path: Path, task: str) -> None:
+    make = {"segmentation": mask_folder, "depth": depth_folder, "classification": class_folder, "detection": box_folder}
+    data = open_data(task, str(make[task](tmp_path)), "train" if task == "segmentation" else None)
+    wanted = HeadConfig(task=task, head="detr" if task == "detection" else "linear", size=64, augment="full", batch=3)
+    rule = rule_for(wanted, head_module.load_backbone(wanted), {(64, 64)})
+    made = head_module.build_task(wanted, data, None, rule, simple_precision)
+    batch = made.batches(0, 1)(0)
+    again = made.batches(0, 1)(0)
+    other = made.batches(0, 1)(1)
+    assert all(torch.equal(a, b) for a, b in zip(batch["x"], again["x"]))
+    assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(batch["x"], other["x"]))
+    if task == "segmentation":
+        assert batch["x"].shape == (3, 3, 64, 64)
+        assert batch["target"].shape == (3, 64, 64)
+    elif task == "depth":
+        assert batch["x"].shape[-2:] == batch["target"].shape[-2:]
+        assert float(batch["target"].max()) <= 3.0
+    elif task == "detection":
+        for x, target in zip(batch["x"], batch["target"]):
+            boxes = target["boxes_xyxy_px"]
+            assert bool((boxes[:, 2:] > boxes[:, :2]).all())
+            assert bool((boxes[:, 2] <= x.shape[-1] + 1e-3).all())
+
+
+def test_a_mirrored_image_takes_its_target_with_it(tmp_path: Path) -> None:
+    data = open_data("segmentation", str(mask_folder(tmp_path)), "train")
+    wanted = HeadConfig(size=64, augment="flip", batch=4)
+    made = head_module.build_task(wanted, data, None, rule_for(wanted, head_module.load_backbone(wanted), {(64, 64)}))
+    straight = {i: made.example(i, None) for i in range(4)}
+    turned = 0
+    for step in range(6):
+        batch = made.batches(0, 1)(step)
+        for i, index in enumerate(head_module.tasks.shuffled(4, 4, step)):
+            x, labels = straight[index]
+            mirrored = torch.equal(batch["x"][i], x.flip(-1))
+            turned += mirrored
+            assert mirrored or torch.equal(batch["x"][i], x)
+            assert torch.equal(batch["target"][i], labels.flip(-1) if mirrored else labels)
+    assert 4 < turned < 20
+
+
+def test_a_crop_keeps_boxes_that_are_still_there() -> None:
+    class Fixed:
+        values = iter([0.0, 0.0, 0.0] * 9)
+
+        def random(self) -> float:
+            return next(self.values)
+
+    image = Image.new("RGB", (100, 100))
+    boxes = torch.tensor([[0.0, 0, 40, 40], [90, 90, 100, 100], [70, 0, 90, 50]])
+    part, left, labels = cropped(image, boxes, torch.tensor([0, 1, 2]), Fixed())
+    assert part.size == (77, 77)  # 60 % of the area
+    assert left.tolist() == [[0, 0, 40, 40], [70, 0, 77, 50]]
+    assert labels.tolist() == [0, 2]
+
+
+# ---- remembered features --------------------------------------------------------------------------------------------
+
+
+def test_remembered_features_are_those_of_the_backbone_and_are_computed_once(tmp_path: Path) -> None:
+    backbone = head_module.load_backbone(HeadConfig())
+    model: Any = build_head("segmentation", "linear", backbone, n_classes=3)
+    x = torch.randn(3, 3, 48, 64)
+    encoder = model.segmentation_model[0]
+    expected = encoder(x)
+    for most_bytes in (1 << 30, 0):
+        with remembering(model, most_bytes=most_bytes, folder=tmp_path / "features") as memory:
+            for chosen in ([0, 1], [2, 0], [1, 2], [0, 1, 2]):
+                got = encoder(x[chosen])
+                for (a, b), (c, d) in zip(got, expected):
+                    torch.testing.assert_close(a, c[chosen], atol=1e-5, rtol=1e-5)
+                    torch.testing.assert_close(b, d[chosen], atol=1e-5, rtol=1e-5)
+                got[0][0].zero_()  # what a head does to them is its own business
+        assert (memory.computed, memory.asked) == (3, 9)
+        assert not (tmp_path / "features").exists()
+    assert torch.equal(encoder(x)[0][0], expected[0][0])
+    assert "get_intermediate_layers" not in vars(backbone)
+    classifier = build_head("classification", "linear", backbone, n_classes=2)
+    said = classifier(x)
+    with remembering(classifier):
+        torch.testing.assert_close(classifier(x), said, atol=1e-5, rtol=1e-5)
+
+
+# ---- stopping and going on ------------------------------------------------------------------------------------------
+
+
+def test_a_stopped_run_goes_on_to_the_same_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = config(mask_folder(tmp_path / "data"), save_every=4, evaluate_every=5, steps=16)
+    whole = train_head(wanted, tmp_path / "whole")
+    step = fitting._Fit.train_step
+
+    def dying(self: Any, loss: Any, batch: Any, number: int) -> Any:
+        if number == 10:
+            raise KeyboardInterrupt
+        return step(self, loss, batch, number)
+
+    monkeypatch.setattr(fitting._Fit, "train_step", dying)
+    with pytest.raises(KeyboardInterrupt):
+        train_head(wanted, tmp_path / "torn")
+    monkeypatch.setattr(fitting._Fit, "train_step", step)
+    torn = train_head(wanted, tmp_path / "torn")
+    assert torn.report.resumed_at == 8
+    assert torn.metrics == whole.metrics
+    assert torn.head.read_bytes() == whole.head.read_bytes()
+    with pytest.raises(DinoError, match="was started with size=64, not 32"):
+        train_head(config(tmp_path / "data", size=32), tmp_path / "torn")
+
+
+@pytest.mark.slow
+def test_a_killed_command_started_again_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    data = mask_folder(tmp_path / "data")
+
+    def command(out: str) -> list[str]:
+        return [
+            sys.executable, "-m", "dinov3.cli", "train-head", "segmentation", str(data), "--out", str(tmp_path / out),
+            "--backbone", "dinov3_vitt16", "--size", "64", "--steps", "60", "--batch", "2", "--save-every", "5",
+            "--device", "cpu",
+        ]  # fmt: skip
+
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command("whole"), check=True, capture_output=True, env=environment)
+    process = subprocess.Popen(command("torn"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    while process.poll() is None and not (tmp_path / "torn" / "ckpt" / "19").is_dir():
+        time.sleep(0.01)
+    assert process.poll() is None, "it ended before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = subprocess.run(command("torn"), check=True, capture_output=True, env=environment, text=True)
+    assert "resumed at step" in done.stderr
+    assert done.stdout.strip() == str(tmp_path / "torn" / "head.safetensors")
+    whole, torn = ((tmp_path / out / "head.safetensors").read_bytes() for out in ("whole", "torn"))
+    assert whole == torn
+
+
+# ---- what is told ---------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_or_missing_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for task, head in (
+        ("segmentation", "linear"),
+        ("depth", "linear"),
+        ("classification", "linear"),
+        ("detection", "detr"),
+    ):
+        with pytest.raises(DinoError):
+            train_head(HeadConfig(task=task, head=head, data=str(tmp_path / "empty")), tmp_path / "run")
+        with pytest.raises(DinoError, match="there is no folder"):
+            train_head(HeadConfig(task=task, head=head, data=str(tmp_path / "nowhere")), tmp_path / "run")
+
+
+def test_masks_that_do_not_match_are_named_at_most_five(tmp_path: Path) -> None:
+    data = mask_folder(tmp_path / "data", n=10)
+    for i in range(7):
+        write(data / "trainannot" / f"{i}.png", np.zeros((32, 64), np.uint8))
+    with pytest.raises(DinoError) as said:
+        train_head(config(data), tmp_path / "run")
+    text = str(said.value)
+    assert text.startswith("7 of the targets not of their image's size: 0.png 64×64 with 64×32, 1.png")
+    assert text.endswith("and 2 more")
+    assert text.count(".png") == 5
+
+
+def test_masks_of_other_names_are_told_with_what_there_is(tmp_path: Path) -> None:
+    write(tmp_path / "images" / "a.png", COLOURS[blocks(0)])
+    write(tmp_path / "masks" / "b.png", blocks(0).astype(np.uint8))
+    with pytest.raises(DinoError, match=r"of the same name .*it holds images/a.png, masks/b.png\)"):
+        open_data("segmentation", str(tmp_path))
+
+
+def test_images_without_masks_are_named_and_left_out(tmp_path: Path) -> None:
+    data = mask_folder(tmp_path / "data")
+    write(data / "train" / "lonely.png", COLOURS[blocks(9)])
+    outcome = train_head(config(data, steps=2), tmp_path / "run")
+    assert (
+        "1 of the images without a target of the same name, left out: lonely.png"
+        in (tmp_path / "run" / "log.txt").read_text()
+    )
+    assert outcome.head.is_file()
+
+
+def test_a_class_beyond_the_named_ones_is_told_with_the_way_out(tmp_path: Path) -> None:
+    data = mask_folder(tmp_path / "data")
+    with pytest.raises(DinoError, match=r"a mask holds class 2, but there are 2 classes .*--ignore 2"):
+        train_head(config(data, classes=["red", "green"]), tmp_path / "run")
+    outcome = train_head(config(data, classes=["red", "green"], ignore=2, steps=3), tmp_path / "run")
+    assert {"IoU/red", "IoU/green"} <= set(outcome.metrics)
+
+
+def test_a_size_below_a_patch_and_a_broken_image_are_told(tmp_path: Path) -> None:
+    data = mask_folder(tmp_path / "data")
+    with pytest.raises(DinoError, match="size 8 is smaller than one patch"):
+        train_head(config(data, size=8), tmp_path / "run")
+    (data / "train" / "0.png").write_bytes(b"no image at all, but bytes")
+    with pytest.raises(DinoError, match=r"1 of the images cannot be read: 0.png \("):
+        train_head(config(data), tmp_path / "run")
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "I;16", "P"])
+def test_grey_transparent_deep_and_palette_images_are_images(tmp_path: Path, mode: str) -> None:
+    data = mask_folder(tmp_path / "data")
+    path = data / "train" / "0.png"
+    with Image.open(path) as image:
+        grey = image.convert("L")
+        if mode == "I;16":
+            Image.fromarray((np.asarray(grey).astype(np.uint16)) * 257).save(path)
+        else:
+            (grey if mode == "L" else image.convert(mode)).save(path)
+    assert train_head(config(data, steps=2), tmp_path / "run").head.is_file()
+
+
+def test_images_of_several_aspects_become_squares(tmp_path: Path) -> None:
+    data = mask_folder(tmp_path / "data")
+    classes = blocks(20)[:32]
+    write(data / "train" / "wide.png", COLOURS[classes])
+    write(data / "trainannot" / "wide.png", classes.astype(np.uint8))
+    outcome = train_head(config(data, steps=3), tmp_path / "run")
+    info = load_head(outcome.head, backbone=head_module.load_backbone(config(data))).head_info
+    assert info.preprocessing.shape == "square"
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"head": "dtp", "task": "depth"}, "did you mean 'dpt'"),
+        ({"head": "detr"}, "detr is a head for detection"),
+        ({"augment": "flop"}, "did you mean 'flip'"),
+        ({"options": {"dropot": 0.5}}, "no option 'dropot'"),
+    ],
+)
+def test_wrong_words_are_told(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(DinoError, match=says):
+        train_head(config(mask_folder(tmp_path / "data"), **changes), tmp_path / "run")
+
+
+def test_the_verb_reads_options_and_prints_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from dinov3.cli import app
+
+    data = class_folder(tmp_path / "data")
+    args = ["train-head", "classification", str(data), "--out", str(tmp_path / "run"), "--steps", "2", "--batch", "2"]
+    result = CliRunner().invoke(app, [*args, "--size", "32", "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert str(tmp_path / "run" / "head.safetensors") in result.stdout
+    wrong = CliRunner().invoke(app, ["train-head", "depth", str(data), "--out", "x", "--head", "detr"])
+    assert isinstance(wrong.exception, DinoError)
+    segments = ["train-head", "segmentation", str(mask_folder(tmp_path / "m")), "--out", str(tmp_path / "run2")]
+    chosen = [*segments, "--size", "32", "--steps", "1", "--device", "cpu", "backbone_out_layers=LAST", "dropout=0.0"]
+    assert CliRunner().invoke(app, chosen).exit_code == 0
+    model = load_head(tmp_path / "run2" / "head.safetensors", backbone=head_module.load_backbone(HeadConfig()))
+    assert model.head_info.layers == (3,)
+
+
+# ---- real images --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.data
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "task, head, line, least",
+    [
+        ("segmentation", "linear", "DenseFolder:root={}/camvid:split=train:select=0:8:ignore=11", {"aAcc": 0.85}),
+        ("depth", "linear", "DenseFolder:root={}/7scenes:kind=depth:select=0:8", {"a1": 0.9}),
+        ("depth", "dpt", "DenseFolder:root={}/7scenes:kind=depth:select=0:8", {"a1": 0.95}),
+    ],
+)
+def test_heads_learn_eight_real_images_by_heart(
+    tmp_path: Path, development_data: Path, monkeypatch: pytest.MonkeyPatch, task: str, head: str, line: str, least: Any
+) -> None:
+    monkeypatch.undo()
+    narrow = {"channels": 32, "post_process_channels": [24, 48, 96, 192]}  # a DPT that a CPU trains in a minute
+    wanted = HeadConfig(
+        task=task, head=head, data=line.format(development_data), augment="none",
+        **({"size": 160, "steps": 200, "batch": 2, "lr": 1e-3, "options": narrow} if head == "dpt" else
+           {"size": 240, "steps": 150, "batch": 4, "lr": 1e-2}),
+    )  # fmt: skip
+    metrics = train_head(wanted, tmp_path / "run").metrics
+    for name, value in least.items():
+        assert metrics[name] > value, metrics
