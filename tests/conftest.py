@@ -34,6 +34,14 @@ def development_data() -> Path:
     return root
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line for the tests that had no development images, so that nobody takes them for passed."""
+    skipped = [r for r in terminalreporter.stats.get("skipped", []) if "data" in r.keywords]
+    if skipped:
+        reason = skipped[0].longrepr[2].removeprefix("Skipped: ")
+        terminalreporter.write_line(f"{len(skipped)} tests on real images were skipped: {reason}")
+
+
 @pytest.fixture(scope="session")
 def oracles() -> None:
     """Makes timm and transformers importable beside a CPU-only torch.

@@ -95,7 +95,9 @@ def test_nothing_moves_in_a_static_video() -> None:
     frame = torch.randn(12, 16, 256, generator=generator)
     mask = torch.zeros(12, 16, dtype=torch.long)
     mask[4:8, 5:9] = 1
-    for labels in track([frame] * 12, mask):
+    results = list(track([frame] * 12, mask))
+    assert len(results) == 12
+    for labels in results:
         assert torch.equal(masks(labels, (12, 16)), mask)
 
 
@@ -118,7 +120,9 @@ def test_an_object_that_moves_is_followed() -> None:
     frames, truth = moving_object()
     known = torch.ones(12, 16, dtype=torch.bool)
     known[4:8, 2:6] = False  # what the object hid in frame 0 was never seen as background: chance decides there
-    for labels, mask in zip(track(frames, truth[0]), truth):
+    results = list(track(frames, truth[0]))
+    assert len(results) == len(truth) == 10
+    for labels, mask in zip(results, truth):
         assert torch.equal(labels.argmax(-1)[known], mask[known])
         assert int((labels.argmax(-1) != mask).sum()) <= 2
 

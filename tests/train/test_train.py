@@ -345,7 +345,9 @@ def test_waiting_for_data_is_all_that_is_called_so(
     monkeypatch.setattr(assembly.Trainer, "fetch", slow_fetch)
     monkeypatch.setattr(assembly.Trainer, "save", slow_save)
     run(toy, images, tmp_path, "optim.accumulation_steps=2", "optim.epochs=1", "checkpointing.period=1")
-    for record in read_metrics(tmp_path / "metrics.jsonl"):
+    records = list(read_metrics(tmp_path / "metrics.jsonl"))
+    assert records
+    for record in records:
         assert 20 <= record["data_time"] < 20.5
 
 
