@@ -108,15 +108,6 @@ def connected(mask: Tensor, seed: tuple[int, int]) -> Tensor:
     return part
 
 
-def box_px(
-    found: Cut, patch_size: tuple[float, float] | float, size_hw: tuple[int, int]
-) -> tuple[float, float, float, float]:
-    """(x0, y0, x1, y1) in the network input's pixels, clipped to the unpadded image."""
-    ph, pw = patch_size if isinstance(patch_size, tuple) else (patch_size, patch_size)
-    r0, c0, r1, c1 = found.box_rc
-    return c0 * pw, r0 * ph, min(c1 * pw, size_hw[1]), min(r1 * ph, size_hw[0])
-
-
 def box_in_image(found: Cut, features: Features, image: int = 0) -> tuple[float, float, float, float]:
     """(x0, y0, x1, y1) in the original image's pixels."""
     r0, c0, r1, c1 = found.box_rc

@@ -91,16 +91,6 @@ SIZES: dict[str, tuple[int, int, int, float]] = {
 }
 
 
-def sized(name: str, **options: Any) -> ViTConfig:
-    """The configuration of a named size (`SIZES`), with options on top."""
-    if name not in SIZES:
-        raise UnknownName(f"unknown ViT size {name!r}{did_you_mean(name, SIZES)}")
-    embed_dim, depth, num_heads, ffn_ratio = SIZES[name]
-    return ViTConfig.of(
-        **{"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, "ffn_ratio": ffn_ratio} | options
-    )
-
-
 # ---- position ------------------------------------------------------------------------------------------------------
 
 

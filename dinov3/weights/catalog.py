@@ -33,11 +33,6 @@ STATISTICS: dict[str, tuple[tuple[float, float, float], tuple[float, float, floa
     "sat493m": ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143)),
     "own": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-DATASETS = {
-    "lvd1689m": "LVD-1689M, web images",
-    "sat493m": "SAT-493M, satellite images at 0.6 m",
-    "own": "freely licensed images; the file ships with the package under Apache-2.0",
-}
 
 DOWNLOAD_BASE = "https://dl.fbaipublicfiles.com/dinov3"  # DINOV3_DOWNLOAD_BASE in the environment overrides it
 DOWNLOAD_PAGE = "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/"

@@ -16,19 +16,11 @@ import pytest
 import torch
 from paths import GOLDEN_LOSSES
 from PIL import Image
+from reference_orders import reference_epoch, reference_infinite, reference_sharded_infinite
 
 from dinov3.data.crops import CropBatch, CropRules
 from dinov3.data.datasets import Folder
-from dinov3.data.loading import (
-    CropLoader,
-    Order,
-    chosen_resolution,
-    permuted,
-    reference_epoch,
-    reference_infinite,
-    reference_sharded_infinite,
-    resolutions,
-)
+from dinov3.data.loading import CropLoader, Order, chosen_resolution, permuted, resolutions
 from dinov3.data.masking import MaskRules
 from dinov3.errors import DinoError, ImageError
 

@@ -9,10 +9,19 @@ import torch
 from torch import Tensor
 
 from dinov3.dense import discovery
-from dinov3.dense.discovery import box_in_image, box_px, connected, cosines, cut, second_smallest, token_cut
+from dinov3.dense.discovery import Cut, box_in_image, connected, cosines, cut, second_smallest, token_cut
 from dinov3.errors import DinoError
 from dinov3.features import embed
 from dinov3.models.vit import VisionTransformer, ViTConfig
+
+
+def box_px(
+    found: Cut, patch_size: tuple[float, float] | float, size_hw: tuple[int, int]
+) -> tuple[float, float, float, float]:
+    """(x0, y0, x1, y1) in the network input's pixels, clipped to the unpadded image."""
+    ph, pw = patch_size if isinstance(patch_size, tuple) else (patch_size, patch_size)
+    r0, c0, r1, c1 = found.box_rc
+    return c0 * pw, r0 * ph, min(c1 * pw, size_hw[1]), min(r1 * ph, size_hw[0])
 
 
 def object_in_grid() -> Tensor:
