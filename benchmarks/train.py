@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from dinov3 import checkpoint
-from dinov3.config import TrainConfig
+from dinov3.config.train import TrainConfig
 from dinov3.data.crops import CropBatch
 from dinov3.data.masking import MaskRules, batch_masks
 from dinov3.optim import StepValues, build_optimizer, clip_per_module

@@ -10,6 +10,9 @@ import difflib
 import importlib
 from collections.abc import Iterable
 from types import ModuleType
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class DinoError(Exception):
@@ -53,6 +56,20 @@ def did_you_mean(name: str, known: Iterable[str], *, most: int = 3) -> str:
     lowered = {k.lower(): k for k in known}
     near = [lowered[m] for m in difflib.get_close_matches(name.lower(), lowered, n=most, cutoff=0.6)]
     return "; did you mean " + " or ".join(repr(n) for n in near) + "?" if near else ""
+
+
+def choices_sentence(value: object, choices: Iterable[object]) -> str:
+    """`"is one of a, b, c, not 'x'; did you mean …?"`, the end of a sentence that begins with what the value is for."""
+    known = [str(choice) for choice in choices if choice is not None]
+    return f"is one of {', '.join(known)}, not {value!r}{did_you_mean(str(value), known)}"
+
+
+def one_of(what: str, value: T, choices: Iterable[T]) -> T:
+    """The value, if it is among the choices. Raises `UnknownName`, which names them and the nearest ones."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise UnknownName(f"{what} {choices_sentence(value, choices)}")
+    return value
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:

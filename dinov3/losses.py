@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dinov3 import distributed
 from dinov3.distributed import Group
-from dinov3.errors import DinoError, UnknownName, did_you_mean
+from dinov3.errors import DinoError, UnknownName, one_of
 
 STUDENT_TEMPERATURE = 0.1
 KOLEO_EPS = 1e-8
@@ -293,10 +293,7 @@ def gram_loss(
     it never holds; its recipes were trained with "zero_teacher") · `tokens_used`: "all", or the "masked" or "unmasked"
     ones of `masks` [C, P]; these need `img_level=False`. No token selected: 0.
     """
-    if negatives not in GRAM_NEGATIVES:
-        raise UnknownName(
-            f"negatives is one of {', '.join(GRAM_NEGATIVES)}, not {negatives!r}{did_you_mean(negatives, GRAM_NEGATIVES)}"
-        )
+    one_of("negatives", negatives, GRAM_NEGATIVES)
     if student.ndim != 3 or student.shape[:2] != teacher.shape[:2] or teacher.ndim != 3:
         raise DinoError(
             f"the Gram loss compares [crops, patches, width] of equal crops and patches, not {_shape(student)} and "

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinov3.config import OptimConfig, ScheduleConfig, TrainConfig
+from dinov3.config.train import OptimConfig, ScheduleConfig, TrainConfig
 from dinov3.errors import DinoError
 
 Schedule = Callable[[int], float]

@@ -28,7 +28,8 @@ from typing import Any, Protocol, TextIO
 import torch
 from torch import Tensor
 
-from dinov3 import config as configuration
+from dinov3.config.loading import dump, to_dict
+from dinov3.config.train import SINKS
 from dinov3.errors import DinoError, UnknownName, did_you_mean, require
 from dinov3.files import Lock
 
@@ -97,7 +98,7 @@ def open_sink(name: str, folder: Path, iteration: int) -> Sink:
         return TensorBoard(folder, iteration)
     if name in ("wandb", "trackio"):
         return Wandb(folder, iteration, name)
-    raise UnknownName(f"unknown sink {name!r}{did_you_mean(name, configuration.SINKS)}")
+    raise UnknownName(f"unknown sink {name!r}{did_you_mean(name, SINKS)}")
 
 
 class RunDir:
@@ -140,12 +141,12 @@ class RunDir:
             self.say(f"{cut} records of iterations from {iteration} on were cut from {self.metrics_file.name}")
         self.sinks = [open_sink(s, self.path, iteration) if isinstance(s, str) else s for s in sinks]
         for sink in self.sinks:
-            sink.config(configuration.to_dict(config))
+            sink.config(to_dict(config))
 
     def _save_config(self, config: Any) -> None:
         """An earlier configuration that differs is kept under a number: a resumed run may change its mind."""
         beside = self.path / ".resolved.new.yaml"
-        configuration.dump(config, beside)
+        dump(config, beside)
         if self.config_file.exists() and self.config_file.read_bytes() != beside.read_bytes():
             n = 1
             while (kept := self.path / f"resolved.{n}.yaml").exists():

@@ -18,87 +18,30 @@ processes, which is `check_scale`, called once that number is known.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
-from dinov3.config.conditions import SCALING_RULES, SINKS, check_scale, dataset_problem, student_problems
-from dinov3.config.loading import RECIPES, dump, find_file, load, report, to_dict
-from dinov3.config.train import (
-    ANY,
-    ARCHITECTURES,
-    CONVNEXT_SIZES,
-    MISSING,
-    PUBLISHED,
-    VIT_SIZES,
-    CheckpointingConfig,
-    CropsConfig,
-    DataConfig,
-    DinoConfig,
-    DistillationConfig,
-    DistilledStudent,
-    EvaluationConfig,
-    GramConfig,
-    IbotConfig,
-    LearningRateConfig,
-    LoopConfig,
-    ModelConfig,
-    MultiDistillationConfig,
-    OptimConfig,
-    PrecisionConfig,
-    Problem,
-    Resolution,
-    RunConfig,
-    ScheduleConfig,
-    SchedulesConfig,
-    StudentConfig,
-    TeacherConfig,
-    TrainConfig,
-    as_list,
-    resolutions,
-    size_name,
-    vit_config,
-)
+from dinov3.config.conditions import problems, student_problems
+from dinov3.config.loading import find_file, load, report
+from dinov3.config.train import DistilledStudent, TrainConfig
 from dinov3.errors import DinoError
-
-__all__ = [
-    "ANY", "ARCHITECTURES", "CONVNEXT_SIZES", "MISSING", "PUBLISHED", "RECIPES", "SCALING_RULES", "SINKS",
-    "VIT_SIZES", "CheckpointingConfig", "CropsConfig", "DataConfig", "DinoConfig", "DistillationConfig",
-    "DistilledStudent", "EvaluationConfig", "GramConfig", "IbotConfig", "LearningRateConfig", "LoopConfig",
-    "ModelConfig", "MultiDistillationConfig", "OptimConfig", "PrecisionConfig", "Problem", "Resolution", "RunConfig",
-    "ScheduleConfig", "SchedulesConfig", "StudentConfig", "TeacherConfig", "TrainConfig", "as_list", "check_scale",
-    "dataset_problem", "describe", "dump", "find_file", "load", "load_config", "load_model_config", "load_student",
-    "load_teacher", "report", "resolutions", "size_name", "student_problems", "to_dict", "vit_config",
-]  # fmt: skip
 
 # ---- loading: defaults ← files ← command line -----------------------------------------------------------------------
 
 
 def load_config(
-    file: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
-    overrides: Sequence[str] = (),
-    *,
-    base: type[TrainConfig] = TrainConfig,
+    file: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None, overrides: Sequence[str] = ()
 ) -> tuple[TrainConfig, list[str]]:
     """Defaults ← file(s), later ones winning ← `key.sub=value`; the configuration and notes worth printing.
 
     Raises one DinoError that lists every mistake of every source.
     """
-    return load(base, file, overrides)
+    return load(TrainConfig, file, overrides, check=problems)
 
 
 def load_model_config(file: str | os.PathLike[str], overrides: Sequence[str] = ()) -> tuple[TrainConfig, list[str]]:
     """A training configuration that only describes a model: data, losses and schedules need not be sound."""
-    return load(_ModelOnly, file, overrides)
-
-
-@dataclass
-class _ModelOnly(TrainConfig):
-    def problems(self) -> Iterator[Problem]:
-        yield from student_problems(self.student)
-
-    def remarks(self) -> Iterator[str]:
-        yield from ()
+    return load(TrainConfig, file, overrides, check=lambda config: student_problems(config.student))
 
 
 def load_student(
@@ -121,7 +64,8 @@ def load_student(
         f"train.batch_size_per_gpu={m.global_batch_size // world_size}",
     ]
     near = find_file(file).parent
-    loaded, notes = load(TrainConfig, [find_file(student.config_path, near=near), file], [*overrides, *own])
+    files = [find_file(student.config_path, near=near), file]
+    loaded, notes = load_config(files, [*overrides, *own])
     return student, loaded, notes
 
 
@@ -141,8 +85,3 @@ def load_teacher(config: TrainConfig, *, near: Path | None = None) -> TrainConfi
     if wrong:
         raise DinoError(report(wrong))
     return teacher
-
-
-def describe(notes: Iterable[str]) -> str:
-    """Notes as lines for the log."""
-    return "\n".join(f"note: {note}" for note in notes)

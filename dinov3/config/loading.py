@@ -1,7 +1,8 @@
-"""Any dataclass of dataclasses from YAML files and dotted overrides: strict, and every mistake told at once.
+"""Any dataclass of dataclasses from YAML files and dotted overrides: strict, and every mistake reported at once.
 
-Nested dataclasses, a method `problems()` giving (key, sentence) for each condition that does not hold, `remarks()` for
-what is worth saying, and a class attribute `RETIRED` of keys that are read past.
+Bounds of single fields are in their metadata (`bounds`). Hooks of the class, all optional: `problems()` gives (key,
+sentence) for each condition between fields that does not hold, `remarks()` what is worth a note, `implied(written)` defaults
+that follow from what was written; RETIRED are keys that are accepted and ignored, SUPERSEDED keys that a section replaces.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from dinov3.config.train import ANY, PUBLISHED, V1_KEYS, V1_TO_V2
+from dinov3.config.bounds import Problem, literals, violations
 from dinov3.errors import DinoError, did_you_mean, require
 
 T = TypeVar("T")
+ANY = object()  # in RETIRED: whatever its value, it never did anything
 
 RECIPES = Path(__file__).parents[1] / "configs" / "train"  # a recipe may be named without its folder
 
@@ -44,8 +46,13 @@ def load(
     cls: type[T],
     file: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     overrides: Sequence[str] = (),
+    *,
+    check: Callable[[T], Iterable[Problem]] | None = None,
 ) -> tuple[T, list[str]]:
-    """Any dataclass of dataclasses from YAML file(s) and dotted overrides; see the top of this file for its hooks."""
+    """Any dataclass of dataclasses from YAML file(s) and dotted overrides; see the top of this file for its hooks.
+
+    check: conditions between fields; default: the class's own `problems()`. Raises one `DinoError` with every mistake.
+    """
     files = [] if file is None else [file] if isinstance(file, (str, os.PathLike)) else list(file)
     loader = _Loader(cls)
     sources = [(name, tree) for f in files for name, tree in loader.read(f)]
@@ -53,7 +60,7 @@ def load(
     loader.preset(sources)
     for name, tree in sources:
         loader.merge(tree, name)
-    return loader.finish()
+    return loader.finish(check)
 
 
 class _Loader:
@@ -103,14 +110,10 @@ class _Loader:
                 yield tree
 
     def preset(self, sources: list[tuple[str, dict[str, Any]]]) -> None:
-        """A published architecture's options become defaults, before anything that was written."""
-        arch = None
-        for _, tree in sources:
-            section = tree.get("student")
-            arch = section.get("arch", arch) if isinstance(section, dict) else arch
-        if arch in PUBLISHED and "student.arch" in self.keys:
-            for name, value in PUBLISHED[arch][1].items():
-                self.set(f"student.{name}", value)
+        """Defaults that what was written implies, before anything of it is merged."""
+        written = {key: value for _, tree in sources for key, value, _ in _leaves(tree, self.cls)}
+        for key, value in self.cls.implied(written).items() if hasattr(self.cls, "implied") else ():
+            self.set(key, value)
 
     # -- merging
 
@@ -134,7 +137,8 @@ class _Loader:
                 self.set(key, _member(_floats(value, hint), hint))
             except Exception as error:
                 first = str(error).splitlines()[0]
-                nested = first if "Key '" in first else f"expected {_spoken(hint)}, not {value!r}"
+                near = did_you_mean(str(value), map(str, literals(hint)))
+                nested = first if "Key '" in first else f"expected {_spoken(hint)}, not {value!r}{near}"
                 self.blame(key, source, nested)
                 continue
             if self.origin.get(key) not in (None, source, "command line") and source != "command line":
@@ -169,7 +173,7 @@ class _Loader:
 
     # -- the end
 
-    def finish(self) -> Any:
+    def finish(self, check: Callable[[Any], Iterable[Problem]] | None) -> Any:
         try:
             self.omega.to_container(self.values, resolve=True)
         except Exception as error:  # an interpolation ${…} that leads nowhere
@@ -183,10 +187,16 @@ class _Loader:
         lines = list(self.wrong.values())
         instance = None
         if not self.omega.missing_keys(self.values):
-            self.schedule_forms()
+            self.superseded()
             lines = list(self.wrong.values())
             instance = self.omega.to_object(self.values)
-            for key, sentence in instance.problems() if hasattr(instance, "problems") else ():
+            found = list(violations(instance))
+            try:
+                found += check(instance) if check is not None else getattr(instance, "problems", tuple)()
+            except Exception:
+                if not found:  # conditions between fields may stumble over one that is out of its bounds
+                    raise
+            for key, sentence in found:
                 if not any(known == key or known.startswith(f"{key}.") for known in self.wrong):
                     lines.append(f"{key} ({self.origin.get(key, 'default')}): {sentence}")
             if hasattr(instance, "remarks"):
@@ -195,17 +205,18 @@ class _Loader:
             raise DinoError(report(lines))
         return instance, self.notes
 
-    def schedule_forms(self) -> None:
-        """With `schedules`, the v1 keys do nothing: from a file that is a note, typed by hand it is a mistake."""
-        if "schedules.lr.peak" not in self.keys or self.omega.select(self.values, "schedules") is None:
+    def superseded(self) -> None:
+        """Keys that a section replaces do nothing beside it: from a file that is a note, typed by hand it is a mistake."""
+        section, replacements = getattr(self.cls, "SUPERSEDED", ("", {}))
+        if not section or self.omega.select(self.values, section) is None:
             return
-        for key in V1_KEYS:
+        for key, replacement in replacements.items():
             if self.omega.select(self.values, key) is None:
                 continue
             if self.origin.get(key) == "command line":
-                self.blame(key, "command line", f"has no effect beside schedules; set {V1_TO_V2[key]}")
+                self.blame(key, "command line", f"has no effect beside {section}; set {replacement}")
             elif key in self.origin:
-                self.notes.append(f"{key} ({self.origin[key]}): ignored, the schedules section is used")
+                self.notes.append(f"{key} ({self.origin[key]}): ignored, the {section} section is used")
             self.set(key, None)
 
 

@@ -7,15 +7,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from dinov3.config.bounds import setting
+from dinov3.config.loading import ANY
 from dinov3.errors import UnknownName, did_you_mean
 from dinov3.models import vit
 from dinov3.models.convnext import ConvNeXtConfig
 from dinov3.models.vit import ViTConfig
 
-Problem = tuple[str, str]  # a key and what is wrong with it
-
 MISSING: Any = "???"  # OmegaConf's mark for a value that must be given
-ANY = object()  # in RETIRED: whatever its value, it never did anything
+SINKS = ("tensorboard", "wandb", "trackio")
 
 # ---- architectures that a configuration may name --------------------------------------------------------------------
 
@@ -101,14 +101,15 @@ class SchedulesConfig:
 class DinoConfig:
     loss_weight: float = 1.0
     global_ignore_diagonal: bool = True  # a global crop is not compared with itself
-    head_n_prototypes: int = 65536
-    head_bottleneck_dim: int = 256
-    head_nlayers: int = 3
-    head_hidden_dim: int = 2048
+    head_n_prototypes: int = setting(65536, above=0)
+    head_bottleneck_dim: int = setting(256, above=0)
+    head_nlayers: int = setting(3, above=0)
+    head_hidden_dim: int = setting(2048, above=0)
     koleo_loss_weight: float = 0.1
     koleo_loss_distributed: bool = False  # neighbours over several processes instead of this one's crops
-    koleo_topk: int = 1
-    koleo_distributed_loss_group_size: int | None = None  # images that are compared; null: the global batch
+    koleo_topk: int = setting(1, above=0)
+    # images that are compared; null: the global batch
+    koleo_distributed_loss_group_size: int | None = setting(None, above=0)
     reweight_dino_local_loss: bool = False
     local_loss_weight_schedule: ScheduleConfig = field(
         default_factory=lambda: ScheduleConfig(start=0.5, peak=0.5, end=0.5)
@@ -118,13 +119,13 @@ class DinoConfig:
 @dataclass
 class IbotConfig:
     loss_weight: float = 1.0
-    mask_sample_probability: float = 0.5  # share of global crops that are masked at all
+    mask_sample_probability: float = setting(0.5, at_least=0, at_most=1)  # share of global crops that are masked at all
     mask_ratio_min_max: tuple[float, float] = (0.1, 0.5)
     mask_random_circular_shift: bool = False
-    head_n_prototypes: int = 65536
-    head_bottleneck_dim: int = 256
-    head_nlayers: int = 3
-    head_hidden_dim: int = 2048
+    head_n_prototypes: int = setting(65536, above=0)
+    head_bottleneck_dim: int = setting(256, above=0)
+    head_nlayers: int = setting(3, above=0)
+    head_hidden_dim: int = setting(2048, above=0)
 
 
 @dataclass
@@ -139,9 +140,9 @@ class GramConfig:
     ckpt: str | None = None  # a teacher: a dump of an evaluation, a checkpoint, or published weights
     it_load_ema_teacher: int = -1  # load the Gram teacher from the EMA teacher before this iteration
     rep_update: bool = True  # refresh the Gram teacher from the EMA teacher
-    update_frequency: int = 50000
+    update_frequency: int = setting(50000, above=0)
     it_first_update: int = 0
-    max_updates: int | None = None
+    max_updates: int | None = setting(None, at_least=0)
     normalized: bool = True
     img_level: bool = False  # one matrix per crop instead of one per batch
     remove_neg: bool = False
@@ -153,12 +154,12 @@ class GramConfig:
 
 @dataclass
 class LoopConfig:
-    batch_size_per_gpu: int = 64
+    batch_size_per_gpu: int = setting(64, above=0)
     dataset_path: str | None = "ImageNet:split=TRAIN"  # Name:key=value:…, or (ours) a folder, tar or parquet source
     output_dir: str = "."  # set from --output-dir
     seed: int = 0  # of the samplers
-    num_workers: int = 10  # of each process, for all resolutions together
-    OFFICIAL_EPOCH_LENGTH: int = 1250  # iterations; the unit of every *_epochs
+    num_workers: int = setting(10, at_least=0)  # of each process, for all resolutions together
+    OFFICIAL_EPOCH_LENGTH: int = setting(1250, above=0)  # iterations; the unit of every *_epochs
     checkpointing: bool = False  # activation checkpointing: recompute what is cheap …
     checkpointing_full: bool = False  # … or everything
     compile: bool = True
@@ -170,18 +171,18 @@ class LoopConfig:
 @dataclass
 class StudentConfig:
     arch: str = "vit_large"  # a key of VIT_SIZES or CONVNEXT_SIZES, or a published name such as dinov3_vits16plus
-    patch_size: int = 16  # ConvNeXt: pseudo patch size
-    drop_path_rate: float = 0.3
+    patch_size: int = setting(16, above=0)  # ConvNeXt: pseudo patch size
+    drop_path_rate: float = setting(0.3, at_least=0, below=1)
     layerscale: float | None = 1e-5  # ViT only; a ConvNeXt block begins at 1e-6
     ffn_layer: Literal["mlp", "swiglu", "swiglu32", "swiglu64", "swiglu128"] = "mlp"
-    ffn_ratio: float | None = None  # null: the arch's own. The reference says 4.0 and ignores it
-    in_chans: int = 3
+    ffn_ratio: float | None = setting(None, above=0)  # null: the arch's own. The reference says 4.0 and ignores it
+    in_chans: int = setting(3, above=0)
     resume_from_teacher_chkpt: str = ""  # first weights, heads included
     qkv_bias: bool = True
     proj_bias: bool = True
     ffn_bias: bool = True
     norm_layer: Literal["layernorm", "layernormbf16", "rmsnorm"] = "layernorm"
-    n_storage_tokens: int = 0  # the paper's register tokens
+    n_storage_tokens: int = setting(0, at_least=0)  # the paper's register tokens
     mask_k_bias: bool = False
     untie_cls_and_patch_norms: bool = False
     untie_global_and_local_cls_norm: bool = False
@@ -190,24 +191,24 @@ class StudentConfig:
     pos_embed_rope_max_period: float | None = None
     pos_embed_rope_normalize_coords: Literal["separate", "min", "max"] = "separate"
     pos_embed_rope_shift_coords: float | None = None
-    pos_embed_rope_jitter_coords: float | None = None
-    pos_embed_rope_rescale_coords: float | None = None
+    pos_embed_rope_jitter_coords: float | None = setting(None, at_least=1)
+    pos_embed_rope_rescale_coords: float | None = setting(None, at_least=1)
     pos_embed_rope_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"  # of the tables; bf16 is what the reference trains
     fp8_enabled: bool = False
     fp8_filter: str = "blocks"  # a regular expression over module paths
-    embed_dim: int | None = None  # these three are ours, for toys: null is the arch's own
-    depth: int | None = None
-    num_heads: int | None = None
+    embed_dim: int | None = setting(None, above=0)  # these three are ours, for toys: null is the arch's own
+    depth: int | None = setting(None, above=0)
+    num_heads: int | None = setting(None, above=0)
 
 
 @dataclass
 class TeacherConfig:
     """The v1 schedules of the teacher."""
 
-    momentum_teacher: float | None = 0.992
-    final_momentum_teacher: float | None = 1.0
-    warmup_teacher_temp: float | None = 0.04
-    teacher_temp: float | None = 0.07
+    momentum_teacher: float | None = setting(0.992, at_least=0, at_most=1)
+    final_momentum_teacher: float | None = setting(1.0, at_least=0, at_most=1)
+    warmup_teacher_temp: float | None = setting(0.04, above=0)
+    teacher_temp: float | None = setting(0.07, above=0)
     warmup_teacher_temp_epochs: float | None = 30
 
 
@@ -234,8 +235,9 @@ class MultiDistillationConfig:
 
 @dataclass
 class OptimConfig:
-    epochs: int = 100
-    iterations: int | None = None  # ours: in all, every *_epochs stretched; null: epochs × OFFICIAL_EPOCH_LENGTH
+    epochs: int = setting(100, above=0)
+    # ours: in all, every *_epochs stretched; null: epochs × OFFICIAL_EPOCH_LENGTH
+    iterations: int | None = setting(None, above=0)
     weight_decay: float | None = 0.04  # this and the next six: v1 schedules
     weight_decay_end: float | None = 0.4
     lr: float | None = 0.001  # before scaling with the batch
@@ -243,22 +245,23 @@ class OptimConfig:
     min_lr: float | None = 1e-6
     schedule_trunc_extra: float | None = 0.0
     freeze_last_layer_epochs: float | None = 1
-    clip_grad: float | None = 3.0  # 0 or null: no clipping
-    scaling_rule: str | None = "sqrt_wrt_1024"  # sqrt_wrt_1024 | linear_wrt_256 | none
+    clip_grad: float | None = setting(3.0, at_least=0)  # 0 or null: no clipping
+    scaling_rule: Literal["sqrt_wrt_1024", "linear_wrt_256", "none"] | None = "sqrt_wrt_1024"
     patch_embed_lr_mult: float = 0.2
-    layerwise_decay: float = 0.9
+    layerwise_decay: float = setting(0.9, above=0)
     dino_head_wd_multiplier: float = 1.0
     multi_tensor_optim: bool = True
-    adamw_beta1: float = 0.9
-    adamw_beta2: float = 0.999
-    accumulation_steps: int = 1  # ours: batches whose gradients are added before a step; counted in the global batch
+    adamw_beta1: float = setting(0.9, at_least=0, below=1)
+    adamw_beta2: float = setting(0.999, at_least=0, below=1)
+    # ours: batches whose gradients are added before a step; counted in the global batch
+    accumulation_steps: int = setting(1, above=0)
 
 
 @dataclass
 class CropsConfig:
     global_crops_scale: tuple[float, float] = (0.32, 1.0)
     local_crops_scale: tuple[float, float] = (0.05, 0.32)
-    local_crops_number: int = 8
+    local_crops_number: int = setting(8, above=0)
     global_crops_size: int | list[int] = 224  # a list: several resolutions, one drawn for each iteration
     local_crops_size: int | list[int] = 96
     global_local_crop_pairs_ratios: float | list[float] = 1.0
@@ -267,9 +270,10 @@ class CropsConfig:
     share_color_jitter: bool = False
     gram_teacher_no_distortions: bool = False
     horizontal_flips: bool = True
-    rgb_mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
-    rgb_std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
-    teacher_to_student_resolution_scale: float = 1.0  # the teacher sees its crops smaller by this factor
+    rgb_mean: list[float] = setting([0.485, 0.456, 0.406])
+    rgb_std: list[float] = setting([0.229, 0.224, 0.225], above=0)
+    # the teacher sees its crops smaller by this factor
+    teacher_to_student_resolution_scale: float = setting(1.0, above=0)
     # Ours. "paper": blur with probability 1, 0.1, 0.5 (global 1, global 2, local). "applied": 0, 0.9, 0.5, which is
     # what the published training code does by an inversion, and so what the published models were trained with.
     blur_probabilities: Literal["applied", "paper"] = "applied"
@@ -281,19 +285,19 @@ class EvaluationConfig:
     # Ours: k-NN while training, on the EMA teacher. Off unless both data sets are named.
     knn_train_dataset: str | None = None
     knn_val_dataset: str | None = None
-    knn_period_iterations: int | None = None  # null: at every eval_period_iterations
-    knn_k: int = 20
-    knn_temperature: float = 0.07
-    knn_image_size: int = 224
-    knn_batch_size: int = 64
+    knn_period_iterations: int | None = setting(None, above=0)  # null: at every eval_period_iterations
+    knn_k: int = setting(20, above=0)
+    knn_temperature: float = setting(0.07, above=0)
+    knn_image_size: int = setting(224, above=0)
+    knn_batch_size: int = setting(64, above=0)
     knn_max_images: int | None = None  # at most that many of each data set
 
 
 @dataclass
 class CheckpointingConfig:
-    period: int = 3750
-    max_to_keep: int = 3
-    keep_every: int = 99999999999999999  # these are never deleted
+    period: int = setting(3750, above=0)
+    max_to_keep: int = setting(3, above=0)
+    keep_every: int = setting(99999999999999999, above=0)  # these are never deleted
 
 
 @dataclass
@@ -301,8 +305,8 @@ class DataConfig:
     """Ours: what happens between the disk and the crops."""
 
     unreadable: Literal["skip", "stop"] = "skip"  # an image that cannot be read: take the next one, or stop the run
-    max_unreadable: int = 1000  # with "skip": so many, and the data is the problem
-    prefetch_factor: int = 2  # batches each worker keeps ready
+    max_unreadable: int = setting(1000, above=0)  # with "skip": so many, and the data is the problem
+    prefetch_factor: int = setting(2, above=0)  # batches each worker keeps ready
 
 
 @dataclass
@@ -311,9 +315,9 @@ class RunConfig:
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     deterministic: bool = False  # same numbers twice on the same machine, at the price of speed
-    time_limit_minutes: float | None = None  # then a checkpoint, and a clean end
-    log_every: int = 10  # iterations between two lines
-    sinks: list[str] = field(default_factory=list)  # tensorboard | wandb | trackio, beside metrics.jsonl
+    time_limit_minutes: float | None = setting(None, above=0)  # then a checkpoint, and a clean end
+    log_every: int = setting(10, above=0)  # iterations between two lines
+    sinks: list[str] = setting([], choices=SINKS)  # beside metrics.jsonl
     note: str = ""  # free words, kept in resolved.yaml
 
 
@@ -417,15 +421,17 @@ class TrainConfig:
         "coding_rate_loss.*": (ANY, _NEVER),
     }
 
+    SUPERSEDED: ClassVar[tuple[str, Mapping[str, str]]] = ("schedules", V1_TO_V2)
+
     @property
     def iterations(self) -> int:
         return self.optim.iterations or self.optim.epochs * self.train.OFFICIAL_EPOCH_LENGTH
 
-    def problems(self) -> Iterator[Problem]:
-        """Every condition that does not hold, as (key, sentence)."""
-        from dinov3.config import conditions
-
-        yield from conditions.problems(self)
+    @classmethod
+    def implied(cls, written: Mapping[str, Any]) -> dict[str, Any]:
+        """Defaults that follow from what was written: a published architecture brings its options."""
+        arch = written.get("student.arch")
+        return {f"student.{k}": v for k, v in PUBLISHED[arch][1].items()} if arch in PUBLISHED else {}
 
     def remarks(self) -> Iterator[str]:
         """What is allowed and still worth a line."""

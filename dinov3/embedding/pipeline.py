@@ -30,7 +30,7 @@ from dinov3.data.transforms.inputs import Geometry, Preprocessing
 from dinov3.embedding.schema import Failure, PatchPrecision, Row, StoreFacts
 from dinov3.embedding.search import EXACT_LIMIT, build_index
 from dinov3.embedding.store import EmbeddingStore
-from dinov3.errors import DinoError, ImageError
+from dinov3.errors import DinoError, ImageError, UnknownName, choices_sentence, one_of
 from dinov3.features import Features, extract
 from dinov3.weights import catalog
 
@@ -73,7 +73,7 @@ def pool(features: Features, pooling: str) -> Tensor:
         return features.mean
     if pooling == "cls+mean":
         return torch.cat([features.cls, features.mean], dim=-1)
-    raise DinoError(f"pooling is one of {', '.join(POOLINGS)}, not {pooling!r}")
+    raise UnknownName(f"pooling {choices_sentence(pooling, POOLINGS)}")
 
 
 def lasting_source(origin: Origin) -> str:
@@ -303,8 +303,7 @@ def embed_source(
     the last commit with `report.interrupted`; nothing that was committed is lost. Raises `StoreError` where the store
     holds another model, preprocessing, pooling or precision.
     """
-    if pooling not in POOLINGS:
-        raise DinoError(f"pooling is one of {', '.join(POOLINGS)}, not {pooling!r}")
+    one_of("pooling", pooling, POOLINGS)
     embedder = Embedder(model, preprocessing, pooling, patches)
     batch_size = batch_size or auto_batch(model, preprocessing)
     workers = workers or auto_workers(model)

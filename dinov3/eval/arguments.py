@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, TypeVar
 
-from dinov3 import config as configuration
+from dinov3.config.bounds import Problem, setting
+from dinov3.config.loading import load
 from dinov3.errors import DinoError, did_you_mean
 
 C = TypeVar("C", bound="EvalConfig")
@@ -59,8 +60,8 @@ class FeatureSection:
 @dataclass
 class FewShotSection:
     enable: bool = False
-    k_or_percent: float | None = None  # < 1: share of each class; ≥ 1: images of each class
-    n_tries: int = 1
+    k_or_percent: float | None = setting(None, above=0)  # < 1: share of each class; ≥ 1: images of each class
+    n_tries: int = setting(1, at_least=1)
 
 
 @dataclass
@@ -71,23 +72,23 @@ class EvalConfig:
     output_dir: str = "."
     save_results: bool = False  # keep predictions and targets as .npy
 
-
-def section_problems(config: Any) -> Iterator[tuple[str, str]]:
-    """Conditions on the sections above, for a configuration's `problems()`."""
-    model: ModelSection = config.model
-    theirs = [f"model.{k}" for k in ("config_file", "pretrained_weights") if getattr(model, k)]
-    ours = [f"model.{k}" for k in ("name", "weights") if getattr(model, k)]
-    if model.dino_hub and (theirs or ours):
-        yield "model.dino_hub", f"excludes {', '.join(theirs + ours)}: it names architecture and weights"
-    if theirs and ours:
-        yield ours[0], f"excludes {', '.join(theirs)}; give one or the other"
-    if model.pretrained_weights and not model.config_file:
-        yield "model.pretrained_weights", "needs model.config_file; a file that says what it is goes to model.weights"
-    shots: FewShotSection | None = getattr(config, "few_shot", None)
-    if shots is not None and shots.enable and (shots.k_or_percent is None or shots.k_or_percent <= 0):
-        yield "few_shot.k_or_percent", "must be given with few_shot.enable: 5 images of each class, or 0.1 of them"
-    if shots is not None and shots.n_tries < 1:
-        yield "few_shot.n_tries", "must be at least 1"
+    def problems(self) -> Iterator[Problem]:
+        """Conditions between fields, for the loader; a subclass adds its own."""
+        model = self.model
+        theirs = [f"model.{k}" for k in ("config_file", "pretrained_weights") if getattr(model, k)]
+        ours = [f"model.{k}" for k in ("name", "weights") if getattr(model, k)]
+        if model.dino_hub and (theirs or ours):
+            yield "model.dino_hub", f"excludes {', '.join(theirs + ours)}: it names architecture and weights"
+        if theirs and ours:
+            yield ours[0], f"excludes {', '.join(theirs)}; give one or the other"
+        if model.pretrained_weights and not model.config_file:
+            yield (
+                "model.pretrained_weights",
+                "needs model.config_file; a file that says what it is goes to model.weights",
+            )
+        shots: FewShotSection | None = getattr(self, "few_shot", None)
+        if shots is not None and shots.enable and shots.k_or_percent is None:
+            yield "few_shot.k_or_percent", "must be given with few_shot.enable: 5 images of each class, or 0.1 of them"
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
@@ -131,7 +132,7 @@ def split_arguments(argv: Sequence[str]) -> Arguments:
 def read_arguments(cls: type[C], argv: Sequence[str]) -> tuple[C, list[str], Arguments]:
     """(configuration, notes, the arguments in parts). Raises one `DinoError` with every mistake."""
     arguments = split_arguments(argv)
-    config, notes = configuration.load(cls, arguments.file, arguments.overrides)
+    config, notes = load(cls, arguments.file, arguments.overrides)
     return config, notes, arguments
 
 

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from dinov3 import distributed
+from dinov3.config.bounds import setting
 from dinov3.data.datasets import KNOWN, make_dataset
 from dinov3.data.datasets.dense import DenseDataset, DenseFolder
 from dinov3.data.transforms import dense as dense_transforms
-from dinov3.errors import DinoError, did_you_mean
+from dinov3.errors import DinoError, choices_sentence, did_you_mean
 from dinov3.eval import session as common
 from dinov3.fit.loop import SCHEDULES, FitConfig, shuffled
 
@@ -55,7 +56,7 @@ class SchedulerSection:
     """
 
     type: str = "WarmupOneCycleLR"
-    total_iter: int = 40000
+    total_iter: int = setting(40000, at_least=1)
     constructor_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -69,7 +70,7 @@ def scheduler_problems(section: SchedulerSection) -> Iterator[tuple[str, str]]:
     names = ("WarmupOneCycleLR", *(s for s in SCHEDULES if s != "one_cycle"))
     kwargs = section.constructor_kwargs
     if section.type not in names:
-        yield "scheduler.type", f"is one of {', '.join(names)}, not {section.type!r}{did_you_mean(section.type, names)}"
+        yield "scheduler.type", choices_sentence(section.type, names)
     elif section.type == "WarmupOneCycleLR":
         for name in kwargs:
             if name not in ONE_CYCLE:
@@ -77,8 +78,6 @@ def scheduler_problems(section: SchedulerSection) -> Iterator[tuple[str, str]]:
                 yield f"scheduler.constructor_kwargs.{name}", f"unknown key{hint}"
         if kwargs.get("pct_start", 0) != 0 or kwargs.get("anneal_strategy", "cos") != "cos":
             yield "scheduler.constructor_kwargs", "only pct_start 0 with a cosine exists: the warm-up is warmup_iters"
-    if section.total_iter < 1:
-        yield "scheduler.total_iter", f"must be at least 1, not {section.total_iter}"
 
 
 def fit_config(

@@ -10,8 +10,8 @@ the public code, which only turn exact ties into misses.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,37 +19,30 @@ import torch
 from torch import Tensor, nn
 
 from dinov3 import distributed
+from dinov3.config.bounds import setting
 from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.detection import BoxDataset, CocoDetection
 from dinov3.dense.discovery import box_in_image, cosines, cut
 from dinov3.errors import DinoError
 from dinov3.eval import session as common
-from dinov3.eval.session import EvalConfig, Session
+from dinov3.eval.arguments import EvalConfig
+from dinov3.eval.session import Session
 from dinov3.features import default_preprocessing, embed
 from dinov3.metrics.boxes import overlap
 
 
 @dataclass
 class DiscoveryConfig(EvalConfig):
-    data: str = ""  # VocDetection:root=…/VOC2007:split=trainval, CocoDetection:root=…:split=train2014, …
+    # VocDetection:root=…/VOC2007:split=trainval, CocoDetection:root=…:split=train2014, …
+    data: str = setting("", required="data=VocDetection:root=FOLDER:split=trainval, or CocoDetection:…")
     names: str | None = None  # a file of image names, one a line: only these (COCO20k)
-    limit: int | None = None  # the first so many images
-    taus: list[float] = field(default_factory=lambda: [round(0.05 * i, 2) for i in range(9)])
+    limit: int | None = setting(None, at_least=1)  # the first so many images
+    taus: list[float] = setting([round(0.05 * i, 2) for i in range(9)], required="at least one threshold")
     epsilon: float = 1e-5
-    patches: int | None = None  # on the short side; null: the images' own size
+    patches: int | None = setting(None, at_least=1)  # on the short side; null: the images' own size
     layer: int = -1
     norm: bool = True
     iou: float = 0.5
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        yield from common.section_problems(self)
-        if not self.data:
-            yield "data", "must be given: data=VocDetection:root=FOLDER:split=trainval, or CocoDetection:…"
-        if not self.taus:
-            yield "taus", "needs at least one threshold"
-        for name in ("limit", "patches"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                yield name, "must be at least 1"
 
 
 def corloc(hits: Tensor) -> Tensor:

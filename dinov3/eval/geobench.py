@@ -25,10 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3 import distributed
+from dinov3.config.bounds import Problem, setting
 from dinov3.data.datasets.geo import GeoBench
 from dinov3.errors import DinoError
 from dinov3.eval import session as common
-from dinov3.eval.session import EvalConfig, Session
+from dinov3.eval.arguments import EvalConfig
+from dinov3.eval.session import Session
 from dinov3.features import default_preprocessing
 from dinov3.fit.loop import FitConfig, fit, shuffled
 from dinov3.heads.dpt import DPTHead
@@ -39,19 +41,19 @@ from dinov3.metrics.dense import IGNORED, confusion_matrix, iou_scores
 
 @dataclass
 class GeoConfig(EvalConfig):
-    root: str = ""
+    root: str = setting("", required="root=FOLDER, with classification_v1.0 and segmentation_v1.0 or a task's folder")
     task: str = "m-eurosat"
     partition: str = "default"  # or 0.10x_train, … for a share of the training images
     patches: int | None = None  # per side; null: 16 for classes, 32 for maps
     scaling: Literal["band_stats", "eight_bit"] = "band_stats"
     pool: Literal["cls", "mean", "cls+mean"] = "cls"
-    steps: int = 2400
-    batch_size: int = 32
+    steps: int = setting(2400, at_least=1)
+    batch_size: int = setting(32, at_least=1)
     flips: bool = True
-    class_lrs: list[float] = field(
-        default_factory=lambda: [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0]
+    class_lrs: list[float] = setting(
+        [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0], required="at least one value"
     )
-    map_lrs: list[float] = field(default_factory=lambda: [3e-5, 1e-4, 3e-4, 1e-3])
+    map_lrs: list[float] = setting([3e-5, 1e-4, 3e-4, 1e-3], required="at least one value")
     dpt_channels: int = 256
     dpt_levels: list[int] = field(default_factory=lambda: [128, 256, 512, 1024])
     weight_decay: float = 1e-4  # of the decoder's AdamW
@@ -60,18 +62,8 @@ class GeoConfig(EvalConfig):
     )  # classes of maps that do not count (the paper has 6 of cashew's 7)
     seed: int = 0
 
-    def problems(self) -> Iterator[tuple[str, str]]:
-        yield from common.section_problems(self)
-        if not self.root:
-            yield (
-                "root",
-                "must be given: root=FOLDER, with classification_v1.0 and segmentation_v1.0 or a task's folder",
-            )
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                yield name, "must be at least 1"
-        if not self.class_lrs or not self.map_lrs:
-            yield "class_lrs", "and map_lrs need at least one value"
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
         if len(self.dpt_levels) != 4:
             yield "dpt_levels", "are four widths"
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -22,54 +22,47 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dinov3 import distributed
+from dinov3.config.bounds import Problem, setting
 from dinov3.data.datasets import correspondence
 from dinov3.data.datasets.correspondence import NAVI_SHORT_SIDE, KeypointPair, View
 from dinov3.data.images import open_image
 from dinov3.dense.matching import nearest, sample
 from dinov3.errors import DinoError
 from dinov3.eval import session as common
-from dinov3.eval.session import EvalConfig, Session
+from dinov3.eval.arguments import EvalConfig
+from dinov3.eval.session import Session
 from dinov3.features import default_preprocessing, embed
 
 
 @dataclass
 class KeypointsConfig(EvalConfig):
     benchmark: Literal["navi", "spair", "frames"] = "navi"  # frames: posed RGB-D images, scored as NAVI
-    root: str = ""
+    root: str = setting("", required="root=FOLDER of the benchmark's files")
     size: int | None = (
         None  # pixels; null: 32 patches (navi, a square), 64 (spair, a square), 30 (frames, the short side)
     )
     layer: int = -1
-    norms: list[bool] = field(
-        default_factory=lambda: [True, False]
-    )  # with and without the final norm; the better counts
+    # with and without the final norm; the better counts
+    norms: list[bool] = setting([True, False], required="at least one of true and false")
     # navi and frames
     rank: Literal["cosine", "ratio"] = (
         "cosine"  # the paper's text, or Probe3D's code: one minus the ratio to the second best
     )
-    keep: int = 1000  # matches of a pair
-    cells: float = 0.25  # cells per pixel and axis
-    every: int = 4  # each so many views is a source
+    keep: int = setting(1000, at_least=1)  # matches of a pair
+    cells: float = setting(0.25, above=0, at_most=1)  # cells per pixel and axis
+    every: int = setting(4, at_least=1)  # each so many views is a source
     max_rotation: float | None = None  # degrees between two views; null: 120 (navi), 45 (frames)
     min_overlap: float | None = None  # share of a view seen in the other; null: 0 (navi), 0.5 (frames)
     thresholds_cm: list[float] | None = None  # null: 1, 2, 5 (navi: things at arm's length), 5, 10, 20 (frames: rooms)
     # spair
     split: Literal["trn", "val", "test"] = "test"
-    per_class: int = 200
+    per_class: int = setting(200, at_least=1)
     pck: float = 0.1
 
-    def problems(self) -> Iterator[tuple[str, str]]:
-        yield from common.section_problems(self)
-        if not self.root:
-            yield "root", "must be given: root=FOLDER of the benchmark's files"
-        if not self.norms:
-            yield "norms", "needs at least one of true and false"
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
         if self.thresholds_cm is not None and not self.thresholds_cm:
             yield "thresholds_cm", "needs at least one distance"
-        if not 0 < self.cells <= 1:
-            yield "cells", "is the number of cells per pixel, above 0 and at most 1"
-        if self.keep < 1 or self.every < 1 or self.per_class < 1:
-            yield "keep", "and every and per_class must be at least 1"
 
 
 # ---- geometry: arrays in, numbers out -------------------------------------------------------------------------------

@@ -18,9 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinov3.config.bounds import setting
 from dinov3.data.datasets import make_dataset
 from dinov3.eval import session as common
-from dinov3.eval.session import EvalConfig, FeatureSection, FewShotSection, Session, TransformSection
+from dinov3.eval.arguments import EvalConfig, FeatureSection, FewShotSection, TransformSection
+from dinov3.eval.features import check_classes, class_count, few_shot_subset, over_tries, test_targets
+from dinov3.eval.session import Session
 from dinov3.metrics.classification import Metric, Numbers
 from dinov3.metrics.classification import evaluate as measure
 from dinov3.neighbours import nearest, votes
@@ -31,8 +34,8 @@ class TrainSection:
     dataset: str = "???"
     batch_size: int = 256
     num_workers: int = 5
-    ks: list[int] = field(default_factory=lambda: [10, 20, 100, 200])
-    temperature: float = 0.07
+    ks: list[int] = setting([10, 20, 100, 200], at_least=1, required="numbers of neighbours")
+    temperature: float = setting(0.07, above=0)
     skip_first_nn: bool = False  # the best neighbour is the image itself: train = test
 
 
@@ -51,13 +54,6 @@ class KnnConfig(EvalConfig):
     transform: TransformSection = field(default_factory=TransformSection)
     features: FeatureSection = field(default_factory=FeatureSection)
     few_shot: FewShotSection = field(default_factory=FewShotSection)
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        yield from common.section_problems(self)
-        if not self.train.ks or min(self.train.ks) < 1:
-            yield "train.ks", f"holds numbers of neighbours, each at least 1, not {list(self.train.ks)}"
-        if self.train.temperature <= 0:
-            yield "train.temperature", "must be positive"
 
 
 def knn_scores(
@@ -95,9 +91,9 @@ def evaluate(config: KnnConfig, session: Session) -> Numbers:
     train, train_labels, train_set = session.labelled(c.train.dataset, model, rule, c.features, **batch)
     batch = {"batch_size": c.eval.batch_size or c.train.batch_size, "workers": c.eval.num_workers}
     test_set = make_dataset(c.eval.test_dataset)
-    common.check_classes(train_set, test_set)
+    check_classes(train_set, test_set)
     test = session.features(model, test_set, rule, c.features, **batch)
-    targets = common.test_targets(test_set, c.eval.test_dataset)
+    targets = test_targets(test_set, c.eval.test_dataset)
     shots = c.few_shot
     tries: list[Numbers] = []
     for number in range(shots.n_tries if shots.enable else 1):
@@ -105,7 +101,7 @@ def evaluate(config: KnnConfig, session: Session) -> Numbers:
         bank, labels = train, train_labels
         if shots.enable:
             assert shots.k_or_percent is not None
-            rows = common.few_shot_subset(train_labels, shots.k_or_percent, number)  # type: ignore[assignment]
+            rows = few_shot_subset(train_labels, shots.k_or_percent, number)  # type: ignore[assignment]
             bank, labels = train[rows], train_labels[rows]
         row: Numbers = {}
         found = knn_scores(
@@ -115,7 +111,7 @@ def evaluate(config: KnnConfig, session: Session) -> Numbers:
             c.train.ks,
             temperature=c.train.temperature,
             skip_first=c.train.skip_first_nn,
-            n_classes=common.class_count(train_labels),
+            n_classes=class_count(train_labels),
             device=session.device,
             split=True,
         )
@@ -127,7 +123,7 @@ def evaluate(config: KnnConfig, session: Session) -> Numbers:
                 suffix = f"try_{number}_k_{k}" if shots.enable else f"k_{k}"
                 session.save_arrays(suffix, values.argmax(1), targets.labels)
         tries.append(row)
-    result = common.over_tries(tries) if shots.enable else tries[0]
+    result = over_tries(tries) if shots.enable else tries[0]
     if shots.enable:  # the documented columns hold the mean
         result = {k.removesuffix("_mean"): v for k, v in result.items()}
     for key, value in result.items():

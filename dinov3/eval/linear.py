@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3 import distributed
+from dinov3.config.bounds import Problem, setting
 from dinov3.data.crops import draw_box, generator, normalised
 from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.base import ImageDataset
@@ -38,7 +39,20 @@ from dinov3.data.loading import Order
 from dinov3.data.transforms.inputs import to_pixels
 from dinov3.errors import DinoError
 from dinov3.eval import session as common
-from dinov3.eval.session import EvalConfig, FeatureSection, FewShotSection, Session, Targets, TransformSection
+from dinov3.eval.arguments import EvalConfig, FeatureSection, FewShotSection, TransformSection
+from dinov3.eval.features import (
+    Targets,
+    check_classes,
+    class_count,
+    decoded,
+    few_shot_subset,
+    in_threads,
+    labels_of,
+    layer_tokens,
+    over_tries,
+    test_targets,
+)
+from dinov3.eval.session import Session
 from dinov3.metrics.classification import Metric, Numbers
 from dinov3.metrics.classification import evaluate as measure
 from dinov3.runlog import spoken_time
@@ -51,17 +65,18 @@ class TrainSection:
     dataset: str = "???"
     val_dataset: str = "???"
     val_metric_type: Metric = Metric.MEAN_ACCURACY
-    batch_size: int = 128  # of each process
+    batch_size: int = setting(128, at_least=1)  # of each process
     num_workers: int = 8
-    learning_rates: list[float] = field(default_factory=lambda: list(RATES))  # at a batch of 256
-    n_last_blocks_list: list[int] = field(default_factory=lambda: [1])
-    avgpool_list: list[bool] = field(default_factory=lambda: [True])  # ours: false is the paper's CLS-only probe
-    weight_decays: list[float] = field(default_factory=lambda: [0.0])  # ours: the paper's grid has 0 and 1e-5
+    learning_rates: list[float] = setting(list(RATES), required="at least one value")  # at a batch of 256
+    n_last_blocks_list: list[int] = setting([1], required="at least one value")
+    # ours: false is the paper's CLS-only probe
+    avgpool_list: list[bool] = setting([True], required="at least one value")
+    weight_decays: list[float] = setting([0.0], required="at least one value")  # ours: the paper's grid has 0 and 1e-5
     loss_type: Literal["cross_entropy", "binary_cross_entropy"] = "cross_entropy"
     optimizer_type: Literal["sgd", "adamw"] = "sgd"
     scheduler_type: Literal["cosine_annealing", "one_cycle"] = "cosine_annealing"
-    epochs: int = 10
-    epoch_length: int = 1250  # iterations
+    epochs: int = setting(10, at_least=1)
+    epoch_length: int = setting(1250, at_least=1)  # iterations
     save_checkpoint_iterations: int | None = None  # null: an epoch
     eval_period_iterations: int | None = None  # null: an epoch
     checkpoint_retention_policy: Literal["none", "all", "best", "last", "last_and_best"] = "none"
@@ -86,17 +101,11 @@ class LinearConfig(EvalConfig):
     features: FeatureSection = field(default_factory=FeatureSection)  # only dtype and cache have a meaning here
     few_shot: FewShotSection = field(default_factory=FewShotSection)
 
-    def problems(self) -> Iterator[tuple[str, str]]:
-        yield from common.section_problems(self)
-        t, f = self.train, self.features
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        f = self.features
         if (list(f.layers), f.pool, f.norm) != ([-1], "cls", True):
             yield "features", "what heads see is set by train.n_last_blocks_list and train.avgpool_list"
-        for name in ("learning_rates", "n_last_blocks_list", "avgpool_list", "weight_decays"):
-            if not getattr(t, name):
-                yield f"train.{name}", "is empty: there is no head to train"
-        for name in ("batch_size", "epochs", "epoch_length"):
-            if getattr(t, name) < 1:
-                yield f"train.{name}", "must be at least 1"
         if self.eval.test_metric_types and len(self.eval.test_metric_types) != len(self.eval.test_datasets):
             yield "eval.test_metric_types", "names one metric for each of eval.test_datasets, or none"
 
@@ -211,7 +220,7 @@ class Augmented:
         epoch, position = draw
         index = int(self.rows[position])
         rng = generator(self.seed, epoch, index)
-        image = to_pixels(common.decoded(self.dataset, index).image)
+        image = to_pixels(decoded(self.dataset, index).image)
         top, left, h, w = draw_box(image.shape[2], image.shape[1], (0.08, 1.0), rng)
         box = image[None, :, top : top + h, left : left + w].contiguous(memory_format=torch.channels_last)
         crop = F.interpolate(box, size=(self.size, self.size), mode="bicubic", antialias=True)[0]
@@ -228,7 +237,7 @@ class Augmented:
     def batches(self, batch: int, first: int, last: int, workers: int) -> Iterator[tuple[list[int], Tensor]]:
         """(rows of the data set, uint8 [B, 3, size, size])."""
         ahead, here = itertools.tee(self.draws(batch, first, last))
-        for drawn, x in zip(here, common.in_threads(ahead, self.crop, workers)):
+        for drawn, x in zip(here, in_threads(ahead, self.crop, workers)):
             yield [int(self.rows[position]) for _, position in drawn], x
 
 
@@ -329,7 +338,7 @@ class LinearEvaluation:
         if len(set(getattr(self.model, "embed_dims", [self.model.embed_dim])[-self.blocks :])) > 1:
             raise DinoError("the last stages of a ConvNeXt differ in width; take train.n_last_blocks_list=[1]")
         self.train_set = make_dataset(t.dataset)
-        self.labels = common.labels_of(self.train_set, t.dataset)
+        self.labels = labels_of(self.train_set, t.dataset)
         self.val = self.test_set(t.val_dataset, t.val_metric_type)
         metrics: list[Any] = c.eval.test_metric_types or [None] * len(c.eval.test_datasets)
         self.tests = [self.test_set(line, metric) for line, metric in zip(c.eval.test_datasets, metrics)]
@@ -338,7 +347,7 @@ class LinearEvaluation:
         c, n = self.config, self.model.n_blocks
         dataset = make_dataset(line)
         if not hasattr(dataset, "get_imagenet_class_mapping"):
-            common.check_classes(self.train_set, dataset)
+            check_classes(self.train_set, dataset)
         batch = {"batch_size": c.eval.batch_size, "workers": c.eval.num_workers}
         columns: list[Tensor] = []
         wanted: list[tuple[Any, int]] = [*(("cls", i) for i in range(n - self.blocks, n)), ("mean", n - 1)]
@@ -348,9 +357,7 @@ class LinearEvaluation:
             x = self.session.features(self.model, dataset, self.rule, section, **batch)
             columns.append(torch.from_numpy(np.array(x)))
         self.session.also = ([], [])
-        return TestSet(
-            line, columns[:-1], columns[-1], common.test_targets(dataset, line), metric or self.metric_of(dataset)
-        )
+        return TestSet(line, columns[:-1], columns[-1], test_targets(dataset, line), metric or self.metric_of(dataset))
 
     def metric_of(self, dataset: ImageDataset) -> Metric:
         """What a data set says it is measured by (ReaL, ImageNet-C), else the validation's metric."""
@@ -363,7 +370,7 @@ class LinearEvaluation:
         weight = next(self.model.parameters())
         x = normalised(crops.to(weight.device), self.rule.mean, self.rule.std).to(weight.dtype)
         n = self.model.n_blocks
-        said = common.layer_tokens(self.model, x, list(range(n - self.blocks, n)), norm=True)
+        said = layer_tokens(self.model, x, list(range(n - self.blocks, n)), norm=True)
         return [said[i][0] for i in sorted(said)], said[n - 1][1]
 
     # -- one training of all heads
@@ -377,7 +384,7 @@ class LinearEvaluation:
             t.eval_period_iterations or t.epoch_length,
         )
         kinds = grid(t, distributed.world())
-        n_classes = common.class_count(self.labels)
+        n_classes = class_count(self.labels)
         heads = Heads(kinds, self.model.embed_dim, n_classes).to(session.device)
         optimiser, schedule = make_optimizer(heads, t, total)
         kept = Kept(session.output / f"checkpoints{suffix}")
@@ -536,9 +543,9 @@ def evaluate(config: LinearConfig, session: Session) -> dict[str, Any]:
     assert shots.k_or_percent is not None
     tries = []
     for number in range(shots.n_tries):
-        rows = common.few_shot_subset(run.labels, shots.k_or_percent, number)
+        rows = few_shot_subset(run.labels, shots.k_or_percent, number)
         tries.append({key: 100 * value for key, value in run.one_try(rows, f"_{number}")[0].items()})
-    return common.over_tries(tries)
+    return over_tries(tries)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,10 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov3 import distributed
+from dinov3.config.bounds import Problem, setting
 from dinov3.data.datasets import make_dataset
 from dinov3.errors import DinoError, require
 from dinov3.eval import session as common
-from dinov3.eval.session import EvalConfig, FeatureSection, FewShotSection, Session, Targets, TransformSection
+from dinov3.eval.arguments import EvalConfig, FeatureSection, FewShotSection, TransformSection
+from dinov3.eval.features import Targets, check_classes, class_count, few_shot_subset, over_tries, test_targets
+from dinov3.eval.session import Session
 from dinov3.metrics.classification import Metric, Numbers
 from dinov3.metrics.classification import evaluate as measure
 
@@ -45,7 +48,7 @@ class TrainSection:
     batch_size: int = 256
     num_workers: int = 5
     tol: float = 1e-12
-    max_train_iters: int = 1000
+    max_train_iters: int = setting(1000, at_least=1)
     train_features_device: str = "cpu"
     train_dtype: Literal["float64", "float32"] = "float64"
     solver: Literal["auto", "torch", "sklearn"] = "auto"
@@ -67,10 +70,8 @@ class LogRegressionConfig(EvalConfig):
     features: FeatureSection = field(default_factory=FeatureSection)
     few_shot: FewShotSection = field(default_factory=FewShotSection)
 
-    def problems(self) -> Iterator[tuple[str, str]]:
-        yield from common.section_problems(self)
-        if self.train.max_train_iters < 1:
-            yield "train.max_train_iters", "must be at least 1"
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
         if self.train.solver == "sklearn" and self.train.train_features_device != "cpu":
             yield "train.train_features_device", "scikit-learn computes on the cpu; take train.solver=torch"
 
@@ -235,20 +236,20 @@ def evaluate(config: LogRegressionConfig, session: Session) -> Numbers:
     train, labels, train_set = session.labelled(c.train.dataset, model, rule, c.features, **batch)
     if c.train.val_dataset is not None:
         val_set = make_dataset(c.train.val_dataset)
-        common.check_classes(train_set, val_set)
+        check_classes(train_set, val_set)
         val = session.features(model, val_set, rule, c.features, **batch)
-        val_targets = common.test_targets(val_set, c.train.val_dataset)
+        val_targets = test_targets(val_set, c.train.val_dataset)
         pool = np.arange(len(labels))
     else:
         pool, apart = validation_rows(labels, 0.01 if c.few_shot.enable else 0.1)
         val, val_targets = np.asarray(train[apart]), Targets(labels[apart])
     test_set = make_dataset(c.eval.test_dataset)
-    common.check_classes(train_set, test_set)
+    check_classes(train_set, test_set)
     batch = {"batch_size": c.eval.batch_size or c.train.batch_size, "workers": c.eval.num_workers}
     test = session.features(model, test_set, rule, c.features, **batch)
-    targets = common.test_targets(test_set, c.eval.test_dataset)
+    targets = test_targets(test_set, c.eval.test_dataset)
     metric = c.eval.test_metric_type or c.train.val_metric_type
-    n_classes = common.class_count(labels)
+    n_classes = class_count(labels)
     options: dict[str, Any] = {"tol": c.train.tol, "max_iter": c.train.max_train_iters, "solver": solver_of(c)}
 
     def on_device(rows: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -262,7 +263,7 @@ def evaluate(config: LogRegressionConfig, session: Session) -> Numbers:
         rows = pool
         if shots.enable:
             assert shots.k_or_percent is not None
-            rows = pool[common.few_shot_subset(labels[pool], shots.k_or_percent, number)]
+            rows = pool[few_shot_subset(labels[pool], shots.k_or_percent, number)]
         x, y = on_device(rows)
         pairs = select(x, y, val, val_targets, c.train.val_metric_type, n_classes, **options)
         strength = best_strength(pairs)
@@ -279,7 +280,7 @@ def evaluate(config: LogRegressionConfig, session: Session) -> Numbers:
         session.append_json({"C": strength, **tries[-1]})
         if c.save_results:
             session.save_arrays(str(number) if shots.enable else "", chosen.argmax(1), targets.labels)
-    return common.over_tries(tries) if shots.enable else tries[0]
+    return over_tries(tries) if shots.enable else tries[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

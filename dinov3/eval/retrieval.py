@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,13 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dinov3.config.bounds import setting
 from dinov3.data.datasets import retrieval as data
 from dinov3.data.datasets.retrieval import ImageList
 from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.dense.matching import nearest
 from dinov3.errors import DinoError
 from dinov3.eval import session as common
-from dinov3.eval.session import EvalConfig, FeatureSection, Session, TransformSection
+from dinov3.eval.arguments import EvalConfig, FeatureSection, TransformSection
+from dinov3.eval.session import Session
 from dinov3.features import default_preprocessing
 
 MET_K = (1, 2, 3, 5, 7, 10, 15, 20, 50)
@@ -35,7 +37,7 @@ MET_T = (0.01, 0.1, 1.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0, 50.0, 100.0, 500.0)
 @dataclass
 class RetrievalConfig(EvalConfig):
     benchmark: Literal["roxford5k", "rparis6k", "met", "amstertime"] = "roxford5k"
-    root: str = ""
+    root: str = setting("", required="root=FOLDER of the benchmark's files")
     features: FeatureSection = field(default_factory=FeatureSection)
     batch_size: int = 64
     num_workers: int = 5
@@ -44,21 +46,12 @@ class RetrievalConfig(EvalConfig):
     square: Literal["pad", "crop"] = "pad"
     crop_queries: bool = True  # to the query's box, as the benchmark's own code does; the paper does not say
     # Met: images at their own size, each side to the nearest multiple of the patch
-    whitened: int = 512  # dimensions kept
-    ks: list[int] = field(default_factory=lambda: list(MET_K))
-    temperatures: list[float] = field(default_factory=lambda: list(MET_T))
+    whitened: int = setting(512, at_least=1)  # dimensions kept
+    ks: list[int] = setting(list(MET_K), at_least=1, required="at least one value")
+    temperatures: list[float] = setting(list(MET_T), required="at least one value")
     # AmsterTime
     transform: TransformSection = field(default_factory=TransformSection)
     depth: int | None = None  # ranks looked at; null: all (the benchmark's own default is 1)
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        yield from common.section_problems(self)
-        if not self.root:
-            yield "root", "must be given: root=FOLDER of the benchmark's files"
-        if not self.ks or min(self.ks) < 1 or not self.temperatures:
-            yield "ks", "and temperatures need at least one value, ks at least 1"
-        if self.whitened < 1:
-            yield "whitened", "must be at least 1"
 
 
 def unit(x: np.ndarray) -> np.ndarray:

@@ -33,8 +33,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from dinov3 import config as configuration
 from dinov3 import distributed
+from dinov3.config import load_model_config
+from dinov3.config.loading import dump, load, to_dict
+from dinov3.config.train import vit_config
 from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.base import ImageDataset
 from dinov3.data.transforms.inputs import Preprocessing
@@ -42,79 +44,20 @@ from dinov3.errors import DinoError, WeightsMismatch
 from dinov3.eval.arguments import (
     Arguments,
     C,
-    EvalConfig,
     FeatureSection,
-    FewShotSection,
     ModelSection,
     TransformSection,
     help_text,
     read_arguments,
-    section_problems,
-    split_arguments,
 )
-from dinov3.eval.features import (
-    Column,
-    FeatureCache,
-    Targets,
-    check_classes,
-    class_count,
-    columns_of,
-    dataset_id,
-    decoded,
-    few_shot_subset,
-    image_batches,
-    in_threads,
-    labels_of,
-    layer_tokens,
-    normal_layers,
-    over_tries,
-    test_targets,
-)
+from dinov3.eval.features import FeatureCache, columns_of, labels_of, normal_layers
 from dinov3.eval.published import published
-from dinov3.eval.tables import as_text, read_table, spoken, write_table
+from dinov3.eval.tables import as_text, spoken, write_table
 from dinov3.features import default_preprocessing
 from dinov3.runlog import RunDir, peak_memory_gb, spoken_time
 
 if TYPE_CHECKING:
     from dinov3.models import BackboneConfig
-
-__all__ = [
-    "Arguments",
-    "Column",
-    "EvalConfig",
-    "FeatureCache",
-    "FeatureSection",
-    "FewShotSection",
-    "ModelSection",
-    "Session",
-    "Targets",
-    "TransformSection",
-    "as_text",
-    "check_classes",
-    "class_count",
-    "columns_of",
-    "dataset_id",
-    "decoded",
-    "few_shot_subset",
-    "help_text",
-    "image_batches",
-    "in_threads",
-    "labels_of",
-    "layer_tokens",
-    "main",
-    "normal_layers",
-    "open_model",
-    "over_tries",
-    "published",
-    "read_arguments",
-    "read_table",
-    "section_problems",
-    "split_arguments",
-    "sweep",
-    "sweep_axes",
-    "test_targets",
-    "write_table",
-]  # fmt: skip
 
 Number = float | int | str | None
 
@@ -147,8 +90,8 @@ def _from_configuration(file: str, weights: str | None, *, device: Any, dtype: t
     from dinov3.models import backbone
     from dinov3.weights import loading
 
-    described, _ = configuration.load_model_config(file)
-    config = configuration.vit_config(described.student)
+    described, _ = load_model_config(file)
+    config = vit_config(described.student)
     mean, std = described.crops.rgb_mean, described.crops.rgb_std
     statistics = (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
     if not weights:
@@ -335,7 +278,7 @@ class Session:
             if (known := published(getattr(origin, "name", ""), self.name)) is not None:
                 about["published"] = known
         about |= {"seconds": round(time.perf_counter() - self.began, 1), "processes": distributed.world()}
-        about["config"] = configuration.to_dict(config)
+        about["config"] = to_dict(config)
         (self.output / f"{stem}.json").write_text(json.dumps(about, indent=1, default=_json) + "\n", encoding="utf-8")
 
     def clean(self) -> None:
@@ -396,12 +339,12 @@ def sweep(
     """The evaluation at every point of a grid: one table on stdout, sweep-<name>.csv, a folder for each point."""
     assert arguments.sweep is not None
     axes = sweep_axes(arguments.sweep)
-    base, _ = configuration.load(cls, arguments.file, arguments.overrides)
+    base, _ = load(cls, arguments.file, arguments.overrides)
     grid = [dict(zip(axes, values)) for values in product(*axes.values())]
     points: list[tuple[dict[str, str], C]] = []
     for point in grid:  # all are read before the first one runs: a mistake in the last value costs nothing
         overrides = [o for name, value in point.items() for o in _overrides(name, value, base)]
-        config, _ = configuration.load(cls, arguments.file, [*arguments.overrides, *overrides])
+        config, _ = load(cls, arguments.file, [*arguments.overrides, *overrides])
         folder = ",".join(f"{k}={v}" for k, v in point.items()).replace("/", "_")
         config.output_dir = str(session.output / "sweep" / folder)
         points.append((point, config))
@@ -448,7 +391,7 @@ def main(
         for note in notes:
             session.say(f"note: {note}")
         if session.run.writer:
-            configuration.dump(config, session.output / saved_as)
+            dump(config, session.output / saved_as)
         if arguments.sweep is not None:
             rows = sweep(cls, arguments, evaluate, session)
             if session.run.writer:

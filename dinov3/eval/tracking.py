@@ -18,11 +18,13 @@ from PIL import Image
 from torch import Tensor
 
 from dinov3 import distributed
+from dinov3.config.bounds import setting
 from dinov3.data.datasets.video import MaskedVideo, MaskedVideos
 from dinov3.dense.tracking import Propagation, masks, track
 from dinov3.errors import DinoError
 from dinov3.eval import session as common
-from dinov3.eval.session import EvalConfig, Session
+from dinov3.eval.arguments import EvalConfig
+from dinov3.eval.session import Session
 from dinov3.features import default_preprocessing, embed
 
 
@@ -39,12 +41,13 @@ class PropagationSection:
 
 @dataclass
 class TrackingConfig(EvalConfig):
-    root: str = ""  # the folder with JPEGImages and Annotations
+    # the folder with JPEGImages and Annotations
+    root: str = setting("", required="root=FOLDER, with JPEGImages and Annotations in it")
     split: str | None = None  # a list below ImageSets, such as 2017/val; null: all sequences
     sequences: list[str] = field(default_factory=list)  # only these
     # patches on the short side: 30, 60 (the family tables) and 90 are the paper's S, M, L, whatever the patch's size
-    patches: int = 60
-    short_side: int | None = None  # or in pixels
+    patches: int = setting(60, at_least=1)
+    short_side: int | None = setting(None, at_least=1)  # or in pixels
     # sides to the nearest multiple of the patch (the paper's text), or up to the next one (its notebook)
     rounding: Literal["nearest", "up"] = "nearest"
     layer: int = -1
@@ -53,13 +56,6 @@ class TrackingConfig(EvalConfig):
     upsampling: Literal["bilinear", "nearest"] = "bilinear"  # of soft labels to the frame: paper, notebook
     stretch: bool = True  # every object's map to [0, 1] before the largest wins (notebook)
     save_masks: bool = False  # masks/<sequence>/<frame>.png
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        yield from common.section_problems(self)
-        if not self.root:
-            yield "root", "must be given: root=FOLDER, with JPEGImages and Annotations in it"
-        if self.patches < 1 or (self.short_side is not None and self.short_side < 1):
-            yield "patches", "and short_side must be at least 1"
 
 
 # ---- measures: arrays in, numbers out -------------------------------------------------------------------------------

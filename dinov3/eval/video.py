@@ -32,11 +32,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dinov3 import distributed
+from dinov3.config.bounds import Problem, setting
 from dinov3.data.crops import draw_box, generator
 from dinov3.data.datasets.video import Clip, Clips, n_frames, read_frames
 from dinov3.errors import DinoError
 from dinov3.eval import session as common
-from dinov3.eval.session import EvalConfig, Session
+from dinov3.eval.arguments import EvalConfig
+from dinov3.eval.session import Session
 from dinov3.features import default_preprocessing
 from dinov3.fit.loop import shuffled
 from dinov3.heads.attentive import AttentiveProbe, clip_coordinates
@@ -56,37 +58,28 @@ class ProbeSection:
 
 @dataclass
 class VideoConfig(EvalConfig):
-    train: str = ""  # a folder of classes of videos (or of folders of frames), or a list of lines "path label"
-    val: str = ""
-    frames: int = 16
-    patches: int = 16  # per side of a frame: 256 px at patch 16, 224 at patch 14
+    # a folder of classes of videos (or of folders of frames), or a list of lines "path label"
+    train: str = setting("", required="a folder with one sub-folder of videos per class")
+    val: str = setting("", required="a folder with one sub-folder of videos per class")
+    frames: int = setting(16, at_least=1)
+    patches: int = setting(16, at_least=1)  # per side of a frame: 256 px at patch 16, 224 at patch 14
     layer: int = -1
     norm: bool = True
     fps: float = 25.0  # of folders of frames
     probe: ProbeSection = field(default_factory=ProbeSection)
-    epochs: int = 20
-    batch_size: int = 64  # of all processes
-    lrs: list[float] = field(default_factory=lambda: [1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3])
-    weight_decays: list[float] = field(default_factory=lambda: [1e-3, 1e-2, 1e-1])
+    epochs: int = setting(20, at_least=1)
+    batch_size: int = setting(64, at_least=1)  # of all processes
+    lrs: list[float] = setting([1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3], required="at least one value")
+    weight_decays: list[float] = setting([1e-3, 1e-2, 1e-1], required="at least one value")
     crop_area: list[float] = field(default_factory=lambda: [0.4, 1.0])
-    held_out: float = 0.1  # share of the training videos that chooses the probe
+    held_out: float = setting(0.1, above=0, below=1)  # share of the training videos that chooses the probe
     tta: bool = True
     precision: Literal["float32", "bfloat16"] = "float32"  # of the probes
     num_workers: int = 4
     seed: int = 0
 
-    def problems(self) -> Iterator[tuple[str, str]]:
-        yield from common.section_problems(self)
-        for name in ("train", "val"):
-            if not getattr(self, name):
-                yield name, "must be given: a folder with one sub-folder of videos per class"
-        for name in ("frames", "patches", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                yield name, "must be at least 1"
-        if not self.lrs or not self.weight_decays:
-            yield "lrs", "and weight_decays need at least one value"
-        if not 0 < self.held_out < 1:
-            yield "held_out", "is a share of the training videos, between 0 and 1"
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
         if len(self.crop_area) != 2 or not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
             yield "crop_area", "is [smallest, largest] share of a frame's area"
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from dinov3 import checkpoint, distributed
 from dinov3.checkpoint import Checkpoints
+from dinov3.config.bounds import check, setting
 from dinov3.errors import DinoError, UnknownName, did_you_mean
 from dinov3.losses import LossTerms
 from dinov3.models.base import TokenModel
@@ -49,40 +50,35 @@ BEST = "best.safetensors"
 class FitConfig:
     """How a head is fitted. Steps count from 0; a learning rate is that of the batch of all processes."""
 
-    steps: int = 1000
+    steps: int = setting(1000, at_least=1)
     lr: float = 1e-3
     weight_decay: float = 1e-3
     beta1: float = 0.9
     beta2: float = 0.999
-    schedule: str = "cosine"  # constant | cosine (to 0) | polynomial | one_cycle | steps; all after `warmup` steps
+    # constant | cosine (to 0) | polynomial | one_cycle | steps; all after `warmup` steps
+    schedule: str = setting("cosine", choices=SCHEDULES)
     warmup: int = 0
     # polynomial: power; steps: at (list of steps), factor; one_cycle: ratio, div_factor, final_div_factor, base_momentum,
     # max_momentum (AdamW's beta1, written where both are given), late (scheduler steps behind the optimiser's)
     schedule_options: dict[str, Any] = field(default_factory=dict)
-    decay: str = "all"  # parameters that the weight decay acts on: all | matrices (no biases, norms, embeddings)
+    # parameters that the weight decay acts on: all | matrices (no biases, norms, embeddings)
+    decay: Literal["all", "matrices"] = "all"
     clip: float | None = None  # L2 norm of the gradient of all that trains; null or inf: never
-    batch: int = 1  # images a step, all processes counted: for the log only
-    log_every: int = 10
+    batch: int = setting(1, at_least=1)  # images a step, all processes counted: for the log only
+    log_every: int = setting(10, at_least=1)
     save_every: int = 0  # 0: twenty times in all
     keep: int = 2  # newest checkpoints that stay
     evaluate_every: int = 0  # 0: at the end only
     best_by: str = ""  # the evaluation's number that says which head is best; "": the last head is
-    best_is: str = "highest"  # or lowest
-    finish_with: str = "best"  # or last: which head the module has in the end
-    precision: str = "float32"  # or bfloat16: autocast around the loss
+    best_is: Literal["highest", "lowest"] = "highest"
+    finish_with: Literal["best", "last"] = "best"  # which head the module has in the end
+    precision: Literal["float32", "bfloat16"] = "float32"  # autocast around the loss
     workers: int = 0  # threads that make the next batches; then `batches` must draw from generators of its own
     seed: int = 0
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        for name in ("steps", "batch", "log_every"):
-            if getattr(self, name) < 1:
-                yield name, f"must be at least 1, not {getattr(self, name)}"
         if not 0 <= self.warmup <= self.steps:
             yield "warmup", f"must be between 0 and the {self.steps} steps, not {self.warmup}"
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                given = getattr(self, name)
-                yield name, f"is one of {', '.join(known)}, not {given!r}{did_you_mean(str(given), known)}"
         unknown = set(self.schedule_options) - set(_OPTIONS.get(self.schedule, ()))
         if unknown:
             odd = min(unknown)
@@ -131,13 +127,6 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "one_cycle": ("ratio", "div_factor", "final_div_factor", "base_momentum", "max_momentum", "late"),
     "constant": (),
     "cosine": (),
-}
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "schedule": SCHEDULES,
-    "decay": ("all", "matrices"),
-    "best_is": ("highest", "lowest"),
-    "finish_with": ("best", "last"),
-    "precision": ("float32", "bfloat16"),
 }
 
 
@@ -222,8 +211,7 @@ def fit(
     processes. `run`: its folder; None leaves nothing behind and says nothing. `about`: the configuration to keep as
     resolved.yaml, default `config`. Raises `DinoError`: a wrong configuration, nothing to train, a loss that stays NaN.
     """
-    if wrong := [f"{name} {why}" for name, why in config.problems()]:
-        raise DinoError("; ".join(wrong))
+    check(config, "fitting")
     freeze(module)
     work = _Fit(module, config, run)
     first = work.resume() if resume else 0

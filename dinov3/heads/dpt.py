@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov3.errors import DinoError, UnknownName, did_you_mean
+from dinov3.errors import DinoError, one_of
 from dinov3.heads.encoder import FrozenLayers, check_levels, dtype_of, resized
 from dinov3.heads.linear import LinearDepthHead
 from dinov3.models import Backbone
@@ -29,19 +29,13 @@ BINS = ("linear", "log", "chmv2_mixlog")
 NORMS = ("linear", "softmax", "sigmoid", "chmv2_mixlog")
 
 
-def known(what: str, given: str, names: Sequence[str]) -> str:
-    if given not in names:
-        raise UnknownName(f"{what} is one of {', '.join(names)}, not {given!r}{did_you_mean(given, names)}")
-    return given
-
-
 # ---- channels to metres --------------------------------------------------------------------------------------------
 
 
 def bin_centres(strategy: str, n: int, min_depth: float, max_depth: float) -> Tensor:
     """[n] ascending depths in metres. "linear": even; "log": even in the logarithm; "chmv2_mixlog": from logarithmic
     (near) to even (far), over an eighth of the range, as its norm multiplies by 8."""
-    known("bins", strategy, BINS)
+    one_of("bins", strategy, BINS)
     if strategy == "chmv2_mixlog":
         max_depth = max_depth / 8
     even = torch.linspace(min_depth, max_depth, n)
@@ -66,7 +60,7 @@ class FeaturesToDepth(nn.Module):
         if not 0 <= min_depth < max_depth or (min_depth == 0 and bins != "linear"):
             raise DinoError(f"depths from {min_depth} to {max_depth} m are no range for {bins} bins")
         self.min_depth, self.max_depth = min_depth, max_depth
-        self.bins, self.norm = known("bins", bins, BINS), known("norm", norm, NORMS)
+        self.bins, self.norm = one_of("bins", bins, BINS), one_of("norm", norm, NORMS)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -108,7 +102,7 @@ class Reassemble(nn.Module):
 
     def __init__(self, widths: Sequence[int], channels: Sequence[int], *, readout: str, use_batchnorm: bool) -> None:
         super().__init__()
-        self.readout = known("readout", readout, READOUTS)
+        self.readout = one_of("readout", readout, READOUTS)
         self.projects = nn.ModuleList(conv(D, P, kernel_size=1) for D, P in zip(widths, channels, strict=True))
         self.resize_layers = nn.ModuleList(
             [
@@ -342,7 +336,7 @@ def build_depther(
     """
     encoder = FrozenLayers(backbone, backbone_out_layers, norm=use_backbone_norm, adapt=adapt_to_patch_size)
     decoder: nn.Module
-    if known("head_type", head_type, HEADS) == "linear":
+    if one_of("head_type", head_type, HEADS) == "linear":
         decoder = LinearDepthHead(
             encoder.widths, n_output_channels, use_batchnorm=use_batchnorm, use_cls_token=use_cls_token, **head_options
         )

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov3.errors import DinoError, UnknownName, did_you_mean
+from dinov3.errors import DinoError, UnknownName, did_you_mean, one_of
 from dinov3.models import Backbone
 from dinov3.models.base import chosen_layers
 
@@ -115,10 +115,7 @@ class FrozenLayers(nn.Module):
         key: str = "backbone",
     ) -> None:
         super().__init__()
-        if adapt not in ADAPTATIONS:
-            raise UnknownName(
-                f"adapt is one of {', '.join(ADAPTATIONS)}, not {adapt!r}{did_you_mean(adapt, ADAPTATIONS)}"
-            )
+        one_of("adapt", adapt, ADAPTATIONS)
         self.layers = layers_of(backbone, layers)
         self.widths = widths_of(backbone, self.layers)
         self.multiple = multiple or step_of(backbone)

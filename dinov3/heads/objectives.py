@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov3.errors import DinoError, UnknownName, did_you_mean
+from dinov3.errors import DinoError, UnknownName, did_you_mean, one_of
 from dinov3.heads.encoder import resized
 from dinov3.losses import LossTerms
 
@@ -31,8 +31,7 @@ def cross_entropy_map(
 
         sum(-log softmax(logits[b, :, y, x])[target[b, y, x]] for valid (b, y, x)) / (B·H·W or number of valid)
     """
-    if mean_over not in ("all", "valid"):
-        raise UnknownName(f"mean_over is all or valid, not {mean_over!r}")
+    one_of("mean_over", mean_over, ("all", "valid"))
     check_classes(target, logits.shape[1], ignore_index)
     logits = resized(logits.float(), target.shape[-2:])
     total = F.cross_entropy(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov3.errors import DinoError, UnknownName, did_you_mean
+from dinov3.errors import DinoError, one_of
 
 MODES = ("whole", "slide")
 DECODERS = ("linear", "m2f")
@@ -109,9 +109,8 @@ def make_inference(
     (x was a mirrored image). num_max_forward: at least so many forwards in "slide", for models sharded over ranks.
     output_activation: applied last, to the resized map.
     """
-    for what, given, names in (("inference_mode", inference_mode, MODES), ("decoder", decoder_head_type, DECODERS)):
-        if given not in names:
-            raise UnknownName(f"{what} is one of {', '.join(names)}, not {given!r}{did_you_mean(given, names)}")
+    one_of("inference_mode", inference_mode, MODES)
+    one_of("decoder", decoder_head_type, DECODERS)
     if inference_mode == "whole":
         x = F.interpolate(x, size=WHOLE_SIZE, mode="bilinear", align_corners=False)
         maps = class_maps(segmentation_model.predict(x, rescale_to=rescale_to), decoder_head_type)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dinov3.errors import DinoError, UnknownName, WeightsError, did_you_mean
+from dinov3.errors import DinoError, UnknownName, WeightsError, did_you_mean, one_of
 from dinov3.weights import catalog
 
 if TYPE_CHECKING:
@@ -84,9 +84,9 @@ def load(
     The model carries `model.origin`: what was loaded and from where. Raises `UnknownName`, `WeightsMismatch` (at most ten
     lines: what the file seems to be, what to call instead), `UnsafeFile` and other `WeightsError`s.
     """
-    if isinstance(dtype, str) and dtype not in ("float32", "bfloat16", "float16"):
-        raise UnknownName(f"dtype {dtype!r} is none of float32, bfloat16, float16")
-    kind: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    kind: Any = (
+        getattr(torch, one_of("dtype", dtype, ("float32", "bfloat16", "float16"))) if isinstance(dtype, str) else dtype
+    )
     if name is None and weights is None:
         name, weights = catalog.DEFAULT_MODEL, catalog.DEFAULT_WEIGHTS
     from dinov3.hub import foreign

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinov3.errors import DinoError, UnknownName, did_you_mean
+from dinov3.errors import DinoError, one_of
 
 Array = Tensor | np.ndarray
 IGNORED = 255
@@ -107,10 +107,8 @@ DEPTH_SCORES = ("a1", "a2", "a3", "abs_rel", "sq_rel", "rmse", "mae", "log_10", 
 
 def region_mask(name: str, size_hw: tuple[int, int]) -> Tensor:
     """bool [h, w]: the pixels of an image that an evaluation counts, by the name of the region."""
-    if name not in REGIONS:
-        raise UnknownName(f"the region is one of {', '.join(REGIONS)}, not {name!r}{did_you_mean(name, REGIONS)}")
     h, w = size_hw
-    top, bottom, left, right = REGIONS[name]
+    top, bottom, left, right = REGIONS[one_of("the region", name, REGIONS)]
     mask = torch.zeros(h, w, dtype=torch.bool)
     # a thousandth of a pixel is added because 45/480·480 may come out as 44.999…
     mask[int(h * top + 1e-3) : int(h * bottom + 1e-3), int(w * left + 1e-3) : int(w * right + 1e-3)] = True

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov3.errors import DinoError, UnknownName, did_you_mean
+from dinov3.errors import DinoError, UnknownName, did_you_mean, one_of
 from dinov3.models.base import TokenModel, chosen_layers, named_features
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -365,9 +365,8 @@ class VisionTransformer(TokenModel):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         c = self.config = config
-        for option, table in ((c.norm_layer, NORMS), (c.ffn_layer, FFNS), (c.pos_embed_rope_dtype, DTYPES)):
-            if option not in table:
-                raise UnknownName(f"{option!r} is none of {', '.join(table)}")
+        for name, table in (("norm_layer", NORMS), ("ffn_layer", FFNS), ("pos_embed_rope_dtype", DTYPES)):
+            one_of(name, getattr(c, name), table)
         self.embed_dim = self.num_features = c.embed_dim
         self.n_blocks, self.num_heads, self.patch_size = c.depth, c.num_heads, c.patch_size
         self.n_storage_tokens = c.n_storage_tokens

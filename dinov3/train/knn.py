@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov3 import distributed
-from dinov3.config import EvaluationConfig, TrainConfig
+from dinov3.config.train import EvaluationConfig, TrainConfig
 from dinov3.data.datasets import make_dataset
 from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.distributed import Group

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3 import losses
-from dinov3.config import DinoConfig, GramConfig, IbotConfig, TrainConfig, vit_config
+from dinov3.config.train import DinoConfig, GramConfig, IbotConfig, TrainConfig, vit_config
 from dinov3.data.crops import CropBatch
 from dinov3.distributed import Group
 from dinov3.errors import DinoError

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from dinov3 import checkpoint, weights
-from dinov3.config import TrainConfig, load_model_config, vit_config
+from dinov3.config import load_model_config
+from dinov3.config.train import TrainConfig, vit_config
 from dinov3.errors import DinoError, WeightsError, WeightsMismatch
 from dinov3.models import BackboneConfig
 from dinov3.parallel import full_state

@@ -33,7 +33,9 @@ from typing import Any
 from torch import Tensor
 
 from dinov3 import checkpoint, distributed
-from dinov3.config import TrainConfig, check_scale, load_config
+from dinov3.config import load_config
+from dinov3.config.conditions import check_scale
+from dinov3.config.train import TrainConfig
 from dinov3.distributed import Group
 from dinov3.errors import DinoError, did_you_mean
 from dinov3.optim import apply_schedules, clip_per_module

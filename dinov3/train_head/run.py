@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,11 +25,12 @@ from PIL import Image
 from torch import nn
 
 from dinov3 import distributed, hub
+from dinov3.config.bounds import check, setting
 from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.dense import ONE_CLASS
 from dinov3.data.images import open_image
 from dinov3.data.transforms.inputs import Preprocessing
-from dinov3.errors import DinoError, ImageError, UnknownName, did_you_mean
+from dinov3.errors import DinoError, ImageError
 from dinov3.features import default_preprocessing
 from dinov3.fit.features import remembering
 from dinov3.fit.loop import FitConfig, FitReport, fit, seed_of
@@ -68,33 +69,24 @@ class HeadConfig:
     min_depth: float = 0.001
     max_depth: float | None = None  # metres; null: the farthest in the data, rounded up
     losses: dict[str, float] = field(default_factory=dict)  # of depth: `heads.objectives.DEPTH_LOSSES`
-    size: int | None = None  # pixels of the image's short side, or of the square
-    shape: str = "auto"  # square | short | long; auto: short where all images have one aspect, else square
-    augment: str = "flip"  # none | flip | full (scale, crop, colours: then the backbone runs at every step)
-    steps: int | None = None
-    batch: int | None = None  # images a step and process
-    lr: float | None = None
+    size: int | None = setting(None, above=0)  # pixels of the image's short side, or of the square
+    # square | short | long; auto: short where all images have one aspect, else square
+    shape: Literal["auto", "square", "short", "long"] = "auto"
+    # none | flip | full (scale, crop, colours: then the backbone runs at every step)
+    augment: str = setting("flip", choices=tasks.AUGMENTATIONS)
+    steps: int | None = setting(None, above=0)
+    batch: int | None = setting(None, above=0)  # images a step and process
+    lr: float | None = setting(None, above=0)
     weight_decay: float | None = None
     warmup: int | None = None  # steps; null: a twentieth
     evaluate_every: int | None = None  # steps; null: five times in all
     save_every: int | None = None  # steps; null: twenty times in all
     log_every: int = 10
-    precision: str = "float32"  # or bfloat16
+    precision: Literal["float32", "bfloat16"] = "float32"
     workers: int = 1  # threads that prepare batches
     memory_gb: float = 2.0  # of remembered features; beyond it they go to the run's folder
     seed: int = 0
     device: str = "cpu"
-
-    def problems(self) -> list[str]:
-        found = []
-        if self.augment not in tasks.AUGMENTATIONS:
-            near = did_you_mean(self.augment, tasks.AUGMENTATIONS)
-            found.append(f"augment is one of {', '.join(tasks.AUGMENTATIONS)}, not {self.augment!r}{near}")
-        for name in ("size", "steps", "batch", "lr"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                found.append(f"{name} must be above 0, not {value}")
-        return found
 
     def fitting(self) -> FitConfig:
         r = {"clip": None} | RECIPES[self.task, self.head]
@@ -337,8 +329,6 @@ def rule_for(config: HeadConfig, backbone: nn.Module, sizes: set[tuple[int, int]
     multiple = {"mask2former": 32}.get(config.head, int(backbone.stride))  # type: ignore[arg-type]
     if size < multiple:
         raise DinoError(f"size {size} is smaller than one patch of the backbone and head ({multiple} pixels)")
-    if config.shape not in ("auto", "square", "short", "long"):
-        raise UnknownName(f"shape is auto, square, short or long, not {config.shape!r}")
     rule = default_preprocessing(backbone, size=size, multiple=multiple, shape="short")
     if config.shape != "auto":
         return rule.with_(shape=config.shape)
@@ -433,8 +423,7 @@ def train_head(
     of one row, which do not import each other).
     """
     check_kind(config.task, config.head)
-    if wrong := config.problems():
-        raise DinoError("; ".join(wrong))
+    check(config, "train-head")
     device = distributed.setup(config.device)
     run = RunDir(out, writer=distributed.is_main())
     data, val = both_sides(config)
@@ -514,7 +503,7 @@ def same_as_before(run: RunDir, config: HeadConfig, resume: bool) -> None:
     """Refuses to go on with a run that was something else."""
     if not resume or not run.config_file.is_file() or not any(run.checkpoints.glob("[0-9]*")):
         return
-    from dinov3.config import load
+    from dinov3.config.loading import load
 
     before, _ = load(HeadConfig, run.config_file)
     for name in IDENTITY:

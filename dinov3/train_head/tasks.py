@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ class Task(ABC):
 
     name: str
     score: str  # the evaluation's number that says which head is best …
-    score_is = "highest"
+    score_is: Literal["highest", "lowest"] = "highest"
     stacked: ClassVar[bool] = True  # whether a batch is one tensor
 
     def __init__(self, data: Any, val: Any | None, rule: Preprocessing, *, augment: str, batch: int, seed: int) -> None:

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from dinov3 import config as C
-from dinov3.config import TrainConfig, dump, load, load_config, vit_config
+from dinov3.config import load_config
+from dinov3.config.conditions import check_scale
+from dinov3.config.loading import dump, find_file, load
+from dinov3.config.train import PUBLISHED, Resolution, StudentConfig, TrainConfig, resolutions, vit_config
 from dinov3.errors import DinoError
 from dinov3.models.convnext import ConvNeXtConfig
 from dinov3.models.vit import ViTConfig
@@ -52,7 +55,7 @@ def test_the_forms_of_values_in_public_commands_are_understood():
     assert config.optim.lr == 3e-4
     assert config.gram.ckpt is None
     assert config.train.compile is False
-    assert C.resolutions(config.crops) == [C.Resolution(256, 96, None, 0.25), C.Resolution(512, 112, None, 0.75)]
+    assert resolutions(config.crops) == [Resolution(256, 96, None, 0.25), Resolution(512, 112, None, 0.75)]
 
 
 def test_all_mistakes_of_all_sources_are_reported_at_once_with_their_source(tmp_path):
@@ -173,9 +176,9 @@ def test_the_gram_teacher_may_be_taken_from_the_ema_teacher_at_an_iteration():
 def test_a_koleo_group_must_be_whole_processes_and_divide_the_batch():
     overrides = [IMAGES, "dino.koleo_loss_distributed=true", "train.batch_size_per_gpu=8"]
     config, _ = load_config(None, [*overrides, "dino.koleo_distributed_loss_group_size=16"])
-    C.check_scale(config, 4)
+    check_scale(config, 4)
     with pytest.raises(DinoError, match="24 images of a step on 3 processes"):
-        C.check_scale(config, 3)
+        check_scale(config, 3)
     (line,) = mistakes(*overrides[1:], "dino.koleo_distributed_loss_group_size=12")
     assert "whole processes" in line
 
@@ -305,7 +308,7 @@ def test_a_file_that_is_missing_or_broken_says_what_there_is(tmp_path):
 
 def test_a_recipe_is_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert C.find_file("dinov3/configs/train/toy_cpu.yaml") == C.find_file("toy_cpu.yaml")
+    assert find_file("dinov3/configs/train/toy_cpu.yaml") == find_file("toy_cpu.yaml")
 
 
 def test_empty_sections_say_nothing(tmp_path):
@@ -346,7 +349,7 @@ def test_published_names_describe_the_models_of_the_catalogue():
         else:
             assert built == published, row.arch
         seen.add(row.arch)
-    assert seen == set(C.PUBLISHED)
+    assert seen == set(PUBLISHED)
 
 
 def test_what_is_written_wins_over_a_published_name(tmp_path):
@@ -363,7 +366,7 @@ def test_a_convnext_gets_its_drop_path_and_a_vit_may_be_cut_down():
     assert convnext.drop_path_rate == 0.2
     (line,) = mistakes("student.arch=convnext_tiny")
     assert "must be 32" in line
-    vit = vit_config(C.StudentConfig(arch="vit_tiny", depth=2, embed_dim=32, num_heads=2))
+    vit = vit_config(StudentConfig(arch="vit_tiny", depth=2, embed_dim=32, num_heads=2))
     assert isinstance(vit, ViTConfig)
     assert (vit.embed_dim, vit.depth, vit.num_heads) == (32, 2, 2)
 
@@ -409,9 +412,9 @@ def test_a_student_has_its_own_file_under_the_shared_one(tmp_path):
     config, _ = load_config(
         shared, [IMAGES, "train.output_dir=/out", "optim.warmup_epochs=2", "teacher.warmup_teacher_temp_epochs=1"]
     )
-    C.check_scale(config, 3)
+    check_scale(config, 3)
     with pytest.raises(DinoError, match="ranks end at 3, but 4 processes run"):
-        C.check_scale(config, 4)
+        check_scale(config, 4)
     who, own, notes = C.load_student(config, 2, 3, shared, [IMAGES, "train.output_dir=/out"])
     assert who.name == "b"
     assert (own.student.arch, own.optim.epochs, own.train.batch_size_per_gpu) == ("vit_tiny", 4, 2)

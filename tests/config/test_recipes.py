@@ -9,7 +9,9 @@ import shlex
 import pytest
 from paths import GOLDEN_LOSSES
 
-from dinov3.config import RECIPES, TrainConfig, load_config, load_model_config, load_student, vit_config
+from dinov3.config import load_config, load_model_config, load_student
+from dinov3.config.loading import RECIPES
+from dinov3.config.train import TrainConfig, vit_config
 from dinov3.optim import build_schedules
 
 GOLDEN = json.loads((GOLDEN_LOSSES / "schedules.json").read_text())["recipes"]

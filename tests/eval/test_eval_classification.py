@@ -18,9 +18,10 @@ from ranks import run_ranks
 from dinov3.data.datasets import make_dataset
 from dinov3.errors import DinoError, UnknownName
 from dinov3.eval import knn, linear, log_regression
-from dinov3.eval import session as common
+from dinov3.eval.features import Targets
 from dinov3.eval.knn import knn_scores
 from dinov3.eval.linear import HeadKind, Heads
+from dinov3.eval.tables import read_table
 from dinov3.metrics import classification
 from dinov3.metrics.classification import Metric, evaluate, mean_corruption_error
 from dinov3.neighbours import nearest, votes
@@ -82,7 +83,7 @@ def split_search(k: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def strengths_of_rank() -> list[tuple[float, float]]:
     x, labels = blobs(2, 40)
-    targets = common.Targets(labels.numpy())
+    targets = Targets(labels.numpy())
     return log_regression.select(
         x, labels, x.numpy(), targets, Metric.MEAN_ACCURACY, 2, tol=1e-6, max_iter=5, solver="torch"
     )
@@ -284,7 +285,7 @@ def test_each_class_can_be_told_apart() -> None:
 
 def test_only_the_columns_of_a_subset_count() -> None:
     scores = np.array([[9.0, 1, 2, 0], [0, 5, 1, 8]])
-    targets = common.Targets(np.array([1, 0]), columns=[[1], [2, 3]])
+    targets = Targets(np.array([1, 0]), columns=[[1], [2, 3]])
     np.testing.assert_array_equal(targets.chosen(scores), [[1, 2], [5, 8]])
     with pytest.raises(DinoError, match="train on ImageNet-1k"):
         targets.chosen(scores[:, :3])
@@ -438,7 +439,7 @@ def test_policies_keep_what_they_say() -> None:
 def test_knn_from_images_to_files(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = words(toy, tmp_path, f"eval.test_dataset={toy / 'val'}", "train.ks=[3,10]", "save_results=true")
     assert knn.main(given) == 0
-    (row,) = common.read_table(tmp_path / "results-knn.csv")
+    (row,) = read_table(tmp_path / "results-knn.csv")
     assert list(row) == ["3 Top 1", "10 Top 1"]
     assert row["3 Top 1"] == 100  # two colours
     lines = (tmp_path / "results_eval_knn.json").read_text().splitlines()
@@ -455,14 +456,14 @@ def test_knn_from_images_to_files(toy: Path, tmp_path: Path, capsys: pytest.Capt
 def test_knn_with_few_shots(toy: Path, tmp_path: Path) -> None:
     shots = ["few_shot.enable=true", "few_shot.k_or_percent=2", "few_shot.n_tries=3"]
     assert knn.main(words(toy, tmp_path, f"eval.test_dataset={toy / 'val'}", "train.ks=[1]", *shots)) == 0
-    (row,) = common.read_table(tmp_path / "results-knn.csv")
+    (row,) = read_table(tmp_path / "results-knn.csv")
     assert list(row) == ["1 Top 1", "1 Top 1_std"]
 
 
 def test_logistic_regression_from_images_to_files(toy: Path, tmp_path: Path) -> None:
     given = words(toy, tmp_path, f"eval.test_dataset={toy / 'val'}", "train.solver=torch", "train.max_train_iters=20")
     assert log_regression.main(given) == 0
-    assert common.read_table(tmp_path / "results-log-regression.csv") == [{"top-1": 100}]
+    assert read_table(tmp_path / "results-log-regression.csv") == [{"top-1": 100}]
 
 
 def test_a_sweep_over_layers_and_pooling(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -470,7 +471,7 @@ def test_a_sweep_over_layers_and_pooling(toy: Path, tmp_path: Path, capsys: pyte
         toy, tmp_path, f"eval.test_dataset={toy / 'val'}", "train.ks=[1]", "--sweep", "layers=1,3,1+3,pool=cls,mean"
     )
     assert knn.main(given) == 0
-    rows = common.read_table(tmp_path / "sweep-knn.csv")
+    rows = read_table(tmp_path / "sweep-knn.csv")
     assert [(str(r["layers"]), r["pool"]) for r in rows] == [(x, p) for x in ("1", "3", "1+3") for p in ("cls", "mean")]
     assert "layers  pool" in capsys.readouterr().out
     assert (tmp_path / "sweep" / "layers=1+3,pool=mean" / "results-knn.csv").exists()
@@ -479,7 +480,7 @@ def test_a_sweep_over_layers_and_pooling(toy: Path, tmp_path: Path, capsys: pyte
 def test_linear_heads_from_images_to_files(toy: Path, tmp_path: Path) -> None:
     given = words(toy, tmp_path, f"train.val_dataset={toy / 'val'}", f"eval.test_datasets=[{toy / 'train'}]", *LINEAR)
     assert linear.main(given) == 0
-    (row,) = common.read_table(tmp_path / "results-linear.csv")
+    (row,) = read_table(tmp_path / "results-linear.csv")
     assert list(row) == [f"{toy / 'val'}_accuracy", f"{toy / 'train'}_accuracy", "best_classifier"]
     assert row[f"{toy / 'val'}_accuracy"] == 100
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["best", "final"]
@@ -661,7 +662,7 @@ def test_a_linear_head_is_measured_on_the_variants_each_by_its_own_metric(toy: P
         toy, tmp_path / "out", f"train.val_dataset={toy / 'val'}", *LINEAR, f"eval.test_datasets=[{','.join(lines)}]"
     )
     assert linear.main(given) == 0
-    (row,) = common.read_table(tmp_path / "out" / "results-linear.csv")
+    (row,) = read_table(tmp_path / "out" / "results-linear.csv")
     assert row[f"{lines[0]}_accuracy"] == 50
     assert row[f"{lines[1]}_accuracy"] == row[f"{lines[1]} mCE"] == row[f"{lines[1]} CE fog"] == 0
     assert row[f"{lines[2]}_accuracy"] == 100
@@ -680,4 +681,4 @@ def test_the_shipped_model_knows_imagenettes_classes_better_than_chance(developm
     ]
     sizes = ["transform.resize_size=128", "transform.crop_size=112", f"features.cache={tmp_path / 'cache'}"]
     assert knn.main([*given, *sizes, "train.ks=[5]", f"--output-dir={tmp_path}"]) == 0
-    assert common.read_table(tmp_path / "results-knn.csv")[0]["5 Top 1"] > 30
+    assert read_table(tmp_path / "results-knn.csv")[0]["5 Top 1"] > 30

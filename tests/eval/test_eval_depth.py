@@ -20,7 +20,7 @@ from ranks import run_ranks
 from torch import Tensor
 from toy_dense import write_depths, write_model
 
-from dinov3.config import load
+from dinov3.config.loading import load
 from dinov3.data.datasets import make_dataset
 from dinov3.data.transforms.dense import DepthRule
 from dinov3.errors import DinoError

@@ -279,7 +279,7 @@ def test_classes_are_joined_by_name(lights: Path) -> None:
         ([], "must be given"),
         (["dataset=CocoDetection:root=/nowhere"], "is no folder"),
         (["dataset=Folder:root=.", "load_from=x"], "has no boxes"),
-        (["dataset=x", "short_side=3"], "at least one patch"),
+        (["dataset=x", "short_side=3"], "must be at least 16"),
         (["dataset=x", "tta.enable=true", "tta.short_sides=[]"], "tta.short_sides"),
         (["datset=x"], "did you mean"),
     ],

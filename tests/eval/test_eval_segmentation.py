@@ -22,7 +22,7 @@ from ranks import run_ranks
 from torch import Tensor, nn
 from toy_dense import write_model, write_scenes
 
-from dinov3.config import load
+from dinov3.config.loading import load
 from dinov3.data.datasets import make_dataset
 from dinov3.data.transforms.dense import short_side
 from dinov3.errors import DinoError

@@ -20,8 +20,27 @@ from ranks import run_ranks
 from dinov3.data.datasets import make_dataset
 from dinov3.errors import DinoError, ImageError, UnknownName
 from dinov3.eval import session as common
+from dinov3.eval.arguments import (
+    Arguments,
+    EvalConfig,
+    FeatureSection,
+    ModelSection,
+    TransformSection,
+    read_arguments,
+    split_arguments,
+)
+from dinov3.eval.features import (
+    FeatureCache,
+    check_classes,
+    columns_of,
+    few_shot_subset,
+    labels_of,
+    normal_layers,
+    over_tries,
+)
 from dinov3.eval.published import published
-from dinov3.eval.session import EvalConfig, FeatureCache, FeatureSection, ModelSection, Session, TransformSection
+from dinov3.eval.session import Session
+from dinov3.eval.tables import read_table, write_table
 from dinov3.features import default_preprocessing
 from dinov3.models import ViTConfig, backbone
 
@@ -74,17 +93,17 @@ def test_options_and_words_stand_in_any_order_and_in_every_public_spelling(tmp_p
         ["where=here", "output_dir=out", "--config-file", f"{tmp_path}/some.yaml"],
         ["--output-dir", "out", f"config={tmp_path}/some.yaml", "where=here"],
     ):
-        config, _, _ = common.read_arguments(ToyConfig, words)
+        config, _, _ = read_arguments(ToyConfig, words)
         assert (config.number, config.where, config.output_dir) == (2.0, "here", "out")
 
 
 def test_mistakes_are_told_with_a_way_out() -> None:
     with pytest.raises(DinoError, match="unknown option --sweeep; did you mean '--sweep'"):
-        common.split_arguments(["--sweeep", "x=1"])
+        split_arguments(["--sweeep", "x=1"])
     with pytest.raises(DinoError, match="--output-dir needs a value"):
-        common.split_arguments(["--output-dir"])
+        split_arguments(["--output-dir"])
     with pytest.raises(DinoError, match=r"numbr .*did you mean 'number'") as told:
-        common.read_arguments(ToyConfig, ["numbr=3"])
+        read_arguments(ToyConfig, ["numbr=3"])
     assert "where (nowhere): must be given" in str(told.value)
 
 
@@ -94,13 +113,13 @@ def test_choices_are_taken_by_name_or_value_in_any_capitals() -> None:
 
     must = ["train.dataset=a", "train.val_dataset=b"]
     words = ["train.val_metric_type=MEAN_AVERAGE_PRECISION_VOC_2007", "train.optimizer_type=ADAMW"]
-    config, _, _ = common.read_arguments(LinearConfig, [*must, *words])
+    config, _, _ = read_arguments(LinearConfig, [*must, *words])
     assert config.train.val_metric_type is Metric.MEAN_AVERAGE_PRECISION_VOC_2007
     assert config.train.optimizer_type == "adamw"
-    config, _, _ = common.read_arguments(LinearConfig, [*must, "train.val_metric_type=map_voc2007"])
+    config, _, _ = read_arguments(LinearConfig, [*must, "train.val_metric_type=map_voc2007"])
     assert config.train.val_metric_type is Metric.MEAN_AVERAGE_PRECISION_VOC_2007
     with pytest.raises(DinoError, match="expected one of mean_accuracy"):
-        common.read_arguments(LinearConfig, [*must, "train.val_metric_type=acc"])
+        read_arguments(LinearConfig, [*must, "train.val_metric_type=acc"])
 
 
 def test_help_lists_every_key_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,7 +136,7 @@ def test_help_lists_every_key_with_its_default(capsys: pytest.CaptureFixture[str
 
 def test_a_model_section_names_a_model_in_one_way_only() -> None:
     def wrong(**given: str) -> list[str]:
-        return [key for key, _ in common.section_problems(ToyConfig(model=ModelSection(**given)))]
+        return [key for key, _ in ToyConfig(model=ModelSection(**given)).problems()]
 
     assert wrong() == wrong(name="dinov3_vits16", weights="random") == []
     assert wrong(dino_hub="dinov3_vits16", name="x") == ["model.dino_hub"]
@@ -168,7 +187,7 @@ def test_features_are_computed_once_and_equal_the_models(tmp_path: Path) -> None
     rule = default_preprocessing(model, size=32)
     told: list[str] = []
     cache = FeatureCache(model, tmp_path / "cache", told.append)
-    columns = common.columns_of([1, 3], "cls+mean")
+    columns = columns_of([1, 3], "cls+mean")
     assert [(c.token, c.layer) for c in columns] == [("cls", 1), ("cls", 3), ("mean", 3)]
     arrays = cache.columns(dataset, rule, columns, batch_size=3)
     x = torch.stack([rule(dataset[i][0])[0] for i in range(len(dataset))])
@@ -177,17 +196,17 @@ def test_features_are_computed_once_and_equal_the_models(tmp_path: Path) -> None
     for array, expected in zip(arrays, (first, last, patches.mean(1))):
         torch.testing.assert_close(torch.from_numpy(np.array(array)), expected, atol=1e-5, rtol=1e-5)
     said = len(told)
-    again = cache.columns(dataset, rule, common.columns_of([3], "mean"))
+    again = cache.columns(dataset, rule, columns_of([3], "mean"))
     assert len(told) == said, "columns that are known are not computed again"
     np.testing.assert_array_equal(again[0], arrays[2])
     Image.new("RGB", (40, 40)).save(folder / "class0" / "0.png")
-    cache.columns(make_dataset(str(folder)), rule, common.columns_of([3], "mean"))
+    cache.columns(make_dataset(str(folder)), rule, columns_of([3], "mean"))
     assert len(told) > said, "other images are other features"
 
 
 def test_other_weights_and_other_preprocessing_have_their_own_features(tmp_path: Path) -> None:
     dataset = make_dataset(str(make_folder(tmp_path / "images", each=1)))
-    column = common.columns_of([3], "cls")
+    column = columns_of([3], "cls")
     found = []
     for seed, size in ((0, 32), (1, 32), (0, 48)):
         model = tiny(seed)
@@ -201,7 +220,7 @@ def test_other_weights_and_other_preprocessing_have_their_own_features(tmp_path:
 def test_half_precision_on_disk_is_near(tmp_path: Path) -> None:
     dataset, model = make_dataset(str(make_folder(tmp_path / "images", each=2))), tiny()
     cache = FeatureCache(model, tmp_path / "cache", lambda _: None)
-    rule, column = default_preprocessing(model, size=32), common.columns_of([3], "cls")
+    rule, column = default_preprocessing(model, size=32), columns_of([3], "cls")
     exact, half = (cache.columns(dataset, rule, column, dtype=d)[0] for d in ("float32", "float16"))
     assert half.dtype == np.float16
     np.testing.assert_allclose(half, exact, rtol=1e-3, atol=1e-3)
@@ -211,7 +230,7 @@ def features_of_rank(root: str) -> np.ndarray:
     model = tiny()
     cache = FeatureCache(model, Path(root) / "cache", lambda _: None)
     dataset = make_dataset(f"{root}/images")
-    columns = cache.columns(dataset, default_preprocessing(model, size=32), common.columns_of([3], "cls"), batch_size=2)
+    columns = cache.columns(dataset, default_preprocessing(model, size=32), columns_of([3], "cls"), batch_size=2)
     return np.array(columns[0])
 
 
@@ -229,14 +248,14 @@ def test_a_broken_image_stops_an_evaluation_by_its_name(tmp_path: Path) -> None:
     (folder / "class1" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
     cache = FeatureCache(tiny(), tmp_path / "cache", lambda _: None)
     with pytest.raises(ImageError, match=r"class1/0\.png.*needs all of its images"):
-        cache.columns(make_dataset(str(folder)), default_preprocessing(tiny(), size=32), common.columns_of([3], "cls"))
+        cache.columns(make_dataset(str(folder)), default_preprocessing(tiny(), size=32), columns_of([3], "cls"))
 
 
 def test_images_without_a_class_are_refused(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "images", each=1)
     Image.new("RGB", (32, 32)).save(folder / "loose.png")
     with pytest.raises(DinoError, match="1 of 3 images have no class"):
-        common.labels_of(make_dataset(str(folder)), "these")
+        labels_of(make_dataset(str(folder)), "these")
 
 
 def test_classes_that_are_numbered_differently_are_refused(tmp_path: Path) -> None:
@@ -244,7 +263,7 @@ def test_classes_that_are_numbered_differently_are_refused(tmp_path: Path) -> No
     make_folder(tmp_path / "b", classes=2, each=1)
     (tmp_path / "b" / "class0").rename(tmp_path / "b" / "another")
     with pytest.raises(DinoError, match=r"different classes.*another"):
-        common.check_classes(make_dataset(str(tmp_path / "a")), make_dataset(str(tmp_path / "b")))
+        check_classes(make_dataset(str(tmp_path / "a")), make_dataset(str(tmp_path / "b")))
 
 
 def test_a_size_that_is_no_multiple_of_the_patch_is_refused_with_one_that_is(tmp_path: Path) -> None:
@@ -252,7 +271,7 @@ def test_a_size_that_is_no_multiple_of_the_patch_is_refused_with_one_that_is(tmp
     with pytest.raises(DinoError, match="no multiple of the patch \\(16\\); try 224"):
         session.rule(tiny(), TransformSection(256, 230))
     with pytest.raises(DinoError, match="layer 4 does not exist: this model has 4"):
-        common.normal_layers(tiny(), [4])
+        normal_layers(tiny(), [4])
 
 
 # ---- other libraries' backbones -------------------------------------------------------------------------------------
@@ -310,17 +329,17 @@ def test_a_timm_model_is_a_backbone(tmp_path: Path, oracles: None) -> None:
 
 def test_few_shots_are_the_recorded_ones() -> None:
     labels = np.array([0, 1, 0, 1, 0, 1, 2, 2, 2, 2])
-    drawn = {(k, seed): common.few_shot_subset(labels, k, seed).tolist() for k in (1, 0.5) for seed in (0, 1)}
+    drawn = {(k, seed): few_shot_subset(labels, k, seed).tolist() for k in (1, 0.5) for seed in (0, 1)}
     assert drawn == {(1, 0): [4, 5, 9], (1, 1): [1, 2, 9], (0.5, 0): [4, 5, 7, 9], (0.5, 1): [1, 2, 8, 9]}
 
 
 def test_a_share_of_several_labels_is_corrected() -> None:
     labels = np.ones((40, 2), np.int64)  # every image counts twice
-    assert len(common.few_shot_subset(labels, 0.25, 0)) < 0.4 * 40
+    assert len(few_shot_subset(labels, 0.25, 0)) < 0.4 * 40
 
 
 def test_tries_become_mean_and_unbiased_deviation() -> None:
-    told = common.over_tries([{"top-1": 1.0}, {"top-1": 3.0}])
+    told = over_tries([{"top-1": 1.0}, {"top-1": 3.0}])
     assert told == {"top-1_mean": 2.0, "top-1_std": pytest.approx(2**0.5)}
 
 
@@ -330,8 +349,8 @@ def test_tries_become_mean_and_unbiased_deviation() -> None:
 @pytest.mark.parametrize("ending", ["csv", "jsonl"])
 def test_a_table_is_read_back_as_it_was(tmp_path: Path, ending: str) -> None:
     rows = [{"b": 1, "a": 0.1 + 0.2, "yes": True, "word": "x,y"}, {"b": 2, "a": None, "word": "z"}]
-    path = common.write_table(tmp_path / f"t.{ending}", rows)
-    back = common.read_table(path)
+    path = write_table(tmp_path / f"t.{ending}", rows)
+    back = read_table(path)
     assert list(back[0]) == ["b", "a", "yes", "word"]
     assert back[0] == {"b": 1, "a": 0.1 + 0.2, "yes": "True", "word": "x,y"}
     assert back[1] == {"b": 2, "a": None, "yes": None, "word": "z"}
@@ -339,8 +358,8 @@ def test_a_table_is_read_back_as_it_was(tmp_path: Path, ending: str) -> None:
 
 def test_an_unknown_form_of_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DinoError, match=r"\.csv, \.jsonl or \.yaml"):
-        common.write_table(tmp_path / "t.xls", [{"a": 1}])
-    text = common.write_table(tmp_path / "t.yaml", [{"a": 1.5}]).read_text()
+        write_table(tmp_path / "t.xls", [{"a": 1}])
+    text = write_table(tmp_path / "t.yaml", [{"a": 1.5}]).read_text()
     assert text == '0:\n  "a": 1.5\n'
 
 
@@ -365,13 +384,13 @@ def test_a_sweep_reads_every_point_before_it_runs_the_first(tmp_path: Path) -> N
     session = Session("toy", tmp_path)
     base = ["where=x", f"output_dir={tmp_path}"]
     with pytest.raises(DinoError, match="number"):
-        common.sweep(ToyConfig, common.Arguments(None, base, "number=1,2,none"), evaluate, session)
+        common.sweep(ToyConfig, Arguments(None, base, "number=1,2,none"), evaluate, session)
     assert ran == []
-    rows = common.sweep(ToyConfig, common.Arguments(None, base, "number=1,2,size=32,64"), evaluate, session)
+    rows = common.sweep(ToyConfig, Arguments(None, base, "number=1,2,size=32,64"), evaluate, session)
     assert [(r["number"], r["size"], r["twice"]) for r in rows] == [
         ("1", "32", 2.0), ("1", "64", 2.0), ("2", "32", 4.0), ("2", "64", 4.0)
     ]  # fmt: skip
-    assert len(common.read_table(tmp_path / "sweep-toy.csv")) == 4
+    assert len(read_table(tmp_path / "sweep-toy.csv")) == 4
     assert (
         json.loads((tmp_path / "sweep" / "number=2,size=64" / "results-toy.json").read_text())["results"]["twice"] == 4
     )
@@ -448,7 +467,7 @@ def test_rows_of_results_name_evaluations_that_exist_and_keys_they_know() -> Non
             assert words[:3] == ["-m", "dinov3.cli", "eval"]
             assert words[3] in available(), row.id
             if words[3] in configs:
-                common.read_arguments(configs[words[3]], words[4:])
+                read_arguments(configs[words[3]], words[4:])
 
 
 def test_exceptions_from_the_expected_order_are_told() -> None:

@@ -15,7 +15,7 @@ from paths import GOLDEN
 from PIL import Image
 from ranks import run_ranks
 
-from dinov3 import config as configuration
+from dinov3.config.loading import load
 from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.captions import Captioned
 from dinov3.data.tokenizer import Tokenizer
@@ -59,7 +59,7 @@ def words(files: Path, out: Path, *more: str) -> list[str]:
 
 
 def settings(files: Path, out: Path, *more: str) -> TextTrainConfig:
-    return configuration.load(TextTrainConfig, None, words(files, out, *more))[0]
+    return load(TextTrainConfig, None, words(files, out, *more))[0]
 
 
 def test_it_learns_colours_by_their_names_and_its_file_loads_again(
@@ -250,5 +250,5 @@ def test_orthogonal_words_classify_perfectly_and_equal_prompts_average_to_themse
 
 def test_the_recipe_that_comes_along_is_read_strictly_and_says_what_the_reference_says() -> None:
     line = ["train_dataset_str=CocoCaptions:root=/data/coco:split=TRAIN"]
-    config, _ = configuration.load(TextTrainConfig, "dinov3_vitl_text.yaml", line)
-    assert config == configuration.load(TextTrainConfig, None, line)[0]
+    config, _ = load(TextTrainConfig, "dinov3_vitl_text.yaml", line)
+    assert config == load(TextTrainConfig, None, line)[0]

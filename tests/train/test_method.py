@@ -13,7 +13,7 @@ from paths import GOLDEN_LOSSES
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dinov3.config import DinoConfig, GramConfig, IbotConfig, OptimConfig
+from dinov3.config.train import DinoConfig, GramConfig, IbotConfig, OptimConfig
 from dinov3.data.crops import CropBatch
 from dinov3.errors import DinoError
 from dinov3.heads.projection import ProjectionHead

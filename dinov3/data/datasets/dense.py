@@ -27,7 +27,7 @@ from PIL import Image
 
 from dinov3.data.datasets.base import ImageDataset, required
 from dinov3.data.images import IMAGE_SUFFIXES, open_image, read_file
-from dinov3.errors import DinoError, ImageError, UnknownName, did_you_mean
+from dinov3.errors import DinoError, ImageError, UnknownName, did_you_mean, one_of
 
 KINDS = ("classes", "depth", "height")
 UNKNOWN_DEPTH = 65535  # what depth cameras write into 16 bits where they saw nothing
@@ -169,10 +169,7 @@ def heights(values: np.ndarray, unit: float, ignored: int | None) -> np.ndarray:
 
 
 def _split(options: dict[str, str], splits: Sequence[str], line: str) -> str:
-    given = required(options, "split", line)
-    if given.upper() not in splits:
-        raise UnknownName(f"the split is one of {', '.join(splits)}, not {given!r}{did_you_mean(given, splits)}")
-    return given.upper()
+    return one_of("the split", required(options, "split", line).upper(), splits)
 
 
 class ADE20K(DenseDataset):

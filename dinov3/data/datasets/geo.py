@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from dinov3.errors import DinoError, UnknownName, did_you_mean, require
+from dinov3.errors import DinoError, UnknownName, did_you_mean, one_of, require
 
 SPLITS = ("train", "valid", "test")
 FOLDERS = ("classification_v1.0", "segmentation_v1.0")
@@ -96,8 +96,7 @@ class GeoBench:
             raise UnknownName(
                 f"GEO-Bench has no task {task!r}{did_you_mean(task, TASKS) or '; known: ' + ', '.join(TASKS)}"
             )
-        if split not in SPLITS:
-            raise UnknownName(f"split is one of {', '.join(SPLITS)}, not {split!r}{did_you_mean(split, SPLITS)}")
+        one_of("split", split, SPLITS)
         self.task_name, self.split = known[key_of(task)], split
         self.task = TASKS[self.task_name]
         self.folder = self._folder(Path(root).expanduser(), key_of(task))

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dinov3.data.crops import Colours, coloured
 from dinov3.data.transforms.inputs import LVD_MEAN, LVD_STD, to_pixels
-from dinov3.errors import DinoError, UnknownName, did_you_mean
+from dinov3.errors import DinoError, one_of
 from dinov3.metrics.dense import IGNORED, reduce_zero_label, region_mask
 
 Random = random.Random
@@ -78,11 +78,7 @@ def resized_map(target: Tensor, size_hw: tuple[int, int]) -> Tensor:
 
 def fixed_box(name: str, size_hw: tuple[int, int]) -> tuple[int, int, int, int]:
     """(top, left, bottom, right) of a named crop in an image of that size."""
-    if name not in FIXED_CROPS:
-        raise UnknownName(
-            f"fixed_crop is one of {', '.join(FIXED_CROPS)}, not {name!r}{did_you_mean(name, FIXED_CROPS)}"
-        )
-    (h, w), box = size_hw, FIXED_CROPS[name]
+    (h, w), box = size_hw, FIXED_CROPS[one_of("fixed_crop", name, FIXED_CROPS)]
     if box is None:
         return 0, 0, h, w
     x, y = w / FIXED_CROP_OF[0], h / FIXED_CROP_OF[1]

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov3.errors import DinoError, UnknownName, did_you_mean
+from dinov3.errors import DinoError, UnknownName, did_you_mean, one_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -89,11 +89,7 @@ class Preprocessing:
     def __post_init__(self) -> None:
         choices = (("shape", SHAPES), ("fit", FITS), ("interpolation", INTERPOLATIONS), ("order", ("uint8", "float")))
         for name, known in choices:
-            value = getattr(self, name)
-            if value not in known:
-                raise UnknownName(
-                    f"{name} is one of {', '.join(known)}, not {value!r}{did_you_mean(str(value), known)}"
-                )
+            one_of(name, getattr(self, name), known)
         if self.shape != "native" and self.size < 1:
             raise DinoError(f"size must be a positive number of pixels, not {self.size}")
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import enum
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,12 +32,14 @@ import torch
 from torch import Tensor, nn
 
 from dinov3 import distributed
+from dinov3.config.bounds import Problem, setting
 from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.dense import DenseDataset
 from dinov3.data.transforms.dense import FIXED_CROPS, DepthRule
 from dinov3.errors import DinoError, UnknownName, did_you_mean
 from dinov3.eval import dense
 from dinov3.eval import session as common
+from dinov3.eval.arguments import EvalConfig
 from dinov3.fit.loop import fit, head_tensors
 from dinov3.heads.dpt import Depther, build_depther
 from dinov3.heads.encoder import LAYER_SETS, resized
@@ -99,16 +101,16 @@ class TrainTransform:
     random_crop: int | list[int] | None = None
     brightness_range: list[float] = field(default_factory=lambda: [0.9, 1.1])
     rotation_angle: float = 2.5
-    fixed_crop: str = "FULL"
-    eval_mask: str = "FULL"
+    fixed_crop: str = setting("FULL", choices=FIXED_CROPS)
+    eval_mask: str = setting("FULL", choices=REGIONS)
     augment: bool = True  # ours; false: images as for evaluation, features computed once
 
 
 @dataclass
 class EvalTransform:
     img_size: int | None = None
-    fixed_crop: str = "FULL"
-    eval_mask: str = "FULL"
+    fixed_crop: str = setting("FULL", choices=FIXED_CROPS)
+    eval_mask: str = setting("FULL", choices=REGIONS)
 
 
 @dataclass
@@ -140,8 +142,8 @@ class ResultSection:
 
 
 @dataclass
-class DepthConfig(common.EvalConfig):
-    bs: int = 2
+class DepthConfig(EvalConfig):
+    bs: int = setting(2, at_least=1)
     n_gpus: int = 8  # for information; torchrun or the launcher decides
     num_workers: int = 2
     seed: int = 321
@@ -153,14 +155,14 @@ class DepthConfig(common.EvalConfig):
     losses: dict[str, float] | None = None  # SIGLOSS, GRADIENT_LOSS, GRADIENT_LOG_LOSS, L1; null: SIGLOSS alone
     transforms: TransformsSection = field(default_factory=TransformsSection)
     eval: EvalSection = field(default_factory=EvalSection)
-    metrics: list[str] = field(default_factory=lambda: ["rmse", "abs_rel", "a1"])
+    metrics: list[str] = setting(["rmse", "abs_rel", "a1"], choices=(*DEPTH_SCORES, *HEIGHT_SCORES))
     result_config: ResultSection = field(default_factory=ResultSection)
     load_from: str | None = None  # dinov3_vit7b16_dd, dinov3_vitl16_chmv2, or the file of a head
     head_weights: str | None = None  # ours: where the published head of load_from lies
     backbone_weights: str | None = None  # ours: and its backbone
 
-    def problems(self) -> Any:
-        yield from common.section_problems(self)
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
         yield from dense.scheduler_problems(self.scheduler)
         if self.save_results:
             yield "save_results", "belongs to classification; depth maps are kept by result_config.save_results=true"
@@ -170,15 +172,6 @@ class DepthConfig(common.EvalConfig):
                     f"losses.{name}",
                     f"unknown loss{did_you_mean(name, DEPTH_LOSSES)}; known: {', '.join(DEPTH_LOSSES)}",
                 )
-        known = (*DEPTH_SCORES, *HEIGHT_SCORES)
-        for name in self.metrics:
-            if name not in known:
-                yield "metrics", f"unknown score {name!r}{did_you_mean(name, known)}"
-        for where in ("train", "eval"):
-            section = getattr(self.transforms, where)
-            for key, names in (("fixed_crop", FIXED_CROPS), ("eval_mask", REGIONS)):
-                if getattr(section, key) not in names:
-                    yield f"transforms.{where}.{key}", f"is one of {', '.join(names)}, not {getattr(section, key)!r}"
         layers = self.decoder_head.backbone_out_layers
         if isinstance(layers, str) and layers not in LAYER_SETS:
             yield (
@@ -187,8 +180,6 @@ class DepthConfig(common.EvalConfig):
             )
         if not 0 < self.eval.min_depth < self.eval.max_depth:
             yield "eval.min_depth", f"must be above 0 and below eval.max_depth ({self.eval.max_depth})"
-        if self.bs < 1:
-            yield "bs", f"must be at least 1, not {self.bs}"
 
 
 # ---- scoring -------------------------------------------------------------------------------------------------------

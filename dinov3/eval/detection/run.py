@@ -25,13 +25,16 @@ import torch
 from torch import Tensor
 
 from dinov3 import distributed
+from dinov3.config.bounds import Problem, setting
 from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.detection import BoxDataset
 from dinov3.data.transforms.boxes import DetectionRule
 from dinov3.errors import DinoError
 from dinov3.eval import dense
 from dinov3.eval import session as common
-from dinov3.eval.session import EvalConfig, Session
+from dinov3.eval.arguments import EvalConfig
+from dinov3.eval.session import Session
+from dinov3.eval.tables import write_table
 from dinov3.hub import HEADS
 from dinov3.metrics.boxes import average_precision, soft_nms
 
@@ -53,29 +56,20 @@ class TtaSection:
 class DetectionConfig(EvalConfig):
     """Keys as the dense evaluations name them; no script of this task was published."""
 
-    dataset: str = ""  # CocoDetection:root=…:split=val2017, VocDetection:root=…
+    # CocoDetection:root=…:split=val2017, VocDetection:root=…
+    dataset: str = setting("", required="dataset=CocoDetection:root=FOLDER:split=val2017 or VocDetection:root=FOLDER")
     load_from: str = "dinov3_vit7b16_de"  # or a head file
     head_weights: str | None = None  # where the published head lies
     backbone_weights: str | None = None  # and its backbone, or that of a head file
-    short_side: int | None = None  # pixels; null: what a head file was trained at, 2048 for the published head
+    # pixels; null: what a head file was trained at, 2048 for the published head
+    short_side: int | None = setting(None, at_least=16)
     long_at_most: int | None = None  # pixels; null: nothing bounds the long side
-    most: int = 300  # detections of one image that are kept
+    most: int = setting(300, at_least=1)  # detections of one image that are kept
     tta: TtaSection = field(default_factory=TtaSection)
-    limit: int = 0  # only the first images; 0: all
+    limit: int = setting(0, at_least=0)  # only the first images; 0: all
 
-    def problems(self) -> Iterator[tuple[str, str]]:
-        yield from common.section_problems(self)
-        if not self.dataset:
-            yield (
-                "dataset",
-                "must be given: dataset=CocoDetection:root=FOLDER:split=val2017 or VocDetection:root=FOLDER",
-            )
-        if self.short_side is not None and self.short_side < 16:
-            yield "short_side", f"must be at least one patch, 16 pixels, not {self.short_side}"
-        if self.most < 1:
-            yield "most", "must be at least 1"
-        if self.limit < 0:
-            yield "limit", "is a number of images; 0 takes all"
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
         if self.tta.enable and (not self.tta.short_sides or min(self.tta.short_sides) < 16):
             yield "tta.short_sides", f"is a list of at least one side of 16 pixels or more, not {self.tta.short_sides}"
 
@@ -201,7 +195,7 @@ def evaluate(config: DetectionConfig, session: Session) -> Mapping[str, float | 
     every = sorted((row for part in distributed.gather_objects(mine) for row in part), key=lambda row: row[0])
     results, per_class = average_precision([f for _, f, _ in every], [t for _, _, t in every], data.class_names)
     if session.run.writer:
-        common.write_table(session.output / "per-class.csv", per_class)
+        write_table(session.output / "per-class.csv", per_class)
         if config.save_results:
             write_detections(session, data, every)
     return {"images": total, **results}

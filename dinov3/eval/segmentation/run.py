@@ -18,7 +18,7 @@ up; validation runs every eval_interval iterations and at the end; every image c
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,13 +28,16 @@ import torch
 from torch import Tensor, nn
 
 from dinov3 import distributed
+from dinov3.config.bounds import Problem, setting
 from dinov3.data.datasets.dense import ONE_CLASS, DenseDataset
 from dinov3.data.transforms.dense import SegmentationRule, normalised, resized_image, short_side, tta_short
 from dinov3.data.transforms.inputs import to_pixels
 from dinov3.errors import DinoError
 from dinov3.eval import dense
 from dinov3.eval import session as common
+from dinov3.eval.arguments import EvalConfig
 from dinov3.eval.segmentation.inference import make_inference
+from dinov3.eval.tables import write_table
 from dinov3.fit.loop import fit, head_tensors
 from dinov3.heads.encoder import FrozenLayers
 from dinov3.heads.linear import LinearSegmentor, build_linear_segmentor
@@ -116,14 +119,14 @@ class EvalSection:
 
 
 @dataclass
-class SegmentationConfig(common.EvalConfig):
-    bs: int = 2  # images of a process
+class SegmentationConfig(EvalConfig):
+    bs: int = setting(2, at_least=1)  # images of a process
     n_gpus: int = 8  # for information; torchrun or the launcher decides
     num_workers: int = 6
     model_dtype: dense.ModelDtype = "FLOAT32"
     seed: int = 100
     datasets: DatasetsSection = field(default_factory=DatasetsSection)
-    metric_to_save: str = "mIoU"
+    metric_to_save: str = setting("mIoU", choices=SEGMENTATION_COLUMNS)
     decoder_head: DecoderSection = field(default_factory=DecoderSection)
     scheduler: dense.SchedulerSection = field(default_factory=dense.SchedulerSection)
     optimizer: dense.OptimizerSection = field(default_factory=dense.OptimizerSection)
@@ -134,8 +137,8 @@ class SegmentationConfig(common.EvalConfig):
     head_weights: str | None = None  # ours: where the published head of load_from lies
     backbone_weights: str | None = None  # ours: and its backbone
 
-    def problems(self) -> Any:
-        yield from common.section_problems(self)
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
         yield from dense.scheduler_problems(self.scheduler)
         if self.load_from is None and self.decoder_head.type == "m2f":
             yield (
@@ -144,15 +147,11 @@ class SegmentationConfig(common.EvalConfig):
             )
         if self.decoder_head.use_cls_token:
             yield "decoder_head.use_cls_token", "no head of segmentation uses the CLS token; leave it false"
-        if self.metric_to_save not in SEGMENTATION_COLUMNS:
-            yield "metric_to_save", f"is one of {', '.join(SEGMENTATION_COLUMNS)}, not {self.metric_to_save!r}"
         if self.train.celoss_weight <= 0 and self.train.diceloss_weight <= 0:
             yield "train.celoss_weight", "one of celoss_weight and diceloss_weight must be above 0"
         low_high = self.transforms.train.random_img_size_ratio_range
         if low_high is not None and not (len(low_high) == 2 and 0 < low_high[0] <= low_high[1]):
             yield "transforms.train.random_img_size_ratio_range", f"is [low, high], not {low_high}"
-        if self.bs < 1:
-            yield "bs", f"must be at least 1, not {self.bs}"
 
 
 # ---- scoring -------------------------------------------------------------------------------------------------------
@@ -446,7 +445,7 @@ def evaluate(config: SegmentationConfig, session: common.Session) -> dict[str, A
             {"class": name} | {k: 100 * scores[f"{k}_per_class"][i] for k in per_class if i < protocol.n_classes}
             for i, name in enumerate(names[: protocol.n_classes])
         ]
-        common.write_table(session.output / "per-class.csv", rows)
+        write_table(session.output / "per-class.csv", rows)
     return percentages(scores)
 
 

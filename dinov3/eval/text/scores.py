@@ -15,7 +15,7 @@ from torch import Tensor
 from dinov3.data.datasets.base import ImageDataset
 from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.errors import DinoError
-from dinov3.eval.session import image_batches
+from dinov3.eval.features import image_batches
 from dinov3.heads.dinotxt.model import DinoTxt
 
 # ---- features -------------------------------------------------------------------------------------------------------

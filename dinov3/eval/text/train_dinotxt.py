@@ -25,15 +25,16 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov3 import config as configuration
 from dinov3 import distributed, losses
+from dinov3.config.bounds import setting
+from dinov3.config.loading import ANY, find_file, load
 from dinov3.data.crops import Crop, cut, draw_box, generator, normalised
 from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.captions import Captioned
@@ -43,6 +44,7 @@ from dinov3.data.tokenizer import Tokenizer
 from dinov3.data.transforms.inputs import to_pixels
 from dinov3.errors import DinoError, ImageError
 from dinov3.eval import session as common
+from dinov3.eval.arguments import EvalConfig, ModelSection, help_text, split_arguments
 from dinov3.eval.text import scores
 from dinov3.fit.loop import FitConfig, FitReport, fit, head_tensors, seed_of
 from dinov3.heads.dinotxt.model import LOGIT_SCALE, DinoTxt, DinoTxtConfig, TextConfig
@@ -67,7 +69,7 @@ _DEAD = (
 class TextTrainConfig:
     """The reference's keys with its recipe's values; ours after the blank line."""
 
-    train_dataset_str: str = ""
+    train_dataset_str: str = setting("", required="CocoCaptions:root=…:split=TRAIN, or Captions:root=…")
     embed_dim: int = 2048
     vision_backbone_config: str | None = None
     vision_backbone_pretrained_weights: str | None = None
@@ -82,7 +84,7 @@ class TextTrainConfig:
     vision_model_patch_token_layer: int = 1
     vision_model_use_gram_loss: bool = False
     vision_model_gram_loss_weight: float = 1.0
-    vision_model_patch_sampling_rate_for_gram_loss: float = 1.0
+    vision_model_patch_sampling_rate_for_gram_loss: float = setting(1.0, above=0, at_most=1)
     vision_model_normalize_patch_tokens_for_gram_loss: bool = True
     text_backbone_config: str | None = None
     text_backbone_pretrained_weights: str | None = None
@@ -100,8 +102,8 @@ class TextTrainConfig:
     beta1: float = 0.9
     beta2: float = 0.99
     eps: float = 1e-8
-    batch_size: int = 256  # pairs of each process
-    max_iteration: int = 50_000
+    batch_size: int = setting(256, at_least=2)  # pairs of each process
+    max_iteration: int = setting(50_000, at_least=1)
     warmup_length: int = 2000
     checkpointing_period: int = 500
     max_checkpoints_to_keep: int = 5
@@ -115,7 +117,8 @@ class TextTrainConfig:
 
     vision_backbone: str | None = None  # any name `dinov3.load` takes, instead of a training configuration
     vision_backbone_weights: str | None = None
-    precision: str = "auto"  # bfloat16 autocast on an accelerator, float32 on a CPU; or one of them by name
+    # bfloat16 autocast on an accelerator, float32 on a CPU; or one of them by name
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
     workers: int = 4  # threads that decode
     clip_grad: float | None = None
@@ -126,31 +129,21 @@ class TextTrainConfig:
     zero_shot_template: str = "a photo of a {}."
 
     RETIRED: ClassVar[Mapping[str, tuple[Any, str]]] = {
-        **dict.fromkeys(_DEAD, (configuration.ANY, _NEVER)),
-        "gc_freq": (configuration.ANY, "Python collects when it wants to"),
+        **dict.fromkeys(_DEAD, (ANY, _NEVER)),
+        "gc_freq": (ANY, "Python collects when it wants to"),
         "use_cuda_graphs": (False, "compiled blocks run without CUDA graphs here"),
         "dataset_use_cache": (False, "the order of the data is a function of the step, cached or not"),
     }
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        if not self.train_dataset_str:
-            yield "train_dataset_str", "must be given: CocoCaptions:root=…:split=TRAIN, or Captions:root=…"
         if self.vision_backbone and (self.vision_backbone_config or self.vision_backbone_pretrained_weights):
             yield "vision_backbone", "excludes vision_backbone_config and vision_backbone_pretrained_weights"
         if not self.vision_model_freeze_backbone:
             yield "vision_model_freeze_backbone", "is always true, as in the reference: the backbone is not trained"
-        if self.batch_size < 2:
-            yield "batch_size", f"must be at least 2, for a pair to have negatives, not {self.batch_size}"
-        if self.max_iteration < 1:
-            yield "max_iteration", f"must be at least 1, not {self.max_iteration}"
         if not 0 <= self.warmup_length <= self.max_iteration:
             yield "warmup_length", f"must be between 0 and max_iteration, not {self.warmup_length}"
-        if not 0 < self.vision_model_patch_sampling_rate_for_gram_loss <= 1:
-            yield "vision_model_patch_sampling_rate_for_gram_loss", "is a share above 0 and up to 1"
         if self.eps != 1e-8:
             yield "eps", "is always 1e-8"
-        if self.precision not in ("auto", "float32", "bfloat16"):
-            yield "precision", f"is auto, float32 or bfloat16, not {self.precision!r}"
         if "{}" not in self.zero_shot_template:
             yield "zero_shot_template", "needs {} where the class goes"
 
@@ -164,13 +157,13 @@ class TextTrainConfig:
 
 def build(config: TextTrainConfig, device: torch.device) -> tuple[DinoTxt, Tokenizer]:
     """A frozen backbone with fresh towers over it (drawn from the seed), and the tokenizer of the vocabulary file."""
-    section = common.ModelSection(
+    section = ModelSection(
         config_file=config.vision_backbone_config,
         pretrained_weights=config.vision_backbone_pretrained_weights,
         name=config.vision_backbone,
         weights=config.vision_backbone_weights,
     )
-    if wrong := [f"{key} {why}" for key, why in common.section_problems(_Holder(section))]:
+    if wrong := [f"{key} {why}" for key, why in EvalConfig(model=section).problems()]:
         raise DinoError("; ".join(wrong).replace("model.config_file", "vision_backbone_config"))
     text = text_config(config.text_backbone_config)
     tokenizer = hub.vocabulary(config.text_vocab_path_or_url, text.vocab_size)
@@ -187,7 +180,7 @@ def build(config: TextTrainConfig, device: torch.device) -> tuple[DinoTxt, Token
 
 @dataclass
 class _Holder:
-    model: common.ModelSection
+    model: ModelSection
 
 
 def text_config(file: str | None) -> TextConfig:
@@ -196,7 +189,7 @@ def text_config(file: str | None) -> TextConfig:
         return TextConfig()
     import yaml
 
-    path = configuration.find_file(file)
+    path = find_file(file)
     told = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(told, dict):
         raise DinoError(f"{file} must hold keys of a text tower ({', '.join(f.name for f in fields(TextConfig))})")
@@ -433,12 +426,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The exit status; every mistake is a sentence on stderr."""
     words = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(words):
-        print(common.help_text("train-dinotxt", cast(Any, TextTrainConfig), __doc__))
+        print(help_text("train-dinotxt", cast(Any, TextTrainConfig), __doc__))
         return 0
     try:
-        arguments = common.split_arguments([w.removeprefix("--") if w == "--no-resume" else w for w in words])
+        arguments = split_arguments([w.removeprefix("--") if w == "--no-resume" else w for w in words])
         overrides = ["no_resume=true" if w == "no-resume" else w for w in arguments.overrides]
-        config, notes = configuration.load(TextTrainConfig, arguments.file, overrides)
+        config, notes = load(TextTrainConfig, arguments.file, overrides)
         report = train(config, notes=notes)
     except DinoError as error:
         who = "" if distributed.is_main() else f"[rank {distributed.rank()}] "

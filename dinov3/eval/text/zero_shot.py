@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov3 import distributed
+from dinov3.config.bounds import setting
 from dinov3.data import names as known
 from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.captions import Captioned
@@ -37,6 +38,7 @@ from dinov3.data.images import open_image
 from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.errors import DinoError
 from dinov3.eval import session as common
+from dinov3.eval.features import test_targets
 from dinov3.eval.session import Number, Session
 from dinov3.eval.text import scores
 from dinov3.heads.dinotxt.model import DinoTxt
@@ -70,29 +72,19 @@ class TextModelSection:
 class ZeroShotConfig:
     model: TextModelSection = field(default_factory=TextModelSection)
     task: Literal["classification", "segmentation", "retrieval"] = "classification"
-    dataset: str = ""
+    dataset: str = setting("", required="dataset=ImageNet:root=…:split=VAL, or a folder of class folders")
     names: str | None = None
     templates: str | None = None
-    size: int = 512
+    size: int = setting(512, at_least=1)
     mode: Literal["slide", "whole"] = "slide"
-    resize: int = 512
-    side: int = 384
-    stride: int = 192
-    batch_size: int = 16
+    resize: int = setting(512, at_least=1)
+    side: int = setting(384, at_least=1)
+    stride: int = setting(192, at_least=1)
+    batch_size: int = setting(16, at_least=1)
     workers: int = 4
     max_images: int | None = None  # the first so many; null: all
     output_dir: str = "."
     save_results: bool = False
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        if not self.dataset:
-            yield (
-                "dataset",
-                "must be given, for example dataset=ImageNet:root=…:split=VAL, or a folder of class folders",
-            )
-        for name in ("size", "resize", "side", "stride", "batch_size"):
-            if getattr(self, name) < 1:
-                yield name, f"must be at least 1, not {getattr(self, name)}"
 
 
 def class_names(dataset: Any, file: str | None) -> list[str]:
@@ -143,7 +135,7 @@ def evaluate(config: ZeroShotConfig, session: Session) -> dict[str, Number]:
 def _classification(
     c: ZeroShotConfig, model: DinoTxt, tokenizer: Any, dataset: Any, rows: Sequence[int], names: list[str]
 ) -> dict[str, Number]:
-    targets = common.test_targets(dataset, c.dataset)
+    targets = test_targets(dataset, c.dataset)
     labels = torch.from_numpy(targets.labels)
     if labels.ndim != 1:
         raise DinoError(f"{c.dataset} has several labels an image; zero-shot classification needs one")

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov3 import distributed
-from dinov3.errors import DinoError, UnknownName, did_you_mean
+from dinov3.errors import DinoError, one_of
 from dinov3.heads.detr.boxes import deltas_between, to_cxcywh, to_xyxy
 from dinov3.heads.matching import hungarian
 from dinov3.losses import LossTerms
@@ -123,11 +123,7 @@ class DetrCriterion:
         one2many: int = 6,
         one2many_weight: float = 1.0,
     ) -> None:
-        if classification not in CLASSIFICATIONS:
-            raise UnknownName(
-                f"classification is one of {', '.join(CLASSIFICATIONS)}, not {classification!r}"
-                f"{did_you_mean(classification, CLASSIFICATIONS)}"
-            )
+        one_of("classification", classification, CLASSIFICATIONS)
         self.weights, self.classification = weights or Weights(), classification
         self.one2many, self.one2many_weight = one2many, one2many_weight
 

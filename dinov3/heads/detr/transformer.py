@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov3.errors import DinoError, UnknownName, did_you_mean
+from dinov3.errors import DinoError, UnknownName, did_you_mean, one_of
 from dinov3.heads.detr.boxes import refine, to_xyxy
 from dinov3.heads.detr.features import NamedNorm, grid_position, nearest, sine
 
@@ -62,8 +62,7 @@ class DetrConfig:
         return cls(**options)
 
     def __post_init__(self) -> None:
-        if self.bias_type not in BIASES:
-            raise UnknownName(f"bias_type is one of {', '.join(BIASES)}, not {self.bias_type!r}")
+        one_of("bias_type", self.bias_type, BIASES)
         if self.width % 32 or self.width % self.n_heads:
             raise DinoError(
                 f"a detector's width is a multiple of 32 and of n_heads; {self.width} with {self.n_heads} heads is not"

@@ -16,7 +16,7 @@ Left out: the contrastive loss (`dinov3.losses.image_text_loss`), tokenization (
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov3.errors import DinoError, UnknownName, did_you_mean
+from dinov3.errors import DinoError, UnknownName, did_you_mean, one_of
 from dinov3.models.vit import Attention, Block, LayerScale, VisionTransformer, ViTConfig
 
 LOGIT_SCALE = math.log(1 / 0.07)  # initial; used as its exponential
@@ -39,12 +39,6 @@ def _of(cls: type[Config], what: str, options: Mapping[str, Any]) -> Config:
         if name not in known:
             raise UnknownName(f"{what} has no option {name!r}{did_you_mean(name, known)}")
     return cls(**options)
-
-
-def _one_of(name: str, value: str, known: Iterable[str]) -> str:
-    if value not in (known := list(known)):
-        raise UnknownName(f"{name} is {' or '.join(map(repr, known))}, not {value!r}{did_you_mean(value, known)}")
-    return value
 
 
 @dataclass(frozen=True)
@@ -170,7 +164,7 @@ class VisionTower(nn.Module):
         c = config
         if not (c.vision_model_use_class_token or c.vision_model_use_patch_tokens):
             raise DinoError("dino.txt needs the class token, the patch tokens or both; neither was asked for")
-        _one_of("vision_model_patch_tokens_pooler_type", c.vision_model_patch_tokens_pooler_type, ("mean", "max"))
+        one_of("vision_model_patch_tokens_pooler_type", c.vision_model_patch_tokens_pooler_type, ("mean", "max"))
         if not 1 <= c.vision_model_patch_token_layer <= backbone.n_blocks:
             raise DinoError(
                 f"vision_model_patch_token_layer is {c.vision_model_patch_token_layer}, "
@@ -372,7 +366,7 @@ class TextHead(nn.Module):
 class TextTower(nn.Module):
     def __init__(self, text: TextConfig, config: DinoTxtConfig) -> None:
         super().__init__()
-        self.pooler = _one_of(
+        self.pooler = one_of(
             "text_model_tokens_pooler_type", config.text_model_tokens_pooler_type, ("first", "last", "argmax")
         )
         self.freeze_backbone = config.text_model_freeze_backbone
