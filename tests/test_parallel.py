@@ -13,7 +13,7 @@ from torch import Tensor
 from toy_training import write_config, write_images
 
 from dinov3 import checkpoint, distributed
-from dinov3.config import load_config
+from dinov3.config.recipes import load_config
 from dinov3.config.train import DinoConfig, GramConfig, OptimConfig
 from dinov3.data.crops import CropBatch
 from dinov3.data.masking import summary

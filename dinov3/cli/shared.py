@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import sys
 import time
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -59,6 +62,42 @@ Weights = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto.")]
+
+
+def config_options(cls: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator: the fields of a configuration class that have a help text become options of a command.
+
+    The command receives them as one `config`; parameters of its own win over fields of the same name. Defaults, choices
+    and smallest values are the fields'.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "config"]
+        taken, hints = {p.name for p in own}, get_type_hints(cls)
+        fields = [f for f in dataclasses.fields(cls) if f.metadata.get("help") and f.name not in taken]
+
+        def run(**given: Any) -> None:
+            values = {f.name: given.pop(f.name) for f in fields}
+            command(config=cls(**values), **given)
+
+        options = [_parameter(f, hints[f.name]) for f in fields]
+        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in own] + options
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        return run
+
+    return decorate
+
+
+def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
+    bounds = field.metadata
+    flag = bounds["flag"] or "--" + field.name.replace("_", "-")
+    option = typer.Option(flag, help=bounds["help"], min=bounds["at_least"], max=bounds["at_most"])
+    factory: Any = field.default_factory
+    default = field.default if field.default is not dataclasses.MISSING else factory()
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(field.name, kind, default=default, annotation=Annotated[hint, option])
 
 
 class Progress:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dinov3.cli.shared import INTERRUPTED, Device, app, device_of, say
+from dinov3.cli.shared import INTERRUPTED, Device, app, config_options, device_of, say
+from dinov3.distill.config import DistillConfig
 from dinov3.errors import DinoError
 
 
@@ -27,7 +29,7 @@ def train(
     device: Device = "auto",
 ) -> None:
     """Train a backbone on your own images by self-distillation (DINO, iBOT, KoLeo, Gram). Under torchrun: on many."""
-    from dinov3.config import load_config
+    from dinov3.config.recipes import load_config
     from dinov3.train.train import train as run
 
     chosen = training_overrides(images, model, recipe, steps, knn, device_of(device), overrides or [])
@@ -72,57 +74,18 @@ def training_overrides(
 
 
 @app.command()
+@config_options(DistillConfig)
 def distill(
+    config: DistillConfig,
     images: Annotated[str, typer.Argument(help="Folder, list file, tar shards or parquet.")],
-    out: Annotated[Path, typer.Option(help="The run's folder. Run again to go on after a stop.")],
-    teacher: Annotated[
-        list[str],
-        typer.Option(
-            help="KIND:WHAT[,option=value…], KIND one of dinov3, transformers, timm, mobilenetv2; repeatable."
-        ),
-    ],
-    student: Annotated[str, typer.Option(help="A name from `dinov3 models`.")] = "dinov3_vitt16",
-    weights: Annotated[str | None, typer.Option(help="The student's first weights. Default: random.")] = None,
-    inherit: Annotated[str | None, typer.Option(help="A DINOv2 folder the student begins as a small copy of.")] = None,
-    awaken: Annotated[
-        int, typer.Option(min=0, help="Begin with the last block in closed form on so many images (isometry=true).")
-    ] = 0,
-    steps: Annotated[int, typer.Option(min=0, help="Batches in all.")] = 2000,
-    batch: Annotated[int, typer.Option(min=2, help="Images a batch, of all processes.")] = 64,
-    sizes: Annotated[str, typer.Option(help="SIDE:SHARE of the steps, in order.")] = "128:0.9,224:0.1",
-    views: Annotated[int, typer.Option(min=1, help="Different views of an image.")] = 4,
-    scale: Annotated[float, typer.Option(help="Smallest share of the image that a view shows.")] = 0.35,
-    mix: Annotated[
-        str, typer.Option(help="cutmix:SHARE,mixup:SHARE of the images; for teachers with online=true.")
-    ] = "",
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-4,
-    schedule: Annotated[
-        str, typer.Option(help="cosine, or flat:SHARE, falling in that last share of the steps.")
-    ] = "cosine",
-    optimizer: Annotated[str, typer.Option(help="adamw, or muon for the blocks' matrices.")] = "adamw",
-    momentum: Annotated[float, typer.Option(help="Of the average that is exported.")] = 0.998,
-    cache: Annotated[str | None, typer.Option(help="Keep what the teachers say in this folder.")] = None,
-    knn: Annotated[str | None, typer.Option(help="Labelled folder for k-NN now and then.")] = None,
-    knn_every: Annotated[int, typer.Option(min=1, help="Steps between.")] = 500,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
-    bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16 autocast.")] = False,
-    compile: Annotated[bool, typer.Option("--compile", help="torch.compile: minutes at first, then faster.")] = False,
-    in_memory: Annotated[bool, typer.Option("--in-memory", help="Keep the images decoded.")] = False,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    out: Annotated[Path, typer.Option(help="The run's folder. Run again to resume.")],
     device: Device = "auto",
 ) -> None:
-    """Train a small model to say what larger ones say of your images. Under torchrun: on several devices."""
+    """Train a small model on the outputs of larger ones. Under torchrun: on several devices."""
     from dinov3 import distributed
-    from dinov3.distill.run import DistillConfig
     from dinov3.distill.run import distill as run
 
-    config = DistillConfig(
-        images=images, teachers=teacher, student=student, weights=weights, inherit=inherit, steps=steps, batch=batch,
-        sizes=sizes, views=views, scale=[scale, 1.0], mix=mix, lr=lr, schedule=schedule, optimizer=optimizer,
-        momentum=momentum, cache=cache, knn=knn, knn_every=knn_every, save_every=save_every, bf16=bf16, compile=compile,
-        awaken=awaken, in_memory=in_memory, seed=seed, device=device_of(device),
-    )  # fmt: skip
-    path = run(config, out)
+    path = run(replace(config, images=images, device=device_of(device)), out)
     if distributed.is_main():
         print(path)
     distributed.shutdown()

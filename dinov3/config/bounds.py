@@ -26,6 +26,7 @@ def setting(
     default: Any,
     *,
     help: str = "",
+    flag: str = "",
     at_least: float | None = None,
     above: float | None = None,
     at_most: float | None = None,
@@ -35,10 +36,11 @@ def setting(
 ) -> Any:
     """A dataclass field with bounds; those of a list hold for each element, and None is never out of bounds.
 
-    required: the value must not be empty; the text says what to write. help: for the command line.
+    required: the value must not be empty; the text says what to write. help, flag: for the command line,
+    where a field without help is no option.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
-    metadata = {"help": help, "required": required, "choices": tuple(choices)} | bounds
+    metadata = {"help": help, "flag": flag, "required": required, "choices": tuple(choices)} | bounds
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

@@ -1,4 +1,4 @@
-"""Batches of a distillation: views of images, what is done to their pixels, and what the teachers say of the outcome.
+"""Batches of a distillation: views of images, their augmentation, and the teachers' outputs for them.
 
 A batch is a function of (seed, step, rank), and so are its views, colours and mixtures. Legend as in `distill`.
 """
@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,16 +17,14 @@ from torch import Tensor
 
 from dinov3 import distributed
 from dinov3.data.loading import permuted
+from dinov3.distill.config import DistillConfig
 from dinov3.distill.teachers import Images, OnlineTargets, TargetCache, Targets, Views
 from dinov3.errors import DinoError
-
-if TYPE_CHECKING:
-    from dinov3.distill.run import DistillConfig
 
 
 @dataclass(frozen=True)
 class Batch:
-    """pixels uint8 [B, 3, s, s], as the student sees them · targets by teacher, without those that sit this view out; a
+    """pixels uint8 [B, 3, s, s], as the student sees them · targets by teacher, without those that skip this view; a
     teacher's targets may be of the first images only."""
 
     pixels: Tensor
@@ -35,17 +32,17 @@ class Batch:
 
 
 class Batches:
-    """The batch of a step, whichever step is asked for; the next one is made while this one is used."""
+    """The batch of any step; the next one is made while this one is used."""
 
     def __init__(
         self,
         config: DistillConfig,
         images: Images,
         views: Views,
-        said: Sequence[TargetCache | OnlineTargets],
+        sources: Sequence[TargetCache | OnlineTargets],
         patch: int = 16,
     ) -> None:
-        self.config, self.images, self.views, self.said, self.patch = config, images, views, said, patch
+        self.config, self.images, self.views, self.sources, self.patch = config, images, views, sources, patch
         self.rank, world = distributed.rank(), distributed.world()
         self.size = min(config.batch, len(images))
         self.share = self.size // world  # this process's
@@ -61,19 +58,19 @@ class Batches:
         indices = permuted(offsets, len(self.images), self.config.seed, epoch)
         indices = indices[self.rank * self.share :][: self.share]
         view, side = epoch % self.views.count, self.config.side(step)
-        online = {i: t for i, t in enumerate(self.said) if isinstance(t, OnlineTargets) and t.sees_students_pixels}
+        online = {i: t for i, t in enumerate(self.sources) if isinstance(t, OnlineTargets) and t.sees_students_pixels}
         sides = {i: t.teacher.side(side // self.patch) for i, t in online.items()}
         canvas = self.images.views(self.views, indices, view, max([side, *sides.values()]))
         rng = torch.Generator().manual_seed(seed_of(self.config.seed, step, self.rank))
         canvas, turned = distorted(canvas, rng)
         canvas = mixed(canvas, self.config.mixing(), rng)
         targets = {}
-        for i, said in enumerate(self.said):
+        for i, source in enumerate(self.sources):
             if i in online:
-                some = math.ceil(len(canvas) * said.teacher.line.share)
-                targets[i] = online[i].look(resized(canvas[:some], sides[i]))
-            elif view in said:
-                targets[i] = mirrored(said.read(indices, view), turned)
+                some = math.ceil(len(canvas) * source.teacher.spec.share)
+                targets[i] = online[i].forward(resized(canvas[:some], sides[i]))
+            elif view in source:
+                targets[i] = mirrored(source.read(indices, view), turned)
         return Batch(resized(canvas, side), targets)
 
     def between(self, first: int, last: int) -> Iterator[Batch]:
@@ -106,18 +103,19 @@ def distorted(pixels: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     return x.round_().clamp_(0, 255).to(torch.uint8), turned
 
 
-def mirrored(said: Targets, turned: Tensor) -> Targets:
+def mirrored(targets: Targets, turned: Tensor) -> Targets:
     """Targets of the clean images for those that were mirrored: the map of patches turns with them."""
-    if said.patches is None:
-        return said
-    return Targets(said.cls, torch.where(turned[:, None, None, None], said.patches.flip(2), said.patches), said.logits)
+    if targets.patches is None:
+        return targets
+    patches = torch.where(turned[:, None, None, None], targets.patches.flip(2), targets.patches)
+    return Targets(targets.cls, patches, targets.logits)
 
 
 def mixed(pixels: Tensor, shares: Mapping[str, float], rng: torch.Generator) -> Tensor:
     """uint8 [B, 3, s, s] → the same, some of them mixed with their neighbour in the batch.
 
     cutmix (arXiv 1905.04899): a box of the neighbour, its area uniform, is pasted. mixup (arXiv 1710.09412): a weighted
-    mean, the weight uniform in 0 … 0.5. No label is mixed: the teacher looks at the outcome.
+    mean, the weight uniform in 0 … 0.5. No label is mixed: the teacher sees the mixed image.
     """
     B, side = len(pixels), pixels.shape[-1]
     if not shares:

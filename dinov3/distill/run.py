@@ -35,7 +35,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,104 +45,25 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dinov3 import distributed
+from dinov3.config.bounds import check
 from dinov3.data.crops import normalised
 from dinov3.data.images import IMAGE_SUFFIXES
 from dinov3.data.loading import permuted
 from dinov3.data.sources import open_source
 from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.distill.batches import Batch, Batches, seed_of
-from dinov3.distill.inherit import awaken_last
-from dinov3.distill.students import Pupil, isometry
+from dinov3.distill.config import DistillConfig
+from dinov3.distill.projectors import Projector
 from dinov3.distill.teachers import Images, OnlineTargets, TargetCache, Targets, Teacher, Views, open_teacher
-from dinov3.errors import DinoError, UnknownName
+from dinov3.errors import DinoError
 from dinov3.losses import LossTerms
-from dinov3.optim import ema_update, multipliers, warmup_cosine_v2
+from dinov3.optim import ema_update, multipliers
 from dinov3.runlog import RunDir
 from dinov3.weights import catalog, loading
 
 STATISTICS_FROM = 1024  # images that the targets' mean and spread, and the first projections, are fitted on
 CHECKPOINT, STUDENT = "distill.pth", "student.safetensors"
-
-
-@dataclass
-class DistillConfig:
-    """Everything that decides a run's result. `sizes`: SIDE:SHARE[,…], the student's input through the run."""
-
-    images: str = ""
-    teachers: list[str] = field(default_factory=list)
-    student: str = "dinov3_vitt16"
-    weights: str | None = None  # the student's first weights; None: random
-    inherit: str | None = None  # a DINOv2 folder or file whose ViT the student starts as a compressed copy of
-    inherit_images: int = 320
-    awaken: int = 0  # begin with the last block in closed form, on so many images; for a teacher with isometry=true
-    steps: int = 2000
-    batch: int = 64  # of all processes together
-    sizes: str = "128:0.9,224:0.1"
-    views: int = 4
-    scale: list[float] = field(default_factory=lambda: [0.35, 1.0])
-    lr: float = 5e-4
-    final_lr: float = 1e-6
-    warmup: int = 50
-    schedule: str = "cosine"  # or flat:SHARE, the peak, then in that last share of the steps a straight line down
-    projection_lr: float = 1.0  # times lr
-    weight_decay: float = 0.05
-    clip: float = 3.0
-    optimizer: str = "adamw"  # adamw | muon (the blocks' matrices; AdamW for all else)
-    mix: str = ""  # KIND:SHARE[,…] of the images, cutmix or mixup; only online teachers can answer mixed images
-    momentum: float = 0.998  # of the average
-    rope_rescale: float | None = None
-    bf16: bool = False
-    compile: bool = False  # the student by torch.compile: minutes at first, for every size
-    in_memory: bool = False  # images stay decoded
-    cache: str | None = None  # folder of the teachers' words; None: they are asked every time
-    cached_grid: int = 8  # the patch grid that is cached; other grids are resized from it
-    knn: str | None = None  # a labelled folder (perhaps with train/ and val/)
-    knn_every: int = 500
-    knn_size: int = 224
-    save_every: int = 100
-    log_every: int = 10
-    seed: int = 0
-    device: str = "cpu"
-
-    def phases(self) -> list[tuple[int, int]]:
-        """(first step, side) of every phase."""
-        begins, at = [], 0.0
-        for part in self.sizes.split(","):
-            side, _, share = part.partition(":")
-            if not side.isdecimal() or int(side) < 16:
-                raise DinoError(f"sizes are SIDE:SHARE[,SIDE:SHARE…], for example 128:0.9,224:0.1, not {self.sizes!r}")
-            begins.append((round(at * self.steps), int(side)))
-            at += float(share or 1)
-        return begins
-
-    def side(self, step: int) -> int:
-        return [side for first, side in self.phases() if first <= step][-1]
-
-    def mixing(self) -> dict[str, float]:
-        """Share of the images of each kind of mixing."""
-        shares = {}
-        for part in filter(None, self.mix.split(",")):
-            kind, _, share = part.partition(":")
-            try:
-                shares[kind] = float(share)
-            except ValueError:
-                shares[kind] = -1.0
-        if set(shares) - {"cutmix", "mixup"} or min(shares.values(), default=0) < 0 or sum(shares.values()) > 1:
-            raise DinoError(
-                f"mix is KIND:SHARE, for example cutmix:0.5,mixup:0.2, together at most 1, not {self.mix!r}"
-            )
-        return shares
-
-    def lr_at(self, step: int) -> float:
-        warmup = min(self.warmup, self.steps // 2)
-        if self.schedule == "cosine":
-            return warmup_cosine_v2(step, start=0.0, peak=self.lr, end=self.final_lr, warmup=warmup, total=self.steps)
-        name, _, share = self.schedule.partition(":")
-        if name != "flat" or not share.replace(".", "", 1).isdecimal() or not 0 <= float(share) <= 1:
-            raise DinoError(f"the schedule is cosine or flat:SHARE, for example flat:0.25, not {self.schedule!r}")
-        falls = max(1, round(self.steps * float(share)))
-        left = min(1.0, (self.steps - step) / falls)  # the total can be changed until the fall begins
-        return min(1.0, step / max(1, warmup)) * (self.final_lr + (self.lr - self.final_lr) * left)
+Prepare = Callable[["Distillation", bool], None]
 
 
 # ---- the run --------------------------------------------------------------------------------------------------------
@@ -151,22 +72,23 @@ class DistillConfig:
 class Distillation:
     """Student, average, projections, optimiser and where they are: all that a checkpoint holds."""
 
-    def __init__(self, config: DistillConfig, run: RunDir) -> None:
+    def __init__(self, config: DistillConfig, run: RunDir, prepare: Prepare | None = None) -> None:
+        check(config, "distill")
         self.config, self.run = config, run
         self.device = torch.device(config.device)
-        self.views = Views(config.views, (config.scale[0], config.scale[1]), config.seed)
+        self.views = Views(config.views, (config.scale, 1.0), config.seed)
         largest = max(side for _, side in config.phases())
         self.images = Images(open_source(config.images), target_short_side=largest, keep=config.in_memory)
         if not config.teachers:
             raise DinoError("distillation needs a teacher: --teacher KIND:WHAT (see `dinov3 distill --help`)")
-        self.teachers = [open_teacher(line, device=self.device) for line in config.teachers]
-        clean = [t.id for t in self.teachers if not t.line.online]
+        self.teachers = [open_teacher(spec, device=self.device) for spec in config.teachers]
+        clean = [t.id for t in self.teachers if not t.spec.online]
         if config.mixing() and clean:
-            raise DinoError(f"{clean[0]} looks at clean images and cannot teach mixed ones: give it online=true")
-        self.said = [self._said(teacher) for teacher in self.teachers]
+            raise DinoError(f"{clean[0]} sees clean images and has no output for mixed ones: give it online=true")
+        self.targets = [self._targets(teacher) for teacher in self.teachers]
         torch.manual_seed(config.seed)
         self.student = self._student().to(self.device)
-        self.batches = Batches(config, self.images, self.views, self.said, int(self.student.stride))
+        self.batches = Batches(config, self.images, self.views, self.targets, int(self.student.stride))
         self.forward: Callable[[Tensor], dict[str, Tensor]] = self.student.forward_features
         if config.compile:
             self.forward = torch.compile(self.student.forward_features, dynamic=False)
@@ -174,26 +96,28 @@ class Distillation:
         count = min(STATISTICS_FROM if fresh else 4, len(self.images))  # a checkpoint brings its own: widths are enough
         some = permuted(np.arange(count), len(self.images), config.seed, 0)
         width = int(self.student.embed_dim)
-        self.pupils = nn.ModuleList(Pupil(t, width, s.read(some, 0)) for t, s in zip(self.teachers, self.said))
-        self.pupils.to(self.device)
-        if fresh and config.awaken:
-            self._awaken()
+        self.projectors = nn.ModuleList(
+            Projector(teacher, width, targets.read(some, 0)) for teacher, targets in zip(self.teachers, self.targets)
+        )
+        self.projectors.to(self.device)
+        if prepare is not None:
+            prepare(self, fresh)
         if fresh and config.steps:
             self._fit_projections(some)
-        distributed.broadcast([*self.student.state_dict().values(), *self.pupils.state_dict().values()])
+        distributed.broadcast([*self.student.state_dict().values(), *self.projectors.state_dict().values()])
         self.average = deepcopy(self.student).eval().requires_grad_(False)
         self.optimizers = self._optimizers()
         self.step = 0
 
-    def _said(self, teacher: Teacher) -> TargetCache | OnlineTargets:
+    def _targets(self, teacher: Teacher) -> TargetCache | OnlineTargets:
         c = self.config
-        if c.cache is None or teacher.line.online:
+        if c.cache is None or teacher.spec.online:
             return OnlineTargets(teacher, self.views, self.images, c.cached_grid, bf16=c.bf16)
         cache = TargetCache(Path(c.cache), teacher, self.views, self.images, c.cached_grid)
         missing = distributed.broadcast_object(len(list(cache.missing())))  # all fill it, or none
         if missing:
             self.run.say(f"{teacher.id}: {missing} shards of targets to compute into {cache.folder}")
-            cache.fill(bf16=c.bf16, tell=self.run.say)
+            cache.fill(bf16=c.bf16, log=self.run.say)
         return cache
 
     def _student(self) -> Any:
@@ -204,66 +128,32 @@ class Distillation:
         student = student.float().train()
         if hasattr(student, "rope_embed"):
             student.rope_embed.rescale_coords = c.rope_rescale
-        checkpoint = self.run.checkpoints / CHECKPOINT
-        if c.inherit and not checkpoint.is_file():
-            self._inherit(student)
         return student
 
-    def _inherit(self, student: Any) -> None:
-        from dinov3.distill.inherit import inherit_dinov2
-
-        c = self.config
-        assert c.inherit is not None
-        path = Path(c.inherit)
-        state, _ = loading.read(path / "model.safetensors" if path.is_dir() else path)
-        patch = state["embeddings.patch_embeddings.projection.weight"].shape[-1]
-        some = permuted(np.arange(min(c.inherit_images, len(self.images))), len(self.images), c.seed, 0)
-        grid = c.cached_grid
-        mine, its = (self.images.views(self.views, some, 0, grid * p) for p in (student.stride, patch))
-        inherit_dinov2(student, state, mine, its, tell=self.run.say)
-
     @torch.no_grad()
-    def _awaken(self) -> None:
-        guides = [(p, s) for p, s in zip(self.pupils, self.said) if s.teacher.line.isometry]
-        if len(guides) != 1 or not hasattr(self.student, "blocks"):
-            raise DinoError("awaken needs a vision transformer and one teacher with isometry=true")
-        pupil: Any = guides[0][0]
-        count = min(self.config.awaken, len(self.images))
-        some = permuted(np.arange(count), len(self.images), self.config.seed, 0)
-        wanted = pupil.scale_cls(guides[0][1].read(some, 0).cls.to(self.device))
-        pixels = self.images.views(self.views, some, 0, self.config.side(0)).to(self.device)
-
-        def aim(cls: Tensor) -> Tensor:
-            turn = isometry(cls, wanted)
-            return wanted @ turn / turn.square().sum(0).mean()
-
-        inputs = (normalised(part, *catalog.STATISTICS["lvd1689m"]) for part in pixels.split(64))
-        was, now = awaken_last(self.student, inputs, aim, bf16=self.config.bf16)
-        self.run.say(f"the last block awoke: cosine of CLS with what the teacher means {was:.3f} before, {now:.3f} now")
+    def tokens(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """CLS [B, d] and patches [B, H, W, d] of the student, float32, for uint8 images [B, 3, s, s]."""
+        x = normalised(pixels.to(self.device), *catalog.STATISTICS["lvd1689m"])
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
+            out = self.student.forward_features(x)
+        grid = self.student.patch_grid(*x.shape[-2:])
+        return out["x_norm_clstoken"].float(), out["x_norm_patchtokens"].float().unflatten(1, grid)
 
     @torch.no_grad()
     def _fit_projections(self, some: np.ndarray) -> None:
-        pixels = self.images.views(self.views, some, 0, self.config.side(0)).to(self.device)
-        tokens, maps = [], []
-        for part in normalised(pixels, *catalog.STATISTICS["lvd1689m"]).split(64):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
-                out = self.student.forward_features(part)
-            tokens.append(out["x_norm_clstoken"].float())
-            maps.append(out["x_norm_patchtokens"].float())
-        cls, grid = torch.cat(tokens), self.student.patch_grid(*pixels.shape[-2:])
-        for module, said in zip(self.pupils, self.said):
-            pupil: Any = module
-            known = Targets(**{k: v.to(self.device) for k, v in said.read(some, 0).fields().items()})
-            pupil.fit(cls, torch.cat(maps).unflatten(1, grid), known)
+        pixels = self.images.views(self.views, some, 0, self.config.side(0))
+        cls, patches = (torch.cat(parts) for parts in zip(*(self.tokens(part) for part in pixels.split(64))))
+        for module, targets in zip(self.projectors, self.targets):
+            projector: Any = module
+            sample = Targets(**{k: v.to(self.device) for k, v in targets.read(some, 0).fields().items()})
+            projector.fit(cls, patches, sample)
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         """AdamW, and Muon for the matrices of the student's blocks where it was asked for."""
         c = self.config
-        if c.optimizer not in ("adamw", "muon"):
-            raise UnknownName(f"the optimizer is adamw or muon, not {c.optimizer!r}")
         inside = {id(p) for name, p in self.student.named_parameters() if name.startswith("blocks.") and p.ndim == 2}
         groups: list[list[dict[str, Any]]] = [[], []]
-        for module, rate in ((self.student, 1.0), (self.pupils, c.projection_lr)):
+        for module, rate in ((self.student, 1.0), (self.projectors, c.projection_lr)):
             rows = list(zip(multipliers(module), module.parameters(), strict=True))
             for muon in (False, True):
                 for decays in (True, False):
@@ -285,7 +175,7 @@ class Distillation:
     def terms(self, batch: Batch) -> LossTerms:
         x = normalised(batch.pixels.to(self.device), *catalog.STATISTICS["lvd1689m"])
         # No cache of casts: it is one for all threads, behind a lock that this thread would hold while compiling and the
-        # teachers' thread wants when it leaves its own autocast, each with what the other waits for. Seen: a standstill.
+        # teachers' thread needs to leave its own autocast, each with what the other waits for. Seen: a deadlock.
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16, cache_enabled=False):
             out = self.forward(x)
             grid = self.student.patch_grid(*x.shape[-2:])
@@ -293,8 +183,8 @@ class Distillation:
             terms = LossTerms()
             for i, targets in batch.targets.items():
                 moved = Targets(**{k: v.to(self.device) for k, v in targets.fields().items()})
-                pupil: Any = self.pupils[i]
-                pupil.terms(terms, f"{i}-{self.teachers[i].line.kind}", cls, patches, moved)
+                projector: Any = self.projectors[i]
+                projector.terms(terms, f"{i}-{self.teachers[i].spec.kind}", cls, patches, moved)
         return terms
 
     def train_step(self, batch: Batch) -> LossTerms:
@@ -307,7 +197,7 @@ class Distillation:
         torch.manual_seed(seed_of(c.seed, step, self.batches.rank))  # what the student itself draws
         terms = self.terms(batch)
         terms.total().backward()
-        trained = [p for p in (*self.student.parameters(), *self.pupils.parameters()) if p.requires_grad]
+        trained = [p for p in (*self.student.parameters(), *self.projectors.parameters()) if p.requires_grad]
         distributed.average_gradients(trained)
         nn.utils.clip_grad_norm_(trained, c.clip)
         for optimizer in self.optimizers:
@@ -329,7 +219,7 @@ class Distillation:
                 "step": self.step,
                 "student": self.student.state_dict(),
                 "average": self.average.state_dict(),
-                "pupils": self.pupils.state_dict(),
+                "projectors": self.projectors.state_dict(),
                 "optimizers": [o.state_dict() for o in self.optimizers],
                 "begun_with": self.begun_with(),
             },
@@ -350,7 +240,7 @@ class Distillation:
             )
         self.student.load_state_dict(state["student"])
         self.average.load_state_dict(state["average"])
-        self.pupils.load_state_dict(state["pupils"])
+        self.projectors.load_state_dict(state["projectors"])
         for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
         self.step = int(state["step"])
@@ -359,9 +249,9 @@ class Distillation:
     def begun_with(self) -> dict[str, Any]:
         """What must stay the same when a run goes on. Lengths, rates, sizes and the like may change."""
         c = self.config
-        same = ("student", "inherit", "awaken", "batch", "views", "optimizer", "seed")
+        same = ("student", "batch", "views", "optimizer", "seed")
         return {name: getattr(c, name) for name in same} | {
-            "teachers": [_without_folders(line) for line in c.teachers],
+            "teachers": [_without_folders(spec) for spec in c.teachers],
             "weights": Path(c.weights).name if c.weights else None,
             "images": len(self.images),
         }
@@ -372,9 +262,8 @@ class Distillation:
         row = catalog.resolve(self.config.student)[0]
         outside = ("device", "cache", "knn", "images", "in_memory")  # of this machine, or without an effect
         options = {k: v for k, v in asdict(self.config).items() if k not in outside}
-        options["teachers"] = [_without_folders(line) for line in self.config.teachers]
-        for name in ("inherit", "weights"):
-            options[name] = Path(options[name]).name if options[name] else None
+        options["teachers"] = [_without_folders(spec) for spec in self.config.teachers]
+        options["weights"] = Path(options["weights"]).name if options["weights"] else None
         metadata = {
             "config": asdict(row.config),
             "row": row.id,
@@ -390,25 +279,28 @@ class Distillation:
         return loading.save(small, path or self.run.path / STUDENT, metadata)
 
 
-def _without_folders(line: str) -> str:
-    kind, _, rest = line.partition(":")
+def _without_folders(spec: str) -> str:
+    kind, _, rest = spec.partition(":")
     what, *options = rest.split(",")
     return ",".join([f"{kind}:{Path(what).name}", *options])
 
 
-def distill(config: DistillConfig, out: str | Path) -> Path:
-    """Trains, or goes on with, the run in folder `out`, alone or with the other processes; the exported student's path."""
+def distill(config: DistillConfig, out: str | Path, *, prepare: Prepare | None = None) -> Path:
+    """Trains the student in folder `out`, or resumes, alone or with the other processes; returns the exported file.
+
+    prepare(work, fresh): may change the student and its projectors before the first step; `fresh` is False on a resume.
+    """
     config = replace(config, device=str(distributed.setup(config.device)))
     if config.knn:
         _labelled(Path(config.knn), 1)  # a mistake in it is said now, not after the first steps
     run = RunDir(out, writer=distributed.is_main())
     with run.claimed():
-        return _distill(config, run)
+        return _distill(config, run, prepare)
 
 
-def _distill(config: DistillConfig, run: RunDir) -> Path:
+def _distill(config: DistillConfig, run: RunDir, prepare: Prepare | None) -> Path:
     run.checkpoints.mkdir(parents=True, exist_ok=True)
-    work = Distillation(config, run)
+    work = Distillation(config, run, prepare)
     resumed = work.resume()
     run.start(config, iteration=work.step)
     c, total = config, config.steps

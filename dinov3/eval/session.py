@@ -34,8 +34,8 @@ import torch
 from torch import nn
 
 from dinov3 import distributed
-from dinov3.config import load_model_config
 from dinov3.config.loading import dump, load, to_dict
+from dinov3.config.recipes import load_model_config
 from dinov3.config.train import vit_config
 from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.base import ImageDataset

@@ -91,7 +91,7 @@ def load(
         name, weights = catalog.DEFAULT_MODEL, catalog.DEFAULT_WEIGHTS
     from dinov3.hub import foreign
 
-    if foreign.is_line(name):
+    if foreign.is_spec(name):
         assert name is not None
         if weights is not None or options:
             raise DinoError(

@@ -1,6 +1,6 @@
 """Backbones of other libraries behind our protocol, so that everything that takes a backbone can measure and use them.
 
-A line, `KIND:WHAT[,option=value…]`, as the teachers of a distillation are named:
+A model spec, `KIND:WHAT[,option=value…]`; the teachers of a distillation are named in the same way:
 
     transformers:FOLDER_OR_ID     a plain vision transformer of transformers (Dinov2, Dinov2-with-registers, ViT, …)
     timm:NAME                     a vision transformer of timm; checkpoint=FILE for weights of its own
@@ -8,7 +8,7 @@ A line, `KIND:WHAT[,option=value…]`, as the teachers of a distillation are nam
 options: `layer` (0-based: the model ends with that block, the final norm after it), `checkpoint` (timm).
 
 Any transformer of equal blocks can be wrapped: its tokens are CLS, registers, patches in row order, and there is a list
-of blocks and one final norm. What a block says is caught by a hook, so nothing depends on how a library hands out its
+of blocks and one final norm. A block's output is caught by a hook, so nothing depends on how a library returns its
 hidden states. Left out: networks without a CLS token, hierarchical ones, and iBOT masks.
 
 Legend: B images, N = 1 + R + h·w tokens, D width.
@@ -21,7 +21,7 @@ import importlib.util
 import inspect
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +73,11 @@ class ForeignBackbone(TokenModel):
                 f"an image of {x.shape[-1]}×{x.shape[-2]} pixels is smaller than one patch ({self.patch_size}); resize"
             )
         x = x[..., : h * self.patch_size, : w * self.patch_size]  # as our own models: what is no whole patch is lost
-        said: dict[int, Tensor] = {}
+        outputs: dict[int, Tensor] = {}
 
         def catch(layer: int) -> Callable[..., None]:
             def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                said[layer] = output if isinstance(output, Tensor) else output[0]
+                outputs[layer] = output if isinstance(output, Tensor) else output[0]
 
             return hook
 
@@ -87,7 +87,7 @@ class ForeignBackbone(TokenModel):
         finally:
             for hook in hooks:
                 hook.remove()
-        tokens = [self._norm[0](said[i]) if norm else said[i] for i in layers]
+        tokens = [self._norm[0](outputs[i]) if norm else outputs[i] for i in layers]
         expected = 1 + self.n_storage_tokens + h * w
         if tokens[0].shape[1] != expected:
             raise DinoError(
@@ -124,41 +124,53 @@ class ForeignBackbone(TokenModel):
         return tuple(results)
 
 
-# ---- the line -------------------------------------------------------------------------------------------------------
+# ---- the spec -------------------------------------------------------------------------------------------------------
 
 
-def is_line(text: str | None) -> bool:
-    """Whether a model's name is a line for another library's model."""
+def parse(
+    spec: str, kinds: Iterable[str], options: Mapping[str, Callable[[str], Any]]
+) -> tuple[str, str, dict[str, Any]]:
+    """(kind, what, options) of `KIND:WHAT[,option=value…]`; `options` are their converters by name.
+
+    Raises `UnknownName` for another kind or option and `DinoError` for a value that its converter refuses.
+    """
+    head, *given = spec.split(",")
+    kind, _, what = head.partition(":")
+    if kind not in kinds or not what:
+        names = ", ".join(kinds)
+        raise UnknownName(
+            f"a model spec is KIND:WHAT with KIND one of {names}, not {spec!r}{did_you_mean(kind, kinds)}"
+        )
+    values: dict[str, Any] = {}
+    for option in given:
+        name, _, text = option.partition("=")
+        if name not in options:
+            hint = did_you_mean(name, options) or f"; there are {', '.join(options)}"
+            raise UnknownName(f"{kind}:… has no option {name!r} ({spec}){hint}")
+        try:
+            values[name] = options[name](text)
+        except ValueError:
+            raise DinoError(f"option {option!r} has no value it can take ({spec})") from None
+    return kind, what, values
+
+
+def is_spec(text: str | None) -> bool:
+    """Whether a model's name is a spec of another library's model."""
     return text is not None and text.partition(":")[0] in KINDS and ":" in text
 
 
-def load(line: str, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
-    """The backbone of a line, in evaluation mode, with `origin`. Raises `DinoError` where it cannot be had."""
-    head, *options = line.split(",")
-    kind, _, what = head.partition(":")
-    if kind not in KINDS or not what:
-        raise UnknownName(f"write {' or '.join(k + ':…' for k in KINDS)}, not {line!r}{did_you_mean(kind, KINDS)}")
-    given: dict[str, str] = {}
-    for option in options:
-        name, _, text = option.partition("=")
-        if name not in ("layer", "checkpoint"):
-            raise UnknownName(
-                f"a line for another library's model has no option {name!r} ({line})"
-                f"{did_you_mean(name, ('layer', 'checkpoint')) or '; there are layer and checkpoint'}"
-            )
-        given[name] = text
-    try:
-        layer = int(given.get("layer", "-1"))
-    except ValueError:
-        raise DinoError(f"layer is a whole number, not {given['layer']!r} ({line})") from None
+def load(spec: str, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
+    """The backbone of a spec, in evaluation mode, with `origin`. Raises `DinoError` where it cannot be opened."""
+    kind, what, given = parse(spec, KINDS, {"layer": int, "checkpoint": str})
+    layer = given.get("layer", -1)
     network, call, norm, facts, (mean, std) = KINDS[kind](what, given.get("checkpoint"))
     blocks = _blocks(network, facts.pop("blocks"), what)
     if not -len(blocks) <= layer < len(blocks):
         raise DinoError(f"layer {layer} does not exist: {what} has {len(blocks)} blocks (0 to {len(blocks) - 1})")
     kept = range(len(blocks))[layer] + 1
-    del blocks[kept:]  # what nobody asks for is not computed, and is not part of the fingerprint
+    del blocks[kept:]  # what is not used is not computed, and is not part of the fingerprint
     model = ForeignBackbone(network, call, blocks, norm, **facts).requires_grad_(False)
-    model.origin = Origin(f"{kind}-{Path(what).name}" + f"-layer{kept - 1}" * ("layer" in given), line, kind, mean, std)  # type: ignore[assignment]
+    model.origin = Origin(f"{kind}-{Path(what).name}" + f"-layer{kept - 1}" * ("layer" in given), spec, kind, mean, std)  # type: ignore[assignment]
     return model.to(device=device, dtype=dtype).eval()
 
 
@@ -206,8 +218,8 @@ def _transformers(what: str, checkpoint: str | None) -> Found:
     statistics: Any = STATISTICS["lvd1689m"]
     processor = folder / "preprocessor_config.json"
     if processor.is_file():
-        told = json.loads(processor.read_text())
-        statistics = tuple(told.get("image_mean", statistics[0])), tuple(told.get("image_std", statistics[1]))
+        stated = json.loads(processor.read_text())
+        statistics = tuple(stated.get("image_mean", statistics[0])), tuple(stated.get("image_std", statistics[1]))
     # models with learned positions refuse other sizes unless they are told to interpolate
     extra = {"interpolate_pos_encoding": True} if _takes(inspect.signature(network.forward)) else {}
     return network, lambda x: network(pixel_values=x, **extra), norm, facts, statistics
@@ -239,15 +251,18 @@ def _takes(signature: Any) -> bool:
     return "interpolate_pos_encoding" in signature.parameters
 
 
-def _timm(what: str, checkpoint: str | None) -> Found:
+def create_timm(what: str, checkpoint: str | None, **options: Any) -> Any:
+    """timm's model of that name, with its pretrained weights or those of a file."""
     mend_torchvision()
     timm = require("timm", "distill", "a model of timm")
     try:
-        network = timm.create_model(
-            what, pretrained=checkpoint is None, checkpoint_path=checkpoint or "", num_classes=0, dynamic_img_size=True
-        )
+        return timm.create_model(what, pretrained=checkpoint is None, checkpoint_path=checkpoint or "", **options)
     except (RuntimeError, TypeError, OSError) as error:
         raise DinoError(f"timm cannot build {what}: {str(error).splitlines()[0]}") from None
+
+
+def _timm(what: str, checkpoint: str | None) -> Found:
+    network = create_timm(what, checkpoint, num_classes=0, dynamic_img_size=True)
     prefix = int(getattr(network, "num_prefix_tokens", 0))
     if prefix < 1 or not hasattr(network, "blocks"):
         raise DinoError(f"timm's {what} has no CLS token and blocks; only plain vision transformers can be wrapped")
@@ -257,8 +272,8 @@ def _timm(what: str, checkpoint: str | None) -> Found:
         "embed_dim": int(network.embed_dim),
         "prefix": prefix,
     }
-    told = network.pretrained_cfg
-    return network, network.forward_features, network.norm, facts, (tuple(told["mean"]), tuple(told["std"]))
+    stated = network.pretrained_cfg
+    return network, network.forward_features, network.norm, facts, (tuple(stated["mean"]), tuple(stated["std"]))
 
 
 KINDS: dict[str, Callable[[str, str | None], Found]] = {"transformers": _transformers, "timm": _timm}

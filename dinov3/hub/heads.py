@@ -267,7 +267,7 @@ def _resizes(backbone: Any) -> bool:
 
 def _without_folder(source: str) -> str:
     """A source as others may read it: a file's name without where it lies here, other sources as they are."""
-    if foreign.is_line(source):  # KIND:WHAT,options
+    if foreign.is_spec(source):  # KIND:WHAT,options
         kind, _, rest = source.partition(":")
         what, *options = rest.split(",")
         return f"{kind}:{','.join([Path(what).name if Path(what).exists() else what, *options])}"
@@ -343,13 +343,13 @@ def _its_backbone(path: str | os.PathLike[str], info: HeadInfo, weights: str | o
         line = os.fspath(weights)
         return (
             hub.load(line, dtype=dtype)
-            if foreign.is_line(line)
+            if foreign.is_spec(line)
             else hub.load(None, weights, dtype=dtype, **info.backbone_options)
         )
     if info.backbone_source.startswith("random (seed ") and name is not None:
         seed = int(info.backbone_source[13:-1])
         return hub.load(name, "random", seed=seed, dtype=dtype, **info.backbone_options)
-    if name is None or foreign.is_line(info.backbone_source):
+    if name is None or foreign.is_spec(info.backbone_source):
         raise WeightsError(f"{path} was trained on {info.backbone_label}; pass that file as backbone_weights")
     try:
         return hub.load(name, dtype=dtype, **info.backbone_options)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov3 import checkpoint, weights
-from dinov3.config import load_model_config
+from dinov3.config.recipes import load_model_config
 from dinov3.config.train import TrainConfig, vit_config
 from dinov3.errors import DinoError, WeightsError, WeightsMismatch
 from dinov3.models import BackboneConfig

@@ -33,8 +33,8 @@ from typing import Any
 from torch import Tensor
 
 from dinov3 import checkpoint, distributed
-from dinov3.config import load_config
 from dinov3.config.conditions import check_scale
+from dinov3.config.recipes import load_config
 from dinov3.config.train import TrainConfig
 from dinov3.distributed import Group
 from dinov3.errors import DinoError, did_you_mean

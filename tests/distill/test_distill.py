@@ -15,60 +15,20 @@ from PIL import Image
 from ranks import run_ranks
 
 import dinov3
-from dinov3.data.crops import normalised
 from dinov3.data.sources import open_source
 from dinov3.distill import batches
 from dinov3.distill import run as module
-from dinov3.distill import students as pupils
-from dinov3.distill.inherit import awaken_last
-from dinov3.distill.run import Distillation, DistillConfig, distill
-from dinov3.distill.students import Standardised, difference, relations_loss
-from dinov3.distill.teachers import Images, MobileNetV2, TargetCache, TeacherLine, Views, open_teacher
+from dinov3.distill.config import DistillConfig
+from dinov3.distill.projectors import Standardised, difference, relations_loss
+from dinov3.distill.run import Distillation, distill
+from dinov3.distill.teachers import Images, TargetCache, TeacherSpec, Views, open_teacher
 from dinov3.errors import DinoError, UnknownName
-from dinov3.models.vit import VisionTransformer, ViTConfig
+from dinov3.models.vit import VisionTransformer
 from dinov3.runlog import RunDir
 from dinov3.weights import catalog, loading, save
+from tests.distill.conftest import TINY, rows_with_a_tiny_one
 
 pytest.importorskip("omegaconf")
-TINY = ViTConfig(
-    embed_dim=32, depth=2, num_heads=2, n_storage_tokens=1, layerscale_init=1e-5, mask_k_bias=True,
-    norm_layer="layernormbf16",
-)  # fmt: skip
-
-
-def rows_with_a_tiny_one() -> tuple[Any, ...]:
-    small = {name: getattr(TINY, name) for name in ("embed_dim", "depth", "num_heads", "n_storage_tokens")}
-    return tuple(replace(row, options={**row.options, **small}) if row.packaged else row for row in catalog.ROWS)
-
-
-@pytest.fixture
-def tiny_student(monkeypatch) -> None:
-    """`dinov3_vitt16` becomes a model of two blocks."""
-    monkeypatch.setattr(catalog, "ROWS", rows_with_a_tiny_one())
-    catalog.aliases.cache_clear()
-    yield
-    monkeypatch.undo()
-    catalog.aliases.cache_clear()
-
-
-@pytest.fixture
-def teacher_file(tmp_path: Path) -> Path:
-    torch.manual_seed(1)
-    model = VisionTransformer(replace(TINY, layerscale_init=1.0))
-    model.init_weights()
-    return save(model, tmp_path / "teacher.safetensors")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Six images of two kinds: two-coloured halves, upright or lying."""
-    place = tmp_path / "images"
-    place.mkdir()
-    for i in range(6):
-        noise = np.random.default_rng(i).integers(0, 60, (48, 60, 3), dtype=np.uint8)
-        noise[(slice(None), slice(0, 30)) if i % 2 else (slice(0, 24),)] += 180
-        Image.fromarray(noise).save(place / f"{i}.png")
-    return place
 
 
 def config_for(folder: Path, teacher: Path, **changes) -> DistillConfig:
@@ -83,14 +43,14 @@ def config_for(folder: Path, teacher: Path, **changes) -> DistillConfig:
 
 
 def test_a_teachers_line_says_what_is_wrong_with_it() -> None:
-    line = TeacherLine.parse("transformers:/some/folder,layer=9,cls=0.5,normed=false")
+    line = TeacherSpec.parse("transformers:/some/folder,layer=9,cls=0.5,normed=false")
     assert (line.kind, line.what, line.layer, line.cls, line.normed) == ("transformers", "/some/folder", 9, 0.5, False)
     with pytest.raises(UnknownName, match="did you mean 'transformers'"):
-        TeacherLine.parse("transformer:x")
+        TeacherSpec.parse("transformer:x")
     with pytest.raises(UnknownName, match="did you mean 'patches'"):
-        TeacherLine.parse("timm:x,patch=1")
+        TeacherSpec.parse("timm:x,patch=1")
     with pytest.raises(DinoError, match="layer=last"):
-        TeacherLine.parse("timm:x,layer=last")
+        TeacherSpec.parse("timm:x,layer=last")
 
 
 def tiny_dinov2(**changes):
@@ -128,68 +88,6 @@ def test_a_timm_model_is_a_teacher_by_its_name(oracles, tmp_path: Path) -> None:
         torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
     )
     assert (said.cls.shape, said.patches.shape, said.logits.shape) == ((2, 1280), (2, 2, 2, 1280), (2, 1000))
-
-
-def test_our_mobilenet_computes_what_timms_computes(oracles) -> None:
-    """Same parameters in the same order; the file's names are torchvision's."""
-    import timm
-
-    torch.manual_seed(0)
-    theirs, ours = timm.create_model("mobilenetv2_100").eval(), MobileNetV2().eval()
-    for norm in (m for m in theirs.modules() if isinstance(m, torch.nn.BatchNorm2d)):
-        norm.running_mean.normal_(std=0.1)
-        norm.weight.data.uniform_(0.5, 1.5)
-    values = list(theirs.state_dict().values())
-    ours.load_state_dict(dict(zip(ours.state_dict(), values, strict=True)))
-    x = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        torch.testing.assert_close(ours.look(x).logits, theirs(x), atol=1e-4, rtol=1e-4)
-
-
-def test_norms_vanish_into_convolutions_and_nothing_changes(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    plain = MobileNetV2().eval()
-    for norm in (m for m in plain.modules() if isinstance(m, torch.nn.BatchNorm2d)):
-        norm.running_mean.normal_(std=0.1)
-        norm.running_var.uniform_(0.5, 2)
-        norm.weight.data.uniform_(0.5, 1.5)
-        norm.bias.data.normal_(std=0.1)
-    torch.save(plain.state_dict(), tmp_path / "w.pth")
-    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
-    teacher = open_teacher(f"mobilenetv2:{tmp_path / 'w.pth'},side=64")
-    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in teacher.network.modules())
-    with torch.no_grad():
-        known = plain.look(normalised(pixels, teacher.mean, teacher.std))
-    torch.testing.assert_close(teacher(pixels).logits, known.logits, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(teacher(pixels).patches, known.patches, atol=1e-4, rtol=1e-4)
-
-
-def test_a_torchvision_file_opens_and_another_is_refused(tmp_path: Path) -> None:
-    torch.save(MobileNetV2().state_dict(), tmp_path / "mobilenet_v2.pth")
-    said = open_teacher(f"mobilenetv2:{tmp_path / 'mobilenet_v2.pth'},side=64")(
-        torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
-    )
-    assert (said.cls.shape, said.logits.shape) == ((1, 1280), (1, 1000))
-    torch.save({"features.0.0.weight": torch.zeros(32, 3, 3, 3)}, tmp_path / "other.pth")
-    with pytest.raises(DinoError, match="not torchvision's MobileNetV2"):
-        open_teacher(f"mobilenetv2:{tmp_path / 'other.pth'}")
-
-
-@pytest.mark.data
-def test_the_real_mobilenet_knows_imagenettes_classes(development_data: Path) -> None:
-    file = development_data / "mobilenetv2" / "mobilenet_v2-b0353104.pth"
-    val = development_data / "imagenette" / "val"
-    if not file.is_file() or not val.is_dir():
-        pytest.skip("MobileNetV2's file or Imagenette is not present")
-    teacher = open_teacher(f"mobilenetv2:{file},side=224")
-    indices = [0, 217, 482, 491, 497, 566, 569, 571, 574, 701]  # of the ten classes, in the order of their WordNet ids
-    right, total = 0, 0
-    for label, place in enumerate(sorted(p for p in val.iterdir() if p.is_dir())):
-        images = Images(open_source(place))
-        pixels = images.views(Views(scale=(1.0, 1.0)), np.arange(8), 0, 224)
-        right += int((teacher(pixels).logits[:, indices].argmax(1) == label).sum())
-        total += len(pixels)
-    assert right / total > 0.9
 
 
 # ---- views and the cache --------------------------------------------------------------------------------------------
@@ -483,11 +381,11 @@ def test_a_costly_teacher_is_asked_about_a_share_of_the_batch(tiny_student, fold
     assert len(batch.pixels) == 5
     assert batch.targets[0].cls.shape == (2, 32)
     terms = work.terms(batch)
-    work.batches.said[0].teacher.line = replace(work.teachers[0].line, share=1.0)
+    work.batches.sources[0].teacher.spec = replace(work.teachers[0].spec, share=1.0)
     everything = work.terms(work.batches.at(0))
     assert terms.total().item() != everything.total().item()
     with pytest.raises(DinoError, match="share=2"):
-        TeacherLine.parse("timm:x,share=2")
+        TeacherSpec.parse("timm:x,share=2")
 
 
 def test_mixed_images_need_teachers_that_look(tiny_student, folder, teacher_file, tmp_path) -> None:
@@ -525,10 +423,10 @@ def test_muon_moves_the_blocks_matrices_and_adamw_the_rest(tiny_student, folder,
     assert {names[i].split(".", 2)[2] for i in muon} == {
         "attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight",
     }  # fmt: skip
-    everything = {id(p) for p in [*work.student.parameters(), *work.pupils.parameters()] if p.requires_grad}
+    everything = {id(p) for p in [*work.student.parameters(), *work.projectors.parameters()] if p.requires_grad}
     assert adamw | muon == everything
     assert not adamw & muon
-    with pytest.raises(UnknownName, match="adamw or muon"):
+    with pytest.raises(DinoError, match="one of adamw, muon"):
         Distillation(config_for(folder, teacher_file, optimizer="sgd"), RunDir(tmp_path / "other"))
 
 
@@ -551,89 +449,12 @@ def test_a_flat_schedule_falls_in_its_last_share_whatever_the_total() -> None:
             DistillConfig(schedule=wrong).lr_at(1)
 
 
-def test_an_isometry_keeps_angles_and_finds_the_rotation() -> None:
-    torch.manual_seed(0)
-    x = torch.randn(400, 6)
-    x = x - x.mean(0)
-    turned = torch.linalg.qr(torch.randn(20, 6))[0]
-    W = pupils.isometry(x, 3 * x @ turned.T + 0.01 * torch.randn(400, 20))
-    torch.testing.assert_close(W.T @ W, W.T.norm(dim=1).square().mean() * torch.eye(6), atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(W, 3 * turned, atol=0.05, rtol=0.05)
-    with pytest.raises(DinoError, match="more than 6 images"):
-        pupils.isometry(x[:4], x[:4])
-
-
-def test_an_isometric_projection_is_fitted_once_and_stays(tiny_student, tmp_path) -> None:
-    place = tmp_path / "many"
-    place.mkdir()
-    for i in range(40):
-        Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(place / f"{i}.png")
-    torch.manual_seed(1)
-    model = VisionTransformer(replace(TINY, embed_dim=64, layerscale_init=1.0))
-    model.init_weights()
-    wide = save(model, tmp_path / "wide.safetensors")
-    config = config_for(place, wide)
-    config.teachers = [f"dinov3:{wide},isometry=true,patches=0"]
-    work = Distillation(config, RunDir(tmp_path / "run"))
-    before = work.pupils[0].cls.weight.clone()
-    gram = before.T @ before
-    torch.testing.assert_close(gram, gram.diagonal().mean() * torch.eye(32), atol=1e-4, rtol=1e-3)
-    work.train_step(work.batches.at(0))
-    work.train_step(work.batches.at(1))
-    assert torch.equal(work.pupils[0].cls.weight, before)
-
-
 @pytest.mark.slow
 def test_a_compiled_student_learns_the_same(tiny_student, folder, teacher_file, tmp_path) -> None:
     plain = distill(config_for(folder, teacher_file, steps=3), tmp_path / "plain")
     compiled = distill(config_for(folder, teacher_file, steps=3, compile=True), tmp_path / "compiled")
     a, b = (dinov3.load(weights=path).state_dict() for path in (plain, compiled))
     assert max((a[k].float() - b[k].float()).abs().max().item() for k in a) < 3e-3
-
-
-def test_the_last_block_awakes_pointing_where_the_teacher_points(tiny_student, folder, tmp_path) -> None:
-    torch.manual_seed(0)
-    model = VisionTransformer(replace(TINY, layerscale_init=1.0))
-    model.init_weights()
-    for scale in (model.blocks[-1].ls1, model.blocks[-1].ls2):
-        scale.gamma.data.fill_(1e-5)
-    inputs = torch.randn(600, 3, 32, 32) + 2 * torch.randn(600, 3, 1, 1)
-    turn = torch.linalg.qr(torch.randn(32, 32))[0]
-    with torch.no_grad():
-        patches = model.eval().forward_features(inputs)["x_norm_patchtokens"]
-
-    def aim(cls):
-        return (cls - cls.mean(0)) @ turn
-
-    was, now = awaken_last(model, inputs.split(100), aim, patch_weight=1.0)
-    assert was < 0.3
-    assert now > 0.8
-    assert all(bool((scale.gamma == 1).all()) for scale in (model.blocks[-1].ls1, model.blocks[-1].ls2))
-    with torch.no_grad():
-        after = model.forward_features(inputs)["x_norm_patchtokens"]
-    assert F.cosine_similarity(patches, after, dim=-1).mean() > 0.95
-
-
-def test_awakening_alone_is_a_run_of_no_steps(tiny_student, tmp_path) -> None:
-    place = tmp_path / "many"
-    place.mkdir()
-    for i in range(60):
-        Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(place / f"{i}.png")
-    torch.manual_seed(1)
-    model = VisionTransformer(replace(TINY, embed_dim=64, layerscale_init=1.0))
-    model.init_weights()
-    wide = save(model, tmp_path / "wide.safetensors")
-    config = config_for(place, wide, steps=0, awaken=60)
-    config.teachers = [f"dinov3:{wide},isometry=true,patches=0"]
-    state = dinov3.load(weights=distill(config, tmp_path / "run")).state_dict()
-    assert bool((state["blocks.1.ls2.gamma"] == 1).all())
-    assert float(state["blocks.0.ls2.gamma"].max()) < 1e-4
-    assert "the last block awoke" in (tmp_path / "run" / "log.txt").read_text()
-
-
-def test_awakening_needs_a_teacher_that_keeps_angles(tiny_student, folder, teacher_file, tmp_path) -> None:
-    with pytest.raises(DinoError, match="isometry=true"):
-        distill(config_for(folder, teacher_file, awaken=6), tmp_path / "run")
 
 
 def test_a_student_that_compiles_holds_no_lock_that_a_teacher_waits_for(

@@ -231,5 +231,5 @@ print(tuple(dinov3.embed(again, numpy.zeros((50, 70, 3), numpy.uint8), size=32).
 
 def test_a_type_may_be_named() -> None:
     assert next(dinov3.load(dtype="bfloat16").parameters()).dtype == torch.bfloat16
-    with pytest.raises(UnknownName, match="'half' is none of float32"):
+    with pytest.raises(UnknownName, match="dtype is one of float32, bfloat16, float16, not 'half'"):
         dinov3.load(dtype="half")

@@ -20,7 +20,7 @@ Legend: B images, N tokens (CLS and patches), D teacher's width, d student's wid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,19 +29,9 @@ from torch import Tensor, nn
 
 from dinov3.data.crops import normalised
 from dinov3.data.transforms.inputs import LVD_MEAN, LVD_STD
+from dinov3.distill.projectors import ridge
 from dinov3.errors import DinoError
 from dinov3.models.vit import VisionTransformer, rotation
-
-
-def ridge(x: Tensor, y: Tensor, weight: Tensor | None = None, strength: float = 1e-3) -> tuple[Tensor, Tensor]:
-    """(W, b) with y ≈ x Wᵀ + b, each row counted `weight` times; `strength` is relative to the mean variance of x."""
-    w = x.new_ones(len(x), 1) if weight is None else weight.reshape(-1, 1) / weight.mean()
-    mean_x, mean_y = (w * x).mean(0), (w * y).mean(0)
-    xc, yc = x - mean_x, y - mean_y
-    gram = (xc.T @ (w * xc)).double()
-    gram += torch.eye(len(gram), dtype=torch.double, device=x.device) * strength * gram.diagonal().mean()
-    W = torch.linalg.solve(gram, (xc.T @ (w * yc)).double()).T.float()
-    return W, mean_y - W @ mean_x
 
 
 class Dinov2Tokens:
@@ -110,7 +100,7 @@ def inherit_dinov2(
     teacher_pixels: Tensor,
     *,
     fresh: int = 1,
-    tell: Any = lambda text: None,
+    log: Any = lambda text: None,
 ) -> list[float]:
     """Fills `student` from a DINOv2 state dict. The share of the teacher's stream it then explains, after every block.
 
@@ -200,7 +190,7 @@ def inherit_dinov2(
         heads = block.attn(block.norm1(y), rope)
         block.attn.proj = mix
         W, b = ridge(flat(heads), stream(middles[i]).flatten(0, 1) - flat(y), weight(middles[i]))
-        _write(mix, W, b)
+        write_linear(mix, W, b)
         block.ls1.gamma.fill_(1.0)
         y = y + mix(heads)
         # feed-forward
@@ -210,10 +200,10 @@ def inherit_dinov2(
         keep = _select(hidden, mixing, hidden.shape[-1], c.ffn_hidden)
         W, b = ridge(flat(block.norm2(y)), seen.flatten(0, 1))
         w1, b1 = net.state[f"{at}.mlp.fc1.weight"][keep], net.state[f"{at}.mlp.fc1.bias"][keep]
-        _write(block.mlp.fc1, w1 @ W, b1 + w1 @ b)
+        write_linear(block.mlp.fc1, w1 @ W, b1 + w1 @ b)
         hidden = F.gelu(block.mlp.fc1(block.norm2(y)))
         W, b = ridge(flat(hidden), stream(ends[i]).flatten(0, 1) - flat(y), weight(ends[i]))
-        _write(block.mlp.fc2, W, b)
+        write_linear(block.mlp.fc2, W, b)
         block.ls2.gamma.fill_(1.0)
         y = y + block.mlp.fc2(hidden)
         x = ends[i]
@@ -223,69 +213,11 @@ def inherit_dinov2(
             target - target.mean(0)
         ).square().sum()
         explained.append(1 - left.item())
-        tell(f"block {i}: {explained[-1]:.3f} of the teacher's stream explained")
+        log(f"block {i}: {explained[-1]:.3f} of the teacher's stream explained")
     student.train(was_training)
     return explained
 
 
-@torch.no_grad()
-def awaken_last(
-    student: Any,
-    inputs: Iterable[Tensor],
-    aim: Callable[[Tensor], Tensor],
-    *,
-    strength: float = 1e-3,
-    patch_weight: float = 0.3,
-    bf16: bool = False,
-) -> tuple[float, float]:
-    """The last block in closed form: CLS tokens point where they are aimed, patch tokens stay where they are.
-
-    A block that nothing was inherited for begins with a layer scale of 1e-5 and sleeps through a short run. Here its scales
-    become 1, and its second feed-forward layer the ridge regression, on its own hidden values, of what CLS lacks; eight
-    patches of every image ask for no change. inputs: batches [B, 3, s, s], normalised; `aim` maps the CLS tokens [n, d]
-    that the student gives now to those it should give. Returns the mean cosine of the two, before and after, for the last
-    tenth of the images, which nothing is fitted on.
-    """
-    block = student.blocks[-1]
-    first = 1 + student.n_storage_tokens
-    hidden: list[Tensor] = []
-    ends: list[Tensor] = []
-
-    def some(x: Tensor) -> Tensor:  # CLS and eight patches
-        rows = torch.linspace(first, x.shape[1] - 1, 8).long().tolist()
-        return x[:, [0, *rows]].float()
-
-    hook = block.mlp.fc2.register_forward_hook(lambda m, given, out: hidden.append(some(given[0])))
-    was_training = student.training
-    student.eval()
-    for part in inputs:
-        with torch.autocast(part.device.type, torch.bfloat16, enabled=bf16):
-            ends.append(some(student.forward_features(part)["x_prenorm"]))
-    hook.remove()
-    student.train(was_training)
-    h, end = torch.cat(hidden), torch.cat(ends)  # [n, 9, 4d], [n, 9, d]
-    for scale, layer in ((block.ls1, block.attn.proj), (block.ls2, block.mlp.fc2)):  # the same function, wide awake
-        layer.weight.mul_(scale.gamma[:, None])
-        layer.bias.mul_(scale.gamma)
-        scale.gamma.fill_(1.0)
-    given = F.linear(h, block.mlp.fc2.weight, block.mlp.fc2.bias)
-    is_now = student.norm(end[:, 0])
-    aims = aim(is_now)
-    wanted = (aims - student.norm.bias) / student.norm.weight
-    wanted = F.layer_norm(wanted, wanted.shape[-1:]) * end[:, 0].std(-1).mean()  # at CLS's usual length
-    fitted = slice(0, round(0.9 * len(h)))
-    before = (end - given)[:, 0]
-    x = torch.cat([h[fitted, 0], h[fitted, 1:].flatten(0, 1)])
-    y = torch.cat([(wanted - before)[fitted], given[fitted, 1:].flatten(0, 1)])
-    weight = torch.full((len(x),), patch_weight**2, device=x.device)
-    weight[: fitted.stop] = 1.0
-    W, b = ridge(x, y, weight, strength=strength)
-    _write(block.mlp.fc2, W, b)
-    becomes = student.norm(before + F.linear(h[:, 0], W, b))
-    was, now = (F.cosine_similarity(z, aims)[fitted.stop :].mean().item() for z in (is_now, becomes))
-    return was, now
-
-
-def _write(layer: nn.Linear, weight: Tensor, bias: Tensor) -> None:
+def write_linear(layer: nn.Linear, weight: Tensor, bias: Tensor) -> None:
     layer.weight.copy_(weight)
     layer.bias.copy_(bias)

@@ -1,4 +1,4 @@
-"""What ties a student to one teacher: projections of its tokens, standardised targets, and the terms of the loss.
+"""Projections of a student's tokens to a teacher's widths, standardised targets, and the terms of the loss.
 
 Legend: B images, H × W student patches, d student's width, D a teacher's width, K classes.
 """
@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3 import distributed
-from dinov3.distill.inherit import ridge
 from dinov3.distill.teachers import Targets, Teacher
-from dinov3.errors import DinoError
 from dinov3.losses import LossTerms, resize_patches
 
 
@@ -31,35 +29,33 @@ class Standardised(nn.Module):
         return (x - self.mean) / self.spread
 
 
-class Pupil(nn.Module):
-    """What ties the student to one teacher: the projections of its tokens, and the scale of the targets."""
+class Projector(nn.Module):
+    """Linear projections of the student's tokens to one teacher's widths, and the scale of that teacher's targets."""
 
     def __init__(self, teacher: Teacher, width: int, sample: Targets) -> None:
         super().__init__()
-        self.line = teacher.line
+        self.spec = teacher.spec
         self.scale_cls = Standardised(sample.cls)
-        self.cls = nn.Linear(width, sample.cls.shape[-1]).requires_grad_(not self.line.isometry)
-        if sample.patches is not None and self.line.patches:
+        self.cls = nn.Linear(width, sample.cls.shape[-1])
+        if sample.patches is not None and self.spec.patches:
             self.scale_patches = Standardised(sample.patches)
             self.patches = nn.Linear(width, sample.patches.shape[-1])
-        if sample.logits is not None and self.line.logits:
+        if sample.logits is not None and self.spec.logits:
             self.logits = nn.Linear(width, sample.logits.shape[-1])
 
     @torch.no_grad()
-    def fit(self, cls: Tensor, patches: Tensor, said: Targets) -> None:
-        """The projections in closed form for what the student gives now: random ones would teach it noise at first. Where it
-        gives the same for every image they stay random."""
+    def fit(self, cls: Tensor, patches: Tensor, sample: Targets) -> None:
+        """Initialises the projections by ridge regression on the student's present output: random ones would teach it noise.
+
+        A frozen projection stays as it is, and so does every one where the output is the same for all images.
+        """
         for name, x, targets in (
-            ("cls", cls, self.scale_cls(said.cls)),
-            ("patches", patches.flatten(0, 2), said.patches),
-            ("logits", cls, said.logits),
+            ("cls", cls, self.scale_cls(sample.cls)),
+            ("patches", patches.flatten(0, 2), sample.patches),
+            ("logits", cls, sample.logits),
         ):
             layer = getattr(self, name, None)
-            if layer is None or targets is None:
-                continue
-            if name == "cls" and self.line.isometry:
-                layer.weight.copy_(isometry(x.float(), targets.float()))
-                layer.bias.zero_()
+            if layer is None or targets is None or not layer.weight.requires_grad:
                 continue
             if x.var(0).mean() < 1e-2 * x.square().mean():
                 continue  # the same for all images, as CLS before any training: a fit would magnify the noise in it
@@ -73,32 +69,27 @@ class Pupil(nn.Module):
         """Adds this teacher's terms. cls [B, d] and patches [B, H, W, d] of the student, targets of the first images."""
         cls, patches = cls[: len(targets.cls)], patches[: len(targets.cls)]
         wanted = self.scale_cls(targets.cls)
-        if self.line.cls:
-            terms.add(f"{name}/cls", self.line.cls, difference(self.cls(cls), wanted))
-        if self.line.relations:
+        if self.spec.cls:
+            terms.add(f"{name}/cls", self.spec.cls, difference(self.cls(cls), wanted))
+        if self.spec.relations:
             together = distributed.all_gather_with_gradient(cls), distributed.all_gather(wanted)
-            terms.add(f"{name}/relations", self.line.relations, relations_loss(*together))
-        if self.line.patches and targets.patches is not None:
+            terms.add(f"{name}/relations", self.spec.relations, relations_loss(*together))
+        if self.spec.patches and targets.patches is not None:
             grid = resized_grid(targets.patches, (patches.shape[1], patches.shape[2]))
-            terms.add(f"{name}/patches", self.line.patches, difference(self.patches(patches), self.scale_patches(grid)))
-        if self.line.logits and targets.logits is not None:
-            terms.add(f"{name}/logits", self.line.logits, softened_kl(self.logits(cls), targets.logits))
+            terms.add(f"{name}/patches", self.spec.patches, difference(self.patches(patches), self.scale_patches(grid)))
+        if self.spec.logits and targets.logits is not None:
+            terms.add(f"{name}/logits", self.spec.logits, softened_kl(self.logits(cls), targets.logits))
 
 
-def isometry(x: Tensor, target: Tensor) -> Tensor:
-    """[D, d]: the map of x [n, d] into the strongest directions of the targets [n, D] that keeps angles and comes nearest.
-
-    A student that learns through it has the teacher's angles in its own features, not in a projection that is thrown away.
-    """
-    d = x.shape[1]
-    _, spectrum, directions = torch.linalg.svd(target - target.mean(0), full_matrices=False)
-    strongest = directions[:d]
-    if len(strongest) < d or spectrum[d - 1] < 1e-6 * spectrum[0]:
-        raise DinoError(f"isometry needs more than {d} images and teachers of more than {d} dimensions")
-    aimed = target @ strongest.T
-    U, _, V = torch.linalg.svd(aimed.T @ (x - x.mean(0)), full_matrices=False)
-    scale = (aimed.square().mean() / x.square().mean()).sqrt()
-    return scale * strongest.T @ U @ V
+def ridge(x: Tensor, y: Tensor, weight: Tensor | None = None, strength: float = 1e-3) -> tuple[Tensor, Tensor]:
+    """(W, b) with y ≈ x Wᵀ + b, each row counted `weight` times; `strength` is relative to the mean variance of x."""
+    w = x.new_ones(len(x), 1) if weight is None else weight.reshape(-1, 1) / weight.mean()
+    mean_x, mean_y = (w * x).mean(0), (w * y).mean(0)
+    xc, yc = x - mean_x, y - mean_y
+    gram = (xc.T @ (w * xc)).double()
+    gram += torch.eye(len(gram), dtype=torch.double, device=x.device) * strength * gram.diagonal().mean()
+    W = torch.linalg.solve(gram, (xc.T @ (w * yc)).double()).T.float()
+    return W, mean_y - W @ mean_x
 
 
 def resized_grid(patches: Tensor, to_hw: tuple[int, int]) -> Tensor:
