@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +19,7 @@ from dinov3.data.loading import permuted
 from dinov3.distill.config import DistillConfig
 from dinov3.distill.teachers import Images, OnlineTargets, TargetCache, Targets, Views
 from dinov3.errors import DinoError
+from dinov3.threads import prefetched
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,7 @@ class Batches:
         return Batch(resized(canvas, side), targets)
 
     def between(self, first: int, last: int) -> Iterator[Batch]:
-        with ThreadPoolExecutor(1) as pool:
-            coming = pool.submit(self.at, first) if first < last else None
-            for step in range(first, last):
-                assert coming is not None
-                batch = coming.result()
-                coming = pool.submit(self.at, step + 1) if step + 1 < last else None
-                yield batch
+        return prefetched(self.at, range(first, last), workers=1)
 
 
 def distorted(pixels: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:

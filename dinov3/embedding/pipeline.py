@@ -14,11 +14,10 @@ import os
 import signal
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -32,11 +31,10 @@ from dinov3.embedding.search import EXACT_LIMIT, build_index
 from dinov3.embedding.store import EmbeddingStore
 from dinov3.errors import DinoError, ImageError, UnknownName, choices_sentence, one_of
 from dinov3.features import Features, extract
+from dinov3.threads import prefetched
 from dinov3.weights import catalog
 
 if TYPE_CHECKING:
-    from typing import Self
-
     from dinov3.hub import Origin
 
 POOLINGS = ("cls", "mean", "cls+mean")
@@ -224,31 +222,13 @@ def todo(source: Source, store: EmbeddingStore, report: Report, *, retry_failed:
             yield item
 
 
-class Ahead:
-    """Prepares items in threads, a bounded number ahead of the consumer, and yields them in order.
-
-    Threads suffice: reading, decoding, hashing and resizing all release the interpreter's lock.
-    """
-
-    def __init__(self, items: Iterable[Item], preprocessing: Preprocessing, workers: int, ahead: int) -> None:
-        self.items, self.preprocessing, self.ahead = iter(items), preprocessing, ahead
-        # one thread a worker: the image's own resize must not start a thread pool inside each of them
-        self.pool = ThreadPoolExecutor(workers, "decode", initializer=torch.set_num_threads, initargs=(1,))
-        self.waiting: deque[Future[Prepared | Failure]] = deque()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.pool.shutdown(wait=False, cancel_futures=True)
-
-    def __iter__(self) -> Iterator[Prepared | Failure]:
-        while True:
-            while len(self.waiting) < self.ahead and (item := next(self.items, None)) is not None:
-                self.waiting.append(self.pool.submit(prepare_item, item, self.preprocessing))
-            if not self.waiting:
-                return
-            yield self.waiting.popleft().result()
+def prepared(
+    items: Iterable[Item], preprocessing: Preprocessing, workers: int, ahead: int
+) -> Generator[Prepared | Failure, None, None]:
+    """The items prepared by threads, in order, at most `ahead` of them before they are used."""
+    # one thread a worker: the image's own resize must not start a thread pool inside each of them
+    one_thread = partial(torch.set_num_threads, 1)
+    return prefetched(partial(prepare_item, preprocessing=preprocessing), items, workers, ahead, initializer=one_thread)
 
 
 def batches_by_size(
@@ -323,7 +303,8 @@ def embed_source(
         known, known_failed = store.known(), store.known_failed()
         items = todo(source, store, report, retry_failed=retry_failed)
         try:
-            with listening() as stop, Ahead(items, preprocessing, workers, ahead=2 * batch_size + workers) as ahead:
+            ahead = prepared(items, preprocessing, workers, ahead=2 * batch_size + workers)
+            with listening() as stop, closing(ahead):
                 for batch in batches_by_size(ahead, batch_size, failed):
                     write(store, embedder.rows(batch), known)
                     report.embedded += len(batch)

@@ -22,7 +22,7 @@ from torch import nn
 
 from dinov3.data.sources import Item, Source
 from dinov3.data.transforms.inputs import Preprocessing
-from dinov3.embedding.pipeline import Ahead, Embedder, Report, auto_batch, batches_by_size, finish, todo, write
+from dinov3.embedding.pipeline import Embedder, Report, auto_batch, batches_by_size, finish, prepared, todo, write
 from dinov3.embedding.schema import Failure, PatchPrecision, Row
 from dinov3.embedding.store import EmbeddingStore
 from dinov3.errors import require
@@ -46,9 +46,9 @@ class _Worker:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         items: list[Item] = [pickle.loads(data) for data in batch["item"]]
         results: list[Row | Failure] = []
-        with Ahead(items, self.embedder.preprocessing, self.threads, ahead=2 * self.batch_size) as prepared:
-            for group in batches_by_size(prepared, self.batch_size, results.append):
-                results += self.embedder.rows(group)
+        ahead = prepared(items, self.embedder.preprocessing, self.threads, ahead=2 * self.batch_size)
+        for group in batches_by_size(ahead, self.batch_size, results.append):
+            results += self.embedder.rows(group)
         return {"result": [pickle.dumps(result) for result in results]}
 
 

@@ -11,16 +11,15 @@ Legend: N images, D width, C classes, L labels in a set.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,9 +33,7 @@ from dinov3.errors import DinoError, ImageError
 from dinov3.features import model_label
 from dinov3.heads.encoder import widths_of
 from dinov3.runlog import peak_memory_gb, spoken_time
-
-K = TypeVar("K")
-
+from dinov3.threads import prefetched
 
 # ---- what images are called ----------------------------------------------------------------------------------------
 
@@ -138,21 +135,6 @@ def dataset_id(dataset: ImageDataset) -> str:
     return digest.hexdigest()[:12]
 
 
-def in_threads(batches: Iterable[Sequence[K]], make: Callable[[K], Tensor], workers: int) -> Iterator[Tensor]:
-    """Stacked results of `make` for batches of keys, in order, made by threads two batches ahead."""
-    pool = ThreadPoolExecutor(max(1, min(workers, os.cpu_count() or 1)))
-    waiting: deque[list[Future[Tensor]]] = deque()
-    try:
-        for keys in batches:
-            waiting.append([pool.submit(make, key) for key in keys])
-            if len(waiting) > 2:
-                yield torch.stack([future.result() for future in waiting.popleft()])
-        while waiting:
-            yield torch.stack([future.result() for future in waiting.popleft()])
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
 def decoded(dataset: ImageDataset, i: int, target_short_side: int | None = None) -> DecodedImage:
     """Image i; one that cannot be read stops an evaluation, which without it would be another evaluation."""
     try:
@@ -170,7 +152,9 @@ def image_batches(
         image = decoded(dataset, i, rule.target_short_side)
         return rule(image.image, original_wh=(image.width, image.height))[0]
 
-    return in_threads((rows[i : i + batch_size] for i in range(0, len(rows), batch_size)), make, workers)
+    images = prefetched(make, rows, workers, 2 * batch_size)
+    while batch := list(itertools.islice(images, batch_size)):
+        yield torch.stack(batch)
 
 
 class FeatureCache:

@@ -46,7 +46,6 @@ from dinov3.eval.features import (
     class_count,
     decoded,
     few_shot_subset,
-    in_threads,
     labels_of,
     layer_tokens,
     over_tries,
@@ -56,6 +55,7 @@ from dinov3.eval.session import Session
 from dinov3.metrics.classification import Metric, Numbers
 from dinov3.metrics.classification import evaluate as measure
 from dinov3.runlog import spoken_time
+from dinov3.threads import prefetched
 
 RATES = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1]
 
@@ -236,9 +236,11 @@ class Augmented:
 
     def batches(self, batch: int, first: int, last: int, workers: int) -> Iterator[tuple[list[int], Tensor]]:
         """(rows of the data set, uint8 [B, 3, size, size])."""
-        ahead, here = itertools.tee(self.draws(batch, first, last))
-        for drawn, x in zip(here, in_threads(ahead, self.crop, workers)):
-            yield [int(self.rows[position]) for _, position in drawn], x
+        draws = itertools.chain.from_iterable(self.draws(batch, first, last))
+        crops = prefetched(lambda draw: (int(self.rows[draw[1]]), self.crop(draw)), draws, workers, 2 * batch)
+        while made := list(itertools.islice(crops, batch)):
+            rows, pixels = zip(*made)
+            yield list(rows), torch.stack(pixels)
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------

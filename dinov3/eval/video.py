@@ -17,8 +17,7 @@ import itertools
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -43,6 +42,7 @@ from dinov3.features import default_preprocessing
 from dinov3.fit.loop import shuffled
 from dinov3.heads.attentive import AttentiveProbe, clip_coordinates
 from dinov3.optim import warmup_cosine_v2
+from dinov3.threads import prefetched
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 Batch = tuple[Tensor, Tensor, Tensor]  # tokens [B, N, D], coordinates [B, N, 3], labels [B]
@@ -267,24 +267,13 @@ class _Frozen:
         return tokens, clip_coordinates(seconds.to(self.device), (patches.shape[1], patches.shape[2]))
 
 
-def _ahead(make: Callable[[int], Any], keys: Sequence[int], workers: int) -> Iterator[Any]:
-    """make(key) for all keys in order, a few ahead, in threads (decoding lets other threads run)."""
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        waiting = [pool.submit(make, key) for key in keys[: 2 * max(1, workers)]]
-        for i in range(len(keys)):
-            result = waiting.pop(0).result()
-            if i + 2 * max(1, workers) < len(keys):
-                waiting.append(pool.submit(make, keys[i + 2 * max(1, workers)]))
-            yield result
-
-
 def scored(
     frozen: _Frozen, every: Sequence[Candidate], reader: Reader, rows: Sequence[int], *, tta: bool, workers: int
 ) -> tuple[list[Tensor], Tensor]:
     """(probabilities [n, K] of every candidate, labels [n]) of some videos, shared among the processes."""
     mine = list(rows)[distributed.rank() :: distributed.world()]
     found: list[list[Tensor]] = [[] for _ in every]
-    for frames, seconds in _ahead(lambda i: reader.views(i, tta=tta), mine, workers):
+    for frames, seconds in prefetched(lambda i: reader.views(i, tta=tta), mine, workers, 2 * workers):
         tokens, coordinates = (t.clone() for t in frozen(frames, seconds))  # out of inference mode
         for place, c in zip(found, every):
             place.append(probabilities(c.probe, tokens, coordinates).mean(0))
@@ -316,7 +305,9 @@ def fitted(
         labels = torch.from_numpy(reader.clips.labels[picked])
         return torch.stack([c[0] for c in clips]), torch.stack([c[1] for c in clips]), labels
 
-    for step, (frames, seconds, labels) in enumerate(_ahead(batch, range(first, total), config.num_workers), first):
+    workers = config.num_workers
+    batches = prefetched(batch, range(first, total), workers, 2 * workers)
+    for step, (frames, seconds, labels) in enumerate(batches, first):
         tokens, coordinates = (t.clone() for t in frozen(frames, seconds))
         losses = train_step(every, (tokens, coordinates, labels.to(tokens.device)), step, total, config.precision)
         if (step + 1) % per_epoch == 0:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -35,6 +34,7 @@ from dinov3.losses import LossTerms
 from dinov3.models.base import TokenModel
 from dinov3.optim import multipliers, polynomial, warmup_cosine_v2, warmup_one_cycle, warmup_one_cycle_momentum
 from dinov3.runlog import Progress, RunDir, plot
+from dinov3.threads import prefetched
 from dinov3.weights.loading import read, write_safetensors
 
 Batch = Any
@@ -231,7 +231,8 @@ def fit(
             device=work.device,
         )  # fmt: skip
     training_mode(module)
-    for step, batch in _fetched(batches, first, config.steps, config.workers):
+    fetched = prefetched(batches, range(first, config.steps), config.workers)
+    for step, batch in enumerate(fetched, first):
         if progress is not None:
             progress.fetched()
         terms = work.train_step(loss, moved(batch, work.device), step)
@@ -420,24 +421,6 @@ def moved(batch: Batch, device: torch.device) -> Batch:
     if isinstance(batch, (list, tuple)):
         return type(batch)(moved(v, device) for v in batch)
     return batch
-
-
-def _fetched(batches: Callable[[int], Batch], first: int, end: int, workers: int) -> Iterator[tuple[int, Batch]]:
-    """(step, batch) in order; with workers the next batches are made by threads meanwhile."""
-    if workers < 1:
-        for step in range(first, end):
-            yield step, batches(step)
-        return
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="batches")
-    coming: dict[int, Future[Batch]] = {}
-    try:
-        for step in range(first, end):
-            for ahead in range(step, min(step + workers + 1, end)):
-                if ahead not in coming:
-                    coming[ahead] = pool.submit(batches, ahead)
-            yield step, coming.pop(step).result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 # ---- several processes ----------------------------------------------------------------------------------------------
