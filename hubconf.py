@@ -18,11 +18,18 @@ from dinov3.hub.backbones import (
     dinov3_vits16plus,
     dinov3_vitt16,
 )
-from dinov3.hub.classifiers import ClassifierWeights, dinov3_vit7b16_lc
-from dinov3.hub.depthers import DepthWeights, dinov3_vit7b16_dd, dinov3_vitl16_chmv2
-from dinov3.hub.detectors import DetectionWeights, dinov3_vit7b16_de
 from dinov3.hub.dinotxt import DINOTxtWeights, dinov3_vitl16_dinotxt_tet1280d20h24l
-from dinov3.hub.segmentors import SegmentorWeights, dinov3_vit7b16_ms
+from dinov3.hub.published_heads import (
+    ClassifierWeights,
+    DepthWeights,
+    DetectionWeights,
+    SegmentorWeights,
+    dinov3_vit7b16_dd,
+    dinov3_vit7b16_de,
+    dinov3_vit7b16_lc,
+    dinov3_vit7b16_ms,
+    dinov3_vitl16_chmv2,
+)
 
 dependencies = ["torch"]
 

@@ -87,7 +87,7 @@ def main() -> None:
 
     from dinov3 import load
     from dinov3.export.convert import convert
-    from dinov3.weights import save
+    from dinov3.weights.writing import save
 
     suffixes = {".jpg", ".jpeg", ".png"}
     images = [str(p.resolve()) for p in sorted(args.folder.rglob("*")) if p.suffix.lower() in suffixes][: args.limit]

@@ -1,10 +1,12 @@
-"""One writer at a time in a folder: an embedding store, the folder of a training run."""
+"""Files that appear whole or not at all, and one writer at a time in a folder."""
 
 from __future__ import annotations
 
 import os
 import socket
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dinov3.errors import DinoError
@@ -13,6 +15,23 @@ try:
     import fcntl
 except ModuleNotFoundError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+
+@contextmanager
+def atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path beside `path` to write to. When the block ends it is flushed to disk and renamed into place, so that
+    a crash leaves the old file or the new one; on an exception it is removed. Makes the folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # the same ending: some writers go by it
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 class Lock:

@@ -31,7 +31,7 @@ from torch import Tensor
 from dinov3.config.loading import dump, to_dict
 from dinov3.config.train import SINKS
 from dinov3.errors import DinoError, UnknownName, did_you_mean, require
-from dinov3.files import Lock
+from dinov3.files import Lock, atomically
 
 Number = float | int | Tensor
 
@@ -210,9 +210,8 @@ def cut_metrics(file: str | os.PathLike[str], iteration: int) -> int:
     kept = [r for r in records if r.get("iteration", -1) < iteration]
     text = "".join(json.dumps(r) + "\n" for r in kept)
     if text != path.read_text(encoding="utf-8", errors="replace"):
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
+        with atomically(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     return len(records) - len(kept)
 
 
@@ -359,8 +358,6 @@ def plot(metrics: str | os.PathLike[str], out: str | os.PathLike[str]) -> str:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(f".{os.getpid()}.{out.name}")
-    figure.savefig(beside, dpi=120, format=out.suffix.lstrip(".") or "png")
-    os.replace(beside, out)
+    with atomically(out) as temporary:
+        figure.savefig(temporary, dpi=120, format=out.suffix.lstrip(".") or "png")
     return f"plotted {', '.join(curves)} to {out}"

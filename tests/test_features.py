@@ -15,6 +15,7 @@ from dinov3.dense.pca import fit, rainbow
 from dinov3.errors import DinoError, ImageError, IncompatibleFeatures
 from dinov3.features import default_preprocessing, prepare
 from dinov3.models import ConvNeXt, ConvNeXtConfig, VisionTransformer, ViTConfig
+from dinov3.weights import writing
 
 
 @pytest.fixture(scope="module")
@@ -262,19 +263,18 @@ def test_some_of_the_images_keep_their_own_geometry(vit, photo, skimage_images) 
 
 def test_a_model_is_known_by_its_weights_not_by_its_file(tmp_path, photo) -> None:
     """The same weights in two places are one model; other weights in the same place are another."""
-    from dinov3 import weights
 
     model = dinov3.load()
     (tmp_path / "moved").mkdir()
     files = [tmp_path / "a.safetensors", tmp_path / "moved" / "b.safetensors"]
     for file in files:
-        weights.save(model, file)
+        writing.save(model, file)
     a, b = (dinov3.embed(dinov3.load(weights=file), photo, size=32) for file in files)
     assert a.model == b.model
     assert float(a.similarity(b)) == pytest.approx(1)
     with torch.no_grad():
         model.blocks[3].mlp.fc1.weight.mul_(1.01)
-    weights.save(model, files[0])
+    writing.save(model, files[0])
     with pytest.raises(IncompatibleFeatures):
         a.similarity(dinov3.embed(dinov3.load(weights=files[0]), photo, size=32))
     before = dinov3.embed(model, photo, size=32).model

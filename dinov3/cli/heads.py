@@ -63,7 +63,7 @@ def train_head(
 ) -> None:
     """Fit a head of your own on a frozen backbone: classes, segmentation, depth, boxes. Prints the head's file."""
     from dinov3 import distributed
-    from dinov3.hub.heads import check_kind
+    from dinov3.hub.own_heads import check_kind
     from dinov3.train_head.run import HeadConfig
     from dinov3.train_head.run import train_head as run
 

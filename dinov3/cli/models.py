@@ -47,9 +47,9 @@ def _store_facts(uri: str, failed: bool) -> dict[str, Any]:
 
 
 def _weights_facts(source: str) -> dict[str, Any]:
-    from dinov3.weights import loading
+    from dinov3.weights import identity, reading
 
-    opened = loading.open(source)
+    opened = reading.open(source)
     tensors = [v for k, v in opened.state_dict.items() if not k.endswith(("bias_mask", "rope_embed.periods"))]
     tensors = list({id(t): t for t in tensors}.values())
     return {
@@ -60,7 +60,7 @@ def _weights_facts(source: str) -> dict[str, Any]:
         "tensors": len(opened.state_dict),
         "values": sum(t.numel() for t in tensors),
         "dtype": ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors})),
-        "fingerprint": loading.fingerprint(opened.state_dict),
+        "fingerprint": identity.fingerprint(opened.state_dict),
         "mean": opened.mean or (opened.rows[0].mean if opened.rows else None),
         "std": opened.std or (opened.rows[0].std if opened.rows else None),
         "config": str(opened.config),

@@ -16,6 +16,7 @@ import typer
 
 from dinov3.cli.shared import INTERRUPTED, UNREADABLE, Device, Dtype, Progress, app, device_of, say
 from dinov3.errors import DinoError, ImageError
+from dinov3.files import atomically
 
 if TYPE_CHECKING:
     from dinov3.data.images import DecodedImage
@@ -41,15 +42,6 @@ Labels = Annotated[str | None, typer.Option(help="Class names: a,b,c or a text f
 Precision = Annotated[
     Dtype | None, typer.Option(help="The model's precision. Default: float32; of a --head, what it was trained in.")
 ]
-
-# verb → (published head, task in head files, kind of an untrained head, its classes, further options)
-TASKS: dict[str, tuple[str, str, str, int | None, dict[str, Any]]] = {
-    "classify": ("dinov3_vit7b16_lc", "classification", "linear", 1000, {}),
-    "segment": ("dinov3_vit7b16_ms", "segmentation", "linear", 150, {}),
-    "depth": ("dinov3_vit7b16_dd", "depth", "dpt", None, {}),
-    "canopy": ("dinov3_vitl16_chmv2", "depth", "dpt", None, {"max_depth": 96.0}),
-    "detect": ("dinov3_vit7b16_de", "detection", "detr", 91, {}),
-}
 
 
 @app.command()
@@ -332,13 +324,14 @@ def write_csv(path: Path, head: tuple[str, ...], rows: list[tuple[Any, ...]]) ->
             there = csv.reader(file)
             if next(there, None) == list(head):
                 kept = [row for row in there if row and row[0] not in mine]
-    beside = path.with_name(f".{os.getpid()}.{path.name}")
-    with beside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with (
+        atomically(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(head)
         writer.writerows(kept)
         writer.writerows(rows)
-    os.replace(beside, path)
 
 
 def names_given(labels: str | None) -> list[str] | None:
@@ -373,49 +366,30 @@ def model_for(
     """The model of a verb's options, said on stderr; an untrained one only where asked for by "random", and loudly."""
     import torch
 
-    from dinov3 import hub
-    from dinov3.hub import headfiles
+    from dinov3.hub.open_task_model import AUTOCAST, open_task_model, untrained_model
 
-    published, task, kind, classes, options = TASKS[verb]
-    place = device_of(device)
+    if head_file is not None and (name is not None or weights is not None):
+        raise DinoError("--head is a head file of your own, --model and --weights a published one: give one of them")
+    place, precision = device_of(device), getattr(torch, dtype) if dtype else None
     if head_file is not None:
-        from dinov3.hub.heads import load_head, read_head_info
-
-        if name is not None or weights is not None:
-            raise DinoError(
-                "--head is a head file of your own, --model and --weights a published one: give one of them"
-            )
-        info = read_head_info(head_file)
-        if info.task != task:
-            raise DinoError(f"{head_file} is a head for {info.task}: use `dinov3 {_verb_of(info.task)}`")
-        net: Any = load_head(head_file, backbone_weights=backbone_weights)
-        net = headfiles.placed(net, place, getattr(torch, dtype) if dtype else None)
+        net = open_task_model(verb, head_file, backbone_weights=backbone_weights, device=place, dtype=precision)
+        info = net.head_info
         say(f"{info.head} head {head_file} over {info.backbone_label}, {dtype or info.dtype} on {place}")
         return net
-    dtype = dtype or "float32"
-    precision = getattr(torch, dtype)
+    precision = precision or torch.float32
     if weights == "random" and name is None:
-        from dinov3.hub.heads import build_head
-
-        under = hub.load(None, backbone_weights)
-        given = {} if classes is None else {"n_classes": n_classes or classes}
-        net = build_head(task, kind, under, **given, **options).eval()
-        net = headfiles.placed(net, place, precision)
-        _say_random(f"the {kind} head (over {under.origin})")
+        classes = {"n_classes": n_classes} if n_classes else {}
+        net = untrained_model(verb, backbone_weights, device=place, dtype=precision, **classes)
+        _say_random(f"the head for {verb}")
         return net
-    row = hub.head(name or published)
-    if row.task != verb:
-        raise DinoError(f"{row.name} is for another task: use `dinov3 {_verb_of(row.task)}`")
-    extra: dict[str, Any] = {"autocast_dtype": torch.float32} if verb in ("segment", "depth", "canopy") else {}
-    files = {"weights": weights, "backbone_weights": backbone_weights}
-    files = {k: v for k, v in files.items() if v is not None}
-    if weights == "random" and backbone_weights is None:
-        files = {"pretrained": False}  # type: ignore[dict-item]
-    net = row.function(**files, device=place, dtype=precision, **extra).eval()
+    options: dict[str, Any] = {"autocast_dtype": torch.float32} if verb in AUTOCAST else {}
+    net = open_task_model(
+        verb, name, weights=weights, backbone_weights=backbone_weights, device=place, dtype=precision, **options
+    )
     if net.origin.random:
-        _say_random(row.name)
+        _say_random(net.origin.name)
     else:
-        say(f"{net.origin}, {dtype} on {place}")
+        say(f"{net.origin}, {dtype or 'float32'} on {place}")
     for note in net.origin.notes:
         say(f"note: {note}")
     return net
@@ -425,12 +399,6 @@ def _say_random(what: str) -> None:
     say(f"The weights of {what} are RANDOM: results have the right form and no meaning. Give --weights or --head.")
 
 
-def _verb_of(task: str) -> str:
-    if task == "text":
-        return "zero-shot"
-    return next((verb for verb, row in TASKS.items() if task in (verb, row[1])), task)
-
-
 def text_model(
     weights: str | None, backbone_weights: str | None, vocabulary: str | None, device: str, dtype: str | None
 ) -> tuple[Any, Any]:
@@ -438,7 +406,7 @@ def text_model(
     import torch
 
     from dinov3 import hub
-    from dinov3.hub import dinotxt, headfiles
+    from dinov3.hub import dinotxt, published_heads
 
     dtype = dtype or "float32"
     place, precision = device_of(device), getattr(torch, dtype)
@@ -455,4 +423,4 @@ def text_model(
     torch.manual_seed(0)
     model = dinotxt.fresh(under, text, DinoTxtConfig(embed_dim=2 * under.embed_dim))
     _say_random(f"the text tower and the vision head (over {under.origin})")
-    return headfiles.placed(model, place, precision), tokenizer
+    return published_heads.placed(model, place, precision), tokenizer

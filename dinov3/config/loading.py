@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar
 
 from dinov3.config.bounds import Problem, literals, violations
 from dinov3.errors import DinoError, did_you_mean, require
+from dinov3.files import atomically
 
 T = TypeVar("T")
 ANY = object()  # in RETIRED: whatever its value, it never did anything
@@ -309,10 +310,8 @@ def _spoken(hint: Any) -> str:
 def dump(config: Any, path: str | os.PathLike[str]) -> None:
     """Write a configuration with every value resolved; `load` reads it back equal. Appears whole or not at all."""
     omega = require("omegaconf", "train", "writing configurations").OmegaConf
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(omega.to_yaml(omega.structured(config), resolve=True), encoding="utf-8")
-    os.replace(beside, path)
+    with atomically(path) as temporary:
+        temporary.write_text(omega.to_yaml(omega.structured(config), resolve=True), encoding="utf-8")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

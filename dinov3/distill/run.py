@@ -56,10 +56,11 @@ from dinov3.distill.config import DistillConfig
 from dinov3.distill.projectors import Projector
 from dinov3.distill.teachers import Images, OnlineTargets, TargetCache, Targets, Teacher, Views, open_teacher
 from dinov3.errors import DinoError
+from dinov3.files import atomically
 from dinov3.losses import LossTerms
 from dinov3.optim import ema_update, multipliers
 from dinov3.runlog import RunDir
-from dinov3.weights import catalog, loading
+from dinov3.weights import catalog, writing
 
 STATISTICS_FROM = 1024  # images that the targets' mean and spread, and the first projections, are fitted on
 CHECKPOINT, STUDENT = "distill.pth", "student.safetensors"
@@ -212,20 +213,16 @@ class Distillation:
     def save(self) -> None:
         if not distributed.is_main():
             return
-        path = self.run.checkpoints / CHECKPOINT
-        temporary = path.with_name(f".{path.name}.new")
-        torch.save(
-            {
-                "step": self.step,
-                "student": self.student.state_dict(),
-                "average": self.average.state_dict(),
-                "projectors": self.projectors.state_dict(),
-                "optimizers": [o.state_dict() for o in self.optimizers],
-                "begun_with": self.begun_with(),
-            },
-            temporary,
-        )
-        loading.publish(temporary, path)
+        state = {
+            "step": self.step,
+            "student": self.student.state_dict(),
+            "average": self.average.state_dict(),
+            "projectors": self.projectors.state_dict(),
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "begun_with": self.begun_with(),
+        }
+        with atomically(self.run.checkpoints / CHECKPOINT) as temporary:
+            torch.save(state, temporary)
 
     def resume(self) -> bool:
         path = self.run.checkpoints / CHECKPOINT
@@ -276,7 +273,7 @@ class Distillation:
         periods = "rope_embed.periods"
         state = self.average.state_dict()
         small = {k: v.half() if v.is_floating_point() and k != periods else v for k, v in state.items()}
-        return loading.save(small, path or self.run.path / STUDENT, metadata)
+        return writing.save(small, path or self.run.path / STUDENT, metadata)
 
 
 def _without_folders(spec: str) -> str:

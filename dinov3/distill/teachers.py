@@ -297,7 +297,7 @@ class TargetCache:
 
     def fill(self, *, bf16: bool = False, batch: int = 64, log: Callable[[str], None] = lambda text: None) -> int:
         """Computes the missing shards, each process its share; how many there were for this one."""
-        from dinov3.weights.loading import write_safetensors
+        from dinov3.weights.writing import write_safetensors
 
         missing = distributed.broadcast_object(list(self.missing()))[distributed.rank() :: distributed.world()]
         for done, (view, number) in enumerate(missing):

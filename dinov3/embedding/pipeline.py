@@ -114,7 +114,7 @@ class Embedder:
 
     def facts(self, vector_dtype: Literal["float32", "float16"] = "float32") -> StoreFacts:
         """What a store filled by this embedder says of itself."""
-        from dinov3.weights.loading import fingerprint
+        from dinov3.weights.identity import fingerprint
 
         origin = getattr(self.model, "origin", None)
         name = origin.name if origin is not None else type(self.model).__name__

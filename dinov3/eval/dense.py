@@ -28,7 +28,11 @@ from dinov3.data.datasets.dense import DenseDataset, DenseFolder
 from dinov3.data.transforms import dense as dense_transforms
 from dinov3.errors import DinoError, choices_sentence, did_you_mean
 from dinov3.eval import session as common
+from dinov3.files import atomically
 from dinov3.fit.loop import SCHEDULES, FitConfig, shuffled
+from dinov3.hub import HEADS
+from dinov3.hub.open_task_model import open_task_model
+from dinov3.weights.filling import fill
 
 RECIPES = Path(__file__).parents[1] / "configs" / "eval"
 Rule = Callable[..., tuple[Tensor, Tensor]]
@@ -240,17 +244,17 @@ def folder_lines(folder: str | os.PathLike[str], kind: str, extra: str = "") -> 
 def write_head(path: Path, tensors: Mapping[str, Tensor], iteration: int) -> None:
     """`model_final.pth` as the reference writes it: {"model": head's state, "iteration"}; moments stay in ckpt/."""
     if distributed.is_main():
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        torch.save({"model": {k: v.cpu() for k, v in tensors.items()}, "iteration": iteration}, beside)
-        os.replace(beside, path)
+        with atomically(path) as temporary:
+            torch.save({"model": {k: v.cpu() for k, v in tensors.items()}, "iteration": iteration}, temporary)
 
 
-def is_head_file(path: str) -> bool:
-    """Whether it is a head file of ours (`hub.heads`), which knows its backbone and its options."""
-    from dinov3.hub.heads import METADATA
-    from dinov3.weights import loading
-
-    return Path(path).is_file() and METADATA in loading.read(path)[1]
+def existing_model(task: str, config: Any, session: Any, **options: Any) -> Any:
+    """The model of `load_from`: a published head's name or an own head file, over the backbone that was named."""
+    own = config.load_from not in HEADS and not config.backbone_weights
+    return open_task_model(
+        task, config.load_from, weights=config.head_weights, backbone_weights=config.backbone_weights,
+        backbone=chosen_backbone(config.model, session) if own else None, device=session.device, **options,
+    )  # fmt: skip
 
 
 def chosen_backbone(section: Any, session: Any) -> nn.Module | None:
@@ -261,16 +265,16 @@ def chosen_backbone(section: Any, session: Any) -> nn.Module | None:
 
 def fill_head(module: nn.Module, path: str, prefix: str) -> None:
     """Loads a head that a run of this script (or of the reference) has written; strictly, prefixes aside."""
-    from dinov3.hub import headfiles
+    from dinov3.hub import published_heads
 
     if not Path(path).is_file():
         raise DinoError(f"load_from={path} is neither a published head nor a file")
-    state, _ = headfiles.read(path)
+    state, _ = published_heads.read(path)
     state = {k: v for k, v in state.items() if not k.startswith("optimizer") and k != "iteration"}
     for wrapping in ("model.", "module.", prefix):
         if state and all(k.startswith(wrapping) for k in state):
             state = {k.removeprefix(wrapping): v for k, v in state.items()}
-    headfiles.fill(module, state, what="the head of this configuration", source=path, like=module)
+    fill(module, state, what="the head of this configuration", source=path, device=next(module.parameters()).device)
 
 
 def statistics(model: nn.Module) -> tuple[list[float], list[float]]:

@@ -161,7 +161,7 @@ class FeatureCache:
     """Columns of features in a folder of their own for each (weights, preprocessing, images)."""
 
     def __init__(self, model: nn.Module, root: Path, say: Callable[[str], None]) -> None:
-        from dinov3.weights.loading import fingerprint
+        from dinov3.weights.identity import fingerprint
 
         self.model, self.root, self.say = model, root, say
         weight = next(model.parameters())

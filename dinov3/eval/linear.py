@@ -17,7 +17,6 @@ ViT-L trained on ImageNet-1k by the README's recipe 83.5. Legend: B images, N pa
 from __future__ import annotations
 
 import itertools
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,6 +51,7 @@ from dinov3.eval.features import (
     test_targets,
 )
 from dinov3.eval.session import Session
+from dinov3.files import atomically
 from dinov3.metrics.classification import Metric, Numbers
 from dinov3.metrics.classification import evaluate as measure
 from dinov3.runlog import spoken_time
@@ -260,13 +260,9 @@ class Kept:
         return sorted(int(n) for n in names if n.isdecimal())
 
     def save(self, name: str, state: Mapping[str, Any]) -> None:
-        if not distributed.is_main():
-            return
-        path = self.folder / name / "checkpoint.pth"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        torch.save(dict(state), beside)
-        os.replace(beside, path)
+        if distributed.is_main():
+            with atomically(self.folder / name / "checkpoint.pth") as temporary:
+                torch.save(dict(state), temporary)
 
     def load(self, name: str) -> dict[str, Any]:
         return torch.load(self.folder / name / "checkpoint.pth", map_location="cpu", weights_only=True)
@@ -491,7 +487,7 @@ class LinearEvaluation:
         if not self.session.run.writer or (kind.blocks, kind.avgpool) != (1, True):
             return
         from dinov3.heads.linear import LinearClassifier
-        from dinov3.hub.heads import save_head
+        from dinov3.hub.own_heads import save_head
 
         if self.model.origin.form in ("transformers", "timm") and not hasattr(self.model, "config"):
             return  # another library's backbone: a head file could not name it

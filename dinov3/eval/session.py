@@ -40,7 +40,7 @@ from dinov3.config.train import vit_config
 from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.base import ImageDataset
 from dinov3.data.transforms.inputs import Preprocessing
-from dinov3.errors import DinoError, WeightsMismatch
+from dinov3.errors import DinoError
 from dinov3.eval.arguments import (
     Arguments,
     C,
@@ -55,6 +55,7 @@ from dinov3.eval.published import published
 from dinov3.eval.tables import as_text, spoken, write_table
 from dinov3.features import default_preprocessing
 from dinov3.runlog import RunDir, peak_memory_gb, spoken_time
+from dinov3.weights.filling import fill
 
 if TYPE_CHECKING:
     from dinov3.models import BackboneConfig
@@ -88,7 +89,7 @@ def _from_configuration(file: str, weights: str | None, *, device: Any, dtype: t
     """The teacher's backbone of a training run: architecture from its configuration, weights from a file or folder."""
     from dinov3.hub import Origin
     from dinov3.models import backbone
-    from dinov3.weights import loading
+    from dinov3.weights import filling, reading
 
     described, _ = load_model_config(file)
     config = vit_config(described.student)
@@ -103,8 +104,8 @@ def _from_configuration(file: str, weights: str | None, *, device: Any, dtype: t
         model = _from_distributed(config, Path(weights))
         origin = Origin("custom", weights, "dinov3", *statistics)
     else:
-        opened = loading.open(weights)
-        model = loading.build(config, opened)
+        opened = reading.open(weights)
+        model = filling.build(config, opened)
         name = opened.rows[0].id if opened.rows else "custom"
         origin = Origin(name, opened.source, opened.form, *statistics, tuple(opened.notes))
     model.origin = origin  # type: ignore[assignment]
@@ -124,12 +125,7 @@ def _from_distributed(config: BackboneConfig, folder: Path) -> nn.Module:
     else:
         raise DinoError(f"the checkpoint {folder} holds no teacher (none of {', '.join(p + '…' for p in places)})")
     model = backbone(config)
-    try:
-        model.load_state_dict(checkpoint.read_tensors(folder, prefix))
-    except RuntimeError as error:
-        raise WeightsMismatch(
-            f"{folder} does not fit model.config_file: {str(error).splitlines()[1].strip()}"
-        ) from None
+    fill(model, checkpoint.read_tensors(folder, prefix), what="the backbone of model.config_file", source=str(folder))
     return model
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dinov3.errors import DinoError
+from dinov3.files import atomically
 
 
 def _cell(value: Any) -> Any:
@@ -30,8 +31,7 @@ def write_table(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]])
     path = Path(path)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [{c: _cell(row.get(c)) for c in columns} for row in rows]
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(beside, "w", newline="", encoding="utf-8") as file:
+    with atomically(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         if path.suffix == ".csv":
             writer = csv.DictWriter(file, columns, lineterminator="\n")
             writer.writeheader()
@@ -43,7 +43,6 @@ def write_table(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]])
                 file.write(f"{i}:\n" + "".join(f"  {json.dumps(k)}: {json.dumps(v)}\n" for k, v in row.items()))
         else:
             raise DinoError(f"a table is written as .csv, .jsonl or .yaml, not as {path.name}")
-    os.replace(beside, path)
     return path
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -39,6 +38,7 @@ from dinov3.eval import session as common
 from dinov3.eval.arguments import EvalConfig
 from dinov3.eval.session import Session
 from dinov3.features import default_preprocessing
+from dinov3.files import atomically
 from dinov3.fit.loop import shuffled
 from dinov3.heads.attentive import AttentiveProbe, clip_coordinates
 from dinov3.optim import warmup_cosine_v2
@@ -322,9 +322,8 @@ def _keep(path: Path, every: Sequence[Candidate], step: int, total: int) -> None
             "step": step, "total": total, "names": [c.name for c in every],
             "probes": [c.probe.state_dict() for c in every], "optimizers": [c.optimizer.state_dict() for c in every],
         }  # fmt: skip
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        torch.save(state, beside)
-        os.replace(beside, path)
+        with atomically(path) as temporary:
+            torch.save(state, temporary)
     distributed.barrier()
 
 

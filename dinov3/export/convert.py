@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dinov3.errors import DinoError, did_you_mean
 from dinov3.models import ConvNeXtConfig, ViTConfig
-from dinov3.weights import configs, formats, loading
+from dinov3.weights import configs, formats, identity, reading, writing
 from dinov3.weights import download as cache
 from dinov3.weights.catalog import STATISTICS, Row
 
@@ -41,7 +41,7 @@ class Report:
     form: formats.Form
     files: tuple[str, ...]
     row: Row | None  # the published model it is, if that is certain
-    fingerprint: str  # `weights.loading.fingerprint` of what was written
+    fingerprint: str  # `weights.identity.fingerprint` of what was written
     notes: list[str] = field(default_factory=list)
 
 
@@ -68,7 +68,7 @@ def convert(
     out = Path(out_dir)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DinoError(f"{out} is not an empty folder; name a new one, nothing is overwritten")
-    opened = loading.open(source, periods=periods)
+    opened = reading.open(source, periods=periods)
     state, config, notes = opened.state_dict, opened.config, list(opened.notes)
     if dtype is not None:
         state = {k: v if k == "rope_embed.periods" else v.to(dtype) for k, v in state.items()}
@@ -109,10 +109,10 @@ def convert(
                 config, qkv_bias=bias, row=opened.rows[0] if opened.rows else None, mean=mean, std=std
             )
             _write_json(work / "config.json", about)
-            loading.write_safetensors(tensors, work / "model.safetensors", {"format": "pt"})
+            writing.write_safetensors(tensors, work / "model.safetensors", {"format": "pt"})
         if residue:
-            about_residue = {"format": "pt", loading.MAIN_HASH: loading.main_hash(tensors), "form": to}
-            loading.write_safetensors(residue, work / loading.RESIDUE_FILE, about_residue)
+            about_residue = {"format": "pt", reading.MAIN_HASH: identity.main_hash(tensors), "form": to}
+            writing.write_safetensors(residue, work / reading.RESIDUE_FILE, about_residue)
         _write_licence(work, opened, row)
         umask = os.umask(0)
         os.umask(umask)
@@ -124,7 +124,7 @@ def convert(
         shutil.rmtree(work, ignore_errors=True)
         raise
     files = tuple(sorted(p.name for p in out.iterdir()))
-    return Report(out, to, files, row, loading.fingerprint(state), notes)
+    return Report(out, to, files, row, identity.fingerprint(state), notes)
 
 
 def preprocessor_config(mean: tuple[float, float, float], std: tuple[float, float, float]) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def preprocessor_config(mean: tuple[float, float, float], std: tuple[float, floa
     }
 
 
-def _label(opened: loading.OpenedWeights) -> str:
+def _label(opened: reading.OpenedWeights) -> str:
     """A name for weights that are no catalogue row: what one can say about them without lying."""
     if opened.rows:
         return opened.rows[0].arch
@@ -153,12 +153,12 @@ def _label(opened: loading.OpenedWeights) -> str:
 def _write_meta(work: Path, tensors: Mapping[str, Tensor], label: str) -> None:
     """A flat dict, whose file name ends in its own hash, as Meta's do."""
     own: dict[int, Tensor] = {}  # ConvNeXt's two names of one norm stay one tensor
-    state = {k: own.setdefault(id(v), loading.owned(v)) for k, v in tensors.items()}
-    temporary = work / "weights.tmp"
-    torch.save(state, temporary)
+    state = {k: own.setdefault(id(v), writing.owned(v)) for k, v in tensors.items()}
     arch, _, dataset = label.rpartition("_")
     name = f"{arch}_pretrain_{dataset}" if dataset in STATISTICS else f"{label}_pretrain"
-    loading.publish(temporary, work / f"{name}-{cache.sha256_of(temporary)[:8]}.pth")
+    path = work / f"{name}.pth"
+    torch.save(state, path)
+    path.rename(work / f"{name}-{cache.sha256_of(path)[:8]}.pth")
 
 
 def _write_shards(work: Path, tensors: Mapping[str, Tensor], most_bytes: float) -> None:
@@ -174,12 +174,12 @@ def _write_shards(work: Path, tensors: Mapping[str, Tensor], most_bytes: float) 
         shards[-1].append(key)
         filled += size
     if len(shards) == 1:
-        loading.write_safetensors(tensors, work / "model.safetensors", {"format": "pt"})
+        writing.write_safetensors(tensors, work / "model.safetensors", {"format": "pt"})
         return
     where: dict[str, str] = {}
     for i, keys in enumerate(shards, 1):
         name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        loading.write_safetensors({k: tensors[k] for k in keys}, work / name, {"format": "pt"})
+        writing.write_safetensors({k: tensors[k] for k in keys}, work / name, {"format": "pt"})
         where |= dict.fromkeys(keys, name)
     total = sum(v.numel() * v.element_size() for v in tensors.values())
     _write_json(work / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
@@ -193,7 +193,7 @@ def _dtype_name(tensors: Mapping[str, Tensor]) -> str:
     return str(next(iter(tensors.values())).dtype).removeprefix("torch.")
 
 
-def _write_licence(work: Path, opened: loading.OpenedWeights, row: Row | None) -> None:
+def _write_licence(work: Path, opened: reading.OpenedWeights, row: Row | None) -> None:
     """The licence and notice files found beside the input; without any, a NOTICE that says whose terms apply."""
     folder = opened.path if opened.path.is_dir() else opened.path.parent
     found = [p for pattern in ("LICEN[SC]E*", "NOTICE*") for p in sorted(folder.glob(pattern)) if p.is_file()]
@@ -201,7 +201,7 @@ def _write_licence(work: Path, opened: loading.OpenedWeights, row: Row | None) -
         shutil.copyfile(path, work / path.name)
     if found:
         return
-    name = opened.path.name if opened.path.exists() and "://" not in opened.source else loading.shown(opened.source)
+    name = opened.path.name if opened.path.exists() and "://" not in opened.source else reading.shown(opened.source)
     text = f"These weights are a conversion of {name}; the terms of that source go with them.\n"
     if opened.rows:
         text += f"They have the architecture of {(row or opened.rows[0]).arch}. If they derive from Meta's release, t"

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dinov3.files import atomically
 from dinov3.fit.loop import backbones_in
 
 METHODS = ("get_intermediate_layers", "forward_features")
@@ -52,10 +53,8 @@ class Memory:
             self.held[key] = _each(answer, lambda t: t.to("cpu").clone())
             self.bytes += size
         elif file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            beside = file.with_name(f".{file.name}.{os.getpid()}")
-            torch.save(_each(answer, lambda t: t.to("cpu").clone()), beside)
-            beside.replace(file)
+            with atomically(file) as temporary:
+                torch.save(_each(answer, lambda t: t.to("cpu").clone()), temporary)
         return answer
 
 

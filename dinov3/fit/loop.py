@@ -10,7 +10,7 @@ with the same numbers as one that was not (one process, one device). What trains
           metrics.jsonl  log.txt  plots/loss.png
 
 Several processes: each gets batches of its own (its `batches` must differ), gradients are averaged, and batch norms see the
-batch of all of them. Left out: what a batch is, what the loss is (`objectives.py` and others), head files (`hub.heads`).
+batch of all of them. Left out: what a batch is, what the loss is (`objectives.py` and others), head files (`hub.own_heads`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from dinov3.models.base import TokenModel
 from dinov3.optim import multipliers, polynomial, warmup_cosine_v2, warmup_one_cycle, warmup_one_cycle_momentum
 from dinov3.runlog import Progress, RunDir, plot
 from dinov3.threads import prefetched
-from dinov3.weights.loading import read, write_safetensors
+from dinov3.weights.reading import read
+from dinov3.weights.writing import write_safetensors
 
 Batch = Any
 Loss = Callable[[nn.Module, Batch], LossTerms]

@@ -17,9 +17,7 @@ from dinov3.weights import catalog
 
 if TYPE_CHECKING:
     from dinov3.models import BackboneConfig
-    from dinov3.weights.loading import OpenedWeights
-
-__all__ = ["HEADS", "Head", "Origin", "head", "load"]
+    from dinov3.weights.reading import OpenedWeights
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,8 @@ class Head(catalog.HeadRow):
 
     @property
     def function(self) -> Callable[..., Any]:
-        return getattr(importlib.import_module(f"dinov3.hub.{self.module}"), self.name)
+        module = "dinotxt" if self.task == "text" else "published_heads"
+        return getattr(importlib.import_module(f"dinov3.hub.{module}"), self.name)
 
 
 HEADS: dict[str, Head] = {row.name: Head(**vars(row)) for row in catalog.HEADS}
@@ -104,12 +103,12 @@ def load(
             raise DinoError("random weights need a model's name, for example load('dinov3_vits16', 'random')")
         return fresh(rows[0], seed=seed, device=device, dtype=kind, **options)
 
-    from dinov3.weights import loading
+    from dinov3.weights import reading
 
     if weights is None and rows[0].packaged:
         kind = kind or torch.float32  # the file is float16 to be small, not to be computed with
     source = os.fspath(weights) if weights is not None else published_source(rows[0])
-    return assemble(loading.open(source, check_hash=check_hash), rows, device=device, dtype=kind, **options)
+    return assemble(reading.open(source, check_hash=check_hash), rows, device=device, dtype=kind, **options)
 
 
 def published_source(row: catalog.Row) -> str:
@@ -153,18 +152,18 @@ def assemble(
     opened: OpenedWeights, wanted: tuple[catalog.Row, ...], *, device: Any = "cpu", dtype: Any = None, **options: Any
 ) -> nn.Module:
     """The module of an opened file. `wanted` are the rows the user's name may mean; empty: whatever the file is."""
-    from dinov3.weights import loading
+    from dinov3.weights import filling
 
     fitting = [row for row in opened.rows if not wanted or row in wanted]
     notes = list(opened.notes)
     config = fitting[0].config if fitting else wanted[0].config if wanted else opened.config
     # where the keys do not fit this raises, saying in ten lines what the file is and what to call instead
-    model = loading.build(with_options(config, options), opened, device=device, dtype=dtype, asked=wanted)
+    model = filling.build(with_options(config, options), opened, device=device, dtype=dtype, asked=wanted)
     if wanted and not fitting:
         # The keys fit, but the file states something that no key shows (eps, rope base): the file is right.
-        differing = loading.differences(opened.config, config)
+        differing = filling.differences(opened.config, config)
         notes.append(f"the file's configuration is not that of {wanted[0].arch}: {differing}; the file's is used")
-        model = loading.build(with_options(opened.config, options), opened, device=device, dtype=dtype)
+        model = filling.build(with_options(opened.config, options), opened, device=device, dtype=dtype)
     chosen = fitting[0] if fitting else (wanted[0] if wanted else None)
     if len(fitting) > 1 and opened.mean is None and len({row.dataset for row in fitting}) > 1:
         ids = " or ".join(row.id for row in fitting)

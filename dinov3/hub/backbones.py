@@ -50,7 +50,7 @@ def _make(
     if not pretrained:
         return fresh(rows[0], seed=None, **kwargs)
 
-    from dinov3.weights import loading
+    from dinov3.weights import reading
 
     if isinstance(weights, Weights):
         row = rows[0]
@@ -64,7 +64,7 @@ def _make(
         source: str = url
     else:
         source = os.fspath(weights)
-    return assemble(loading.open(source, check_hash=check_hash), rows, **kwargs)
+    return assemble(reading.open(source, check_hash=check_hash), rows, **kwargs)
 
 
 def dinov3_vitt16(**kwargs: Any) -> nn.Module:

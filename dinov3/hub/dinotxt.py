@@ -22,13 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from dinov3.data.tokenizer import Tokenizer
-from dinov3.errors import DinoError, WeightsMismatch
+from dinov3.errors import DinoError
 from dinov3.heads.dinotxt.model import DinoTxt, DinoTxtConfig, TextConfig, build
-from dinov3.hub import Origin, head, headfiles
+from dinov3.hub import Origin, head, published_heads
 from dinov3.hub.backbones import Weights, dinov3_vitl16
 from dinov3.models import VisionTransformer
-from dinov3.weights import catalog, loading
+from dinov3.weights import catalog, reading
 from dinov3.weights import download as cache
+from dinov3.weights.filling import fill, some
 
 NAME = "dinov3_vitl16_dinotxt_tet1280d20h24l"
 OWN = "dinotxt"  # one of other sizes
@@ -37,16 +38,14 @@ VOCABULARY_FILE = "thirdparty/bpe_simple_vocab_16e6.txt.gz"
 BACKBONE = "visual_model.backbone."
 
 
-class DINOTxtWeights(Enum):
-    """The data sets that published heads and text towers were trained on."""
-
-    LVTD2300M = "LVTD2300M"
+# The data set that the published head and text tower were trained on.
+DINOTxtWeights = Enum("DINOTxtWeights", {"LVTD2300M": "LVTD2300M"})
 
 
 def dinov3_vitl16_dinotxt_tet1280d20h24l(
     *,
     pretrained: bool = True,
-    weights: DINOTxtWeights | str | os.PathLike[str] = DINOTxtWeights.LVTD2300M,
+    weights: Enum | str | os.PathLike[str] = DINOTxtWeights.LVTD2300M,
     backbone_weights: Weights | str | os.PathLike[str] = Weights.LVD1689M,
     bpe_path_or_url: str | os.PathLike[str] | None = None,
     check_hash: bool = False,
@@ -66,8 +65,8 @@ def dinov3_vitl16_dinotxt_tet1280d20h24l(
 
     if isinstance(weights, str) and weights in DINOTxtWeights.__members__:
         weights = DINOTxtWeights[weights]
-    source = head(NAME).url if isinstance(weights, DINOTxtWeights) else os.fspath(weights)
-    state, notes = headfiles.read(source, check_hash=check_hash)
+    source = head(NAME).url if isinstance(weights, Enum) else os.fspath(weights)
+    state, notes = published_heads.read(source, check_hash=check_hash)
     if isinstance(backbone_weights, str) and backbone_weights in Weights.__members__:
         backbone_weights = Weights[backbone_weights]
     if not isinstance(backbone_weights, Weights):  # published files have a hash in their name, others need not
@@ -77,7 +76,7 @@ def dinov3_vitl16_dinotxt_tet1280d20h24l(
 
 
 def load_dinotxt(
-    weights: DINOTxtWeights | str | os.PathLike[str] = DINOTxtWeights.LVTD2300M,
+    weights: Enum | str | os.PathLike[str] = DINOTxtWeights.LVTD2300M,
     *,
     backbone_weights: Weights | str | os.PathLike[str] | None = None,
     bpe_path_or_url: str | os.PathLike[str] | None = None,
@@ -97,7 +96,7 @@ def load_dinotxt(
 
 
 def load_towers(
-    weights: DINOTxtWeights | str | os.PathLike[str] = DINOTxtWeights.LVTD2300M,
+    weights: Enum | str | os.PathLike[str] = DINOTxtWeights.LVTD2300M,
     backbone_weights: Weights | str | os.PathLike[str] | None = None,
     sizes: str | os.PathLike[str] | None = None,
     *,
@@ -125,10 +124,10 @@ def load_towers(
         torch.manual_seed(0)
         model = fresh(backbone, text, config)
     else:
-        source = head(NAME).url if isinstance(weights, DINOTxtWeights) else os.fspath(weights)
-        state, notes = headfiles.read(source)
+        source = head(NAME).url if isinstance(weights, Enum) else os.fspath(weights)
+        state, notes = published_heads.read(source)
         model = assemble(backbone, state, text, config, source=source, notes=notes)
-    return cast(DinoTxt, headfiles.placed(model, device, dtype))
+    return cast(DinoTxt, published_heads.placed(model, device, dtype))
 
 
 def open_towers(
@@ -252,7 +251,7 @@ def vocabulary(path_or_url: str | os.PathLike[str] | None, size: int) -> Tokeniz
         raise type(error)(f"{error}; or pass CLIP's {os.path.basename(source)} as bpe_path_or_url=PATH") from None
     if tokenizer.vocab_size != size:
         raise DinoError(
-            f"{loading.shown(source)} gives {tokenizer.vocab_size} ids, the text tower knows {size}: "
+            f"{reading.shown(source)} gives {tokenizer.vocab_size} ids, the text tower knows {size}: "
             "pass CLIP's bpe_simple_vocab_16e6.txt.gz"
         )
     return tokenizer
@@ -273,35 +272,28 @@ def assemble(
     backbone in the file replaces the one given, as in the reference. Anything else is left over: a warning, and a note
     in `origin`.
     """
-    notes, shown = list(notes or ()), loading.shown(source)
+    notes, shown = list(notes or ()), reading.shown(source)
     with torch.device("meta"):
         model = build(backbone, text, config)
-    expected = model.state_dict()
-    inside = {k for k in expected if k.startswith(BACKBONE)}
-    wanted = {k: v for k, v in expected.items() if k not in inside or inside & state.keys()}
-    missing = sorted(wanted.keys() - state.keys())
-    other = [k for k in wanted.keys() & state.keys() if wanted[k].shape != state[k].shape]
-    if missing or other:
-        lines = [f"{shown} does not hold dino.txt's head and text tower ({len(wanted)} entries)"]
-        if missing:
-            lines.append(f"  missing in the file: {', '.join(missing[:2])}" + _more(len(missing) - 2))
-        for key in sorted(other)[:2]:
-            lines.append(f"  {key}: {tuple(state[key].shape)} in the file, {tuple(wanted[key].shape)} in the model")
-        if hint := _seems(state):
-            lines.append(f"  {hint}")
-        raise WeightsMismatch("\n".join(lines))
-    if left := sorted(state.keys() - expected.keys()):
-        notes.append(f"left over in {shown}: {', '.join(left[:3])}{_more(len(left) - 3)}")
-        warnings.warn(notes[-1], stacklevel=3)
-    if inside & state.keys():
-        notes.append(f"{shown} holds a backbone of its own ({len(inside)} entries), which is used")
-    elif inside:
-        notes.append(f"{len(inside)} entries of the backbone are not in {shown}; they come from {_origin(backbone)}")
+    own = [key for key in state if key.startswith(BACKBONE)]
     dtype = backbone.cls_token.dtype  # one for both files: half a model in another would not run
-    given = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items() if k in wanted}
-    model.load_state_dict(given, strict=False, assign=True)
-    left_empty = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
-    assert not left_empty, f"not loaded: {left_empty}"
+    left = fill(
+        model,
+        state,
+        what="dino.txt's head and text tower",
+        source=source,
+        dtype=dtype,
+        optional=BACKBONE,
+        leftover=True,
+    )
+    if left:
+        notes.append(f"left over in {shown}: {some(left)}")
+        warnings.warn(notes[-1], stacklevel=3)
+    if own:
+        notes.append(f"{shown} holds a backbone of its own ({len(own)} entries), which is used")
+    else:
+        n = sum(key.startswith(BACKBONE) for key in model.state_dict())
+        notes.append(f"{n} entries of the backbone are not in {shown}; they come from {_origin(backbone)}")
     mean, std = _statistics(backbone)
     form = "dinov3" if shown.endswith(".safetensors") else "meta"
     model.origin = Origin(NAME, f"{source} over {_origin(backbone)}", form, mean, std, tuple(notes))  # type: ignore[assignment]
@@ -332,13 +324,3 @@ def _origin(backbone: VisionTransformer) -> str:
 def _statistics(backbone: VisionTransformer) -> Any:
     origin = getattr(backbone, "origin", None)
     return (origin.mean, origin.std) if origin is not None else catalog.STATISTICS["lvd1689m"]
-
-
-def _more(n: int) -> str:
-    return f" and {n} more" if n > 0 else ""
-
-
-def _seems(state: Mapping[str, Tensor]) -> str:
-    if "cls_token" in state:
-        return "the file is a backbone: pass it as backbone_weights, and the head's file as weights"
-    return "" if any(k.startswith("text_model.") for k in state) else "the file holds nothing of a text tower"

@@ -2,5 +2,5 @@
 
 One file per task, each `predict_x(model, image, …)` → a result in the ORIGINAL image's geometry that can `save`
 itself: data to go on with, and a drawing to look at. Models come from `dinov3.hub` (published heads) or
-`dinov3.hub.heads.load_head` (your own). Precision and device are the model's; nothing here casts.
+`dinov3.hub.own_heads.load_head` (your own). Precision and device are the model's; nothing here casts.
 """

@@ -23,7 +23,7 @@ from dinov3.data.transforms.inputs import Geometry, Preprocessing, to_pixels
 from dinov3.errors import DinoError
 from dinov3.heads.encoder import resized
 from dinov3.heads.windows import slide
-from dinov3.hub.heads import palette
+from dinov3.hub.own_heads import palette
 from dinov3.weights import catalog
 
 

@@ -1,7 +1,7 @@
 """Networks on their way in and out of training: first weights, frozen teachers, dumps of the average.
 
 In: `read_network` takes whatever holds a trained network: a dump of an evaluation (file or folder, consolidated or
-sharded), a training checkpoint, a run's folder, or a backbone in any published form (`weights.open`). `fill` puts it into
+sharded), a training checkpoint, a run's folder, or a backbone in any published form (`reading.open`). `fill` puts it into
 a network and says what it did not hold. Published files hold no heads; that is a sentence, not a KeyError.
 
 Out: `write_teacher` writes the average as the reference does (`teacher_checkpoint.pth`: {"teacher": {"backbone.…",
@@ -19,7 +19,6 @@ import dataclasses
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,15 +27,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinov3 import checkpoint, weights
+from dinov3 import checkpoint
 from dinov3.config.recipes import load_model_config
 from dinov3.config.train import TrainConfig, vit_config
 from dinov3.errors import DinoError, WeightsError, WeightsMismatch
+from dinov3.files import atomically
 from dinov3.models import BackboneConfig
 from dinov3.parallel import full_state
 from dinov3.train.method import Network
-from dinov3.weights import configs, formats
-from dinov3.weights.loading import OpenedWeights, publish, read
+from dinov3.weights import configs, filling, formats, reading, writing
+from dinov3.weights.filling import difference
+from dinov3.weights.reading import OpenedWeights, read
 
 HEADS = ("dino_head", "ibot_head")
 TEACHER_FILE = "teacher_checkpoint.pth"
@@ -75,7 +76,7 @@ def read_network(source: str | os.PathLike[str]) -> Found:
             if known:
                 return read_network(known[-1][1])
             raise WeightsError(f"{path} is the folder of a run without a checkpoint")
-    opened = weights.open(source)
+    opened = reading.open(source)
     parts = {"backbone": opened.state_dict}
     if opened.form == "meta" and opened.path.is_file():
         tensors, _ = read(opened.path)
@@ -124,12 +125,11 @@ def fill(network: Network, found: Found, config: BackboneConfig, *, needs_heads:
     state = found.parts["backbone"]
     if found.opened is not None and found.opened.form != "meta":
         state = formats.complete(state, config)
-    expected = network.backbone.state_dict()
-    if expected.keys() != state.keys() or any(expected[k].shape != state[k].shape for k in expected):
+    if difference(network.backbone.state_dict(), state):
         opened = found.opened or OpenedWeights(
             state, "meta", configs.infer_config(state), (), found.source, Path(found.source)
         )
-        raise WeightsMismatch(weights.explain_mismatch(config, opened))
+        raise WeightsMismatch(filling.explain_mismatch(config, opened))
     network.backbone.load_state_dict(state, strict=True)
     # the opener looks at the backbone only; of the heads we speak below
     notes = [n for n in (found.opened.notes if found.opened else ()) if not n.startswith("left out, not part of")]
@@ -141,7 +141,7 @@ def fill(network: Network, found: Found, config: BackboneConfig, *, needs_heads:
         there = found.parts.get(head)
         if there is None:
             absent.append(head)
-        elif {k: v.shape for k, v in there.items()} != {k: v.shape for k, v in module.state_dict().items()}:
+        elif difference(module.state_dict(), there):
             if needs_heads:
                 raise WeightsMismatch(
                     f"{found.source}: its {head} has other sizes than distillation.full_cfg_path says; give the "
@@ -195,20 +195,13 @@ def adopt_sharded(saved: Path) -> Path:
 
 def save_pth(state: State, path: Path) -> None:
     """{"teacher": state}, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
+    with atomically(path) as temporary:
         torch.save({"teacher": state}, temporary)
-        publish(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def save_backbone(state: State, path: Path, about: Mapping[str, Any]) -> None:
     backbone = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
-    weights.save(backbone, path, about)
+    writing.save(backbone, path, about)
 
 
 def consolidate(source: str | os.PathLike[str], out: str | os.PathLike[str], config: TrainConfig | None = None) -> Path:

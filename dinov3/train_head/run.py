@@ -1,6 +1,6 @@
 """Your own head: a folder of images with classes, masks, depth or boxes → a small file (`dinov3 train-head`).
 
-    <run>/head.safetensors     the head; `dinov3.hub.heads.load_head` gives the task model back
+    <run>/head.safetensors     the head; `dinov3.hub.own_heads.load_head` gives the task model back
           result.png           images, truth and prediction side by side; the loss and the score over steps
           resolved.yaml  metrics.jsonl  log.txt  plots/  ckpt/
 
@@ -34,7 +34,7 @@ from dinov3.errors import DinoError, ImageError
 from dinov3.features import default_preprocessing
 from dinov3.fit.features import remembering
 from dinov3.fit.loop import FitConfig, FitReport, fit, seed_of
-from dinov3.hub.heads import build_head, check_kind, palette, save_head
+from dinov3.hub.own_heads import build_head, check_kind, palette, save_head
 from dinov3.models import ConvNeXt
 from dinov3.runlog import RunDir, read_metrics
 from dinov3.train_head import tasks
@@ -63,7 +63,7 @@ class HeadConfig:
     val: str | None = None  # the same; null: the folder's own val/, where it has one
     backbone: str | None = None  # a name; null: what the weights are, or the small model that comes along
     weights: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)  # of the head: `hub.heads.build_head`
+    options: dict[str, Any] = field(default_factory=dict)  # of the head: `hub.own_heads.build_head`
     classes: list[str] = field(default_factory=list)  # names; empty: from the data, or "class 0" …
     ignore: int | None = None  # a number in a folder's masks that does not count, besides 255
     min_depth: float = 0.001

@@ -205,7 +205,7 @@ class HeadRow:
 
     name: str  # of the hub function
     task: str  # "classify", "depth", "canopy", "detect", "segment", "text"
-    module: str  # the hub module with the function
+    trained_on: str  # the enum member that names the published file
     backbone: str  # an id of the catalogue
     file: str  # below the download base
     mean: tuple[float, float, float] | None = None  # where it is not the backbone's
@@ -226,27 +226,27 @@ class HeadRow:
 _VIT7B, _VITL = "dinov3_vit7b16", "dinov3_vitl16"
 HEADS: tuple[HeadRow, ...] = (
     HeadRow(
-        f"{_VIT7B}_lc", "classify", "classifiers", f"{_VIT7B}_lvd1689m",
+        f"{_VIT7B}_lc", "classify", "IMAGENET1K", f"{_VIT7B}_lvd1689m",
         f"{_VIT7B}/{_VIT7B}_imagenet1k_linear_head-90d8ed92.pth",
     ),
     HeadRow(
-        f"{_VIT7B}_dd", "depth", "depthers", f"{_VIT7B}_lvd1689m",
+        f"{_VIT7B}_dd", "depth", "SYNTHMIX", f"{_VIT7B}_lvd1689m",
         f"{_VIT7B}/{_VIT7B}_synthmix_dpt_head-02040be1.pth",
     ),
     HeadRow(
-        f"{_VIT7B}_de", "detect", "detectors", f"{_VIT7B}_lvd1689m",
+        f"{_VIT7B}_de", "detect", "COCO2017", f"{_VIT7B}_lvd1689m",
         f"{_VIT7B}/{_VIT7B}_coco2017_detr_head-b0235ff7.pth",
     ),
     HeadRow(
-        f"{_VIT7B}_ms", "segment", "segmentors", f"{_VIT7B}_lvd1689m",
+        f"{_VIT7B}_ms", "segment", "ADE20K", f"{_VIT7B}_lvd1689m",
         f"{_VIT7B}/{_VIT7B}_ade20k_m2f_head-bf307cb1.pth",
     ),
     HeadRow(
-        f"{_VITL}_dinotxt_tet1280d20h24l", "text", "dinotxt", f"{_VITL}_lvd1689m",
+        f"{_VITL}_dinotxt_tet1280d20h24l", "text", "LVTD2300M", f"{_VITL}_lvd1689m",
         f"{_VITL}/{_VITL}_dinotxt_vision_head_and_text_encoder-a442d8f5.pth",
     ),
     HeadRow(
-        f"{_VITL}_chmv2", "canopy", "depthers", f"{_VITL}_sat493m", f"chmv2/{_VITL}_chmv2_dpt_head-3703d643.pth",
+        f"{_VITL}_chmv2", "canopy", "CHMV2", f"{_VITL}_sat493m", f"chmv2/{_VITL}_chmv2_dpt_head-3703d643.pth",
         mean=(0.420, 0.411, 0.296),  # not the satellite backbone's 0.430
         hf="facebook/dinov3-vitl16-chmv2-dpt-head",
     ),

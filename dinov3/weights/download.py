@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov3.errors import WeightsError
+from dinov3.files import atomically
 
 Progress = Callable[[int, int | None], None]  # (bytes so far, bytes in all if known)
 
@@ -285,7 +286,5 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value))
-    temporary.replace(path)
+    with atomically(path) as temporary:
+        temporary.write_text(json.dumps(value))

@@ -10,11 +10,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from dinov3.distill.teachers import Targets, Teacher, TeacherSpec
 from dinov3.errors import DinoError
-from dinov3.weights import loading
+from dinov3.weights import reading
 
 
 def open_mobilenetv2(spec: TeacherSpec) -> Teacher:
-    state, _ = loading.read(spec.what)
+    state, _ = reading.read(spec.what)
     network = MobileNetV2()
     missing = network.load_state_dict(state, strict=False)
     if missing.missing_keys or missing.unexpected_keys:

@@ -21,7 +21,7 @@ from dinov3.data.loading import permuted
 from dinov3.distill.projectors import ridge
 from dinov3.distill.run import STATISTICS_FROM, Distillation
 from dinov3.errors import DinoError
-from dinov3.weights import catalog, loading
+from dinov3.weights import catalog, reading
 from projects.vitt16.inherit import inherit_dinov2, write_linear
 
 
@@ -64,7 +64,7 @@ class Start:
 
     def _inherit(self, work: Distillation, source: str) -> None:
         path = Path(source)
-        state, _ = loading.read(path / "model.safetensors" if path.is_dir() else path)
+        state, _ = reading.read(path / "model.safetensors" if path.is_dir() else path)
         patch = state["embeddings.patch_embeddings.projection.weight"].shape[-1]
         some, grid = sample(work, self.inherit_images), work.config.cached_grid
         student: Any = work.student

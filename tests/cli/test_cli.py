@@ -141,7 +141,7 @@ def test_the_table_of_models_lists_every_row(capsys) -> None:
 
 def test_info_says_what_a_file_is_and_convert_rewrites_it(tmp_path, capsys) -> None:
     import dinov3 as package
-    from dinov3.weights import save
+    from dinov3.weights.writing import save
 
     save(package.load("dinov3_vits16", "random"), tmp_path / "own.safetensors")
     facts = json.loads(dinov3("info", tmp_path / "own.safetensors", "--json", capsys=capsys).out)

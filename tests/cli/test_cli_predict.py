@@ -22,8 +22,8 @@ from dinov3.data.tokenizer import Tokenizer
 from dinov3.errors import DinoError
 from dinov3.heads.dinotxt.model import DinoTxtConfig, TextConfig
 from dinov3.hub import dinotxt
-from dinov3.hub.heads import build_head, save_head
-from dinov3.weights.loading import write_safetensors
+from dinov3.hub.own_heads import build_head, save_head
+from dinov3.weights.writing import write_safetensors
 
 VOCABULARY = GOLDEN / "tiny_bpe.txt.gz"
 SIZES: dict[str, tuple[int, int]] = {"chelsea": (300, 451), "rocket": (427, 640)}
@@ -318,7 +318,7 @@ def test_images_of_one_name_do_not_overwrite_each_other(photos: list[Path], tmp_
         (["segment", "{empty}", "--weights", "random", "--out", "{out}"], "empty"),
         (["segment", "{cat}", "--model", "dinov3_vit7b16_dd", "--out", "{out}"], "use `dinov3 depth`"),
         (["depth", "{cat}", "--model", "dinov3_vit7b16_ddd", "--out", "{out}"], "did you mean 'dinov3_vit7b16_dd'"),
-        (["depth", "{cat}", "--head", "{head}", "--out", "{out}"], "is a head for segmentation: use `dinov3 segment`"),
+        (["depth", "{cat}", "--head", "{head}", "--out", "{out}"], "not for depth: use `dinov3 segment`"),
         (["segment", "{cat}", "--head", "{head}", "--model", "x", "--out", "{out}"], "give one of them"),
         (["segment", "{cat}", "--head", "{head}", "--labels", "a,b", "--out", "{out}"], "2 class names for a model of 3"),
         (["segment", "{cat}", "--head", "{head}", "--backbone-weights", "{other}", "--out", "{out}"], "was trained on"),

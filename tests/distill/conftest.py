@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from dinov3.models.vit import VisionTransformer, ViTConfig
-from dinov3.weights import catalog, save
+from dinov3.weights import catalog
+from dinov3.weights.writing import save
 
 TINY = ViTConfig(
     embed_dim=32, depth=2, num_heads=2, n_storage_tokens=1, layerscale_init=1e-5, mask_k_bias=True,

@@ -25,7 +25,8 @@ from dinov3.distill.teachers import Images, TargetCache, TeacherSpec, Views, ope
 from dinov3.errors import DinoError, UnknownName
 from dinov3.models.vit import VisionTransformer
 from dinov3.runlog import RunDir
-from dinov3.weights import catalog, loading, save
+from dinov3.weights import catalog, reading, writing
+from dinov3.weights.writing import save
 from tests.distill.conftest import TINY, rows_with_a_tiny_one
 
 pytest.importorskip("omegaconf")
@@ -186,17 +187,17 @@ def three_steps(config: DistillConfig, out: str) -> tuple[dict[str, torch.Tensor
     catalog.aliases.cache_clear()
     batches.distorted = lambda pixels, rng: (pixels, torch.zeros(len(pixels), dtype=torch.bool))
     written: list[Path] = []
-    write = loading.write_safetensors
+    write = writing.write_safetensors
 
     def noted(state: Any, path: Path, *rest: Any) -> None:
         written.append(path)
         write(state, path, *rest)
 
-    loading.write_safetensors = noted
+    writing.write_safetensors = noted
     try:
-        state = loading.read(distill(config, out))[0]
+        state = reading.read(distill(config, out))[0]
     finally:
-        loading.write_safetensors = write
+        writing.write_safetensors = write
     records = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     return state, records, sum("shard" in path.name for path in written)
 
@@ -276,7 +277,7 @@ def test_the_export_says_what_it_is_without_naming_folders(
     tiny_student, folder: Path, teacher_file: Path, tmp_path
 ) -> None:
     path = distill(config_for(folder, teacher_file, steps=2), tmp_path / "run")
-    opened = dinov3.weights.open(path)
+    opened = reading.open(path)
     assert opened.metadata["steps"] == 2
     assert opened.metadata["recipe"]["teachers"] == ["dinov3:teacher.safetensors,relations=0.5"]
     assert str(tmp_path) not in json.dumps(opened.metadata)

@@ -21,7 +21,8 @@ from dinov3.distill.teachers import Images, Views, open_teacher
 from dinov3.errors import DinoError
 from dinov3.models.vit import VisionTransformer
 from dinov3.runlog import RunDir
-from dinov3.weights import loading, save
+from dinov3.weights import reading
+from dinov3.weights.writing import save
 from projects.vitt16.inherit import inherit_dinov2, slow_first
 from projects.vitt16.mobilenetv2 import MobileNetV2, open_mobilenetv2
 from projects.vitt16.start import Start, initialise_last_block, isometry
@@ -56,7 +57,7 @@ def test_a_student_of_the_same_width_inherits_nearly_everything_and_half_the_wid
     oracles, tmp_path: Path
 ) -> None:
     tiny_dinov2(layerscale_value=0.5).save_pretrained(tmp_path)
-    state, _ = loading.read(tmp_path / "model.safetensors")
+    state, _ = reading.read(tmp_path / "model.safetensors")
     torch.manual_seed(3)
     blobs = F.interpolate(torch.rand(24, 3, 5, 5) * 255, size=(64, 64), mode="bicubic").clamp(0, 255)
     mine = blobs.to(torch.uint8)

@@ -256,7 +256,7 @@ def test_a_search_finds_the_image_itself_and_needs_the_same_weights(folder, tmp_
     (hits,) = search(store, vector, top=3)
     assert hits[0].path == str(folder / "4.png")
     assert hits[0].score == pytest.approx(1, abs=1e-5)
-    from dinov3.weights import save
+    from dinov3.weights.writing import save
 
     save(dinov3.load("dinov3_vits16", "random", seed=6), tmp_path / "other.safetensors")
     with pytest.raises(DinoError, match="was filled with"):
@@ -266,7 +266,7 @@ def test_a_search_finds_the_image_itself_and_needs_the_same_weights(folder, tmp_
 def test_a_store_finds_its_weights_again_from_any_folder(folder, tmp_path, monkeypatch, model) -> None:
     """A path given relative to one folder is kept absolute; the packaged model is kept by name, not by place."""
     import dinov3
-    from dinov3.weights import save
+    from dinov3.weights.writing import save
 
     monkeypatch.chdir(tmp_path)
     save(dinov3.load("dinov3_vits16", "random", seed=5), "own.safetensors")

@@ -29,7 +29,7 @@ from dinov3.eval.depth import run as depth
 from dinov3.eval.depth.run import DepthConfig, Protocol, depth_map, evaluate_model
 from dinov3.heads.dpt import build_depther
 from dinov3.heads.objectives import DepthLoss
-from dinov3.hub import Origin, depthers
+from dinov3.hub import Origin, published_heads
 from dinov3.metrics.dense import depth_scores, mean_scores
 from dinov3.models import vit
 
@@ -336,7 +336,7 @@ def test_the_published_depther_is_scored_with_alignment_and_mirror_images(tmp_pa
         asked.update(kwargs)
         return tiny_depther(max_depth=100.0)
 
-    monkeypatch.setattr(depthers, "dinov3_vit7b16_dd", published)
+    monkeypatch.setattr(published_heads, "dinov3_vit7b16_dd", published)
     words = [
         f"config={SYNTHMIX}", f"datasets.test=DenseFolder:root={tmp_path / 'rooms'}", f"output_dir={tmp_path / 'out'}",
         "head_weights=H", "backbone_weights=B", "transforms.eval.img_size=48",
@@ -356,7 +356,7 @@ def test_canopy_heights_are_scored_over_all_pixels(tmp_path, monkeypatch, capsys
     for i in range(2):
         Image.fromarray(rng.integers(0, 256, (64, 64, 3)).astype(np.uint8)).save(tmp_path / "images" / f"{i}.png")
         Image.fromarray(rng.uniform(0, 20, (64, 64)).astype(np.float32)).save(tmp_path / "chm" / f"{i}.tif")
-    monkeypatch.setattr(depthers, "dinov3_vitl16_chmv2", lambda **kwargs: tiny_depther(max_depth=96.0))
+    monkeypatch.setattr(published_heads, "dinov3_vitl16_chmv2", lambda **kwargs: tiny_depther(max_depth=96.0))
     words = [
         "load_from=dinov3_vitl16_chmv2",
         f"datasets.test=DenseFolder:root={tmp_path}",

@@ -32,7 +32,7 @@ from dinov3.eval.segmentation.run import Protocol, SegmentationConfig, class_pro
 from dinov3.heads.linear import build_linear_segmentor
 from dinov3.heads.objectives import cross_entropy_map, multilabel_dice
 from dinov3.hub import load as load_backbone
-from dinov3.hub import segmentors
+from dinov3.hub import published_heads
 from dinov3.metrics.dense import confusion_matrix, iou_scores, percentages
 from dinov3.models import vit
 
@@ -448,7 +448,7 @@ def test_the_published_mask2former_is_scored_with_its_protocol(tmp_path, monkeyp
         asked.update(kwargs)
         return tiny_segmentor(kwargs["n_classes"])
 
-    monkeypatch.setattr(segmentors, "dinov3_vit7b16_ms", published)
+    monkeypatch.setattr(published_heads, "dinov3_vit7b16_ms", published)
     words = [
         f"config={INFERENCE}", f"datasets.root={tmp_path}", f"output_dir={tmp_path / 'out'}",
         "head_weights=H", "backbone_weights=B",
@@ -466,7 +466,7 @@ def test_the_published_mask2former_is_scored_with_its_protocol(tmp_path, monkeyp
 
 
 def test_a_mask2former_of_your_own_is_scored_from_its_head_file(scenes, capsys):
-    from dinov3.hub.heads import build_head, save_head
+    from dinov3.hub.own_heads import build_head, save_head
 
     backbone = load_backbone("dinov3_vitt16", "random")
     options = HEAD | {"n_classes": 4}

@@ -58,7 +58,7 @@ def tiny(seed: int = 0) -> torch.nn.Module:
 
 
 def write_tiny(path: Path) -> Path:
-    from dinov3.weights import save
+    from dinov3.weights.writing import save
 
     return save(tiny(), path)
 

@@ -24,7 +24,7 @@ from dinov3.eval.text import scores
 from dinov3.eval.text.train_dinotxt import PairLoader, TextTrainConfig, build, captioned, main, train
 from dinov3.heads.dinotxt.open_vocabulary import averaged, class_vectors
 from dinov3.runlog import read_metrics
-from dinov3.weights.loading import read
+from dinov3.weights.reading import read
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220), "grey": (128, 128, 128)}
 TINY = GOLDEN / "tiny_bpe.txt.gz"

@@ -256,7 +256,7 @@ def test_torch_hub_finds_all_three_files_at_the_published_addresses(base: Path, 
 
 def test_a_head_file_is_loaded_whole_or_not_at_all(tmp_path: Path) -> None:
     from dinov3.hub.dinotxt import assemble
-    from dinov3.hub.headfiles import read
+    from dinov3.hub.published_heads import read
 
     text, config = TextConfig.of(**TINY_TEXT), DinoTxtConfig(embed_dim=64)
     reference = tiny()

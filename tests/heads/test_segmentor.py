@@ -28,7 +28,8 @@ from dinov3.heads.mask2former.model import (
     default_width,
     positions,
 )
-from dinov3.hub import HEADS, segmentors
+from dinov3.hub import HEADS, published_heads
+from dinov3.hub.published_heads import OPTIONS
 from dinov3.models import ConvNeXt, ConvNeXtConfig, VisionTransformer, ViTConfig, backbone
 from dinov3.weights import catalog
 
@@ -106,7 +107,7 @@ def test_the_published_segmentor_has_the_published_keys() -> None:
     published = json.loads((KEYS / "head_vit7b16_ms.json").read_text())
     row = catalog.resolve("dinov3_vit7b16")[0]
     with torch.device("meta"):
-        model = build_segmentor(backbone(row.config), **segmentors.OPTIONS["dinov3_vit7b16"], hidden_dim=2048)
+        model = build_segmentor(backbone(row.config), **OPTIONS["dinov3_vit7b16_ms", "dinov3_vit7b16"], hidden_dim=2048)
     ours = {
         k: [list(v.shape), str(v.dtype).removeprefix("torch.")]
         for k, v in model.state_dict().items()
@@ -428,4 +429,6 @@ def test_what_does_not_fit_is_said_in_a_sentence() -> None:
     with pytest.raises(DinoError, match="5 classes, but n_output_channels is 6"):
         make_inference(torch.zeros(1, 3, 64, 64), model, "slide", "m2f", (64, 64), 6, (64, 64), (64, 64))
     with pytest.raises(UnknownName, match="stands on dinov3_vit7b16 or dinov3_vitl16"):
-        segmentors.make_segmentor("dinov3_vit7b16_ms", "dinov3_vitb16", weights="random", backbone_weights="random")
+        published_heads.load_published(
+            "dinov3_vit7b16_ms", published_heads.Files(pretrained=False), {}, arch="dinov3_vitb16"
+        )

@@ -15,7 +15,7 @@ from paths import ROOT
 import hubconf
 from dinov3.data import names
 from dinov3.errors import UnknownName, WeightsMismatch
-from dinov3.hub import HEADS, detectors
+from dinov3.hub import HEADS, published_heads
 from dinov3.models import VisionTransformer, ViTConfig
 from dinov3.weights import catalog
 from tests.heads.test_detector import of_case
@@ -28,7 +28,7 @@ def case(monkeypatch: pytest.MonkeyPatch) -> Case:
     config = of_case(case).detector.config
     row = (catalog.Row("dinov3_vit7b16", "lvd1689m", "vit", case.config["backbone"], 1, None),)
     monkeypatch.setattr(catalog, "resolve", lambda name: row)
-    monkeypatch.setitem(detectors.OPTIONS, "dinov3_vit7b16", vars(config))
+    monkeypatch.setitem(published_heads.OPTIONS, ("dinov3_vit7b16_de", "dinov3_vit7b16"), vars(config))
     return case
 
 
@@ -69,9 +69,9 @@ def test_the_function_has_the_published_arguments_and_row() -> None:
     row = HEADS["dinov3_vit7b16_de"]
     assert row.function is hubconf.dinov3_vit7b16_de
     assert row.url.endswith("/dinov3_vit7b16/dinov3_vit7b16_coco2017_detr_head-b0235ff7.pth")
-    published = detectors.OPTIONS["dinov3_vit7b16"]
+    published = published_heads.OPTIONS["dinov3_vit7b16_de", "dinov3_vit7b16"]
     assert (published["n_queries"], published["windows"], published["n_classes"]) == (1500, 3, 91)
-    assert detectors.OPTIONS["dinov3_vitl16plus"]["windows"] == 2
+    assert published_heads.OPTIONS["dinov3_vit7b16_de", "dinov3_vitl16plus"]["windows"] == 2
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ def test_random_weights_need_no_file_and_the_published_columns_have_cocos_names(
     model = hubconf.dinov3_vit7b16_de(pretrained=False, dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model.origin.random
-    monkeypatch.setitem(detectors.OPTIONS["dinov3_vit7b16"], "n_classes", 91)
+    monkeypatch.setitem(published_heads.OPTIONS["dinov3_vit7b16_de", "dinov3_vit7b16"], "n_classes", 91)
     assert hubconf.dinov3_vit7b16_de(pretrained=False).class_names == names.coco()
 
 
@@ -96,7 +96,7 @@ def test_what_a_file_lacks_is_an_error_and_what_it_holds_beside_is_said(case: Ca
     with pytest.raises(WeightsMismatch, match=r"missing in the file: transformer\.pos_trans\.bias, .*weight"):
         hubconf.dinov3_vit7b16_de(**given)
     given = files(case, tmp_path, lambda s: s | {"query_embed.weight": s["query_embed.weight"][:4]})
-    with pytest.raises(WeightsMismatch, match=r"query_embed\.weight: \(4, 64\) in the file, \(24, 64\) in the head"):
+    with pytest.raises(WeightsMismatch, match=r"query_embed\.weight: \(4, 64\) in the file, \(24, 64\) in the model"):
         hubconf.dinov3_vit7b16_de(**given)
     given = files(case, tmp_path, lambda s: s | {"transformer.more": torch.zeros(1)})
     with pytest.warns(UserWarning, match=r"left over in .*transformer\.more"):
@@ -105,7 +105,9 @@ def test_what_a_file_lacks_is_an_error_and_what_it_holds_beside_is_said(case: Ca
     with pytest.raises(WeightsMismatch, match="pass it as backbone_weights"):
         hubconf.dinov3_vit7b16_de(weights=given["backbone_weights"], backbone_weights=given["backbone_weights"])
     with pytest.raises(UnknownName, match="stands on"):
-        detectors.make_detector("dinov3_vit7b16_de", "dinov3_vits16", weights="random", backbone_weights="random")
+        published_heads.load_published(
+            "dinov3_vit7b16_de", published_heads.Files(pretrained=False), {}, arch="dinov3_vits16"
+        )
 
 
 def test_a_backbone_in_the_heads_file_is_used_as_in_the_reference(case: Case, tmp_path: Path) -> None:

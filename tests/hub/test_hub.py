@@ -15,7 +15,7 @@ import dinov3
 from dinov3.errors import DinoError, UnknownName, WeightsError, WeightsMismatch
 from dinov3.hub import assemble
 from dinov3.hub.backbones import Weights
-from dinov3.weights import loading
+from dinov3.weights import reading
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_an_ambiguous_file_is_taken_as_the_web_model_with_a_warning(tmp_path: Pa
     from dinov3.weights.catalog import resolve
 
     both = resolve("dinov3_vitl16")
-    opened = loading.open(vits[1])
+    opened = reading.open(vits[1])
     opened.rows = (resolve("dinov3_vits16")[0], both[1])
     with pytest.warns(UserWarning, match="taken as dinov3_vits16_lvd1689m"):
         assemble(opened, ())
@@ -217,10 +217,12 @@ class Hidden:
         if name.split(".")[0] not in allowed and not name.startswith("_"):
             raise ModuleNotFoundError(name, name=name)
 sys.meta_path.insert(0, Hidden())
-import dinov3, numpy
+import dinov3
+import numpy
+from dinov3.weights import writing
 model = dinov3.load("dinov3_vits16", {str(vits[1])!r})
 f = dinov3.embed(model, [numpy.zeros((50, 70, 3), numpy.uint8)], size=32)
-dinov3.weights.save(model, {str(tmp_path / "own.safetensors")!r})
+writing.save(model, {str(tmp_path / "own.safetensors")!r})
 again = dinov3.load(weights={str(tmp_path / "own.safetensors")!r})
 print(tuple(dinov3.embed(again, numpy.zeros((50, 70, 3), numpy.uint8), size=32).patches.shape))
 """

@@ -17,7 +17,7 @@ from dinov3 import hub
 from dinov3.errors import DinoError, UnknownName, WeightsMismatch
 from dinov3.heads.dpt import build_depther
 from dinov3.heads.linear import LinearClassifier
-from dinov3.hub import HEADS, classifiers, depthers
+from dinov3.hub import HEADS, published_heads
 from dinov3.hub.backbones import Weights
 from dinov3.models import VisionTransformer, ViTConfig
 from dinov3.weights import catalog
@@ -70,12 +70,12 @@ def test_torch_hub_finds_both_files_at_the_published_addresses(name: str, base: 
     with pytest.raises(DinoError, match="promised by its name"):
         torch.hub.load(str(ROOT), name, source="local", check_hash=True)
     with pytest.raises(DinoError, match="promised by its name"):
-        hub.headfiles.read(HEADS[name].url, check_hash=True)
+        published_heads.read(HEADS[name].url, check_hash=True)
 
 
 def test_every_row_of_the_table_that_is_there_is_what_torch_hub_sees() -> None:
     for name, row in HEADS.items():
-        if row.module in ("classifiers", "depthers", "dinotxt"):
+        if row.task in ("classify", "depth", "canopy", "text"):
             assert getattr(hubconf, name) is row.function
             assert name in hubconf.__all__
     with pytest.raises(UnknownName, match="did you mean 'dinov3_vit7b16_dd'"):
@@ -110,8 +110,9 @@ def small(monkeypatch):
 
         monkeypatch.setattr(catalog, "resolve", rows)
         if options is not None:
-            for key in list(depthers.OPTIONS):
-                monkeypatch.setitem(depthers.OPTIONS, key, options)
+            for key in list(published_heads.OPTIONS):
+                if "_lc" not in key[0]:
+                    monkeypatch.setitem(published_heads.OPTIONS, key, options)
 
     return use
 
@@ -153,13 +154,13 @@ def test_the_linear_classifier_gives_the_recorded_logits(small, tmp_path: Path, 
     torch.save(vit.state_dict(), tmp_path / "backbone.pth")
     torch.save(model.linear_head.state_dict(), tmp_path / "head.pth")
     small(c.get("backbone", c))
-    monkeypatch.setattr(classifiers, "N_CLASSES", n_classes)
+    monkeypatch.setattr(published_heads, "N_CLASSES", n_classes)
     files = {"weights": str(tmp_path / "head.pth"), "backbone_weights": str(tmp_path / "backbone.pth")}
     loaded = hubconf.dinov3_vit7b16_lc(**files)
     (name,) = case.spec["inputs"]
     (out,) = case.golden
     case.compare(out, loaded(case.input(name)))
-    monkeypatch.setattr(classifiers, "N_CLASSES", n_classes + 1)
+    monkeypatch.setattr(published_heads, "N_CLASSES", n_classes + 1)
     with pytest.raises(WeightsMismatch, match=rf"weight: \({n_classes}, .*in the file"):
         hubconf.dinov3_vit7b16_lc(**files)
 
@@ -191,7 +192,7 @@ def test_a_wrong_file_is_refused_in_a_few_lines(small, tmp_path: Path) -> None:
     assert "taken off" in load({f"module.{k}": v for k, v in state.items()}).origin.notes[0]
     with pytest.raises(WeightsMismatch, match=r"missing in the file: project\.conv\.bias"):
         load({k: v for k, v in state.items() if k != "project.conv.bias"})
-    with pytest.raises(WeightsMismatch, match="not in the head: extra"):
+    with pytest.raises(WeightsMismatch, match="not in the model: extra"):
         load(state | {"extra": torch.zeros(1)})
     with pytest.raises(WeightsMismatch, match="pass it as backbone_weights"):
         load(right.encoder.backbone.state_dict())
@@ -200,7 +201,9 @@ def test_a_wrong_file_is_refused_in_a_few_lines(small, tmp_path: Path) -> None:
     with pytest.raises(UnknownName, match="colour"):
         load(state, colour="red")
     with pytest.raises(UnknownName, match="stands on dinov3_vitl16, not on"):
-        depthers.make_depther("dinov3_vitl16_chmv2", "dinov3_vit7b16", weights="random", backbone_weights="random")
+        published_heads.load_published(
+            "dinov3_vitl16_chmv2", published_heads.Files(pretrained=False), {}, arch="dinov3_vit7b16"
+        )
 
 
 # ---- transformers --------------------------------------------------------------------------------------------------

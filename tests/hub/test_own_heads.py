@@ -12,8 +12,8 @@ from torch import nn
 from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.errors import DinoError, WeightsError, WeightsMismatch
 from dinov3.fit.loop import backbones_in, head_tensors
-from dinov3.hub import heads, load
-from dinov3.hub.heads import build_head, load_head, palette, read_head_info, save_head
+from dinov3.hub import load, own_heads
+from dinov3.hub.own_heads import build_head, load_head, palette, read_head_info, save_head
 from dinov3.models import ConvNeXt, ConvNeXtConfig, VisionTransformer, ViTConfig
 
 TINY: dict[str, dict[str, Any]] = {
@@ -65,7 +65,7 @@ def test_a_saved_head_answers_as_before_and_holds_no_backbone(tmp_path: Path, ki
     assert not again.training
     for a, b in zip(flat(answer(model)), flat(answer(again)), strict=True):
         assert torch.equal(a, b)
-    tensors, _ = heads._opened(path)
+    tensors, _ = own_heads._opened(path)
     assert not any("blocks" in k or "patch_embed" in k for k in tensors if "backbone" in k)
     head_bytes = sum(t.numel() * t.element_size() for t in head_tensors(model).values())
     assert path.stat().st_size < head_bytes + 60_000
@@ -101,13 +101,13 @@ def test_random_backbones_are_drawn_again(tmp_path: Path) -> None:
 
 
 def test_a_backbone_from_a_file_is_asked_for_by_its_name_without_the_folder(tmp_path: Path) -> None:
-    from dinov3.weights import loading
+    from dinov3.weights import writing
 
     vit = load("dinov3_vitt16", "random", seed=1)
-    mine = loading.save(vit, tmp_path / "secret" / "mine.safetensors")
+    mine = writing.save(vit, tmp_path / "secret" / "mine.safetensors")
     model = build_head("classification", "linear", load(None, mine), n_classes=2)
     path = save_head(tmp_path / "h.safetensors", model, task="classification", head="linear", options={"n_classes": 2})
-    assert "secret" not in heads.read_head_info(path).to_json()
+    assert "secret" not in own_heads.read_head_info(path).to_json()
     assert torch.equal(answer(model), answer(load_head(path, backbone_weights=mine)))
     with pytest.raises(WeightsError, match=r"trained on .*from mine.safetensors \(fingerprint \w{16}\)"):
         load_head(path)

@@ -310,7 +310,7 @@ def test_one_channel_gives_what_three_copies_gave(config: ViTConfig | ConvNeXtCo
 
 def test_channels_survive_a_file(tmp_path: Path) -> None:
     import dinov3
-    from dinov3.weights.loading import save
+    from dinov3.weights.writing import save
 
     wide = with_channels(dinov3.load("dinov3_vitt16"), 5)
     assert wide.origin.name == "custom"

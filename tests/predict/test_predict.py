@@ -179,7 +179,7 @@ def test_a_wrong_head_gets_one_sentence(depther: nn.Module, segmentor: nn.Module
 
 
 def test_a_mask2former_head_names_every_pixel(cat: Image.Image) -> None:
-    from dinov3.hub.heads import build_head
+    from dinov3.hub.own_heads import build_head
 
     model: Any = build_head("segmentation", "mask2former", tiny(), n_classes=4, hidden_dim=64, ffn=64, n_queries=6)
     torch.manual_seed(0)
@@ -198,7 +198,7 @@ def test_a_mask2former_head_names_every_pixel(cat: Image.Image) -> None:
 
 
 def test_boxes_are_in_the_images_pixels(cat: Image.Image) -> None:
-    from dinov3.hub.heads import build_head
+    from dinov3.hub.own_heads import build_head
     from dinov3.predict.detect import predict_objects
 
     sizes = {"width": 64, "n_heads": 4, "encoder_ffn": 32, "decoder_ffn": 32, "encoder_layers": 1, "decoder_layers": 1}

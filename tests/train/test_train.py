@@ -17,7 +17,7 @@ import torch
 from paths import ROOT
 from toy_training import TOY, start, write_config, write_images
 
-from dinov3 import checkpoint, features, weights
+from dinov3 import checkpoint, features
 from dinov3.config.recipes import load_config
 from dinov3.config.train import GramConfig
 from dinov3.errors import DinoError, WeightsMismatch
@@ -28,6 +28,7 @@ from dinov3.train import assembly, teacher_files
 from dinov3.train import train as loop_module
 from dinov3.train.stopping import StopRequest
 from dinov3.train.train import Outcome, main, parser, train
+from dinov3.weights import filling, reading
 
 REPOSITORY = ROOT
 
@@ -392,10 +393,10 @@ def test_the_teacher_file_opens_as_any_published_file_does(toy: str, images: Pat
     ema = tensors(tmp_path / "ckpt" / "11")
     assert all(torch.equal(v, ema[f"model.model_ema.{k}"]) for k, v in state.items())
     for file in ("teacher_checkpoint.pth", "backbone.safetensors"):
-        opened = weights.open(folder / file)
+        opened = reading.open(folder / file)
         assert "teacher.*" not in " ".join(opened.notes)  # heads were left out, the teacher was not
         assert torch.equal(opened.state_dict["cls_token"], state["backbone.cls_token"])
-    model = weights.build(opened.config, opened)
+    model = filling.build(opened.config, opened)
     assert opened.config.norm_layer == "layernorm"  # shapes cannot tell, the file's own words do
     assert features.embed(model, torch.zeros(1, 3, 32, 32), size=32).cls.shape == (1, 32)
 
@@ -468,7 +469,7 @@ def test_a_checkpoint_becomes_one_file(uninterrupted: Path, tmp_path: Path) -> N
     state = torch.load(pth, weights_only=True)["teacher"]
     assert all(torch.equal(v, ema[f"model.model_ema.{k}"]) for k, v in state.items())
     assert len(state) == sum(k.startswith("model.model_ema.") for k in ema)
-    opened = weights.open(teacher_files.consolidate(uninterrupted, tmp_path / "backbone.safetensors"))
+    opened = reading.open(teacher_files.consolidate(uninterrupted, tmp_path / "backbone.safetensors"))
     assert torch.equal(opened.state_dict["norm.bias"], ema["model.model_ema.backbone.norm.bias"])
     with pytest.raises(DinoError, match="the ending says the form"):
         teacher_files.consolidate(uninterrupted, tmp_path / "teacher.bin")
@@ -480,7 +481,7 @@ def test_the_command_that_makes_one_file_takes_the_model_from_the_run(
     out = tmp_path / "backbone.safetensors"
     assert teacher_files.main([str(uninterrupted / "ckpt" / "11"), str(out)]) == 0
     assert capsys.readouterr().out.strip() == str(out)
-    assert weights.open(out).config.norm_layer == "layernorm"  # not in the shapes: from resolved.yaml
+    assert reading.open(out).config.norm_layer == "layernorm"  # not in the shapes: from resolved.yaml
     assert teacher_files.main([str(tmp_path / "nothing"), str(out)]) == 1
 
 

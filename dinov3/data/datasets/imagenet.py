@@ -30,6 +30,7 @@ import numpy as np
 from dinov3.data.datasets.base import ImageDataset, required
 from dinov3.data.images import os_reason, read_file
 from dinov3.errors import DinoError, ImageError, UnknownName, did_you_mean
+from dinov3.files import atomically
 
 NO_CLASS = 2**32 - 1  # of the test split, in unsigned 32 bits
 HEADER = 512  # bytes of a tar member before its content
@@ -314,8 +315,5 @@ def _mapped(path: Path, fields: tuple[str, ...], command: str) -> np.ndarray:
 
 
 def _save(path: Path, array: np.ndarray) -> None:
-    """Whole or not at all."""
-    part = path.with_name(path.name + f".{os.getpid()}.part")
-    with open(part, "wb") as file:
-        np.save(file, array)
-    os.replace(part, path)
+    with atomically(path) as temporary:
+        np.save(temporary, array)

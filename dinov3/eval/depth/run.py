@@ -36,7 +36,7 @@ from dinov3.config.bounds import Problem, setting
 from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.dense import DenseDataset
 from dinov3.data.transforms.dense import FIXED_CROPS, DepthRule
-from dinov3.errors import DinoError, UnknownName, did_you_mean
+from dinov3.errors import UnknownName, did_you_mean
 from dinov3.eval import dense
 from dinov3.eval import session as common
 from dinov3.eval.arguments import EvalConfig
@@ -44,6 +44,7 @@ from dinov3.fit.loop import fit, head_tensors
 from dinov3.heads.dpt import Depther, build_depther
 from dinov3.heads.encoder import LAYER_SETS, resized
 from dinov3.heads.objectives import DEPTH_LOSSES, DepthLoss
+from dinov3.hub.open_task_model import is_head_file
 from dinov3.losses import LossTerms
 from dinov3.metrics.dense import DEPTH_SCORES, REGIONS, CanopySums, canopy_scores, depth_scores, mean_scores
 from dinov3.runlog import RunDir
@@ -294,7 +295,7 @@ def fitted(
 def _save_head(config: DepthConfig, session: common.Session, model: Depther, scores: Mapping[str, float]) -> None:
     """head.safetensors: the head in one small file that knows its backbone, for `dinov3 predict` and `load_from`."""
     from dinov3.features import default_preprocessing
-    from dinov3.hub.heads import save_head
+    from dinov3.hub.own_heads import save_head
 
     t = config.transforms.eval
     backbone = model.get_submodule("encoder.backbone")
@@ -357,23 +358,10 @@ def existing_model(config: DepthConfig, session: common.Session) -> Depther:
     c = config
     assert c.load_from is not None
     if c.load_from in HEADS:
-        row = HEADS[c.load_from]
-        if row.task not in ("depth", "canopy"):
-            raise DinoError(f"load_from={c.load_from} is a head for {row.task}, not for depth")
-        given: dict[str, Any] = {"weights": c.head_weights, "backbone_weights": c.backbone_weights}
-        options = {k: v for k, v in given.items() if v is not None}
         dtype = torch.bfloat16 if c.model_dtype == "BFLOAT16" else torch.float32
-        return row.function(autocast_dtype=dtype, device=session.device, **options)
-    if dense.is_head_file(c.load_from):
-        from dinov3.hub.heads import load_head, read_head_info
-
-        info = read_head_info(c.load_from)
-        if info.task != "depth":
-            raise DinoError(f"load_from={c.load_from} is a head for {info.task}, not for depth")
-        below = None if c.backbone_weights else dense.chosen_backbone(c.model, session)
-        model = load_head(c.load_from, backbone=below, backbone_weights=c.backbone_weights, device=session.device)
-        assert isinstance(model, Depther)
-        return model
+        return dense.existing_model("depth", c, session, autocast_dtype=dtype)
+    if is_head_file(c.load_from):
+        return dense.existing_model("depth", c, session)
     fresh = fresh_model(c, session)
     dense.fill_head(fresh.decoder, c.load_from, "decoder.")
     return fresh.eval()

@@ -35,7 +35,6 @@ from dinov3.eval import session as common
 from dinov3.eval.arguments import EvalConfig
 from dinov3.eval.session import Session
 from dinov3.eval.tables import write_table
-from dinov3.hub import HEADS
 from dinov3.metrics.boxes import average_precision, soft_nms
 
 PAPER_SIDE = 2048
@@ -139,24 +138,9 @@ def in_classes_of(found: Found, mapped: Tensor) -> Found:
 
 def open_detector(config: DetectionConfig, session: Session) -> tuple[Any, int]:
     """(the detector of `load_from` in evaluation mode, the short side it is looked at)."""
-    c, dtype = config, getattr(torch, config.model.dtype)
-    given = {"weights": c.head_weights, "backbone_weights": c.backbone_weights}
-    if c.load_from in HEADS:
-        row = HEADS[c.load_from]
-        if row.task != "detect":
-            raise DinoError(f"load_from={c.load_from} is a head for {row.task}, not for detection")
-        options = {key: value for key, value in given.items() if value is not None}
-        return row.function(device=session.device, dtype=dtype, **options), c.short_side or PAPER_SIDE
-    from dinov3.hub.heads import load_head, read_head_info
-
-    info = read_head_info(c.load_from)
-    if info.task != "detection":
-        raise DinoError(f"load_from={c.load_from} is a head for {info.task}, not for detection")
-    below = None if c.backbone_weights else dense.chosen_backbone(c.model, session)
-    model = load_head(
-        c.load_from, backbone=below, backbone_weights=c.backbone_weights, device=session.device, dtype=dtype
-    )
-    return model, c.short_side or info.preprocessing.size
+    model = dense.existing_model("detect", config, session, dtype=getattr(torch, config.model.dtype))
+    info = getattr(model, "head_info", None)
+    return model, config.short_side or (PAPER_SIDE if info is None else info.preprocessing.size)
 
 
 def evaluate(config: DetectionConfig, session: Session) -> Mapping[str, float | None]:

@@ -42,6 +42,7 @@ from dinov3.fit.loop import fit, head_tensors
 from dinov3.heads.encoder import FrozenLayers
 from dinov3.heads.linear import LinearSegmentor, build_linear_segmentor
 from dinov3.heads.objectives import segmentation_terms
+from dinov3.hub.open_task_model import is_head_file
 from dinov3.losses import LossTerms
 from dinov3.metrics.dense import (
     IGNORED,
@@ -337,7 +338,7 @@ def _save_head(
 ) -> None:
     """head.safetensors: the head in one small file that knows its backbone, for `dinov3 predict` and `load_from`."""
     from dinov3.features import default_preprocessing
-    from dinov3.hub.heads import save_head
+    from dinov3.hub.own_heads import save_head
 
     d = config.decoder_head
     options: dict[str, Any] = {
@@ -370,23 +371,12 @@ def existing_model(config: SegmentationConfig, session: common.Session) -> tuple
     c = config
     assert c.load_from is not None
     if c.load_from in HEADS:
-        row = HEADS[c.load_from]
-        if row.task != "segment":
-            raise DinoError(f"load_from={c.load_from} is a head for {row.task}, not for segmentation")
-        given: dict[str, Any] = {"weights": c.head_weights, "backbone_weights": c.backbone_weights}
-        options = {k: v for k, v in given.items() if v is not None}
         dtype = torch.bfloat16 if c.model_dtype == "BFLOAT16" else torch.float32
-        options |= {"n_classes": c.decoder_head.num_classes, "hidden_dim": c.decoder_head.hidden_dim}
-        return row.function(autocast_dtype=dtype, device=session.device, **options), "m2f"
-    if dense.is_head_file(c.load_from):
-        from dinov3.hub.heads import load_head, read_head_info
-
-        info = read_head_info(c.load_from)
-        if info.task != "segmentation":
-            raise DinoError(f"load_from={c.load_from} is a head for {info.task}, not for segmentation")
-        below = None if c.backbone_weights else dense.chosen_backbone(c.model, session)
-        model = load_head(c.load_from, backbone=below, backbone_weights=c.backbone_weights, device=session.device)
-        return model, "m2f" if info.head == "mask2former" else "linear"
+        sizes = {"n_classes": c.decoder_head.num_classes, "hidden_dim": c.decoder_head.hidden_dim}
+        return dense.existing_model("segment", c, session, autocast_dtype=dtype, **sizes), "m2f"
+    if is_head_file(c.load_from):
+        model = dense.existing_model("segment", c, session)
+        return model, "m2f" if model.head_info.head == "mask2former" else "linear"
     if c.decoder_head.type == "m2f":
         raise DinoError(
             f"load_from={c.load_from}: Meta's file of a Mask2Former head is loaded by load_from=dinov3_vit7b16_ms "

@@ -53,7 +53,8 @@ from dinov3.hub import dinotxt as hub
 from dinov3.losses import LossTerms
 from dinov3.models import VisionTransformer
 from dinov3.runlog import RunDir
-from dinov3.weights.loading import write_safetensors
+from dinov3.weights.filling import fill
+from dinov3.weights.writing import write_safetensors
 
 AREA = (0.08, 1.0)  # of a training crop, as a share of the image
 REPLACEMENTS = 8  # other pairs that are tried in place of one whose image cannot be read
@@ -178,11 +179,6 @@ def build(config: TextTrainConfig, device: torch.device) -> tuple[DinoTxt, Token
     return model.to(device), tokenizer
 
 
-@dataclass
-class _Holder:
-    model: ModelSection
-
-
 def text_config(file: str | None) -> TextConfig:
     """The text tower's sizes from a YAML of `TextConfig`'s keys; None: the released ones."""
     if file is None:
@@ -197,17 +193,12 @@ def text_config(file: str | None) -> TextConfig:
 
 
 def _load_text(model: DinoTxt, source: str) -> None:
-    from dinov3.weights import loading
+    from dinov3.weights import reading
 
-    state, _ = loading.read(source)
+    state, _ = reading.read(source)
     state = {k.removeprefix("text_model.").removeprefix("backbone."): v for k, v in state.items() if "head." not in k}
     backbone = model.text_model.backbone
-    wanted = backbone.state_dict()
-    wrong = sorted(k for k in wanted if k not in state or state[k].shape != wanted[k].shape)
-    if wrong:
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise DinoError(f"{source} does not fill the text tower: {wrong[0]}{more} missing or of another shape")
-    backbone.load_state_dict({k: state[k] for k in wanted})
+    fill(backbone, state, what="the text tower", source=source, leftover=True)
 
 
 # ---- pairs ----------------------------------------------------------------------------------------------------------

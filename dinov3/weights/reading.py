@@ -11,29 +11,28 @@ downloads (`cache`), distributed training checkpoints.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
 import re
 import struct
-import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dinov3.errors import UnsafeFile, WeightsError, WeightsMismatch, did_you_mean, require
-from dinov3.models import BackboneConfig, ConvNeXtConfig, backbone
+from dinov3.errors import UnsafeFile, WeightsError, did_you_mean, require
+from dinov3.models import BackboneConfig
 from dinov3.weights import configs, formats
 from dinov3.weights import download as cache
 from dinov3.weights.catalog import Row, aliases
+from dinov3.weights.identity import main_hash
 
 RESIDUE_FILE = "dinov3_residue.safetensors"
 MAIN_HASH = "dinov3_main"  # metadata key of a residue: what it belongs to
@@ -238,20 +237,6 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path.name} cannot be read: {error}") from None
     return value if isinstance(value, dict) else {}
-
-
-def main_hash(state: Mapping[str, Tensor]) -> str:
-    """Ties a residue to its weights: every name, dtype and shape, and the values of all vectors and tokens.
-
-    Two trainings differ in every norm and bias, so the matrices (nearly all the bytes) need not be read.
-    """
-    digest = hashlib.sha256()
-    for key in sorted(state):
-        value = state[key]
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
-        if value.numel() <= 1 << 16:
-            digest.update(_bytes(value))
-    return digest.hexdigest()
 
 
 # ---- where it is ---------------------------------------------------------------------------------------------------
@@ -462,171 +447,6 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Tensor]:
     return flat
 
 
-# ---- building a model ----------------------------------------------------------------------------------------------
-
-
-def build(
-    config: BackboneConfig,
-    opened: OpenedWeights,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-    asked: Sequence[Row] = (),
-) -> nn.Module:
-    """The model of `config` with these weights, in eval mode.
-
-    Built without allocating (meta device); every key and shape must fit. `dtype` converts all values except the rope
-    periods, which bfloat16 would change. `asked`: the catalogue rows that the caller's name meant, for the message.
-    Raises `WeightsMismatch` with `explain_mismatch`'s lines.
-    """
-    state = opened.state_dict if opened.form == "meta" else formats.complete(opened.state_dict, config)
-    with torch.device("meta"):
-        model = backbone(config)
-    expected = model.state_dict()
-    if expected.keys() != state.keys() or any(expected[k].shape != state[k].shape for k in expected):
-        raise WeightsMismatch(explain_mismatch(config, opened, asked))
-    moved: dict[int, Tensor] = {}  # two names of one tensor stay one tensor
-
-    def move(key: str, value: Tensor) -> Tensor:
-        keep = dtype is None or key == "rope_embed.periods" or not value.is_floating_point()
-        return moved.setdefault(id(value), value.to(device, None if keep else dtype))
-
-    model.load_state_dict({k: move(k, v) for k, v in state.items()}, strict=True, assign=True)
-    left = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
-    assert not left, f"not loaded: {left}"
-    return model.eval()
-
-
-def explain_mismatch(config: BackboneConfig, opened: OpenedWeights, asked: Sequence[Row] = ()) -> str:
-    """Why these weights are not for this model, in at most ten lines: what the file is, what was asked for, the first
-    differences, what to call instead."""
-    state = opened.state_dict if opened.form == "meta" else formats.complete(opened.state_dict, config)
-    with torch.device("meta"):
-        expected = backbone(config).state_dict()
-    asked = asked or configs.fitting_rows(config, "meta")
-    seems = " or ".join(r.id for r in opened.rows) or _words(opened.config)
-    lines = [
-        f"{shown(opened.source)} does not fit the model asked for",
-        f"  the file is: {seems} ({opened.form} form)",
-        f"  asked for:   {' or '.join(r.id for r in asked) or _words(config)}",
-    ]
-    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    for what, keys in (("missing in the file", missing), ("not in the model", unexpected)):
-        if keys:
-            lines.append(f"  {what}: {', '.join(keys[:2])}" + (f" and {len(keys) - 2} more" if len(keys) > 2 else ""))
-    shapes = [k for k in expected if k in state and expected[k].shape != state[k].shape]
-    for key in shapes[:2]:
-        lines.append(f"  {key}: {tuple(state[key].shape)} in the file, {tuple(expected[key].shape)} in the model")
-    if len(shapes) > 2:
-        lines.append(f"  and {len(shapes) - 2} more shapes differ")
-    if opened.rows:
-        lines.append(f"  call {opened.rows[0].arch} with this file, or give it another file")
-    elif type(opened.config) is type(config):
-        lines.append(f"  a model with {differences(opened.config, config) or 'the file’s own config'} would fit")
-    return "\n".join(lines[:10])
-
-
-def differences(config: BackboneConfig, other: BackboneConfig) -> str:
-    """The fields of `config` that differ from `other`'s, the first six, as `name=value`."""
-    theirs = asdict(other)
-    ours = {k: v for k, v in asdict(config).items() if v != theirs.get(k) and k != "pos_embed_rope_rescale_coords"}
-    return ", ".join(f"{k}={v!r}" for k, v in list(ours.items())[:6])
-
-
-def _words(config: BackboneConfig) -> str:
-    if isinstance(config, ConvNeXtConfig):
-        return f"a ConvNeXt with depths {tuple(config.depths)} and widths {tuple(config.dims)}"
-    return f"a ViT of width {config.embed_dim}, {config.depth} blocks, {config.num_heads} heads, {config.ffn_layer} FFN"
-
-
 def shown(source: str) -> str:
     """A source as it may be told: a URL's query may be a signature."""
     return source.split("?")[0] if "://" in source else source
-
-
-# ---- identity, saving ----------------------------------------------------------------------------------------------
-
-
-def fingerprint(model_or_state: nn.Module | Mapping[str, Tensor]) -> str:
-    """16 hex digits that name the weights: the same for the same weights in whatever form they came.
-
-    The sha256 over (key, dtype, shape, bytes) of what acts at inference, in Meta's names, sorted. Not counted: the mask
-    token, `bias_mask`, `local_cls_norm`, the masked K third of the qkv bias, an all-zero qkv bias, ConvNeXt's second
-    name of the norm. Rope periods count after rounding to bfloat16: published files hold them so, transformers and timm
-    compute them exactly, and both mean the same model.
-    """
-    state = model_or_state.state_dict() if isinstance(model_or_state, nn.Module) else model_or_state
-    digest = hashlib.sha256()
-    for key in sorted(state):
-        value = state[key].detach()
-        if key == "mask_token" or key.endswith(".bias_mask") or key.startswith(("local_cls_norm.", "norms.")):
-            continue
-        if key == "rope_embed.periods":
-            value = value.bfloat16()
-        elif key.endswith(".attn.qkv.bias"):
-            q, k, v = value.chunk(3)
-            masked = key + "_mask" in state
-            value = torch.cat([q, torch.zeros_like(k) if masked else k, v])
-            if not value.count_nonzero():
-                continue
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(_bytes(value))
-    return digest.hexdigest()[:16]
-
-
-def _bytes(value: Tensor) -> memoryview:
-    return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-
-
-def save(
-    model_or_state: nn.Module | Mapping[str, Tensor],
-    path: str | os.PathLike[str],
-    metadata: Mapping[str, Any] | None = None,
-) -> Path:
-    """Writes our own checkpoint: one safetensors file in Meta's names, with a JSON of `metadata` (config, row, mean, …).
-
-    A model's configuration is added under "config". The file appears whole or not at all. Returns its path.
-    """
-    state = model_or_state.state_dict() if isinstance(model_or_state, nn.Module) else dict(model_or_state)
-    about = dict(metadata or {})
-    config = getattr(model_or_state, "config", None)
-    if "config" not in about and config is not None:
-        about["config"] = asdict(config)
-    tensors = {k: v for k, v in state.items() if not k.startswith("norms.")}  # a second name; `open` adds it back
-    write_safetensors(tensors, Path(path), {"format": "pt", OURS: json.dumps(about)})
-    return Path(path)
-
-
-def write_safetensors(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Atomically: a temporary name beside the target, flushed to the disk, then renamed."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        save_file({k: owned(v) for k, v in state.items()}, temporary, metadata)
-        publish(temporary, path)
-    except SafetensorError as error:
-        Path(temporary).unlink(missing_ok=True)
-        raise WeightsError(f"{path} could not be written: {error}") from None
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def owned(value: Tensor) -> Tensor:
-    """The tensor on the CPU with a storage of its own: views would be written with all they are a view of."""
-    value = value.detach().cpu().contiguous()
-    return value if value.untyped_storage().nbytes() == value.numel() * value.element_size() else value.clone()
-
-
-def publish(temporary: str | os.PathLike[str], path: Path) -> None:
-    """Renames a finished temporary file into place, so that a crash leaves the old file or the new one."""
-    with Path(temporary).open("rb") as file:
-        os.fsync(file.fileno())
-    umask = os.umask(0)
-    os.umask(umask)
-    Path(temporary).chmod(0o666 & ~umask)  # mkstemp's files are private
-    Path(temporary).replace(path)

@@ -6,7 +6,7 @@
 
 A head file is safetensors: the head's parameters and buffers under the task model's names, without the backbone, and in
 the metadata one JSON under "dinov3_head" (`HeadInfo`). A head means nothing on another backbone, so the file names its own
-by a fingerprint of the weights and `load_head` compares. Meta's published heads are other files: see `hub.headfiles`.
+by a fingerprint of the weights and `load_head` compares. Meta's published heads are other files: see `hub.published_heads`.
 
 Sizes that are not given follow the backbone (`sizes_for`): the published ones belong to a backbone of 6.7 billion numbers.
 """
@@ -32,9 +32,10 @@ from dinov3.features import default_preprocessing
 from dinov3.fit.loop import backbones_in, freeze, head_tensors, load_head_tensors
 from dinov3.heads.encoder import FrozenLayers, dtype_of
 from dinov3.hub import foreign
-from dinov3.hub.headfiles import placed
+from dinov3.hub.published_heads import placed
 from dinov3.models import Backbone, ConvNeXt
-from dinov3.weights import loading
+from dinov3.weights import identity, reading, writing
+from dinov3.weights.filling import difference
 
 KINDS: dict[str, tuple[str, ...]] = {
     "classification": ("linear",),
@@ -160,7 +161,7 @@ class HeadInfo:
     backbone_source: str  # what was opened: a file's name without its folder, a URL, an id, "random (seed 0)"
     backbone_dtype: str
     backbone_options: dict[str, Any]  # of its constructor that leave the weights alone (a ConvNeXt's patch_size)
-    fingerprint: str  # of the backbone's weights, `loading.fingerprint`
+    fingerprint: str  # of the backbone's weights, `identity.fingerprint`
     preprocessing: Preprocessing
     metrics: dict[str, float] = field(default_factory=dict)
     dtype: str = "float32"
@@ -245,10 +246,10 @@ def save_head(
         colours=tuple(colours) if colours is not None else palette(len(names)),
         layers=tuple(next((m.layers for m in module.modules() if isinstance(m, FrozenLayers)), ())),
         backbone=origin.name if origin is not None else "custom",
-        backbone_source=loading.shown(source),
+        backbone_source=reading.shown(source),
         backbone_dtype=str(dtype_of(backbone)).removeprefix("torch."),
         backbone_options={"patch_size": backbone.patch_size} if _resizes(backbone) else {},
-        fingerprint=loading.fingerprint(backbone),
+        fingerprint=identity.fingerprint(backbone),
         preprocessing=preprocessing if preprocessing is not None else default_preprocessing(backbone),
         metrics={k: float(v) for k, v in (metrics or {}).items() if math.isfinite(v)},
         dtype=str(next(t.dtype for t in head_tensors(module).values() if t.is_floating_point())).removeprefix("torch."),
@@ -257,7 +258,7 @@ def save_head(
         version=dinov3.__version__,
     )
     # one key: safetensors writes several in an order of chance, and equal heads should be equal files
-    loading.write_safetensors(head_tensors(module), Path(path), {METADATA: info.to_json()})
+    writing.write_safetensors(head_tensors(module), Path(path), {METADATA: info.to_json()})
     return Path(path)
 
 
@@ -287,7 +288,7 @@ def _opened(path: str | os.PathLike[str]) -> tuple[dict[str, Any], HeadInfo]:
     if not Path(path).is_file():
         near = sorted(p.name for p in Path(path).absolute().parent.glob("*.safetensors"))
         raise WeightsError(f"there is no head file {path}{did_you_mean(Path(path).name, near)}")
-    tensors, metadata = loading.read(path)
+    tensors, metadata = reading.read(path)
     if METADATA not in metadata:
         raise WeightsError(
             f"{path} is no head file of ours: it lacks our metadata. Published heads are loaded by their functions in "
@@ -314,7 +315,7 @@ def load_head(
     """
     tensors, info = _opened(path)
     under = backbone if backbone is not None else _its_backbone(path, info, backbone_weights)
-    found = loading.fingerprint(under)
+    found = identity.fingerprint(under)
     if found != info.fingerprint:
         origin = getattr(under, "origin", None)
         raise WeightsMismatch(
@@ -322,10 +323,8 @@ def load_head(
             f"(fingerprint {found}): pass the weights it was trained on, or train the head again on these"
         )
     model: Any = build_head(info.task, info.head, under, n_classes=info.n_classes, **info.options)
-    expected, there = head_tensors(model), tensors.keys()
-    odd = sorted(expected.keys() ^ there) or [k for k in expected if expected[k].shape != tensors[k].shape]
-    if odd:
-        raise WeightsMismatch(f"{path} does not fit the {info.head} head it says it is: {odd[0]} differs")
+    if lines := difference(head_tensors(model), tensors):
+        raise WeightsMismatch("\n".join([f"{path} does not fit the {info.head} head that it names", *lines]))
     load_head_tensors(model, tensors)  # in float32, whatever the file holds
     placed(model, device, dtype)
     model.head_info, model.origin = info, getattr(under, "origin", None)

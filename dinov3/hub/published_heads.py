@@ -1,0 +1,377 @@
+"""The published heads as `torch.hub` sees them: classifier (lc), depth (dd), canopy height (chmv2), detector (de), segmentor
+(ms); dino.txt is in `dinotxt`.
+
+    segmentor = torch.hub.load(REPO, "dinov3_vit7b16_ms", source="local",
+                               weights="head.pth", backbone_weights="vit7b16.pth")
+
+A head's file holds the head alone (flat, or under one wrapping such as `model.`); the backbone comes from a file of its
+own. All functions share their arguments. `weights`: the head, `backbone_weights`: the backbone; each a path, URL or enum
+member, or "random". `check_hash` compares a file with the hash in its name, where there is one; `hash`: another ending of
+the published head's name. `options`: `device`, `dtype` and constructor arguments of the backbone.
+
+Differences from the reference: models come in evaluation mode, and the backbone is frozen except under the classifier;
+nothing moves to a GPU by itself; autocast is for accelerators, and on the CPU nothing is computed in bfloat16 unless
+requested; `check_hash` reaches both files; a head that lacks an entry, or a file with one too many, is an error (a warning
+for the detector, whose exact file nobody but Meta has seen); "random" draws fresh weights.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dinov3.data import names
+from dinov3.errors import UnknownName, WeightsMismatch
+from dinov3.heads.detr.model import build_detector
+from dinov3.heads.detr.transformer import DetrConfig
+from dinov3.heads.dpt import CHMV2, SYNTHMIX, build_depther
+from dinov3.heads.linear import LinearClassifier
+from dinov3.heads.mask2former.model import build_segmentor
+from dinov3.hub import Head, Origin, head
+from dinov3.hub.backbones import Weights, _make
+from dinov3.weights import catalog, chmv2
+from dinov3.weights import download as cache
+from dinov3.weights.filling import fill, some
+from dinov3.weights.reading import read_all, shown
+
+# The data sets that published heads were trained on.
+ClassifierWeights = Enum("ClassifierWeights", {"IMAGENET1K": "IMAGENET1K"})
+DepthWeights = Enum("DepthWeights", {"SYNTHMIX": "SYNTHMIX", "CHMV2": "CHMV2"})
+DetectionWeights = Enum("DetectionWeights", {"COCO2017": "COCO2017"})
+SegmentorWeights = Enum("SegmentorWeights", {"ADE20K": "ADE20K"})
+
+Source = Enum | str | os.PathLike[str]
+WRAPPINGS = ("model.", "module.")
+N_CLASSES = 1000  # of the classifier
+
+
+# ---- the functions --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Files:
+    """The arguments that all functions share."""
+
+    pretrained: bool = True
+    weights: Source = "random"
+    backbone_weights: Source = Weights.LVD1689M
+    check_hash: bool = False
+    hash: str | None = None
+
+
+def dinov3_vit7b16_lc(
+    *,
+    pretrained: bool = True,
+    weights: Source = ClassifierWeights.IMAGENET1K,
+    backbone_weights: Source = Weights.LVD1689M,
+    check_hash: bool = False,
+    hash: str | None = None,
+    **options: Any,
+) -> Any:
+    """ViT-7B/16 with a linear layer over [CLS ; mean patch]: normalised images [B, 3, H, W] → logits [B, 1000]."""
+    files = Files(pretrained, weights, backbone_weights, check_hash, hash)
+    return load_published("dinov3_vit7b16_lc", files, {}, **options)
+
+
+def dinov3_vit7b16_dd(
+    *,
+    pretrained: bool = True,
+    weights: Source = DepthWeights.SYNTHMIX,
+    backbone_weights: Source = Weights.LVD1689M,
+    check_hash: bool = False,
+    autocast_dtype: torch.dtype = torch.float32,
+    hash: str | None = None,
+    **options: Any,
+) -> Any:
+    """ViT-7B/16 with the SYNTHMIX depth head: normalised images [B, 3, H, W] → metres [B, 1, H', W'], 0.001 to 100, over the
+    image padded to multiples of 16."""
+    files = Files(pretrained, weights, backbone_weights, check_hash, hash)
+    return load_published("dinov3_vit7b16_dd", files, {"autocast_dtype": autocast_dtype}, **options)
+
+
+def dinov3_vitl16_chmv2(
+    pretrained: bool = True,
+    weights: Source = DepthWeights.CHMV2,
+    backbone_weights: Source = Weights.SAT493M,
+    check_hash: bool = False,
+    autocast_dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> Any:
+    """Satellite ViT-L/16 with the CHMv2 head: aerial images [B, 3, H, W] → canopy height in metres [B, 1, H', W'].
+
+    Images in [0, 1] are normalised with mean (0.420, 0.411, 0.296) and std (0.213, 0.156, 0.143) (`model.origin`). `weights`
+    may be transformers' folder or id, which holds the backbone too: then `backbone_weights` may be left out.
+    """
+    files = Files(pretrained, weights, backbone_weights, check_hash)
+    return load_published("dinov3_vitl16_chmv2", files, {"autocast_dtype": autocast_dtype}, **options)
+
+
+def dinov3_vit7b16_de(
+    *,
+    pretrained: bool = True,
+    weights: Source = DetectionWeights.COCO2017,
+    backbone_weights: Source = Weights.LVD1689M,
+    check_hash: bool = False,
+    hash: str | None = None,
+    **options: Any,
+) -> Any:
+    """ViT-7B/16 with the COCO detector: a list of normalised images [3, H_i, W_i] → 1500 boxes in each
+    (scores [1500], labels [1500], boxes [1500, 4]); `.detect([image], score_threshold=0.5)`: fewer, with names."""
+    files = Files(pretrained, weights, backbone_weights, check_hash, hash)
+    return load_published("dinov3_vit7b16_de", files, {}, **options)
+
+
+def dinov3_vit7b16_ms(
+    *,
+    pretrained: bool = True,
+    weights: Source = SegmentorWeights.ADE20K,
+    backbone_weights: Source = Weights.LVD1689M,
+    check_hash: bool = False,
+    autocast_dtype: torch.dtype = torch.bfloat16,
+    hidden_dim: int = 2048,
+    hash: str | None = None,
+    **options: Any,
+) -> Any:
+    """ViT-7B/16 with adapter and Mask2Former head: normalised images [B, 3, H, W] → `pred_logits` [B, 100, 151] and
+    `pred_masks` [B, 100, H/4, W/4]; class maps come from `make_inference(…, decoder_head_type="m2f")`. `n_classes`: 150."""
+    files = Files(pretrained, weights, backbone_weights, check_hash, hash)
+    return load_published(
+        "dinov3_vit7b16_ms",
+        files,
+        {"n_classes": options.pop("n_classes", 150), "autocast_dtype": autocast_dtype, "hidden_dim": hidden_dim},
+        **options,
+    )
+
+
+# ---- how each kind is built -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A task's head: how the model is built over a backbone, and how its file becomes the state of `part(model)`."""
+
+    what: str
+    build: Callable[..., nn.Module]  # (backbone, **options)
+    part: Callable[[Any], Any] = lambda model: model
+    keys: Callable[[dict[str, Tensor], nn.Module, str], dict[str, Tensor]] = lambda state, part, source: state
+    backbone: str | None = None  # the prefix of the backbone's entries within the part
+    leftover: bool = False  # whether a file may hold more
+
+
+def _classifier(backbone: Any) -> LinearClassifier:
+    linear = nn.Linear(2 * backbone.embed_dim, N_CLASSES)
+    nn.init.normal_(linear.weight, std=0.01)
+    nn.init.zeros_(linear.bias)
+    return LinearClassifier(backbone, linear)
+
+
+def _depther(backbone: Any, autocast_dtype: Any = None, depth_range: Any = None, **options: Any) -> nn.Module:
+    if depth_range is not None:
+        options["min_depth"], options["max_depth"] = depth_range
+    return build_depther(
+        backbone, autocast_dtype=None if autocast_dtype is torch.float32 else autocast_dtype, **options
+    )
+
+
+def _detector(backbone: Any, **options: Any) -> nn.Module:
+    return build_detector(backbone, class_names=names.coco() if options["n_classes"] == 91 else None, **options)
+
+
+def _without(*prefixes: str) -> Callable[[dict[str, Tensor], nn.Module, str], dict[str, Tensor]]:
+    """Keys without a prefix that all of them share."""
+
+    def stripped(state: dict[str, Tensor], part: nn.Module, source: str) -> dict[str, Tensor]:
+        for prefix in prefixes:
+            if state and all(key.startswith(prefix) for key in state):
+                state = {key.removeprefix(prefix): value for key, value in state.items()}
+        return state
+
+    return stripped
+
+
+def _detector_keys(state: dict[str, Tensor], part: nn.Module, source: str) -> dict[str, Tensor]:
+    """Every entry under both of its names: the decoder's own copies of the heads are the heads."""
+    state = {key.removeprefix("detector."): value for key, value in state.items()}
+    for name in ("class_embed", "bbox_embed"):
+        copy = f"transformer.decoder.{name}."
+        for key in part.state_dict():
+            if key.startswith(copy):
+                other = f"{name}." + key.removeprefix(copy)
+                for there, lacking in ((key, other), (other, key)):
+                    if there in state:
+                        state.setdefault(lacking, state[there])
+    return state
+
+
+def _segmentor_keys(state: dict[str, Tensor], part: nn.Module, source: str) -> dict[str, Tensor]:
+    """Unchanged; the three sizes that people mix up are errors with one sentence each."""
+
+    def size(tensors: Mapping[str, Tensor], key: str, dim: int) -> int | None:
+        value = tensors.get(f"segmentation_model.{key}")
+        return value.shape[dim] if value is not None and value.ndim > dim else None
+
+    expected = part.state_dict()
+    for key, dim, sentence in (
+        ("0.level_embed", 1, "was trained on a backbone of width {0}, this one has {1}: load the one it belongs to"),
+        ("1.predictor.query_feat.weight", 1, "is {0} wide, not {1}: pass hidden_dim={0}"),
+        ("1.predictor.class_embed.bias", 0, "tells {0} classes apart, not {1}: pass n_classes={0}"),
+    ):
+        found, wanted = size(state, key, dim), size(expected, key, dim)
+        if found is not None and wanted is not None and found != wanted:
+            no_class = int("class_embed" in key)  # the last is "no class"
+            raise WeightsMismatch(f"the head in {shown(source)} {sentence.format(found - no_class, wanted - no_class)}")
+    return state
+
+
+KINDS: dict[str, Kind] = {
+    "classify": Kind(
+        "the linear ImageNet-1k classifier", _classifier, lambda m: m.linear_head, _without("linear_head.")
+    ),
+    "depth": Kind("the SYNTHMIX depth head", _depther, lambda m: m.decoder, _without("decoder.")),
+    "canopy": Kind("the canopy height head (CHMv2)", _depther, lambda m: m.decoder, _without("decoder.")),
+    "detect": Kind(
+        "the detector's head", _detector, lambda m: m.detector, _detector_keys, "backbone.0.", leftover=True
+    ),
+    "segment": Kind(
+        "the adapter and Mask2Former head", build_segmentor, keys=_segmentor_keys, backbone="segmentation_model.0.backbone."
+    ),
+}  # fmt: skip
+# Options of a head on each backbone that it may stand on; only the first of each was published.
+OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
+    ("dinov3_vit7b16_lc", "dinov3_vit7b16"): {},
+    ("dinov3_vit7b16_dd", "dinov3_vit7b16"): SYNTHMIX,
+    ("dinov3_vit7b16_dd", "dinov3_vitl16"): SYNTHMIX
+    | {"backbone_out_layers": (4, 11, 17, 23), "post_process_channels": (1024,) * 4},
+    ("dinov3_vitl16_chmv2", "dinov3_vitl16"): CHMV2,
+    ("dinov3_vit7b16_de", "dinov3_vit7b16"): asdict(DetrConfig(windows=3)),
+    ("dinov3_vit7b16_de", "dinov3_vitl16plus"): asdict(DetrConfig(windows=2)),
+    ("dinov3_vit7b16_ms", "dinov3_vit7b16"): {"ffn": 4096},
+    ("dinov3_vit7b16_ms", "dinov3_vitl16"): {"ffn": 4096},
+}
+
+
+def load_published(
+    name: str, files: Files, head_options: dict[str, Any], *, arch: str | None = None, **options: Any
+) -> Any:
+    """The task model of a published head's name, on its own backbone or another `arch` of `OPTIONS`, in evaluation mode.
+
+    head_options: of the head's constructor; `depth_range` of depth: other nearest and farthest metres.
+    """
+    row = head(name)
+    kind, arch = KINDS[row.task], arch or row.backbone.rpartition("_")[0]
+    if (name, arch) not in OPTIONS:
+        raise UnknownName(f"{name} stands on {' or '.join(a for n, a in OPTIONS if n == name)}, not on {arch!r}")
+    built = OPTIONS[name, arch] | head_options
+    source, state, notes = read_head(row, files)
+    below: Source = files.backbone_weights if files.pretrained else "random"
+    if chmv2.is_transformers(state):
+        built |= chmv2.transformers_options(source)
+        if any(k.startswith("backbone.") for k in state) and member(Weights, below) is Weights.SAT493M:
+            below = source
+            notes.append("the backbone comes from the same file as the head")
+        state = chmv2.from_transformers(state)
+    vit: Any = backbone_of(row, arch, below, check_hash=files.check_hash, **options)
+    if row.task != "classify":
+        vit.requires_grad_(False)
+    device, dtype = next(vit.parameters()).device, options.get("dtype")
+    with nullcontext() if source == "random" else torch.device("meta"):
+        model: Any = kind.build(vit, **built)
+    if source == "random":
+        placed(model, device, dtype)
+    else:
+        part = kind.part(model)
+        state = kind.keys(state, part, source)
+        if kind.backbone and any(key.startswith(kind.backbone) for key in state):
+            notes.append(f"{shown(source)} holds a backbone of its own, which is used")
+        left = fill(
+            part, state, what=kind.what, source=source, device=device, dtype=dtype, optional=kind.backbone,
+            leftover=kind.leftover,
+        )  # fmt: skip
+        if left:
+            notes.append(f"left over in {shown(source)}: {some(left)}")
+            warnings.warn(notes[-1], stacklevel=3)
+    model.origin = origin(row, source, vit, notes=notes)
+    return model.eval()
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def member(enum: Any, weights: Source) -> Any:
+    """An enum's member (also by its name), or the source as text: a path or URL."""
+    if isinstance(weights, enum):
+        return weights
+    text = os.fspath(weights)  # type: ignore[arg-type]
+    return enum[text] if text in enum.__members__ else text
+
+
+def checkable(source: str, check_hash: bool) -> bool:
+    """Published files have a hash in their name, others need not: what has none is not compared."""
+    return check_hash and cache.hash_in_name(source.split("?")[0]) is not None
+
+
+def read_head(row: Head, files: Files) -> tuple[str, dict[str, Tensor], list[str]]:
+    """(source, state dict, notes) of a head's file, before the backbone's, since it is the smaller one; "random", {}, [] for
+    fresh weights."""
+    weights = files.weights
+    if isinstance(weights, Enum) and weights.name != row.trained_on:
+        raise UnknownName(f"{row.name} was trained on {row.trained_on}, not {weights.name}")
+    if not files.pretrained or weights == "random":
+        return "random", {}, []
+    if isinstance(weights, Enum) or weights == row.trained_on:
+        source = row.url
+        if files.hash is not None:
+            published = cache.hash_in_name(row.file)
+            source = source.replace(f"-{published}.", f"-{files.hash}." if files.hash else ".")
+    else:
+        source = os.fspath(weights)
+    return source, *read(source, check_hash=files.check_hash)
+
+
+def read(source: str, *, check_hash: bool = False) -> tuple[dict[str, Tensor], list[str]]:
+    """The state dict of a head's file at a path or URL, and notes on it; a wrapping that all keys share is taken off."""
+    _, _, state, _ = read_all(source, check_hash=checkable(source, check_hash))
+    notes = []
+    for wrapping in WRAPPINGS:
+        if state and all(key.startswith(wrapping) for key in state):
+            state = {key.removeprefix(wrapping): value for key, value in state.items()}
+            notes.append(f"the keys of {shown(source)} began with {wrapping!r}; taken off")
+    return state, notes
+
+
+def backbone_of(row: Head, arch: str, weights: Source, *, check_hash: bool = False, **options: Any) -> nn.Module:
+    """The backbone a head stands on: `weights` as the backbone functions take them, "random" for fresh ones."""
+    chosen = member(Weights, weights)
+    if chosen == "random":
+        dataset = next(r.dataset.upper() for r in catalog.ROWS if r.id == row.backbone)
+        return _make(arch, weights=Weights[dataset], pretrained=False, **options)
+    if isinstance(chosen, str):
+        check_hash = checkable(chosen, check_hash)
+    return _make(arch, weights=chosen, check_hash=check_hash, **options)
+
+
+def origin(row: Head, source: str, under: nn.Module, *, form: str = "meta", notes: Iterable[str] = ()) -> Origin:
+    """Where the finished model's weights come from; `source` "random" for fresh weights."""
+    mean, std = row.statistics
+    backbone_origin = getattr(under, "origin", None)
+    below = str(backbone_origin) if backbone_origin is not None else "the backbone given"
+    all_notes = (*notes, *(backbone_origin.notes if backbone_origin is not None else ()))
+    return Origin(row.name, f"{source} over {below}", "random" if source == "random" else form, mean, std, all_notes)
+
+
+def placed(model: nn.Module, device: str | torch.device, dtype: torch.dtype | None = None) -> nn.Module:
+    """The model on a device, in a dtype (None: as it is), except for rope periods, which half precision would change."""
+    kept = {name: value.clone() for name, value in model.named_buffers() if name.endswith("rope_embed.periods")}
+    model.to(device, dtype)
+    for name, value in kept.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, value.to(device))
+    return model
