@@ -14,7 +14,9 @@ import dinov3
 from dinov3.dense.pca import fit, rainbow
 from dinov3.errors import DinoError, ImageError, IncompatibleFeatures
 from dinov3.features import default_preprocessing, prepare
-from dinov3.models import ConvNeXt, ConvNeXtConfig, VisionTransformer, ViTConfig
+from dinov3.models.architectures import ConvNeXtConfig, ViTConfig
+from dinov3.models.convnext import ConvNeXt
+from dinov3.models.vit import VisionTransformer
 from dinov3.weights import writing
 
 

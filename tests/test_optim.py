@@ -16,8 +16,9 @@ from dinov3 import optim as O
 from dinov3.config.recipes import load_config
 from dinov3.config.train import OptimConfig, TrainConfig
 from dinov3.errors import DinoError
-from dinov3.models.convnext import ConvNeXt, ConvNeXtConfig
-from dinov3.models.vit import VisionTransformer, ViTConfig
+from dinov3.models.architectures import ConvNeXtConfig, ViTConfig
+from dinov3.models.convnext import ConvNeXt
+from dinov3.models.vit import VisionTransformer
 
 HERE = GOLDEN_LOSSES
 SCHEDULES = json.loads((HERE / "schedules.json").read_text())

@@ -90,7 +90,7 @@ def models(
     for row in catalog.ROWS:
         scores = ", ".join(f"{k} {v:g}" for k, v in row.scores.items() if v == v)
         mean = "/".join(f"{v:.3f}".lstrip("0") for v in row.mean)
-        cells = (row.id, f"{row.parameters / 1e6:,.1f}M", str(row.width), str(row.tokens(size)), mean)
+        cells = (row.id, f"{row.parameters / 1e6:,.1f}M", str(row.config.embed_dim), str(row.tokens(size)), mean)
         table.add_row(*cells, scores or _where(row))
     console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(table)
@@ -117,7 +117,7 @@ def _model_facts(row: Any, size: int) -> dict[str, Any]:
         "timm": list(row.timm),
         "file": row.file,
         "parameters": row.parameters,
-        "width": row.width,
+        "width": row.config.embed_dim,
         "tokens": row.tokens(size),
         "size": size,
         "mean": row.mean,

@@ -10,19 +10,9 @@ from typing import Any
 
 from dinov3.config.bounds import Problem
 from dinov3.config.loading import report
-from dinov3.config.train import (
-    ARCHITECTURES,
-    CONVNEXT_SIZES,
-    V1_KEYS,
-    ScheduleConfig,
-    StudentConfig,
-    TrainConfig,
-    as_list,
-    size_name,
-    vit_config,
-)
+from dinov3.config.train import V1_KEYS, ScheduleConfig, StudentConfig, TrainConfig, as_list, vit_config
 from dinov3.errors import DinoError, did_you_mean
-from dinov3.models.vit import ViTConfig
+from dinov3.models.architectures import NAMES, ConvNeXtConfig, ViTConfig, size_of
 
 
 def problems(config: TrainConfig) -> Iterator[Problem]:
@@ -64,11 +54,11 @@ def _loop_problems(c: TrainConfig) -> Iterator[Problem]:
 
 def student_problems(s: StudentConfig) -> Iterator[Problem]:
     """Conditions on the model alone; also those of a configuration that only describes a model."""
-    if s.arch not in ARCHITECTURES:
-        hint = did_you_mean(s.arch, ARCHITECTURES) or f"; known: {', '.join(ARCHITECTURES)}"
+    if s.arch not in NAMES:
+        hint = did_you_mean(s.arch, NAMES) or f"; known: {', '.join(NAMES)}"
         yield "student.arch", f"unknown architecture {s.arch!r}{hint}"
         return
-    if size_name(s.arch) in CONVNEXT_SIZES:
+    if isinstance(size_of(s.arch), ConvNeXtConfig):
         for name in ("embed_dim", "depth", "num_heads"):
             if getattr(s, name) is not None:
                 yield f"student.{name}", f"is for transformers; {s.arch} has its own stages"
@@ -133,7 +123,8 @@ def _crop_problems(c: TrainConfig) -> Iterator[Problem]:
     for size in columns["local_crops_size"]:
         if size < patch:
             yield "crops.local_crops_size", f"{size} is smaller than one patch ({patch} px)"
-    if c.student.arch in ARCHITECTURES and size_name(c.student.arch) in CONVNEXT_SIZES and patch * scale != 32:
+    arch = c.student.arch
+    if arch in NAMES and isinstance(size_of(arch), ConvNeXtConfig) and patch * scale != 32:
         yield (
             "crops.teacher_to_student_resolution_scale",
             f"a ConvNeXt has one token per 32 px, so student.patch_size × this must be 32, not {patch} × {scale:g}",

@@ -2,60 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
 from dinov3.config.bounds import setting
 from dinov3.config.loading import ANY
-from dinov3.errors import UnknownName, did_you_mean
-from dinov3.models import vit
-from dinov3.models.convnext import ConvNeXtConfig
-from dinov3.models.vit import ViTConfig
+from dinov3.models.architectures import NAMES, PUBLISHED, BackboneConfig, ConvNeXtConfig, ViTConfig, size_of
 
 MISSING: Any = "???"  # OmegaConf's mark for a value that must be given
 SINKS = ("tensorboard", "wandb", "trackio")
-
-# ---- architectures that a configuration may name --------------------------------------------------------------------
-
-# (embed_dim, depth, num_heads, ffn_ratio); vit_tiny is ours, for toys and tests of the whole
-VIT_SIZES: dict[str, tuple[int, int, int, float]] = {"vit_tiny": (192, 12, 3, 4.0), **vit.SIZES}
-CONVNEXT_SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    "convnext_tiny": ((3, 3, 9, 3), (96, 192, 384, 768)),
-    "convnext_small": ((3, 3, 27, 3), (96, 192, 384, 768)),
-    "convnext_base": ((3, 3, 27, 3), (128, 256, 512, 1024)),
-    "convnext_large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
-}
-_PUBLISHED: dict[str, Any] = {
-    "norm_layer": "layernormbf16",
-    "n_storage_tokens": 4,
-    "mask_k_bias": True,
-    "pos_embed_rope_rescale_coords": 2.0,
-}
-_PLUS: dict[str, Any] = _PUBLISHED | {"ffn_layer": "swiglu", "ffn_ratio": 6.0}
-_7B: dict[str, Any] = _PUBLISHED | {"ffn_layer": "swiglu64", "qkv_bias": False, "untie_global_and_local_cls_norm": True}
-# Published names bring the published options with them, as defaults of the `student` section: what a file or the
-# command line says still wins. The catalogue of weights is a row above this one, so a test holds the two together.
-PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
-    "dinov3_vits16": ("vit_small", _PUBLISHED),
-    "dinov3_vits16plus": ("vit_small", _PLUS),
-    "dinov3_vitb16": ("vit_base", _PUBLISHED),
-    "dinov3_vitl16": ("vit_large", _PUBLISHED),
-    "dinov3_vitl16plus": ("vit_large", _PLUS),
-    "dinov3_vith16plus": ("vit_huge2", _PLUS),
-    "dinov3_vit7b16": ("vit_7b", _7B),
-    **{f"dinov3_{name}": (name, {}) for name in CONVNEXT_SIZES},
-}
-ARCHITECTURES = (*VIT_SIZES, *CONVNEXT_SIZES, *PUBLISHED)
-
-
-def size_name(arch: str) -> str:
-    """The entry of VIT_SIZES or CONVNEXT_SIZES behind an architecture's name."""
-    if arch not in ARCHITECTURES:
-        raise UnknownName(f"unknown architecture {arch!r}{did_you_mean(arch, ARCHITECTURES)}")
-    return PUBLISHED[arch][0] if arch in PUBLISHED else arch
-
 
 # ---- the sections ---------------------------------------------------------------------------------------------------
 
@@ -170,7 +126,7 @@ class LoopConfig:
 
 @dataclass
 class StudentConfig:
-    arch: str = "vit_large"  # a key of VIT_SIZES or CONVNEXT_SIZES, or a published name such as dinov3_vits16plus
+    arch: str = "vit_large"  # a size of dinov3.models.architectures, or a published name such as dinov3_vits16plus
     patch_size: int = setting(16, above=0)  # ConvNeXt: pseudo patch size
     drop_path_rate: float = setting(0.3, at_least=0, below=1)
     layerscale: float | None = 1e-5  # ViT only; a ConvNeXt block begins at 1e-6
@@ -324,7 +280,7 @@ class RunConfig:
 V1_KEYS = (
     *(f"optim.{k}" for k in ("weight_decay", "weight_decay_end", "lr", "warmup_epochs", "min_lr")),
     *(f"optim.{k}" for k in ("schedule_trunc_extra", "freeze_last_layer_epochs")),
-    *(f"teacher.{f.name}" for f in dataclasses.fields(TeacherConfig)),
+    *(f"teacher.{f.name}" for f in fields(TeacherConfig)),
 )
 V1_TO_V2 = {
     "optim.lr": "schedules.lr.peak",
@@ -436,8 +392,9 @@ class TrainConfig:
     def remarks(self) -> Iterator[str]:
         """What is allowed and still worth a line."""
         s, optim = self.student, self.optim
-        if s.arch in ARCHITECTURES and size_name(s.arch) in VIT_SIZES:
-            own = VIT_SIZES[size_name(s.arch)][3] if s.arch not in PUBLISHED else PUBLISHED[s.arch][1].get("ffn_ratio")
+        size = size_of(s.arch) if s.arch in NAMES else None
+        if isinstance(size, ViTConfig):
+            own = PUBLISHED[s.arch][1].get("ffn_ratio") if s.arch in PUBLISHED else size.ffn_ratio
             if s.ffn_ratio is not None and own is not None and s.ffn_ratio != own:
                 yield f"student.ffn_ratio {s.ffn_ratio:g} takes effect here (the reference would use {own:g})"
             if s.pos_embed_rope_dtype != "bf16":
@@ -491,17 +448,13 @@ def resolutions(crops: CropsConfig) -> list[Resolution]:
 # ---- the model a configuration describes ----------------------------------------------------------------------------
 
 
-def vit_config(student: StudentConfig) -> ViTConfig | ConvNeXtConfig:
+def vit_config(student: StudentConfig) -> BackboneConfig:
     """What `dinov3.models` builds for the `student` section."""
-    s, size = student, size_name(student.arch)
-    if size in CONVNEXT_SIZES:
-        depths, dims = CONVNEXT_SIZES[size]
-        return ConvNeXtConfig(
-            in_chans=s.in_chans, depths=depths, dims=dims, drop_path_rate=s.drop_path_rate, patch_size=s.patch_size
-        )
-    embed_dim, depth, num_heads, ffn_ratio = VIT_SIZES[size]
-    given = {name: getattr(s, name) for name in ("embed_dim", "depth", "num_heads", "ffn_ratio")}
-    shape = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, "ffn_ratio": ffn_ratio}
-    shape |= {name: value for name, value in given.items() if value is not None}
-    same = {f.name for f in dataclasses.fields(ViTConfig)} & {f.name for f in dataclasses.fields(StudentConfig)}
-    return ViTConfig(**({n: getattr(s, n) for n in same} | shape), layerscale_init=s.layerscale)
+    s, size = student, size_of(student.arch)
+    if isinstance(size, ConvNeXtConfig):
+        return replace(size, in_chans=s.in_chans, drop_path_rate=s.drop_path_rate, patch_size=s.patch_size)
+    shared = {f.name for f in fields(ViTConfig)} & {f.name for f in fields(StudentConfig)}
+    given = {name: getattr(s, name) for name in shared}
+    shape = ("embed_dim", "depth", "num_heads", "ffn_ratio")  # null: the architecture's own
+    given = {name: value for name, value in given.items() if value is not None or name not in shape}
+    return replace(size, **given, layerscale_init=s.layerscale)

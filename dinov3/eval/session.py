@@ -58,7 +58,7 @@ from dinov3.runlog import RunDir, peak_memory_gb, spoken_time
 from dinov3.weights.filling import fill
 
 if TYPE_CHECKING:
-    from dinov3.models import BackboneConfig
+    from dinov3.models.architectures import BackboneConfig
 
 Number = float | int | str | None
 
@@ -88,7 +88,7 @@ def open_model(section: ModelSection, device: str | torch.device = "cpu") -> nn.
 def _from_configuration(file: str, weights: str | None, *, device: Any, dtype: torch.dtype) -> nn.Module:
     """The teacher's backbone of a training run: architecture from its configuration, weights from a file or folder."""
     from dinov3.hub import Origin
-    from dinov3.models import backbone
+    from dinov3.models.build import backbone
     from dinov3.weights import filling, reading
 
     described, _ = load_model_config(file)
@@ -114,7 +114,7 @@ def _from_configuration(file: str, weights: str | None, *, device: Any, dtype: t
 
 def _from_distributed(config: BackboneConfig, folder: Path) -> nn.Module:
     from dinov3 import checkpoint
-    from dinov3.models import backbone
+    from dinov3.models.build import backbone
 
     names = checkpoint.stored(folder)
     places = ("model.model_ema.backbone.", "model.teacher.backbone.", "model.backbone.", "teacher.backbone.")

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from dinov3.errors import DinoError, did_you_mean
-from dinov3.models import ConvNeXtConfig, ViTConfig
+from dinov3.models.architectures import ConvNeXtConfig, ViTConfig
 from dinov3.weights import configs, formats, identity, reading, writing
 from dinov3.weights import download as cache
 from dinov3.weights.catalog import STATISTICS, Row

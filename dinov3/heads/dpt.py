@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dinov3.errors import DinoError, one_of
 from dinov3.heads.encoder import FrozenLayers, check_levels, dtype_of, resized
 from dinov3.heads.linear import LinearDepthHead
-from dinov3.models import Backbone
+from dinov3.models.base import Backbone
 
 READOUTS = ("ignore", "add", "project")
 BINS = ("linear", "log", "chmv2_mixlog")

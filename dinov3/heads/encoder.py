@@ -22,8 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3.errors import DinoError, UnknownName, did_you_mean, one_of
-from dinov3.models import Backbone
-from dinov3.models.base import chosen_layers
+from dinov3.models.base import Backbone, chosen_layers
 
 
 def four_even(n: int) -> list[int]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dinov3.errors import DinoError
 from dinov3.heads.encoder import FrozenLayers, check_levels, dtype_of, resized
-from dinov3.models import Backbone
+from dinov3.models.base import Backbone
 
 # ---- classes of an image ------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from dinov3.errors import DinoError, UnknownName, WeightsError, did_you_mean, on
 from dinov3.weights import catalog
 
 if TYPE_CHECKING:
-    from dinov3.models import BackboneConfig
+    from dinov3.models.architectures import BackboneConfig
     from dinov3.weights.reading import OpenedWeights
 
 
@@ -127,7 +127,7 @@ def published_source(row: catalog.Row) -> str:
 
 def fresh(row: catalog.Row, *, seed: int | None, device: Any = "cpu", dtype: Any = None, **options: Any) -> nn.Module:
     """A model with initial weights. `seed` None draws from torch's current random state."""
-    from dinov3.models import backbone
+    from dinov3.models.build import backbone
 
     with torch.device("meta"):  # init_weights fills everything, so nothing is drawn twice
         model = backbone(with_options(row.config, options))

@@ -26,7 +26,7 @@ from dinov3.errors import DinoError
 from dinov3.heads.dinotxt.model import DinoTxt, DinoTxtConfig, TextConfig, build
 from dinov3.hub import Origin, head, published_heads
 from dinov3.hub.backbones import Weights, dinov3_vitl16
-from dinov3.models import VisionTransformer
+from dinov3.models.vit import VisionTransformer
 from dinov3.weights import catalog, reading
 from dinov3.weights import download as cache
 from dinov3.weights.filling import fill, some

@@ -33,7 +33,8 @@ from dinov3.fit.loop import backbones_in, freeze, head_tensors, load_head_tensor
 from dinov3.heads.encoder import FrozenLayers, dtype_of
 from dinov3.hub import foreign
 from dinov3.hub.published_heads import placed
-from dinov3.models import Backbone, ConvNeXt
+from dinov3.models.base import Backbone
+from dinov3.models.convnext import ConvNeXt
 from dinov3.weights import identity, reading, writing
 from dinov3.weights.filling import difference
 

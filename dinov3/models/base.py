@@ -1,13 +1,28 @@
-"""What both families share: one call for one tensor or for a list of crop groups, and how layers are chosen."""
+"""The protocol of backbones; one forward for a tensor or a list of crop groups; how layers are chosen."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from dinov3.errors import DinoError
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """What everything above this row may ask of a backbone."""
+
+    embed_dim: int
+    n_blocks: int
+    n_storage_tokens: int
+    patch_size: int | None
+    stride: int  # input pixels per patch of the last layer, in both directions
+
+    def patch_grid(self, height: int, width: int) -> tuple[int, int]: ...
+    def forward_features(self, x: Any, masks: Any = None) -> Any: ...
+    def get_intermediate_layers(self, x: Tensor, n: int | Sequence[int] = 1, **options: Any) -> tuple[Any, ...]: ...
 
 
 class TokenModel(nn.Module):

@@ -9,39 +9,15 @@ of that patch size would give, so that dense heads see stride 16; `forward_featu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov3.errors import DinoError, UnknownName, did_you_mean
+from dinov3.errors import DinoError
+from dinov3.models.architectures import ConvNeXtConfig
 from dinov3.models.base import TokenModel, chosen_layers, named_features
-
-
-@dataclass(frozen=True)
-class ConvNeXtConfig:
-    in_chans: int = 3
-    depths: tuple[int, ...] = (3, 3, 9, 3)
-    dims: tuple[int, ...] = (96, 192, 384, 768)
-    drop_path_rate: float = 0.0
-    layer_scale_init_value: float = 1e-6
-    patch_size: int | None = None  # pseudo patch size of intermediate maps
-
-    @classmethod
-    def of(cls, **options: Any) -> ConvNeXtConfig:
-        """Like the constructor, but an unknown option is refused with a proposal instead of a TypeError."""
-        known = [f.name for f in fields(cls)]
-        for name in options:
-            if name not in known:
-                raise UnknownName(f"a ConvNeXt has no option {name!r}{did_you_mean(name, known)}")
-        options = {k: tuple(v) if k in ("depths", "dims") else v for k, v in options.items()}
-        return cls(**options)
-
-    @property
-    def embed_dim(self) -> int:
-        return self.dims[-1]
 
 
 class ChannelNorm(nn.Module):

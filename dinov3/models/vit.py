@@ -12,83 +12,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov3.errors import DinoError, UnknownName, did_you_mean, one_of
+from dinov3.errors import DinoError, one_of
+from dinov3.models.architectures import ViTConfig
 from dinov3.models.base import TokenModel, chosen_layers, named_features
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class ViTConfig:
-    """What defines a ViT. Field names are those of the reference constructor and of its configuration files."""
-
-    img_size: int = 224  # informative only: any size is accepted
-    patch_size: int = 16
-    in_chans: int = 3
-    pos_embed_rope_base: float | None = 100.0
-    pos_embed_rope_min_period: float | None = None
-    pos_embed_rope_max_period: float | None = None
-    pos_embed_rope_normalize_coords: str = "separate"  # "min" | "max" | "separate"
-    pos_embed_rope_shift_coords: float | None = None  # these three augment coordinates in training mode only
-    pos_embed_rope_jitter_coords: float | None = None
-    pos_embed_rope_rescale_coords: float | None = None
-    pos_embed_rope_dtype: str = "fp32"
-    embed_dim: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    ffn_ratio: float = 4.0
-    qkv_bias: bool = True
-    drop_path_rate: float = 0.0
-    layerscale_init: float | None = None
-    norm_layer: str = "layernorm"  # "layernorm" eps 1e-6 | "layernormbf16" eps 1e-5 (nothing bf16) | "rmsnorm"
-    ffn_layer: str = "mlp"  # "mlp" | "swiglu" | "swiglu32" | "swiglu64" | "swiglu128": hidden width aligned to that
-    ffn_bias: bool = True
-    proj_bias: bool = True
-    n_storage_tokens: int = 0
-    mask_k_bias: bool = False
-    untie_cls_and_patch_norms: bool = False
-    untie_global_and_local_cls_norm: bool = False
-
-    @classmethod
-    def of(cls, **options: Any) -> ViTConfig:
-        """Like the constructor, but an unknown option is refused with a proposal instead of a TypeError."""
-        known = [f.name for f in fields(cls)]
-        for name in options:
-            if name not in known:
-                raise UnknownName(f"a ViT has no option {name!r}{did_you_mean(name, known)}")
-        return cls(**options)
-
-    @property
-    def head_dim(self) -> int:
-        return self.embed_dim // self.num_heads
-
-    @property
-    def ffn_hidden(self) -> int:
-        """Width inside the FFN. SwiGLU takes 2/3 of the nominal width, rounded up to its alignment."""
-        nominal = int(self.embed_dim * self.ffn_ratio)
-        if self.ffn_layer == "mlp":
-            return nominal
-        align = int(self.ffn_layer.removeprefix("swiglu") or 8)
-        return math.ceil(int(nominal * 2 / 3) / align) * align
-
-
-# The size functions that training configurations name: (embed_dim, depth, num_heads, ffn_ratio).
-SIZES: dict[str, tuple[int, int, int, float]] = {
-    "vit_small": (384, 12, 6, 4.0),
-    "vit_base": (768, 12, 12, 4.0),
-    "vit_large": (1024, 24, 16, 4.0),
-    "vit_so400m": (1152, 27, 18, 3.777777778),
-    "vit_huge2": (1280, 32, 20, 4.0),
-    "vit_giant2": (1536, 40, 24, 4.0),
-    "vit_7b": (4096, 40, 32, 3.0),
-}
 
 
 # ---- position ------------------------------------------------------------------------------------------------------

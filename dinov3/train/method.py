@@ -33,7 +33,7 @@ from dinov3.distributed import Group
 from dinov3.errors import DinoError
 from dinov3.heads.projection import ProjectionHead
 from dinov3.losses import LossTerms
-from dinov3.models import backbone as build_backbone
+from dinov3.models.build import backbone as build_backbone
 from dinov3.optim import StepValues, ema_update
 
 # ---- the networks ---------------------------------------------------------------------------------------------------

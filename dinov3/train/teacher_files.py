@@ -32,7 +32,7 @@ from dinov3.config.recipes import load_model_config
 from dinov3.config.train import TrainConfig, vit_config
 from dinov3.errors import DinoError, WeightsError, WeightsMismatch
 from dinov3.files import atomically
-from dinov3.models import BackboneConfig
+from dinov3.models.architectures import BackboneConfig
 from dinov3.parallel import full_state
 from dinov3.train.method import Network
 from dinov3.weights import configs, filling, formats, reading, writing

@@ -35,7 +35,7 @@ from dinov3.features import default_preprocessing
 from dinov3.fit.features import remembering
 from dinov3.fit.loop import FitConfig, FitReport, fit, seed_of
 from dinov3.hub.own_heads import build_head, check_kind, palette, save_head
-from dinov3.models import ConvNeXt
+from dinov3.models.convnext import ConvNeXt
 from dinov3.runlog import RunDir, read_metrics
 from dinov3.train_head import tasks
 

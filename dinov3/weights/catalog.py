@@ -15,12 +15,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from dinov3.errors import UnknownName, did_you_mean
-
-if TYPE_CHECKING:
-    from dinov3.models import BackboneConfig
+from dinov3.models.architectures import BackboneConfig, ConvNeXtConfig, ViTConfig, published
 
 # What `dinov3 embed` and `make demo` use when no model is named: the small one that ships with the package. ("random"
 # would be said to be random wherever it is used.)
@@ -37,24 +35,14 @@ STATISTICS: dict[str, tuple[tuple[float, float, float], tuple[float, float, floa
 DOWNLOAD_BASE = "https://dl.fbaipublicfiles.com/dinov3"  # DINOV3_DOWNLOAD_BASE in the environment overrides it
 DOWNLOAD_PAGE = "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/"
 
-_HUB_VIT: dict[str, Any] = {
-    "layerscale_init": 1e-5,
-    "norm_layer": "layernormbf16",
-    "n_storage_tokens": 4,
-    "mask_k_bias": True,
-    "pos_embed_rope_rescale_coords": 2.0,
-}
-Family = Literal["vit", "convnext"]
-
 
 @dataclass(frozen=True)
 class Row:
-    """A published file. `options` are the constructor's arguments (`ViTConfig` or `ConvNeXtConfig`)."""
+    """A published file of a backbone."""
 
     arch: str  # the hub function's name
     dataset: str  # a key of STATISTICS
-    family: Family
-    options: Mapping[str, Any] = field(repr=False)
+    config: BackboneConfig = field(repr=False)
     parameters: int
     hash: str | None  # first 8 hex digits of the published file's sha256
     released: bool = True
@@ -65,16 +53,6 @@ class Row:
     @property
     def id(self) -> str:
         return f"{self.arch}_{self.dataset}"
-
-    @property
-    def config(self) -> BackboneConfig:
-        from dinov3.models import ConvNeXtConfig, ViTConfig
-
-        return ViTConfig(**self.options) if self.family == "vit" else ConvNeXtConfig(**self.options)
-
-    @property
-    def sha256_prefix(self) -> str | None:
-        return self.hash
 
     @property
     def file(self) -> str | None:
@@ -108,15 +86,11 @@ class Row:
     def std(self) -> tuple[float, float, float]:
         return STATISTICS[self.dataset][1]
 
-    @property
-    def width(self) -> int:
-        return self.options["embed_dim"] if self.family == "vit" else self.options["dims"][-1]
-
     def tokens(self, size: int) -> int:
         """Length of the sequence for a size × size image: CLS + registers + patches (ConvNeXt: pooled + pixels)."""
-        if self.family == "convnext":
+        if isinstance(self.config, ConvNeXtConfig):
             return 1 + (size // 32) ** 2
-        return 1 + self.options["n_storage_tokens"] + (size // self.options.get("patch_size", 16)) ** 2
+        return 1 + self.config.n_storage_tokens + (size // self.config.patch_size) ** 2
 
 
 _VIT_SCORES = ("IN-ReaL", "IN-R", "ObjectNet", "Oxford-H", "ADE20k", "NYU↓", "DAVIS", "NAVI", "SPair")
@@ -128,38 +102,31 @@ def _vit(
     arch: str,
     parameters: int,
     hash: str,
-    dims: tuple[int, int, int],
     timm: str | None = None,
     scores: tuple[float, ...] = (),
     dataset: str = "lvd1689m",
-    released: bool = True,
     **options: Any,
 ) -> Row:
-    embed_dim, depth, num_heads = dims
     names = [f"vit_{timm}_patch16_dinov3"] if timm else []
     if timm and timm != "7b":
         names.append(f"vit_{timm}_patch16_dinov3_qkvb")
     return Row(
         arch=arch,
         dataset=dataset,
-        family="vit",
-        options=_HUB_VIT | {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads} | options,
+        config=published(arch, **options),
         parameters=parameters,
         hash=hash,
-        released=released,
+        released=timm is not None,
         timm=tuple(f"{n}.{dataset}" for n in names),
         scores=dict(zip(_SAT_SCORES if dataset == "sat493m" else _VIT_SCORES, scores)),
     )
 
 
-def _convnext(
-    size: str, parameters: int, hash: str, depths: tuple[int, ...], dims: tuple[int, ...], scores: tuple[float, ...]
-) -> Row:
+def _convnext(size: str, parameters: int, hash: str, scores: tuple[float, ...]) -> Row:
     return Row(
         arch=f"dinov3_convnext_{size}",
         dataset="lvd1689m",
-        family="convnext",
-        options={"depths": depths, "dims": dims},
+        config=published(f"dinov3_convnext_{size}"),
         parameters=parameters,
         hash=hash,
         timm=(f"convnext_{size}.dinov3_lvd1689m",),
@@ -167,33 +134,25 @@ def _convnext(
     )
 
 
-_SWIGLU: dict[str, Any] = {"ffn_layer": "swiglu", "ffn_ratio": 6.0}
-_7B: dict[str, Any] = {
-    "ffn_layer": "swiglu64",
-    "ffn_ratio": 3.0,
-    "qkv_bias": False,
-    "untie_global_and_local_cls_norm": True,
-}
-S, B, L, H, G7 = (384, 12, 6), (768, 12, 12), (1024, 24, 16), (1280, 32, 20), (4096, 40, 32)
-
+_UNTIED = {"untie_global_and_local_cls_norm": True}
 # fmt: off
 ROWS: tuple[Row, ...] = (
-    _vit("dinov3_vits16", 21_601_152, "08c60483", S, "small", (87.0, 60.4, 50.9, 49.5, 47.0, .403, 72.7, 56.3, 50.4)),
-    _vit("dinov3_vits16plus", 28_697_472, "4057cbaa", S, "small_plus", (88.0, 68.8, 54.6, 50.0, 48.8, .399, 75.5, 57.1, 55.2), **_SWIGLU),  # noqa: E501
-    _vit("dinov3_vitb16", 85_669_632, "73cec8be", B, "base", (89.3, 76.7, 64.1, 58.5, 51.8, .373, 77.2, 58.8, 57.2)),
-    _vit("dinov3_vitl16", 303_154_176, "8aa4cbdd", L, "large", (90.2, 88.1, 74.8, 63.1, 54.9, .352, 79.9, 62.3, 61.2)),
-    _vit("dinov3_vitl16plus", 403_915_776, "46503df0", L, released=False, **_SWIGLU),
-    _vit("dinov3_vith16plus", 840_633_600, "7c1da9a5", H, "huge_plus", (90.3, 90.0, 78.6, 64.5, 54.8, .352, 79.3, 63.3, 56.3), **_SWIGLU),  # noqa: E501
-    _vit("dinov3_vit7b16", 6_716_043_264, "a955f4ea", G7, "7b", (90.4, 91.1, 79.0, 60.7, 55.9, .309, 79.7, 64.4, 58.7), **_7B),  # noqa: E501
-    _vit("dinov3_vitl16", 303_156_224, "eadcf0ff", L, "large", (79.6, 74.5, 2.07), "sat493m", untie_global_and_local_cls_norm=True),  # noqa: E501
-    _vit("dinov3_vit7b16", 6_716_043_264, "a6675841", G7, "7b", (81.1, 75.0, 2.02), "sat493m", **_7B),
-    _convnext("tiny", 27_820_128, "21b726bb", (3, 3, 9, 3), (96, 192, 384, 768), (87.7, 74.1, 58.7, 42.7, .448)),
+    _vit("dinov3_vits16", 21_601_152, "08c60483", "small", (87.0, 60.4, 50.9, 49.5, 47.0, .403, 72.7, 56.3, 50.4)),
+    _vit("dinov3_vits16plus", 28_697_472, "4057cbaa", "small_plus", (88.0, 68.8, 54.6, 50.0, 48.8, .399, 75.5, 57.1, 55.2)),
+    _vit("dinov3_vitb16", 85_669_632, "73cec8be", "base", (89.3, 76.7, 64.1, 58.5, 51.8, .373, 77.2, 58.8, 57.2)),
+    _vit("dinov3_vitl16", 303_154_176, "8aa4cbdd", "large", (90.2, 88.1, 74.8, 63.1, 54.9, .352, 79.9, 62.3, 61.2)),
+    _vit("dinov3_vitl16plus", 403_915_776, "46503df0"),
+    _vit("dinov3_vith16plus", 840_633_600, "7c1da9a5", "huge_plus", (90.3, 90.0, 78.6, 64.5, 54.8, .352, 79.3, 63.3, 56.3)),
+    _vit("dinov3_vit7b16", 6_716_043_264, "a955f4ea", "7b", (90.4, 91.1, 79.0, 60.7, 55.9, .309, 79.7, 64.4, 58.7)),
+    _vit("dinov3_vitl16", 303_156_224, "eadcf0ff", "large", (79.6, 74.5, 2.07), "sat493m", **_UNTIED),
+    _vit("dinov3_vit7b16", 6_716_043_264, "a6675841", "7b", (81.1, 75.0, 2.02), "sat493m"),
+    _convnext("tiny", 27_820_128, "21b726bb", (87.7, 74.1, 58.7, 42.7, .448)),
     # the published IN-R and ObjectNet of Small repeat Tiny's, probably a copying error: left out
-    _convnext("small", 49_454_688, "296db49d", (3, 3, 27, 3), (96, 192, 384, 768), (88.7, float("nan"), float("nan"), 44.8, .432)),  # noqa: E501
-    _convnext("base", 87_566_464, "801f2ba9", (3, 3, 27, 3), (128, 256, 512, 1024), (89.2, 78.2, 61.3, 46.3, .420)),
-    _convnext("large", 196_230_336, "61fa432d", (3, 3, 27, 3), (192, 384, 768, 1536), (89.4, 82.4, 65.2, 47.8, .403)),
+    _convnext("small", 49_454_688, "296db49d", (88.7, float("nan"), float("nan"), 44.8, .432)),
+    _convnext("base", 87_566_464, "801f2ba9", (89.2, 78.2, 61.3, 46.3, .420)),
+    _convnext("large", 196_230_336, "61fa432d", (89.4, 82.4, 65.2, 47.8, .403)),
     # our own, distilled by `dinov3 distill`: docs/model-card-vitt16.md
-    Row("dinov3_vitt16", "own", "vit", _HUB_VIT | {"embed_dim": 192, "depth": 12, "num_heads": 3}, 5_492_160, None, packaged="dinov3_vitt16.safetensors"),  # noqa: E501
+    Row("dinov3_vitt16", "own", published("dinov3_vitt16"), 5_492_160, None, packaged="dinov3_vitt16.safetensors"),
 )
 # fmt: on
 ARCHITECTURES: tuple[str, ...] = tuple(dict.fromkeys(row.arch for row in ROWS))
@@ -266,7 +225,7 @@ def aliases() -> dict[str, tuple[Row, ...]]:
             names |= {row.hf, row.hf.removeprefix("facebook/")}
         for name in row.timm:
             names |= {name, f"timm/{name}"}
-            if row.family == "vit":  # without its tag the name says only the architecture
+            if isinstance(row.config, ViTConfig):  # without its tag the name says only the architecture
                 names.add(name.split(".")[0])
         for name in names:
             table.setdefault(name.lower(), []).append(row)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dinov3.errors import WeightsError
-from dinov3.models import BackboneConfig, ConvNeXtConfig, ViTConfig
+from dinov3.models.architectures import BackboneConfig, ConvNeXtConfig, ViTConfig
 from dinov3.models.vit import RopeEmbedding
 from dinov3.weights.catalog import ROWS, Row
 
@@ -105,8 +105,8 @@ def heads_of(width: int, meta: Mapping[str, Tensor], hints: Mapping[str, Any]) -
     if hints.get("num_heads"):
         return int(hints["num_heads"])
     for row in ROWS:
-        if row.family == "vit" and row.width == width:
-            return int(row.options["num_heads"])
+        if isinstance(row.config, ViTConfig) and row.config.embed_dim == width:
+            return row.config.num_heads
     return max(width // 64, 1)
 
 
@@ -150,11 +150,7 @@ def fitting_rows(config: BackboneConfig, form: Form) -> tuple[Row, ...]:
         form, ("untie_global_and_local_cls_norm", "qkv_bias", "mask_k_bias")
     )
     wanted = signature(config, without=without)
-    return tuple(
-        r
-        for r in ROWS
-        if (r.family == "vit") == isinstance(config, ViTConfig) and signature(r.config, without=without) == wanted
-    )
+    return tuple(r for r in ROWS if type(r.config) is type(config) and signature(r.config, without=without) == wanted)
 
 
 # ---- as the libraries write it -------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dinov3.errors import WeightsMismatch
-from dinov3.models import BackboneConfig, ConvNeXtConfig, backbone
+from dinov3.models.architectures import BackboneConfig, ConvNeXtConfig
+from dinov3.models.build import backbone
 from dinov3.weights import configs, formats
 from dinov3.weights.catalog import Row
 from dinov3.weights.reading import OpenedWeights, shown

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from dinov3.errors import WeightsError
-from dinov3.models import BackboneConfig, ConvNeXtConfig, ViTConfig
+from dinov3.models.architectures import BackboneConfig, ConvNeXtConfig, ViTConfig
 from dinov3.models.vit import RopeEmbedding
 from dinov3.weights.configs import ROPE, Form, heads_of, refusals, rope_options
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from dinov3.errors import UnsafeFile, WeightsError, did_you_mean, require
-from dinov3.models import BackboneConfig
+from dinov3.models.architectures import BackboneConfig
 from dinov3.weights import configs, formats
 from dinov3.weights import download as cache
 from dinov3.weights.catalog import Row, aliases
@@ -192,14 +192,14 @@ def _which(
 ) -> tuple[Row, ...]:
     """Which of several published files of one architecture this is; all of them if nothing tells."""
     if "local_cls_norm.weight" in state:  # L has it only when trained on satellite images
-        rows = tuple(r for r in rows if r.options.get("untie_global_and_local_cls_norm")) or rows
+        rows = tuple(r for r in rows if getattr(r.config, "untie_global_and_local_cls_norm", False)) or rows
     text = " ".join(names).lower()
-    by_hash = tuple(r for r in rows if r.sha256_prefix and f"-{r.sha256_prefix}." in text)
+    by_hash = tuple(r for r in rows if r.hash and f"-{r.hash}." in text)
     by_name = tuple(r for r in rows if r.dataset in text)
     by_mean = tuple(r for r in rows if mean and _near(mean, r.mean))
     if len(rows) > 1 and len(by_hash) != 1 and lone:  # Meta's file under another name: read it all
         digest = cache.sha256_of(files[0])
-        by_hash = tuple(r for r in rows if r.sha256_prefix and digest.startswith(r.sha256_prefix))
+        by_hash = tuple(r for r in rows if r.hash and digest.startswith(r.hash))
     if len(by_hash) == 1:
         return by_hash
     # A processor saved without thought says ImageNet's mean, so only the satellite one outweighs a name.

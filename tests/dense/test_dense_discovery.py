@@ -12,7 +12,8 @@ from dinov3.dense import discovery
 from dinov3.dense.discovery import Cut, box_in_image, connected, cosines, cut, second_smallest, token_cut
 from dinov3.errors import DinoError
 from dinov3.features import embed
-from dinov3.models.vit import VisionTransformer, ViTConfig
+from dinov3.models.architectures import ViTConfig
+from dinov3.models.vit import VisionTransformer
 
 
 def box_px(

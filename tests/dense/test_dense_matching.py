@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from dinov3.dense.matching import Matches, coverage, match, nearest, pixels, sample, thin
 from dinov3.errors import DinoError, IncompatibleFeatures
 from dinov3.features import embed
-from dinov3.models.vit import VisionTransformer, ViTConfig
+from dinov3.models.architectures import ViTConfig
+from dinov3.models.vit import VisionTransformer
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dinov3.models.vit import VisionTransformer, ViTConfig
+from dinov3.models.architectures import ViTConfig
+from dinov3.models.vit import VisionTransformer
 from dinov3.weights import catalog
 from dinov3.weights.writing import save
 

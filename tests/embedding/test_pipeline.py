@@ -24,7 +24,8 @@ from dinov3.embedding.search import search
 from dinov3.embedding.store import EmbeddingStore
 from dinov3.errors import DinoError, StoreError
 from dinov3.features import embed
-from dinov3.models import VisionTransformer, ViTConfig
+from dinov3.models.architectures import ViTConfig
+from dinov3.models.vit import VisionTransformer
 
 pytest.importorskip("lancedb")
 RULE = Preprocessing(size=32)

@@ -14,7 +14,8 @@ from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.embedding.pipeline import embed_source
 from dinov3.embedding.ray_engine import embed_with_ray, shard_of
 from dinov3.embedding.store import EmbeddingStore
-from dinov3.models import VisionTransformer, ViTConfig
+from dinov3.models.architectures import ViTConfig
+from dinov3.models.vit import VisionTransformer
 
 RULE = Preprocessing(size=32)
 

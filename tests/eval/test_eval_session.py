@@ -42,7 +42,8 @@ from dinov3.eval.published import published
 from dinov3.eval.session import Session
 from dinov3.eval.tables import read_table, write_table
 from dinov3.features import default_preprocessing
-from dinov3.models import ViTConfig, backbone
+from dinov3.models.architectures import ViTConfig
+from dinov3.models.build import backbone
 
 
 def tiny(seed: int = 0) -> torch.nn.Module:
@@ -283,7 +284,7 @@ def test_a_transformers_model_is_a_backbone(tmp_path: Path, oracles: None, monke
 
     from dinov3 import load
     from dinov3.features import run
-    from dinov3.models import Backbone
+    from dinov3.models.base import Backbone
 
     torch.manual_seed(0)
     about = Dinov2Config(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, patch_size=14, image_size=56)

@@ -26,7 +26,8 @@ from dinov3.eval.tracking import (
     sequence_scores,
     table,
 )
-from dinov3.models.vit import VisionTransformer, ViTConfig
+from dinov3.models.architectures import ViTConfig
+from dinov3.models.vit import VisionTransformer
 
 
 def square(shift: int = 0, size: int = 40) -> np.ndarray:

@@ -12,7 +12,8 @@ import torch
 
 from dinov3.errors import DinoError, WeightsError
 from dinov3.export.convert import convert
-from dinov3.models import ViTConfig, backbone
+from dinov3.models.architectures import ViTConfig
+from dinov3.models.build import backbone
 from dinov3.weights import catalog, filling, formats, identity, reading, writing
 from tests.weights.test_formats import HUB, TINY, filled, images, same
 

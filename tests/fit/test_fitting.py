@@ -20,7 +20,8 @@ from dinov3.fit.loop import FitConfig, fit, head_tensors, shuffled
 from dinov3.heads import objectives
 from dinov3.heads.linear import LinearSegmentor, build_linear_segmentor
 from dinov3.losses import LossTerms
-from dinov3.models import VisionTransformer, ViTConfig
+from dinov3.models.architectures import ViTConfig
+from dinov3.models.vit import VisionTransformer
 from dinov3.runlog import RunDir, read_metrics
 
 

@@ -20,7 +20,10 @@ from dinov3.heads.detr.features import grid_position
 from dinov3.heads.detr.model import DetectorWithProcessor, PostProcess, build_detector
 from dinov3.heads.detr.transformer import BoxAttention, DetrConfig, Grid
 from dinov3.metrics.boxes import overlap
-from dinov3.models import ConvNeXt, ConvNeXtConfig, VisionTransformer, ViTConfig, backbone
+from dinov3.models.architectures import ConvNeXtConfig, ViTConfig
+from dinov3.models.build import backbone
+from dinov3.models.convnext import ConvNeXt
+from dinov3.models.vit import VisionTransformer
 from dinov3.weights import catalog
 
 

@@ -14,7 +14,8 @@ from dinov3.errors import DinoError, UnknownName
 from dinov3.heads.detr.boxes import to_cxcywh
 from dinov3.heads.detr.loss import DetrCriterion, Weights, focal_loss, ia_bce_loss
 from dinov3.heads.detr.model import build_detector
-from dinov3.models import VisionTransformer, ViTConfig
+from dinov3.models.architectures import ViTConfig
+from dinov3.models.vit import VisionTransformer
 
 pytest.importorskip("scipy", reason="the matching needs scipy")
 

@@ -15,7 +15,10 @@ from torch import Tensor
 from dinov3.errors import DinoError, UnknownName
 from dinov3.heads.dpt import BINS, CHMV2, NORMS, SYNTHMIX, DPTHead, FeaturesToDepth, bin_centres, build_depther
 from dinov3.heads.linear import LinearDepthHead
-from dinov3.models import ConvNeXt, ConvNeXtConfig, VisionTransformer, ViTConfig, backbone
+from dinov3.models.architectures import ConvNeXtConfig, ViTConfig
+from dinov3.models.build import backbone
+from dinov3.models.convnext import ConvNeXt
+from dinov3.models.vit import VisionTransformer
 
 SMALL: dict[str, Any] = {"channels": 8, "post_process_channels": (4, 6, 8, 10), "n_output_channels": 6}
 

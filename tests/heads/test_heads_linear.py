@@ -16,7 +16,10 @@ from dinov3.errors import DinoError, UnknownName
 from dinov3.eval.segmentation.inference import class_maps, make_inference, windows
 from dinov3.heads.encoder import FrozenLayers, adapted_size, center_pad, layers_of, step_of
 from dinov3.heads.linear import LinearClassifier, LinearSegmentationHead, LinearSegmentor, build_linear_segmentor
-from dinov3.models import ConvNeXt, ConvNeXtConfig, VisionTransformer, ViTConfig, backbone
+from dinov3.models.architectures import ConvNeXtConfig, ViTConfig
+from dinov3.models.build import backbone
+from dinov3.models.convnext import ConvNeXt
+from dinov3.models.vit import VisionTransformer
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,8 @@ from dinov3.errors import DinoError
 from dinov3.heads.mask2former.loss import Mask2FormerCriterion, Segments, at_points, dice_loss, mask_loss, pair_costs
 from dinov3.heads.mask2former.model import build_segmentor
 from dinov3.heads.windows import class_maps
-from dinov3.models import VisionTransformer, ViTConfig
+from dinov3.models.architectures import ViTConfig
+from dinov3.models.vit import VisionTransformer
 
 pytest.importorskip("scipy")
 

@@ -30,7 +30,10 @@ from dinov3.heads.mask2former.model import (
 )
 from dinov3.hub import HEADS, published_heads
 from dinov3.hub.published_heads import OPTIONS
-from dinov3.models import ConvNeXt, ConvNeXtConfig, VisionTransformer, ViTConfig, backbone
+from dinov3.models.architectures import ConvNeXtConfig, ViTConfig
+from dinov3.models.build import backbone
+from dinov3.models.convnext import ConvNeXt
+from dinov3.models.vit import VisionTransformer
 from dinov3.weights import catalog
 
 BACKBONE = "segmentation_model.0.backbone."

@@ -16,7 +16,8 @@ import hubconf
 from dinov3.data import names
 from dinov3.errors import UnknownName, WeightsMismatch
 from dinov3.hub import HEADS, published_heads
-from dinov3.models import VisionTransformer, ViTConfig
+from dinov3.models.architectures import ViTConfig
+from dinov3.models.vit import VisionTransformer
 from dinov3.weights import catalog
 from tests.heads.test_detector import of_case
 

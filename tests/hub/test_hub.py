@@ -63,7 +63,7 @@ def test_the_wrong_name_is_explained_in_ten_lines(vits) -> None:
 
 def test_satellite_statistics_follow_the_satellite_file(tmp_path: Path, vits) -> None:
     """ViT-L's two files differ by one norm; the statistics must follow the file, not the name."""
-    from dinov3.models import backbone
+    from dinov3.models.build import backbone
     from dinov3.weights.catalog import resolve
 
     for id, mean in (("dinov3_vitl16_sat493m", 0.430), ("dinov3_vitl16_lvd1689m", 0.485)):

@@ -19,7 +19,8 @@ from dinov3.heads.dpt import build_depther
 from dinov3.heads.linear import LinearClassifier
 from dinov3.hub import HEADS, published_heads
 from dinov3.hub.backbones import Weights
-from dinov3.models import VisionTransformer, ViTConfig
+from dinov3.models.architectures import ViTConfig
+from dinov3.models.vit import VisionTransformer
 from dinov3.weights import catalog
 
 

@@ -14,7 +14,9 @@ from dinov3.errors import DinoError, WeightsError, WeightsMismatch
 from dinov3.fit.loop import backbones_in, head_tensors
 from dinov3.hub import load, own_heads
 from dinov3.hub.own_heads import build_head, load_head, palette, read_head_info, save_head
-from dinov3.models import ConvNeXt, ConvNeXtConfig, VisionTransformer, ViTConfig
+from dinov3.models.architectures import ConvNeXtConfig, ViTConfig
+from dinov3.models.convnext import ConvNeXt
+from dinov3.models.vit import VisionTransformer
 
 TINY: dict[str, dict[str, Any]] = {
     "classification linear": {},

@@ -8,8 +8,9 @@ from paths import GOLDEN_LOSSES
 from safetensors.torch import load_file
 
 from dinov3.errors import DinoError
-from dinov3.models import VisionTransformer, ViTConfig
+from dinov3.models.architectures import ViTConfig
 from dinov3.models.fp8 import Fp8Linear, convert_to_fp8, fp8_linear
+from dinov3.models.vit import VisionTransformer
 
 GOLDEN = load_file(GOLDEN_LOSSES / "fp8_linear.safetensors")
 

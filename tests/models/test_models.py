@@ -13,8 +13,11 @@ from paths import KEYS
 from PIL import Image
 
 from dinov3.errors import DinoError, UnknownName
-from dinov3.models import Backbone, ConvNeXt, ConvNeXtConfig, VisionTransformer, ViTConfig, backbone, with_channels
-from dinov3.models.vit import RopeEmbedding, rotate, rotation
+from dinov3.models.architectures import ConvNeXtConfig, ViTConfig
+from dinov3.models.base import Backbone
+from dinov3.models.build import backbone, with_channels
+from dinov3.models.convnext import ConvNeXt
+from dinov3.models.vit import RopeEmbedding, VisionTransformer, rotate, rotation
 
 
 def vit(case: Case) -> VisionTransformer:

@@ -17,7 +17,8 @@ from dinov3.errors import DinoError, ImageError
 from dinov3.heads.dpt import build_depther
 from dinov3.heads.linear import LinearClassifier, build_linear_segmentor
 from dinov3.heads.windows import class_maps
-from dinov3.models import VisionTransformer, ViTConfig
+from dinov3.models.architectures import ViTConfig
+from dinov3.models.vit import VisionTransformer
 from dinov3.predict.canopy import predict_canopy
 from dinov3.predict.classify import predict_classes
 from dinov3.predict.common import OutputNames, Seen, best_class, predicted_map, rule_of, see, to_original

@@ -17,8 +17,8 @@ from dinov3.config.train import DinoConfig, GramConfig, IbotConfig, OptimConfig
 from dinov3.data.crops import CropBatch
 from dinov3.errors import DinoError
 from dinov3.heads.projection import ProjectionHead
-from dinov3.models import VisionTransformer, ViTConfig
-from dinov3.models.vit import Block, RopeEmbedding
+from dinov3.models.architectures import ViTConfig
+from dinov3.models.vit import Block, RopeEmbedding, VisionTransformer
 from dinov3.optim import StepValues, apply_schedules, build_optimizer, clip_per_module
 from dinov3.train.method import Network, SelfDistillation, copy_weights, gram_refresh_due
 

@@ -21,7 +21,8 @@ from dinov3.errors import DinoError
 from dinov3.fit import loop as fitting
 from dinov3.fit.features import remembering
 from dinov3.hub.own_heads import build_head, load_head
-from dinov3.models import VisionTransformer, ViTConfig
+from dinov3.models.architectures import ViTConfig
+from dinov3.models.vit import VisionTransformer
 from dinov3.runlog import read_metrics
 from dinov3.train_head import run as head_module
 from dinov3.train_head.run import HeadConfig, open_data, rule_for, train_head

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from dinov3.errors import WeightsError
-from dinov3.models import ConvNeXtConfig, ViTConfig, backbone
+from dinov3.models.architectures import ConvNeXtConfig, ViTConfig
+from dinov3.models.build import backbone
 from dinov3.weights import catalog, configs, formats
 
 HUB = {

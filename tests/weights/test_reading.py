@@ -19,7 +19,8 @@ from paths import ROOT
 from safetensors.torch import load_file, save_file
 
 from dinov3.errors import MissingExtra, UnsafeFile, WeightsError, WeightsMismatch
-from dinov3.models import ViTConfig, backbone
+from dinov3.models.architectures import ViTConfig
+from dinov3.models.build import backbone
 from dinov3.weights import catalog, configs, download, filling, formats, identity, reading, writing
 from tests.weights.test_download import Server
 from tests.weights.test_formats import HUB, TINY, filled, images, same
@@ -142,7 +143,7 @@ def small_catalogue(monkeypatch):
     for row in catalog.ROWS:
         if row.arch in ("dinov3_vitl16", "dinov3_vit7b16"):
             heads = 1 if row.arch == "dinov3_vitl16" else 2
-            rows.append(replace(row, options={**row.options, "embed_dim": 64, "depth": 1, "num_heads": heads}))
+            rows.append(replace(row, config=replace(row.config, embed_dim=64, depth=1, num_heads=heads)))
     monkeypatch.setattr(configs, "ROWS", tuple(rows))
     return {row.id: row for row in rows}
 
@@ -157,7 +158,7 @@ def test_metas_large_tells_its_dataset_by_its_keys(small_catalogue, tmp_path):
 def test_a_transformers_folder_tells_its_dataset_by_statistics_or_name(small_catalogue, tmp_path, arch):
     sat = small_catalogue[f"{arch}_sat493m"]
     state = filled(sat.config).state_dict()
-    about = {"num_attention_heads": sat.options["num_heads"]}
+    about = {"num_attention_heads": sat.config.num_heads}
     for i, (name, mean, expected) in enumerate(
         [
             ("some-sat493m", None, ["sat493m"]),

@@ -51,7 +51,7 @@ from dinov3.heads.dinotxt.model import LOGIT_SCALE, DinoTxt, DinoTxtConfig, Text
 from dinov3.heads.dinotxt.open_vocabulary import class_vectors, text_features
 from dinov3.hub import dinotxt as hub
 from dinov3.losses import LossTerms
-from dinov3.models import VisionTransformer
+from dinov3.models.vit import VisionTransformer
 from dinov3.runlog import RunDir
 from dinov3.weights.filling import fill
 from dinov3.weights.writing import write_safetensors

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dinov3.errors import DinoError
 from dinov3.heads.encoder import FrozenLayers, dtype_of
-from dinov3.models import Backbone
+from dinov3.models.base import Backbone
 from dinov3.models.convnext import ChannelNorm, ConvNeXt
 
 TEMPERATURE = 10000

@@ -31,7 +31,7 @@ from dinov3.heads.detr.features import (
 )
 from dinov3.heads.detr.transformer import BoxMLP, DetrConfig, Transformer
 from dinov3.heads.encoder import dtype_of
-from dinov3.models import Backbone
+from dinov3.models.base import Backbone
 
 
 class Detector(nn.Module):

@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3.errors import DinoError, UnknownName, did_you_mean, one_of
-from dinov3.models.vit import Attention, Block, LayerScale, VisionTransformer, ViTConfig
+from dinov3.models.architectures import ViTConfig
+from dinov3.models.vit import Attention, Block, LayerScale, VisionTransformer
 
 LOGIT_SCALE = math.log(1 / 0.07)  # initial; used as its exponential
 LOGIT_SCALE_MOST = math.log(100.0)

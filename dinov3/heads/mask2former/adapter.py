@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dinov3.errors import DinoError
 from dinov3.heads.encoder import FrozenLayers, check_levels, resized, step_of
 from dinov3.heads.mask2former.deformable import MSDeformAttn, centres
-from dinov3.models import Backbone
+from dinov3.models.base import Backbone
 
 COARSEST = 32  # stride of the coarsest map
 Shapes = Sequence[tuple[int, int]]

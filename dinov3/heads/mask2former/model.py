@@ -24,7 +24,7 @@ from dinov3.heads.detr.features import sine
 from dinov3.heads.encoder import check_levels, dtype_of, resized
 from dinov3.heads.mask2former.adapter import Pyramid, Shapes, StagePyramid, ViTAdapter, maps_of, sequence_of
 from dinov3.heads.mask2former.deformable import MSDeformAttn, centres
-from dinov3.models import Backbone
+from dinov3.models.base import Backbone
 
 GROUPS = 32  # of every GroupNorm
 

@@ -1,4 +1,4 @@
-"""Images with another number of channels than three: infrared beside RGB, one grey band."""
+"""Building a backbone: from a configuration, or from an RGB one for another number of channels (infrared, one grey band)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,14 @@ import torch
 from torch import nn
 
 from dinov3.errors import DinoError
+from dinov3.models.architectures import BackboneConfig, ConvNeXtConfig
 from dinov3.models.convnext import ConvNeXt
 from dinov3.models.vit import VisionTransformer
+
+
+def backbone(config: BackboneConfig) -> VisionTransformer | ConvNeXt:
+    """The module of a configuration, with uninitialised values (call `init_weights` or load a file)."""
+    return ConvNeXt(config) if isinstance(config, ConvNeXtConfig) else VisionTransformer(config)
 
 
 def with_channels(model: VisionTransformer | ConvNeXt, channels: int) -> VisionTransformer | ConvNeXt:
