@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from dinov3 import distributed
+from dinov3 import distributed, files
 from dinov3.distributed import Group
 from dinov3.errors import DinoError
 from dinov3.optim import plain_name
@@ -100,7 +100,8 @@ class Checkpoints:
         if self.writer:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            write_durably(partial / STATE_FILE, json.dumps(dict(state)))
+            with files.atomically(partial / STATE_FILE) as file:
+                file.write_text(json.dumps(dict(state)), encoding="utf-8")
         distributed.barrier(self.group)
         try:
             with quiet():
@@ -123,7 +124,7 @@ class Checkpoints:
             if target.exists():
                 target.rename(old)
             partial.rename(target)
-            sync(self.folder)
+            files.sync(self.folder)
             shutil.rmtree(old, ignore_errors=True)
             if self.keep_every is not None and (iteration + 1) % self.keep_every == 0:
                 self._keep(target)
@@ -289,25 +290,6 @@ def not_finite(tensors: Mapping[str, Tensor], group: Group = None) -> list[str]:
     sums = torch.stack([(x.detach() * 0).sum(dtype=torch.float32).to(local[-1].device) for x in local])
     bad = distributed.all_reduce((sums != 0).float(), "max", group)
     return [n for n, b in zip(names, bad.tolist()) if b]
-
-
-# ---- files ----------------------------------------------------------------------------------------------------------
-
-
-def write_durably(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync(folder: Path) -> None:
-    """Renames inside a folder reach the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class quiet(warnings.catch_warnings):

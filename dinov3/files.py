@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import secrets
+import shutil
 import socket
 import weakref
 from collections.abc import Iterator
@@ -19,19 +21,35 @@ except ModuleNotFoundError:  # Windows
 
 @contextmanager
 def atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside `path` to write to. When the block ends it is flushed to disk and renamed into place, so that
-    a crash leaves the old file or the new one; on an exception it is removed. Makes the folder."""
+    """A temporary path beside `path`. The file or folder that the block writes there takes the place of `path` at the end.
+
+    It is flushed to the disk before it is renamed, so that a crash leaves the old content or the new; on an exception it
+    is removed. A folder only replaces an empty folder. Makes the parent folder.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # the same ending: some writers go by it
+    temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")  # the same ending: some writers go by it
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        for written in [temporary, *temporary.rglob("*")]:
+            sync(written)
+        if temporary.is_dir() and path.is_dir():
+            path.rmdir()  # a rename does not replace folders everywhere
         os.replace(temporary, path)
     except BaseException:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
         raise
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's content, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 class Lock:

@@ -145,15 +145,14 @@ class RunDir:
 
     def _save_config(self, config: Any) -> None:
         """An earlier configuration that differs is kept under a number: a resumed run may change its mind."""
-        beside = self.path / ".resolved.new.yaml"
-        dump(config, beside)
-        if self.config_file.exists() and self.config_file.read_bytes() != beside.read_bytes():
-            n = 1
-            while (kept := self.path / f"resolved.{n}.yaml").exists():
-                n += 1
-            os.replace(self.config_file, kept)
-            self.say(f"the configuration differs from that of the last start, which is kept as {kept.name}")
-        os.replace(beside, self.config_file)
+        with atomically(self.config_file) as temporary:
+            dump(config, temporary)
+            if self.config_file.exists() and self.config_file.read_bytes() != temporary.read_bytes():
+                n = 1
+                while (kept := self.path / f"resolved.{n}.yaml").exists():
+                    n += 1
+                os.replace(self.config_file, kept)
+                self.say(f"the configuration differs from that of the last start, which is kept as {kept.name}")
 
     def say(self, text: str) -> None:
         """One event, one line: on the console and in log.txt."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from dinov3.errors import DinoError, did_you_mean
+from dinov3.files import atomically
 from dinov3.models.architectures import ConvNeXtConfig, ViTConfig
 from dinov3.weights import configs, formats, identity, reading, writing
 from dinov3.weights import download as cache
@@ -94,9 +94,8 @@ def convert(
                 "4e-3 from the source's; the residue keeps them for this package"
             )
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with atomically(out) as work:
+        work.mkdir()
         if to == "meta":
             _write_meta(work, tensors, row.id if row else _label(opened))
         elif to == "transformers":
@@ -114,15 +113,6 @@ def convert(
             about_residue = {"format": "pt", reading.MAIN_HASH: identity.main_hash(tensors), "form": to}
             writing.write_safetensors(residue, work / reading.RESIDUE_FILE, about_residue)
         _write_licence(work, opened, row)
-        umask = os.umask(0)
-        os.umask(umask)
-        work.chmod(0o777 & ~umask)
-        if out.is_dir():
-            out.rmdir()  # empty; a rename does not replace folders everywhere
-        work.replace(out)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
     files = tuple(sorted(p.name for p in out.iterdir()))
     return Report(out, to, files, row, identity.fingerprint(state), notes)
 

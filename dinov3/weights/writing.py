@@ -42,7 +42,10 @@ def write_safetensors(state: Mapping[str, Tensor], path: Path, metadata: dict[st
 
     try:
         with atomically(path) as temporary:
+            temporary.touch()
+            usual = temporary.stat().st_mode
             save_file({k: owned(v) for k, v in state.items()}, temporary, metadata)
+            temporary.chmod(usual)  # safetensors makes files that only their owner can read
     except SafetensorError as error:
         raise WeightsError(f"{path} could not be written: {error}") from None
 

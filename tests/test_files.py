@@ -1,0 +1,74 @@
+"""Atomic writing. Locks are tested where they are used: stores and runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dinov3 import files
+from dinov3.files import atomically
+from dinov3.weights.writing import write_safetensors
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_a_file_takes_the_old_ones_place_at_the_end_of_the_block(tmp_path):
+    path = tmp_path / "sub" / "a.txt"
+    with atomically(path) as new:
+        new.write_text("one")
+        assert not path.exists()
+    with atomically(path) as new:
+        new.write_text("two")
+        assert path.read_text() == "one"
+    assert path.read_text() == "two"
+    assert names(path.parent) == ["a.txt"]
+
+
+def test_after_an_error_the_old_file_is_untouched(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), atomically(path) as new:
+        new.write_text(f"half {1 // 0}")
+    with pytest.raises(TypeError), atomically(path) as new, new.open("w") as file:
+        file.write(b"not text")
+
+    def full(_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(files, "sync", full)
+    with pytest.raises(OSError, match="no space"), atomically(path) as new:
+        new.write_text("half")
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_folder_takes_the_place_of_nothing_or_of_an_empty_folder_only(tmp_path):
+    for _ in range(2):
+        with atomically(tmp_path / "out") as new:
+            new.mkdir()
+            (new / "a").write_text("1")
+        assert names(tmp_path / "out") == ["a"]
+        (tmp_path / "out" / "a").unlink()
+    (tmp_path / "out" / "mine").write_text("keep")
+    with pytest.raises(OSError), atomically(tmp_path / "out") as new:
+        new.mkdir()
+    assert names(tmp_path / "out") == ["mine"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_writers_of_one_file_do_not_share_a_temporary_file(tmp_path):
+    with atomically(tmp_path / "a") as first, atomically(tmp_path / "a") as second:
+        first.write_text("1")
+        second.write_text("2")
+    assert (tmp_path / "a").read_text() == "1"
+    assert names(tmp_path) == ["a"]
+
+
+def test_permissions_are_the_usual_ones(tmp_path):
+    (tmp_path / "usual").touch()
+    with atomically(tmp_path / "text") as new:
+        new.touch()
+    write_safetensors({"x": torch.zeros(2)}, tmp_path / "tensors")
+    assert {p.stat().st_mode for p in tmp_path.iterdir()} == {(tmp_path / "usual").stat().st_mode}
