@@ -21,9 +21,10 @@ from dinov3.errors import DinoError
 from dinov3.optim import apply_schedules, build_optimizer, clip_per_module, plain_name
 from dinov3.parallel import full_state, parallelize, reduce_gradients, whole
 from dinov3.runlog import read_metrics
+from dinov3.train.loop import Outcome
 from dinov3.train.method import SelfDistillation
 from dinov3.train.teacher_files import read_network
-from dinov3.train.train import Outcome, train
+from dinov3.train.train import train
 from tests.train.test_method import VARIANTS, Variant, recorded_batch, step_values, tiny_network
 
 CPU = torch.device("cpu")
@@ -232,7 +233,7 @@ def test_a_run_of_one_process_goes_on_with_two_and_ends_as_with_one(tmp_path: Pa
     assert both.finished
     assert both.knn == other.knn
     assert both.knn.keys() == alone.knn.keys() == {5, 11}
-    assert "was saved by 1 processes and 2 go on" in (out / "log.txt").read_text()
+    assert "was saved by 1 processes and 2 resume" in (out / "log.txt").read_text()
     records = {r["iteration"]: r for r in read_metrics(out / "metrics.jsonl") if "total_loss" in r}
     assert sorted(records) == list(range(12))
     assert records[3]["local_batch_size"] == 2

@@ -64,7 +64,7 @@ class Trainer:
         count = sum(p.numel() for p in self.method.student.parameters())
         ranks = distributed.world(self.group)
         return (
-            f"{'training' if first == 0 else f'going on at iteration {first} of'} {self.schedules.total} iterations, "
+            f"{'training' if first == 0 else f'resuming at iteration {first} of'} {self.schedules.total} iterations, "
             f"{self.global_batch} of {self.loader.order.length} images each, on {ranks} "
             f"{'process' if ranks == 1 else 'processes'} ({self.device.type}); the student has {count / 1e6:.1f} M parameters"
         )
@@ -96,7 +96,7 @@ class Trainer:
             return None
         return (
             f"{count} images could not be read, such as {name}; data.unreadable={data.unreadable} and "
-            f"data.max_unreadable={data.max_unreadable} say to stop"
+            f"data.max_unreadable={data.max_unreadable} require a stop"
         )
 
     # -- numbers
@@ -104,19 +104,19 @@ class Trainer:
     def agree(
         self, logs: list[dict[str, Tensor]], norms: dict[str, Tensor], stop: StopRequest
     ) -> tuple[dict[str, Tensor], bool, bool]:
-        """(terms averaged over batches and ranks, whether all is finite, whether any rank was asked to stop).
+        """(terms averaged over batches and ranks, whether all is finite, whether any rank requests a stop).
 
         One collective and one wait for the device in an iteration.
         """
         names = list(logs[0])
         mean = torch.stack([torch.stack([log[n].float() for n in names]) for log in logs]).mean(0)
-        asked = mean.new_tensor([float(stop.requested())])
-        mean, asked = distributed.all_reduce(torch.cat([mean, asked]), "mean", self.group).split([len(names), 1])
+        stopping = mean.new_tensor([float(stop.requested())])
+        mean, stopping = distributed.all_reduce(torch.cat([mean, stopping]), "mean", self.group).split([len(names), 1])
         if self.several:
-            asked = distributed.all_reduce(asked, "max")  # students stop together
+            stopping = distributed.all_reduce(stopping, "max")  # students stop together
         finite = torch.isfinite(torch.stack([mean[0], *(n.float() for n in norms.values())])).all().float()
-        ok, stopping = torch.stack([finite, asked[0]]).tolist()
-        return dict(zip(names, mean.unbind())), bool(ok), stopping > 0
+        ok, stop_all = torch.stack([finite, stopping[0]]).tolist()
+        return dict(zip(names, mean.unbind())), bool(ok), stop_all > 0
 
     def fields(self, log: dict[str, Tensor], norms: dict[str, Tensor], values: StepValues) -> dict[str, Any]:
         """A step's numbers under the names, and in the order, of the reference's metrics file."""
@@ -161,7 +161,7 @@ class Trainer:
         )
         return accuracy
 
-    # -- saving and going on
+    # -- saving and resuming
 
     def tensors(self) -> checkpoint.Tensors:
         m = self.method
@@ -188,7 +188,7 @@ class Trainer:
 
     def resume(self, iteration: int | None = None) -> int:
         """Takes everything from the newest checkpoint (several students: that of `iteration`, which all of them have);
-        the iteration to go on with, 0 if there is none."""
+        the iteration to resume with, 0 if there is none."""
         removed = self.checkpoints.clean()
         if removed:
             self.notes.append(f"removed what an interrupted save had left behind: {', '.join(removed)}")
@@ -215,8 +215,8 @@ class Trainer:
         if not checkpoint.restore_random_states(state["random"], self.group):
             seed_everything(self.seed + distributed.rank() + 1_000_003 * first)
             self.notes.append(
-                f"{path} was saved by {len(state['random'])} processes and {distributed.world(self.group)} go on: the "
-                "images are the same, random draws inside the network begin anew"
+                f"{path} was saved by {len(state['random'])} processes and {distributed.world(self.group)} resume: the "
+                "images are the same, random draws inside the network start afresh"
             )
         return first
 
@@ -229,32 +229,26 @@ def assemble(
     seed: int = 0,
     near: Path | None = None,
     group: Group = None,
-    several: bool = False,
+    method: type[SelfDistillation] = SelfDistillation,
     global_batch: int | None = None,
 ) -> Trainer:
     """From a configuration to the parts of a run.
 
-    `several`: one of several students, trained by `group` on `global_batch` images, which all ranks load together.
+    `global_batch`: one of several students, trained by `group` on that many images, which all ranks load together.
     """
     notes: list[str] = []
     rank, world = distributed.rank(), distributed.world()
+    shares: dict[str, Any] = {}
     options: dict[str, Any] = {}
-    if several:
-        from dinov3.train.multi_distill import MultiDistillation  # it is built on this file
-
-        assert global_batch is not None
-        loader = build_loader(
-            config,
-            device,
-            rank,
-            world,
-            batch_size=-(-global_batch // world),
-            masked_images=global_batch // distributed.world(group),
-        )
-        options = {"cls": MultiDistillation, "global_batch": global_batch}
-    else:
-        loader = build_loader(config, device, rank, world)
-    method = build_method(config, device, seed=seed, near=near, notes=notes, group=group, **options)
+    if global_batch is not None:
+        shares = {"batch_size": -(-global_batch // world), "masked_images": global_batch // distributed.world(group)}
+        options = {"global_batch": global_batch}
+    loader = build_loader(config, device, rank, world, **shares)
+    networks = build_networks(config, device, seed=seed, near=near, notes=notes, group=group)
+    learner = method(
+        **networks, dino=config.dino, ibot=config.ibot, gram=config.gram, group=group,
+        teacher_scale=config.crops.teacher_to_student_resolution_scale, **options,
+    )  # fmt: skip
     seed_everything(seed + rank)
     if device.type == "cuda" and not config.run.deterministic:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -262,8 +256,8 @@ def assemble(
         config=config,
         run=run,
         device=device,
-        method=method,
-        optimizer=build_optimizer(method.student.parts(), config.optim),
+        method=learner,
+        optimizer=build_optimizer(learner.student.parts(), config.optim),
         schedules=build_schedules(config, world),
         loader=loader,
         checkpoints=Checkpoints(
@@ -274,7 +268,7 @@ def assemble(
         ),
         seed=seed,
         group=group,
-        several=several,
+        several=global_batch is not None,
         batch=global_batch or loader.global_batch,
         notes=notes,
     )
@@ -304,7 +298,7 @@ def build_loader(
         "mean": tuple(c.rgb_mean),
         "std": tuple(c.rgb_std),
     }
-    with_gram = config.gram.use_loss and not config.gram.ema_teacher  # Gram crops that nobody looks at are not made
+    with_gram = config.gram.use_loss and not config.gram.ema_teacher  # unused Gram crops are not made
     rows = resolutions(c)
     rules = [
         CropRules(
@@ -337,18 +331,10 @@ def build_loader(
     )
 
 
-def build_method(
-    config: TrainConfig,
-    device: torch.device,
-    *,
-    seed: int,
-    near: Path | None,
-    notes: list[str],
-    group: Group = None,
-    cls: type[SelfDistillation] = SelfDistillation,
-    **more: Any,
-) -> SelfDistillation:
-    """The networks, with their first weights, spread over `group`.
+def build_networks(
+    config: TrainConfig, device: torch.device, *, seed: int, near: Path | None, notes: list[str], group: Group = None
+) -> dict[str, Any]:
+    """student, ema, gram_teacher and teacher (None where there is none), with their first weights, spread over `group`.
 
     Order: the student is drawn (the same on all ranks) or read; the average is a copy of it; the Gram teacher is read, or
     begins as the average; a frozen teacher is read. Weights are whole until they are sharded, one network after another.
@@ -408,18 +394,7 @@ def build_method(
                 "the Gram teacher is refreshed from the teacher, and here that is a frozen one of another shape; set "
                 "gram.rep_update=false and name a file in gram.ckpt"
             )
-    return cls(
-        student,
-        ema,
-        dino=c.dino,
-        ibot=c.ibot,
-        gram=c.gram,
-        teacher=teacher,
-        gram_teacher=gram_teacher,
-        teacher_scale=c.crops.teacher_to_student_resolution_scale,
-        group=group,
-        **more,
-    )
+    return {"student": student, "ema": ema, "gram_teacher": gram_teacher, "teacher": teacher}
 
 
 def due(iteration: int, period: int | None) -> bool:

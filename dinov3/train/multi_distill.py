@@ -1,14 +1,14 @@
-"""Several students of one frozen teacher in one run (paper §5.2): the teacher's forward pass, the dear part, is shared.
+"""Several students of one frozen teacher in one run (paper §5.2): the teacher's forward pass, the expensive part, is shared.
 
     torchrun --nproc-per-node 8 dinov3/train/train.py --multi-distillation --config-file … --output-dir OUT …
 
 World of N ranks; student s has n_s of them, in proportion to its size, so that all take equally long. Every rank loads
-ceil(G/N) images and runs the teacher, sharded over all ranks, on these. Then images and the teacher's words for them
-are gathered and dealt out anew: each student sees the whole batch G, G/n_s images a rank. What travels of the teacher are
+ceil(G/N) images and runs the teacher, sharded over all ranks, on these. Then images and the teacher's outputs
+are gathered and redistributed: each student sees the whole batch G, G/n_s images a rank. What travels of the teacher are
 the unit vectors before the prototypes (hundreds of numbers), and the prototypes are applied where they are needed.
 
-Losses, optimiser, average, checkpoints and metrics are each student's own, in <OUT>/<name>. All students stop together and
-go on together, from the newest iteration that all of them have saved.
+Losses, optimiser, average, checkpoints and metrics are each student's own, in <OUT>/<name>. All students stop and
+resume together, from the newest iteration that all of them have saved.
 
 Left out: Gram anchoring, and KoLeo with neighbours on other ranks (the configuration says so).
 Legend: G images of a step, L loaded by a rank, b = G/n_s of a student's rank, P patches, w width of a bottleneck.
@@ -36,11 +36,11 @@ from dinov3.errors import DinoError
 from dinov3.optim import StepValues
 from dinov3.runlog import RunDir
 from dinov3.train.assembly import assemble, deterministic
+from dinov3.train.loop import Outcome, archive, loop
 from dinov3.train.method import SelfDistillation, Targets
-from dinov3.train.train import Outcome, loop, put_aside
 
 
-def dealt(x: Tensor, global_batch: int, group: Group, axis: int = 0) -> Tensor:
+def redistributed(x: Tensor, global_batch: int, group: Group, axis: int = 0) -> Tensor:
     """All ranks' images (along `axis`, L each) in rank order, the first G of them, this rank's share in its group.
 
     [.., L, ..] → [.., G/n, ..]. A student's ranks together hold all G images, whatever the sizes of the groups.
@@ -48,14 +48,12 @@ def dealt(x: Tensor, global_batch: int, group: Group, axis: int = 0) -> Tensor:
     everybody = distributed.all_gather(x.movedim(axis, 0).contiguous())[:global_batch]
     n = distributed.world(group)
     if len(everybody) < global_batch or global_batch % n:
-        raise DinoError(
-            f"{len(everybody)} images were loaded for a global batch of {global_batch}, dealt among {n} ranks"
-        )
+        raise DinoError(f"{len(everybody)} images were loaded for a global batch of {global_batch}, for {n} ranks")
     return everybody.chunk(n)[distributed.rank(group)].movedim(0, axis)
 
 
 @dataclass
-class DealtBatch(CropBatch):
+class RedistributedBatch(CropBatch):
     """What a rank's student sees (masks included), and the images that this rank loaded, for the teacher."""
 
     loaded: CropBatch | None = None
@@ -74,27 +72,27 @@ class MultiDistillation(SelfDistillation):
         """Crops of other ranks' images for this rank's student; the masks were made for them already."""
         L = batch.batch_size
 
-        def deal(crops: Tensor) -> Tensor:
-            return dealt(crops.unflatten(0, (-1, L)), self.global_batch, self.group, axis=1).flatten(0, 1)
+        def share(crops: Tensor) -> Tensor:
+            return redistributed(crops.unflatten(0, (-1, L)), self.global_batch, self.group, axis=1).flatten(0, 1)
 
-        changed = {"global_crops": deal(batch.global_crops), "local_crops": deal(batch.local_crops), "loaded": batch}
-        return DealtBatch(**(vars(batch) | changed))
+        changed = {"global_crops": share(batch.global_crops), "local_crops": share(batch.local_crops), "loaded": batch}
+        return RedistributedBatch(**(vars(batch) | changed))
 
     @torch.no_grad()
     def targets(self, batch: CropBatch, values: StepValues) -> Targets:
-        assert isinstance(batch, DealtBatch)
+        assert isinstance(batch, RedistributedBatch)
         assert batch.loaded is not None
         L, G, T = batch.loaded.batch_size, self.global_batch, values.teacher_temp
         out = self.teacher.backbone(self._seen_by_teacher(batch.loaded.global_crops), is_training=True)
         cls, patches = out["x_norm_clstoken"], out["x_norm_patchtokens"]  # [2L, D], [2L, P, D]
         self._check_grid("teacher", patches, batch.masks)
         dino_head, ibot_head = self.teacher.dino_head, self.teacher.ibot_head
-        words = dino_head(cls, part="bottleneck").unflatten(0, (2, L))  # [2, L, w]
-        words = dealt(words, G, self.group, axis=1).flatten(0, 1)  # [2b, w]
-        dino = losses.sinkhorn_knopp(dino_head(words, part="prototypes"), T, group=self.group)
-        words = ibot_head(patches, part="bottleneck").unflatten(0, (2, L))  # [2, L, P, w]
-        words = dealt(words, G, self.group, axis=1).flatten(0, 2)  # [2b·P, w]
-        masked = words.index_select(0, batch.mask_indices)
+        unit = dino_head(cls, part="bottleneck").unflatten(0, (2, L))  # [2, L, w]
+        unit = redistributed(unit, G, self.group, axis=1).flatten(0, 1)  # [2b, w]
+        dino = losses.sinkhorn_knopp(dino_head(unit, part="prototypes"), T, group=self.group)
+        unit = ibot_head(patches, part="bottleneck").unflatten(0, (2, L))  # [2, L, P, w]
+        unit = redistributed(unit, G, self.group, axis=1).flatten(0, 2)  # [2b·P, w]
+        masked = unit.index_select(0, batch.mask_indices)
         ibot = losses.sinkhorn_knopp(ibot_head(masked, part="prototypes"), T, group=self.group)
         return Targets(dino.unflatten(0, (2, batch.batch_size)), ibot, None)
 
@@ -123,9 +121,16 @@ def train_students(
     assert G is not None
     with run.claimed(), deterministic(config.run.deterministic):
         if not resume:
-            put_aside(run, group)
+            archive(run, group)
         trainer = assemble(
-            config, run, device, seed=seed, near=Path(file).parent, group=group, several=True, global_batch=G
+            config,
+            run,
+            device,
+            seed=seed,
+            near=Path(file).parent,
+            group=group,
+            method=MultiDistillation,
+            global_batch=G,
         )
         first = trainer.resume(common_iteration([it for it, _ in trainer.checkpoints.all()])) if resume else 0
         run.start(config, iteration=first, sinks=config.run.sinks)

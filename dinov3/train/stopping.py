@@ -1,4 +1,4 @@
-"""Being asked to stop: a signal or a time limit, noticed between two iterations."""
+"""Graceful shutdown: a signal or a time limit, noticed between two iterations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class StopRequest:
-    """Remembers a signal, or that the time is up, until the iteration is over. A second Ctrl-C does not wait."""
+    """Holds a signal, or that the time is up, until the iteration is over. A second Ctrl-C does not wait."""
 
     SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 

@@ -23,9 +23,10 @@ from dinov3.data.masking import summary
 from dinov3.errors import DinoError
 from dinov3.parallel import parallelize
 from dinov3.runlog import read_metrics
+from dinov3.train.loop import Outcome
 from dinov3.train.method import SelfDistillation
-from dinov3.train.multi_distill import MultiDistillation, check_alike, common_iteration, dealt, train_students
-from dinov3.train.train import Outcome, train
+from dinov3.train.multi_distill import MultiDistillation, check_alike, common_iteration, redistributed, train_students
+from dinov3.train.train import train
 from tests.train.test_method import Variant, recipe_weights, recorded_batch, step_values, tiny_network
 
 RECORDED: dict[str, Any] = json.loads((GOLDEN_LOSSES / "multidist_gather.json").read_text())
@@ -35,8 +36,8 @@ def recorded_dealing() -> dict[str, Any]:
     group = distributed.subgroup(RECORDED["subgroups"])
     x = torch.tensor(RECORDED["ranks"][str(distributed.rank())]["in"])
     return {
-        "out": dealt(x, 6, group, axis=1).tolist(),
-        "out_global_batch_4": dealt(x, 4, group, axis=1).tolist(),
+        "out": redistributed(x, 6, group, axis=1).tolist(),
+        "out_global_batch_4": redistributed(x, 4, group, axis=1).tolist(),
         "subgroup_rank": distributed.rank(group),
         "subgroup_size": distributed.world(group),
     }

@@ -25,9 +25,10 @@ from dinov3.export.convert import convert
 from dinov3.neighbours import knn_accuracy
 from dinov3.runlog import read_metrics
 from dinov3.train import assembly, teacher_files
-from dinov3.train import train as loop_module
+from dinov3.train import loop as loop_module
+from dinov3.train.loop import Outcome
 from dinov3.train.stopping import StopRequest
-from dinov3.train.train import Outcome, main, parser, train
+from dinov3.train.train import main, parser, train
 from dinov3.weights import filling, reading
 
 REPOSITORY = ROOT
@@ -413,8 +414,8 @@ def test_a_new_run_begins_with_the_teacher_of_another(form: str, toy: str, image
     ema = {k.removeprefix("model.model_ema."): v for k, v in tensors(first.checkpoint).items() if "model_ema" in k}
     config, _ = load_config(toy, [f"train.dataset_path={images}", f"student.resume_from_teacher_chkpt={source}"])
     notes: list[str] = []
-    method = assembly.build_method(config, torch.device("cpu"), seed=5, near=None, notes=notes)
-    for network in (method.student, method.ema):
+    networks = assembly.build_networks(config, torch.device("cpu"), seed=5, near=None, notes=notes)
+    for network in (networks["student"], networks["ema"]):
         assert_same(ema, dict(network.state_dict()))
     assert not notes
 
@@ -426,13 +427,15 @@ def test_a_backbone_without_heads_begins_a_run_and_a_sentence_says_what_is_missi
     source = tmp_path / "eval" / "training_3" / "backbone.safetensors"
     config, _ = load_config(toy, [f"train.dataset_path={images}", f"student.resume_from_teacher_chkpt={source}"])
     notes: list[str] = []
-    method = assembly.build_method(config, torch.device("cpu"), seed=5, near=None, notes=notes)
+    networks = assembly.build_networks(config, torch.device("cpu"), seed=5, near=None, notes=notes)
     ema = tensors(tmp_path / "ckpt" / "3")
-    assert torch.equal(method.student.state_dict()["backbone.norm.weight"], ema["model.model_ema.backbone.norm.weight"])
+    assert torch.equal(
+        networks["student"].state_dict()["backbone.norm.weight"], ema["model.model_ema.backbone.norm.weight"]
+    )
     assert any("holds no dino_head and no ibot_head: what is missing begins with random" in n for n in notes)
     found = teacher_files.read_network(source)
     with pytest.raises(DinoError, match="holds a backbone without heads, and distillation needs"):
-        teacher_files.fill(method.student, found, method.student.backbone.config, needs_heads=True)
+        teacher_files.fill(networks["student"], found, networks["student"].backbone.config, needs_heads=True)
 
 
 @pytest.mark.parametrize("form", ["transformers", "timm"])
@@ -460,7 +463,7 @@ def test_weights_of_another_model_are_refused_in_words(toy: str, images: Path, t
         [f"train.dataset_path={images}", f"student.resume_from_teacher_chkpt={tmp_path}", "student.n_storage_tokens=4"],
     )
     with pytest.raises(DinoError, match=r"does not fit the model asked for[\s\S]*storage_tokens"):
-        assembly.build_method(config, torch.device("cpu"), seed=5, near=None, notes=[])
+        assembly.build_networks(config, torch.device("cpu"), seed=5, near=None, notes=[])
 
 
 def test_a_checkpoint_becomes_one_file(uninterrupted: Path, tmp_path: Path) -> None:

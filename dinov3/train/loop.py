@@ -1,0 +1,194 @@
+"""The training loop: fetch, targets, predict, backward, clip, step, EMA, Gram refresh, log, evaluate, save.
+
+A stop request (signal or time limit) ends it after the current iteration, with a checkpoint. A step whose loss or gradient
+is not finite is skipped, and after three in a row the run stops; no NaN reaches a checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dinov3 import checkpoint, distributed
+from dinov3.distributed import Group
+from dinov3.errors import DinoError
+from dinov3.optim import StepValues, apply_schedules, clip_per_module
+from dinov3.parallel import precision, reduce_gradients, reshard
+from dinov3.runlog import Progress, RunDir, plot
+from dinov3.train.assembly import Trainer, due
+from dinov3.train.method import gram_active
+from dinov3.train.stopping import StopRequest
+
+MAX_BAD_STEPS = 3  # in a row
+
+
+@dataclass
+class Outcome:
+    """How a call of `train` ended."""
+
+    iterations: int  # finished, of all starts of this run
+    total: int
+    reason: str  # "finished", or what requested the stop
+    signal: int | None = None
+    checkpoint: Path | None = None
+    error: str | None = None  # what ended it, raised once all is saved
+    skipped_steps: int = 0  # of this start
+    bad_steps: int = 0  # not finite, in a row
+    knn: dict[int, float] = field(default_factory=dict)  # iteration → accuracy, of this start
+
+    @property
+    def finished(self) -> bool:
+        return self.iterations >= self.total
+
+
+def loop(trainer: Trainer, first: int) -> Outcome:
+    """Trains from iteration `first` to the end of the schedules, or until a stop is requested."""
+    t, c, run, method = trainer, trainer.config, trainer.run, trainer.method
+    total = t.schedules.total
+    outcome = Outcome(first, total, "finished", checkpoint=t.checkpoints.latest())
+    if first >= total:
+        run.say(f"nothing to do: {first} of {total} iterations are done (optim.epochs says how many)")
+        return outcome
+    run.say(t.introduction(first))
+    progress = Progress(
+        run, total=total, images_per_step=t.global_batch, first=first, every=c.run.log_every, device=t.device
+    )
+    with StopRequest(c.run.time_limit_minutes) as stop:
+        batches = iter(t.loader)
+        for it in range(first, total):
+            last = it + 1 == total
+            values = scheduled(t, it)
+            logs = gradients(t, batches, values, stop, progress)
+            if logs is None:  # a stop was requested while waiting for data
+                break
+            norms = clip_per_module(method.student.parts(), c.optim.clip_grad)
+            # all ranks see the same numbers and decide alike
+            log, finite, stopping = t.agree(logs, norms, stop)
+            if finite:
+                t.optimizer.step()
+                method.update_ema(values.momentum)
+            if method.refresh_gram(it):
+                run.say(f"iteration {it}: the Gram teacher is now a copy of the teacher")
+            count(outcome, t, it, finite)
+            logged = progress.stepped(it, values.fields(), t.fields(log, norms, values) if finite else {})
+            if not finite:
+                bad = f"{outcome.bad_steps} of {MAX_BAD_STEPS} in a row"
+                run.say(f"iteration {it}: {not_finite_names(log, norms)}; step skipped ({bad})")
+            if has_error(outcome, t, it, bool(logged)) and not last:
+                stop.reason = "an error"
+                stopping = stopping or distributed.world() == 1  # among several ranks the next step tells the others
+            if due(it, c.evaluation.eval_period_iterations) or (last and c.evaluation.eval_period_iterations > 0):
+                t.dump(it)
+            if t.knn_due(it, last):
+                outcome.knn[it] = t.evaluate(it)
+            if due(it, c.checkpointing.period) or last or stopping:
+                outcome.checkpoint = t.save(it)
+            if stopping and not last:
+                break
+        conclude(outcome, t, first, stop)
+    if outcome.iterations > first:
+        progress.close()
+    if run.writer:
+        run.say(plot(run.metrics_file, run.plots / "losses.png"))
+    if outcome.error is not None:
+        raise DinoError(outcome.error)
+    return outcome
+
+
+# ---- a step's parts -------------------------------------------------------------------------------------------------
+
+
+def scheduled(t: Trainer, it: int) -> StepValues:
+    """Learning rates, weight decay, momentum, temperature and loss weights of an iteration, set in the optimiser."""
+    values = t.schedules.at(it)
+    if not gram_active(t.config.gram, it):
+        values = replace(values, gram_loss_weight=0.0)
+    apply_schedules(t.optimizer, values)
+    t.optimizer.zero_grad(set_to_none=True)
+    return values
+
+
+def gradients(
+    t: Trainer, batches: Iterator[Any], values: StepValues, stop: StopRequest, progress: Progress
+) -> list[dict[str, Tensor]] | None:
+    """Fetch, targets, predict, backward; several batches where they are accumulated. The terms of each batch, or None if
+    a stop was requested while waiting for data."""
+    n, method = t.config.optim.accumulation_steps, t.method
+    logs, waited = [], t.loader.waited_s
+    before = checkpoint.random_states() if n > 1 and distributed.world() == 1 else None
+    for nth in range(n):
+        batch = t.fetch(batches, stop)
+        if batch is None:
+            if before is not None:  # what the abandoned step's first batches drew is drawn again
+                checkpoint.restore_random_states(before)
+            return None
+        with precision(t.device, t.config.compute_precision.param_dtype, t.group):
+            batch = method.receive(batch)
+            targets = method.targets(batch, values)
+            terms = method.predict(batch, targets, values)
+        reduce_gradients(method.student.parts(), nth + 1 == n)
+        (terms.total() / n).backward()
+        logs.append(terms.log())
+    progress.fetched(t.loader.waited_s - waited)
+    reshard(method.student.parts())
+    return logs
+
+
+def count(outcome: Outcome, t: Trainer, it: int, finite: bool) -> None:
+    outcome.bad_steps = 0 if finite else outcome.bad_steps + 1
+    outcome.skipped_steps += not finite
+    outcome.iterations, t.consumed = it + 1, t.loader.consumed
+
+
+def has_error(outcome: Outcome, t: Trainer, it: int, logged: bool) -> bool:
+    """Whether this rank must end the run, with the sentence in `outcome.error`: too many unreadable images, or too many
+    steps that were not finite. The latter all ranks know, so that they raise together."""
+    error = t.report_unreadable() if logged else None
+    if outcome.bad_steps >= MAX_BAD_STEPS:
+        error = (
+            f"stopped at iteration {it}: the loss or its gradient was not finite {MAX_BAD_STEPS} times in a row. "
+            f"The newest checkpoint is sound ({outcome.checkpoint or 'none yet'}). Try a lower learning rate (optim.lr), a "
+            "longer warm-up, smaller optim.clip_grad, or compute_precision.param_dtype=fp32"
+        )
+        if not t.several:
+            raise DinoError(error)
+    if error is not None and outcome.iterations < outcome.total:
+        outcome.error = error
+    return error is not None
+
+
+def conclude(outcome: Outcome, t: Trainer, first: int, stop: StopRequest) -> None:
+    """A run that stops early saves what it has; errors of other ranks are exchanged."""
+    if outcome.iterations >= outcome.total:
+        outcome.error = None  # the step in which the others would have heard of it was the last
+        return
+    outcome.reason, outcome.signal = stop.reason or "another process was asked to stop", stop.signal
+    if outcome.iterations > first and not t.saved_at(outcome.iterations - 1):
+        outcome.checkpoint = t.save(outcome.iterations - 1)
+    t.run.say(
+        f"stopped by {outcome.reason} after iteration {outcome.iterations - 1}; everything is in "
+        f"{outcome.checkpoint or 'no checkpoint yet'}, and the same command resumes from there"
+    )
+    outcome.error = next(filter(None, distributed.gather_objects(outcome.error)), None)
+
+
+def not_finite_names(log: dict[str, Tensor], norms: dict[str, Tensor]) -> str:
+    values = log | {f"gradient of {name}": norm for name, norm in norms.items()}
+    bad = [f"{name} {float(v)}" for name, v in values.items() if not math.isfinite(float(v))]
+    return ", ".join(bad) or "another process has a loss that is not finite"
+
+
+def archive(run: RunDir, group: Group = None) -> None:
+    """Renames checkpoints and dumps of an earlier start, so that a fresh start neither resumes from them nor adopts them."""
+    for folder in (run.checkpoints, run.evaluations):
+        if distributed.rank(group) == 0 and folder.is_dir() and any(folder.iterdir()):
+            n = 1
+            while folder.with_name(f"{folder.name}.{n}").exists():
+                n += 1
+            folder.rename(folder.with_name(f"{folder.name}.{n}"))
+    distributed.barrier()
