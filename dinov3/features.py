@@ -10,9 +10,7 @@ to the images, and refuses to be compared or joined with one that differs.
 
 from __future__ import annotations
 
-import hashlib
 import os
-import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +24,7 @@ from torch import Tensor, nn
 from dinov3.data.images import DecodedImage, open_image, upright_rgb
 from dinov3.data.transforms.inputs import Geometry, Preprocessing
 from dinov3.errors import DinoError, IncompatibleFeatures
+from dinov3.weights.identity import name_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -282,36 +281,11 @@ def extract(
     batch.
     """
     weight = next(model.parameters())
-    label = model_label(model)
+    name = name_of(model)
     for x, geometry in batches:
         with _evaluating(model):
             parts = run(model, x.to(weight.device, weight.dtype, non_blocking=True), layer=layer, norm=norm)
-        yield Features(preprocessing=preprocessing.id, model=label, geometry=tuple(geometry), **parts)
-
-
-def model_label(model: nn.Module) -> str:
-    """Whose features these are: the catalogue's name, or the class, and eight digits that follow from the weights.
-
-    The digits are a hash of up to 256 values of every tensor, evenly spread, and of its type: where the file lies makes no
-    difference, other weights do.
-    """
-    name = getattr(getattr(model, "origin", None), "name", type(model).__name__)
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    # replaced, or changed in place: hashed again
-    now = [(id(value), 0 if value.is_inference() else value._version) for _, value in tensors]
-    known = _labels.get(model)
-    if known is None or known[0] != now:
-        digest = hashlib.sha256()
-        for key, value in tensors:
-            flat = getattr(value, "_local_tensor", value).detach().flatten()  # of a sharded one this rank's part
-            some = flat[:: max(1, flat.numel() // 256)].contiguous().cpu()
-            digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(some.view(torch.uint8).numpy().data)
-        known = _labels[model] = (now, digest.hexdigest()[:8])
-    return f"{name} {known[1]}"
-
-
-_labels: weakref.WeakKeyDictionary[nn.Module, tuple[list[tuple[int, int]], str]] = weakref.WeakKeyDictionary()
+        yield Features(preprocessing=preprocessing.id, model=name, geometry=tuple(geometry), **parts)
 
 
 def batched(

@@ -45,6 +45,7 @@ from dinov3.errors import DinoError, ImageError, require
 from dinov3.features import run
 from dinov3.hub import foreign, load
 from dinov3.weights import catalog
+from dinov3.weights.identity import fingerprint
 
 Triple = tuple[float, float, float]
 
@@ -120,7 +121,7 @@ class Teacher:
     ) -> None:
         self.spec, self.network, self.forward = spec, network.eval().requires_grad_(False), forward
         self.patch, self.mean, self.std = patch, mean, std
-        self.id = f"{spec.kind}-{_fingerprint(network)}-layer{spec.layer}" + ("" if spec.normed else "-prenorm")
+        self.id = f"{spec.kind}-{fingerprint(network)}-layer{spec.layer}" + ("" if spec.normed else "-prenorm")
 
     def side(self, grid: int) -> int:
         """Pixels of its input for a student's grid of grid × grid patches."""
@@ -136,14 +137,6 @@ class Teacher:
         with torch.autocast(weight.device.type, torch.bfloat16, enabled=bf16):
             targets = self.forward(x)
         return Targets(**{name: value.float() for name, value in targets.fields().items()})
-
-
-def _fingerprint(network: nn.Module) -> str:
-    """A hash of all weights of any network: the sum of every tensor, which no retraining leaves alone."""
-    digest = hashlib.sha256()
-    for key, value in sorted(network.state_dict().items()):
-        digest.update(f"{key} {tuple(value.shape)} {value.double().sum().item():.9e}".encode())
-    return digest.hexdigest()[:12]
 
 
 # ---- the kinds ------------------------------------------------------------------------------------------------------

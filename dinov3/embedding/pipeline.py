@@ -33,6 +33,7 @@ from dinov3.errors import DinoError, ImageError, UnknownName, choices_sentence, 
 from dinov3.features import Features, extract
 from dinov3.threads import prefetched
 from dinov3.weights import catalog
+from dinov3.weights.identity import name_of
 
 if TYPE_CHECKING:
     from dinov3.hub import Origin
@@ -114,21 +115,17 @@ class Embedder:
 
     def facts(self, vector_dtype: Literal["float32", "float16"] = "float32") -> StoreFacts:
         """What a store filled by this embedder says of itself."""
-        from dinov3.weights.identity import fingerprint
-
         origin = getattr(self.model, "origin", None)
-        name = origin.name if origin is not None else type(self.model).__name__
+        name = name_of(self.model)
         model: Any = self.model
         width = model.embed_dim
-        dtype = next(self.model.parameters()).dtype
-        precision = "" if dtype == torch.float32 else f"-{str(dtype).removeprefix('torch.')}"
         return StoreFacts(
-            model=f"{name}@{fingerprint(self.model)}{precision}",
+            model=name,
             dim=2 * width if self.pooling == "cls+mean" else width,
             patch_dim=width,
             preprocessing=self.preprocessing.id,
             preprocessing_json=self.preprocessing.to_json(),
-            model_name=name,
+            model_name=name.partition("@")[0],
             weights=lasting_source(origin) if origin is not None else "",
             pooling=self.pooling,
             layer=model.n_blocks - 1,

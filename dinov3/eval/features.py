@@ -1,7 +1,7 @@
 """Images → features, computed once and kept on disk; and what the images should be called.
 
-A column of numbers (the CLS token or the mean patch of one layer) is a .npy file in a folder named by the weights'
-fingerprint, the preprocessing and the images. Whoever asks for the same column again, from another evaluation or
+A column of numbers (the CLS token or the mean patch of one layer) is a .npy file in a folder named by the model's
+name, the preprocessing and the images. Whoever asks for the same column again, from another evaluation or
 with another pooling, reads the file. Several processes write one file together, so the
 folder must lie where all of them see it.
 
@@ -30,10 +30,10 @@ from dinov3.data.datasets.base import ImageDataset
 from dinov3.data.images import DecodedImage, open_image
 from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.errors import DinoError, ImageError
-from dinov3.features import model_label
 from dinov3.heads.encoder import widths_of
 from dinov3.runlog import peak_memory_gb, spoken_time
 from dinov3.threads import prefetched
+from dinov3.weights.identity import name_of
 
 # ---- what images are called ----------------------------------------------------------------------------------------
 
@@ -161,11 +161,8 @@ class FeatureCache:
     """Columns of features in a folder of their own for each (weights, preprocessing, images)."""
 
     def __init__(self, model: nn.Module, root: Path, say: Callable[[str], None]) -> None:
-        from dinov3.weights.identity import fingerprint
-
         self.model, self.root, self.say = model, root, say
-        weight = next(model.parameters())
-        self.model_id = f"{fingerprint(model)}-{str(weight.dtype).removeprefix('torch.')}"
+        self.model_name = name_of(model)
 
     def columns(
         self,
@@ -179,7 +176,7 @@ class FeatureCache:
         workers: int = 5,
     ) -> list[np.ndarray]:
         """One memory-mapped array [N, D_i] for each column; what is not there yet is computed in one pass."""
-        folder = self.root / self.model_id / f"{rule.id}-{dataset_id(dataset)}"
+        folder = self.root / self.model_name / f"{rule.id}-{dataset_id(dataset)}"
         missing = [c for c in dict.fromkeys(columns) if not (folder / c.file(norm, dtype)).exists()]
         missing = distributed.broadcast_object(missing)
         if missing:
@@ -208,7 +205,7 @@ class FeatureCache:
         arrays: dict[Column, np.ndarray] = {}
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            about = {"model": model_label(self.model), "preprocessing": json.loads(rule.to_json()), "images": N}
+            about = {"model": self.model_name, "preprocessing": json.loads(rule.to_json()), "images": N}
             (folder / "about.json").write_text(json.dumps(about, indent=1) + "\n")
         weight, net = next(self.model.parameters()), self.model
         began, done, told = time.perf_counter(), 0, time.perf_counter()

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[list[tuple[int, int]], str]] = weakref.WeakKeyDictionary()
+
+
+def name_of(model: nn.Module) -> str:
+    """`dinov3_vits16_lvd1689m@<fingerprint>`, with `-bfloat16` or another precision: whose features, store or cache it is.
+
+    The catalogue's name, or the class of a model without an origin.
+    """
+    name = getattr(getattr(model, "origin", None), "name", type(model).__name__)
+    dtype = next(model.parameters()).dtype
+    precision = "" if dtype == torch.float32 else f"-{str(dtype).removeprefix('torch.')}"
+    return f"{name}@{fingerprint(model)}{precision}"
 
 
 def fingerprint(model_or_state: nn.Module | Mapping[str, Tensor]) -> str:
@@ -15,12 +29,24 @@ def fingerprint(model_or_state: nn.Module | Mapping[str, Tensor]) -> str:
     The sha256 over (key, dtype, shape, bytes) of what acts at inference, in Meta's names, sorted. Not counted: the mask
     token, `bias_mask`, `local_cls_norm`, the masked K third of the qkv bias, an all-zero qkv bias, ConvNeXt's second
     name of the norm. Rope periods count after rounding to bfloat16: published files hold them so, transformers and timm
-    compute them exactly, and both mean the same model.
+    compute them exactly, and both mean the same model. Of a sharded model, this rank's part counts.
+
+    A module is hashed once (2 GB/s), and again after a tensor was replaced or changed in place.
     """
-    state = model_or_state.state_dict() if isinstance(model_or_state, nn.Module) else model_or_state
+    if not isinstance(model_or_state, nn.Module):
+        return _hash(model_or_state)
+    values = [*model_or_state.parameters(), *model_or_state.buffers()]
+    now = [(id(value), 0 if value.is_inference() else value._version) for value in values]
+    known = _KNOWN.get(model_or_state)
+    if known is None or known[0] != now:
+        known = _KNOWN[model_or_state] = (now, _hash(model_or_state.state_dict()))
+    return known[1]
+
+
+def _hash(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for key in sorted(state):
-        value = state[key].detach()
+        value = getattr(state[key], "_local_tensor", state[key]).detach()
         if key == "mask_token" or key.endswith(".bias_mask") or key.startswith(("local_cls_norm.", "norms.")):
             continue
         if key == "rope_embed.periods":

@@ -279,6 +279,12 @@ def test_a_store_finds_its_weights_again_from_any_folder(folder, tmp_path, monke
         again, _ = model_of(EmbeddingStore.open(tmp_path / name))
         assert Embedder(again, RULE).facts().model == EmbeddingStore.open(tmp_path / name).facts.model
     assert EmbeddingStore.open(tmp_path / "packaged").facts.weights == ""
+    named = {
+        EmbeddingStore.open(tmp_path / name).facts.model: dinov3.embed(net, image(0, 32, 32)).model
+        for name, net in nets.items()
+    }
+    assert len(named) == 3
+    assert list(named) == list(named.values())  # `Features` and the store name one model alike
     with pytest.raises(DinoError, match="pass --weights"):
         model_of(EmbeddingStore.open(tmp_path / "python"))
 
