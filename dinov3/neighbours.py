@@ -19,6 +19,7 @@ from torch import Tensor
 from dinov3 import distributed
 from dinov3.distributed import Group
 from dinov3.errors import DinoError
+from dinov3.metrics.classification import accuracy
 
 Rows = Tensor | np.ndarray
 CHUNK, BLOCK = 32768, 1024  # rows of the bank, queries: 128 MB of similarities at a time
@@ -99,4 +100,4 @@ def knn_accuracy(
     cosines, where = nearest(test, train, k, device=train_labels.device)
     classes = int(max(train_labels.max(), test_labels.max())) + 1
     scores = votes(cosines, train_labels[where], k, classes, temperature)
-    return float((scores.argmax(1) == test_labels).double().mean())
+    return accuracy(scores, test_labels)

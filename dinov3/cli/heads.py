@@ -71,11 +71,6 @@ def train_head(
         head = "detr"
     chosen = head if head is not None else "linear"
     check_kind(task, chosen)
-    measure = None
-    if task == "detection":
-        from dinov3.metrics.boxes import average_precision
-
-        measure = average_precision
     config = HeadConfig(
         task=task, head=chosen, data=data, val=val, backbone=backbone, weights=weights,
         options=head_options(options or []), classes=[c.strip() for c in classes.split(",")] if classes else [],
@@ -83,7 +78,7 @@ def train_head(
         weight_decay=weight_decay, evaluate_every=evaluate_every, save_every=save_every,
         precision="bfloat16" if bf16 else "float32", seed=seed, device=device_of(device),
     )  # fmt: skip
-    outcome = run(config, out, resume=resume, average_precision=measure)
+    outcome = run(config, out, resume=resume)
     if distributed.is_main():
         for name, value in outcome.metrics.items():
             say(f"{name}\t{value:.4f}")

@@ -23,6 +23,7 @@ from dinov3.dense.matching import coverage
 from dinov3.dense.patches import maps
 from dinov3.errors import DinoError
 from dinov3.features import Features
+from dinov3.metrics.classification import average_precision
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -182,17 +183,6 @@ def logistic(x: Tensor, y: Tensor, C: float, *, max_iter: int = 1000) -> tuple[T
         solver.step(loss)
     w = weight.detach()
     return w.float(), (bias.detach() - shift @ w).float()
-
-
-def average_precision(scores: Tensor, labels: Tensor) -> float:
-    """Mean over the recall steps of the precision, as scikit-learn's: equal scores share one step."""
-    order = scores.argsort(descending=True, stable=True)
-    s, y = scores[order], labels[order].double()
-    right = y.cumsum(0)
-    last = torch.cat([s[1:] != s[:-1], torch.ones(1, dtype=torch.bool, device=s.device)])  # of each run of equals
-    right, count = right[last], (torch.arange(len(s), device=s.device) + 1)[last]
-    gained = torch.diff(right, prepend=right.new_zeros(1))
-    return float((gained * right / count).sum() / y.sum())
 
 
 def median3(x: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from dinov3.fit.loop import FitConfig, fit, shuffled
 from dinov3.heads.dpt import DPTHead
 from dinov3.heads.encoder import FrozenLayers, resized
 from dinov3.losses import LossTerms
+from dinov3.metrics.classification import accuracy, multilabel_f1
 from dinov3.metrics.dense import IGNORED, confusion_matrix, iou_scores
 
 
@@ -66,27 +67,6 @@ class GeoConfig(EvalConfig):
         yield from super().problems()
         if len(self.dpt_levels) != 4:
             yield "dpt_levels", "are four widths"
-
-
-# ---- measures: arrays in, numbers out -------------------------------------------------------------------------------
-
-
-def accuracy(scores: Tensor, labels: Tensor) -> float:
-    """Percent of rows [N, K] whose highest score is their class [N]."""
-    return 100 * float((scores.argmax(1) == labels).double().mean())
-
-
-def micro_f1(scores: Tensor, labels: Tensor) -> float:
-    """Percent: F1 over all labels of all images together; a label is predicted where its score (a logit) is above 0."""
-    predicted, true = scores > 0, labels > 0
-    hits = int((predicted & true).sum())
-    total = int(predicted.sum()) + int(true.sum())
-    return 100 * 2 * hits / total if total else 0.0
-
-
-def mean_iou(confusion: Tensor) -> float:
-    """Percent: mean over the classes that occur or are predicted."""
-    return 100 * float(iou_scores(confusion)["mIoU"])
 
 
 # ---- a linear layer for every learning rate -------------------------------------------------------------------------
@@ -189,7 +169,11 @@ def classification(config: GeoConfig, session: Session, model: nn.Module) -> dic
         x["train"], y["train"], task.n_classes, config.class_lrs, steps=config.steps, batch_size=config.batch_size,
         seed=config.seed,
     )  # fmt: skip
-    measure: Callable[[Tensor, Tensor], float] = micro_f1 if task.kind == "labels" else accuracy
+
+    def measure(scores: Tensor, labels: Tensor) -> float:
+        several = task.kind == "labels"
+        return 100 * (multilabel_f1(scores, labels, macro=False, threshold=0) if several else accuracy(scores, labels))
+
     with torch.no_grad():
         valid = [measure(layer(x["valid"][:, 0]), y["valid"]) for layer in layers]
         best = int(np.argmax(valid))
@@ -281,13 +265,14 @@ def segmentation(config: GeoConfig, session: Session, model: Any) -> dict[str, A
         )
         run = session.at(session.output / f"lr={lr:g}").run
         fit(one, map_batches(splits["train"], inputs, config, config.dropped), map_loss, options, run)
-        valid = mean_iou(map_confusion(one, splits["valid"], inputs, config.dropped, session.device))
+        valid = 100 * iou_scores(map_confusion(one, splits["valid"], inputs, config.dropped, session.device))["mIoU"]
         session.say(f"lr {lr:g}: validation mIoU {valid:.1f}")
         found.append((valid, lr, one))
     valid, lr, best = max(found, key=lambda row: row[0])
     confusion = map_confusion(best, splits["test"], inputs, config.dropped, session.device)
-    per_class = iou_scores(confusion)["IoU_per_class"]
-    results: dict[str, Any] = {"mIoU": mean_iou(confusion), "validation mIoU": valid, "lr": lr}
+    scores = iou_scores(confusion)
+    per_class = scores["IoU_per_class"]
+    results: dict[str, Any] = {"mIoU": 100 * scores["mIoU"], "validation mIoU": valid, "lr": lr}
     return results | {f"IoU {i}": 100 * v for i, v in enumerate(per_class) if not math.isnan(v)}
 
 

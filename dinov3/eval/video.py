@@ -41,6 +41,7 @@ from dinov3.features import default_preprocessing
 from dinov3.files import atomically
 from dinov3.fit.loop import shuffled
 from dinov3.heads.attentive import AttentiveProbe, clip_coordinates
+from dinov3.metrics.classification import accuracy
 from dinov3.optim import warmup_cosine_v2
 from dinov3.threads import prefetched
 
@@ -219,13 +220,6 @@ def probabilities(probe: AttentiveProbe, tokens: Tensor, coordinates: Tensor) ->
     return probe(tokens, coordinates).float().softmax(-1)
 
 
-def top1(probability: Tensor, labels: Tensor) -> float:
-    """Percent of clips whose likeliest class is theirs."""
-    if not len(labels):
-        raise DinoError("there are no clips to score")
-    return 100 * float((probability.argmax(-1) == labels).double().mean())
-
-
 def held_out_rows(n: int, share: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """(rows that train, rows that choose), both sorted."""
     if n < 2:
@@ -376,7 +370,7 @@ def evaluate(config: VideoConfig, session: Session) -> Mapping[str, Any]:
     session.say(f"{len(rows)} videos train {len(every)} probes of {count:,} parameters, {len(choosing)} choose")
     fitted(frozen, every, reader, rows, config, session)
     found, labels = scored(frozen, every, reader, choosing.tolist(), tta=False, workers=config.num_workers)
-    accuracies = [top1(p, labels) for p in found]
+    accuracies = [100 * accuracy(p, labels) for p in found]
     best = every[int(np.argmax(accuracies))]
     session.say(f"chosen: {best.name} ({max(accuracies):.1f} % of the held-out videos)")
     results: dict[str, Any] = {}
@@ -384,7 +378,7 @@ def evaluate(config: VideoConfig, session: Session) -> Mapping[str, Any]:
         if tta and not config.tta:
             continue
         (probability,), labels = scored(frozen, [best], test, range(len(val)), tta=tta, workers=config.num_workers)
-        results[name] = top1(probability, labels)
+        results[name] = 100 * accuracy(probability, labels)
         if config.save_results:
             session.save_arrays("tta" if tta else "single", probability.cpu().numpy(), labels.cpu().numpy())
     return results | {"lr": best.lr, "weight_decay": best.weight_decay, "held-out top-1": max(accuracies)}

@@ -1,7 +1,8 @@
 """Scores → numbers: the metrics of image classification, each a pure function on arrays (spec names kept).
 
 Legend: N images, C classes. `scores` float [N, C], any monotone quantity; `target` int [N], multi-hot [N, C], or sets of
-labels as int [N, L] padded with −1. Numbers are fractions; the evaluations print per cent.
+labels as int [N, L] padded with −1. Numbers are fractions; the evaluations print per cent. `accuracy`, `multilabel_f1`
+and `average_precision` also take tensors, of any device.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from collections.abc import Callable, Mapping
 from enum import Enum
 
 import numpy as np
+from torch import Tensor
 
 from dinov3.errors import DinoError
 
+Array = np.ndarray | Tensor
 Numbers = dict[str, float]
 
 
@@ -49,9 +52,7 @@ def evaluate(metric: Metric, scores: np.ndarray, target: np.ndarray, *, groups: 
 
     `groups` (grouped metrics; ImageNet-C: corruption and severity as text "fog/3"): one word for each image.
     """
-    scores, target = np.asarray(scores), np.asarray(target)
-    if len(scores) != len(target) or len(scores) == 0:
-        raise DinoError(f"{len(scores)} predictions for {len(target)} targets: nothing can be measured")
+    scores, target = _matched(scores, target)
     if metric in MULTILABEL and target.ndim == 1:
         target = np.eye(scores.shape[1], dtype=np.int64)[target]
     if target.ndim == 1 and target.max() >= scores.shape[1]:
@@ -83,6 +84,14 @@ def evaluate(metric: Metric, scores: np.ndarray, target: np.ndarray, *, groups: 
     return {"top-1": _WHOLE[metric](scores, target)}
 
 
+def _matched(scores: Array, target: Array) -> tuple[np.ndarray, np.ndarray]:
+    """Both as numpy arrays, once there is something to measure."""
+    if len(scores) != len(target) or len(scores) == 0:
+        raise DinoError(f"{len(scores)} predictions for {len(target)} targets: nothing can be measured")
+    scores, target = (x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x) for x in (scores, target))
+    return scores, target
+
+
 # ---- one label an image --------------------------------------------------------------------------------------------
 
 
@@ -98,8 +107,9 @@ def hits(scores: np.ndarray, target: np.ndarray, k: int) -> np.ndarray:
     return (top_classes(scores, k) == target[:, None]).any(1)
 
 
-def accuracy(scores: np.ndarray, target: np.ndarray, k: int = 1) -> float:
-    return float(hits(scores, target, k).mean())
+def accuracy(scores: Array, target: Array, k: int = 1) -> float:
+    """Share of the images whose class is among the k best."""
+    return float(hits(*_matched(scores, target), k).mean())
 
 
 def per_class_accuracy(scores: np.ndarray, target: np.ndarray, k: int = 1) -> np.ndarray:
@@ -147,9 +157,10 @@ def mean_reciprocal_rank(scores: np.ndarray, target: np.ndarray) -> float:
 # ---- several labels an image ---------------------------------------------------------------------------------------
 
 
-def multilabel_f1(scores: np.ndarray, target: np.ndarray, *, macro: bool) -> float:
-    """Of scores in [0, 1], at the threshold 0.5."""
-    return _f1(scores > 0.5, target > 0, macro=macro)
+def multilabel_f1(scores: Array, target: Array, *, macro: bool, threshold: float = 0.5) -> float:
+    """A label is predicted where its score exceeds the threshold: 0.5 suits shares, 0 logits."""
+    scores, target = _matched(scores, target)
+    return _f1(scores > threshold, target > 0, macro=macro)
 
 
 def _f1(predicted: np.ndarray, true: np.ndarray, *, macro: bool) -> float:
@@ -168,9 +179,9 @@ def precision_recall(scores: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, 
     return found / (last + 1), found / max(1, int(true.sum()))
 
 
-def average_precision(scores: np.ndarray, true: np.ndarray) -> float:
+def average_precision(scores: Array, true: Array) -> float:
     """Σ (gain in recall) × precision."""
-    precision, recall = precision_recall(scores, true)
+    precision, recall = precision_recall(*_matched(scores, true))
     return float((np.diff(recall, prepend=0) * precision).sum())
 
 

@@ -336,10 +336,8 @@ def rule_for(config: HeadConfig, backbone: nn.Module, sizes: set[tuple[int, int]
     return rule if len(aspects) == 1 else rule.with_(shape="square")
 
 
-def build_task(
-    config: HeadConfig, data: Any, val: Any | None, rule: Preprocessing, average_precision: Any = None
-) -> tasks.Task:
-    """The task over the data, with its classes. average_precision: of detection, handed in (see `train_head`)."""
+def build_task(config: HeadConfig, data: Any, val: Any | None, rule: Preprocessing) -> tasks.Task:
+    """The task over the data, with its classes."""
     given = (data, val, rule)
     batch = config.batch or int(RECIPES[config.task, config.head]["batch"])
     options: dict[str, Any] = {"augment": config.augment, "batch": batch, "seed": config.seed}
@@ -361,12 +359,7 @@ def build_task(
     elif config.task == "detection":
         from dinov3.heads.detr.loss import DetrCriterion
 
-        if average_precision is None:
-            raise DinoError(
-                "a detector is measured by what is handed in: pass average_precision, "
-                "dinov3.metrics.boxes.average_precision"
-            )
-        task = tasks.Detection(*given, criterion=DetrCriterion(), average_precision=average_precision, **options)
+        task = tasks.Detection(*given, criterion=DetrCriterion(), **options)
     else:
         task = tasks.Classification(*given, **options)
     task.class_names = names
@@ -410,18 +403,8 @@ def farthest(data: Any, most: int = 200) -> float:
     return float(np.ceil(np.quantile(values, 0.999) * 1.05))
 
 
-def train_head(
-    config: HeadConfig,
-    out: str | os.PathLike[str],
-    *,
-    resume: bool = True,
-    average_precision: tasks.AveragePrecision | None = None,
-) -> Outcome:
-    """Fits the head, or goes on fitting it, in folder `out`.
-
-    average_precision: for detection, `dinov3.metrics.boxes.average_precision` (training and evaluation are rooms
-    of one row, which do not import each other).
-    """
+def train_head(config: HeadConfig, out: str | os.PathLike[str], *, resume: bool = True) -> Outcome:
+    """Fits the head in folder `out`, or resumes there."""
     check_kind(config.task, config.head)
     check(config, "train-head")
     device = distributed.setup(config.device)
@@ -433,7 +416,7 @@ def train_head(
         checked_sizes(val, notes.append)
     backbone = load_backbone(config)
     rule = rule_for(config, backbone, sizes)
-    task = build_task(config, data, val, rule, average_precision)
+    task = build_task(config, data, val, rule)
     options = dict(config.options) | ({} if task.n_classes is None else {"n_classes": task.n_classes})
     if isinstance(task, tasks.Depth):
         options |= {"min_depth": task.range[0], "max_depth": task.range[1]}

@@ -26,6 +26,8 @@ from dinov3.fit.loop import shuffled
 from dinov3.heads.objectives import DepthLoss, segmentation_terms
 from dinov3.heads.windows import class_maps
 from dinov3.losses import LossTerms
+from dinov3.metrics.boxes import average_precision
+from dinov3.metrics.classification import accuracy
 from dinov3.metrics.dense import IGNORED, confusion_matrix, depth_scores, iou_scores, mean_scores, reduce_zero_label
 
 AUGMENTATIONS = ("none", "flip", "full")
@@ -306,15 +308,13 @@ class Classification(Task):
         return terms
 
     def scores(self, model: nn.Module, dataset: Any, device: torch.device) -> dict[str, float]:
-        right: list[float] = []
-        among_five: list[float] = []
+        logits, labels = [], []
         for index in range(len(dataset)):
             _, label, x = self.seen(dataset, index)
-            order = model(x.to(device))[0].float().argsort(descending=True).tolist()
-            right.append(float(order[0] == label))
-            among_five.append(float(label in order[:5]))
-        found = {"accuracy": sum(right) / len(right)}
-        return found | ({"top5": sum(among_five) / len(among_five)} if len(self.class_names) > 5 else {})
+            logits.append(model(x.to(device))[0].float().cpu())
+            labels.append(label)
+        tops = {"accuracy": 1} | ({"top5": 5} if len(self.class_names) > 5 else {})
+        return {name: accuracy(torch.stack(logits), torch.tensor(labels), k) for name, k in tops.items()}
 
     def panels(self, model: nn.Module, dataset: Any, index: int, device: torch.device) -> list[np.ndarray]:
         image, label, x = self.seen(dataset, index)
@@ -341,20 +341,14 @@ def worded(text: str, *, good: bool = True) -> np.ndarray:
 # ---- boxes ---------------------------------------------------------------------------------------------------------
 
 
-# (detections, truth, class names) → (numbers in percent, None where nothing is there to be found; rows per class)
-AveragePrecision = Callable[
-    [Sequence[Any], Sequence[Any], Sequence[str]], tuple[dict[str, float | None], list[dict[str, Any]]]
-]
-
-
 class Detection(Task):
     """Targets: dicts of boxes_xyxy_px [T, 4] in pixels of the input, and labels [T]. Images may differ in shape."""
 
     name, score, stacked = "detection", "AP", False
 
-    def __init__(self, *given: Any, criterion: Any, average_precision: AveragePrecision, **options: Any) -> None:
+    def __init__(self, *given: Any, criterion: Any, **options: Any) -> None:
         super().__init__(*given, **options)
-        self.criterion, self.average_precision = criterion, average_precision
+        self.criterion = criterion
         box = {"boxes_xyxy_px": torch.tensor([[0.0, 0, 9, 9]]), "labels": torch.tensor([0])}
         average_precision([box | {"scores": torch.ones(1)}], [box], ["any"])  # what it lacks is said before hours pass
 
@@ -392,7 +386,7 @@ class Detection(Task):
             image, target, x = self.seen(dataset, index)
             predictions.append(self.found(model, image, x.to(device)))
             targets.append(target)
-        numbers, rows = self.average_precision(predictions, targets, self.class_names)
+        numbers, rows = average_precision(predictions, targets, self.class_names)
         chosen = {name: numbers[name] for name in ("AP", "AP50", "AP75")} | {f"AP/{r['class']}": r["AP"] for r in rows}
         return {name: float("nan") if value is None else value for name, value in chosen.items()}
 

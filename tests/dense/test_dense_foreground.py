@@ -14,7 +14,6 @@ from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.dense import foreground
 from dinov3.dense.foreground import (
     Foreground,
-    average_precision,
     fit,
     kind_of,
     leave_one_out,
@@ -27,6 +26,7 @@ from dinov3.dense.pca import fit as fit_pca
 from dinov3.dense.pca import object_colours
 from dinov3.errors import DinoError
 from dinov3.features import Features
+from dinov3.metrics.classification import average_precision
 
 
 def image(seed: int, h: int = 6, w: int = 8, D: int = 12) -> tuple[Features, Tensor]:

@@ -13,8 +13,9 @@ import torch
 
 from dinov3.data.datasets.geo import TASKS, GeoBench, rgb_keys
 from dinov3.errors import DinoError, UnknownName
-from dinov3.eval.geobench import accuracy, linear_probes, main, mean_iou, micro_f1
-from dinov3.metrics.dense import confusion_matrix
+from dinov3.eval.geobench import linear_probes, main
+from dinov3.metrics.classification import accuracy, multilabel_f1
+from dinov3.metrics.dense import confusion_matrix, iou_scores
 
 h5py = pytest.importorskip("h5py")
 
@@ -116,13 +117,14 @@ def test_measures_equal_scikit_learn() -> None:
     rng = torch.Generator().manual_seed(0)
     scores, labels = torch.randn(50, 6, generator=rng), (torch.rand(50, 6, generator=rng) > 0.6).long()
     theirs = metrics.f1_score(labels.numpy(), (scores > 0).numpy(), average="micro")
-    assert micro_f1(scores, labels) == pytest.approx(100 * theirs)
+    assert multilabel_f1(scores, labels, macro=False, threshold=0) == pytest.approx(theirs)
     predicted, true = torch.randint(0, 4, (200,), generator=rng), torch.randint(0, 4, (200,), generator=rng)
     theirs = metrics.jaccard_score(true.numpy(), predicted.numpy(), average="macro")
-    assert mean_iou(confusion_matrix(predicted, true, 4)) == pytest.approx(100 * theirs)
-    assert mean_iou(confusion_matrix(predicted, true, 7)) == pytest.approx(100 * theirs)  # absent classes do not count
-    assert accuracy(scores, scores.argmax(1)) == 100
-    assert micro_f1(-torch.ones(2, 3), torch.zeros(2, 3)) == 0
+    assert 100 * iou_scores(confusion_matrix(predicted, true, 4))["mIoU"] == pytest.approx(100 * theirs)
+    # absent classes do not count
+    assert 100 * iou_scores(confusion_matrix(predicted, true, 7))["mIoU"] == pytest.approx(100 * theirs)
+    assert accuracy(scores, scores.argmax(1)) == 1
+    assert multilabel_f1(-torch.ones(2, 3), torch.zeros(2, 3), macro=False, threshold=0) == 0
 
 
 def test_a_layer_of_the_grid_is_what_sgd_alone_gives() -> None:
@@ -152,7 +154,7 @@ def test_several_labels_are_learnt(tmp_path: Path) -> None:
     y = (torch.rand(40, 3, generator=rng) > 0.5).long()
     x = (2.0 * y - 1)[:, None]
     (layer,) = linear_probes(x, y, 3, [1.0], steps=60, batch_size=16)
-    assert micro_f1(layer(x[:, 0]), y) == 100
+    assert multilabel_f1(layer(x[:, 0]), y, macro=False, threshold=0) == 1
 
 
 def run(tmp_path: Path, *words: str) -> dict[str, float]:

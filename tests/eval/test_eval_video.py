@@ -22,11 +22,11 @@ from dinov3.eval.video import (
     main,
     probabilities,
     squares,
-    top1,
     train_step,
     uniform_frames,
 )
 from dinov3.heads.attentive import AttentiveProbe, clip_coordinates, position_embedding
+from dinov3.metrics.classification import accuracy
 
 # ---- the probe ------------------------------------------------------------------------------------------------------
 
@@ -108,7 +108,7 @@ def test_the_direction_of_a_dot_needs_the_time(still_time: bool, low: float, hig
         rows = torch.from_numpy(np.random.default_rng(step).permutation(200)[:32])
         train_step([c], (tokens[rows], coordinates[rows], labels[rows]), step, 100)
     tokens, coordinates, labels = moving_dots(100, 1, still_time=still_time)
-    assert low <= top1(probabilities(c.probe, tokens, coordinates), labels) <= high
+    assert low <= 100 * accuracy(probabilities(c.probe, tokens, coordinates), labels) <= high
 
 
 def test_candidates_begin_alike_and_learn_at_their_own_rates() -> None:

@@ -17,6 +17,7 @@ from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.errors import DinoError
 from dinov3.eval.features import image_batches
 from dinov3.heads.dinotxt.model import DinoTxt
+from dinov3.metrics.classification import accuracy
 
 # ---- features -------------------------------------------------------------------------------------------------------
 
@@ -83,10 +84,4 @@ def _nearest(queries: Tensor, rows: Tensor, k: int, own: Tensor) -> Iterator[tup
 
 def classification(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """`top-1` and `top-5` in percent of logits [N, C] and labels [N]."""
-    if len(logits) == 0:
-        raise DinoError("there is no labelled image to classify")
-    order = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-    return {
-        "top-1": 100 * float(order[:, :1].any(1).double().mean()),
-        "top-5": 100 * float(order.any(1).double().mean()),
-    }
+    return {f"top-{k}": 100 * accuracy(logits, labels, k) for k in (1, 5)}
