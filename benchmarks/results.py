@@ -99,14 +99,14 @@ ROWS: list[Row] = [
     Row(
         "knn-imagenette",
         "Imagenette, k-NN (k = 20), top-1 %",
-        f"-m dinov3.cli eval knn {{model}} {IMAGENETTE} train.ks=[20] {LOADING} --output-dir {{out}}",
+        f"-m dinov3 eval knn {{model}} {IMAGENETTE} train.ks=[20] {LOADING} --output-dir {{out}}",
         csv_cell("results-knn.csv", "20 Top 1"),
         layers=True,
     ),
     Row(
         "logreg-imagenette",
         "Imagenette, logistic regression, top-1 %",
-        f"-m dinov3.cli eval log-regression {{model}} {IMAGENETTE} {LOADING} train.max_train_iters=200 "
+        f"-m dinov3 eval log-regression {{model}} {IMAGENETTE} {LOADING} train.max_train_iters=200 "
         "--output-dir {out}",
         csv_cell("results-log-regression.csv", "top-1"),
         layers=True,
@@ -114,21 +114,21 @@ ROWS: list[Row] = [
     Row(
         "linear-imagenette",
         "Imagenette, linear head with augmentation, 60 steps of 32, top-1 %",
-        "-m dinov3.cli eval linear {model} train.dataset={data}/imagenette/train train.val_dataset={data}/imagenette/val "
+        "-m dinov3 eval linear {model} train.dataset={data}/imagenette/train train.val_dataset={data}/imagenette/val "
         f"{LINEAR} --output-dir {{out}}",
         csv_cell("results-linear.csv", "*_accuracy"),
     ),
     Row(
         "knn-caltech",
         "Caltech-101 (5 + 5 a class), k-NN (k = 5), top-1 %",
-        f"-m dinov3.cli eval knn {{model}} {CALTECH} train.ks=[5] {LOADING} --output-dir {{out}}",
+        f"-m dinov3 eval knn {{model}} {CALTECH} train.ks=[5] {LOADING} --output-dir {{out}}",
         csv_cell("results-knn.csv", "5 Top 1"),
         layers=True,
     ),
     Row(
         "logreg-caltech",
         "Caltech-101 (5 + 5 a class), logistic regression, mean of classes %",
-        f"-m dinov3.cli eval log-regression {{model}} {CALTECH} {LOADING} train.max_train_iters=200 "
+        f"-m dinov3 eval log-regression {{model}} {CALTECH} {LOADING} train.max_train_iters=200 "
         "eval.test_metric_type=mean_per_class_accuracy --output-dir {out}",
         csv_cell("results-log-regression.csv", "top-1"),
         layers=True,
@@ -136,21 +136,21 @@ ROWS: list[Row] = [
     Row(
         "linear-caltech",
         "Caltech-101 (5 + 5 a class), linear head with augmentation, 60 steps of 32, top-1 %",
-        f"-m dinov3.cli eval linear {{model}} train.dataset={SPLIT % ('train', '')} "
+        f"-m dinov3 eval linear {{model}} train.dataset={SPLIT % ('train', '')} "
         f"train.val_dataset={SPLIT % ('test', ':test_per_class=5')} {LINEAR} --output-dir {{out}}",
         csv_cell("results-linear.csv", "*_accuracy"),
     ),
     Row(
         "segmentation-camvid",
         "CamVid (92 street scenes to train, 47 to test), linear segmentation, mIoU % of 11 classes",
-        f"-m dinov3.cli eval segmentation {{model}} datasets.train={CAMVID % 'train'} datasets.val={CAMVID % 'test'} "
+        f"-m dinov3 eval segmentation {{model}} datasets.train={CAMVID % 'train'} datasets.val={CAMVID % 'test'} "
         f"{DENSE % (300, '3e-3')} decoder_head.num_classes=11 eval.crop_size=448 eval.stride=448 --output-dir {{out}}",
         csv_cell("results-semantic-segmentation.csv", "mIoU"),
     ),
     Row(
         "depth-7scenes",
         "7-Scenes (one room, 40 frames to train, 24 later ones to test), linear depth, RMSE in metres",
-        f"-m dinov3.cli eval depth {{model}} datasets.train={ROOM % '0:80:2'} datasets.val={ROOM % '88:112'} "
+        f"-m dinov3 eval depth {{model}} datasets.train={ROOM % '0:80:2'} datasets.val={ROOM % '88:112'} "
         f"{DENSE % (200, '1e-2')} decoder_head.backbone_out_layers=LAST decoder_head.use_batchnorm=true "
         "decoder_head.max_depth=10 eval.use_tta=false --output-dir {out}",
         csv_cell("results-depth.csv", "DenseFolder_rmse"),
@@ -160,19 +160,19 @@ ROWS: list[Row] = [
     Row(
         "tracking-davis",
         "Three DAVIS sequences at 20 patches, label propagation, J&F %",
-        "-m dinov3.cli eval tracking {model} root={data}/davis2016 patches=20 --output-dir {out}",
+        "-m dinov3 eval tracking {model} root={data}/davis2016 patches=20 --output-dir {out}",
         csv_cell("results-tracking.csv", "J&F"),
     ),
     Row(
         "discovery-raccoon",
         "60 raccoons at 15 patches, TokenCut at its best τ, CorLoc %",
-        "-m dinov3.cli eval discovery {model} data=VocDetection:root={data}/raccoon patches=15 --output-dir {out}",
+        "-m dinov3 eval discovery {model} data=VocDetection:root={data}/raccoon patches=15 --output-dir {out}",
         csv_cell("results-discovery.csv", "CorLoc"),
     ),
     Row(
         "keypoints-7scenes",
         "7-Scenes, matches of patches within 5, 10, 20 cm, mean recall %",
-        "-m dinov3.cli eval keypoints {model} benchmark=frames root={data}/7scenes cells=0.125 --output-dir {out}",
+        "-m dinov3 eval keypoints {model} benchmark=frames root={data}/7scenes cells=0.125 --output-dir {out}",
         csv_cell("results-keypoints.csv", "recall"),
     ),
 ]

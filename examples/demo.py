@@ -51,7 +51,7 @@ def photographs(folder: Path) -> None:
 def run(*command: str) -> str:
     """Runs a `dinov3` command as printed."""
     print(f"\n$ dinov3 {shlex.join(command)}", flush=True)
-    done = subprocess.run([sys.executable, "-m", "dinov3.cli", *command], stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, "-m", "dinov3", *command], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(done.returncode)
     return done.stdout

@@ -69,7 +69,7 @@ def run(command: str, place: Path) -> str:
     binaries = Path(sys.executable).parent
     env = os.environ | {"PATH": f"{binaries}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     if command.startswith("dinov3 ") and not (binaries / "dinov3").exists():
-        command = f"{sys.executable} -m dinov3.cli {command.removeprefix('dinov3 ')}"
+        command = f"{sys.executable} -m dinov3 {command.removeprefix('dinov3 ')}"
     done = subprocess.run(command, shell=True, cwd=place, env=env, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr

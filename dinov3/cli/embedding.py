@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,12 +19,13 @@ from dinov3.cli.shared import (
     Pooling,
     Progress,
     Shape,
-    Weights,
     app,
     batch_of,
+    config_options,
     device_of,
     say,
 )
+from dinov3.config.bounds import setting
 from dinov3.errors import DinoError
 
 if TYPE_CHECKING:
@@ -31,79 +33,85 @@ if TYPE_CHECKING:
     from dinov3.embedding.pipeline import Report
 
 
+@dataclass
+class EmbedOptions:
+    weights: str | None = setting(
+        None,
+        help="Path, URL or Hugging Face id of the weights; 'random' for none. Default: the published ones of --model, "
+        "or without it the small model that ships with the package.",
+    )
+    backbone_weights: str | None = setting(
+        None, help="For a dino.txt --model, whose --weights are the head's: the backbone's file."
+    )
+    size: int = setting(256, help="Pixels of the square, or of the side that --shape names.")
+    shape: Shape = setting("square", help="square changes the aspect; short, long and native keep it.")
+    fit: Fit = setting("resize", help="For sides that are no multiple of the patch; crop loses pixels.")
+    pooling: Pooling | None = setting(None, help="What the vector is. Default: cls; cls+mean for dino.txt.")
+    patches: Patches = setting("none", help="Also keep the patch features, in this precision.")
+    batch: str = setting("auto", help="Images a batch, or auto.")
+    dtype: Dtype = setting("float32", help="The model's precision.")
+    workers: int | None = setting(None, help="Decoding threads (Ray: actors). Default: chosen.")
+    column: str | None = setting(None, help="The image column of a parquet file. Default: found.")
+    recursive: bool = setting(True, help="Include sub-folders.")
+    retry_failed: bool = setting(False, help="Try images again that failed before.")
+    engine: Literal["local", "ray"] = setting("local", help="One process, or Ray Data on a cluster.")
+
+
 @app.command()
+@config_options(EmbedOptions)
 def embed(
+    config: EmbedOptions,
     source: Annotated[str, typer.Argument(help="Folder, image, list file, tar shards or parquet.")],
     out: Annotated[str, typer.Option(help="The store: a folder, or s3://, gs://, az://.")],
     model: Annotated[
         str | None, typer.Option(help="A name from `dinov3 models`. Default: what the weights are.")
     ] = None,
-    weights: Weights = None,
-    backbone_weights: Annotated[
-        str | None, typer.Option(help="For a dino.txt --model, whose --weights are the head's: the backbone's file.")
-    ] = None,
-    size: Annotated[int, typer.Option(help="Pixels of the square, or of the side that --shape names.")] = 256,
-    shape: Annotated[Shape, typer.Option(help="square changes the aspect; short, long and native keep it.")] = "square",
-    fit: Annotated[
-        Fit, typer.Option(help="For sides that are no multiple of the patch; crop loses pixels.")
-    ] = "resize",
-    pooling: Annotated[
-        Pooling | None, typer.Option(help="What the vector is. Default: cls; cls+mean for dino.txt.")
-    ] = None,
-    patches: Annotated[Patches, typer.Option(help="Also keep the patch features, in this precision.")] = "none",
-    batch: Annotated[str, typer.Option(help="Images a batch, or auto.")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="The model's precision.")] = "float32",
     device: Device = "auto",
-    workers: Annotated[int | None, typer.Option(help="Decoding threads (Ray: actors). Default: chosen.")] = None,
-    column: Annotated[str | None, typer.Option(help="The image column of a parquet file. Default: found.")] = None,
-    recursive: Annotated[bool, typer.Option(help="Look into sub-folders.")] = True,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try images again that failed before.")] = False,
-    engine: Annotated[Literal["local", "ray"], typer.Option(help="One process, or Ray Data on a cluster.")] = "local",
     as_json: Annotated[bool, typer.Option("--json", help="The report as JSON on stdout.")] = False,
 ) -> None:
     """Embed images into a store. Run it again to continue, or to add what is new."""
-    batch_size = batch_of(batch)
+    c, batch_size = config, batch_of(config.batch)
     import torch
 
     from dinov3.data.sources import open_source
     from dinov3.features import default_preprocessing
     from dinov3.hub import HEADS, load
 
-    images = open_source(source, column=column, recursive=recursive)
-    speaks = model in HEADS and HEADS[model].task == "text"
-    if speaks:
+    images = open_source(source, column=c.column, recursive=c.recursive)
+    is_text = model in HEADS and HEADS[model].task == "text"
+    if is_text:
         from dinov3.hub.dinotxt import ImageSide, open_towers
 
-        if weights == "random":
+        if c.weights == "random":
             raise DinoError("a dino.txt with random weights knows no words: give the head's file as --weights")
-        towers = open_towers(weights, backbone_weights, device=device_of(device), dtype=getattr(torch, dtype))
+        towers = open_towers(c.weights, c.backbone_weights, device=device_of(device), dtype=getattr(torch, c.dtype))
         net: Any = ImageSide(towers)
-    elif backbone_weights is not None:
+    elif c.backbone_weights is not None:
         raise DinoError("--backbone-weights belong to a dino.txt --model; a backbone's own file is --weights")
     else:
-        net = load(model, weights, device=device_of(device), dtype=getattr(torch, dtype))
+        net = load(model, c.weights, device=device_of(device), dtype=getattr(torch, c.dtype))
     _say_what_runs(net)
-    rule = default_preprocessing(net, size=size, shape=shape, fit=fit)
+    rule = default_preprocessing(net, size=c.size, shape=c.shape, fit=c.fit)
     options: dict[str, Any] = {
         "preprocessing": rule,
-        "pooling": pooling or ("cls+mean" if speaks else "cls"),
-        "patches": patches,
+        "pooling": c.pooling or ("cls+mean" if is_text else "cls"),
+        "patches": c.patches,
         "batch_size": batch_size,
-        "retry_failed": retry_failed,
+        "retry_failed": c.retry_failed,
     }
     with Progress("embedding", len(images)) as bar:
 
         def progress(report: Report) -> None:
             bar(report.skipped + report.embedded + len(report.failures), report.rate)
 
-        if engine == "ray":
+        if c.engine == "ray":
             from dinov3.embedding.ray_engine import embed_with_ray
 
-            report = embed_with_ray(net, images, out, workers=workers, on_progress=progress, **options)
+            report = embed_with_ray(net, images, out, workers=c.workers, on_progress=progress, **options)
         else:
             from dinov3.embedding.pipeline import embed_source
 
-            report = embed_source(net, images, out, workers=workers, on_progress=progress, **options)
+            report = embed_source(net, images, out, workers=c.workers, on_progress=progress, **options)
     _tell_report(report, out, rule, as_json)
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dinov3.cli.shared import INTERRUPTED, UNREADABLE, Device, Dtype, Progress, app, device_of, say
+from dinov3.cli.shared import INTERRUPTED, UNREADABLE, Dtype, Progress, app, config_options, device_of, say
+from dinov3.config.bounds import setting
 from dinov3.errors import DinoError, ImageError
 from dinov3.files import atomically
 
@@ -25,46 +27,47 @@ if TYPE_CHECKING:
 Images = Annotated[list[str], typer.Argument(help="Images, folders, list files, tar shards or parquet.")]
 Out = Annotated[Path, typer.Option(help="Folder for the results; made if need be.")]
 OutIfAny = Annotated[Path | None, typer.Option(help="Folder for the results. Default: none, only stdout.")]
-Model = Annotated[str | None, typer.Option(help="A published head by its hub name. Default: the one for this task.")]
-HeadFile = Annotated[str | None, typer.Option("--head", help="A head file of your own, instead of --model.")]
-HeadWeights = Annotated[
-    str | None,
-    typer.Option(
-        help="The published head's file: path, URL or Hugging Face id. 'random': an untrained head, to try the command; "
-        "without --model it stands on the small backbone that comes with the package."
-    ),
-]
-BackboneWeights = Annotated[str | None, typer.Option(help="The backbone's file: path, URL or Hugging Face id.")]
 Size = Annotated[int | None, typer.Option(min=1, help="Pixels of the short side that the model sees.")]
 Window = Annotated[int | None, typer.Option(min=1, help="Sliding windows of so many pixels (after --size).")]
 Stride = Annotated[int | None, typer.Option(min=1, help="Pixels between windows. Default: 2/3 of a window.")]
 Labels = Annotated[str | None, typer.Option(help="Class names: a,b,c or a text file with one a line.")]
-Precision = Annotated[
-    Dtype | None, typer.Option(help="The model's precision. Default: float32; of a --head, what it was trained in.")
-]
+
+
+@dataclass
+class ModelOptions:
+    """Which model a verb runs, where, and how precisely."""
+
+    model: str | None = setting(None, help="A published head by its hub name. Default: the one for this task.")
+    head: str | None = setting(None, help="A head file of your own, instead of --model.")
+    weights: str | None = setting(
+        None,
+        help="The published head's file: path, URL or Hugging Face id. 'random': an untrained head, to try the command; "
+        "without --model it stands on the small backbone that ships with the package.",
+    )
+    backbone_weights: str | None = setting(None, help="The backbone's file: path, URL or Hugging Face id.")
+    device: str = setting("auto", help="cpu, cuda, cuda:1, mps, or auto.")
+    dtype: Dtype | None = setting(
+        None, help="The model's precision. Default: float32; of a --head, what it was trained in."
+    )
 
 
 @app.command()
+@config_options(ModelOptions)
 def segment(
+    config: ModelOptions,
     images: Images,
     out: Out,
-    model: Model = None,
-    head: HeadFile = None,
-    weights: HeadWeights = None,
-    backbone_weights: BackboneWeights = None,
     size: Size = None,
     window: Window = None,
     stride: Stride = None,
     whole: Annotated[bool, typer.Option("--whole", help="No windows: everything at once.")] = False,
     labels: Labels = None,
-    device: Device = "auto",
-    dtype: Precision = None,
 ) -> None:
     """The class of every pixel: an indexed PNG, its legend as JSON, and a drawing, for each image."""
     from dinov3.predict.segment import predict_segments
 
     names = names_given(labels)
-    net = model_for("segment", model, head, weights, backbone_weights, device, dtype, n_classes=len(names or ()))
+    net = model_for("segment", config, n_classes=len(names or ()))
     options: dict[str, Any] = {"size": size, "window": window, "stride": stride, "whole": whole, "names": names}
     for path, name, found in over(images, "segmenting", lambda p, _: predict_segments(net, p, **options), out):
         found.save(out, name)
@@ -73,24 +76,20 @@ def segment(
 
 
 @app.command()
+@config_options(ModelOptions)
 def depth(
+    config: ModelOptions,
     images: Images,
     out: Out,
-    model: Model = None,
-    head: HeadFile = None,
-    weights: HeadWeights = None,
-    backbone_weights: BackboneWeights = None,
     size: Size = None,
     window: Window = None,
     stride: Stride = None,
     flip: Annotated[bool, typer.Option("--flip", help="Mean with the mirrored image: slower, better.")] = False,
-    device: Device = "auto",
-    dtype: Precision = None,
 ) -> None:
     """Metres from the camera for every pixel: a float32 .npy and a drawing for each image."""
     from dinov3.predict.depth import predict_depth
 
-    net = model_for("depth", model, head, weights, backbone_weights, device, dtype)
+    net = model_for("depth", config)
     options: dict[str, Any] = {"size": size, "window": window, "stride": stride, "flip": flip}
     for path, name, found in over(images, "measuring", lambda p, _: predict_depth(net, p, **options), out):
         found.save(out, name)
@@ -99,23 +98,19 @@ def depth(
 
 
 @app.command()
+@config_options(ModelOptions)
 def canopy(
+    config: ModelOptions,
     images: Images,
     out: Out,
-    model: Model = None,
-    head: HeadFile = None,
-    weights: HeadWeights = None,
-    backbone_weights: BackboneWeights = None,
     size: Annotated[int | None, typer.Option(min=1, help="Resize the short side first. Default: not at all.")] = None,
     window: Annotated[int, typer.Option(min=1, help="Larger images are seen through windows.")] = 1024,
     stride: Stride = None,
-    device: Device = "auto",
-    dtype: Precision = None,
 ) -> None:
     """Height of trees in metres from aerial images: GeoTIFF for GeoTIFFs, else .npy, and a drawing for each."""
     from dinov3.predict.canopy import predict_canopy
 
-    net = model_for("canopy", model, head, weights, backbone_weights, device, dtype)
+    net = model_for("canopy", config)
     options: dict[str, Any] = {"size": size, "window": window, "stride": stride}
     results = over(images, "measuring", lambda p, data: predict_canopy(net, p, file=data, **options), out)
     for path, name, found in results:
@@ -124,25 +119,21 @@ def canopy(
 
 
 @app.command()
+@config_options(ModelOptions)
 def detect(
+    config: ModelOptions,
     images: Images,
     out: Out,
-    model: Model = None,
-    head: HeadFile = None,
-    weights: HeadWeights = None,
-    backbone_weights: BackboneWeights = None,
     size: Size = None,
     threshold: Annotated[float, typer.Option(min=0, max=1, help="The least score that is kept.")] = 0.5,
     most: Annotated[int, typer.Option(min=1, help="At most so many boxes an image.")] = 100,
     labels: Labels = None,
-    device: Device = "auto",
-    dtype: Precision = None,
 ) -> None:
     """Boxes around objects: one detections.json in COCO's form, and a drawing for each image."""
     from dinov3.predict.detect import predict_objects, write_coco
 
     names = names_given(labels)
-    net = model_for("detect", model, head, weights, backbone_weights, device, dtype, n_classes=len(names or ()))
+    net = model_for("detect", config, n_classes=len(names or ()))
     options: dict[str, Any] = {"size": size, "threshold": threshold, "most": most, "names": names}
     kept = []
     try:
@@ -157,24 +148,20 @@ def detect(
 
 
 @app.command()
+@config_options(ModelOptions)
 def classify(
+    config: ModelOptions,
     images: Images,
     out: OutIfAny = None,
-    model: Model = None,
-    head: HeadFile = None,
-    weights: HeadWeights = None,
-    backbone_weights: BackboneWeights = None,
     size: Annotated[int | None, typer.Option(min=1, help="Side of the square cut from the middle.")] = None,
     top: Annotated[int, typer.Option(min=1, help="So many classes an image.")] = 5,
     labels: Labels = None,
-    device: Device = "auto",
-    dtype: Precision = None,
 ) -> None:
     """What images show: classes with probabilities on stdout, in classes.csv and, with --out, drawn."""
     from dinov3.predict.classify import predict_classes
 
     names = names_given(labels)
-    net = model_for("classify", model, head, weights, backbone_weights, device, dtype, n_classes=len(names or ()))
+    net = model_for("classify", config, n_classes=len(names or ()))
     rows: list[tuple[Any, ...]] = []
     try:
         for path, name, found in over(
@@ -190,16 +177,24 @@ def classify(
             write_csv(out / "classes.csv", ("image", "rank", "class", "name", "probability"), rows)
 
 
+@dataclass
+class TextOptions:
+    """Which dino.txt, where, and how precisely."""
+
+    weights: str | None = setting(None, help="dino.txt's head and text tower. 'random': to try.")
+    backbone_weights: str | None = setting(None, help="The backbone's file: path, URL or Hugging Face id.")
+    vocabulary: str | None = setting(None, help="CLIP's bpe_simple_vocab_16e6.txt.gz. Default: the published one.")
+    device: str = setting("auto", help="cpu, cuda, cuda:1, mps, or auto.")
+    dtype: Dtype = setting("float32", help="The model's precision.")
+
+
 @app.command("zero-shot")
+@config_options(TextOptions)
 def zero_shot(
+    config: TextOptions,
     images: Images,
     labels: Annotated[str, typer.Option(help="Class names: a,b,c or a text file with one a line.")],
     out: OutIfAny = None,
-    weights: Annotated[str | None, typer.Option(help="dino.txt's head and text tower. 'random': to try.")] = None,
-    backbone_weights: BackboneWeights = None,
-    vocabulary: Annotated[
-        str | None, typer.Option(help="CLIP's bpe_simple_vocab_16e6.txt.gz. Default: the published one.")
-    ] = None,
     templates: Annotated[
         str | None, typer.Option(help="Text file of sentences with {} for the class, or 'none'. Default: CLIP's 80.")
     ] = None,
@@ -210,8 +205,6 @@ def zero_shot(
     window: Annotated[int | None, typer.Option(min=1, help="With --dense. Default: 384.")] = None,
     stride: Annotated[int | None, typer.Option(min=1, help="With --dense. Default: half a window.")] = None,
     top: Annotated[int, typer.Option(min=1, help="So many classes an image.")] = 5,
-    device: Device = "auto",
-    dtype: Precision = None,
 ) -> None:
     """Classes by their names alone, with dino.txt: of whole images, or with --dense of every pixel."""
     import warnings
@@ -226,11 +219,11 @@ def zero_shot(
     if not dense and (window or stride):
         raise DinoError("--window and --stride are for --dense")
     sentences = ("{}",) if templates == "none" else known.read_names(templates, "templates") if templates else None
-    model, tokenizer = text_model(weights, backbone_weights, vocabulary, device, dtype)
-    with warnings.catch_warnings(record=True) as told:
+    model, tokenizer = text_model(config)
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         classes = words(model, tokenizer, names, sentences)
-    for warning in told:
+    for warning in caught:
         say(f"note: {warning.message}")
     if dense:
         assert out is not None
@@ -353,43 +346,42 @@ def names_given(labels: str | None) -> list[str] | None:
 # ---- the model -----------------------------------------------------------------------------------------------------
 
 
-def model_for(
-    verb: str,
-    name: str | None,
-    head_file: str | None,
-    weights: str | None,
-    backbone_weights: str | None,
-    device: str,
-    dtype: str | None,
-    n_classes: int = 0,
-) -> Any:
-    """The model of a verb's options, said on stderr; an untrained one only where asked for by "random", and loudly."""
+def model_for(verb: str, config: ModelOptions, n_classes: int = 0) -> Any:
+    """The model of a verb's options, logged on stderr; an untrained one only where "random" requests it, with a warning."""
     import torch
 
     from dinov3.hub.open_task_model import AUTOCAST, open_task_model, untrained_model
 
-    if head_file is not None and (name is not None or weights is not None):
+    if config.head is not None and (config.model is not None or config.weights is not None):
         raise DinoError("--head is a head file of your own, --model and --weights a published one: give one of them")
-    place, precision = device_of(device), getattr(torch, dtype) if dtype else None
-    if head_file is not None:
-        net = open_task_model(verb, head_file, backbone_weights=backbone_weights, device=place, dtype=precision)
+    place, precision = device_of(config.device), getattr(torch, config.dtype) if config.dtype else None
+    if config.head is not None:
+        net = open_task_model(
+            verb, config.head, backbone_weights=config.backbone_weights, device=place, dtype=precision
+        )
         info = net.head_info
-        say(f"{info.head} head {head_file} over {info.backbone_label}, {dtype or info.dtype} on {place}")
+        say(f"{info.head} head {config.head} over {info.backbone_label}, {config.dtype or info.dtype} on {place}")
         return net
     precision = precision or torch.float32
-    if weights == "random" and name is None:
+    if config.weights == "random" and config.model is None:
         classes = {"n_classes": n_classes} if n_classes else {}
-        net = untrained_model(verb, backbone_weights, device=place, dtype=precision, **classes)
+        net = untrained_model(verb, config.backbone_weights, device=place, dtype=precision, **classes)
         _say_random(f"the head for {verb}")
         return net
     options: dict[str, Any] = {"autocast_dtype": torch.float32} if verb in AUTOCAST else {}
     net = open_task_model(
-        verb, name, weights=weights, backbone_weights=backbone_weights, device=place, dtype=precision, **options
+        verb,
+        config.model,
+        weights=config.weights,
+        backbone_weights=config.backbone_weights,
+        device=place,
+        dtype=precision,
+        **options,
     )
     if net.origin.random:
         _say_random(net.origin.name)
     else:
-        say(f"{net.origin}, {dtype or 'float32'} on {place}")
+        say(f"{net.origin}, {config.dtype or 'float32'} on {place}")
     for note in net.origin.notes:
         say(f"note: {note}")
     return net
@@ -399,26 +391,26 @@ def _say_random(what: str) -> None:
     say(f"The weights of {what} are RANDOM: results have the right form and no meaning. Give --weights or --head.")
 
 
-def text_model(
-    weights: str | None, backbone_weights: str | None, vocabulary: str | None, device: str, dtype: str | None
-) -> tuple[Any, Any]:
-    """dino.txt and its tokenizer; an untrained small one where asked for by "random"."""
+def text_model(config: TextOptions) -> tuple[Any, Any]:
+    """dino.txt and its tokenizer; an untrained small one where "random" requests it."""
     import torch
 
     from dinov3 import hub
     from dinov3.hub import dinotxt, published_heads
 
-    dtype = dtype or "float32"
-    place, precision = device_of(device), getattr(torch, dtype)
-    if weights != "random":
-        model, tokenizer = dinotxt.open_model(weights, backbone_weights, vocabulary, device=place, dtype=precision)
-        say(f"{model.origin}, {dtype} on {place}")
+    place, precision = device_of(config.device), getattr(torch, config.dtype)
+    files = (config.weights, config.backbone_weights, config.vocabulary)
+    if config.weights != "random":
+        model, tokenizer = dinotxt.open_model(*files, device=place, dtype=precision)
+        say(f"{model.origin}, {config.dtype} on {place}")
         return model, tokenizer
     from dinov3.data.tokenizer import Tokenizer
     from dinov3.heads.dinotxt.model import DinoTxtConfig, TextConfig
 
-    tokenizer = Tokenizer.from_file(vocabulary) if vocabulary is not None else dinotxt.vocabulary(None, 49_408)
-    under: Any = hub.load(None, backbone_weights)
+    tokenizer = (
+        Tokenizer.from_file(config.vocabulary) if config.vocabulary is not None else dinotxt.vocabulary(None, 49_408)
+    )
+    under: Any = hub.load(None, config.backbone_weights)
     text = TextConfig(vocab_size=tokenizer.vocab_size, dim=128, num_heads=2, num_layers=2)
     torch.manual_seed(0)
     model = dinotxt.fresh(under, text, DinoTxtConfig(embed_dim=2 * under.embed_dim))

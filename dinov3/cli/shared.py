@@ -17,7 +17,8 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="DINOv3: embed, search and look at images; measure, fit heads, train, distil.",
+    help="DINOv3: embed and search images; segment, measure, fit heads, train, distil.",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 UNREADABLE, INTERRUPTED = 3, 130
 
@@ -26,6 +27,21 @@ Fit = Literal["resize", "pad", "crop"]
 Pooling = Literal["cls", "mean", "cls+mean"]
 Patches = Literal["none", "float16", "float32", "int8"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import dinov3
+
+        print(dinov3.__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def common(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_print_version)] = False,
+) -> None:
+    """DINOv3: embed and search images; segment, measure, fit heads, train, distil."""
 
 
 def say(text: str) -> None:
@@ -92,8 +108,10 @@ def config_options(cls: type[Any]) -> Callable[[Callable[..., None]], Callable[.
 
 def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
     bounds = field.metadata
-    flag = bounds["flag"] or "--" + field.name.replace("_", "-")
-    option = typer.Option(flag, help=bounds["help"], min=bounds["at_least"], max=bounds["at_most"])
+    flags = (
+        [bounds["flag"]] if bounds["flag"] else [] if field.default is True else ["--" + field.name.replace("_", "-")]
+    )
+    option = typer.Option(*flags, help=bounds["help"], min=bounds["at_least"], max=bounds["at_most"])
     factory: Any = field.default_factory
     default = field.default if field.default is not dataclasses.MISSING else factory()
     kind = inspect.Parameter.KEYWORD_ONLY

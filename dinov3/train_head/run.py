@@ -4,10 +4,9 @@
           result.png           images, truth and prediction side by side; the loss and the score over steps
           resolved.yaml  metrics.jsonl  log.txt  plots/  ckpt/
 
-The backbone is frozen, so it is asked about each image once (`heads.remember`) unless images are augmented at random;
-on a laptop a linear head then takes a minute. A run that was stopped or killed goes on with the same command, and ends
-as if nothing had happened. The loop is `heads.fitting`, the tasks are in `head_tasks`; recipes of the published evaluations
-are in `eval`.
+The backbone is frozen, so its features of an image are computed once (`fit.features`) unless images are augmented at
+random; on a laptop a linear head then takes a minute. A run that was stopped or killed resumes with the same command, and
+gives the same head. The loop is `fit.loop`, the tasks are in `tasks`; recipes of the published evaluations are in `eval`.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,87 +24,24 @@ from PIL import Image
 from torch import nn
 
 from dinov3 import distributed, hub
-from dinov3.config.bounds import check, setting
+from dinov3.config.bounds import check
 from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.dense import ONE_CLASS
 from dinov3.data.images import open_image
 from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.errors import DinoError, ImageError
 from dinov3.features import default_preprocessing
+from dinov3.files import atomically
 from dinov3.fit.features import remembering
-from dinov3.fit.loop import FitConfig, FitReport, fit, seed_of
+from dinov3.fit.loop import FitReport, fit, seed_of
 from dinov3.hub.own_heads import build_head, check_kind, palette, save_head
 from dinov3.models.convnext import ConvNeXt
 from dinov3.runlog import RunDir, read_metrics
 from dinov3.train_head import tasks
+from dinov3.train_head.config import RECIPES, HeadConfig
 
 HEAD, RESULT = "head.safetensors", "result.png"
 LISTED = 5  # names in a message
-
-# What suits a kind of head; anything may be given otherwise. Rates are AdamW's.
-RECIPES: dict[tuple[str, str], dict[str, Any]] = {
-    ("classification", "linear"): {"steps": 1000, "batch": 64, "lr": 1e-3, "weight_decay": 1e-4, "size": 256},
-    ("segmentation", "linear"): {"steps": 1000, "batch": 8, "lr": 1e-3, "weight_decay": 1e-3},
-    ("segmentation", "mask2former"): {"steps": 2000, "batch": 4, "lr": 1e-4, "weight_decay": 0.05, "clip": 0.01},
-    ("depth", "linear"): {"steps": 1000, "batch": 8, "lr": 1e-3, "weight_decay": 1e-4, "clip": 35.0},
-    ("depth", "dpt"): {"steps": 1000, "batch": 4, "lr": 3e-4, "weight_decay": 1e-4, "clip": 35.0},
-    ("detection", "detr"): {"steps": 2000, "batch": 4, "lr": 1e-4, "weight_decay": 0.05, "clip": 0.1},
-}
-
-
-@dataclass
-class HeadConfig:
-    """What is fitted to what; null means: as `RECIPES` has it, or as the data suggest."""
-
-    task: str = "segmentation"
-    head: str = "linear"
-    data: str = ""  # a folder, or a data set's line (`dinov3.data.datasets`)
-    val: str | None = None  # the same; null: the folder's own val/, where it has one
-    backbone: str | None = None  # a name; null: what the weights are, or the small model that comes along
-    weights: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)  # of the head: `hub.own_heads.build_head`
-    classes: list[str] = field(default_factory=list)  # names; empty: from the data, or "class 0" …
-    ignore: int | None = None  # a number in a folder's masks that does not count, besides 255
-    min_depth: float = 0.001
-    max_depth: float | None = None  # metres; null: the farthest in the data, rounded up
-    losses: dict[str, float] = field(default_factory=dict)  # of depth: `heads.objectives.DEPTH_LOSSES`
-    size: int | None = setting(None, above=0)  # pixels of the image's short side, or of the square
-    # square | short | long; auto: short where all images have one aspect, else square
-    shape: Literal["auto", "square", "short", "long"] = "auto"
-    # none | flip | full (scale, crop, colours: then the backbone runs at every step)
-    augment: str = setting("flip", choices=tasks.AUGMENTATIONS)
-    steps: int | None = setting(None, above=0)
-    batch: int | None = setting(None, above=0)  # images a step and process
-    lr: float | None = setting(None, above=0)
-    weight_decay: float | None = None
-    warmup: int | None = None  # steps; null: a twentieth
-    evaluate_every: int | None = None  # steps; null: five times in all
-    save_every: int | None = None  # steps; null: twenty times in all
-    log_every: int = 10
-    precision: Literal["float32", "bfloat16"] = "float32"
-    workers: int = 1  # threads that prepare batches
-    memory_gb: float = 2.0  # of remembered features; beyond it they go to the run's folder
-    seed: int = 0
-    device: str = "cpu"
-
-    def fitting(self) -> FitConfig:
-        r = {"clip": None} | RECIPES[self.task, self.head]
-        steps = self.steps or int(r["steps"])
-        return FitConfig(
-            steps=steps,
-            lr=self.lr or float(r["lr"]),
-            weight_decay=self.weight_decay if self.weight_decay is not None else float(r["weight_decay"]),
-            warmup=self.warmup if self.warmup is not None else steps // 20,
-            decay="matrices" if self.head in ("mask2former", "detr", "dpt") else "all",
-            clip=r["clip"],
-            batch=(self.batch or int(r["batch"])) * distributed.world(),
-            log_every=self.log_every,
-            save_every=self.save_every or 0,
-            evaluate_every=self.evaluate_every or max(1, steps // 5),
-            precision=self.precision,
-            workers=self.workers,
-            seed=self.seed,
-        )
 
 
 @dataclass
@@ -483,7 +419,7 @@ IDENTITY = (
 
 
 def same_as_before(run: RunDir, config: HeadConfig, resume: bool) -> None:
-    """Refuses to go on with a run that was something else."""
+    """Raises where the run in this folder was started with another configuration."""
     if not resume or not run.config_file.is_file() or not any(run.checkpoints.glob("[0-9]*")):
         return
     from dinov3.config.loading import load
@@ -493,7 +429,7 @@ def same_as_before(run: RunDir, config: HeadConfig, resume: bool) -> None:
         if getattr(before, name) != getattr(config, name):
             raise DinoError(
                 f"the run in {run.path} was started with {name}={getattr(before, name)!r}, not {getattr(config, name)!r}: "
-                "take another --out, or --no-resume to begin anew"
+                "take another --out, or --no-resume to start from scratch"
             )
 
 
@@ -532,7 +468,6 @@ def figure(task: tasks.Task, model: nn.Module, run: RunDir, device: torch.device
     axes.set_xlabel("steps")
     axes.grid(alpha=0.3)
     path = run.path / RESULT
-    beside = path.with_name(f".{path.stem}.{os.getpid()}.png")
-    page.savefig(beside, dpi=110)
-    beside.replace(path)
+    with atomically(path) as temporary:
+        page.savefig(temporary, dpi=110)
     return f"result drawn: {path}"

@@ -30,7 +30,6 @@ from dinov3.metrics.boxes import average_precision
 from dinov3.metrics.classification import accuracy
 from dinov3.metrics.dense import IGNORED, confusion_matrix, depth_scores, iou_scores, mean_scores, reduce_zero_label
 
-AUGMENTATIONS = ("none", "flip", "full")
 KEPT_BYTES = 1 << 29  # of prepared examples: reading and resizing an image costs more than a linear head
 
 

@@ -262,3 +262,55 @@ def test_train_runs_from_a_folder_to_a_loadable_model_and_goes_on_where_it_stopp
     wrong = dinov3(*command, "optim.leraning_rate=1", capsys=capsys)
     assert wrong.code == 1
     assert "did you mean" in wrong.err
+
+
+# ---- the command itself, in a fresh process ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["--version"], "0.1.0"),
+        (["-h"], "embed"),
+        (["embed", "-h"], "--weights"),
+        (["eval", "-h"], "log-regression"),
+        (["eval", "knn", "-h"], "train.ks=[10,20,100,200]"),
+    ],
+)
+def test_the_module_is_the_command(arguments: list[str], expected: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "dinov3", *arguments], capture_output=True, text=True, check=True)
+    assert expected in done.stdout
+
+
+def test_options_of_a_command_are_the_fields_of_its_configuration() -> None:
+    from dataclasses import dataclass
+
+    from typer import Typer
+    from typer.testing import CliRunner
+
+    from dinov3.cli.shared import config_options
+    from dinov3.config.bounds import setting
+
+    @dataclass
+    class Config:
+        steps: int = setting(5, help="Batches.", at_least=1)
+        names: list[str] = setting([], help="Repeatable.", flag="--name")
+        exact: bool = setting(False, help="A flag.")
+        recursive: bool = setting(True, help="Two flags.")
+        hidden: int = 7  # without help no option
+
+    app = Typer()
+    seen = []
+
+    @app.command()
+    @config_options(Config)
+    def run(config: Config, folder: str, device: str = "auto") -> None:
+        seen.append((config, folder, device))
+
+    runner = CliRunner()
+    assert runner.invoke(app, ["photos"]).exit_code == 0
+    given = ["photos", "--steps", "9", "--name", "a", "--name", "b", "--exact", "--no-recursive", "--device", "cpu"]
+    assert runner.invoke(app, given).exit_code == 0
+    assert seen == [(Config(), "photos", "auto"), (Config(9, ["a", "b"], True, False), "photos", "cpu")]
+    assert runner.invoke(app, ["photos", "--steps", "0"]).exit_code == 2
+    assert runner.invoke(app, ["photos", "--hidden", "1"]).exit_code == 2

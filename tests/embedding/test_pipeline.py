@@ -322,7 +322,7 @@ N_IMAGES, KILLS = 400, 20
 
 def job(source: Path, store: Path) -> list[str]:
     options = ["--model", "dinov3_vits16", "--weights", "random", "--size", "32", "--batch", "2", "--device", "cpu"]
-    return [sys.executable, "-m", "dinov3.cli", "embed", str(source), "--out", str(store), *options]
+    return [sys.executable, "-m", "dinov3", "embed", str(source), "--out", str(store), *options]
 
 
 def commits(store: Path) -> list[Path]:

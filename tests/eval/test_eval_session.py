@@ -465,7 +465,7 @@ def test_rows_of_results_name_evaluations_that_exist_and_keys_they_know() -> Non
             if "features.layers" in script.MODELS[model] and not row.layers:
                 continue
             words = script.words(row, model, "/data", "/out")
-            assert words[:3] == ["-m", "dinov3.cli", "eval"]
+            assert words[:3] == ["-m", "dinov3", "eval"]
             assert words[3] in available(), row.id
             if words[3] in configs:
                 read_arguments(configs[words[3]], words[4:])

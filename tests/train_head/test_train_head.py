@@ -368,7 +368,7 @@ def test_a_killed_command_started_again_ends_as_if_nothing_had_happened(tmp_path
 
     def command(out: str) -> list[str]:
         return [
-            sys.executable, "-m", "dinov3.cli", "train-head", "segmentation", str(data), "--out", str(tmp_path / out),
+            sys.executable, "-m", "dinov3", "train-head", "segmentation", str(data), "--out", str(tmp_path / out),
             "--backbone", "dinov3_vitt16", "--size", "64", "--steps", "60", "--batch", "2", "--save-every", "5",
             "--device", "cpu",
         ]  # fmt: skip
