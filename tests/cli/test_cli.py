@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from typer import Typer
 from typer.testing import CliRunner
 
 from dinov3 import cli
+from dinov3.cli.shared import config_options
+from dinov3.config.bounds import setting
 from dinov3.errors import DinoError
 from dinov3.weights.catalog import ROWS
 
@@ -282,23 +286,16 @@ def test_the_module_is_the_command(arguments: list[str], expected: str) -> None:
     assert expected in done.stdout
 
 
+@dataclass
+class Config:
+    steps: int = setting(5, help="Batches.", at_least=1)
+    names: list[str] = setting([], help="Repeatable.", flag="--name")
+    exact: bool = setting(False, help="A flag.")
+    recursive: bool = setting(True, help="Two flags.")
+    hidden: int = 7  # without help no option
+
+
 def test_options_of_a_command_are_the_fields_of_its_configuration() -> None:
-    from dataclasses import dataclass
-
-    from typer import Typer
-    from typer.testing import CliRunner
-
-    from dinov3.cli.shared import config_options
-    from dinov3.config.bounds import setting
-
-    @dataclass
-    class Config:
-        steps: int = setting(5, help="Batches.", at_least=1)
-        names: list[str] = setting([], help="Repeatable.", flag="--name")
-        exact: bool = setting(False, help="A flag.")
-        recursive: bool = setting(True, help="Two flags.")
-        hidden: int = 7  # without help no option
-
     app = Typer()
     seen = []
 
