@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dinov3.data.crops import CropRules, generator, normalised, render
+from dinov3.data.crops import CropRules, generator, render
 from dinov3.data.images import open_image
+from dinov3.data.transforms.pixels import normalised
 
 
 def torchvision_crops(on_tensors: bool) -> Callable[[Any], list[torch.Tensor]]:

@@ -10,9 +10,9 @@ uniform doubles are drawn, whose sequence Python guarantees for a seed, so that 
 Why it is fast (4.7 ms against torchvision's 25 ms, for 2 × 224 and 8 × 96 pixels of a decoded 500 × 375 image, measured
 by `benchmarks/crops.py` on one core of a busy machine): the crop is cut before it is resized; torch resizes uint8 in
 integers; colours are float32 planes that numpy walks through with vector instructions; hue is turned without going through
-HSV (`_turn_hue`); the blur is separable. Brightness, contrast and saturation are not folded into one matrix although each is
-affine: what one clips, the next cannot bring back, and the folded map differs by more than 3 levels in 4 % of the pixels, in
-one crop of ten in 14 % (four photographs), which is another augmentation.
+HSV (`transforms.pixels`); the blur is separable. Brightness, contrast and saturation are not folded into one matrix although
+each is affine: what one clips, the next cannot bring back, and the folded map differs by more than 3 levels in 4 % of the
+pixels, in one crop of ten in 14 % (four photographs), which is another augmentation.
 
 Crops stay uint8 (a quarter of the bytes between processes and to the device) until `CropBatch.to` normalises them.
 
@@ -27,17 +27,27 @@ from __future__ import annotations
 
 import math
 import random
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dinov3.data.transforms.inputs import LVD_MEAN, LVD_STD, to_pixels
+from dinov3.data.transforms.inputs import LVD_MEAN, LVD_STD
+from dinov3.data.transforms.pixels import (
+    BLUR_RADIUS,
+    Colours,
+    Pixels,
+    blurred,
+    coloured,
+    cropped,
+    normalised,
+    resized,
+    scratch,
+    to_pixels,
+)
 from dinov3.errors import DinoError, UnknownName, did_you_mean
 
 if TYPE_CHECKING:
@@ -45,35 +55,18 @@ if TYPE_CHECKING:
 
     from dinov3.data.masking import Masks
 
-Pixels = np.ndarray  # uint8 [3, side, side]
-Planes = np.ndarray  # float32 [3, side, side], whole numbers from 0 to 255
-
 ASPECT = (3 / 4, 4 / 3)
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.4, 0.4, 0.2, 0.1
 JITTER_P, GREY_P, SOLARISE_P = 0.8, 0.2, 0.2
-BLUR_RADIUS, BLUR_SIGMA = 4, (0.1, 2.0)
+BLUR_SIGMA = (0.1, 2.0)
 BLUR_P = {  # of global crop 1, of global crop 2, of local crops
     "applied": (0.0, 0.9, 0.5),
     "paper": (1.0, 0.1, 0.5),
 }
-GREY = np.array([0.299, 0.587, 0.114], np.float32)
-SIGN = np.uint32(1 << 31)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What to do: values
-
-
-@dataclass(frozen=True)
-class Colours:
-    """Factors of 1 and a turn of 0 change nothing. `order` lists the operations done, in their order; empty: none."""
-
-    order: tuple[str, ...] = ()
-    brightness: float = 1.0
-    contrast: float = 1.0
-    saturation: float = 1.0
-    hue: float = 0.0  # in turns of the colour circle
-    grey: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +78,7 @@ class Crop:
     height: int = 0
     width: int = 0
     flip: bool = False
-    colours: Colours = Colours()
+    colours: Colours = field(default_factory=Colours)
     sigma: float | None = None  # of the blur, in pixels of the crop
     solarise: bool = False
 
@@ -223,6 +216,12 @@ def draw_box(width: int, height: int, scale: tuple[float, float], rng: Uniform) 
     return (height - h) // 2, (width - w) // 2, h, w
 
 
+def random_crop(image: Tensor, side: int, scale: tuple[float, float], rng: Uniform) -> Tensor:
+    """uint8 [3, H, W] → [3, side, side]: the box of `draw_box`, mirrored with probability ½."""
+    crop = cropped(image, draw_box(image.shape[2], image.shape[1], scale, rng), side)
+    return (crop.flip(-1) if rng.random() < 0.5 else crop).contiguous()
+
+
 def _draw_colours(rng: Uniform) -> Colours:
     if rng.random() >= JITTER_P:
         return Colours(grey=rng.random() < GREY_P)
@@ -266,7 +265,6 @@ def render(image: Image.Image | np.ndarray | Tensor, plan: Plan, rules: CropRule
     if plan.shared is not None:
         planes = coloured(pixels.numpy().astype(np.float32, order="C"), plan.shared)
         pixels = torch.from_numpy(planes.astype(np.uint8))
-    pixels = pixels.unsqueeze(0)  # [1, 3, H, W], usually channels last in memory
 
     g, q = rules.global_size, rules.gram_size
     seen = torch.empty(2, 3, g, g, dtype=torch.uint8)
@@ -280,11 +278,11 @@ def render(image: Image.Image | np.ndarray | Tensor, plan: Plan, rules: CropRule
         elif rules.gram_distorted:  # at the large size: the blur is weaker, seen from the smaller crop
             distorted = np.empty_like(base)
             finish(base, crop, distorted)
-            seen[i] = torch.from_numpy(resized(distorted, g))
-            gram[i] = torch.from_numpy(resized(distorted, rules.gram_size))
+            seen[i] = torch.from_numpy(_resized(distorted, g))
+            gram[i] = torch.from_numpy(_resized(distorted, gram.shape[-1]))
         else:
-            finish(resized(base, g), crop, seen[i].numpy())
-            gram[i] = torch.from_numpy(resized(base, rules.gram_size))
+            finish(_resized(base, g), crop, seen[i].numpy())
+            gram[i] = torch.from_numpy(_resized(base, gram.shape[-1]))
 
     side = rules.local_size
     local = torch.empty(len(plan.locals_), 3, side, side, dtype=torch.uint8)
@@ -302,30 +300,23 @@ def render(image: Image.Image | np.ndarray | Tensor, plan: Plan, rules: CropRule
 
 
 def cut(image: Tensor, crop: Crop, side: int) -> Pixels:
-    """The crop's box of a [1, 3, H, W] image, resized (bicubic, antialiased, in integers) and flipped."""
-    box = image[:, :, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
-    # a copy first: resizing a view of a larger image costs a third more
-    return _interpolated(box.contiguous(memory_format=torch.channels_last), side, crop.flip)
+    """The crop's box of an image [3, H, W], resized and flipped."""
+    planes = _planes(cropped(image, (crop.top, crop.left, crop.height, crop.width), side))
+    return torch.from_numpy(planes).flip(-1).numpy() if crop.flip else planes
 
 
-def resized(pixels: Pixels, side: int | None) -> Pixels:
-    """A square crop at another size."""
-    assert side is not None
-    if pixels.shape[-1] == side:
-        return pixels
-    return _interpolated(torch.from_numpy(pixels)[None].contiguous(memory_format=torch.channels_last), side)
+def _resized(pixels: Pixels, side: int) -> Pixels:
+    return _planes(resized(torch.from_numpy(pixels), (side, side), "bicubic"))
 
 
-def _interpolated(x: Tensor, side: int, flip: bool = False) -> Pixels:
-    y = F.interpolate(x, size=(side, side), mode="bicubic", antialias=True)[0]
-    planes = np.ascontiguousarray(y.numpy())  # from interleaved colours; torch takes half as long again
-    return torch.from_numpy(planes).flip(-1).numpy() if flip else planes
+def _planes(x: Tensor) -> Pixels:
+    return np.ascontiguousarray(x.numpy())  # from interleaved colours; torch takes half as long again
 
 
 def finish(pixels: Pixels, crop: Crop, out: Pixels) -> None:
     """Colours, greyscale, blur, solarisation: everything after the geometry."""
     if crop.colours.order or crop.colours.grey or crop.sigma is not None:
-        planes = _scratch("planes", pixels.shape)
+        planes = scratch("planes", pixels.shape)
         planes[:] = pixels
         coloured(planes, crop.colours)
         if crop.sigma is not None:
@@ -335,142 +326,6 @@ def finish(pixels: Pixels, crop: Crop, out: Pixels) -> None:
         out[:] = pixels
     if crop.solarise:
         np.minimum(out, 255 - out, out=out)  # values of 128 and more are inverted
-
-
-def coloured(x: Planes, colours: Colours) -> Planes:
-    """Colour operations, in place, with the rounding of 8-bit images after each: what an operation clips stays lost."""
-    for name in colours.order:
-        if name == "brightness":
-            x *= np.float32(colours.brightness)
-            _as_bytes(x, colours.brightness)
-        elif name == "contrast":
-            middle = math.floor(float(torch.from_numpy(x).mean((1, 2)).numpy() @ GREY) + 0.5)
-            x *= np.float32(colours.contrast)
-            x += np.float32(middle * (1 - colours.contrast))
-            _as_bytes(x, colours.contrast)
-        elif name == "saturation":
-            away = grey(x)
-            away *= np.float32(1 - colours.saturation)
-            x *= np.float32(colours.saturation)
-            x += away
-            _as_bytes(x, colours.saturation)
-        else:
-            assert name == "hue", name
-            _turn_hue(x, colours.hue)
-    if colours.grey:
-        x[:] = grey(x)
-    return x
-
-
-def _as_bytes(x: Planes, factor: float) -> None:
-    """Rounds down and clips to 0 … 255. With a factor up to 1 each value lies between two that were in the range."""
-    if factor > 1:
-        torch.from_numpy(x).clamp_(0, 255)  # a third of np.clip's time
-    np.floor(x, out=x)
-
-
-def grey(x: Planes) -> np.ndarray:
-    """[3, h, w] → [h, w], rounded as Pillow does; valid until the next call."""
-    y, part = _scratch("grey", x.shape[1:]), _scratch("part", x.shape[1:])
-    np.multiply(x[0], GREY[0], out=y)
-    y += np.multiply(x[1], GREY[1], out=part)
-    y += np.multiply(x[2], GREY[2], out=part)
-    y += np.float32(0.5)
-    return np.floor(y, out=y)
-
-
-def _turn_hue(x: Planes, turn: float) -> None:
-    """Turns the hue of HSV by `turn` (at most a sixth), in place, value and saturation unchanged; exact, rounded once.
-
-    With C = max − min, let the hue be an angle h from red over green to blue, in sixths of a turn: 0 … 6. Then
-    C·(3 − |h − 3|) = g + b − r − min + C in all six sectors, and h < 3 where g > b: no division, no case distinction.
-    The way back is linear in pieces too: red is |h − 3| − 1, green 2 − |h − 2|, blue 2 − |h − 4|, clipped to 0 … 1, times C,
-    plus min. A turn forwards leaves this range at its upper end only, where green begins again, h − 6; for a turn
-    backwards, green and blue change places. Everything below is multiplied by C, and w = h − 3.
-    """
-    assert abs(turn) <= 1 / 6, turn
-    r, g, b = x if turn >= 0 else (x[0], x[2], x[1])
-    high, low, chroma, twice, w, t = (_scratch(name, r.shape) for name in ("high", "low", "chroma", "twice", "w", "t"))
-    np.maximum(np.maximum(g, b, out=high), r, out=high)
-    np.minimum(np.minimum(g, b, out=low), r, out=low)
-    np.subtract(high, low, out=chroma)
-    np.add(chroma, chroma, out=twice)
-    np.add(g, b, out=w)
-    w -= r
-    w -= low
-    np.subtract(twice, w, out=w)  # 2C − (g + b − r − min) = |h − 3|
-    np.subtract(b, g, out=t)
-    sign, bits = t.view(np.uint32), w.view(np.uint32)  # np.copysign takes three times as long
-    sign &= SIGN
-    bits |= sign
-    w += np.multiply(chroma, np.float32(6 * abs(turn)), out=t)  # h − 3, turned
-
-    np.abs(w, out=r)
-    r -= chroma
-    np.add(w, chroma, out=t)
-    np.abs(t, out=t)
-    np.subtract(twice, t, out=g)
-    np.subtract(w, chroma, out=t)
-    np.abs(t, out=b)
-    np.subtract(twice, b, out=b)
-    t -= twice
-    np.maximum(g, t, out=g)  # green beyond a full turn: h − 6
-    x += low
-    np.maximum(x, low, out=x)
-    np.minimum(x, high, out=x)
-    np.rint(x, out=x)
-
-
-def blur_kernel(sigma: float) -> np.ndarray:
-    """Weights at distances 0 … radius, for a Gaussian of 2·4 + 1 taps that sum to one."""
-    taps = np.exp(-0.5 * (np.arange(BLUR_RADIUS + 1) / sigma) ** 2)
-    return taps / (taps[0] + 2 * taps[1:].sum())
-
-
-def blurred(x: Planes, sigma: float) -> Planes:
-    """Gaussian blur with 9 × 9 taps, in place, the border reflected; first down the columns, then along the rows.
-
-    The padded planes are one long row of numbers: a step down is a shift by the width, a step aside a shift by one, and
-    what runs over an edge only reaches padding. That costs three quarters of the same on 2-D views.
-    """
-    weights = [np.float32(w) for w in blur_kernel(sigma) if w > 1e-4]  # weaker ones move no value by a tenth of a level
-    r = len(weights) - 1
-    if r == 0:
-        return x
-    planes, h, w = x.shape
-    shape = (planes, h + 2 * r, w + 2 * r)
-    padded = _scratch("padded", shape)
-    padded[:, r : r + h, r : r + w] = x
-    padded[:, :r] = padded[:, 2 * r : r : -1]
-    padded[:, r + h :] = padded[:, r + h - 2 : h - 2 : -1]
-    padded[:, :, :r] = padded[:, :, 2 * r : r : -1]
-    padded[:, :, r + w :] = padded[:, :, r + w - 2 : w - 2 : -1]
-
-    half, pair = _scratch("half blurred", shape).reshape(-1), _scratch("pair", shape).reshape(-1)
-    flat = padded.reshape(-1)
-    for source, out, step in ((flat, half, shape[2]), (half, flat, 1)):
-        first, n = r * step, flat.size - 2 * r * step
-        done, both = out[first : first + n], pair[:n]
-        np.multiply(source[first : first + n], weights[0], out=done)
-        for k in range(1, r + 1):
-            before, after = first - k * step, first + k * step
-            np.add(source[before : before + n], source[after : after + n], out=both)
-            both *= weights[k]
-            done += both
-    return np.rint(padded[:, r : r + h, r : r + w], out=x)
-
-
-_local = threading.local()
-
-
-def _scratch(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A float32 array of this thread to write into; fresh ones cost page faults, a fifth of the whole time."""
-    arrays: dict[Any, np.ndarray] = _local.__dict__.setdefault("arrays", {})
-    if (name, shape) not in arrays:
-        if len(arrays) > 200:  # rules of many sizes
-            arrays.clear()
-        arrays[name, shape] = np.zeros(shape, np.float32)
-    return arrays[name, shape]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -533,13 +388,6 @@ class CropBatch:
         """Called by torch's loader."""
         pinned: dict[str, Any] = {k: v.pin_memory() for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **pinned)
-
-
-def normalised(x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 [n, 3, h, w] → (x / 255 − mean) / std, computed in float32."""
-    scale = torch.tensor([1 / (255 * s) for s in std], device=x.device)[:, None, None]
-    shift = torch.tensor([-m / s for m, s in zip(mean, std)], device=x.device)[:, None, None]
-    return torch.addcmul(shift, x.float(), scale).to(dtype)
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dinov3 import distributed
 from dinov3.data.loading import permuted
+from dinov3.data.transforms.pixels import resized
 from dinov3.distill.config import DistillConfig
 from dinov3.distill.teachers import Images, OnlineTargets, TargetCache, Targets, Views
 from dinov3.errors import DinoError
@@ -68,10 +68,10 @@ class Batches:
         for i, source in enumerate(self.sources):
             if i in online:
                 some = math.ceil(len(canvas) * source.teacher.spec.share)
-                targets[i] = online[i].forward(resized(canvas[:some], sides[i]))
+                targets[i] = online[i].forward(resized(canvas[:some], (sides[i], sides[i]), "bicubic").contiguous())
             elif view in source:
                 targets[i] = mirrored(source.read(indices, view), turned)
-        return Batch(resized(canvas, side), targets)
+        return Batch(resized(canvas, (side, side), "bicubic").contiguous(), targets)
 
     def between(self, first: int, last: int) -> Iterator[Batch]:
         return prefetched(self.at, range(first, last), workers=1)
@@ -127,14 +127,6 @@ def mixed(pixels: Tensor, shares: Mapping[str, float], rng: torch.Generator) -> 
     outcome = pixels.clone()
     outcome[some] = torch.lerp(pixels[some].float(), pixels[some - 1].float(), weight[some]).round().to(torch.uint8)
     return outcome
-
-
-def resized(pixels: Tensor, side: int) -> Tensor:
-    """uint8 [B, 3, s, s] → [B, 3, side, side]."""
-    if pixels.shape[-1] == side:
-        return pixels
-    rows = pixels.contiguous(memory_format=torch.channels_last)
-    return F.interpolate(rows, size=(side, side), mode="bicubic", antialias=True).contiguous()
 
 
 def seed_of(seed: int, step: int, rank: int = 0) -> int:

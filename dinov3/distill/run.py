@@ -46,11 +46,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dinov3 import distributed
 from dinov3.config.bounds import check
-from dinov3.data.crops import normalised
 from dinov3.data.images import IMAGE_SUFFIXES
 from dinov3.data.loading import permuted
 from dinov3.data.sources import open_source
 from dinov3.data.transforms.inputs import Preprocessing
+from dinov3.data.transforms.pixels import normalised
 from dinov3.distill.batches import Batch, Batches, seed_of
 from dinov3.distill.config import DistillConfig
 from dinov3.distill.projectors import Projector

@@ -33,14 +33,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3 import distributed
-from dinov3.data.crops import draw_box, generator, normalised
+from dinov3.data.crops import draw_box, generator
 from dinov3.data.images import open_image
 from dinov3.data.sources import Source
-from dinov3.data.transforms.inputs import LVD_MEAN, LVD_STD, to_pixels
+from dinov3.data.transforms.inputs import LVD_MEAN, LVD_STD
+from dinov3.data.transforms.pixels import cropped, normalised, to_pixels
 from dinov3.errors import DinoError, ImageError, require
 from dinov3.features import run
 from dinov3.hub import foreign, load
@@ -209,9 +209,8 @@ class Views:
 
     def cut(self, image: Tensor, index: int, view: int, side: int) -> Tensor:
         """uint8 [3, H, W] → [3, side, side]."""
-        top, left, h, w = draw_box(image.shape[2], image.shape[1], self.scale, generator(self.seed, view, index))
-        box = image[None, :, top : top + h, left : left + w].contiguous(memory_format=torch.channels_last)
-        return F.interpolate(box, size=(side, side), mode="bicubic", antialias=True)[0].contiguous()
+        box = draw_box(image.shape[2], image.shape[1], self.scale, generator(self.seed, view, index))
+        return cropped(image, box, side).contiguous()
 
 
 class Images:

@@ -31,11 +31,11 @@ from torch import Tensor, nn
 
 from dinov3 import distributed
 from dinov3.config.bounds import Problem, setting
-from dinov3.data.crops import draw_box, generator, normalised
+from dinov3.data.crops import generator, random_crop
 from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.base import ImageDataset
 from dinov3.data.loading import Order
-from dinov3.data.transforms.inputs import to_pixels
+from dinov3.data.transforms.pixels import normalised, to_pixels
 from dinov3.errors import DinoError
 from dinov3.eval import session as common
 from dinov3.eval.arguments import EvalConfig, FeatureSection, FewShotSection, TransformSection
@@ -219,12 +219,8 @@ class Augmented:
         """uint8 [3, size, size] of (epoch, position in `rows`)."""
         epoch, position = draw
         index = int(self.rows[position])
-        rng = generator(self.seed, epoch, index)
         image = to_pixels(decoded(self.dataset, index).image)
-        top, left, h, w = draw_box(image.shape[2], image.shape[1], (0.08, 1.0), rng)
-        box = image[None, :, top : top + h, left : left + w].contiguous(memory_format=torch.channels_last)
-        crop = F.interpolate(box, size=(self.size, self.size), mode="bicubic", antialias=True)[0]
-        return (crop.flip(-1) if rng.random() < 0.5 else crop).contiguous()
+        return random_crop(image, self.size, (0.08, 1.0), generator(self.seed, epoch, index))
 
     def draws(self, batch: int, first: int, last: int) -> Iterator[list[tuple[int, int]]]:
         """This process's batches of iterations first … last − 1."""

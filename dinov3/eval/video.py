@@ -33,6 +33,7 @@ from dinov3 import distributed
 from dinov3.config.bounds import Problem, setting
 from dinov3.data.crops import draw_box, generator
 from dinov3.data.datasets.video import Clip, Clips, n_frames, read_frames
+from dinov3.data.transforms.pixels import standardised
 from dinov3.errors import DinoError
 from dinov3.eval import session as common
 from dinov3.eval.arguments import EvalConfig
@@ -242,7 +243,7 @@ class _Frozen:
         rule = default_preprocessing(model, shape="native")
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
-        self.mean, self.std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (rule.mean, rule.std))
+        self.mean, self.std = rule.mean, rule.std
 
     @torch.inference_mode()
     def __call__(self, frames: Tensor, seconds: Tensor) -> tuple[Tensor, Tensor]:
@@ -250,7 +251,7 @@ class _Frozen:
         B, T = frames.shape[:2]
         parts = []
         for x in frames.flatten(0, 1).split(64):
-            x = (x.to(self.device).float() / 255 - self.mean) / self.std
+            x = standardised(x.to(self.device).float() / 255, self.mean, self.std)
             parts.append(
                 self.run(self.model, x.to(self.dtype), layer=self.config.layer, norm=self.config.norm)[
                     "patches"

@@ -19,10 +19,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dinov3.data.crops import draw_box
+from dinov3.data.transforms.boxes import flipped
 from dinov3.data.transforms.dense import DepthRule, SegmentationRule, generator, photometric, resized_map
-from dinov3.data.transforms.inputs import Preprocessing, to_pixels
+from dinov3.data.transforms.inputs import Preprocessing
+from dinov3.data.transforms.pixels import to_pixels
 from dinov3.errors import DinoError
 from dinov3.fit.loop import shuffled
+from dinov3.heads.encoder import resized
 from dinov3.heads.objectives import DepthLoss, segmentation_terms
 from dinov3.heads.windows import class_maps
 from dinov3.losses import LossTerms
@@ -251,7 +254,7 @@ class Depth(Task):
     def metres(self, model: Any, x: Tensor, size_hw: tuple[int, int]) -> Tensor:
         """[h, w]"""
         depth = model.in_image(x).float()
-        return F.interpolate(depth, size_hw, mode="bilinear", align_corners=False)[0, 0].cpu()
+        return resized(depth, size_hw)[0, 0].cpu()
 
     def scores(self, model: nn.Module, dataset: Any, device: torch.device) -> dict[str, float]:
         rows = []
@@ -368,8 +371,7 @@ class Detection(Task):
         return x, made
 
     def flipped(self, target: dict[str, Tensor], width: int) -> dict[str, Tensor]:
-        left, top, right, bottom = target["boxes_xyxy_px"].unbind(-1)
-        return target | {"boxes_xyxy_px": torch.stack([width - right, top, width - left, bottom], -1)}
+        return flipped(target, width)
 
     def loss(self, model: Any, batch: dict[str, Any]) -> LossTerms:
         return self.criterion(model.detector(batch["x"]), batch["target"])

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov3.data.crops import normalised
 from dinov3.data.loading import permuted
+from dinov3.data.transforms.pixels import normalised
 from dinov3.distill.projectors import ridge
 from dinov3.distill.run import STATISTICS_FROM, Distillation
 from dinov3.errors import DinoError

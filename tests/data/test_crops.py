@@ -19,23 +19,20 @@ from safetensors.numpy import load_file
 from dinov3.data.crops import (
     ASPECT,
     BLUR_P,
-    Colours,
     Crop,
     CropRules,
     Plan,
     Sample,
-    blurred,
     collate,
-    coloured,
     cut,
     draw_box,
     finish,
     generator,
-    normalised,
     render,
 )
 from dinov3.data.masking import MaskRules, batch_masks
-from dinov3.data.transforms.inputs import LVD_MEAN, LVD_STD, to_pixels
+from dinov3.data.transforms.inputs import LVD_MEAN, LVD_STD
+from dinov3.data.transforms.pixels import Colours, blurred, coloured, normalised, to_pixels
 from dinov3.errors import DinoError, UnknownName
 
 MEAN, STD = np.array(LVD_MEAN)[:, None, None], np.array(LVD_STD)[:, None, None]
@@ -95,7 +92,7 @@ def plain(image: Image.Image, crop: Crop, side: int) -> np.ndarray:
 
 
 def fast(image: np.ndarray, crop: Crop, side: int) -> np.ndarray:
-    base = cut(to_pixels(image)[None], crop, side)
+    base = cut(to_pixels(image), crop, side)
     out = np.empty_like(base)
     finish(base, crop, out)
     return out

@@ -19,13 +19,13 @@ from dinov3.data.transforms.dense import (
     fixed_box,
     generator,
     photometric,
-    resized_image,
     resized_map,
     short_side,
     tta_short,
     turned,
     varied_box,
 )
+from dinov3.data.transforms.pixels import resized
 from dinov3.errors import DinoError, ImageError
 
 
@@ -364,9 +364,7 @@ def test_resizing_equals_torchvisions(oracles):
     labels = torch.from_numpy(rng.integers(0, 151, (30, 40)).astype(np.uint8))
     nearest = functional.InterpolationMode.NEAREST
     for size in ((21, 28), (45, 60)):
-        assert (
-            resized_image(pixels, size).int() - functional.resize(pixels, size, antialias=True).int()
-        ).abs().max() <= 1
+        assert (resized(pixels, size).int() - functional.resize(pixels, size, antialias=True).int()).abs().max() <= 1
         assert torch.equal(resized_map(labels, size), functional.resize(labels[None], size, interpolation=nearest)[0])
 
 

@@ -25,7 +25,7 @@ TINY = ViTConfig(
 
 def rows_with_a_tiny_one() -> tuple[Any, ...]:
     small = {name: getattr(TINY, name) for name in ("embed_dim", "depth", "num_heads", "n_storage_tokens")}
-    return tuple(replace(row, options={**row.options, **small}) if row.packaged else row for row in catalog.ROWS)
+    return tuple(replace(row, config=replace(row.config, **small)) if row.packaged else row for row in catalog.ROWS)
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 import dinov3
-from dinov3.data.crops import normalised
 from dinov3.data.sources.listing import open_source
+from dinov3.data.transforms.pixels import normalised
 from dinov3.distill import teachers
 from dinov3.distill.projectors import ridge
 from dinov3.distill.run import Distillation, distill

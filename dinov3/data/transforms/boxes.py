@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov3.data.transforms.dense import MEAN_255, STD_255, Random, generator, normalised, resized_image
-from dinov3.data.transforms.inputs import to_pixels
+from dinov3.data.transforms.dense import MEAN_255, STD_255, Random, generator
+from dinov3.data.transforms.pixels import resized, standardised, to_bytes
 from dinov3.errors import DinoError
 
 __all__ = ["DetectionRule", "generator"]
@@ -61,17 +61,15 @@ class DetectionRule:
 
     def image(self, image: Any) -> tuple[Tensor, tuple[int, int]]:
         """(the input, the image's own height and width): for detection, where no target is."""
-        x = to_pixels(image)
-        x = x if x.dtype == torch.uint8 else (x * 255).round().to(torch.uint8)
+        x = to_bytes(image)
         original = (x.shape[-2], x.shape[-1])
-        return normalised(resized_image(x, self.size_hw(original)), self.mean, self.std).contiguous(), original
+        return standardised(resized(x, self.size_hw(original)), self.mean, self.std).contiguous(), original
 
     def __call__(self, image: Any, target: Target, rng: Random | None = None) -> tuple[Tensor, Target]:
         if rng is None:
             x, original = self.image(image)
             return x, scaled(target, original, (x.shape[-2], x.shape[-1]))
-        x = to_pixels(image)
-        x = x if x.dtype == torch.uint8 else (x * 255).round().to(torch.uint8)
+        x = to_bytes(image)
         target = chosen(target, ~target["crowd"]) if "crowd" in target else dict(target)
         if rng.random() < self.flip_prob:
             x, target = x.flip(-1), flipped(target, x.shape[-1])
@@ -81,7 +79,7 @@ class DetectionRule:
         low, high = self.short_range
         before = (x.shape[-2], x.shape[-1])
         after = self.size_hw(before, rng.randint(low, high))
-        x = normalised(resized_image(x, after), self.mean, self.std)
+        x = standardised(resized(x, after), self.mean, self.std)
         return x.contiguous(), scaled(target, before, after)
 
     def crop_box(self, size_hw: tuple[int, int], rng: Random) -> tuple[int, int, int, int]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov3.data.crops import Colours, coloured
-from dinov3.data.transforms.inputs import LVD_MEAN, LVD_STD, to_pixels
+from dinov3.data.transforms.inputs import LVD_MEAN, LVD_STD
+from dinov3.data.transforms.pixels import Colours, coloured, resized, standardised, to_pixels
 from dinov3.errors import DinoError, one_of
 from dinov3.metrics.dense import IGNORED, reduce_zero_label, region_mask
 
@@ -58,14 +57,6 @@ def tta_short(size: int, ratio: float) -> int:
     (896: 0.9 → 832, 0.95 → 864, 1 → 896, 1.05 → 940, 1.1 → 985)."""
     scaled = int(size * ratio)
     return -(-scaled // 32) * 32 if ratio < 1 else scaled
-
-
-def resized_image(pixels: Tensor, size_hw: tuple[int, int]) -> Tensor:
-    """uint8 [3, h, w], bilinear, antialiased, in integers."""
-    if tuple(pixels.shape[-2:]) == tuple(size_hw):
-        return pixels
-    batch = pixels[None].contiguous(memory_format=torch.channels_last)
-    return F.interpolate(batch, size=size_hw, mode="bilinear", antialias=True)[0]
 
 
 def resized_map(target: Tensor, size_hw: tuple[int, int]) -> Tensor:
@@ -161,11 +152,6 @@ def depth_colours(pixels: Tensor, rng: Random, brightness: tuple[float, float]) 
     return (x * factors[:, None, None]).clamp(0, 255)
 
 
-def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """[3, h, w] of 0–255 → (x − mean)/std in float32; mean and std on the scale of 0–255."""
-    return (pixels.float() - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-
-
 # ---- the rules -----------------------------------------------------------------------------------------------------
 
 MEAN_255, STD_255 = tuple(255 * v for v in LVD_MEAN), tuple(255 * v for v in LVD_STD)
@@ -193,13 +179,13 @@ class SegmentationRule:
         x, labels = to_pixels(image), torch.as_tensor(np.asarray(target))
         if rng is None:
             if self.img_size is not None:
-                x = resized_image(x, short_side((x.shape[-2], x.shape[-1]), self.img_size))
-            return normalised(x, self.mean, self.std), reduce_zero_label(labels) if self.reduce_zero_label else labels
+                x = resized(x, short_side((x.shape[-2], x.shape[-1]), self.img_size))
+            return standardised(x, self.mean, self.std), reduce_zero_label(labels) if self.reduce_zero_label else labels
         if self.img_size is not None:
             low, high = self.ratio_range or (1.0, 1.0)
             short = int(self.img_size * (low + (high - low) * rng.random()))
             size_hw = short_side((x.shape[-2], x.shape[-1]), short)
-            x, labels = resized_image(x, size_hw), resized_map(labels, size_hw)
+            x, labels = resized(x, size_hw), resized_map(labels, size_hw)
         if self.reduce_zero_label:
             labels = reduce_zero_label(labels)
         if self.crop_hw is not None:
@@ -209,7 +195,7 @@ class SegmentationRule:
             x, labels = x.flip(-1), labels.flip(-1)
         if self.colours:
             x = photometric(x.contiguous(), rng)
-        x = normalised(x, self.mean, self.std)
+        x = standardised(x, self.mean, self.std)
         if self.crop_hw is not None:
             below, beside = self.crop_hw[0] - labels.shape[0], self.crop_hw[1] - labels.shape[1]
             x, labels = F.pad(x, (0, beside, 0, below)), F.pad(labels, (0, beside, 0, below), value=IGNORED)
@@ -241,7 +227,7 @@ class DepthRule:
         x, depth = x[:, top:bottom, left:right], depth[top:bottom, left:right]
         if self.img_size is not None:
             size_hw = short_side((x.shape[-2], x.shape[-1]), self.img_size)
-            x = resized_image(x, size_hw)
+            x = resized(x, size_hw)
             depth = depth if rng is None else resized_map(depth, size_hw)
         coloured_x: Tensor = x
         if rng is not None:
@@ -253,7 +239,7 @@ class DepthRule:
                 x, depth = self._cropped(x, depth, self.random_crop, rng)
             coloured_x = depth_colours(x, rng, self.brightness_range) if rng.random() < 0.5 else x
         mean, std = [255 * v for v in self.mean], [255 * v for v in self.std]
-        return normalised(coloured_x, mean, std).contiguous(), depth.contiguous()
+        return standardised(coloured_x, mean, std).contiguous(), depth.contiguous()
 
     def _cropped(self, x: Tensor, depth: Tensor, crop_hw: tuple[int, int], rng: Random) -> tuple[Tensor, Tensor]:
         (h, w), (ch, cw) = depth.shape, crop_hw

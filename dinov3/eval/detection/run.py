@@ -28,7 +28,7 @@ from dinov3 import distributed
 from dinov3.config.bounds import Problem, setting
 from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.detection import BoxDataset
-from dinov3.data.transforms.boxes import DetectionRule
+from dinov3.data.transforms.boxes import DetectionRule, flipped
 from dinov3.errors import DinoError
 from dinov3.eval import dense
 from dinov3.eval import session as common
@@ -82,11 +82,9 @@ def look(model: Any, rule: DetectionRule, image: Any, device: Any, *, mirrored: 
     x, size_hw = rule.image(image)
     x = x.to(device)
     (found,) = model.detect([x.flip(-1) if mirrored else x], [size_hw], most=most)
-    boxes = found.boxes_xyxy_px.float()
-    if mirrored:
-        x1, y1, x2, y2 = boxes.unbind(-1)
-        boxes = torch.stack([size_hw[1] - x2, y1, size_hw[1] - x1, y2], dim=-1)
-    return {"boxes_xyxy_px": boxes.cpu(), "scores": found.scores.float().cpu(), "labels": found.labels.cpu()}
+    boxes = found.boxes_xyxy_px.float().cpu()
+    result = {"boxes_xyxy_px": boxes, "scores": found.scores.float().cpu(), "labels": found.labels.cpu()}
+    return flipped(result, size_hw[1]) if mirrored else result
 
 
 def looks(model: Any, rules: Sequence[DetectionRule], image: Any, device: Any, config: DetectionConfig) -> Found:

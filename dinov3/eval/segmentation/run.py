@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from dinov3 import distributed
 from dinov3.config.bounds import Problem, setting
 from dinov3.data.datasets.dense import ONE_CLASS, DenseDataset
-from dinov3.data.transforms.dense import SegmentationRule, normalised, resized_image, short_side, tta_short
-from dinov3.data.transforms.inputs import to_pixels
+from dinov3.data.transforms.dense import SegmentationRule, short_side, tta_short
+from dinov3.data.transforms.pixels import resized, standardised, to_pixels
 from dinov3.errors import DinoError
 from dinov3.eval import dense
 from dinov3.eval import session as common
@@ -184,7 +184,7 @@ def copies(image: Any, protocol: Protocol) -> list[tuple[Tensor, bool]]:
     inputs = []
     for ratio in protocol.ratios:
         hw = (h, w) if size is None else short_side((h, w), tta_short(size, ratio))
-        inputs.append(normalised(resized_image(pixels, hw), protocol.mean, protocol.std)[None])
+        inputs.append(standardised(resized(pixels, hw), protocol.mean, protocol.std)[None])
     mirrored = [(x.flip(-1), True) for x in inputs] if protocol.flip else []
     return [(x, False) for x in inputs] + mirrored
 

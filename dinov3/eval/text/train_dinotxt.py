@@ -35,13 +35,13 @@ from torch import Tensor, nn
 from dinov3 import distributed, losses
 from dinov3.config.bounds import setting
 from dinov3.config.loading import ANY, find_file, load
-from dinov3.data.crops import Crop, cut, draw_box, generator, normalised
+from dinov3.data.crops import generator, random_crop
 from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.captions import Captioned
 from dinov3.data.images import open_image
 from dinov3.data.loading import Order
 from dinov3.data.tokenizer import Tokenizer
-from dinov3.data.transforms.inputs import to_pixels
+from dinov3.data.transforms.pixels import normalised, to_pixels
 from dinov3.errors import DinoError, ImageError
 from dinov3.eval import session as common
 from dinov3.eval.arguments import EvalConfig, ModelSection, help_text, split_arguments
@@ -245,10 +245,7 @@ class PairLoader:
     def _pixels(self, epoch: int, index: int, position: int) -> Tensor:
         side = self.config.vision_model_train_img_size
         image = to_pixels(open_image(self.data.read(index), target_short_side=2 * side).image)
-        rng = generator(self.config.seed, epoch, position)
-        top, left, h, w = draw_box(image.shape[-1], image.shape[-2], AREA, rng)
-        crop = Crop(top=top, left=left, height=h, width=w, flip=rng.random() < 0.5)
-        return torch.from_numpy(np.ascontiguousarray(cut(image[None], crop, side)))
+        return random_crop(image, side, AREA, generator(self.config.seed, epoch, position))
 
 
 # ---- the loss -------------------------------------------------------------------------------------------------------
