@@ -1,4 +1,4 @@
-"""DINOv3, independently implemented. `import dinov3` costs nothing: names are resolved on first use.
+"""DINOv3, independently implemented. `import dinov3` is cheap: names are resolved on first use.
 
 model = dinov3.load("dinov3_vits16", weights="model.safetensors")
 f = dinov3.embed(model, ["a.jpg", "b.jpg"])        # f.cls [B, D], f.patches [B, h, w, D]

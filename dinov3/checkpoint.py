@@ -1,4 +1,4 @@
-"""Saving a run so that a crash at any moment loses nothing, and going on from it (torch.distributed.checkpoint).
+"""Saving a run so that a crash at any moment loses nothing, and resuming from it (torch.distributed.checkpoint).
 
     ckpt/<it>/             a checkpoint: .metadata and *.distcp (tensors, sharded) and state.json (all else)
     ckpt/<it>_keep/        a hard-linked copy that is never deleted
@@ -66,7 +66,7 @@ class Checkpoints:
         return sorted((int(p.name), p) for p in found)
 
     def latest(self) -> Path | None:
-        """The one to resume from; the same answer on every rank, whatever their file systems say."""
+        """The one to resume from; the same on every rank, whatever their file systems show."""
         known = self.all()
         name = distributed.gather_objects(known[-1][1].name if known else None, self.group)[0]
         return None if name is None else self.folder / name

@@ -130,7 +130,7 @@ def _device(device: str | torch.device | None, launch: Launch) -> torch.device:
         return chosen
     there = torch.cuda.device_count()
     if there == 0:
-        raise DinoError("device cuda was asked for, but torch sees no GPU; try device=cpu")
+        raise DinoError("device cuda was requested, but torch sees no GPU; try device=cpu")
     if chosen.index is not None:
         if launch.local_world > 1:
             raise DinoError(
@@ -172,7 +172,7 @@ def local_rank() -> int:
 
 
 def is_main() -> bool:
-    """True on exactly one process: the one that speaks and writes."""
+    """True on exactly one process: the one that logs and writes."""
     return rank() == 0
 
 

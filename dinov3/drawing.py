@@ -1,4 +1,4 @@
-"""Images to look at: class colours with a legend, depth with a colour bar, boxes with names. Pillow and numpy only.
+"""Drawings: class colours with a legend, depth with a colour bar, boxes with names. Pillow and numpy only.
 
 A drawing is for eyes: long sides above `LONGEST` are reduced. The data beside it has every pixel.
 """
@@ -35,7 +35,7 @@ def ramp(values: np.ndarray) -> np.ndarray:
 
 
 def reduced(image: Image.Image) -> Image.Image:
-    """The image at a size to look at."""
+    """The image at a size for the screen."""
     if max(image.size) <= LONGEST:
         return image.copy()
     return image.resize(_reduced_size(image.size), Image.Resampling.LANCZOS)

@@ -1,4 +1,4 @@
-"""What the user is told when something is wrong: one sentence that says what came, what was expected, what to try.
+"""Error messages: one sentence that says what came, what was expected, what to try.
 
 Every mistake a person can make raises a `DinoError` or one of its few children; the command line prints the message
 without a traceback. Our own certainties are asserts, not these.
@@ -20,7 +20,7 @@ class DinoError(Exception):
 
 
 class UnknownName(DinoError):
-    """A name (model, option, column, …) that nothing answers to; the message proposes the nearest ones."""
+    """A name (model, option, column, …) that does not exist; the message suggests the nearest ones."""
 
 
 class WeightsError(DinoError):
@@ -28,7 +28,7 @@ class WeightsError(DinoError):
 
 
 class WeightsMismatch(WeightsError):
-    """A readable weights file that does not fit the model asked for."""
+    """A readable weights file that does not fit the requested model."""
 
 
 class UnsafeFile(WeightsError):

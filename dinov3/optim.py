@@ -177,7 +177,7 @@ class StepValues:
 
 @dataclass(frozen=True)
 class Schedules:
-    """The schedules of a run; `schedules.at(it)` gives their values, the same whenever and wherever it is asked."""
+    """The schedules of a run; `schedules.at(it)` gives their values, the same at every call and on every rank."""
 
     lr: Schedule
     last_layer_lr: Schedule
@@ -227,7 +227,7 @@ def build_schedules(config: TrainConfig, world_size: int) -> Schedules:
             total=total,
             cosine=cosine,
         )
-        run(0)  # a length that does not fit is said now
+        run(0)  # a length that does not fit is an error now
         return run
 
     if c.schedules is not None:

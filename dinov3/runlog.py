@@ -66,7 +66,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """W&B, or trackio, which speaks the same language. W&B keeps what it saw of iterations that are run again."""
+    """W&B, or trackio, which has the same interface. W&B keeps what it saw of iterations that are run again."""
 
     def __init__(self, folder: Path, iteration: int, module: str = "wandb") -> None:
         self.module = module

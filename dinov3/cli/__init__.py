@@ -1,6 +1,6 @@
 """The `dinov3` command. Data goes to stdout, talk to stderr; every mistake is one sentence; torch is imported late.
 
-Exit codes: 0 done · 1 an error, said in one sentence · 2 wrong usage · 3 done, but some images could not be read (they are
+Exit codes: 0 done · 1 an error, as one sentence · 2 wrong usage · 3 done, but some images could not be read (they are
 listed) · 130 interrupted, run the same command to continue.
 """
 

@@ -94,7 +94,7 @@ def models(
         table.add_row(*cells, scores or _where(row))
     console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(table)
-    print("\nAlso answers to: the Hugging Face id, the timm name, the hub function, the file's name. Files:")
+    print("\nOther names: the Hugging Face id, the timm name, the hub function, the file's name. Files:")
     for row in catalog.ROWS:
         print(f"  {row.id:32} {row.file}  {row.hf or f'({_where(row)})'}  {' '.join(row.timm)}")
     print("\nPublished heads, each with its backbone (verbs: classify, depth, detect, segment, canopy, zero-shot):")

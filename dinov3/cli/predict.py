@@ -238,15 +238,15 @@ def zero_shot(
     rows: list[tuple[Any, ...]] = []
     try:
         results = over(images, "classifying", lambda p, _: predict_words(model, p, classes, **square), out)
-        for path, name, said in results:
-            best = said.best(top)
+        for path, name, result in results:
+            best = result.best(top)
             rows += [
-                (path, rank, number, word, f"{p:.6g}", f"{said.cosines[number]:.6g}")
+                (path, rank, number, word, f"{p:.6g}", f"{result.cosines[number]:.6g}")
                 for rank, (number, word, p) in enumerate(best, 1)
             ]
             print(f"{path}\t" + ", ".join(f"{word} {p:.1%}" for _, word, p in best))
             if out is not None:
-                said.drawing().save(out / f"{name}_words.png")
+                result.drawing().save(out / f"{name}_words.png")
     finally:
         if out is not None and rows:
             write_csv(out / "words.csv", ("image", "rank", "class", "name", "probability", "cosine"), rows)

@@ -15,7 +15,7 @@ from dinov3.errors import DinoError
 
 @app.command(context_settings={"allow_interspersed_args": True})
 def train(
-    images: Annotated[str, typer.Argument(help="Folder, list file, tar shards, parquet, or a data set's line.")],
+    images: Annotated[str, typer.Argument(help="Folder, list file, tar shards, parquet, or a dataset spec.")],
     out: Annotated[Path, typer.Option(help="The run's folder. Run again to go on after a stop.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings that win: key.sub=value …")] = None,
     model: Annotated[
@@ -51,16 +51,16 @@ def training_overrides(
 
     from dinov3.weights.catalog import resolve
 
-    said = [f"train.dataset_path={images}", f"run.device={device}"]
+    overrides = [f"train.dataset_path={images}", f"run.device={device}"]
     if model is not None:
-        said.append(f"student.arch={model if model.startswith(('vit_', 'convnext_')) else resolve(model)[0].arch}")
+        overrides.append(f"student.arch={model if model.startswith(('vit_', 'convnext_')) else resolve(model)[0].arch}")
     if device == "cpu" and not recipe.startswith("toy"):
         # the recipes speak to GPUs: a CPU gets a small batch, exact numbers, and no minutes of compilation
         workers = max(1, (os.cpu_count() or 2) // 2)
-        said += ["compute_precision.param_dtype=fp32", "train.compile=false", "train.batch_size_per_gpu=16"]
-        said.append(f"train.num_workers={workers}")
+        overrides += ["compute_precision.param_dtype=fp32", "train.compile=false", "train.batch_size_per_gpu=16"]
+        overrides.append(f"train.num_workers={workers}")
     if steps is not None:
-        said += [
+        overrides += [
             f"optim.iterations={steps}",
             f"checkpointing.period={max(1, steps // 20)}",
             f"evaluation.eval_period_iterations={max(1, steps // 4)}",
@@ -69,8 +69,8 @@ def training_overrides(
         labelled, colon, unlabelled = knn.rpartition(":")
         if not colon:
             raise DinoError(f"--knn takes two folders, TRAIN:VAL, not {knn!r}")
-        said += [f"evaluation.knn_train_dataset={labelled}", f"evaluation.knn_val_dataset={unlabelled}"]
-    return said + given
+        overrides += [f"evaluation.knn_train_dataset={labelled}", f"evaluation.knn_val_dataset={unlabelled}"]
+    return overrides + given
 
 
 @app.command()

@@ -26,7 +26,7 @@ def problems(config: TrainConfig) -> Iterator[Problem]:
 
 
 def dataset_problem(path: str | None) -> str | None:
-    """What can be said of a data set's string without its reader, or None: names and keys are the reader's to know."""
+    """What can be checked of a dataset spec without its reader, or None: names and keys are the reader's to know."""
     if not path:
         return "name the images: a folder, or Name:key=value:…, such as ImageNet:split=TRAIN:root=/data/imagenet"
     if re.fullmatch(r"[A-Za-z]\w+(:\w+=[^:]*)+", path) and ":root=" not in path and not os.path.exists(path):

@@ -183,7 +183,7 @@ class _Loader:
         for key in missing:
             known = [self.origin[k] for k in self.origin if k.startswith(key.rsplit(".", 2)[0])]
             self.blame(key, known[-1] if known else "nowhere", "must be given")
-            with contextlib.suppress(Exception):  # a stand-in, so that the conditions below are still looked at
+            with contextlib.suppress(Exception):  # a stand-in, so that the conditions below are still checked
                 self.set(key, 0.5)
         lines = list(self.wrong.values())
         instance = None

@@ -4,7 +4,7 @@
 
 Keys and defaults are those of the public training code, so its files load here. Three things differ. A key nobody reads
 is refused, and every mistake of every source is reported at once, with its source and a proposal. A key that the
-reference reads past (RETIRED) is accepted only at the value that changes nothing, and said to be ignored; four that it
+reference reads past (RETIRED) is accepted only at the value that changes nothing, and noted as ignored; four that it
 reads past by oversight work here: `student.ffn_ratio`, `student.in_chans`, `student.pos_embed_rope_dtype`,
 `optim.dino_head_wd_multiplier`, and so does `student.drop_path_rate` for ConvNeXt. Conditions that are bare asserts
 there are sentences here. Keys of our own are marked "ours".

@@ -5,7 +5,7 @@ photographs lying on their side, halves of downloads, web pages called `.jpg`. `
 the suffix, and has two outcomes: a `DecodedImage`, or a `ImageError` whose text is the reason. Nothing that a decoder raises
 gets past it, and no setting of Pillow is touched (`MAX_IMAGE_PIXELS`, `LOAD_TRUNCATED_IMAGES`), so that threads share it.
 
-What becomes of the unusual (told in `DecodedImage.notes`):
+What becomes of the unusual (noted in `DecodedImage.notes`):
 - transparency is laid over white, as a page would show it;
 - 12- and 16-bit greys are scaled to 8 bit (Pillow's own `convert` clips at 255: a white image); other integers and
   floats have no agreed range: floats within [0, 1] are scaled by 255, everything else is refused with its range;
@@ -324,7 +324,7 @@ def _format(image: Image.Image) -> str:
 
 
 def _frames(image: Image.Image) -> int:
-    """How many frames the file says it has; asked after decoding, since a broken later frame is no reason to refuse."""
+    """How many frames the file claims to have; read after decoding, since a broken later frame is no reason to refuse."""
     if image.format not in _FRAMED:
         return 1
     try:

@@ -9,7 +9,7 @@ step, hence
     the state of the loader is one number, the samples consumed,
 
 and a resumed run sees what the uninterrupted one would have seen: bit for bit, with any number of workers; with another
-number of ranks (and the same B·W) the same images and crops, dealt out differently.
+number of ranks (and the same B·W) the same images and crops, sharded differently.
 
 Several resolutions (paper, section 4.2 high-resolution stage) share one set of workers: the step decides which rules apply,
 by the same sequence as the reference (PCG64 of 65537), the same on all ranks.
@@ -154,8 +154,8 @@ def resolutions(
     if given["gram_teacher_crops_size"] == [None]:
         given["gram_teacher_crops_size"] *= len(given["global_crops_size"])
     if len({len(v) for v in given.values()}) > 1:
-        told = ", ".join(f"{k} has {len(v)}" for k, v in given.items())
-        raise DinoError(f"several resolutions need lists of equal length: {told}")
+        lengths = ", ".join(f"{k} has {len(v)}" for k, v in given.items())
+        raise DinoError(f"several resolutions need lists of equal length: {lengths}")
     shares = [float(r) for r in given["global_local_crop_pairs_ratios"]]
     if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
         raise DinoError(f"global_local_crop_pairs_ratios are shares that sum to 1; {shares} sum to {sum(shares):g}")
@@ -352,13 +352,13 @@ class CropLoader:
             if isinstance(batch, _Hopeless):
                 raise DinoError(batch.sentence)
             self.consumed += self.global_batch
-            for told in batch.unreadable:
-                self.unreadable[told] = self.unreadable.get(told, 0) + 1
+            for reason in batch.unreadable:
+                self.unreadable[reason] = self.unreadable.get(reason, 0) + 1
             yield batch
 
 
 class _Steps:
-    """The endless batch sampler, from wherever the loader stands when it is asked."""
+    """The endless batch sampler, from the loader's position."""
 
     def __init__(self, loader: CropLoader):
         self.loader = loader

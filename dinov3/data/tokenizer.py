@@ -33,7 +33,7 @@ from dinov3.errors import DinoError, UnknownName, did_you_mean
 START, END = "<|startoftext|>", "<|endoftext|>"
 CONTEXT_LENGTH = 77
 N_MERGES = 48_894  # CLIP reads lines 2 to 48 895 of its file, which goes on; 512 + this + 2 = 49 408 ids
-_WORDS_KEPT = 1 << 17  # encoded words remembered
+_WORDS_KEPT = 1 << 17  # encoded words that are cached
 
 _FIXED = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)", re.IGNORECASE)
 _CONTROL = dict.fromkeys((*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)))
@@ -174,13 +174,13 @@ class Tokenizer:
         lengths = [len(row) for row in rows]
         if max(lengths) > context_length and too_long != "cut":
             n, longest = sum(length > context_length for length in lengths), lengths.index(max(lengths))
-            told = (
+            message = (
                 f"{n} of {len(texts)} texts have more than {context_length} tokens with start and end "
                 f"(text {longest} has {max(lengths)}: {texts[longest][:40]!r}…)"
             )
             if too_long == "refuse":
-                raise DinoError(f"{told}; shorten them, or let them be cut with too_long='cut'")
-            warnings.warn(f"{told}; what is beyond was cut", stacklevel=2)
+                raise DinoError(f"{message}; shorten them, or let them be cut with too_long='cut'")
+            warnings.warn(f"{message}; what is beyond was cut", stacklevel=2)
         tokens = torch.zeros(len(rows), context_length, dtype=torch.int64)
         for i, row in enumerate(rows):
             tokens[i, : len(row)] = torch.tensor(row[:context_length])

@@ -28,7 +28,7 @@ SHAPES = ("circle", "square")
 class Propagation:
     """How labels move. The paper's winning row is marked only graphically; these are its notebook's values.
 
-    n_context: frames remembered besides frame 0, which is never forgotten. radius: how far away, in patches, a match may
+    n_context: frames kept in the context besides frame 0, which always stays. radius: how far away, in patches, a match may
     lie (inf: anywhere); shape: "circle" (Euclidean) or "square" (the larger of the two distances). k: matches that vote,
     over all context frames together. temperature: of the softmax over their cosines.
     """
@@ -118,9 +118,9 @@ def track(
             start = (x, labels.to(x.device, x.dtype))
             yield start[1]
             continue
-        remembered = [start, *context]
+        frames_kept = [start, *context]
         labels = propagate(
-            x, torch.stack([c[0] for c in remembered]), torch.stack([c[1] for c in remembered]), settings
+            x, torch.stack([c[0] for c in frames_kept]), torch.stack([c[1] for c in frames_kept]), settings
         )
         context.append((x, labels))
         yield labels

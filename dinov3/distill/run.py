@@ -1,4 +1,4 @@
-"""Distillation: a small student learns from frozen teachers what they say of images (paper section 5.1).
+"""Distillation: a small student learns the outputs of frozen teachers (paper section 5.1).
 
     dinov3 distill FOLDER --teacher transformers:dinov2-small,layer=9 --student dinov3_vitt16 --out RUN
 
@@ -7,21 +7,21 @@ kind for one machine and a folder: teachers of any family (`teachers`), no proto
 each teacher's width by a linear layer that is thrown away afterwards, and compared (as AM-RADIO, arXiv 2312.06709):
 
     cls, patches   0.9 · (1 − cosine) + 0.1 · smooth L1, on targets standardised per dimension
-    logits         KL of the classifier's softened opinion
+    logits         KL of the classifier's softened outputs
     relations      KL between the rows of similarities within the batch: whom the teacher finds alike
 
-Teacher and student look at the same box of the image. There are two ways to teach:
+Teacher and student see the same box of the image. There are two ways to teach:
 
-    from a cache    what a teacher says of a few views is computed once and kept on disk (`cache`). Colours change and
+    from a cache    a teacher's outputs for a few views are computed once and kept on disk (`cache`). Colours change and
                     images are mirrored for the student only (the map of targets is mirrored with it). Cheap, but the
                     student sees the same boxes again and again and learns them by heart.
-    online=true     the teacher looks at the very pixels that the student sees, mirrored, recoloured and mixed with another
+    online=true     the teacher sees the very pixels of the student, mirrored, recoloured and mixed with another
                     image (`mix`): a patient and consistent teacher (Beyer et al., arXiv 2106.05237), whose images
                     never come again. Few images go a long way (Asano and Saeed, arXiv 2112.00725). `share=0.25` asks a
                     costly teacher about the first quarter of every batch only.
 
 Every random number is a function of (seed, step), so that a run that was killed and started again gives the same weights.
-Under torchrun each process takes its share of every batch and asks the teachers about that; gradients are averaged, and
+Under torchrun each process takes its share of every batch and runs the teachers on that; gradients are averaged, and
 similarities are of the whole batch.
 
 Left out: sharded weights (every process holds a student and its teachers); local crops.
@@ -150,7 +150,7 @@ class Distillation:
             projector.fit(cls, patches, sample)
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
-        """AdamW, and Muon for the matrices of the student's blocks where it was asked for."""
+        """AdamW, and Muon for the matrices of the student's blocks where it is chosen."""
         c = self.config
         inside = {id(p) for name, p in self.student.named_parameters() if name.startswith("blocks.") and p.ndim == 2}
         groups: list[list[dict[str, Any]]] = [[], []]
@@ -244,7 +244,7 @@ class Distillation:
         return True
 
     def begun_with(self) -> dict[str, Any]:
-        """What must stay the same when a run goes on. Lengths, rates, sizes and the like may change."""
+        """What must stay the same when a run resumes. Lengths, rates, sizes and the like may change."""
         c = self.config
         same = ("student", "batch", "views", "optimizer", "seed")
         return {name: getattr(c, name) for name in same} | {
@@ -289,7 +289,7 @@ def distill(config: DistillConfig, out: str | Path, *, prepare: Prepare | None =
     """
     config = replace(config, device=str(distributed.setup(config.device)))
     if config.knn:
-        _labelled(Path(config.knn), 1)  # a mistake in it is said now, not after the first steps
+        _labelled(Path(config.knn), 1)  # a mistake in it is an error now, not after the first steps
     run = RunDir(out, writer=distributed.is_main())
     with run.claimed():
         return _distill(config, run, prepare)

@@ -378,7 +378,7 @@ def _checked_rule(store: EmbeddingStore, model: nn.Module, where: str) -> Prepro
 
 
 def is_text_aligned(facts: StoreFacts) -> bool:
-    """Whether a store was filled by dino.txt, so that it can be asked in words."""
+    """Whether a store was filled by dino.txt, so that it can be searched by text."""
     from dinov3.hub.dinotxt import NAME, OWN
 
     return facts.model_name in (NAME, OWN)

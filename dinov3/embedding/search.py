@@ -1,7 +1,7 @@
 """Which stored images are most like this one: cosine similarity over an `EmbeddingStore`.
 
 Exact up to `EXACT_LIMIT` rows that pass the filter; above it through an approximate index (IVF with RabitQ codes, the
-candidates re-ranked by their full vectors), if `build_index` was called. Without an index the answer is still right,
+candidates re-ranked by their full vectors), if `build_index` was called. Without an index the result is still exact,
 only slow. Rows added after the index was built are scanned, so they are found; `index_status` counts them, and
 `EmbeddingStore.compact` takes them into the index.
 
@@ -12,7 +12,7 @@ quick to scan anyway; for the others the number of cells looked into grows as th
 Measured on 2 cores at 208,000 rows of D = 384: exact 0.16 s for one query and 16 ms each for forty together; by index
 21 and 8 ms, all true neighbours found; built in 2 s.
 
-`sheet` draws an answer as one image. Left out: embedding the query (the pipeline does), full-text search.
+`sheet` draws a result as one image. Left out: embedding the query (the pipeline does), full-text search.
 
 Shapes: Q queries, D width, N rows.
 """
@@ -39,13 +39,13 @@ ROWS_PER_CELL = 4096
 FEWEST_INDEXED = 256  # rows; what one cell's k-means is trained on
 FEWEST_CELLS, CELLS_SHARE = 16, 0.15  # how many cells of the index a query looks into
 REFINE = 25  # candidates re-ranked by full vectors, as a multiple of `top`
-SLACK = 10  # more candidates than asked for: LanceDB's float32 distances may swap what float64 tells apart
+SLACK = 10  # more candidates than requested: LanceDB's float32 distances may swap what float64 tells apart
 TIE = 1e-6  # distances closer than this may be a tie, which paths decide
 
 
 @dataclass(frozen=True)
 class Hit:
-    """One neighbour. `score` is the cosine similarity, 1 for the same direction; `extra` holds the columns asked for."""
+    """One neighbour. `score` is the cosine similarity, 1 for the same direction; `extra` holds the requested columns."""
 
     rank: int  # from 1
     path: str
@@ -78,7 +78,7 @@ def search(
 ) -> list[list[Hit]]:
     """The `top` nearest images to each query, best first, equal scores by path.
 
-    `vectors` is [Q, D] or [D]; the answer has one list per query. `where` is an SQL filter on the store's columns,
+    `vectors` is [Q, D] or [D]; the result has one list per query. `where` is an SQL filter on the store's columns,
     applied before ranking, e.g. `"width > 640 AND label = 'cat'"`. `exact=True` scans whatever the size, `exact=False`
     insists on the index, None decides by the number of rows. A wrong query, filter or column is a `DinoError`.
     """
@@ -96,10 +96,10 @@ def search(
     cells = None  # exact
     if status is not None and (exact is False or (exact is None and rows > EXACT_LIMIT)):
         cells = _cells_to_look_into(status.indexed, rows / (status.indexed + status.unindexed))
-    answers: list[list[Hit]] = []
+    results: list[list[Hit]] = []
     for start in range(0, len(queries), QUERIES_AT_ONCE):
-        answers += _search_some(store, queries[start : start + QUERIES_AT_ONCE], top, where, wanted, rows, cells)
-    return answers
+        results += _search_some(store, queries[start : start + QUERIES_AT_ONCE], top, where, wanted, rows, cells)
+    return results
 
 
 def build_index(store: EmbeddingStore) -> IndexStatus:
@@ -168,15 +168,15 @@ def _search_some(
 ) -> list[list[Hit]]:
     """`search` for a few queries; `rows` pass the filter, `cells` of the index are looked into (None: exact)."""
     limit = min(rows, top + SLACK)
-    answers = []
+    results = []
     for query, found in zip(queries, _nearest(store, queries, limit, where, columns, cells)):
-        asked = limit
+        requested = limit
         # Rows that tie with the last place may lie beyond what was fetched (a folder of copies): fetch until they do not.
-        while cells is None and asked < rows and _tie_at_the_end(found, top):
-            asked = min(rows, asked * 8)
-            (found,) = _nearest(store, query[None], asked, where, columns, cells)
-        answers.append(_ranked(store, query, found, top, columns))
-    return answers
+        while cells is None and requested < rows and _tie_at_the_end(found, top):
+            requested = min(rows, requested * 8)
+            (found,) = _nearest(store, query[None], requested, where, columns, cells)
+        results.append(_ranked(store, query, found, top, columns))
+    return results
 
 
 def _nearest(

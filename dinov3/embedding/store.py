@@ -165,10 +165,10 @@ class EmbeddingStore:
             return cls.create(uri, about)
         store = cls.open(uri)
         for name, way_out in _IDENTITY.items():
-            here, asked = getattr(store.facts, name), getattr(about, name)
-            if here != asked:
+            here, given = getattr(store.facts, name), getattr(about, name)
+            if here != given:
                 raise StoreError(
-                    f"the store at {uri} holds embeddings with {name.replace('_', ' ')} {here!r}, not {asked!r}; "
+                    f"the store at {uri} holds embeddings with {name.replace('_', ' ')} {here!r}, not {given!r}; "
                     f"give another --out, or {way_out}"
                 )
         store._claim()
@@ -318,7 +318,7 @@ class EmbeddingStore:
         return removed
 
     def record_failures(self, failures: Sequence[Failure]) -> None:
-        """Remembers images that could not be embedded, one commit; a path recorded before gets the new reason."""
+        """Records images that could not be embedded, one commit; a path recorded before gets the new reason."""
         import pyarrow as pa
 
         if not failures:

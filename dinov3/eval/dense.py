@@ -177,7 +177,7 @@ def batches(
     dataset: DenseDataset, rule: Rule, size: int, seed: int, *, augment: bool
 ) -> Callable[[int], dict[str, Any]]:
     """step → {"x" [B, 3, h, w], "target" [B, h', w'], "step"}: shuffled, and transformed by draws of (seed, epoch, index) if
-    `augment`; else as for evaluation, so that the backbone has to be asked once (`heads.remember`)."""
+    `augment`; else as for evaluation, so that the backbone runs once an image (`fit.features`)."""
     rank, world, n = distributed.rank(), distributed.world(), len(dataset)
 
     def batch(step: int) -> dict[str, Any]:
@@ -191,11 +191,11 @@ def batches(
     return batch
 
 
-def remembered(model: nn.Module, folder: Path, *, augment: bool) -> AbstractContextManager[Any]:
+def feature_cache(model: nn.Module, folder: Path, *, augment: bool) -> AbstractContextManager[Any]:
     """Features are kept while a head is fitted to images that do not change."""
-    from dinov3.fit.features import remembering
+    from dinov3.fit.features import cached_features
 
-    return nullcontext() if augment else remembering(model, folder=folder / f"features-{distributed.rank()}")
+    return nullcontext() if augment else cached_features(model, folder=folder / f"features-{distributed.rank()}")
 
 
 def stacked(parts: Sequence[Tensor]) -> Tensor:
@@ -208,12 +208,12 @@ def stacked(parts: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(parts))
 
 
-def workers(asked: int) -> int:
-    return max(0, min(asked, os.cpu_count() or 1))
+def workers(requested: int) -> int:
+    return max(0, min(requested, os.cpu_count() or 1))
 
 
 def folder_lines(folder: str | os.PathLike[str], kind: str, extra: str = "") -> tuple[str, str]:
-    """(train, validation) data set lines for a plain folder: its splits, or the first 80 % and the last 20 % of its pairs
+    """(train, validation) dataset specs for a plain folder: its splits, or the first 80 % and the last 20 % of its pairs
     in the order of their names (frames of one video stay on one side)."""
     root = Path(folder).expanduser()
     base = f"DenseFolder:root={root}{extra}"
@@ -259,8 +259,8 @@ def existing_model(task: str, config: Any, session: Any, **options: Any) -> Any:
 
 def chosen_backbone(section: Any, session: Any) -> nn.Module | None:
     """The backbone of the `model` section, or None where it names none: then a head file says which one it wants."""
-    asked = (section.config_file, section.dino_hub, section.name, section.weights)
-    return session.model(section) if any(asked) else None
+    requested = (section.config_file, section.dino_hub, section.name, section.weights)
+    return session.model(section) if any(requested) else None
 
 
 def fill_head(module: nn.Module, path: str, prefix: str) -> None:

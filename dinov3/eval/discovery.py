@@ -73,7 +73,7 @@ def boxes_of(
 
 
 def chosen(data: BoxDataset, config: DiscoveryConfig) -> list[int]:
-    """Numbers of the images to look at."""
+    """Numbers of the images."""
     rows = list(range(len(data)))
     if config.names is not None:
         file = Path(config.names).expanduser()

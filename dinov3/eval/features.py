@@ -208,7 +208,7 @@ class FeatureCache:
             about = {"model": self.model_name, "preprocessing": json.loads(rule.to_json()), "images": N}
             (folder / "about.json").write_text(json.dumps(about, indent=1) + "\n")
         weight, net = next(self.model.parameters()), self.model
-        began, done, told = time.perf_counter(), 0, time.perf_counter()
+        began, done, logged = time.perf_counter(), 0, time.perf_counter()
         batches = image_batches(dataset, mine, rule, batch_size, workers)
         widths = dict(zip(layers, widths_of(self.model, layers)))  # type: ignore[arg-type]
         for c in columns:
@@ -223,19 +223,19 @@ class FeatureCache:
             arrays[c] = np.lib.format.open_memmap(parts[c], "r+")
         for x in batches:
             with torch.inference_mode():
-                said = layer_tokens(net, x.to(weight.device, weight.dtype, non_blocking=True), layers, norm)
+                tokens = layer_tokens(net, x.to(weight.device, weight.dtype, non_blocking=True), layers, norm)
             rows = slice(mine.start + done, mine.start + done + len(x))
             for c in columns:
-                values = said[c.layer][0 if c.token == "cls" else 1]
+                values = tokens[c.layer][0 if c.token == "cls" else 1]
                 arrays[c][rows] = values.float().cpu().numpy()
             done += len(x)
             now = time.perf_counter()
-            if now - told > 15 or done == len(mine):
+            if now - logged > 15 or done == len(mine):
                 rate = done / (now - began)
                 left = spoken_time((len(mine) - done) / rate)
                 memory = peak_memory_gb(weight.device)
                 self.say(f"features {done}/{len(mine)}  {rate:.1f} images/s  eta {left}  {memory:.1f} GB")
-                told = now
+                logged = now
         for array in arrays.values():
             array.flush()  # type: ignore[attr-defined]
         arrays.clear()
@@ -251,8 +251,8 @@ def layer_tokens(model: Any, x: Tensor, layers: Sequence[int], norm: bool) -> di
     if list(layers) == [model.n_blocks - 1] and norm:  # exactly what the model puts out
         out = model.forward_features(x)
         return {layers[0]: (out["x_norm_clstoken"], out["x_norm_patchtokens"].mean(1))}
-    said = model.get_intermediate_layers(x, n=list(layers), return_class_token=True, norm=norm)
-    return {i: (cls, patches.mean(1)) for i, (patches, cls) in zip(layers, said)}
+    tokens = model.get_intermediate_layers(x, n=list(layers), return_class_token=True, norm=norm)
+    return {i: (cls, patches.mean(1)) for i, (patches, cls) in zip(layers, tokens)}
 
 
 def normal_layers(model: Any, layers: Sequence[int]) -> list[int]:

@@ -7,7 +7,7 @@
 Every batch of random crops goes through the backbone once and then through all heads: one for each learning rate, number
 of last blocks, pooling and weight decay. Their losses are added, so no head knows of the others. The head that is best on
 the validation images at the end is measured on the test sets. Validation and test images are always seen the same
-way, so their features are computed once. A stopped run goes on exactly where it was: crops are functions of (seed,
+way, so their features are computed once. A stopped run resumes exactly where it was: crops are functions of (seed,
 epoch, image) and the schedule's state is in the checkpoint.
 
 A head's input is the CLS tokens of the last n blocks, then (`avgpool`) the mean patch of the last, all normed. Published:
@@ -244,7 +244,7 @@ class Augmented:
 
 class Kept:
     """`<folder>/{<iteration>, best, final}/checkpoint.pth`: iteration, linear_classifiers, optimizer, best_accuracy, and
-    (ours) scheduler, so that a resumed run goes on with the same rates."""
+    (ours) scheduler, so that a resumed run resumes with the same learning rates."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -364,8 +364,8 @@ class LinearEvaluation:
         weight = next(self.model.parameters())
         x = normalised(crops.to(weight.device), self.rule.mean, self.rule.std).to(weight.dtype)
         n = self.model.n_blocks
-        said = layer_tokens(self.model, x, list(range(n - self.blocks, n)), norm=True)
-        return [said[i][0] for i in sorted(said)], said[n - 1][1]
+        tokens = layer_tokens(self.model, x, list(range(n - self.blocks, n)), norm=True)
+        return [tokens[i][0] for i in sorted(tokens)], tokens[n - 1][1]
 
     # -- one training of all heads
 
@@ -395,7 +395,7 @@ class LinearEvaluation:
         if first < total:
             each = f"{t.batch_size} images on each of {distributed.world()} processes"
             session.say(f"{len(kinds)} heads, iterations {first} to {total}, {each}")
-        told = Ticker(session.say, first, total, t.batch_size * distributed.world())
+        ticker = Ticker(session.say, first, total, t.batch_size * distributed.world())
         for step, (numbers, crops) in enumerate(data.batches(t.batch_size, first, total, t.num_workers), start=first):
             cls, mean = self.tokens(crops)
             target = labels[numbers].to(session.device)
@@ -408,7 +408,7 @@ class LinearEvaluation:
             optimiser.step()
             schedule.step()
             done = step + 1
-            told(done, float(loss.detach()) / len(kinds) if told.due() or done == total else None)
+            ticker(done, float(loss.detach()) / len(kinds) if ticker.due() or done == total else None)
             if done % eval_every == 0 and done < total:  # the last one follows anyway
                 _, accuracy = self.validate(heads, done)
                 if accuracy > best:
@@ -445,7 +445,7 @@ class LinearEvaluation:
             heads.load_state_dict(state["linear_classifiers"])
             optimiser.load_state_dict(state["optimizer"])
             schedule.load_state_dict(state["scheduler"])
-            self.session.say(f"going on from iteration {state['iteration']} ({kept.folder / newest})")
+            self.session.say(f"resuming from iteration {state['iteration']} ({kept.folder / newest})")
             return int(state["iteration"]), float(state["best_accuracy"])
         if t.classifier_fpath is not None:
             other = Kept(Path(t.classifier_fpath))

@@ -51,7 +51,7 @@ class RetrievalConfig(EvalConfig):
     temperatures: list[float] = setting(list(MET_T), required="at least one value")
     # AmsterTime
     transform: TransformSection = field(default_factory=TransformSection)
-    depth: int | None = None  # ranks looked at; null: all (the benchmark's own default is 1)
+    depth: int | None = None  # ranks counted; null: all (the benchmark's own default is 1)
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -262,9 +262,9 @@ def _revisited(config: RetrievalConfig, session: Session, model: nn.Module) -> d
     rule = default_preprocessing(model, shape="native")
     boxes = truth.boxes if config.crop_queries else None
     listed = ImageList(truth.database, square=config.size, fit=config.square)
-    asked = ImageList(truth.queries, boxes=boxes, square=config.size, fit=config.square)
+    query_images = ImageList(truth.queries, boxes=boxes, square=config.size, fit=config.square)
     database = _vectors(config, session, model, listed, rule, config.batch_size)
-    queries = _vectors(config, session, model, asked, rule, config.batch_size)
+    queries = _vectors(config, session, model, query_images, rule, config.batch_size)
     return revisited_scores(ranked(queries, database), truth.easy, truth.hard, truth.junk)
 
 

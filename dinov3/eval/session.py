@@ -240,7 +240,7 @@ class Session:
         batch_size: int = 64,
         workers: int = 5,
     ) -> tuple[np.ndarray, np.ndarray, ImageDataset]:
-        """(features [N, D], labels, the data set) of a data set line."""
+        """(features [N, D], labels, the data set) of a dataset spec."""
         dataset = make_dataset(line)
         labels = labels_of(dataset, line)
         return self.features(model, dataset, rule, section, batch_size=batch_size, workers=workers), labels, dataset
@@ -338,7 +338,7 @@ def sweep(
     base, _ = load(cls, arguments.file, arguments.overrides)
     grid = [dict(zip(axes, values)) for values in product(*axes.values())]
     points: list[tuple[dict[str, str], C]] = []
-    for point in grid:  # all are read before the first one runs: a mistake in the last value costs nothing
+    for point in grid:  # all are read before the first one runs: a mistake in the last value is found early
         overrides = [o for name, value in point.items() for o in _overrides(name, value, base)]
         config, _ = load(cls, arguments.file, [*arguments.overrides, *overrides])
         folder = ",".join(f"{k}={v}" for k, v in point.items()).replace("/", "_")

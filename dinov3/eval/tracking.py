@@ -101,7 +101,7 @@ def contour_accuracy(predicted: np.ndarray, truth: np.ndarray, *, tolerance: flo
         return 1.0
     if not n_p or not n_t:
         return 0.0  # precision or recall is 0
-    # only contour pixels are asked about, so the image around both contours need not be grown through
+    # only contour pixels are needed, so the image around both contours need not be grown through
     rows, columns = np.flatnonzero((p | t).any(1)), np.flatnonzero((p | t).any(0))
     inside = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
     p, t = p[inside], t[inside]

@@ -123,7 +123,7 @@ def _length(path: Path) -> int:
 
 @dataclass(frozen=True)
 class Reader:
-    """Clips of a list of videos, as functions of what is asked for."""
+    """Clips of a list of videos, as functions of their index."""
 
     clips: Clips
     frames: int
@@ -284,7 +284,7 @@ def scored(
 def fitted(
     frozen: _Frozen, every: Sequence[Candidate], reader: Reader, rows: np.ndarray, config: VideoConfig, session: Session
 ) -> None:
-    """Trains all candidates; goes on from `probes.pt` in the output folder where a run was interrupted."""
+    """Trains all candidates; resumes from `probes.pt` in the output folder where a run was interrupted."""
     rank, world = distributed.rank(), distributed.world()
     each = max(1, config.batch_size // world)
     per_epoch = math.ceil(len(rows) / (each * world))
@@ -292,7 +292,7 @@ def fitted(
     kept = session.output / "probes.pt"
     first = _resumed(kept, every, total)
     if first:
-        session.say(f"going on at step {first} of {total} ({kept})")
+        session.say(f"resuming at step {first} of {total} ({kept})")
 
     def batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
         picked = [int(rows[i]) for i in shuffled(len(rows), each, step, seed=config.seed, rank=rank, world=world)]

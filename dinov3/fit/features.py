@@ -1,14 +1,14 @@
 """A frozen backbone says the same of the same image: while a head is fitted, it is asked once and then remembered.
 
-    with remembering(model, folder=run.path / "features"):
+    with cached_features(model, folder=run.path / "features"):
         fit(model, …)
 
-Answers are kept by the content of the image (the bytes of its tensor) and of the question (which layers), so nothing can
+Answers are kept by the content of the image (the bytes of its tensor) and of the call (which layers), so nothing can
 be out of date, mirrored images are images of their own, and whoever asks (an adapter, windows, a linear head) need not
 know. Every image is run alone, whatever batch it came in: a killed and resumed fit sees the very same numbers. Where
-images are augmented at random this only costs memory: then leave it out.
+images are augmented at random this only costs cache: then leave it out.
 
-Memory first; beyond `most_bytes` into the folder, if one is given, else the image is asked about again every time.
+FeatureCache first; beyond `most_bytes` into the folder, if one is given, else the image is asked about again every time.
 """
 
 from __future__ import annotations
@@ -31,76 +31,76 @@ from dinov3.fit.loop import backbones_in
 METHODS = ("get_intermediate_layers", "forward_features")
 
 
-class Memory:
-    """Answers by key; in memory while they fit, then as files."""
+class FeatureCache:
+    """Answers by key; in cache while they fit, then as files."""
 
     def __init__(self, most_bytes: int, folder: Path | None) -> None:
         self.most_bytes, self.folder = most_bytes, folder
-        self.held: dict[str, Any] = {}
-        self.bytes = self.asked = self.computed = 0
+        self.cached: dict[str, Any] = {}
+        self.bytes = self.requests = self.computed = 0
 
     def __call__(self, key: str, compute: Callable[[], Any], device: torch.device) -> Any:
-        self.asked += 1
-        if key in self.held:
-            return _each(self.held[key], lambda t: t.to(device))
+        self.requests += 1
+        if key in self.cached:
+            return _each(self.cached[key], lambda t: t.to(device))
         file = self.folder / f"{key}.pt" if self.folder is not None else None
         if file is not None and file.is_file():
             return torch.load(file, map_location=device, weights_only=True)
         self.computed += 1
-        answer = compute()
-        size = sum(t.numel() * t.element_size() for t in _leaves(answer))
+        output = compute()
+        size = sum(t.numel() * t.element_size() for t in _leaves(output))
         if self.bytes + size <= self.most_bytes:
-            self.held[key] = _each(answer, lambda t: t.to("cpu").clone())
+            self.cached[key] = _each(output, lambda t: t.to("cpu").clone())
             self.bytes += size
         elif file is not None:
             with atomically(file) as temporary:
-                torch.save(_each(answer, lambda t: t.to("cpu").clone()), temporary)
-        return answer
+                torch.save(_each(output, lambda t: t.to("cpu").clone()), temporary)
+        return output
 
 
 @contextmanager
-def remembering(
+def cached_features(
     module: nn.Module, *, most_bytes: int = 2 << 30, folder: str | os.PathLike[str] | None = None
-) -> Iterator[Memory]:
-    """Within, the backbones inside `module` remember what they said. The folder is removed in the end.
+) -> Iterator[FeatureCache]:
+    """Within, the backbones inside `module` remember what they out. The folder is removed in the end.
 
     Of `forward_features` only what a classifier takes is kept: the patches as their mean (of one).
     """
-    memory = Memory(most_bytes, Path(folder) if folder is not None else None)
+    cache = FeatureCache(most_bytes, Path(folder) if folder is not None else None)
     backbones = list(backbones_in(module).values())
     for i, backbone in enumerate(backbones):
         for method in METHODS:
             # an instance's attribute stands before its class's method; nothing else of the model changes
-            setattr(backbone, method, _remembered(getattr(backbone, method), f"{i}.{method}", memory))
+            setattr(backbone, method, _cached(getattr(backbone, method), f"{i}.{method}", cache))
     try:
-        yield memory
+        yield cache
     finally:
         for backbone in backbones:
             for method in METHODS:
                 delattr(backbone, method)
-        if memory.folder is not None:
-            shutil.rmtree(memory.folder, ignore_errors=True)
+        if cache.folder is not None:
+            shutil.rmtree(cache.folder, ignore_errors=True)
 
 
-def _remembered(method: Callable[..., Any], name: str, memory: Memory) -> Callable[..., Any]:
+def _cached(method: Callable[..., Any], name: str, cache: FeatureCache) -> Callable[..., Any]:
     @torch.no_grad()
     def ask(x: Tensor, *args: Any, **options: Any) -> Any:
-        question = f"{name} {args!r} {sorted(options.items())!r} {x.dtype} {tuple(x.shape[1:])}"
+        call = f"{name} {args!r} {sorted(options.items())!r} {x.dtype} {tuple(x.shape[1:])}"
 
-        def answer(one: Tensor) -> Any:
-            said = method(one, *args, **options)
-            if not isinstance(said, dict):
-                return said
-            patches = said["x_norm_patchtokens"].mean(1, keepdim=True)
-            return {"x_norm_clstoken": said["x_norm_clstoken"], "x_norm_patchtokens": patches}
+        def output(one: Tensor) -> Any:
+            out = method(one, *args, **options)
+            if not isinstance(out, dict):
+                return out
+            patches = out["x_norm_patchtokens"].mean(1, keepdim=True)
+            return {"x_norm_clstoken": out["x_norm_clstoken"], "x_norm_patchtokens": patches}
 
-        return _joined([memory(_key(question, one), partial(answer, one), x.device) for one in x.split(1)])
+        return _joined([cache(_key(call, one), partial(output, one), x.device) for one in x.split(1)])
 
     return ask
 
 
-def _key(question: str, one: Tensor) -> str:
-    digest = hashlib.blake2b(question.encode(), digest_size=16)
+def _key(call: str, one: Tensor) -> str:
+    digest = hashlib.blake2b(call.encode(), digest_size=16)
     digest.update(one.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
@@ -120,11 +120,11 @@ def _leaves(value: Any) -> list[Tensor]:
     return found
 
 
-def _joined(answers: list[Any]) -> Any:
-    """Answers to one image each → the answer to the batch."""
-    first = answers[0]
+def _joined(outputs: list[Any]) -> Any:
+    """Answers to one image each → the output to the batch."""
+    first = outputs[0]
     if isinstance(first, Tensor):
-        return torch.cat(answers)
+        return torch.cat(outputs)
     if isinstance(first, dict):
-        return {k: _joined([a[k] for a in answers]) for k in first}
-    return type(first)(_joined(list(parts)) for parts in zip(*answers, strict=True))
+        return {k: _joined([a[k] for a in outputs]) for k in first}
+    return type(first)(_joined(list(parts)) for parts in zip(*outputs, strict=True))

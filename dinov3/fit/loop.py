@@ -86,7 +86,7 @@ class FitConfig:
             yield "schedule_options", f"{self.schedule} has no {odd!r}{did_you_mean(odd, _OPTIONS[self.schedule])}"
 
     def lr_at(self, step: int) -> float:
-        """The learning rate of a step; the same whenever it is asked."""
+        """The learning rate of a step; the same at every call."""
         o = dict(self.schedule_options)
         if self.schedule == "constant":
             return self.lr * (min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0)
@@ -369,7 +369,7 @@ class _Fit:
         Checkpoints(self.run.checkpoints, max_to_keep=self.config.keep).save(step, self._tensors(), state)
 
     def resume(self) -> int:
-        """Goes on from the newest checkpoint; the step to begin with."""
+        """Resumes from the newest checkpoint; the step to begin with."""
         path = Checkpoints(self.run.checkpoints).latest() if self.run is not None else None
         if path is None:
             return 0

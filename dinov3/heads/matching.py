@@ -1,4 +1,4 @@
-"""Which query answers for which target: the cheapest one-to-one assignment (the Hungarian method; DETR, Mask2Former).
+"""Which query is matched to which target: the cheapest one-to-one assignment (the Hungarian method; DETR, Mask2Former).
 
 Legend: Q queries, T targets. The costs are the criteria's business (`mask2former_loss`, `detr_loss`).
 """

@@ -1,4 +1,4 @@
-"""What a dense head is told it did wrong: losses of segmentation and of depth (evaluation of the paper's §6.1, App. D).
+"""Losses of dense heads of segmentation and of depth (evaluation of the paper's §6.1, App. D).
 
 Legend: B images, K classes, H×W pixels of the target. Targets say themselves which pixels do not count: a class map by
 `ignore_index`, a depth map by a mask. All is computed in float32. Matching losses (Mask2Former, DETR) are elsewhere.

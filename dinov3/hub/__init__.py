@@ -158,7 +158,7 @@ def assemble(
     notes = list(opened.notes)
     config = fitting[0].config if fitting else wanted[0].config if wanted else opened.config
     # where the keys do not fit this raises, saying in ten lines what the file is and what to call instead
-    model = filling.build(with_options(config, options), opened, device=device, dtype=dtype, asked=wanted)
+    model = filling.build(with_options(config, options), opened, device=device, dtype=dtype, requested=wanted)
     if wanted and not fitting:
         # The keys fit, but the file states something that no key shows (eps, rope base): the file is right.
         differing = filling.differences(opened.config, config)

@@ -5,7 +5,7 @@
     logits, _ = model.get_logits(images, tokenizer.tokenize(["a photo of a dog", "a photo of a cat"]))
 
 Differences from the reference, all on the side of telling: a head file must hold every parameter of the head and the
-text tower, and what else it holds is said; a vocabulary that is not the text tower's is refused; `check_hash` reaches
+text tower, and what else it holds is a warning; a vocabulary that is not the text tower's is refused; `check_hash` reaches
 the backbone too where its name holds a hash; the model comes in evaluation mode also when it is not pretrained.
 """
 
@@ -89,9 +89,9 @@ def load_dinotxt(
     `weights` "random": the towers' initial values, for trying. `backbone_weights` None: the published ViT-L's, or with
     `sizes` the backbone that it names. In evaluation mode. Raises `DinoError`s.
     """
-    told = _read_sizes(sizes) if sizes is not None else None
-    bpe = told.vocabulary if told is not None and bpe_path_or_url is None else bpe_path_or_url
-    tokenizer = vocabulary(bpe, (told.text if told is not None else TextConfig()).vocab_size)
+    own = _read_sizes(sizes) if sizes is not None else None
+    bpe = own.vocabulary if own is not None and bpe_path_or_url is None else bpe_path_or_url
+    tokenizer = vocabulary(bpe, (own.text if own is not None else TextConfig()).vocab_size)
     return load_towers(weights, backbone_weights, sizes, device=device, dtype=dtype), tokenizer
 
 
@@ -111,9 +111,9 @@ def load_towers(
         chosen: Any = Weights.LVD1689M if backbone_weights is None else backbone_weights
         name: str | None = "dinov3_vitl16"
     else:
-        told = _read_sizes(sizes)
-        text, config, name = told.text, told.joint, told.backbone
-        chosen = told.backbone_weights if backbone_weights is None else backbone_weights
+        own = _read_sizes(sizes)
+        text, config, name = own.text, own.joint, own.backbone
+        chosen = own.backbone_weights if backbone_weights is None else backbone_weights
     if isinstance(chosen, Weights):
         backbone: Any = dinov3_vitl16(weights=chosen, dtype=dtype)
     else:
@@ -149,9 +149,9 @@ def open_towers(
         below = ""  # it ships with the package, wherever that is installed
     elif os.path.exists(below):
         below = os.path.abspath(below)
-    said: Any = model.origin
+    origin: Any = model.origin
     released = (model.text_config, model.config, under.embed_dim) == (TextConfig(), DinoTxtConfig(), 1024)
-    model.origin = replace(said, name=NAME if released else OWN, source=f"{above}{OVER}{below}")
+    model.origin = replace(origin, name=NAME if released else OWN, source=f"{above}{OVER}{below}")
     return model
 
 
@@ -163,9 +163,9 @@ def open_model(
 ) -> tuple[DinoTxt, Tokenizer]:
     """`open_towers` and the tokenizer; the vocabulary is looked for first, since it is what is most often forgotten."""
     sizes = sizes_beside(os.fspath(weights)) if weights is not None else None
-    told = _read_sizes(sizes) if sizes is not None else None
-    bpe = told.vocabulary if told is not None and vocabulary_file is None else vocabulary_file
-    tokenizer = vocabulary(bpe, (told.text if told is not None else TextConfig()).vocab_size)
+    own = _read_sizes(sizes) if sizes is not None else None
+    bpe = own.vocabulary if own is not None and vocabulary_file is None else vocabulary_file
+    tokenizer = vocabulary(bpe, (own.text if own is not None else TextConfig()).vocab_size)
     return open_towers(weights, backbone_weights, **placing), tokenizer
 
 
@@ -176,7 +176,7 @@ def sizes_beside(source: str) -> str | None:
 
 
 def sources_of(text: str) -> tuple[str, str]:
-    """(head, backbone) of what `open_model` said of itself; no backbone: the one that the sizes beside the head name."""
+    """(head, backbone) of the source that `open_model` wrote; no backbone: the one that the sizes beside the head name."""
     above, _, below = text.rpartition(OVER)
     return above, below
 
@@ -184,7 +184,7 @@ def sources_of(text: str) -> tuple[str, str]:
 class ImageSide(nn.Module):
     """dino.txt's vision tower as a backbone: its CLS and patch tokens are those that texts compare with.
 
-    [CLS ; mean patch] (pooling "cls+mean") is what `encode_image` gives, so a store filled so can be asked in words.
+    [CLS ; mean patch] (pooling "cls+mean") is what `encode_image` gives, so a store filled so can be searched by text.
     """
 
     def __init__(self, model: DinoTxt) -> None:
@@ -223,15 +223,13 @@ def _read_sizes(file: str | os.PathLike[str]) -> _Sizes:
 
     try:
         with open(file, encoding="utf-8") as stream:
-            told = dict(yaml.safe_load(stream))
-        text = TextConfig.of(**told.pop("text_backbone"))
-        names = [
-            told.pop(key, None) for key in ("vision_backbone", "vision_backbone_weights", "text_vocab_path_or_url")
-        ]
-        theirs = [told.pop(key, None) for key in ("vision_backbone_config", "vision_backbone_pretrained_weights")]
+            own = dict(yaml.safe_load(stream))
+        text = TextConfig.of(**own.pop("text_backbone"))
+        names = [own.pop(key, None) for key in ("vision_backbone", "vision_backbone_weights", "text_vocab_path_or_url")]
+        theirs = [own.pop(key, None) for key in ("vision_backbone_config", "vision_backbone_pretrained_weights")]
         if names[0] is None and theirs[0] is not None and names[1] is None:
             names[1] = theirs[1]
-        return _Sizes(DinoTxtConfig.of(**told), text, *names)
+        return _Sizes(DinoTxtConfig.of(**own), text, *names)
     except OSError as error:
         raise DinoError(f"{file} cannot be read: {error.strerror}") from None
     except (TypeError, ValueError, KeyError, yaml.YAMLError) as error:

@@ -220,7 +220,7 @@ def _transformers(what: str, checkpoint: str | None) -> Found:
     if processor.is_file():
         stated = json.loads(processor.read_text())
         statistics = tuple(stated.get("image_mean", statistics[0])), tuple(stated.get("image_std", statistics[1]))
-    # models with learned positions refuse other sizes unless they are told to interpolate
+    # models with learned positions refuse other sizes unless interpolation is requested
     extra = {"interpolate_pos_encoding": True} if _takes(inspect.signature(network.forward)) else {}
     return network, lambda x: network(pixel_values=x, **extra), norm, facts, statistics
 

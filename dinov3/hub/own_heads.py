@@ -2,7 +2,7 @@
 
     model = build_head("segmentation", "linear", backbone, n_classes=11)
     save_head("street.safetensors", model, task="segmentation", head="linear", options={"n_classes": 11}, class_names=[…])
-    model = load_head("street.safetensors")          # with the backbone it was trained on, or told which one that was
+    model = load_head("street.safetensors")          # with the backbone it was trained on, or another that you name
 
 A head file is safetensors: the head's parameters and buffers under the task model's names, without the backbone, and in
 the metadata one JSON under "dinov3_head" (`HeadInfo`). A head means nothing on another backbone, so the file names its own

@@ -1,4 +1,4 @@
-"""COCO's measures of boxes, and how boxes of several looks at one image are merged. Arrays in, numbers out.
+"""COCO's measures of boxes, and how boxes of several views of one image are merged. Arrays in, numbers out.
 
 Average precision per class and IoU threshold: detections by falling score, each taking the best free truth it overlaps
 enough; precision made monotone and read at 101 recalls; then averaged over the thresholds .50, .55, … .95 and the
@@ -71,9 +71,9 @@ def average_precision(
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-        told = evaluation.stats_as_dict
+        stats = evaluation.stats_as_dict
         precision = np.asarray(evaluation.eval["precision"])[..., 0, -1]  # [thresholds, recalls, classes]
-        results = {name: _percent(told[key]) for name, key in COLUMNS.items()}
+        results = {name: _percent(stats[key]) for name, key in COLUMNS.items()}
     else:
         present = _sizes_present(facts)
         results = {name: 0.0 if name[-1] not in "sml" or name[-1] in present else None for name in COLUMNS}
@@ -139,7 +139,7 @@ def _quiet(*_words: object, **_options: object) -> None:
     pass
 
 
-# ---- several looks at one image ----------------------------------------------------------------------------------
+# ---- several views of one image ----------------------------------------------------------------------------------
 
 
 def soft_nms(

@@ -57,7 +57,7 @@ def chosen_layers(n: int | Sequence[int], total: int, what: str) -> list[int]:
     """Ascending 0-based layer indices from "the last n" or an explicit choice."""
     layers = list(range(total - n, total)) if isinstance(n, int) else sorted(n)
     if not layers or len(set(layers)) != len(layers) or layers[0] < 0 or layers[-1] >= total:
-        raise DinoError(f"{what}s {n} were asked for, but there are {total} (0 to {total - 1}), each at most once")
+        raise DinoError(f"{what}s {n} were requested, but there are {total} (0 to {total - 1}), each at most once")
     return layers
 
 

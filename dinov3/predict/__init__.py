@@ -1,6 +1,6 @@
 """What a person asks of an image: its classes, its parts, its depth, its objects, its trees, or a text's place in it.
 
 One file per task, each `predict_x(model, image, …)` → a result in the ORIGINAL image's geometry that can `save`
-itself: data to go on with, and a drawing to look at. Models come from `dinov3.hub` (published heads) or
+itself: data for the next step, and a drawing. Models come from `dinov3.hub` (published heads) or
 `dinov3.hub.own_heads.load_head` (your own). Precision and device are the model's; nothing here casts.
 """

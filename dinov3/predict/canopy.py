@@ -54,7 +54,7 @@ class CanopyMap:
 
     def save(self, folder: str | os.PathLike[str], name: str = "image") -> list[Path]:
         """`NAME_canopy.tif` (float32 metres, on the ground) where the image was a GeoTIFF, else `NAME_canopy.npy`;
-        and `NAME_canopy.png` to look at."""
+        and `NAME_canopy.png`."""
         data, seen = in_folder(folder) / f"{name}_canopy.npy", in_folder(folder) / f"{name}_canopy.png"
         if self.geo:
             data = data.with_suffix(".tif")

@@ -40,7 +40,7 @@ class Classification:
         return drawing.shares_beside(self.image, [(name, p) for _, name, p in self.best()])
 
     def save(self, folder: str | os.PathLike[str], name: str = "image") -> list[Path]:
-        """`NAME_classes.csv` (rank, class, name, probability; the likeliest 100) and `NAME_classes.png` to look at."""
+        """`NAME_classes.csv` (rank, class, name, probability; the likeliest 100) and `NAME_classes.png`."""
         data, seen = in_folder(folder) / f"{name}_classes.csv", in_folder(folder) / f"{name}_classes.png"
         with data.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)

@@ -182,7 +182,7 @@ def best_class(maps: Tensor, seen: Seen, weights: Callable[[Tensor], Tensor]) ->
 class OutputNames:
     """One name per image in a folder of results; a name once given to an image is never given to another.
 
-    `images.csv` in the folder remembers, so that a second run with other images of the same names overwrites nothing.
+    `images.csv` in the folder keeps the names, so that a second run with other images of the same names overwrites nothing.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:

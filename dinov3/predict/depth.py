@@ -37,7 +37,7 @@ class DepthMap:
         return drawing.side_by_side(self.image, drawing.heights_drawn(self.depth_m, low, high, "m"))
 
     def save(self, folder: str | os.PathLike[str], name: str = "image") -> list[Path]:
-        """`NAME_depth.npy` (float32 metres) and `NAME_depth.png` to look at."""
+        """`NAME_depth.npy` (float32 metres) and `NAME_depth.png`."""
         data, seen = in_folder(folder) / f"{name}_depth.npy", in_folder(folder) / f"{name}_depth.png"
         np.save(data, self.depth_m)
         self.drawing().save(seen)

@@ -50,7 +50,7 @@ class Objects:
         return drawing.boxes_over(self.image, self.boxes_xyxy_px, labels, self.names, self.scores, self.colours)
 
     def save(self, folder: str | os.PathLike[str], name: str = "image") -> list[Path]:
-        """`NAME_boxes.json` (COCO's form) and `NAME_boxes.png` to look at."""
+        """`NAME_boxes.json` (COCO's form) and `NAME_boxes.png`."""
         data, seen = in_folder(folder) / f"{name}_boxes.json", in_folder(folder) / f"{name}_boxes.png"
         write_coco(data, [(name, self)])
         self.drawing().save(seen)

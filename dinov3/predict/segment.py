@@ -46,7 +46,7 @@ class Segmentation:
 
     def save(self, folder: str | os.PathLike[str], name: str = "image") -> list[Path]:
         """`NAME_classes.png` (pixel values are class numbers; with a palette up to 256 classes, 16 bits beyond),
-        `NAME_classes.json` (what the numbers mean, areas) and `NAME_segments.png` to look at."""
+        `NAME_classes.json` (what the numbers mean, areas) and `NAME_segments.png`."""
         base = in_folder(folder)
         mask, words, seen = (base / f"{name}_{what}" for what in ("classes.png", "classes.json", "segments.png"))
         if len(self.names) <= 256:

@@ -70,7 +70,7 @@ class ZeroShot:
         return drawing.shares_beside(self.image, [(name, p) for _, name, p in self.best()])
 
     def save(self, folder: str | os.PathLike[str], name: str = "image") -> list[Path]:
-        """`NAME_words.csv` (rank, class, name, probability, cosine) and `NAME_words.png` to look at."""
+        """`NAME_words.csv` (rank, class, name, probability, cosine) and `NAME_words.png`."""
         data, seen = in_folder(folder) / f"{name}_words.csv", in_folder(folder) / f"{name}_words.png"
         with data.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)

@@ -47,7 +47,7 @@ class Job:
         return call(self.script, self.function, [a.replace("%j", number) for a in self.arguments])
 
     def checkpoint(self) -> Any:
-        """Submitit asks for this when the time is up: the same again, which goes on from the newest checkpoint."""
+        """Submitit calls this when the time is up: the same job again, which resumes from the newest checkpoint."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)

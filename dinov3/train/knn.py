@@ -1,4 +1,4 @@
-"""How good the features are, while training goes on: k nearest neighbours, voting (DINO's protocol; paper §6, App. D).
+"""How good the features are, during training: k nearest neighbours, voting (DINO's protocol; paper §6, App. D).
 
 A small plain check on the average of the moment. The full evaluation, with its protocol and its options, is another
 activity. Every process takes its share of the images; the result is the same on all.

@@ -167,7 +167,7 @@ def conclude(outcome: Outcome, t: Trainer, first: int, stop: StopRequest) -> Non
     if outcome.iterations >= outcome.total:
         outcome.error = None  # the step in which the others would have heard of it was the last
         return
-    outcome.reason, outcome.signal = stop.reason or "another process was asked to stop", stop.signal
+    outcome.reason, outcome.signal = stop.reason or "another process requested a stop", stop.signal
     if outcome.iterations > first and not t.saved_at(outcome.iterations - 1):
         outcome.checkpoint = t.save(outcome.iterations - 1)
     t.run.say(

@@ -131,7 +131,7 @@ def fill(network: Network, found: Found, config: BackboneConfig, *, needs_heads:
         )
         raise WeightsMismatch(filling.explain_mismatch(config, opened))
     network.backbone.load_state_dict(state, strict=True)
-    # the opener looks at the backbone only; of the heads we speak below
+    # the opener checks the backbone only; the heads follow below
     notes = [n for n in (found.opened.notes if found.opened else ()) if not n.startswith("left out, not part of")]
     absent = []
     for head in HEADS:
@@ -147,7 +147,9 @@ def fill(network: Network, found: Found, config: BackboneConfig, *, needs_heads:
                     f"{found.source}: its {head} has other sizes than distillation.full_cfg_path says; give the "
                     "configuration that the teacher was trained with (a run keeps it as resolved.yaml)"
                 )
-            notes.append(f"{found.source}: its {head} has other sizes than this configuration; it begins anew")
+            notes.append(
+                f"{found.source}: its {head} has other sizes than this configuration; it keeps its initial weights"
+            )
         else:
             module.load_state_dict(there, strict=True)
     if absent:

@@ -32,7 +32,7 @@ from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.errors import DinoError, ImageError
 from dinov3.features import default_preprocessing
 from dinov3.files import atomically
-from dinov3.fit.features import remembering
+from dinov3.fit.features import cached_features
 from dinov3.fit.loop import FitReport, fit, seed_of
 from dinov3.hub.own_heads import build_head, check_kind, palette, save_head
 from dinov3.models.convnext import ConvNeXt
@@ -180,7 +180,7 @@ def both_sides(config: HeadConfig) -> tuple[Any, Any | None]:
 
 def checked_sizes(data: Any, say: Any, most: int = 20_000) -> set[tuple[int, int]]:
     """(width, height) of all images (of very many: of some), upright; images that cannot be opened and targets of other
-    sizes are told, by at most five names."""
+    sizes are named, at most five."""
     sizes: set[tuple[int, int]] = set()
     unreadable: list[str] = []
     wrong: list[str] = []
@@ -323,7 +323,7 @@ def class_names(config: HeadConfig, data: Any) -> list[str]:
         if known is not None and highest >= known:
             raise DinoError(
                 f"a mask holds class {highest}, but there are {known} classes (0 to {known - 1}): name all of "
-                f"them, or say what should not count (--ignore {highest}; ignore={highest} in a data set's line)"
+                f"them, or say what should not count (--ignore {highest}; ignore={highest} in a dataset spec)"
             )
         known = known if known is not None else highest + 1
     return names or [f"class {i}" for i in range(known)]
@@ -371,11 +371,11 @@ def train_head(config: HeadConfig, out: str | os.PathLike[str], *, resume: bool 
     )
     if config.augment != "full":
         folder = run.path / "features" if run.writer else None
-        remember: Any = remembering(model, most_bytes=int(config.memory_gb * 2**30), folder=folder)
+        cache: Any = cached_features(model, most_bytes=int(config.memory_gb * 2**30), folder=folder)
     else:
-        remember = nullcontext()
+        cache = nullcontext()
     measured_on = "validation" if val is not None else "training"
-    with remember:
+    with cache:
         report = fit(
             model,
             task.batches(distributed.rank(), distributed.world()),

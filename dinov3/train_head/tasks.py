@@ -352,7 +352,9 @@ class Detection(Task):
         super().__init__(*given, **options)
         self.criterion = criterion
         box = {"boxes_xyxy_px": torch.tensor([[0.0, 0, 9, 9]]), "labels": torch.tensor([0])}
-        average_precision([box | {"scores": torch.ones(1)}], [box], ["any"])  # what it lacks is said before hours pass
+        average_precision(
+            [box | {"scores": torch.ones(1)}], [box], ["any"]
+        )  # a missing library is an error before hours pass
 
     def example(self, index: int, rng: Any | None) -> tuple[Tensor, dict[str, Tensor]]:
         image, target = self.data[index]

@@ -21,7 +21,7 @@ from dinov3.errors import UnknownName, did_you_mean
 from dinov3.models.architectures import BackboneConfig, ConvNeXtConfig, ViTConfig, published
 
 # What `dinov3 embed` and `make demo` use when no model is named: the small one that ships with the package. ("random"
-# would be said to be random wherever it is used.)
+# would be logged as random wherever it is used.)
 DEFAULT_MODEL: str = "dinov3_vitt16"
 DEFAULT_WEIGHTS: str | None = None
 

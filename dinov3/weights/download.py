@@ -5,7 +5,7 @@
     <root>/partial/…                  interrupted downloads, resumed with Range and If-Range
 
 The root is `$DINOV3_CACHE`, else `$XDG_CACHE_HOME/dinov3`, else `~/.cache/dinov3`; deleting it is always safe. A file
-is either whole or not there: a blob appears by an atomic rename after its length, and its hash if one is asked for,
+is either whole or not there: a blob appears by an atomic rename after its length, and its hash if one is given,
 have been compared. Two processes asking for one URL wait for each other (a lock file; where the system has no
 `fcntl`, each downloads for itself). Signed URLs are not written to disk with their signature.
 
@@ -107,7 +107,9 @@ def fetch(url: str, *, check_hash: bool = False, sha256: str | None = None, prog
     promised = (sha256 or hash_in_name(name) or "").lower()
     if promised:
         for blob in sorted((root() / "blobs").glob(promised + "*")):
-            if (check_hash or sha256) and sha256_of(blob) != blob.name:  # asked to look: the disk has changed it
+            if (check_hash or sha256) and sha256_of(
+                blob
+            ) != blob.name:  # verify on request: the disk may have changed it
                 blob.unlink()
                 continue
             return blob

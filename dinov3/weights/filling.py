@@ -91,35 +91,35 @@ def build(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
-    asked: Sequence[Row] = (),
+    requested: Sequence[Row] = (),
 ) -> nn.Module:
     """The model of `config` with these weights, in eval mode.
 
     Built without allocating (meta device); every key and shape must fit. `dtype` converts all values except the rope
-    periods, which bfloat16 would change. `asked`: the catalogue rows that the caller's name meant, for the message.
+    periods, which bfloat16 would change. `requested`: the catalogue rows that the caller's name meant, for the message.
     Raises `WeightsMismatch` with `explain_mismatch`'s lines.
     """
     state = opened.state_dict if opened.form == "meta" else formats.complete(opened.state_dict, config)
     with torch.device("meta"):
         model = backbone(config)
     if difference(model.state_dict(), state):
-        raise WeightsMismatch(explain_mismatch(config, opened, asked))
+        raise WeightsMismatch(explain_mismatch(config, opened, requested))
     place(model, state, device, dtype)
     return model.eval()
 
 
-def explain_mismatch(config: BackboneConfig, opened: OpenedWeights, asked: Sequence[Row] = ()) -> str:
-    """Why these weights are not for this model, in at most ten lines: what the file is, what was asked for, the first
+def explain_mismatch(config: BackboneConfig, opened: OpenedWeights, requested: Sequence[Row] = ()) -> str:
+    """Why these weights are not for this model, in at most ten lines: what the file is, what was requested, the first
     differences, what to call instead."""
     state = opened.state_dict if opened.form == "meta" else formats.complete(opened.state_dict, config)
     with torch.device("meta"):
         expected = backbone(config).state_dict()
-    asked = asked or configs.fitting_rows(config, "meta")
+    requested = requested or configs.fitting_rows(config, "meta")
     seems = " or ".join(r.id for r in opened.rows) or _words(opened.config)
     lines = [
-        f"{shown(opened.source)} does not fit the model asked for",
+        f"{shown(opened.source)} does not fit the requested model",
         f"  the file is: {seems} ({opened.form} form)",
-        f"  asked for:   {' or '.join(r.id for r in asked) or _words(config)}",
+        f"  requested:   {' or '.join(r.id for r in requested) or _words(config)}",
     ]
     lines += difference(expected, state)
     if opened.rows:

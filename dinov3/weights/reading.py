@@ -49,7 +49,7 @@ class OpenedWeights:
     form: formats.Form  # how it was written
     config: BackboneConfig
     rows: tuple[Row, ...]  # catalogue rows it may be; several if the content cannot tell, () if it is none of them
-    source: str  # as it was asked for
+    source: str  # as given
     path: Path  # the file, or the folder
     metadata: dict[str, Any] = field(default_factory=dict, repr=False)  # of our own checkpoints, else safetensors'
     mean: Triple | None = None  # input statistics that the source itself states, RGB in [0, 1]
@@ -129,7 +129,7 @@ def _understand(
 ) -> OpenedWeights:
     ours = json.loads(metadata[OURS]) if OURS in metadata else {}
     beside = path if path.is_dir() else path.parent
-    # A folder's config.json speaks for its model; beside a lone file of Meta's form it may belong to anything.
+    # A folder's config.json describes its model; beside a lone file of Meta's form it may belong to anything.
     config_json = _json(beside / "config.json") if path.is_dir() or detected.form != "meta" else {}
     if config_json.get("model_type") == "chmv2":  # transformers' canopy model, of which the backbone is a part
         config_json = config_json.get("backbone_config") or {}
@@ -448,5 +448,5 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Tensor]:
 
 
 def shown(source: str) -> str:
-    """A source as it may be told: a URL's query may be a signature."""
+    """A source as it may be shown: a URL's query may be a signature."""
     return source.split("?")[0] if "://" in source else source

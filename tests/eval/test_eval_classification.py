@@ -504,7 +504,7 @@ def test_a_stopped_linear_run_goes_on_exactly(toy: Path, tmp_path: Path) -> None
     half = linear.Kept(tmp_path / "half" / "checkpoints")
     half.save("5", whole.load("5"))
     assert linear.main(words(toy, tmp_path / "half", *base)) == 0
-    assert "going on from iteration 5" in (tmp_path / "half" / "log.txt").read_text()
+    assert "resuming from iteration 5" in (tmp_path / "half" / "log.txt").read_text()
     for key, value in whole.load("final")["linear_classifiers"].items():
         torch.testing.assert_close(half.load("final")["linear_classifiers"][key], value, atol=0, rtol=0)
 

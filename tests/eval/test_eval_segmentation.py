@@ -340,7 +340,7 @@ def test_features_computed_once_fit_the_same_head_as_features_computed_every_tim
     """Without augmentation, on images of one size: the kept features are what the backbone would say again."""
     plain = ["transforms.train.augment=false", "decoder_head.dropout=0", "eval.eval_interval=100"]
     assert segmentation.main(words_for(scenes, "kept", *plain)) == 0
-    monkeypatch.setattr(dense, "remembered", lambda *given, **options: nullcontext())
+    monkeypatch.setattr(dense, "feature_cache", lambda *given, **options: nullcontext())
     assert segmentation.main(words_for(scenes, "anew", *plain)) == 0
     first, second = (
         torch.load(scenes / run / "model_final.pth", weights_only=True)["model"] for run in ("kept", "anew")

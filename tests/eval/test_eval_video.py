@@ -259,7 +259,7 @@ def test_clips_of_files_end_to_end_and_a_run_goes_on(tmp_path: Path, capsys: pyt
     once = capsys.readouterr().out
     assert main([*words, "epochs=2"]) == 0  # everything is there: the same numbers from the kept probes
     again = capsys.readouterr()
-    assert "going on at step 4 of 4" in again.err
+    assert "resuming at step 4 of 4" in again.err
     assert again.out == once
     assert main([*words, "epochs=3"]) == 1
     assert "another length" in capsys.readouterr().err

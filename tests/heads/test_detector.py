@@ -391,7 +391,7 @@ def test_mistakes_in_building_are_one_sentence() -> None:
         small(windows=1)
     with pytest.raises(DinoError, match="3 classes and was given 2 names"):
         small(class_names=["a", "b"])
-    with pytest.raises(DinoError, match="asked for"):
+    with pytest.raises(DinoError, match="were requested"):
         small(layers=(1, 9))
     tiny = ConvNeXtConfig(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
     with pytest.raises(DinoError, match="patch_size=16"):

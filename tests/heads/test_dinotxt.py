@@ -189,7 +189,7 @@ def test_mistakes_are_told_in_one_sentence() -> None:
         tiny(vision_model_patch_tokens_pooler_type="meen")
     with pytest.raises(UnknownName, match="did you mean 'embed_dim'"):
         DinoTxtConfig.of(embed_dims=3)
-    with pytest.raises(DinoError, match="neither was asked for"):
+    with pytest.raises(DinoError, match="neither was requested"):
         tiny(vision_model_use_class_token=False, vision_model_use_patch_tokens=False)
     with pytest.raises(DinoError, match="3 blocks"):
         tiny(vision_model_patch_token_layer=4)

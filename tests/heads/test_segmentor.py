@@ -310,7 +310,7 @@ def test_it_exports() -> None:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The published name stands for the backbone of the recorded case."""
     config = Case("seg_m2f").config["backbone"]
-    rows = tuple(catalog.Row("dinov3_vit7b16", d, "vit", config, 1, None) for d in ("lvd1689m", "sat493m"))
+    rows = tuple(catalog.Row("dinov3_vit7b16", d, ViTConfig.of(**config), 1, None) for d in ("lvd1689m", "sat493m"))
     monkeypatch.setattr(catalog, "resolve", lambda name: rows)
 
 

@@ -27,7 +27,7 @@ def case(monkeypatch: pytest.MonkeyPatch) -> Case:
     """The published name stands for the recorded small detector."""
     case = Case("detector")
     config = of_case(case).detector.config
-    row = (catalog.Row("dinov3_vit7b16", "lvd1689m", "vit", case.config["backbone"], 1, None),)
+    row = (catalog.Row("dinov3_vit7b16", "lvd1689m", ViTConfig.of(**case.config["backbone"]), 1, None),)
     monkeypatch.setattr(catalog, "resolve", lambda name: row)
     monkeypatch.setitem(published_heads.OPTIONS, ("dinov3_vit7b16_de", "dinov3_vit7b16"), vars(config))
     return case

@@ -107,7 +107,7 @@ def small(monkeypatch):
     def use(config: dict[str, Any], options: dict[str, Any] | None = None) -> None:
         def rows(name: str) -> tuple[catalog.Row, ...]:
             dataset = ("sat493m", "lvd1689m") if "vitl16" in name else ("lvd1689m",)
-            return tuple(catalog.Row(name, d, "vit", config, 1, None) for d in dataset)
+            return tuple(catalog.Row(name, d, ViTConfig.of(**config), 1, None) for d in dataset)
 
         monkeypatch.setattr(catalog, "resolve", rows)
         if options is not None:

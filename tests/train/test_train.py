@@ -462,7 +462,7 @@ def test_weights_of_another_model_are_refused_in_words(toy: str, images: Path, t
         toy,
         [f"train.dataset_path={images}", f"student.resume_from_teacher_chkpt={tmp_path}", "student.n_storage_tokens=4"],
     )
-    with pytest.raises(DinoError, match=r"does not fit the model asked for[\s\S]*storage_tokens"):
+    with pytest.raises(DinoError, match=r"does not fit the requested model[\s\S]*storage_tokens"):
         assembly.build_networks(config, torch.device("cpu"), seed=5, near=None, notes=[])
 
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from dinov3.errors import DinoError
 from dinov3.fit import loop as fitting
-from dinov3.fit.features import remembering
+from dinov3.fit.features import cached_features
 from dinov3.hub.own_heads import build_head, load_head
 from dinov3.models.architectures import ViTConfig
 from dinov3.models.vit import VisionTransformer
@@ -320,20 +320,20 @@ def test_remembered_features_are_those_of_the_backbone_and_are_computed_once(tmp
     encoder = model.segmentation_model[0]
     expected = encoder(x)
     for most_bytes in (1 << 30, 0):
-        with remembering(model, most_bytes=most_bytes, folder=tmp_path / "features") as memory:
+        with cached_features(model, most_bytes=most_bytes, folder=tmp_path / "features") as memory:
             for chosen in ([0, 1], [2, 0], [1, 2], [0, 1, 2]):
                 got = encoder(x[chosen])
                 for (a, b), (c, d) in zip(got, expected):
                     torch.testing.assert_close(a, c[chosen], atol=1e-5, rtol=1e-5)
                     torch.testing.assert_close(b, d[chosen], atol=1e-5, rtol=1e-5)
                 got[0][0].zero_()  # what a head does to them is its own business
-        assert (memory.computed, memory.asked) == (3, 9)
+        assert (memory.computed, memory.requests) == (3, 9)
         assert not (tmp_path / "features").exists()
     assert torch.equal(encoder(x)[0][0], expected[0][0])
     assert "get_intermediate_layers" not in vars(backbone)
     classifier = build_head("classification", "linear", backbone, n_classes=2)
     said = classifier(x)
-    with remembering(classifier):
+    with cached_features(classifier):
         torch.testing.assert_close(classifier(x), said, atol=1e-5, rtol=1e-5)
 
 

@@ -72,7 +72,7 @@ def make_dataset(
 
 
 def parse_dataset(text: str) -> tuple[str, dict[str, str]]:
-    """(name, options) of a data set line; a plain path is a `Folder`."""
+    """(name, options) of a dataset spec; a plain path is a `Folder`."""
     name, colon, rest = text.partition(":")
     if name not in KNOWN:
         looks_like_path = os.sep in text or "/" in text.split(":")[0] or os.path.exists(os.path.expanduser(text))

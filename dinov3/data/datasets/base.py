@@ -17,7 +17,7 @@ class ImageDataset:
 
     @classmethod
     def from_options(cls, **options: str) -> Self:
-        """From the keys of a data set line (`make_dataset`)."""
+        """From the keys of a dataset spec (`make_dataset`)."""
         raise NotImplementedError
 
     def __len__(self) -> int:

@@ -149,10 +149,10 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def coco_captions(file: Path) -> dict[str, list[str]]:
     """{file name: captions} of COCO's JSON, in the order of its images; those without captions are left out."""
     try:
-        told = json.loads(file.read_text(encoding="utf-8"))
-        names = {image["id"]: image["file_name"] for image in told["images"]}
+        content = json.loads(file.read_text(encoding="utf-8"))
+        names = {image["id"]: image["file_name"] for image in content["images"]}
         found: dict[str, list[str]] = {name: [] for name in names.values()}
-        for row in told["annotations"]:
+        for row in content["annotations"]:
             found[names[row["image_id"]]].extend(_lines([row["caption"]]))
     except OSError as error:
         raise DinoError(f"the captions {file} cannot be read: {error.strerror}") from None

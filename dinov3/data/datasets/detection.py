@@ -106,11 +106,11 @@ class BoxDataset(ImageDataset):
             image: Any = open_image(self.read(index)).image
         except ImageError as error:
             raise ImageError(f"{self.name(index)}: {error}") from None
-        size_hw, told = (image.height, image.width), self.rows[index].size_hw
-        if told is not None and told != size_hw:
-            turned = "; it was turned upright by its EXIF tag, its boxes were not" if told == size_hw[::-1] else ""
+        size_hw, stated = (image.height, image.width), self.rows[index].size_hw
+        if stated is not None and stated != size_hw:
+            turned = "; it was turned upright by its EXIF tag, its boxes were not" if stated == size_hw[::-1] else ""
             raise ImageError(
-                f"{self.name(index)} has {size_hw[1]}×{size_hw[0]} pixels, its boxes are for {told[1]}×{told[0]}{turned}"
+                f"{self.name(index)} has {size_hw[1]}×{size_hw[0]} pixels, its boxes are for {stated[1]}×{stated[0]}{turned}"
             )
         target: Any = self.target(index, size_hw)
         if self.transform is not None:
@@ -155,10 +155,10 @@ class CocoDetection(BoxDataset):
             raise DinoError(f"{self.file} is no COCO file of boxes: {type(error).__name__} {error}") from None
 
     def _read(self, content: Mapping[str, Any], split: str | None) -> None:
-        told = content.get("categories")
+        listed = content.get("categories")
         names = (
-            {int(c["id"]): str(c["name"]) for c in told}
-            if told
+            {int(c["id"]): str(c["name"]) for c in listed}
+            if listed
             else {i: name for i, name in enumerate(known_names.coco()) if name}
         )
         ids = sorted(names)

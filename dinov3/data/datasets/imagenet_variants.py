@@ -9,7 +9,7 @@
 
 Classes are ImageNet-1k's numbers, the sorted WordNet ids. A set with some of them only counts its own: `get_targets` then
 numbers those, and `get_imagenet_class_mapping` gives the classifier's columns that mean each of them. `metric` is what a
-set is measured by where nothing else is asked for. Any number of images is fine, so small copies of a layout work.
+set is measured by by default. Any number of images is fine, so small copies of a layout work.
 """
 
 from __future__ import annotations

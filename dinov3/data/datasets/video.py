@@ -5,7 +5,7 @@ Two layouts of masked videos are read, both below one root:
     JPEGImages/480p/<sequence>/00000.jpg    Annotations/480p/<sequence>/00000.png    ImageSets/2017/val.txt   (DAVIS)
     JPEGImages/<sequence>/00000.jpg         Annotations/<sequence>/00000.png         (YouTube-VOS, MOSE: below train/)
 
-Masks hold object numbers (0 background); frames without a mask are looked at and not scored. A mask of 0 and 255 only
+Masks hold object numbers (0 background); frames without a mask are processed and not scored. A mask of 0 and 255 only
 (DAVIS 2016) has one object, number 1; elsewhere 255 is void and becomes background.
 
 Labelled clips lie in one folder per class, as video files (decoded by PyAV) or as folders of frames.

@@ -1,4 +1,4 @@
-"""Names of classes and sentences around them, as published models count them: plain text files, read when asked for.
+"""Names of classes and sentences around them, as published models count them: plain text files, read at need.
 
 `imagenet1k.txt` and `templates.txt` are the class names and the 80 prompt templates that came with CLIP (MIT, see
 NOTICE); `imagenet_wnids.txt` the 1000 WordNet ids in the order of the classes; `ade20k.txt` the 150 short names of

@@ -1,6 +1,6 @@
 """Where images come from: a folder, a file, a list, tar shards, Parquet, a saved `datasets` folder; one by one, by name.
 
-`open_source` looks at what a path is and lists what it holds; nothing is decoded and no container is read as a whole. The
+`open_source` detects what a path is and lists what it holds; nothing is decoded and no container is read as a whole. The
 list is deterministic, and every `Item` in it is small, picklable and readable on its own, in any thread or process:
 
     for item in open_source("photos/"):

@@ -11,7 +11,7 @@ from typing import Protocol
 from dinov3.data.images import HEAD
 from dinov3.errors import DinoError, ImageError
 
-# Companions of images that are never one themselves: not worth opening a million of them to look at their first bytes.
+# Companions of images that are never one themselves: not worth opening a million of them to read their first bytes.
 # fmt: off
 COMPANIONS = frozenset([
     ".txt", ".json", ".jsonl", ".cls", ".csv", ".tsv", ".xml", ".yaml", ".md", ".npy", ".npz", ".pt",

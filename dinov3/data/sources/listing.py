@@ -95,7 +95,7 @@ class _Listed:
 
 @dataclass
 class _Listing:
-    """Gathers parts while paths are looked at."""
+    """Gathers parts while paths are listed."""
 
     column: str | None
     recursive: bool
@@ -178,7 +178,7 @@ class _Listing:
                 yield from self._walk(entry.path, f"{prefix}{entry.name}/", inside)
 
     def named(self, path: Path, name: str, *, on_its_own: bool = True) -> None:
-        """One file that was asked for, or a container met in a folder. Its content decides what it is."""
+        """One file that was named, or a container met in a folder. Its content decides what it is."""
         name = storable(name)
         head = first_bytes(path, 512)
         lower = path.name.lower()

@@ -1,4 +1,4 @@
-"""Tables with a column of images: Parquet, and Arrow as `datasets` saves it. Rows are decoded when they are asked for."""
+"""Tables with a column of images: Parquet, and Arrow as `datasets` saves it. Rows are decoded at need."""
 
 from __future__ import annotations
 

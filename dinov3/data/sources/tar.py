@@ -118,7 +118,7 @@ class Tar:
     def _index(self, archive: tarfile.TarFile, length: int | None) -> None:
         seen: dict[str, int] = {}
         while (member := archive.next()) is not None:
-            archive.members.clear()  # type: ignore[attr-defined]  # it would remember them all
+            archive.members.clear()  # type: ignore[attr-defined]  # it would hold them all
             base = PurePosixPath(member.name).name
             if member.isdir() or base.startswith("."):
                 continue

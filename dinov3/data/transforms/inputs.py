@@ -193,7 +193,7 @@ class Preprocessing:
         """An RGB image to (normalised float32 input [3, h, w], what was done).
 
         `image`: PIL RGB, uint8 array [h, w, 3], or tensor [3, h, w] (uint8, or float in [0, 1]). `original_wh` where the
-        decoder already returned a reduced image: the size that `Geometry` speaks of.
+        decoder already returned a reduced image: the size in `Geometry`.
         """
         pixels = to_pixels(image)
         height, width = pixels.shape[-2:]

@@ -286,7 +286,7 @@ def fitted(
         workers=dense.workers(c.num_workers),
     )  # fmt: skip
     run = RunDir(session.output, writer=distributed.is_main())
-    with dense.remembered(model, session.output, augment=t.augment):
+    with dense.feature_cache(model, session.output, augment=t.augment):
         report = fit(model, batches, lambda m, b: depth_loss(m, b, loss), fc, run, evaluate=validate, about=c)
     decoder = {k.removeprefix("decoder."): v for k, v in head_tensors(model).items()}
     dense.write_head(session.output / "model_final.pth", decoder, report.steps)
@@ -407,8 +407,8 @@ def evaluate(config: DepthConfig, session: common.Session) -> dict[str, Any]:
             (folder / "results.json").write_text(json.dumps(lists) + "\n")
         if c.load_from is None:
             _save_head(c, session, model, scores)
-    asked = HEIGHT_SCORES if test.kind == "height" else c.metrics
-    return {f"{name}_{k}": scores[k] for k in asked if k in scores}
+    names = HEIGHT_SCORES if test.kind == "height" else c.metrics
+    return {f"{name}_{k}": scores[k] for k in names if k in scores}
 
 
 class Images:

@@ -78,7 +78,7 @@ class DetectionConfig(EvalConfig):
 
 @torch.inference_mode()
 def look(model: Any, rule: DetectionRule, image: Any, device: Any, *, mirrored: bool = False, most: int = 300) -> Found:
-    """One look at one image: `boxes_xyxy_px` in its own pixels, `scores`, `labels`, best first."""
+    """One view of one image: `boxes_xyxy_px` in its own pixels, `scores`, `labels`, best first."""
     x, size_hw = rule.image(image)
     x = x.to(device)
     (found,) = model.detect([x.flip(-1) if mirrored else x], [size_hw], most=most)
@@ -88,7 +88,7 @@ def look(model: Any, rule: DetectionRule, image: Any, device: Any, *, mirrored: 
 
 
 def looks(model: Any, rules: Sequence[DetectionRule], image: Any, device: Any, config: DetectionConfig) -> Found:
-    """All looks at one image, merged where there are several."""
+    """All views of one image, merged where there are several."""
     mirrored = (False, True) if config.tta.enable and config.tta.flip else (False,)
     every = [look(model, rule, image, device, mirrored=m, most=config.most) for rule in rules for m in mirrored]
     if len(every) == 1:
@@ -135,14 +135,14 @@ def in_classes_of(found: Found, mapped: Tensor) -> Found:
 
 
 def open_detector(config: DetectionConfig, session: Session) -> tuple[Any, int]:
-    """(the detector of `load_from` in evaluation mode, the short side it is looked at)."""
+    """(the detector of `load_from` in evaluation mode, the short side of its input)."""
     model = dense.existing_model("detect", config, session, dtype=getattr(torch, config.model.dtype))
     info = getattr(model, "head_info", None)
     return model, config.short_side or (PAPER_SIDE if info is None else info.preprocessing.size)
 
 
 def evaluate(config: DetectionConfig, session: Session) -> Mapping[str, float | None]:
-    """COCO's numbers in percent; each process looks at its share of the images."""
+    """COCO's numbers in percent; each process takes its share of the images."""
     data = make_dataset(config.dataset)
     if not isinstance(data, BoxDataset):
         raise DinoError(f"{config.dataset} has no boxes; use CocoDetection:root=… or VocDetection:root=…")

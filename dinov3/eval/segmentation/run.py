@@ -314,7 +314,7 @@ def fitted(
     def loss(module: nn.Module, batch: dict[str, Any]) -> LossTerms:
         return segmentation_loss(module, batch, c.train.celoss_weight, c.train.diceloss_weight)
 
-    with dense.remembered(model, session.output, augment=t.augment):
+    with dense.feature_cache(model, session.output, augment=t.augment):
         report = fit(model, batches, loss, fc, run, evaluate=validate, about=config)
     assert report.best is not None, "mIoU is a number as soon as a mask holds a class"
     session.say(f"best {c.metric_to_save} {report.best[1][c.metric_to_save]} after {report.best[0]} iterations")

@@ -7,7 +7,7 @@
 
 The keys are the reference's (its example recipe ships as configs/eval/dinov3_vitl_text.yaml) and a few of ours, at the end
 of `TextTrainConfig`. The loop is `heads.fitting.fit`: batches are functions of (seed, step), so that a run that was killed
-goes on exactly where it was, on one process or on many; each of these has its own share of every batch, negatives come
+resumes exactly where it was, on one process or on many; each has its own share of every batch, negatives come
 from all of them, and gradients are averaged over whole copies of the towers (no sharding: `use_fsdp` says nothing here).
 A loss that is not finite is left out on all processes together. What the reference lacks and this has: shuffling, an
 `output_dir` that is honoured, an evaluation that runs (retrieval among held-out captions, zero-shot classes of a folder).
@@ -186,10 +186,10 @@ def text_config(file: str | None) -> TextConfig:
     import yaml
 
     path = find_file(file)
-    told = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(told, dict):
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
         raise DinoError(f"{file} must hold keys of a text tower ({', '.join(f.name for f in fields(TextConfig))})")
-    return TextConfig.of(**told)
+    return TextConfig.of(**content)
 
 
 def _load_text(model: DinoTxt, source: str) -> None:
@@ -213,7 +213,7 @@ class Pairs(NamedTuple):
 
 
 class PairLoader:
-    """The pairs of this process at a step, whichever is asked for: a random resized crop, mirrored by chance, a caption."""
+    """The pairs of this process at any step: a random resized crop, mirrored by chance, a caption."""
 
     def __init__(self, config: TextTrainConfig, data: Captioned, tokenizer: Tokenizer, context: int) -> None:
         self.config, self.data, self.tokenizer, self.context = config, data, tokenizer, context
@@ -254,7 +254,7 @@ class PairLoader:
 def objective(
     config: TextTrainConfig, mean: Sequence[float], std: Sequence[float]
 ) -> Callable[[nn.Module, Pairs], LossTerms]:
-    """The symmetric contrastive term over all processes and, if asked for, the Gram term of the patch tokens."""
+    """The symmetric contrastive term over all processes and, if switched on, the Gram term of the patch tokens."""
 
     def loss(module: nn.Module, pairs: Pairs) -> LossTerms:
         model = cast(DinoTxt, module)
@@ -406,8 +406,8 @@ def _write_sizes(model: DinoTxt, config: TextTrainConfig, path: Path) -> None:
     joint = {f.name: getattr(model.config, f.name) for f in fields(DinoTxtConfig)}
     text = {f.name: getattr(model.text_config, f.name) for f in fields(TextConfig)}
     backbone = {k: v for k, v in vars(config).items() if k.startswith("vision_backbone") and v is not None}
-    told = joint | backbone | {"text_backbone": text, "text_vocab_path_or_url": config.text_vocab_path_or_url}
-    path.write_text(yaml.safe_dump(told, sort_keys=False), encoding="utf-8")
+    content = joint | backbone | {"text_backbone": text, "text_vocab_path_or_url": config.text_vocab_path_or_url}
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

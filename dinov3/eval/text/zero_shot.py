@@ -187,12 +187,12 @@ def _segmentation(
     vectors = patch_part(model, prompt_features(model, tokenizer, names, chosen_templates(c.templates)))
     weight = next(model.text_model.parameters())
     origin: Any = model.origin
-    # the long side rounded down, as the public example does: nothing is cut and no multiple of the patch is asked for
+    # the long side rounded down, as the public example does: nothing is cut and no multiple of the patch is needed
     rule = Preprocessing(
         size=c.resize, shape="short", multiple=1, interpolation="bicubic", mean=origin.mean, std=origin.std
     )
     total = torch.zeros(len(names), len(names), dtype=torch.float64)
-    told = time.perf_counter()
+    logged = time.perf_counter()
     mine = rows[distributed.rank() :: distributed.world()]
     for done, row in enumerate(mine, 1):
         image = open_image(dataset.read(row)).image
@@ -203,9 +203,9 @@ def _segmentation(
             target = reduce_zero_label(target)
         classes = resized(maps, (target.shape[-2], target.shape[-1])).argmax(1)[0].cpu()
         total += confusion_matrix(classes, target, len(names), dataset.ignore_index).double()
-        if time.perf_counter() - told > 15 or done == len(mine):
+        if time.perf_counter() - logged > 15 or done == len(mine):
             session.say(f"images {done}/{len(mine)}")
-            told = time.perf_counter()
+            logged = time.perf_counter()
     summed = sum(distributed.gather_objects(total))
     numbers = iou_scores(summed)
     return {name: 100 * float(numbers[name]) for name in ("mIoU", "aAcc", "mAcc") if name in numbers}

@@ -2,7 +2,7 @@
 
 Legend: B images, D_i width of layer i, C = Σ D_i, p patch, k windows per side, h×w grid = H//p × W//p.
 
-The published detector looks at large images: 3×3 windows, each near the size the backbone was trained at, run
+The published detector processes large images: 3×3 windows, each near the size the backbone was trained at, run
 separately and laid back together; and the whole image once, at the size of one window. Features = [whole ; windows],
 2·C channels. Without windows (k = 0) the whole image at its own size, C channels.
 

@@ -37,7 +37,7 @@ from dinov3.models.base import Backbone
 class Detector(nn.Module):
     """Normalised images, a list of [3, H_i, W_i] in any sizes → logits and boxes of every query and layer.
 
-    The backbone is frozen and stays in evaluation mode. In training mode `n_queries_one2many` more queries answer, in a
+    The backbone is frozen and stays in evaluation mode. In training mode `n_queries_one2many` more queries are used, in a
     group of their own ("hybrid matching", arXiv 2207.13080).
     """
 

@@ -164,7 +164,7 @@ class VisionTower(nn.Module):
         super().__init__()
         c = config
         if not (c.vision_model_use_class_token or c.vision_model_use_patch_tokens):
-            raise DinoError("dino.txt needs the class token, the patch tokens or both; neither was asked for")
+            raise DinoError("dino.txt needs the class token, the patch tokens or both; neither was requested")
         one_of("vision_model_patch_tokens_pooler_type", c.vision_model_patch_tokens_pooler_type, ("mean", "max"))
         if not 1 <= c.vision_model_patch_token_layer <= backbone.n_blocks:
             raise DinoError(
@@ -254,7 +254,7 @@ class TextMLP(nn.Module):
 
 
 class TextBlock(nn.Module):
-    """x + γ1 ⊙ Attn(attention_norm x), then x + γ2 ⊙ FFN(ffn_norm x), without γ unless layer scale is asked for."""
+    """x + γ1 ⊙ Attn(attention_norm x), then x + γ2 ⊙ FFN(ffn_norm x), without γ unless layer scale is on."""
 
     def __init__(self, c: TextConfig, *, is_causal: bool, dropout: float) -> None:
         super().__init__()
@@ -421,7 +421,7 @@ class DinoTxt(nn.Module):
         self.logit_scale.clamp_(0.0, LOGIT_SCALE_MOST)
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
-        """Images [B, 3, height, width] → features [B, E] = [CLS; mean of patch tokens], of length one if asked for."""
+        """Images [B, 3, height, width] → features [B, E] = [CLS; mean of patch tokens], of length one with `normalize`."""
         return _unit(self.visual_model(image)[0], normalize)
 
     def encode_image_with_patch_tokens(self, image: Tensor, normalize: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -430,7 +430,7 @@ class DinoTxt(nn.Module):
         return _unit(features, normalize), patches, backbone_patches
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
-        """Token ids [B, n] → features [B, E], of length one if asked for."""
+        """Token ids [B, n] → features [B, E], of length one with `normalize`."""
         return _unit(self.text_model(text), normalize)
 
     def get_logits(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Multi-scale deformable attention (Deformable DETR, arXiv 2010.04159) in plain PyTorch: forward, backward, any device.
 
-Every query looks at a few points only: a linear layer gives each head K offsets per level from a reference point and a
-weight for each, the value maps are read there bilinearly (zero outside), and the weighted sum is the answer.
+Every query attends to a few points only: a linear layer gives each head K offsets per level from a reference point and a
+weight for each, the value maps are read there bilinearly (zero outside), and the output is their weighted sum.
 
 Legend: B images, Q queries, S = Σ H_l·W_l value positions, L levels, M heads, K points, C width, d width of one head.
 Points are (x, y) in [0, 1] of the map, pixel centres at (i + 0.5) / size.

@@ -113,15 +113,15 @@ class Mask2FormerCriterion:
             for name, layers in (("", [outputs]), ("auxiliary_", outputs.get("aux_outputs", []))):
                 if not layers:
                     continue
-                losses = torch.stack([self.layer(said, segments, count) for said in layers]).sum(0)
+                losses = torch.stack([self.layer(output, segments, count) for output in layers]).sum(0)
                 terms.add(f"{name}class_loss", self.class_weight, losses[0])
                 terms.add(f"{name}mask_loss", self.mask_weight, losses[1])
                 terms.add(f"{name}dice_loss", self.dice_weight, losses[2])
         return terms
 
-    def layer(self, said: dict[str, Any], segments: Sequence[Segments], count: Tensor) -> Tensor:
+    def layer(self, output: dict[str, Any], segments: Sequence[Segments], count: Tensor) -> Tensor:
         """Class, mask and dice loss of one layer's queries: [3]."""
-        logits, masks = said["pred_logits"].float(), said["pred_masks"].float()
+        logits, masks = output["pred_logits"].float(), output["pred_masks"].float()
         wanted = torch.full(logits.shape[:2], self.n_classes, device=logits.device)  # "nothing"
         sums = masks.sum() * 0.0, masks.sum() * 0.0  # in the graph where no image has a segment
         for i, target in enumerate(segments):

@@ -1,6 +1,6 @@
 """Mask2Former (arXiv 2112.01527) on a frozen backbone: segments as masks with a class each (paper §6.3.2, Tab. 11).
 
-Queries look at the maps of a pixel decoder and each gives one mask and one class, of which the last means "nothing".
+Queries attend to the maps of a pixel decoder and each gives one mask and one class, of which the last means "nothing".
 `heads.adapter` makes the pyramid it stands on, `heads.mask2former_loss` trains it, `heads.windows` turns its masks into
 class maps; the published model is `hub.segmentors`.
 
@@ -328,7 +328,7 @@ class Mask2FormerSegmentor(nn.Module):
     def pyramid(self) -> Pyramid:
         return self.segmentation_model[0]  # type: ignore[return-value]
 
-    def said(self, x: Tensor, *, every_layer: bool) -> dict[str, Any]:
+    def outputs(self, x: Tensor, *, every_layer: bool) -> dict[str, Any]:
         pyramid, head = self.segmentation_model
         cast = self.autocast_dtype is not None and x.device.type != "cpu"
         with torch.autocast(x.device.type, self.autocast_dtype) if cast else nullcontext():
@@ -338,17 +338,17 @@ class Mask2FormerSegmentor(nn.Module):
         """Normalised images [B, C, H, W] → `pred_logits` [B, Q, K + 1] (the last: nothing), `pred_masks` [B, Q, H'/4,
         W'/4] (logits, over the adapted image, H' and W' the next multiples of 32), and `aux_outputs`, the same of the
         initial queries and of every layer but the last."""
-        return self.said(x, every_layer=True)
+        return self.outputs(x, every_layer=True)
 
     @torch.no_grad()
     def predict(self, x: Tensor, rescale_to: tuple[int, int] = (512, 512)) -> dict[str, Tensor]:
         """`pred_logits` [B, Q, K + 1] and `pred_masks` [B, Q, *rescale_to] (logits) over exactly the image given,
         whatever its size. What only training needs is not computed."""
-        said, size_hw = self.said(x, every_layer=False), (x.shape[-2], x.shape[-1])
-        masks = said["pred_masks"]
+        outputs, size_hw = self.outputs(x, every_layer=False), (x.shape[-2], x.shape[-1])
+        masks = outputs["pred_masks"]
         if self.pyramid.adapt == "center_padding" and self.pyramid.adapted_size(size_hw) != size_hw:
             masks = self.pyramid.to_image(masks, size_hw)
-        return {"pred_logits": said["pred_logits"], "pred_masks": resized(masks, rescale_to)}
+        return {"pred_logits": outputs["pred_logits"], "pred_masks": resized(masks, rescale_to)}
 
 
 def default_width(backbone: Backbone) -> int:
