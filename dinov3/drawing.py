@@ -1,19 +1,27 @@
-"""Drawings: class colours with a legend, depth with a colour bar, boxes with names. Pillow and numpy only.
+"""Drawings: class colours with a legend, depth with a colour bar, named boxes, contact sheets. Pillow and numpy only.
 
 A drawing is for eyes: long sides above `LONGEST` are reduced. The data beside it has every pixel.
 """
 
 from __future__ import annotations
 
+import colorsys
 import math
+import os
+import textwrap
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 LONGEST = 1600  # px
 LINE, GAP = 24, 14  # px of a legend
+TILE, BETWEEN, MARGIN, CAPTION = 220, 18, 36, 52  # px of a contact sheet: a tile's side, between, around, under tiles
+PER_ROW = 5
 INK, PAPER, FAINT = (28, 28, 30), (252, 252, 250), (108, 108, 114)
+MAT, GREY = (241, 241, 238), (218, 218, 215)
 
 # dark violet (near) over rose to pale yellow (far): lightness rises evenly, so that it reads in grey as well
 _RAMP = np.array(
@@ -60,6 +68,16 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 # ---- classes -------------------------------------------------------------------------------------------------------
+
+
+def palette(n: int) -> tuple[tuple[int, int, int], ...]:
+    """n colours, neighbours far apart in hue: hues in steps of the golden ratio, lightness and saturation in turns."""
+    colours = []
+    for i in range(n):
+        hue, value, saturation = i * 0.618034 % 1, (0.95, 0.72, 0.85)[i % 3], (0.62, 0.85, 0.45)[i // 3 % 3]
+        red, green, blue = (round(255 * c) for c in colorsys.hsv_to_rgb(hue, saturation, value))
+        colours.append((red, green, blue))
+    return tuple(colours)
 
 
 def classes_over(
@@ -129,27 +147,29 @@ def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
 
 
 def boxes_over(
-    image: Image.Image,
-    boxes_xyxy_px: np.ndarray,
-    labels: Sequence[int],
-    names: Sequence[str],
-    scores: np.ndarray,
-    colours: np.ndarray,
+    image: Image.Image, boxes_xyxy_px: np.ndarray, labels: Sequence[str], colours: np.ndarray
 ) -> Image.Image:
-    """The image with boxes [n, 4], each with its name and score; the best one on top."""
+    """The image with boxes [n, 4], each with its label and colour [n, 3]; the first one on top."""
     base = reduced(image)
     scale = np.array([base.width / image.width, base.height / image.height] * 2)
     draw, font = ImageDraw.Draw(base), _font(14)
     for i in reversed(range(len(boxes_xyxy_px))):
         x0, y0, x1, y1 = (float(v) for v in np.asarray(boxes_xyxy_px[i]) * scale)
-        colour = tuple(int(c) for c in colours[labels[i]])
+        colour = tuple(int(c) for c in colours[i])
         draw.rectangle([x0, y0, max(x0, x1), max(y0, y1)], outline=colour, width=3)
-        text = f"{names[i]} {scores[i]:.2f}"
-        wide = font.getlength(text) + 8
+        wide = font.getlength(labels[i]) + 8
         x, y = min(x0, max(0.0, base.width - wide)), y0 - 19 if y0 >= 19 else y0
         draw.rectangle([x, y, x + wide, y + 19], fill=colour)
-        draw.text((x + 4, y + 10), text, font=font, fill=INK, anchor="lm")
+        draw.text((x + 4, y + 10), labels[i], font=font, fill=INK, anchor="lm")
     return base
+
+
+def card(text: str, *, ink: tuple[int, int, int] = INK) -> Image.Image:
+    """Words where an image is expected: a query in words, the name of a class."""
+    page = Image.new("RGB", (300, 300), MAT)
+    lines = "\n".join(textwrap.fill(line, 24) for line in text.splitlines())
+    ImageDraw.Draw(page).multiline_text((150, 150), lines, font=_font(22), fill=ink, anchor="mm", align="center")
+    return page
 
 
 def shares_beside(image: Image.Image, rows: Sequence[tuple[str, float]]) -> Image.Image:
@@ -166,3 +186,76 @@ def shares_beside(image: Image.Image, rows: Sequence[tuple[str, float]]) -> Imag
         draw.rectangle([x, y + 21, x + bar, y + 27], fill=(228, 228, 225))
         draw.rectangle([x, y + 21, x + max(1.0, bar * min(1.0, share)), y + 27], fill=(110, 27, 129))
     return page
+
+
+# ---- a query and its neighbours ------------------------------------------------------------------------------------
+
+
+def contact_sheet(
+    query_image: str | os.PathLike[str] | Image.Image, hits: Sequence[Any], root: str | os.PathLike[str] = ""
+) -> Image.Image:
+    """The query and its neighbours (`rank`, `path`, `score`), each image over its rank, score and file name.
+
+    Paths of hits are relative to `root`. An image that is missing or unreadable is a grey tile that says so.
+    """
+    across = max(1, min(PER_ROW, len(hits)))
+    down = max(1, math.ceil(len(hits) / PER_ROW))
+    big = TILE + TILE // 3  # the query is a third larger than its neighbours
+    left = MARGIN + big + 2 * BETWEEN + 1  # where the neighbours begin, after a hairline
+    title = 34
+    width = left + 2 * BETWEEN + across * (TILE + BETWEEN) - BETWEEN + MARGIN
+    height = MARGIN + title + max(big + CAPTION, down * (TILE + CAPTION + BETWEEN) - BETWEEN) + MARGIN
+    page = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(page)
+    large, normal, small = _font(18), _font(15), _font(13)
+    top = MARGIN + title
+
+    draw.text((MARGIN, MARGIN), "Query", font=large, fill=INK)
+    _put(page, query_image, (MARGIN, top), big, small)
+    name = "" if isinstance(query_image, Image.Image) else Path(query_image).name
+    draw.text((MARGIN, top + big + 8), _shortened(name, normal, big), font=normal, fill=FAINT)
+
+    draw.line([(left, MARGIN), (left, height - MARGIN)], fill=GREY, width=1)
+    left += 2 * BETWEEN
+    heading = f"{len(hits)} nearest images" if len(hits) > 1 else "Nearest image" if hits else "No neighbours"
+    draw.text((left, MARGIN), heading, font=large, fill=INK)
+    for n, hit in enumerate(hits):
+        x, y = left + n % PER_ROW * (TILE + BETWEEN), top + n // PER_ROW * (TILE + CAPTION + BETWEEN)
+        _put(page, Path(root) / hit.path, (x, y), TILE, small)
+        draw.text((x, y + TILE + 7), f"{hit.rank}.", font=normal, fill=INK)
+        score = f"{hit.score:.3f}"
+        draw.text((x + TILE - normal.getlength(score), y + TILE + 7), score, font=normal, fill=INK)
+        draw.text((x, y + TILE + 28), _shortened(Path(hit.path).name, small, TILE), font=small, fill=FAINT)
+    return page
+
+
+def _put(page: Image.Image, image: Any, corner: tuple[int, int], side: int, font: Any) -> None:
+    """The whole image, as large as fits, in the middle of a square; a grey square with the reason if it cannot."""
+    x, y = corner
+    draw = ImageDraw.Draw(page)
+    draw.rectangle([x, y, x + side - 1, y + side - 1], fill=MAT)
+    try:
+        if isinstance(image, Image.Image):
+            opened = image
+        else:
+            opened = Image.open(image)
+            opened.draft("RGB", (2 * side, 2 * side))  # a JPEG decoder's cheap way to a small image
+        upright = ImageOps.exif_transpose(opened).convert("RGBA")
+        fitted = ImageOps.contain(upright, (side, side), Image.Resampling.LANCZOS)
+    except Exception as error:  # whatever a broken file makes a decoder do, the sheet is drawn
+        reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
+        draw.rectangle([x, y, x + side - 1, y + side - 1], fill=GREY)
+        draw.text((x + side / 2, y + side / 2), reason, font=font, fill=FAINT, anchor="mm")
+        return
+    page.paste(fitted, (x + (side - fitted.width) // 2, y + (side - fitted.height) // 2), fitted)
+
+
+def _shortened(text: str, font: Any, width: float) -> str:
+    """`text`, or as much of its beginning and end as fits: the end of a file name often tells files apart."""
+    if font.getlength(text) <= width:
+        return text
+    for kept in range(len(text) - 1, 1, -1):
+        shorter = text[: (kept + 1) // 2] + "…" + text[len(text) - kept // 2 :]
+        if font.getlength(shorter) <= width:
+            return shorter
+    return "…"

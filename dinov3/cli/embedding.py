@@ -166,6 +166,7 @@ def search(
     as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
 ) -> None:
     """Find the images of a store that are most like one image, or that words fit (cosine similarity)."""
+    from dinov3.drawing import card
     from dinov3.embedding.pipeline import model_of, query_vector, text_query
     from dinov3.embedding.search import search as neighbours
     from dinov3.embedding.search import sheet as draw
@@ -192,19 +193,5 @@ def search(
         for hit in hits:
             print(f"{hit.rank}\t{hit.score:.4f}\t{hit.path}")
     if sheet is not None:
-        draw(image if image is not None else _card(str(text)), hits, sheet)
+        draw(image if image is not None else card(str(text)), hits, sheet)
         say(f"drawn: {sheet}")
-
-
-def _card(words: str) -> Any:
-    """Words as an image, where a query's image stands."""
-    import textwrap
-
-    from PIL import Image, ImageDraw, ImageFont
-
-    card = Image.new("RGB", (300, 300), (241, 241, 238))
-    lines = textwrap.fill(words, 24)
-    ImageDraw.Draw(card).multiline_text(
-        (150, 150), lines, font=ImageFont.load_default(size=22), fill=(28, 28, 30), anchor="mm", align="center"
-    )
-    return card

@@ -23,12 +23,12 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image
 
+from dinov3.drawing import contact_sheet
 from dinov3.embedding.schema import as_matrix
 from dinov3.embedding.store import EmbeddingStore
 from dinov3.errors import StoreError
@@ -228,10 +228,6 @@ def _ranked(store: EmbeddingStore, query: np.ndarray, found: Any, top: int, colu
 
 # -------------------------------------------------------------------------------------------------- the contact sheet
 
-TILE, GAP, MARGIN, CAPTION = 220, 18, 36, 52  # px: a tile's side, between tiles, around all, under a tile
-PER_ROW = 5
-PAPER, MAT, GREY, FAINT, INK = (252, 252, 250), (241, 241, 238), (218, 218, 215), (108, 108, 114), (28, 28, 30)
-
 
 def sheet(
     query_image: str | os.PathLike[str] | Image.Image,
@@ -239,71 +235,8 @@ def sheet(
     out_png: str | os.PathLike[str],
     root: str | os.PathLike[str] = "",
 ) -> None:
-    """Draws the query and its neighbours, with rank, score and file name, into one PNG.
-
-    Paths of hits are relative to `root`. An image that is missing or unreadable is a grey tile that says so.
-    """
-    across = max(1, min(PER_ROW, len(hits)))
-    down = max(1, math.ceil(len(hits) / PER_ROW))
-    big = TILE + TILE // 3  # the query is a third larger than its neighbours
-    left = MARGIN + big + 2 * GAP + 1  # where the neighbours begin, after a hairline
-    title = 34
-    width = left + 2 * GAP + across * (TILE + GAP) - GAP + MARGIN
-    height = MARGIN + title + max(big + CAPTION, down * (TILE + CAPTION + GAP) - GAP) + MARGIN
-    page = Image.new("RGB", (width, height), PAPER)
-    draw = ImageDraw.Draw(page)
-    large, normal, small = (ImageFont.load_default(size=size) for size in (18, 15, 13))
-    top = MARGIN + title
-
-    draw.text((MARGIN, MARGIN), "Query", font=large, fill=INK)
-    _put(page, query_image, (MARGIN, top), big, small)
-    name = "" if isinstance(query_image, Image.Image) else Path(query_image).name
-    draw.text((MARGIN, top + big + 8), _shortened(name, normal, big), font=normal, fill=FAINT)
-
-    draw.line([(left, MARGIN), (left, height - MARGIN)], fill=GREY, width=1)
-    left += 2 * GAP
-    heading = f"{len(hits)} nearest images" if len(hits) > 1 else "Nearest image" if hits else "No neighbours"
-    draw.text((left, MARGIN), heading, font=large, fill=INK)
-    for n, hit in enumerate(hits):
-        x, y = left + n % PER_ROW * (TILE + GAP), top + n // PER_ROW * (TILE + CAPTION + GAP)
-        _put(page, Path(root) / hit.path, (x, y), TILE, small)
-        draw.text((x, y + TILE + 7), f"{hit.rank}.", font=normal, fill=INK)
-        score = f"{hit.score:.3f}"
-        draw.text((x + TILE - normal.getlength(score), y + TILE + 7), score, font=normal, fill=INK)
-        draw.text((x, y + TILE + 28), _shortened(Path(hit.path).name, small, TILE), font=small, fill=FAINT)
+    """Writes `drawing.contact_sheet` of the query and its neighbours as a PNG; paths of hits are relative to `root`."""
     try:
-        page.save(out_png, format="PNG")
+        contact_sheet(query_image, hits, root).save(out_png, format="PNG")
     except OSError as error:
         raise StoreError(f"cannot write the contact sheet {os.fspath(out_png)}: {error.strerror or error}") from error
-
-
-def _put(page: Image.Image, image: Any, corner: tuple[int, int], side: int, font: Any) -> None:
-    """The whole image, as large as fits, in the middle of a square; a grey square with the reason if it cannot."""
-    x, y = corner
-    draw = ImageDraw.Draw(page)
-    draw.rectangle([x, y, x + side - 1, y + side - 1], fill=MAT)
-    try:
-        if isinstance(image, Image.Image):
-            opened = image
-        else:
-            opened = Image.open(image)
-            opened.draft("RGB", (2 * side, 2 * side))  # a JPEG decoder's cheap way to a small image
-        upright = ImageOps.exif_transpose(opened).convert("RGBA")
-        fitted = ImageOps.contain(upright, (side, side), Image.Resampling.LANCZOS)
-    except Exception as error:  # whatever a broken file makes a decoder do, the sheet is drawn
-        reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
-        draw.rectangle([x, y, x + side - 1, y + side - 1], fill=GREY)
-        draw.text((x + side / 2, y + side / 2), reason, font=font, fill=FAINT, anchor="mm")
-        return
-    page.paste(fitted, (x + (side - fitted.width) // 2, y + (side - fitted.height) // 2), fitted)
-
-
-def _shortened(text: str, font: Any, width: float) -> str:
-    """`text`, or as much of its beginning and end as fits: the end of a file name often tells files apart."""
-    if font.getlength(text) <= width:
-        return text
-    for kept in range(len(text) - 1, 1, -1):
-        shorter = text[: (kept + 1) // 2] + "…" + text[len(text) - kept // 2 :]
-        if font.getlength(shorter) <= width:
-            return shorter
-    return "…"

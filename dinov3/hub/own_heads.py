@@ -13,7 +13,6 @@ Sizes that are not given follow the backbone (`sizes_for`): the published ones b
 
 from __future__ import annotations
 
-import colorsys
 import json
 import math
 import os
@@ -27,6 +26,7 @@ from torch import nn
 
 import dinov3
 from dinov3.data.transforms.inputs import Preprocessing
+from dinov3.drawing import palette
 from dinov3.errors import DinoError, UnknownName, WeightsError, WeightsMismatch, did_you_mean
 from dinov3.features import default_preprocessing
 from dinov3.fit.loop import backbones_in, freeze, head_tensors, load_head_tensors
@@ -190,16 +190,6 @@ class HeadInfo:
         return cls(**values)
 
 
-def palette(n: int) -> tuple[tuple[int, int, int], ...]:
-    """n colours, neighbours far apart in hue: hues in steps of the golden ratio, lightness and saturation in turns."""
-    colours = []
-    for i in range(n):
-        hue, value, saturation = i * 0.618034 % 1, (0.95, 0.72, 0.85)[i % 3], (0.62, 0.85, 0.45)[i // 3 % 3]
-        red, green, blue = (round(255 * c) for c in colorsys.hsv_to_rgb(hue, saturation, value))
-        colours.append((red, green, blue))
-    return tuple(colours)
-
-
 def the_backbone(module: nn.Module) -> Any:
     """The one backbone inside a task model."""
     found = list(backbones_in(module).values())
@@ -227,7 +217,8 @@ def save_head(
     """Writes the head of a task model; appears whole or not at all. Returns its path.
 
     options: what `build_head` was given, `n_classes` included; sizes that followed the backbone are added. class_names:
-    one per class, default "class 0" …; colours: default `palette`. preprocessing: how images became the model's input.
+    one per class, default "class 0" …; colours: default `drawing.palette`.
+    preprocessing: how images became the model's input.
     """
     check_kind(task, head)
     backbone = the_backbone(module)

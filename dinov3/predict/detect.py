@@ -47,7 +47,8 @@ class Objects:
     def drawing(self) -> Image.Image:
         assert self.image is not None
         labels = self.labels.tolist()
-        return drawing.boxes_over(self.image, self.boxes_xyxy_px, labels, self.names, self.scores, self.colours)
+        words = [f"{name} {score:.2f}" for name, score in zip(self.names, self.scores)]
+        return drawing.boxes_over(self.image, self.boxes_xyxy_px, words, self.colours[labels])
 
     def save(self, folder: str | os.PathLike[str], name: str = "image") -> list[Path]:
         """`NAME_boxes.json` (COCO's form) and `NAME_boxes.png`."""

@@ -22,10 +22,10 @@ from dinov3 import drawing
 from dinov3.data import names as known_names
 from dinov3.data.tokenizer import Tokenizer
 from dinov3.data.transforms.inputs import Preprocessing
+from dinov3.drawing import palette
 from dinov3.errors import DinoError
 from dinov3.heads.dinotxt.model import DinoTxt
 from dinov3.heads.dinotxt.open_vocabulary import OpenVocabulary, averaged, patch_part, prompt_features
-from dinov3.hub.own_heads import palette
 from dinov3.predict.common import best_class, in_folder, predicted_map, rule_of, see, statistics
 from dinov3.predict.segment import Segmentation
 

@@ -29,12 +29,13 @@ from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.dense import ONE_CLASS
 from dinov3.data.images import open_image
 from dinov3.data.transforms.inputs import Preprocessing
+from dinov3.drawing import palette
 from dinov3.errors import DinoError, ImageError
 from dinov3.features import default_preprocessing
 from dinov3.files import atomically
 from dinov3.fit.features import cached_features
 from dinov3.fit.loop import FitReport, fit, seed_of
-from dinov3.hub.own_heads import build_head, check_kind, palette, save_head
+from dinov3.hub.own_heads import build_head, check_kind, save_head
 from dinov3.models.convnext import ConvNeXt
 from dinov3.runlog import RunDir, read_metrics
 from dinov3.train_head import tasks

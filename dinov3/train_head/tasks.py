@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from dinov3 import drawing
 from dinov3.data.crops import draw_box
 from dinov3.data.transforms.boxes import flipped
 from dinov3.data.transforms.dense import DepthRule, SegmentationRule, generator, photometric, resized_map
@@ -273,13 +274,8 @@ class Depth(Task):
 
 
 def coloured_depth(metres: np.ndarray, far: float) -> np.ndarray:
-    """Near is bright yellow, far is dark violet, unknown is grey."""
-    stops = np.array([(253, 231, 37), (94, 201, 98), (33, 145, 140), (59, 82, 139), (68, 1, 84)], np.float64)
-    at = np.clip(metres / max(far, 1e-6), 0, 1) * (len(stops) - 1)
-    low = np.minimum(at.astype(int), len(stops) - 2)
-    colours = stops[low] + (stops[low + 1] - stops[low]) * (at - low)[..., None]
-    colours[metres <= 0] = 128
-    return colours.round().astype(np.uint8)
+    """Near is dark, `far` and beyond is bright, unknown is grey."""
+    return drawing.ramp(np.where(metres > 0, metres / max(far, 1e-6), np.nan))
 
 
 # ---- classes -------------------------------------------------------------------------------------------------------
@@ -322,22 +318,12 @@ class Classification(Task):
         image, label, x = self.seen(dataset, index)
         shares = model(x.to(device))[0].float().softmax(0)
         best = int(shares.argmax())
+        ink = drawing.INK if best == label else (190, 30, 45)
         return [
             np.asarray(image),
-            worded(self.class_names[label]),
-            worded(f"{self.class_names[best]}\n{float(shares[best]):.0%}", good=best == label),
+            np.asarray(drawing.card(self.class_names[label])),
+            np.asarray(drawing.card(f"{self.class_names[best]}\n{float(shares[best]):.0%}", ink=ink)),
         ]
-
-
-def worded(text: str, *, good: bool = True) -> np.ndarray:
-    """A word as an image."""
-    from PIL import ImageDraw, ImageFont
-
-    page = Image.new("RGB", (320, 240), (252, 252, 250))
-    colour = (28, 28, 30) if good else (190, 30, 45)
-    font = ImageFont.load_default(size=28)
-    ImageDraw.Draw(page).multiline_text((160, 120), text, fill=colour, font=font, anchor="mm", align="center")
-    return np.asarray(page)
 
 
 # ---- boxes ---------------------------------------------------------------------------------------------------------
@@ -397,11 +383,18 @@ class Detection(Task):
         image, target, x = self.seen(dataset, index)
         found = self.found(model, image, x.to(device))
         sure = found["scores"] >= 0.3
-        truth = framed(image, target["boxes_xyxy_px"], [self.class_names[i] for i in target["labels"].tolist()])
-        words = [
-            f"{self.class_names[i]} {s:.2f}" for i, s in zip(found["labels"][sure], found["scores"][sure].tolist())
+        labels, scores = found["labels"][sure].tolist(), found["scores"][sure].tolist()
+        return [
+            np.asarray(image),
+            framed(image, target["boxes_xyxy_px"], [self.class_names[i] for i in target["labels"].tolist()]),
+            framed(
+                image, found["boxes_xyxy_px"][sure], [f"{self.class_names[i]} {s:.2f}" for i, s in zip(labels, scores)]
+            ),
         ]
-        return [np.asarray(image), truth, framed(image, found["boxes_xyxy_px"][sure], words)]
+
+
+def framed(image: Image.Image, boxes: Tensor, labels: Sequence[str]) -> np.ndarray:
+    return np.asarray(drawing.boxes_over(image, boxes.numpy(), labels, np.full((len(boxes), 3), (255, 64, 64))))
 
 
 def cropped(image: Image.Image, boxes: Tensor, labels: Tensor, rng: Any) -> tuple[Image.Image, Tensor, Tensor]:
@@ -414,16 +407,3 @@ def cropped(image: Image.Image, boxes: Tensor, labels: Tensor, rng: Any) -> tupl
     before = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     keep = (inside[:, 2] - inside[:, 0]) * (inside[:, 3] - inside[:, 1]) >= 0.25 * before
     return image.crop((left, top, left + w, top + h)), inside[keep], labels[keep]
-
-
-def framed(image: Image.Image, boxes: Tensor, words: Sequence[str]) -> np.ndarray:
-    """The image with boxes and what stands for."""
-    from PIL import ImageDraw, ImageFont
-
-    page = image.copy()
-    draw = ImageDraw.Draw(page)
-    font, line = ImageFont.load_default(size=max(12, page.height // 24)), max(2, page.height // 160)
-    for box, word in zip(boxes.tolist(), words):
-        draw.rectangle(box, outline=(255, 64, 64), width=line)
-        draw.text((box[0] + line + 1, box[1] + line), word, fill=(255, 64, 64), font=font)
-    return np.asarray(page)

@@ -10,6 +10,7 @@ from PIL import Image
 
 pytest.importorskip("lancedb")
 
+from dinov3 import drawing
 from dinov3.embedding import search as search_module
 from dinov3.embedding.schema import Row, StoreFacts
 from dinov3.embedding.search import Hit, IndexStatus, build_index, index_status, search, sheet
@@ -251,10 +252,10 @@ def test_the_sheet_shows_the_images_and_a_grey_tile_where_there_is_none(tmp_path
     with Image.open(tmp_path / "sheet.png") as drawn:
         colours = {colour: count for count, colour in drawn.convert("RGB").getcolors(1 << 24)}
         width, height = drawn.size
-    side, big = search_module.TILE, search_module.TILE + search_module.TILE // 3
+    side, big = drawing.TILE, drawing.TILE + drawing.TILE // 3
     assert colours[(255, 0, 0)] == pytest.approx(big * big / 3, rel=0.03)
     assert colours[(0, 0, 255)] == pytest.approx(side * side / 8, rel=0.05)
-    assert 1.8 < colours[search_module.GREY] / side**2 < 2.05  # two tiles, less the letters, plus a hairline
+    assert 1.8 < colours[drawing.GREY] / side**2 < 2.05  # two tiles, less the letters, plus a hairline
     assert width > height
 
 
@@ -267,8 +268,8 @@ def test_the_sheet_turns_images_upright_and_takes_open_ones(tmp_path):
     with Image.open(tmp_path / "sheet.png") as drawn:
         green = np.all(np.asarray(drawn.convert("RGB")) == (0, 255, 0), axis=-1)
     tall, wide = green.any(axis=1).sum(), green.any(axis=0).sum()
-    assert tall == search_module.TILE
-    assert wide == pytest.approx(search_module.TILE / 4, abs=1)
+    assert tall == drawing.TILE
+    assert wide == pytest.approx(drawing.TILE / 4, abs=1)
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 6, 23])
@@ -276,7 +277,7 @@ def test_every_number_of_neighbours_makes_a_sheet(tmp_path, count):
     hits = [Hit(n + 1, f"{n}.png", 0.5, 1, 1) for n in range(count)]
     sheet(Image.new("L", (10, 10)), hits, tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as drawn:
-        assert drawn.height > (count + 4) // 5 * search_module.TILE
+        assert drawn.height > (count + 4) // 5 * drawing.TILE
 
 
 def test_a_sheet_that_cannot_be_written_is_a_sentence(tmp_path):
@@ -289,8 +290,8 @@ def test_long_names_are_shortened_in_the_middle():
 
     font = ImageFont.load_default(size=13)
     name = "holiday_in_the_mountains_with_everybody_2024_08_17_0042.jpg"
-    short = search_module._shortened(name, font, 220)
+    short = drawing._shortened(name, font, 220)
     assert font.getlength(short) <= 220
     assert short.startswith("holiday")
     assert short.endswith("0042.jpg")
-    assert search_module._shortened("a.jpg", font, 220) == "a.jpg"
+    assert drawing._shortened("a.jpg", font, 220) == "a.jpg"
