@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dinov3.data.crops import CropRules, generator, render
+from dinov3.data.crops import CropConfig, generator, render
 from dinov3.data.images import open_image
 from dinov3.data.transforms.pixels import normalised
 
@@ -42,7 +42,7 @@ def torchvision_crops(on_tensors: bool) -> Callable[[Any], list[torch.Tensor]]:
         torchvision_crops.library = library  # type: ignore[attr-defined]
     from torchvision.transforms import InterpolationMode, v2
 
-    rules = CropRules()
+    crop_configs = CropConfig()
 
     def view(side: int, scale: tuple[float, float], blur_p: float, solarise_p: float) -> Any:
         first = [v2.ToImage()] if on_tensors else []
@@ -57,7 +57,7 @@ def torchvision_crops(on_tensors: bool) -> Callable[[Any], list[torch.Tensor]]:
                 v2.RandomSolarize(128, p=solarise_p),
                 v2.ToImage(),
                 v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(rules.mean, rules.std),
+                v2.Normalize(crop_configs.mean, crop_configs.std),
             ]
         )
 
@@ -86,14 +86,14 @@ def main() -> None:
         data = stream.getvalue()
     if args.size:
         image = image.resize((args.size, round(args.size * image.height / image.width)), Image.Resampling.BICUBIC)
-    rules = CropRules()
+    crop_configs = CropConfig()
     count = iter(range(10**9))
 
     def ours() -> None:
-        crops = render(image, rules.plan(*image.size, generator(0, 0, next(count))), rules)
+        crops = render(image, crop_configs.plan(*image.size, generator(0, 0, next(count))), crop_configs)
         if args.normalise:
-            normalised(crops.global_crops, rules.mean, rules.std)
-            normalised(crops.local_crops, rules.mean, rules.std)
+            normalised(crops.global_crops, crop_configs.mean, crop_configs.std)
+            normalised(crops.local_crops, crop_configs.mean, crop_configs.std)
 
     on_pillow, on_tensors = torchvision_crops(False), torchvision_crops(True)
     contestants: dict[str, Callable[[], Any]] = {
@@ -101,7 +101,9 @@ def main() -> None:
         "torchvision on Pillow": lambda: on_pillow(image),
         "torchvision on tensors": lambda: on_tensors(image),
         "(decoding the file in full)": lambda: open_image(data),
-        "(decoding, as small as the crops allow)": lambda: open_image(data, target_short_side=rules.target_short_side),
+        "(decoding, as small as the crops allow)": lambda: open_image(
+            data, target_short_side=crop_configs.target_short_side
+        ),
     }
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for round_ in range(args.rounds + 1):  # the first warms up

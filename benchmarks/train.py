@@ -23,7 +23,7 @@ import torch
 from dinov3 import checkpoint
 from dinov3.config.train import TrainConfig
 from dinov3.data.crops import CropBatch
-from dinov3.data.masking import MaskRules, batch_masks
+from dinov3.data.masking import MaskConfig, batch_masks
 from dinov3.optim import StepValues, build_optimizer, clip_per_module
 from dinov3.parallel import parallelize
 from dinov3.train.method import SelfDistillation, build_network, copy_weights
@@ -45,7 +45,7 @@ def made_batch(options: argparse.Namespace, device: torch.device) -> CropBatch:
     import random
 
     side = options.size // options.patch
-    masks = batch_masks(2 * options.batch, (side, side), MaskRules(), random.Random(0))
+    masks = batch_masks(2 * options.batch, (side, side), MaskConfig(), random.Random(0))
     size, n = options.size, options.batch
     return CropBatch(
         global_crops=torch.randn(2 * n, 3, size, size),

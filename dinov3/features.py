@@ -37,7 +37,7 @@ class Features:
     """What a backbone says of B images.
 
     cls [B, D] · registers [B, R, D] · patches [B, h, w, D]. `layer` is the 0-based index of the block (ConvNeXt: stage)
-    they come from, `normed` whether the final norm was applied, `preprocessing` the id of the rule, `model` whose
+    they come from, `normed` whether the final norm was applied, `preprocessing` the id of the preprocessing, `model` whose
     features these are, `geometry` what was done to each image.
     """
 
@@ -188,7 +188,7 @@ class Features:
 
 
 def default_preprocessing(model: nn.Module, **changes: Any) -> Preprocessing:
-    """The reference's rule with the statistics the model's weights were trained with."""
+    """The reference's preprocessing with the statistics the model's weights were trained with."""
     backbone: Any = model
     origin = getattr(model, "origin", None)
     statistics = {"mean": origin.mean, "std": origin.std} if origin is not None else {}
@@ -318,16 +318,16 @@ def embed(
     """Images to `Features`.
 
     `images`: a path, PIL image, array [h, w, 3], tensor [3, h, w] (uint8, or floats in [0, 1]), or a list of those, or
-    a tensor [B, 3, h, w]. `preprocessing`: default the reference's rule (256 × 256, nothing cropped) with the statistics
+    a tensor [B, 3, h, w]. `preprocessing`: default 256 × 256, nothing cropped, with the statistics
     of the model's weights; single fields can be given by name: `embed(model, x, size=512, shape="short", fit="pad")`.
     `layer`: 0-based block (ConvNeXt: stage), -1 the last; `norm`: apply the final norm.
 
     Raises `ImageError` for an image that cannot be decoded and `IncompatibleFeatures` where the images come out at
     different grids (possible with shape="short", "long" or "native": then use one call per image).
     """
-    rule = preprocessing.with_(**changes) if preprocessing is not None else default_preprocessing(model, **changes)
-    batches = batched(_images(images), rule, batch_size)
-    parts = list(extract(model, batches, preprocessing=rule, layer=layer, norm=norm))
+    preprocessing = preprocessing.with_(**changes) if preprocessing else default_preprocessing(model, **changes)
+    batches = batched(_images(images), preprocessing, batch_size)
+    parts = list(extract(model, batches, preprocessing=preprocessing, layer=layer, norm=norm))
     if not parts:
         raise DinoError("no images were given")
     return Features.cat(parts)

@@ -70,17 +70,17 @@ def test_all_forms_of_a_image_give_the_same_features(vit, photo) -> None:
 
 @torch.no_grad()
 def test_features_are_those_of_the_bare_model(vit, photo) -> None:
-    rule = default_preprocessing(vit, size=64)
-    x, _ = prepare(photo, rule)
+    preprocessing = default_preprocessing(vit, size=64)
+    x, _ = prepare(photo, preprocessing)
     out = vit.forward_features(x[None])
-    f = dinov3.embed(vit, photo, preprocessing=rule)
+    f = dinov3.embed(vit, photo, preprocessing=preprocessing)
     torch.testing.assert_close(f.cls, out["x_norm_clstoken"])
     torch.testing.assert_close(f.registers, out["x_storage_tokens"])
     torch.testing.assert_close(f.patches.flatten(1, 2), out["x_norm_patchtokens"])
     patches, cls, registers = vit.get_intermediate_layers(
         x[None], n=[1], return_class_token=True, return_extra_tokens=True, norm=False
     )[0]
-    f = dinov3.embed(vit, photo, preprocessing=rule, layer=1, norm=False)
+    f = dinov3.embed(vit, photo, preprocessing=preprocessing, layer=1, norm=False)
     torch.testing.assert_close(f.cls, cls)
     torch.testing.assert_close(f.registers, registers)
     torch.testing.assert_close(f.patches.flatten(1, 2), patches)
@@ -141,14 +141,14 @@ def test_patches_and_pixels_lead_to_each_other(vit, photo, options) -> None:
 def test_the_patch_that_sees_a_bright_spot_is_the_one_that_changes(vit) -> None:
     """The map is checked against the image itself: a spot painted at (x, y) changes that input patch and no other."""
     image = np.zeros((200, 300, 3), np.uint8)
-    rule = default_preprocessing(vit, size=96, shape="short", fit="pad")
-    black, _ = prepare(image, rule)
+    preprocessing = default_preprocessing(vit, size=96, shape="short", fit="pad")
+    black, _ = prepare(image, preprocessing)
     for x, y in ((5, 5), (150, 100), (290, 190), (37, 161)):
         spot = image.copy()
         spot[y - 1 : y + 2, x - 1 : x + 2] = 255
-        changed = (prepare(spot, rule)[0] - black).abs().sum(0)
+        changed = (prepare(spot, preprocessing)[0] - black).abs().sum(0)
         v, u = np.unravel_index(int(changed.argmax()), changed.shape)
-        f = dinov3.embed(vit, spot, preprocessing=rule)
+        f = dinov3.embed(vit, spot, preprocessing=preprocessing)
         assert f.patch_of_pixel(x + 0.5, y + 0.5) == (v // 16, u // 16)
 
 

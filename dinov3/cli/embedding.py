@@ -91,9 +91,9 @@ def embed(
     else:
         net = load(model, c.weights, device=device_of(device), dtype=getattr(torch, c.dtype))
     _say_what_runs(net)
-    rule = default_preprocessing(net, size=c.size, shape=c.shape, fit=c.fit)
+    preprocessing = default_preprocessing(net, size=c.size, shape=c.shape, fit=c.fit)
     options: dict[str, Any] = {
-        "preprocessing": rule,
+        "preprocessing": preprocessing,
         "pooling": c.pooling or ("cls+mean" if is_text else "cls"),
         "patches": c.patches,
         "batch_size": batch_size,
@@ -112,7 +112,7 @@ def embed(
             from dinov3.embedding.pipeline import embed_source
 
             report = embed_source(net, images, out, workers=c.workers, on_progress=progress, **options)
-    _tell_report(report, out, rule, as_json)
+    _tell_report(report, out, preprocessing, as_json)
 
 
 def _say_what_runs(net: Any) -> None:
@@ -127,7 +127,7 @@ def _say_what_runs(net: Any) -> None:
         say(f"note: {note}")
 
 
-def _tell_report(report: Report, out: str, rule: Preprocessing, as_json: bool) -> None:
+def _tell_report(report: Report, out: str, preprocessing: Preprocessing, as_json: bool) -> None:
     shown = report.failures[:20]
     for failure in shown:
         say(f"could not read {failure.path}: {failure.reason}")
@@ -135,7 +135,7 @@ def _tell_report(report: Report, out: str, rule: Preprocessing, as_json: bool) -
         say(f"… and {len(report.failures) - len(shown)} more; `dinov3 info {out} --failed` lists all")
     say(
         f"{report.embedded} embedded ({report.rate:.1f} images/s), {report.skipped} already there, "
-        f"{len(report.failures)} unreadable; {out} ({rule.id})"
+        f"{len(report.failures)} unreadable; {out} ({preprocessing.id})"
     )
     if as_json:
         failures = [{"path": f.path, "reason": f.reason} for f in report.failures]
@@ -181,10 +181,10 @@ def search(
             opened, text, device=place, weights=weights, backbone_weights=backbone_weights, vocabulary=vocabulary
         )
     else:
-        net, rule = model_of(opened, device=place, weights=weights, backbone_weights=backbone_weights)
+        net, preprocessing = model_of(opened, device=place, weights=weights, backbone_weights=backbone_weights)
         if net.origin.random:  # type: ignore[union-attr]
             say("The store was filled with RANDOM weights: neighbours share colours and layout, not meaning.")
-        vector = query_vector(opened, image, net, rule)
+        vector = query_vector(opened, image, net, preprocessing)
     (hits,) = neighbours(opened, vector, top=top, where=where, exact=True if exact else None)
     if as_json:
         named = ("rank", "path", "score", "width", "height")

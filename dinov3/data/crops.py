@@ -3,7 +3,7 @@
 Paper: section 3.1 (multi-crop as in DINO and DINOv2) and 4.2 (Gram crops, of a higher resolution). The distribution is the
 released training code's; the semantics of each operation are those of torchvision on 8-bit images, which that code uses.
 
-A crop is first a plain value and then pixels: `CropRules.plan` draws where and how (`Plan`), `render` does it. The draw is a
+A crop is first a plain value and then pixels: `CropConfig.plan` draws where and how (`Plan`), `render` does it. The draw is a
 pure function of (seed, epoch, index), so the same image gives the same crops in any worker, after any resume. Only
 uniform doubles are drawn, whose sequence Python guarantees for a seed, so that crops stay the same across versions.
 
@@ -105,7 +105,7 @@ def generator(seed: int, epoch: int, index: int) -> random.Random:
 
 
 @dataclass(frozen=True)
-class CropRules:
+class CropConfig:
     """How crops are drawn, for one combination of sizes. The defaults are the reference's.
 
     gram_distorted: whether colour and blur reach the Gram teacher's crops too (`gram_teacher_no_distortions: false`).
@@ -257,7 +257,7 @@ class Crops:
     gram_crops: Tensor | None
 
 
-def render(image: Image.Image | np.ndarray | Tensor, plan: Plan, rules: CropRules) -> Crops:
+def render(image: Image.Image | np.ndarray | Tensor, plan: Plan, crop_configs: CropConfig) -> Crops:
     """Does what the plan says to an RGB image of the size that the plan was drawn for."""
     pixels = to_pixels(image)
     if pixels.dtype != torch.uint8:
@@ -266,7 +266,7 @@ def render(image: Image.Image | np.ndarray | Tensor, plan: Plan, rules: CropRule
         planes = coloured(pixels.numpy().astype(np.float32, order="C"), plan.shared)
         pixels = torch.from_numpy(planes.astype(np.uint8))
 
-    g, q = rules.global_size, rules.gram_size
+    g, q = crop_configs.global_size, crop_configs.gram_size
     seen = torch.empty(2, 3, g, g, dtype=torch.uint8)
     gram = None if q is None else torch.empty(2, 3, q, q, dtype=torch.uint8)
     bases: list[Pixels] = []
@@ -275,7 +275,7 @@ def render(image: Image.Image | np.ndarray | Tensor, plan: Plan, rules: CropRule
         bases.append(base)
         if gram is None:
             finish(base, crop, seen[i].numpy())
-        elif rules.gram_distorted:  # at the large size: the blur is weaker, seen from the smaller crop
+        elif crop_configs.gram_distorted:  # at the large size: the blur is weaker, seen from the smaller crop
             distorted = np.empty_like(base)
             finish(base, crop, distorted)
             seen[i] = torch.from_numpy(_resized(distorted, g))
@@ -284,7 +284,7 @@ def render(image: Image.Image | np.ndarray | Tensor, plan: Plan, rules: CropRule
             finish(_resized(base, g), crop, seen[i].numpy())
             gram[i] = torch.from_numpy(_resized(base, gram.shape[-1]))
 
-    side = rules.local_size
+    side = crop_configs.local_size
     local = torch.empty(len(plan.locals_), 3, side, side, dtype=torch.uint8)
     for i, crop in enumerate(plan.locals_):
         out = local[i].numpy()
@@ -400,7 +400,7 @@ class Sample:
 
 
 def collate(
-    samples: Sequence[Sample], masks: Masks, rules: CropRules, *, step: int = 0, resolution: int = 0
+    samples: Sequence[Sample], masks: Masks, crop_configs: CropConfig, *, step: int = 0, resolution: int = 0
 ) -> CropBatch:
     """B samples and the masks of 2B global crops to a batch."""
 
@@ -420,6 +420,6 @@ def collate(
         step=step,
         resolution=resolution,
         indices=tuple(s.index for s in samples),
-        mean=rules.mean,
-        std=rules.std,
+        mean=crop_configs.mean,
+        std=crop_configs.std,
     )

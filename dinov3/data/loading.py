@@ -36,9 +36,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dinov3.data.crops import CropBatch, CropRules, Sample, collate, generator, render
+from dinov3.data.crops import CropBatch, CropConfig, Sample, collate, generator, render
 from dinov3.data.images import open_image
-from dinov3.data.masking import MaskRules, batch_masks, mask_grid
+from dinov3.data.masking import MaskConfig, batch_masks, mask_grid
 from dinov3.errors import DinoError, ImageError
 
 ROUNDS = 8
@@ -139,7 +139,7 @@ def resolutions(
     gram_size: int | Sequence[int | None] | None = None,
     ratios: float | Sequence[float] = 1.0,
     **shared: Any,
-) -> tuple[list[CropRules], list[float]]:
+) -> tuple[list[CropConfig], list[float]]:
     """Rules and their shares, from scalars or lists of equal length, as the configuration writes them."""
 
     def as_list(value: Any) -> list[Any]:
@@ -160,7 +160,7 @@ def resolutions(
     if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
         raise DinoError(f"global_local_crop_pairs_ratios are shares that sum to 1; {shares} sum to {sum(shares):g}")
     sizes = zip(given["global_crops_size"], given["local_crops_size"], given["gram_teacher_crops_size"])
-    return [CropRules(global_size=g, local_size=l, gram_size=q, **shared) for g, l, q in sizes], shares  # noqa: E741
+    return [CropConfig(global_size=g, local_size=l, gram_size=q, **shared) for g, l, q in sizes], shares  # noqa: E741
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,8 +188,8 @@ class _Hopeless:
 class _Renderer(Dataset[Any]):
     """In the workers: a draw to its crops."""
 
-    def __init__(self, images: Images, rules: Sequence[CropRules], order: Order):
-        self.images, self.rules, self.order = images, rules, order
+    def __init__(self, images: Images, crop_configs: Sequence[CropConfig], order: Order):
+        self.images, self.crop_configs, self.order = images, crop_configs, order
 
     def __getitem__(self, draw: Draw) -> tuple[Draw, Sample] | _Hopeless:
         threads = torch.get_num_threads()
@@ -204,18 +204,18 @@ class _Renderer(Dataset[Any]):
             torch.set_num_threads(threads)
 
     def _rendered(self, draw: Draw) -> tuple[Draw, Sample] | _Hopeless:
-        rules = self.rules[draw.resolution]
+        config = self.crop_configs[draw.resolution]
         unreadable: list[str] = []
         for attempt in range(REPLACEMENTS + 1):
             index = self.order.replacement(draw.position, attempt) if attempt else draw.index
             try:
-                image = open_image(self.images.read(index), target_short_side=rules.target_short_side)
+                image = open_image(self.images.read(index), target_short_side=config.target_short_side)
             except (ImageError, OSError) as error:
                 unreadable.append(f"{self.images.name(index)}: {error}")
                 continue
             rng = generator(self.order.seed, draw.epoch, index)
-            plan = rules.plan(*image.image.size, rng)
-            return draw, Sample(render(image.image, plan, rules), index, tuple(unreadable))
+            plan = config.plan(*image.image.size, rng)
+            return draw, Sample(render(image.image, plan, config), index, tuple(unreadable))
         return _Hopeless(
             f"{len(unreadable)} images in a row could not be read, so training stops. The first: {unreadable[0]}"
         )
@@ -225,9 +225,9 @@ class _Renderer(Dataset[Any]):
 class _Collator:
     """In the workers: samples to a batch with masks, which depend on the batch's first position only."""
 
-    rules: Sequence[CropRules]
+    crop_configs: Sequence[CropConfig]
     grids: Sequence[tuple[int, int]]
-    masks: MaskRules
+    masks: MaskConfig
     seed: int
     masked_images: int | None
 
@@ -243,7 +243,7 @@ class _Collator:
         rng = random.Random(f"masks {self.seed} {draw.position}")
         images = self.masked_images or len(samples)
         masks = batch_masks(2 * images, self.grids[draw.resolution], self.masks, rng)
-        return collate(samples, masks, self.rules[draw.resolution], step=draw.step, resolution=draw.resolution)
+        return collate(samples, masks, self.crop_configs[draw.resolution], step=draw.step, resolution=draw.resolution)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ class _Collator:
 class CropLoader:
     """Endless `CropBatch`es of this rank.
 
-        loader = CropLoader(images, CropRules(), MaskRules(), patch=16, batch_size=64, seed=0, rank=r, world=w, workers=8)
+        loader = CropLoader(images, CropConfig(), MaskConfig(), patch=16, batch_size=64, seed=0, rank=r, world=w, workers=8)
         for batch in loader:
             batch = batch.to(device, dtype)
             ...
@@ -270,8 +270,8 @@ class CropLoader:
     def __init__(
         self,
         images: Images,
-        rules: CropRules | Sequence[CropRules],
-        masks: MaskRules | None = None,
+        crop_configs: CropConfig | Sequence[CropConfig],
+        masks: MaskConfig | None = None,
         *,
         patch: int,
         batch_size: int,
@@ -288,9 +288,9 @@ class CropLoader:
         masked_images: int | None = None,
         mask_scale: float = 1.0,
     ):
-        self.rules = [rules] if isinstance(rules, CropRules) else list(rules)
-        if len(self.rules) != len(ratios):
-            raise DinoError(f"{len(self.rules)} crop rules need as many ratios, not {len(ratios)}")
+        self.crop_configs = [crop_configs] if isinstance(crop_configs, CropConfig) else list(crop_configs)
+        if len(self.crop_configs) != len(ratios):
+            raise DinoError(f"{len(self.crop_configs)} crop configurations need as many ratios, not {len(ratios)}")
         if batch_size < 1 or not 0 <= rank < world:
             raise DinoError(
                 f"batch size {batch_size}, rank {rank} of {world}: need a positive size and 0 ≤ rank < world"
@@ -302,13 +302,13 @@ class CropLoader:
         self.wait_s = self.waited_s = 0.0
         self.unreadable: dict[str, int] = {}  # "name: reason" → how often
         grids = []
-        for rule in self.rules:
-            rule.check_patch(patch)
-            grids.append(mask_grid(rule.global_size, patch, mask_scale))
+        for crop_config in self.crop_configs:
+            crop_config.check_patch(patch)
+            grids.append(mask_grid(crop_config.global_size, patch, mask_scale))
         self._loader: DataLoader[Any] = DataLoader(
-            _Renderer(images, self.rules, self.order),
+            _Renderer(images, self.crop_configs, self.order),
             batch_sampler=_Steps(self),
-            collate_fn=_Collator(self.rules, grids, masks or MaskRules(), seed, masked_images),
+            collate_fn=_Collator(self.crop_configs, grids, masks or MaskConfig(), seed, masked_images),
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
             persistent_workers=workers > 0,

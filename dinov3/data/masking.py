@@ -45,7 +45,7 @@ class MaskRandom(Protocol):
 
 
 @dataclass(frozen=True)
-class MaskRules:
+class MaskConfig:
     """`probability`: share of global crops that are masked. `ratio`: range of the share of their patches."""
 
     probability: float = 0.5
@@ -125,22 +125,22 @@ def _add_block(mask: np.ndarray, budget: float, rng: MaskRandom) -> int:
     return 0
 
 
-def masked_counts(crops: int, patches: int, rules: MaskRules) -> list[int]:
+def masked_counts(crops: int, patches: int, configs: MaskConfig) -> list[int]:
     """How many patches each masked crop loses: an even ladder over `rules.ratio`, the same in every batch."""
-    masked = int(crops * rules.probability)
-    low, high = rules.ratio
+    masked = int(crops * configs.probability)
+    low, high = configs.ratio
     return [int(patches * q) for q in np.linspace(low, high, masked + 1)[1:].tolist()]
 
 
 def batch_masks(
-    crops: int, grid: tuple[int, int], rules: MaskRules, rng: MaskRandom, *, max_block: float | None = None
+    crops: int, grid: tuple[int, int], configs: MaskConfig, rng: MaskRandom, *, max_block: float | None = None
 ) -> Masks:
     """Masks for a batch of `crops` global crops (2B), which of them are masked left to chance, not to the image."""
     rows, columns = grid
     masks = []
-    for count in masked_counts(crops, rows * columns, rules):
+    for count in masked_counts(crops, rows * columns, configs):
         mask = block_mask(count, grid, rng, max_block=max_block)
-        if rules.circular_shift and count:
+        if configs.circular_shift and count:
             mask = np.roll(mask, (rng.randint(0, rows - 1), rng.randint(0, columns - 1)), (0, 1))
         masks.append(mask)
     masks += [np.zeros(grid, bool)] * (crops - len(masks))

@@ -352,12 +352,15 @@ def knn(
     from dinov3.neighbours import knn_accuracy
 
     sides = _labelled(Path(folder), most)
-    rule = Preprocessing(size=size, interpolation="bicubic", mean=catalog.STATISTICS["lvd1689m"][0])
+    preprocessing = Preprocessing(size=size, interpolation="bicubic", mean=catalog.STATISTICS["lvd1689m"][0])
     tokens, labels = [], []
     device = next(model.parameters()).device.type
     for side in sides:
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            found = [f.cls for f in extract(model, batched([p for p, _ in side], rule, 32), preprocessing=rule)]
+            found = [
+                f.cls
+                for f in extract(model, batched([p for p, _ in side], preprocessing, 32), preprocessing=preprocessing)
+            ]
         tokens.append(torch.cat(found))
         labels.append(torch.tensor([label for _, label in side]))
     return knn_accuracy(tokens[0], labels[0], tokens[1], labels[1], k=k)

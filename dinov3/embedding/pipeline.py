@@ -342,7 +342,7 @@ def model_of(
 
         above, below = sources_of(facts.weights)
         towers = open_towers(weights or above, backbone_weights or below or None, device=device, dtype=_dtype_of(facts))
-        return ImageSide(towers), _checked_rule(store, ImageSide(towers), weights or above)
+        return ImageSide(towers), _checked_preprocessing(store, ImageSide(towers), weights or above)
     source: str | None = weights or facts.weights or None
     seed = 0
     if source is None and facts.model_name not in {row.id for row in catalog.ROWS if row.packaged}:
@@ -355,7 +355,7 @@ def model_of(
         seed, source = int(source.removeprefix("random (seed ").removesuffix(")")), "random"
     name_or_file = None if facts.model_name == "custom" else facts.model_name
     model = load(name_or_file, source, device=device, dtype=_dtype_of(facts), seed=seed)
-    return model, _checked_rule(store, model, source or facts.model_name)
+    return model, _checked_preprocessing(store, model, source or facts.model_name)
 
 
 def _dtype_of(facts: StoreFacts) -> torch.dtype:
@@ -365,7 +365,7 @@ def _dtype_of(facts: StoreFacts) -> torch.dtype:
     return torch.float32
 
 
-def _checked_rule(store: EmbeddingStore, model: nn.Module, where: str) -> Preprocessing:
+def _checked_preprocessing(store: EmbeddingStore, model: nn.Module, where: str) -> Preprocessing:
     """The store's preprocessing, if the model is the store's."""
     facts = store.facts
     preprocessing = Preprocessing.from_json(facts.preprocessing_json)
@@ -410,7 +410,7 @@ def text_query(
     model, tokenizer = open_model(
         weights or above, backbone_weights or below or None, vocabulary, device=device, dtype=_dtype_of(facts)
     )
-    _checked_rule(store, ImageSide(model), weights or above)
+    _checked_preprocessing(store, ImageSide(model), weights or above)
     tokens = tokenizer.tokenize([text], model.text_config.context_length, too_long="refuse")
     with torch.inference_mode():
         vector = model.encode_text(tokens.to(device))[0].float().cpu()  # [E], class half and patch half

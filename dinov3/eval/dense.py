@@ -174,7 +174,7 @@ def my_share(n: int) -> range:
 
 
 def batches(
-    dataset: DenseDataset, rule: Rule, size: int, seed: int, *, augment: bool
+    dataset: DenseDataset, transform: Rule, size: int, seed: int, *, augment: bool
 ) -> Callable[[int], dict[str, Any]]:
     """step → {"x" [B, 3, h, w], "target" [B, h', w'], "step"}: shuffled, and transformed by draws of (seed, epoch, index) if
     `augment`; else as for evaluation, so that the backbone runs once an image (`fit.features`)."""
@@ -185,7 +185,7 @@ def batches(
         made = []
         for position, index in enumerate(shuffled(n, size, step, seed=seed, rank=rank, world=world), first):
             draws = dense_transforms.generator(seed, position // n, index) if augment else None
-            made.append(rule(*dataset[index], draws))
+            made.append(transform(*dataset[index], draws))
         return {"x": stacked([x for x, _ in made]), "target": stacked([t for _, t in made]), "step": step}
 
     return batch

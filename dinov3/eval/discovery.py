@@ -65,8 +65,8 @@ def boxes_of(
     size: dict[str, Any] = {"shape": "native"}
     if config.patches is not None:
         size = {"shape": "short", "size": config.patches * backbone.stride}
-    rule = default_preprocessing(model, fit="pad", **size)
-    features = embed(model, image, preprocessing=rule, layer=config.layer, norm=config.norm)
+    preprocessing = default_preprocessing(model, fit="pad", **size)
+    features = embed(model, image, preprocessing=preprocessing, layer=config.layer, norm=config.norm)
     similarity = cosines(features)
     found = (cut(similarity, features.grid_hw, tau=tau, epsilon=config.epsilon) for tau in config.taus)
     return [box_in_image(c, features) for c in found]

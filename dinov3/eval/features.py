@@ -144,13 +144,13 @@ def decoded(dataset: ImageDataset, i: int, target_short_side: int | None = None)
 
 
 def image_batches(
-    dataset: ImageDataset, rows: Sequence[int], rule: Preprocessing, batch_size: int, workers: int
+    dataset: ImageDataset, rows: Sequence[int], preprocessing: Preprocessing, batch_size: int, workers: int
 ) -> Iterator[Tensor]:
     """Network inputs [B, 3, h, w] in the order of `rows`."""
 
     def make(i: int) -> Tensor:
-        image = decoded(dataset, i, rule.target_short_side)
-        return rule(image.image, original_wh=(image.width, image.height))[0]
+        image = decoded(dataset, i, preprocessing.target_short_side)
+        return preprocessing(image.image, original_wh=(image.width, image.height))[0]
 
     images = prefetched(make, rows, workers, 2 * batch_size)
     while batch := list(itertools.islice(images, batch_size)):
@@ -167,7 +167,7 @@ class FeatureCache:
     def columns(
         self,
         dataset: ImageDataset,
-        rule: Preprocessing,
+        preprocessing: Preprocessing,
         columns: Sequence[Column],
         *,
         norm: bool = True,
@@ -176,18 +176,18 @@ class FeatureCache:
         workers: int = 5,
     ) -> list[np.ndarray]:
         """One memory-mapped array [N, D_i] for each column; what is not there yet is computed in one pass."""
-        folder = self.root / self.model_name / f"{rule.id}-{dataset_id(dataset)}"
+        folder = self.root / self.model_name / f"{preprocessing.id}-{dataset_id(dataset)}"
         missing = [c for c in dict.fromkeys(columns) if not (folder / c.file(norm, dtype)).exists()]
         missing = distributed.broadcast_object(missing)
         if missing:
-            self._compute(folder, dataset, rule, missing, norm, dtype, batch_size, workers)
+            self._compute(folder, dataset, preprocessing, missing, norm, dtype, batch_size, workers)
         return [np.load(folder / c.file(norm, dtype), mmap_mode="r") for c in columns]
 
     def _compute(
         self,
         folder: Path,
         dataset: ImageDataset,
-        rule: Preprocessing,
+        preprocessing: Preprocessing,
         columns: Sequence[Column],
         norm: bool,
         dtype: str,
@@ -205,11 +205,11 @@ class FeatureCache:
         arrays: dict[Column, np.ndarray] = {}
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            about = {"model": self.model_name, "preprocessing": json.loads(rule.to_json()), "images": N}
+            about = {"model": self.model_name, "preprocessing": json.loads(preprocessing.to_json()), "images": N}
             (folder / "about.json").write_text(json.dumps(about, indent=1) + "\n")
         weight, net = next(self.model.parameters()), self.model
         began, done, logged = time.perf_counter(), 0, time.perf_counter()
-        batches = image_batches(dataset, mine, rule, batch_size, workers)
+        batches = image_batches(dataset, mine, preprocessing, batch_size, workers)
         widths = dict(zip(layers, widths_of(self.model, layers)))  # type: ignore[arg-type]
         for c in columns:
             if rank == 0:

@@ -125,8 +125,8 @@ class _Inputs:
         if config.scaling == "band_stats":
             mean, std = data.band_stats()
         else:
-            rule = default_preprocessing(model)
-            mean, std = 255 * np.array(rule.mean, np.float32), 255 * np.array(rule.std, np.float32)
+            preprocessing = default_preprocessing(model)
+            mean, std = 255 * np.array(preprocessing.mean, np.float32), 255 * np.array(preprocessing.std, np.float32)
         self.mean = torch.from_numpy(mean).view(3, 1, 1)
         self.std = torch.from_numpy(std).clamp_min(1e-6).view(3, 1, 1)
 

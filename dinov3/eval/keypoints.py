@@ -287,11 +287,11 @@ class _Maps:
 
     def __init__(self, model: nn.Module, layer: int, norms: Sequence[bool]) -> None:
         self.model, self.layer, self.norms = model, layer, norms
-        self.rule = default_preprocessing(model, shape="native")
+        self.preprocessing = default_preprocessing(model, shape="native")
 
     def __call__(self, x: Any) -> dict[bool, Tensor]:
         return {
-            norm: embed(self.model, x, preprocessing=self.rule, layer=self.layer, norm=norm).patches[0].float()
+            norm: embed(self.model, x, preprocessing=self.preprocessing, layer=self.layer, norm=norm).patches[0].float()
             for norm in self.norms
         }
 

@@ -86,13 +86,13 @@ def knn_scores(
 def evaluate(config: KnnConfig, session: Session) -> Numbers:
     c = config
     model = session.model(c.model)
-    rule = session.rule(model, c.transform)
+    preprocessing = session.preprocessing(model, c.transform)
     batch = {"batch_size": c.train.batch_size, "workers": c.train.num_workers}
-    train, train_labels, train_set = session.labelled(c.train.dataset, model, rule, c.features, **batch)
+    train, train_labels, train_set = session.labelled(c.train.dataset, model, preprocessing, c.features, **batch)
     batch = {"batch_size": c.eval.batch_size or c.train.batch_size, "workers": c.eval.num_workers}
     test_set = make_dataset(c.eval.test_dataset)
     check_classes(train_set, test_set)
-    test = session.features(model, test_set, rule, c.features, **batch)
+    test = session.features(model, test_set, preprocessing, c.features, **batch)
     targets = test_targets(test_set, c.eval.test_dataset)
     shots = c.few_shot
     tries: list[Numbers] = []

@@ -324,7 +324,7 @@ class LinearEvaluation:
         c, t = config, config.train
         self.config, self.session = config, session
         self.model: Any = session.model(c.model)
-        self.rule = session.rule(self.model, c.transform)
+        self.preprocessing = session.preprocessing(self.model, c.transform)
         self.blocks: int = max(t.n_last_blocks_list)
         n_blocks: Any = self.model.n_blocks
         if self.blocks > n_blocks:
@@ -348,7 +348,7 @@ class LinearEvaluation:
         self.session.also = (list(range(n - self.blocks, n)), ["cls+mean"])  # all in one pass
         for token, layer in wanted:
             section = replace(c.features, layers=[layer], pool=token)
-            x = self.session.features(self.model, dataset, self.rule, section, **batch)
+            x = self.session.features(self.model, dataset, self.preprocessing, section, **batch)
             columns.append(torch.from_numpy(np.array(x)))
         self.session.also = ([], [])
         return TestSet(line, columns[:-1], columns[-1], test_targets(dataset, line), metric or self.metric_of(dataset))
@@ -362,7 +362,7 @@ class LinearEvaluation:
     def tokens(self, crops: Tensor) -> tuple[list[Tensor], Tensor]:
         """uint8 crops → (CLS of the last blocks, mean patch of the last one)."""
         weight = next(self.model.parameters())
-        x = normalised(crops.to(weight.device), self.rule.mean, self.rule.std).to(weight.dtype)
+        x = normalised(crops.to(weight.device), self.preprocessing.mean, self.preprocessing.std).to(weight.dtype)
         n = self.model.n_blocks
         tokens = layer_tokens(self.model, x, list(range(n - self.blocks, n)), norm=True)
         return [tokens[i][0] for i in sorted(tokens)], tokens[n - 1][1]
@@ -498,7 +498,7 @@ class LinearEvaluation:
             head="linear",
             options={"n_classes": layer.out_features},
             class_names=names,
-            preprocessing=self.rule,
+            preprocessing=self.preprocessing,
             metrics={"val top-1": round(100 * accuracy, 2)},
         )
         self.session.say(f"the winner is in {path}")

@@ -231,13 +231,13 @@ def select(
 def evaluate(config: LogRegressionConfig, session: Session) -> Numbers:
     c = config
     model = session.model(c.model)
-    rule = session.rule(model, c.transform)
+    preprocessing = session.preprocessing(model, c.transform)
     batch = {"batch_size": c.train.batch_size, "workers": c.train.num_workers}
-    train, labels, train_set = session.labelled(c.train.dataset, model, rule, c.features, **batch)
+    train, labels, train_set = session.labelled(c.train.dataset, model, preprocessing, c.features, **batch)
     if c.train.val_dataset is not None:
         val_set = make_dataset(c.train.val_dataset)
         check_classes(train_set, val_set)
-        val = session.features(model, val_set, rule, c.features, **batch)
+        val = session.features(model, val_set, preprocessing, c.features, **batch)
         val_targets = test_targets(val_set, c.train.val_dataset)
         pool = np.arange(len(labels))
     else:
@@ -246,7 +246,7 @@ def evaluate(config: LogRegressionConfig, session: Session) -> Numbers:
     test_set = make_dataset(c.eval.test_dataset)
     check_classes(train_set, test_set)
     batch = {"batch_size": c.eval.batch_size or c.train.batch_size, "workers": c.eval.num_workers}
-    test = session.features(model, test_set, rule, c.features, **batch)
+    test = session.features(model, test_set, preprocessing, c.features, **batch)
     targets = test_targets(test_set, c.eval.test_dataset)
     metric = c.eval.test_metric_type or c.train.val_metric_type
     n_classes = class_count(labels)

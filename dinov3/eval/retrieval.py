@@ -243,9 +243,14 @@ def amstertime_scores(new: np.ndarray, old: np.ndarray, depth: int | None = None
 
 
 def _vectors(
-    config: RetrievalConfig, session: Session, model: nn.Module, images: ImageList, rule: Preprocessing, batch: int
+    config: RetrievalConfig,
+    session: Session,
+    model: nn.Module,
+    images: ImageList,
+    preprocessing: Preprocessing,
+    batch: int,
 ) -> np.ndarray:
-    return session.features(model, images, rule, config.features, batch_size=batch, workers=config.num_workers)
+    return session.features(model, images, preprocessing, config.features, batch_size=batch, workers=config.num_workers)
 
 
 def evaluate(config: RetrievalConfig, session: Session) -> dict[str, float]:
@@ -259,22 +264,22 @@ def _revisited(config: RetrievalConfig, session: Session, model: nn.Module) -> d
     backbone: Any = model
     if config.size % backbone.stride:
         raise DinoError(f"size={config.size} is no multiple of the patch ({backbone.stride})")
-    rule = default_preprocessing(model, shape="native")
+    preprocessing = default_preprocessing(model, shape="native")
     boxes = truth.boxes if config.crop_queries else None
     listed = ImageList(truth.database, square=config.size, fit=config.square)
     query_images = ImageList(truth.queries, boxes=boxes, square=config.size, fit=config.square)
-    database = _vectors(config, session, model, listed, rule, config.batch_size)
-    queries = _vectors(config, session, model, query_images, rule, config.batch_size)
+    database = _vectors(config, session, model, listed, preprocessing, config.batch_size)
+    queries = _vectors(config, session, model, query_images, preprocessing, config.batch_size)
     return revisited_scores(ranked(queries, database), truth.easy, truth.hard, truth.junk)
 
 
 def _met(config: RetrievalConfig, session: Session, model: nn.Module) -> dict[str, float]:
-    rule = default_preprocessing(model, shape="native")
+    preprocessing = default_preprocessing(model, shape="native")
     vectors: dict[str, np.ndarray] = {}
     labels: dict[str, np.ndarray] = {}
     for part in ("database", "val", "test"):
         paths, labels[part] = data.met(config.root, part)
-        vectors[part] = _vectors(config, session, model, ImageList(paths), rule, 1)  # each has its own size
+        vectors[part] = _vectors(config, session, model, ImageList(paths), preprocessing, 1)  # each has its own size
     whitening = fit_whitening(vectors["database"], config.whitened)
     database = whitening(vectors["database"])
     n_classes = len(np.unique(labels["database"]))
@@ -297,9 +302,9 @@ def _met(config: RetrievalConfig, session: Session, model: nn.Module) -> dict[st
 
 def _amstertime(config: RetrievalConfig, session: Session, model: nn.Module) -> dict[str, float]:
     new, old = data.amstertime(config.root)
-    rule = session.rule(model, config.transform)
+    preprocessing = session.preprocessing(model, config.transform)
     sides: list[list[Path]] = [new, old]
-    found = [_vectors(config, session, model, ImageList(side), rule, config.batch_size) for side in sides]
+    found = [_vectors(config, session, model, ImageList(side), preprocessing, config.batch_size) for side in sides]
     return amstertime_scores(found[0], found[1], config.depth)
 
 

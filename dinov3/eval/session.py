@@ -178,7 +178,7 @@ class Session:
                 self.say(f"note: {note}")
         return self._models[key]
 
-    def rule(self, model: nn.Module, transform: TransformSection) -> Preprocessing:
+    def preprocessing(self, model: nn.Module, transform: TransformSection) -> Preprocessing:
         """The classification preprocessing with the statistics of the model's weights."""
         if min(transform.resize_size, transform.crop_size) < 1:
             raise DinoError("transform.resize_size and transform.crop_size are pixels: 1 or more")
@@ -201,7 +201,7 @@ class Session:
         self,
         model: nn.Module,
         dataset: ImageDataset,
-        rule: Preprocessing,
+        preprocessing: Preprocessing,
         section: FeatureSection,
         *,
         batch_size: int = 64,
@@ -219,7 +219,8 @@ class Session:
         if str(root) not in self._caches:
             self._caches[str(root)] = FeatureCache(model, root, self.say)
         arrays = self._caches[str(root)].columns(
-            dataset, rule, [*wanted, *extra], norm=section.norm, dtype=section.dtype, batch_size=batch_size, workers=workers
+            dataset, preprocessing, [*wanted, *extra], norm=section.norm, dtype=section.dtype, batch_size=batch_size,
+            workers=workers,
         )[: len(wanted)]  # fmt: skip
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=1)
 
@@ -234,7 +235,7 @@ class Session:
         self,
         line: str,
         model: nn.Module,
-        rule: Preprocessing,
+        preprocessing: Preprocessing,
         section: FeatureSection,
         *,
         batch_size: int = 64,
@@ -243,7 +244,11 @@ class Session:
         """(features [N, D], labels, the data set) of a dataset spec."""
         dataset = make_dataset(line)
         labels = labels_of(dataset, line)
-        return self.features(model, dataset, rule, section, batch_size=batch_size, workers=workers), labels, dataset
+        return (
+            self.features(model, dataset, preprocessing, section, batch_size=batch_size, workers=workers),
+            labels,
+            dataset,
+        )
 
     # -- results
 

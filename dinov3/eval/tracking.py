@@ -199,12 +199,12 @@ def followed(model: torch.nn.Module, video: MaskedVideo, config: TrackingConfig)
     H, W = first.shape
     patch = math.lcm(backbone.stride, backbone.patch_size or 1)
     size = frame_size(W, H, config.short_side or config.patches * patch, patch, config.rounding)
-    rule = default_preprocessing(model, shape="native")
+    preprocessing = default_preprocessing(model, shape="native")
 
     def features() -> Iterator[Tensor]:
         for i in range(start, len(video)):
             frame = video.frame(i).resize(size, Image.Resampling.BICUBIC)
-            yield embed(model, frame, preprocessing=rule, layer=config.layer, norm=config.norm).patches[0]
+            yield embed(model, frame, preprocessing=preprocessing, layer=config.layer, norm=config.norm).patches[0]
 
     p = config.propagation
     settings = Propagation(p.n_context, p.radius, p.shape, p.k, p.temperature)

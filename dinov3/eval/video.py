@@ -240,10 +240,10 @@ class _Frozen:
         from dinov3.features import run
 
         self.run, self.model, self.config = run, model, config
-        rule = default_preprocessing(model, shape="native")
+        preprocessing = default_preprocessing(model, shape="native")
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
-        self.mean, self.std = rule.mean, rule.std
+        self.mean, self.std = preprocessing.mean, preprocessing.std
 
     @torch.inference_mode()
     def __call__(self, frames: Tensor, seconds: Tensor) -> tuple[Tensor, Tensor]:

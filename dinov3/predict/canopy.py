@@ -23,7 +23,7 @@ from torch import nn
 from dinov3 import drawing
 from dinov3.data.images import DecodedImage
 from dinov3.heads.encoder import resized
-from dinov3.predict.common import in_folder, predicted_map, rule_of, see, to_original
+from dinov3.predict.common import in_folder, predicted_map, preprocessing_of, see, to_original
 from dinov3.predict.depth import depther_of
 
 WINDOW = 1024  # pixels; larger images are seen through windows
@@ -126,7 +126,7 @@ def predict_canopy(
     `DecodedImage`, where its place on the ground is read from."""
     depther = depther_of(model, "canopy height")
     geo, empty = ground_of(file if isinstance(image, DecodedImage) else image)
-    seen = see(depther, image, rule_of(depther, size))
+    seen = see(depther, image, preprocessing_of(depther, size))
     metres = predicted_map(seen.x, lambda x, size_hw: resized(depther.in_image(x), size_hw), 1, window, stride)
     height = to_original(metres, seen)[0, 0].float().cpu().numpy()
     if empty is not None and empty.shape == height.shape:

@@ -51,7 +51,7 @@ class Classification:
         return [data, seen]
 
 
-def classification_rule(model: nn.Module, size: int) -> Preprocessing:
+def classification_preprocessing(model: nn.Module, size: int) -> Preprocessing:
     """Short side to 256/224 of the size (bicubic), centre crop: how the published accuracies are measured."""
     multiple = 32 if type(getattr(model, "backbone", None)).__name__ == "ConvNeXt" else 16
     size = max(multiple, round(size / multiple) * multiple)
@@ -66,8 +66,10 @@ def predict_classes(
     """size: the side of the square that the model sees, cut from the middle (default: as a head of your own was trained;
     else 224, as published). names: of the classes; default the model's own, ImageNet-1k's where there are 1000."""
     info = getattr(model, "head_info", None)
-    rule = info.preprocessing if info is not None and size is None else classification_rule(model, size or SIZE)
-    seen = see(model, image, rule)
+    preprocessing = (
+        info.preprocessing if info is not None and size is None else classification_preprocessing(model, size or SIZE)
+    )
+    seen = see(model, image, preprocessing)
     logits = model(seen.x.to(next(model.parameters()).dtype))
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
         raise DinoError(f"classification needs a classifier on a backbone, not a {type(model).__name__}")

@@ -56,14 +56,14 @@ def image_of(source: Any) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
-def see(model: nn.Module, source: Any, rule: Preprocessing) -> Seen:
-    """The image as `rule` prepares it, on the model's device (the model casts it to its own dtype)."""
+def see(model: nn.Module, source: Any, preprocessing: Preprocessing) -> Seen:
+    """The image as `preprocessing` prepares it, on the model's device (the model casts it to its own dtype)."""
     image = image_of(source)
-    x, geometry = rule(image)
+    x, geometry = preprocessing(image)
     return Seen(image, x[None].to(next(model.parameters()).device), geometry)
 
 
-def own_rule(model: Any) -> Preprocessing | None:
+def own_preprocessing(model: Any) -> Preprocessing | None:
     """How a head of your own saw its images in training, borders included."""
     info = getattr(model, "head_info", None)
     return info.preprocessing.with_(center_crop=None) if info is not None else None
@@ -71,14 +71,14 @@ def own_rule(model: Any) -> Preprocessing | None:
 
 def statistics(model: Any) -> dict[str, Any]:
     """Mean and std of the images a model was trained on: its own word, else its backbone's."""
-    for holder in (own_rule(model), *(getattr(part, "origin", None) for part in model.modules())):
+    for holder in (own_preprocessing(model), *(getattr(part, "origin", None) for part in model.modules())):
         if holder is not None:
             return {"mean": holder.mean, "std": holder.std}
     mean, std = catalog.STATISTICS["lvd1689m"]
     return {"mean": mean, "std": std}
 
 
-def rule_of(model: nn.Module, size: int | None, *, shape: str = "short", **changes: Any) -> Preprocessing:
+def preprocessing_of(model: nn.Module, size: int | None, *, shape: str = "short", **changes: Any) -> Preprocessing:
     """Resized so that the short side is `size` (None: not resized), to the very pixel: the models pad by themselves."""
     size_or_native = {"shape": "native"} if size is None else {"size": size, "shape": shape}
     return Preprocessing(**({"multiple": 1} | size_or_native | statistics(model) | changes))

@@ -20,7 +20,7 @@ from dinov3 import drawing
 from dinov3.errors import DinoError
 from dinov3.heads.dpt import Depther
 from dinov3.heads.encoder import resized
-from dinov3.predict.common import in_folder, own_rule, predicted_map, rule_of, see, to_original
+from dinov3.predict.common import in_folder, own_preprocessing, predicted_map, preprocessing_of, see, to_original
 
 SIZE = 768  # short side in pixels, as the published head was evaluated
 
@@ -64,8 +64,8 @@ def predict_depth(
     window, stride: sliding windows of so
     many pixels of that size, for images beyond what fits at once. flip: mean with the mirrored image's depth."""
     depther = depther_of(model)
-    own = own_rule(depther)
-    seen = see(depther, image, own if own is not None and size is None else rule_of(depther, size or SIZE))
+    own = own_preprocessing(depther)
+    seen = see(depther, image, own if own is not None and size is None else preprocessing_of(depther, size or SIZE))
 
     def metres(x: torch.Tensor, size_hw: tuple[int, int]) -> torch.Tensor:
         return resized(depther.in_image(x), size_hw)

@@ -17,7 +17,7 @@ from torch import nn
 from dinov3 import drawing
 from dinov3.data import names as known_names
 from dinov3.errors import DinoError
-from dinov3.predict.common import colours_of, in_folder, own_rule, rule_of, see
+from dinov3.predict.common import colours_of, in_folder, own_preprocessing, preprocessing_of, see
 
 SIZE = 768  # short side; the published evaluation's 2048 costs seven times as much and finds smaller things
 THRESHOLD = 0.5
@@ -102,9 +102,9 @@ def predict_objects(
         raise DinoError(f"a threshold is a score between 0 and 1, not {threshold}")
     detector: Any = model
     # sides that are no multiples of the patch would lose their rest in the windows of the backbone
-    own = own_rule(model)
-    rule = own if own is not None and size is None else rule_of(model, size or SIZE)
-    seen = see(model, image, rule.with_(multiple=16, fit="resize"))
+    own = own_preprocessing(model)
+    preprocessing = own if own is not None and size is None else preprocessing_of(model, size or SIZE)
+    seen = see(model, image, preprocessing.with_(multiple=16, fit="resize"))
     x = seen.x[0].to(next(model.parameters()).dtype)
     (found,) = detector.detect([x], [seen.size_hw], score_threshold=threshold, most=most)
     categories = _categories(detector, names)

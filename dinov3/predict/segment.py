@@ -18,7 +18,16 @@ from dinov3 import drawing
 from dinov3.data import names as known_names
 from dinov3.errors import DinoError
 from dinov3.heads.windows import class_maps
-from dinov3.predict.common import best_class, colours_of, in_folder, names_of, own_rule, predicted_map, rule_of, see
+from dinov3.predict.common import (
+    best_class,
+    colours_of,
+    in_folder,
+    names_of,
+    own_preprocessing,
+    predicted_map,
+    preprocessing_of,
+    see,
+)
 
 SIZES = {"linear": 512, "m2f": 896}  # short side and windows of the published protocols; every 2/3 of a window
 
@@ -95,11 +104,11 @@ def predict_segments(
     kind = decoder_type(model)
     n = n_classes_of(model, kind)
     class_names = names_of(model, n, names, known_names.ade20k())
-    own = own_rule(model)
-    rule = own if own is not None and size is None else rule_of(model, size or SIZES[kind])
-    if window is None and not whole and rule.shape == "short":
-        window = rule.size
-    seen = see(model, image, rule)
+    own = own_preprocessing(model)
+    preprocessing = own if own is not None and size is None else preprocessing_of(model, size or SIZES[kind])
+    if window is None and not whole and preprocessing.shape == "short":
+        window = preprocessing.size
+    seen = see(model, image, preprocessing)
     segmentor: Any = model
 
     def maps_of(x: Tensor, size_hw: tuple[int, int]) -> Tensor:

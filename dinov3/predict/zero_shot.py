@@ -26,7 +26,7 @@ from dinov3.drawing import palette
 from dinov3.errors import DinoError
 from dinov3.heads.dinotxt.model import DinoTxt
 from dinov3.heads.dinotxt.open_vocabulary import OpenVocabulary, averaged, patch_part, prompt_features
-from dinov3.predict.common import best_class, in_folder, predicted_map, rule_of, see, statistics
+from dinov3.predict.common import best_class, in_folder, predicted_map, preprocessing_of, see, statistics
 from dinov3.predict.segment import Segmentation
 
 SIZE = 384  # centre crop, as the published table was measured (576 patches); the short side is the same
@@ -92,10 +92,10 @@ def predict_words(model: DinoTxt, image: Any, classes: Words, *, size: int = SIZ
     """size: the side of the square cut from the middle, after the short side was brought to it (bicubic)."""
     step: Any = check_model(model).visual_model.backbone.stride
     size = max(step, round(size / step) * step)
-    rule = Preprocessing.named(
+    preprocessing = Preprocessing.named(
         "classification", **{"size": size, "center_crop": size, "multiple": step} | statistics(model)
     )
-    seen = see(model, image, rule)
+    seen = see(model, image, preprocessing)
     weight = model.visual_model.backbone.cls_token
     embedding = model.encode_image(seen.x.to(weight.dtype), normalize=True).float().cpu()
     cosines = (embedding @ classes.image.T)[0]  # [C]
@@ -123,7 +123,7 @@ def predict_places(
         raise DinoError("this dino.txt was trained without patch tokens: it can name images, but not places in them")
     if window is not None and stride is None:
         stride = max(1, window // 2)
-    seen = see(check_model(model), image, rule_of(model, size, interpolation="bicubic"))
+    seen = see(check_model(model), image, preprocessing_of(model, size, interpolation="bicubic"))
     maps_of = OpenVocabulary(model, classes.patch, softmax=window is not None)
     maps = predicted_map(seen.x, maps_of.predict, len(classes.names), window, stride)
     number, share = best_class(maps, seen, lambda m: m)

@@ -19,10 +19,10 @@ from dinov3 import checkpoint, distributed
 from dinov3.checkpoint import Checkpoints
 from dinov3.config.recipes import load_teacher
 from dinov3.config.train import TrainConfig, resolutions, vit_config
-from dinov3.data.crops import CropRules
+from dinov3.data.crops import CropConfig
 from dinov3.data.datasets import make_dataset
 from dinov3.data.loading import CropLoader
-from dinov3.data.masking import MaskRules
+from dinov3.data.masking import MaskConfig
 from dinov3.distributed import Group
 from dinov3.errors import DinoError
 from dinov3.models.fp8 import convert_to_fp8
@@ -300,8 +300,8 @@ def build_loader(
     }
     with_gram = config.gram.use_loss and not config.gram.ema_teacher  # unused Gram crops are not made
     rows = resolutions(c)
-    rules = [
-        CropRules(
+    crop_configs = [
+        CropConfig(
             global_size=row.global_px,
             local_size=row.local_px,
             gram_size=row.gram_px if with_gram else None,
@@ -311,8 +311,8 @@ def build_loader(
     ]
     return CropLoader(
         make_dataset(config.train.dataset_path),
-        rules,
-        MaskRules(
+        crop_configs,
+        MaskConfig(
             config.ibot.mask_sample_probability,
             config.ibot.mask_ratio_min_max,
             circular_shift=config.ibot.mask_random_circular_shift,

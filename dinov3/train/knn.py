@@ -40,11 +40,11 @@ def features_of(
     mine = [labelled[min(rank + i * world, len(labelled) - 1)] for i in range(each)]
     stride: Any = backbone.stride
     mean, std = config.crops.rgb_mean, config.crops.rgb_std
-    rule = Preprocessing(
+    preprocessing = Preprocessing(
         size=e.knn_image_size, multiple=stride, mean=(mean[0], mean[1], mean[2]), std=(std[0], std[1], std[2])
     )
-    batches = batched((data[i][0] for i in mine), rule, e.knn_batch_size)
-    cls = torch.cat([f.cls for f in extract(backbone, batches, preprocessing=rule)])
+    batches = batched((data[i][0] for i in mine), preprocessing, e.knn_batch_size)
+    cls = torch.cat([f.cls for f in extract(backbone, batches, preprocessing=preprocessing)])
     labels = torch.tensor([int(data.label(i) or 0) for i in mine], device=device)
     number = torch.tensor([rank + i * world for i in range(each)], device=device)
     cls, labels, number = (distributed.all_gather(x.clone(), group) for x in (cls, labels, number))

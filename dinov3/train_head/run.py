@@ -260,22 +260,22 @@ def load_backbone(config: HeadConfig) -> nn.Module:
     return backbone
 
 
-def rule_for(config: HeadConfig, backbone: nn.Module, sizes: set[tuple[int, int]]) -> Preprocessing:
+def preprocessing_for(config: HeadConfig, backbone: nn.Module, sizes: set[tuple[int, int]]) -> Preprocessing:
     """How images become inputs, with the backbone's statistics."""
     size = config.size or int(RECIPES[config.task, config.head].get("size", 512))
     multiple = {"mask2former": 32}.get(config.head, int(backbone.stride))  # type: ignore[arg-type]
     if size < multiple:
         raise DinoError(f"size {size} is smaller than one patch of the backbone and head ({multiple} pixels)")
-    rule = default_preprocessing(backbone, size=size, multiple=multiple, shape="short")
+    preprocessing = default_preprocessing(backbone, size=size, multiple=multiple, shape="short")
     if config.shape != "auto":
-        return rule.with_(shape=config.shape)
-    aspects = {rule.plan(*wh).input_hw for wh in sizes}
-    return rule if len(aspects) == 1 else rule.with_(shape="square")
+        return preprocessing.with_(shape=config.shape)
+    aspects = {preprocessing.plan(*wh).input_hw for wh in sizes}
+    return preprocessing if len(aspects) == 1 else preprocessing.with_(shape="square")
 
 
-def build_task(config: HeadConfig, data: Any, val: Any | None, rule: Preprocessing) -> tasks.Task:
+def build_task(config: HeadConfig, data: Any, val: Any | None, preprocessing: Preprocessing) -> tasks.Task:
     """The task over the data, with its classes."""
-    given = (data, val, rule)
+    given = (data, val, preprocessing)
     batch = config.batch or int(RECIPES[config.task, config.head]["batch"])
     options: dict[str, Any] = {"augment": config.augment, "batch": batch, "seed": config.seed}
     if config.task == "depth":
@@ -291,7 +291,7 @@ def build_task(config: HeadConfig, data: Any, val: Any | None, rule: Preprocessi
             from dinov3.heads.mask2former.loss import Mask2FormerCriterion
 
             # masks have a sixteenth of the image's pixels: more points than that say nothing new
-            criterion = Mask2FormerCriterion(len(names), n_points=min(12544, rule.size**2 // 16))
+            criterion = Mask2FormerCriterion(len(names), n_points=min(12544, preprocessing.size**2 // 16))
         task = tasks.Segmentation(*given, head=config.head, criterion=criterion, colours=palette(len(names)), **options)
     elif config.task == "detection":
         from dinov3.heads.detr.loss import DetrCriterion
@@ -352,8 +352,8 @@ def train_head(config: HeadConfig, out: str | os.PathLike[str], *, resume: bool 
     if val is not None:
         checked_sizes(val, notes.append)
     backbone = load_backbone(config)
-    rule = rule_for(config, backbone, sizes)
-    task = build_task(config, data, val, rule)
+    preprocessing = preprocessing_for(config, backbone, sizes)
+    task = build_task(config, data, val, preprocessing)
     options = dict(config.options) | ({} if task.n_classes is None else {"n_classes": task.n_classes})
     if isinstance(task, tasks.Depth):
         options |= {"min_depth": task.range[0], "max_depth": task.range[1]}
@@ -368,7 +368,7 @@ def train_head(config: HeadConfig, out: str | os.PathLike[str], *, resume: bool 
         run.say(note)
     run.say(
         f"{len(data)} images, {f'{len(val)} to validate' if val is not None else 'none to validate'}, "
-        f"{f'{task.n_classes} classes, ' if task.n_classes else ''}{backbone.origin}, input {rule.id}"
+        f"{f'{task.n_classes} classes, ' if task.n_classes else ''}{backbone.origin}, input {preprocessing.id}"
     )
     if config.augment != "full":
         folder = run.path / "features" if run.writer else None
@@ -392,7 +392,7 @@ def train_head(config: HeadConfig, out: str | os.PathLike[str], *, resume: bool 
         if run.writer:
             save_head(
                 path, model, task=config.task, head=config.head, options=options,
-                class_names=task.class_names or None, preprocessing=rule, metrics=metrics, steps=fitting.steps,
+                class_names=task.class_names or None, preprocessing=preprocessing, metrics=metrics, steps=fitting.steps,
                 data={"images": len(data), "measured_on": measured_on, "name": data_name(config.data)},
             )  # fmt: skip
             with torch.no_grad():

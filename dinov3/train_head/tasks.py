@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dinov3 import drawing
 from dinov3.data.crops import draw_box
 from dinov3.data.transforms.boxes import flipped
-from dinov3.data.transforms.dense import DepthRule, SegmentationRule, generator, photometric, resized_map
+from dinov3.data.transforms.dense import DepthTransform, SegmentationTransform, generator, photometric, resized_map
 from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.data.transforms.pixels import to_pixels
 from dinov3.errors import DinoError
@@ -38,15 +38,17 @@ KEPT_BYTES = 1 << 29  # of prepared examples: reading and resizing an image cost
 
 
 class Task(ABC):
-    """`data` and `val` are data sets of (image, target); `rule` is how images become inputs."""
+    """`data` and `val` are data sets of (image, target); `preprocessing` is how images become inputs."""
 
     name: str
     score: str  # the evaluation's number that says which head is best …
     score_is: Literal["highest", "lowest"] = "highest"
     stacked: ClassVar[bool] = True  # whether a batch is one tensor
 
-    def __init__(self, data: Any, val: Any | None, rule: Preprocessing, *, augment: str, batch: int, seed: int) -> None:
-        self.data, self.val, self.rule = data, val, rule
+    def __init__(
+        self, data: Any, val: Any | None, preprocessing: Preprocessing, *, augment: str, batch: int, seed: int
+    ) -> None:
+        self.data, self.val, self.preprocessing = data, val, preprocessing
         self.augment, self.batch_size, self.seed = augment, batch, seed
         self.class_names: list[str] = []
         self._kept: dict[tuple[int, bool], tuple[Tensor, Any]] = {}
@@ -108,7 +110,7 @@ class Task(ABC):
     def seen(self, dataset: Any, index: int) -> tuple[Image.Image, Any, Tensor]:
         """(image, target, input [1, 3, h, w]) of an evaluation."""
         image, target = dataset[index]
-        return image, target, self.rule(image)[0][None]
+        return image, target, self.preprocessing(image)[0][None]
 
     @abstractmethod
     def scores(self, model: nn.Module, dataset: Any, device: torch.device) -> dict[str, float]: ...
@@ -157,13 +159,13 @@ class Segmentation(Task):
         image, target = self.data[index]
         labels = self.labels(target)
         if rng is None:
-            x, _ = self.rule(image)
+            x, _ = self.preprocessing(image)
             return x, resized_map(labels, (x.shape[-2], x.shape[-1])).to(torch.uint8 if self._small else torch.int64)
-        m = self.rule.multiple
-        side = -(-self.rule.size // m) * m
-        full = SegmentationRule(
-            img_size=self.rule.size, ratio_range=(0.5, 2.0), crop_hw=(side, side), flip_prob=0.5,
-            mean=tuple(255 * v for v in self.rule.mean), std=tuple(255 * v for v in self.rule.std),
+        m = self.preprocessing.multiple
+        side = -(-self.preprocessing.size // m) * m
+        full = SegmentationTransform(
+            img_size=self.preprocessing.size, ratio_range=(0.5, 2.0), crop_hw=(side, side), flip_prob=0.5,
+            mean=tuple(255 * v for v in self.preprocessing.mean), std=tuple(255 * v for v in self.preprocessing.std),
         )  # fmt: skip
         return full(image, labels, rng)
 
@@ -223,18 +225,19 @@ class Depth(Task):
     def example(self, index: int, rng: Any | None) -> tuple[Tensor, Tensor]:
         image, target = self.data[index]
         if rng is None:
-            x, _ = self.rule(image)
+            x, _ = self.preprocessing(image)
             return x, resized_map(torch.as_tensor(target), (x.shape[-2], x.shape[-1]))[None]
         # a crop of 7/8 of the image, in whole patches: the same for all, as the images are
         h, w = (
-            max(self.rule.multiple, s * 7 // 8 // self.rule.multiple * self.rule.multiple) for s in self._input_hw()
+            max(self.preprocessing.multiple, s * 7 // 8 // self.preprocessing.multiple * self.preprocessing.multiple)
+            for s in self._input_hw()
         )
-        full = DepthRule(
+        full = DepthTransform(
             img_size=min(self._input_hw()),
             random_crop=(h, w),
             rotation_angle=2.5,
-            mean=self.rule.mean,
-            std=self.rule.std,
+            mean=self.preprocessing.mean,
+            std=self.preprocessing.std,
         )
         x, depth = full(image, target, rng)
         return x, depth[None]
@@ -242,7 +245,7 @@ class Depth(Task):
     def _input_hw(self) -> tuple[int, int]:
         if not hasattr(self, "_hw"):
             image, _ = self.data[0]
-            self._hw = self.rule.plan(image.width, image.height).input_hw
+            self._hw = self.preprocessing.plan(image.width, image.height).input_hw
         return self._hw
 
     def flipped(self, target: Tensor, width: int) -> Tensor:
@@ -289,12 +292,12 @@ class Classification(Task):
     def example(self, index: int, rng: Any | None) -> tuple[Tensor, Tensor]:
         image, label = self.data[index]
         if rng is None:
-            return self.rule(image)[0], torch.tensor(label)
+            return self.preprocessing(image)[0], torch.tensor(label)
         top, left, h, w = draw_box(image.width, image.height, (0.35, 1.0), rng)
         pixels = to_pixels(image.crop((left, top, left + w, top + h)))
         pixels = photometric(pixels.flip(-1) if rng.random() < 0.5 else pixels, rng)
-        side = self.rule.center_crop or self.rule.size
-        x, _ = replace(self.rule, shape="square", size=side, center_crop=None)(pixels)
+        side = self.preprocessing.center_crop or self.preprocessing.size
+        x, _ = replace(self.preprocessing, shape="square", size=side, center_crop=None)(pixels)
         return x, torch.tensor(label)
 
     def flipped(self, target: Tensor, width: int) -> Tensor:
@@ -344,14 +347,16 @@ class Detection(Task):
 
     def example(self, index: int, rng: Any | None) -> tuple[Tensor, dict[str, Tensor]]:
         image, target = self.data[index]
-        rule, boxes, labels = self.rule, target["boxes_xyxy_px"], target["labels"]
+        preprocessing, boxes, labels = self.preprocessing, target["boxes_xyxy_px"], target["labels"]
         keep = ~target["crowd"]
         boxes, labels = boxes[keep], labels[keep]
         if rng is not None:
-            rule = replace(rule, size=round(rule.size * (0.6 + 0.4 * rng.random()) / 16) * 16)
+            preprocessing = replace(
+                preprocessing, size=round(preprocessing.size * (0.6 + 0.4 * rng.random()) / 16) * 16
+            )
             if rng.random() < 0.5:
                 image, boxes, labels = cropped(image, boxes, labels, rng)
-        x, geometry = rule(image)
+        x, geometry = preprocessing(image)
         scale = torch.tensor([geometry.scale_x, geometry.scale_y] * 2)
         made = {"boxes_xyxy_px": boxes * scale, "labels": labels}
         if rng is not None and rng.random() < 0.5:

@@ -198,8 +198,8 @@ def test_zero_shot_says_the_cosines_of_images_and_words(
     from dinov3.data.transforms.inputs import Preprocessing
     from dinov3.predict.common import see
 
-    rule = Preprocessing.named("classification", size=64, center_crop=64)
-    x = see(model, photos[0], rule).x
+    preprocessing = Preprocessing.named("classification", size=64, center_crop=64)
+    x = see(model, photos[0], preprocessing).x
     with torch.no_grad():
         tokens = tokenizer.tokenize(["cat", "rocket", "dog"], 12)
         expected = (model.encode_image(x, normalize=True) @ model.encode_text(tokens, normalize=True).T)[0]
@@ -223,9 +223,9 @@ def test_zero_shot_places(dino_txt: dict[str, Path], photos: list[Path], tmp_pat
     classes = words(model, tokenizer, ["cat", "sky"], ["{}"])
     image = Image.open(photos[0]).convert("RGB").resize((96, 64))
     found = predict_places(model, image, classes, size=64, window=None)
-    from dinov3.predict.common import rule_of, see
+    from dinov3.predict.common import preprocessing_of, see
 
-    x = see(model, image, rule_of(model, 64, interpolation="bicubic")).x
+    x = see(model, image, preprocessing_of(model, 64, interpolation="bicubic")).x
     maps = OpenVocabulary(model, classes.patch).predict(x, (64, 96))  # type: ignore[arg-type]
     assert (found.classes == maps.argmax(1)[0].numpy()).mean() > 0.999
 
@@ -260,10 +260,10 @@ def test_a_store_that_dino_txt_filled_is_asked_in_words(
     from dinov3.predict.common import see
 
     text = opened.encode_text(tokenizer.tokenize(["a cat"], 12), normalize=True)
-    rule = default_preprocessing(dinotxt.ImageSide(opened), size=64)
+    preprocessing = default_preprocessing(dinotxt.ImageSide(opened), size=64)
     for hit in hits:
         with torch.no_grad():
-            image = opened.encode_image(see(opened, hit["path"], rule).x, normalize=True)
+            image = opened.encode_image(see(opened, hit["path"], preprocessing).x, normalize=True)
         assert hit["score"] == pytest.approx(float((image @ text.T).detach()), abs=1e-5)
     assert len(hits) == 2
     sheet = tmp_path / "sheet.png"

@@ -20,7 +20,7 @@ from dinov3.data.crops import (
     ASPECT,
     BLUR_P,
     Crop,
-    CropRules,
+    CropConfig,
     Plan,
     Sample,
     collate,
@@ -30,7 +30,7 @@ from dinov3.data.crops import (
     generator,
     render,
 )
-from dinov3.data.masking import MaskRules, batch_masks
+from dinov3.data.masking import MaskConfig, batch_masks
 from dinov3.data.transforms.inputs import LVD_MEAN, LVD_STD
 from dinov3.data.transforms.pixels import Colours, blurred, coloured, normalised, to_pixels
 from dinov3.errors import DinoError, UnknownName
@@ -168,7 +168,7 @@ def test_solarisation_inverts_values_of_128_and_more() -> None:
 @pytest.mark.parametrize("seed", range(12))
 def test_whole_crops_equal_the_plain_pipeline(seed: int) -> None:
     image = random_image(seed=seed)
-    plan = CropRules().plan(120, 90, generator(1, 0, seed))
+    plan = CropConfig().plan(120, 90, generator(1, 0, seed))
     for crop, side in [(c, 48) for c in plan.globals_] + [(c, 32) for c in plan.locals_[:3]]:
         largest, mean = difference(fast(image, crop, side), plain(Image.fromarray(image), crop, side))
         assert mean < 0.5, crop
@@ -182,8 +182,8 @@ def test_whole_crops_equal_the_plain_pipeline(seed: int) -> None:
 class TorchvisionDraws:
     """Draws parameters in torchvision's order from torch's generator, as the recorded run did."""
 
-    def __init__(self, rules: CropRules, seed: int = 51):
-        self.rng, self.rules = torch.Generator().manual_seed(seed), rules
+    def __init__(self, crop_configs: CropConfig, seed: int = 51):
+        self.rng, self.crop_configs = torch.Generator().manual_seed(seed), crop_configs
 
     def uniform(self, low: float, high: float) -> float:
         return torch.empty(1).uniform_(low, high, generator=self.rng).item()
@@ -205,7 +205,7 @@ class TorchvisionDraws:
 
     def geometry(self, width: int, height: int, scale: tuple[float, float]) -> Crop:
         crop = self.box(width, height, scale)
-        return replace(crop, flip=self.hit(0.5 if self.rules.horizontal_flips else 0.0))
+        return replace(crop, flip=self.hit(0.5 if self.crop_configs.horizontal_flips else 0.0))
 
     def colours(self) -> Colours:
         colours = Colours()
@@ -219,7 +219,7 @@ class TorchvisionDraws:
         return replace(colours, grey=self.hit(0.2))
 
     def distortion(self, crop: Crop, blur_p: float, solarise: bool) -> Crop:
-        if not self.rules.share_color_jitter:
+        if not self.crop_configs.share_color_jitter:
             crop = replace(crop, colours=self.colours())
         if self.hit(blur_p):
             crop = replace(crop, sigma=self.uniform(0.1, 2.0))
@@ -227,13 +227,13 @@ class TorchvisionDraws:
 
     def plan(self, width: int, height: int) -> Plan:
         first, second, local = BLUR_P["applied"]
-        shared = self.colours() if self.rules.share_color_jitter else None
-        one = self.distortion(self.geometry(width, height, self.rules.global_scale), first, False)
-        two = self.distortion(self.geometry(width, height, self.rules.global_scale), second, True)
+        shared = self.colours() if self.crop_configs.share_color_jitter else None
+        one = self.distortion(self.geometry(width, height, self.crop_configs.global_scale), first, False)
+        two = self.distortion(self.geometry(width, height, self.crop_configs.global_scale), second, True)
         locals_ = []
-        for _ in range(self.rules.local_count):
-            windowed = self.rules.local_from_global
-            crop = Crop() if windowed else self.geometry(width, height, self.rules.local_scale)
+        for _ in range(self.crop_configs.local_count):
+            windowed = self.crop_configs.local_from_global
+            crop = Crop() if windowed else self.geometry(width, height, self.crop_configs.local_scale)
             locals_.append(self.distortion(crop, local, False))
         return Plan((one, two), tuple(locals_), shared)
 
@@ -251,11 +251,11 @@ RECORDED: dict[str, dict[str, Any]] = {
 def test_recorded_crops_of_the_reference_are_reproduced_from_its_draws(case: str) -> None:
     golden = load_file(GOLDEN_LOSSES / "augmentation.safetensors")
     image = golden["image_uint8_hwc"]
-    rules = CropRules(global_size=32, local_size=16, local_count=2, **RECORDED[case])
-    plan = TorchvisionDraws(rules).plan(image.shape[1], image.shape[0])
-    if rules.local_from_global:  # drawn elsewhere, and recorded
+    crop_configs = CropConfig(global_size=32, local_size=16, local_count=2, **RECORDED[case])
+    plan = TorchvisionDraws(crop_configs).plan(image.shape[1], image.shape[0])
+    if crop_configs.local_from_global:  # drawn elsewhere, and recorded
         plan = replace(plan, windows=tuple(map(tuple, golden[f"{case}.offsets"].tolist())))
-    crops = render(image, plan, rules)
+    crops = render(image, plan, crop_configs)
     got = {f"global{i}": c for i, c in enumerate(crops.global_crops)}
     got |= {f"local{i}": c for i, c in enumerate(crops.local_crops)}
     if crops.gram_crops is not None:
@@ -278,7 +278,7 @@ def test_with_pillows_hue_the_plain_definition_is_the_reference_to_the_level(mon
     monkeypatch.setitem(globals(), "plain_hue", hue_with_8_bits)
     golden = load_file(GOLDEN_LOSSES / "augmentation.safetensors")
     image = golden["image_uint8_hwc"]
-    plan = TorchvisionDraws(CropRules(32, 16, 2)).plan(image.shape[1], image.shape[0])
+    plan = TorchvisionDraws(CropConfig(32, 16, 2)).plan(image.shape[1], image.shape[0])
     for kind, crops, side in (("global", plan.globals_, 32), ("local", plan.locals_, 16)):
         for i, crop in enumerate(crops):
             wanted = golden[f"default.{kind}{i}"] * STD * 255 + MEAN * 255
@@ -291,8 +291,8 @@ def test_with_pillows_hue_the_plain_definition_is_the_reference_to_the_level(mon
 # The distribution
 
 
-def plans(rules: CropRules, n: int = 2000) -> list[Plan]:
-    return [rules.plan(500, 375, generator(0, 0, i)) for i in range(n)]
+def plans(crop_configs: CropConfig, n: int = 2000) -> list[Plan]:
+    return [crop_configs.plan(500, 375, generator(0, 0, i)) for i in range(n)]
 
 
 def share(hits: list[bool]) -> float:
@@ -301,7 +301,7 @@ def share(hits: list[bool]) -> float:
 
 @pytest.mark.parametrize("blur", ("applied", "paper"))
 def test_probabilities_are_the_stated_ones(blur: str) -> None:
-    drawn = plans(CropRules(blur=blur, local_count=2))
+    drawn = plans(CropConfig(blur=blur, local_count=2))
     one, two, local = ([p.globals_[0] for p in drawn], [p.globals_[1] for p in drawn], [p.locals_[1] for p in drawn])
     for crops, blur_p, solarise_p in zip((one, two, local), BLUR_P[blur], (0, 0.2, 0)):
         for got, wanted in (
@@ -318,11 +318,11 @@ def test_the_applied_blur_is_the_complement_that_was_recorded() -> None:
     recorded = json.loads((GOLDEN_LOSSES / "augmentation_blur.json").read_text())
     nominal = [recorded[f"{p:.1f}"]["torchvision_apply_probability"] for p in BLUR_P["paper"]]
     assert list(BLUR_P["applied"]) == nominal == [0.0, 0.9, 0.5]
-    assert CropRules().blur == "applied"
+    assert CropConfig().blur == "applied"
 
 
 def test_factors_are_uniform_in_their_ranges_and_orders_are_all_permutations() -> None:
-    colours = [p.globals_[0].colours for p in plans(CropRules(local_count=0), 6000)]
+    colours = [p.globals_[0].colours for p in plans(CropConfig(local_count=0), 6000)]
     drawn = [c for c in colours if c.order]
     for name, low, high in (
         ("brightness", 0.6, 1.4),
@@ -363,10 +363,10 @@ def test_a_image_too_narrow_for_any_box_gives_its_centre(size: tuple[int, int], 
 
 
 def test_the_same_seed_epoch_and_index_give_the_same_crops_and_any_other_does_not() -> None:
-    rules, image = CropRules(32, 16, 2), random_image()
+    crop_configs, image = CropConfig(32, 16, 2), random_image()
 
     def crops(*key: int) -> torch.Tensor:
-        return render(image, rules.plan(120, 90, generator(*key)), rules).global_crops
+        return render(image, crop_configs.plan(120, 90, generator(*key)), crop_configs).global_crops
 
     assert crops(1, 2, 3).equal(crops(1, 2, 3))
     for other in ((0, 2, 3), (1, 0, 3), (1, 2, 0)):
@@ -374,10 +374,10 @@ def test_the_same_seed_epoch_and_index_give_the_same_crops_and_any_other_does_no
 
 
 def test_a_pillow_image_an_array_and_a_tensor_give_the_same_crops() -> None:
-    rules, image = CropRules(32, 16, 2), random_image()
-    plan = rules.plan(120, 90, generator(0, 0, 0))
+    crop_configs, image = CropConfig(32, 16, 2), random_image()
+    plan = crop_configs.plan(120, 90, generator(0, 0, 0))
     forms = (image, Image.fromarray(image), torch.from_numpy(image.copy()).permute(2, 0, 1).contiguous())
-    a, b, c = (render(form, plan, rules) for form in forms)
+    a, b, c = (render(form, plan, crop_configs) for form in forms)
     assert a.global_crops.equal(b.global_crops)
     assert a.global_crops.equal(c.global_crops)
     assert a.local_crops.equal(c.local_crops)
@@ -385,18 +385,18 @@ def test_a_pillow_image_an_array_and_a_tensor_give_the_same_crops() -> None:
 
 @pytest.mark.parametrize("size", ((1, 1), (1, 300), (300, 2)))
 def test_a_image_of_hardly_any_pixels_still_gives_crops(size: tuple[int, int]) -> None:
-    rules = CropRules(32, 16, 2)
+    crop_configs = CropConfig(32, 16, 2)
     image = Image.new("RGB", size, (10, 200, 30))
     for seed in range(5):
-        crops = render(image, rules.plan(*size, generator(0, 0, seed)), rules)
+        crops = render(image, crop_configs.plan(*size, generator(0, 0, seed)), crop_configs)
         assert crops.global_crops.shape == (2, 3, 32, 32)
         assert crops.local_crops.flatten(2).float().std(-1).max() == 0  # of one colour it stays
 
 
 def test_gram_crops_without_distortions_show_the_box_of_the_global_crop_and_nothing_else() -> None:
-    rules, image = CropRules(32, 16, 2, gram_size=48, gram_distorted=False), random_image()
-    plan = rules.plan(120, 90, generator(0, 0, 4))
-    crops = render(image, plan, rules)
+    crop_configs, image = CropConfig(32, 16, 2, gram_size=48, gram_distorted=False), random_image()
+    plan = crop_configs.plan(120, 90, generator(0, 0, 4))
+    crops = render(image, plan, crop_configs)
     assert crops.gram_crops is not None
     for crop, gram in zip(plan.globals_, crops.gram_crops):
         bare = replace(crop, colours=Colours(), sigma=None, solarise=False)
@@ -404,27 +404,27 @@ def test_gram_crops_without_distortions_show_the_box_of_the_global_crop_and_noth
 
 
 def test_distorted_gram_crops_show_what_the_global_crops_show() -> None:
-    rules, image = CropRules(32, 16, 2, gram_size=64), random_image()
-    crops = render(image, rules.plan(120, 90, generator(0, 0, 2)), rules)
+    crop_configs, image = CropConfig(32, 16, 2, gram_size=64), random_image()
+    crops = render(image, crop_configs.plan(120, 90, generator(0, 0, 2)), crop_configs)
     assert crops.gram_crops is not None
     halved = crops.gram_crops.float().view(2, 3, 32, 2, 32, 2).mean((3, 5))
     assert (halved - crops.global_crops.float()).abs().mean() < 3
 
 
 def test_shared_colours_are_drawn_once_and_the_crops_have_none_of_their_own() -> None:
-    plan = CropRules(share_color_jitter=True).plan(500, 375, generator(0, 0, 0))
+    plan = CropConfig(share_color_jitter=True).plan(500, 375, generator(0, 0, 0))
     assert plan.shared is not None
     assert all(c.colours == Colours() for c in plan.globals_ + plan.locals_)
 
 
 def test_no_crop_is_flipped_where_flips_are_off() -> None:
-    drawn = plans(CropRules(horizontal_flips=False), 50)
+    drawn = plans(CropConfig(horizontal_flips=False), 50)
     assert not any(c.flip for p in drawn for c in p.globals_ + p.locals_)
 
 
 def test_windows_are_multiples_of_the_step_inside_the_global_crop() -> None:
-    rules = CropRules(224, 96, 8, local_from_global=True)
-    windows = np.array([p.windows for p in plans(rules, 200)])
+    crop_configs = CropConfig(224, 96, 8, local_from_global=True)
+    windows = np.array([p.windows for p in plans(crop_configs, 200)])
     assert set(np.unique(windows)) == set(range(0, 128, 16))
 
 
@@ -442,25 +442,25 @@ def test_windows_are_multiples_of_the_step_inside_the_global_crop() -> None:
 )
 def test_rules_that_make_no_sense_are_refused(changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(DinoError, match=sentence):
-        CropRules(**changes)
+        CropConfig(**changes)
     with pytest.raises(UnknownName):
-        CropRules(blur="gaussian")
+        CropConfig(blur="gaussian")
 
 
 def test_sizes_that_a_model_would_silently_cut_are_refused() -> None:
     with pytest.raises(DinoError, match="global_size 70 is no multiple of the patch size 16; the nearest one is 64"):
-        CropRules(global_size=70).check_patch(16)
+        CropConfig(global_size=70).check_patch(16)
     with pytest.raises(DinoError, match="gram_size 100 is no multiple"):
-        CropRules(gram_size=100).check_patch(16)
-    CropRules().check_patch(16)
-    CropRules(768, 168, gram_size=1152).check_patch(
+        CropConfig(gram_size=100).check_patch(16)
+    CropConfig().check_patch(16)
+    CropConfig(768, 168, gram_size=1152).check_patch(
         16
     )  # the published high-resolution recipe: a local crop of 10.5 patches
 
 
 def test_reduced_decoding_never_enlarges_a_crop_that_the_full_image_would_not() -> None:
-    rules = CropRules()
-    short = 2 * rules.target_short_side  # what the decoder keeps at least
+    crop_configs = CropConfig()
+    short = 2 * crop_configs.target_short_side  # what the decoder keeps at least
     smallest_local = math.sqrt(0.05 * short * short * ASPECT[0])
     smallest_global = math.sqrt(0.32 * short * short * ASPECT[0])
     assert smallest_local >= 96
@@ -471,16 +471,16 @@ def test_reduced_decoding_never_enlarges_a_crop_that_the_full_image_would_not() 
 # Batches
 
 
-def batch(rules: CropRules, n: int = 3) -> Any:
+def batch(crop_configs: CropConfig, n: int = 3) -> Any:
     samples = []
     for i in range(n):
-        plan = rules.plan(120, 90, generator(0, 0, i))
-        samples.append(Sample(render(random_image(seed=i), plan, rules), i, (f"bad{i}",) if i == 1 else ()))
-    return samples, collate(samples, batch_masks(2 * n, (2, 2), MaskRules(), random.Random(0)), rules)
+        plan = crop_configs.plan(120, 90, generator(0, 0, i))
+        samples.append(Sample(render(random_image(seed=i), plan, crop_configs), i, (f"bad{i}",) if i == 1 else ()))
+    return samples, collate(samples, batch_masks(2 * n, (2, 2), MaskConfig(), random.Random(0)), crop_configs)
 
 
 def test_batches_are_crop_major() -> None:
-    samples, got = batch(CropRules(32, 16, 4, gram_size=48))
+    samples, got = batch(CropConfig(32, 16, 4, gram_size=48))
     assert got.global_crops.shape == (6, 3, 32, 32)
     assert got.local_crops.shape == (12, 3, 16, 16)
     assert got.gram_crops.shape == (6, 3, 48, 48)
@@ -496,7 +496,7 @@ def test_batches_are_crop_major() -> None:
 
 
 def test_a_batch_is_normalised_when_it_is_moved_and_only_once() -> None:
-    _, got = batch(CropRules(32, 16, 2, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4)))
+    _, got = batch(CropConfig(32, 16, 2, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4)))
     assert got.global_crops.dtype == torch.uint8
     moved = got.to("cpu", torch.float32)
     wanted = (got.local_crops.numpy() / 255 - np.array([0.5, 0.4, 0.3])[:, None, None]) / np.array([0.2, 0.3, 0.4])[
@@ -516,7 +516,7 @@ def test_normalising_in_half_precision_rounds_once() -> None:
 
 
 def test_rules_without_local_crops_give_an_empty_tensor() -> None:
-    _, got = batch(CropRules(32, 16, 0))
+    _, got = batch(CropConfig(32, 16, 0))
     assert got.local_crops.shape == (0, 3, 16, 16)
 
 

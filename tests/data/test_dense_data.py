@@ -13,8 +13,8 @@ from PIL import Image
 
 from dinov3.data.datasets import make_dataset
 from dinov3.data.transforms.dense import (
-    DepthRule,
-    SegmentationRule,
+    DepthTransform,
+    SegmentationTransform,
     depth_colours,
     fixed_box,
     generator,
@@ -255,11 +255,11 @@ def test_sizes_of_the_published_protocol():
 
 def test_transforms_are_a_function_of_seed_epoch_and_index():
     image_, labels = blocks()
-    rule = SegmentationRule(32, (0.5, 2.0), (24, 24), 0.5)
-    depth_rule = DepthRule(random_crop=(40, 40), rotation_angle=2.5)
+    transform = SegmentationTransform(32, (0.5, 2.0), (24, 24), 0.5)
+    depth_rule = DepthTransform(random_crop=(40, 40), rotation_angle=2.5)
 
     def made(*key):
-        return [*rule(image_, labels, generator(*key)), *depth_rule(image_, labels / 4, generator(*key))]
+        return [*transform(image_, labels, generator(*key)), *depth_rule(image_, labels / 4, generator(*key))]
 
     first = made(0, 1, 2)
     assert all(torch.equal(a, b) for a, b in zip(first, made(0, 1, 2)))
@@ -271,9 +271,9 @@ def test_transforms_are_a_function_of_seed_epoch_and_index():
 
 def test_image_and_classes_stay_together():
     image_, labels = blocks()
-    rule = SegmentationRule(96, (0.5, 2.0), (40, 56), 0.5, colours=False, mean=MEAN, std=STD)
+    transform = SegmentationTransform(96, (0.5, 2.0), (40, 56), 0.5, colours=False, mean=MEAN, std=STD)
     for index in range(20):
-        x, y = rule(image_, labels, generator(0, 0, index))
+        x, y = transform(image_, labels, generator(0, 0, index))
         assert x.shape == (3, 40, 56)
         assert y.shape == (40, 56)
         agree = (x[0] / 20 - y).abs() < 0.01  # exact inside of blocks, mixed at their borders
@@ -283,7 +283,9 @@ def test_image_and_classes_stay_together():
 
 def test_what_lies_beyond_the_image_is_zero_and_ignored():
     image_, labels = blocks()
-    x, y = SegmentationRule(None, None, (64, 80), mean=(9.0, 9.0, 9.0), std=STD)(image_, labels, generator(0, 0, 0))
+    x, y = SegmentationTransform(None, None, (64, 80), mean=(9.0, 9.0, 9.0), std=STD)(
+        image_, labels, generator(0, 0, 0)
+    )
     assert (y[48:] == 255).all()
     assert (y[:, 64:] == 255).all()
     assert (y[:48, :64] != 255).all()
@@ -295,7 +297,7 @@ def test_zero_reduction_comes_before_the_crop_counts_classes():
     labels = np.zeros((40, 40), np.uint8)
     labels[:, 20:] = 1
     labels[:, 30:] = 2
-    _, y = SegmentationRule(crop_hw=(8, 40), reduce_zero_label=True)(
+    _, y = SegmentationTransform(crop_hw=(8, 40), reduce_zero_label=True)(
         np.zeros((40, 40, 3), np.uint8), labels, generator(0, 0, 0)
     )
     assert y[0].unique().tolist() == [0, 1, 255]
@@ -395,18 +397,18 @@ def test_depth_colours_are_computed_on_levels():
 def test_depth_targets_follow_the_crop_the_region_and_the_flip():
     depth = np.tile(np.arange(64, dtype=np.float32) + 1, (48, 1))
     image_ = np.repeat(depth[..., None], 3, -1).astype(np.uint8)
-    rule = DepthRule(fixed_crop="NYU", mean=MEAN, std=(1 / 255,) * 3)
-    x, d = rule(image_, depth)
+    transform = DepthTransform(fixed_crop="NYU", mean=MEAN, std=(1 / 255,) * 3)
+    x, d = transform(image_, depth)
     assert x.shape[1:] == d.shape == (43, 56)  # 45…472 of 480 and 43…608 of 640, over ten
     assert torch.equal(x[0], d)
-    flipped = DepthRule(mean=MEAN, std=(1 / 255,) * 3)(image_, depth, Replay(0.1, 0.9))
+    flipped = DepthTransform(mean=MEAN, std=(1 / 255,) * 3)(image_, depth, Replay(0.1, 0.9))
     assert torch.equal(flipped[0][0], flipped[1])
     assert flipped[1][0, 0] == 64
-    masked = DepthRule(region="NYU_EIGEN")(image_, depth)[1]
+    masked = DepthTransform(region="NYU_EIGEN")(image_, depth)[1]
     assert (masked[:4] == 0).all()
     assert (masked[5:47, 5:60] > 0).all()
-    small, kept = DepthRule(24, mean=MEAN, std=(1 / 255,) * 3)(image_, depth)
+    small, kept = DepthTransform(24, mean=MEAN, std=(1 / 255,) * 3)(image_, depth)
     assert small.shape[1:] == (24, 32)
     assert kept.shape == (48, 64)  # for evaluation the truth keeps its size
     with pytest.raises(DinoError, match="random_crop 99×10"):
-        DepthRule(random_crop=(99, 10))(image_, depth, generator(0, 0, 0))
+        DepthTransform(random_crop=(99, 10))(image_, depth, generator(0, 0, 0))

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dinov3.data import names
 from dinov3.data.datasets import make_dataset
-from dinov3.data.transforms.boxes import DetectionRule, cropped, flipped, generator
+from dinov3.data.transforms.boxes import DetectionTransform, cropped, flipped, generator
 from dinov3.errors import DinoError, ImageError, UnknownName
 
 
@@ -183,11 +183,11 @@ def square(size: tuple[int, int], box: tuple[int, int, int, int]) -> tuple[np.nd
 
 
 def test_boxes_follow_their_pixels_through_every_draw() -> None:
-    rule = DetectionRule(short_range=(90, 160), multiple=16)
+    transform = DetectionTransform(short_range=(90, 160), multiple=16)
     image, target = square((120, 80), (30, 24, 78, 66))
     crops = 0
     for i in range(30):
-        x, after = rule(image, target, generator(0, 0, i))
+        x, after = transform(image, target, generator(0, 0, i))
         assert x.shape[-2] % 16 == x.shape[-1] % 16 == 0
         white = x[0] > (x.max() + x.min()) / 2 if x.max() > x.min() else torch.ones_like(x[0], dtype=torch.bool)
         rows, columns = white.any(1).nonzero(), white.any(0).nonzero()
@@ -199,26 +199,26 @@ def test_boxes_follow_their_pixels_through_every_draw() -> None:
 
 
 def test_draws_depend_on_seed_epoch_and_index_only() -> None:
-    rule = DetectionRule(short_range=(64, 128))
+    transform = DetectionTransform(short_range=(64, 128))
     image, target = square((120, 80), (30, 24, 78, 66))
-    x, one = rule(image, target, generator(1, 2, 3))
-    y, two = rule(image, target, generator(1, 2, 3))
+    x, one = transform(image, target, generator(1, 2, 3))
+    y, two = transform(image, target, generator(1, 2, 3))
     assert torch.equal(x, y)
     assert torch.equal(one["boxes_xyxy_px"], two["boxes_xyxy_px"])
 
 
 def test_evaluation_resizes_to_the_short_side_and_rounds_up() -> None:
-    rule = DetectionRule(short=100)
-    assert rule.size_hw((80, 120)) == (112, 160)
-    assert rule.size_hw((128, 128)) == (112, 112)
-    assert DetectionRule().size_hw((480, 640)) == (2048, 2736)
-    assert DetectionRule(short=100, long_at_most=128).size_hw((80, 120)) == (96, 128)
+    transform = DetectionTransform(short=100)
+    assert transform.size_hw((80, 120)) == (112, 160)
+    assert transform.size_hw((128, 128)) == (112, 112)
+    assert DetectionTransform().size_hw((480, 640)) == (2048, 2736)
+    assert DetectionTransform(short=100, long_at_most=128).size_hw((80, 120)) == (96, 128)
     image, target = square((120, 80), (30, 20, 60, 40))
-    x, after = rule(image, target)
+    x, after = transform(image, target)
     assert x.shape == (3, 112, 160)
     assert after["boxes_xyxy_px"].tolist() == [[40, 28, 80, 56]]
     assert after["area_px2"].item() == pytest.approx(40 * 28)
-    y, original = rule.image(image)
+    y, original = transform.image(image)
     assert torch.equal(x, y)
     assert original == (80, 120)
 
@@ -226,8 +226,8 @@ def test_evaluation_resizes_to_the_short_side_and_rounds_up() -> None:
 def test_training_leaves_crowds_out_and_evaluation_keeps_them() -> None:
     image, target = square((64, 64), (10, 10, 40, 40))
     target["crowd"] = torch.tensor([True])
-    assert len(DetectionRule(short=64)(image, target)[1]["labels"]) == 1
-    assert len(DetectionRule(short_range=(64, 64))(image, target, generator(0, 0, 0))[1]["labels"]) == 0
+    assert len(DetectionTransform(short=64)(image, target)[1]["labels"]) == 1
+    assert len(DetectionTransform(short_range=(64, 64))(image, target, generator(0, 0, 0))[1]["labels"]) == 0
 
 
 def test_a_crop_cuts_boxes_and_drops_what_it_loses() -> None:
@@ -243,9 +243,9 @@ def test_a_crop_cuts_boxes_and_drops_what_it_loses() -> None:
 
 def test_a_rule_without_sense_is_refused() -> None:
     with pytest.raises(DinoError, match="crop_share"):
-        DetectionRule(crop_share=(0.0, 1.0))
+        DetectionTransform(crop_share=(0.0, 1.0))
     with pytest.raises(DinoError, match="short_range"):
-        DetectionRule(short_range=(200, 100))
+        DetectionTransform(short_range=(200, 100))
 
 
 # ---- real files ----------------------------------------------------------------------------------------------------

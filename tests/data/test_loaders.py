@@ -18,14 +18,14 @@ from paths import GOLDEN_LOSSES
 from PIL import Image
 from reference_orders import reference_epoch, reference_infinite, reference_sharded_infinite
 
-from dinov3.data.crops import CropBatch, CropRules
+from dinov3.data.crops import CropBatch, CropConfig
 from dinov3.data.datasets import Folder
 from dinov3.data.loading import CropLoader, Order, chosen_resolution, permuted, resolutions
-from dinov3.data.masking import MaskRules
+from dinov3.data.masking import MaskConfig
 from dinov3.errors import DinoError, ImageError
 
 GOLDEN = json.loads((GOLDEN_LOSSES / "samplers.json").read_text())
-RULES = CropRules(32, 16, 2)
+RULES = CropConfig(32, 16, 2)
 
 
 @dataclass
@@ -50,8 +50,8 @@ class Toy:
         return f"toy{index}"
 
 
-def loader(images: Any = None, rules: Any = RULES, **options: Any) -> CropLoader:
-    return CropLoader(images or Toy(10), rules, **{"patch": 8, "batch_size": 3, **options})
+def loader(images: Any = None, crop_configs: Any = RULES, **options: Any) -> CropLoader:
+    return CropLoader(images or Toy(10), crop_configs, **{"patch": 8, "batch_size": 3, **options})
 
 
 def first(n: int, batches: Any) -> list[CropBatch]:
@@ -123,7 +123,7 @@ def test_ranks_share_the_global_order_out_without_overlap() -> None:
 
 @pytest.mark.parametrize("workers", (0, 2))
 def test_a_resumed_loader_continues_bit_for_bit_with_any_number_of_workers(workers: int) -> None:
-    masks = MaskRules(circular_shift=True)
+    masks = MaskConfig(circular_shift=True)
     straight = first(6, loader(masks=masks, seed=7))
     started = loader(masks=masks, seed=7, workers=workers)
     begun = first(4, started)
@@ -185,28 +185,28 @@ def test_resolutions_follow_the_recorded_choices_of_the_reference() -> None:
 
 
 def test_sizes_masks_and_choice_go_together_on_all_ranks_and_after_a_resume() -> None:
-    rules, ratios = resolutions([32, 48, 48], [16, 16, 24], [48, 64, 64], [0.4, 0.3, 0.3], local_count=1)
+    crop_configs, ratios = resolutions([32, 48, 48], [16, 16, 24], [48, 64, 64], [0.4, 0.3, 0.3], local_count=1)
     chosen = []
-    for batch in first(12, loader(rules=rules, ratios=ratios, batch_size=1)):
-        rule = rules[batch.resolution]
-        assert batch.global_crops.shape[-1] == rule.global_size
-        assert batch.local_crops.shape[-1] == rule.local_size
+    for batch in first(12, loader(crop_configs=crop_configs, ratios=ratios, batch_size=1)):
+        crop_config = crop_configs[batch.resolution]
+        assert batch.global_crops.shape[-1] == crop_config.global_size
+        assert batch.local_crops.shape[-1] == crop_config.local_size
         assert batch.gram_crops is not None
-        assert batch.gram_crops.shape[-1] == rule.gram_size
-        assert batch.masks.shape == (2, (rule.global_size // 8) ** 2)
+        assert batch.gram_crops.shape[-1] == crop_config.gram_size
+        assert batch.masks.shape == (2, (crop_config.global_size // 8) ** 2)
         chosen.append(batch.resolution)
     assert set(chosen) == {0, 1, 2}
-    other = loader(rules=rules, ratios=ratios, batch_size=1, rank=1, world=2, consumed=8)
+    other = loader(crop_configs=crop_configs, ratios=ratios, batch_size=1, rank=1, world=2, consumed=8)
     assert [b.resolution for b in first(8, other)] == chosen[4:]
     assert [b.step for b in first(1, other)] == [12]
 
 
 def test_scalars_and_lists_of_one_are_one_resolution() -> None:
-    rules, ratios = resolutions(224, [96])
-    assert rules == [CropRules()]
+    crop_configs, ratios = resolutions(224, [96])
+    assert crop_configs == [CropConfig()]
     assert ratios == [1.0]
-    rules, _ = resolutions([512, 768], [112, 112], None, [0.5, 0.5])
-    assert [r.gram_size for r in rules] == [None, None]
+    crop_configs, _ = resolutions([512, 768], [112, 112], None, [0.5, 0.5])
+    assert [r.gram_size for r in crop_configs] == [None, None]
 
 
 def test_lists_of_unequal_length_and_ratios_that_do_not_sum_to_one_are_refused() -> None:
@@ -214,7 +214,7 @@ def test_lists_of_unequal_length_and_ratios_that_do_not_sum_to_one_are_refused()
         resolutions([224, 256], 96, None, [0.5, 0.5])
     with pytest.raises(DinoError, match=r"\[0\.5, 0\.4\] sum to 0\.9"):
         resolutions([224, 256], [96, 96], None, [0.5, 0.4])
-    with pytest.raises(DinoError, match="1 crop rules need as many ratios, not 2"):
+    with pytest.raises(DinoError, match="1 crop configurations need as many ratios, not 2"):
         loader(ratios=(0.5, 0.5))
 
 

@@ -11,7 +11,7 @@ import pytest
 from paths import GOLDEN_LOSSES
 from safetensors.numpy import load_file
 
-from dinov3.data.masking import MaskRules, batch_masks, block_mask, mask_grid, masked_counts, reference_max_block
+from dinov3.data.masking import MaskConfig, batch_masks, block_mask, mask_grid, masked_counts, reference_max_block
 from dinov3.errors import DinoError
 
 
@@ -37,7 +37,7 @@ def test_recorded_masks_are_reproduced_exactly(side: int) -> None:
 @pytest.mark.parametrize("key, crops, shift", (("", 10, False), ("circular_", 10, True), ("local_batch4_", 8, False)))
 def test_recorded_batches_of_masks_are_reproduced_exactly(key: str, crops: int, shift: bool) -> None:
     golden = load_file(GOLDEN_LOSSES / "masks.safetensors")
-    masks = batch_masks(crops, (8, 8), MaskRules(circular_shift=shift), LegacyGenerators(21))
+    masks = batch_masks(crops, (8, 8), MaskConfig(circular_shift=shift), LegacyGenerators(21))
     np.testing.assert_array_equal(masks.masks.numpy(), golden[f"collate_{key}collated_masks"].astype(bool))
     if f"collate_{key}mask_indices_list" in golden:
         np.testing.assert_array_equal(masks.indices.numpy(), golden[f"collate_{key}mask_indices_list"])
@@ -69,13 +69,13 @@ STEPS = ((0, 1), (0, -1), (1, 0), (-1, 0))
 
 
 def test_a_batch_covers_the_range_of_ratios_evenly_and_masks_half_of_its_crops() -> None:
-    assert masked_counts(10, 64, MaskRules()) == [11, 16, 21, 26, 32]
-    masks = batch_masks(10, (8, 8), MaskRules(), random.Random(0))
+    assert masked_counts(10, 64, MaskConfig()) == [11, 16, 21, 26, 32]
+    masks = batch_masks(10, (8, 8), MaskConfig(), random.Random(0))
     assert sorted(masks.masks.sum(1).tolist()) == [0] * 5 + [11, 16, 21, 26, 32]
 
 
 def test_weights_of_each_masked_crop_sum_to_one() -> None:
-    masks = batch_masks(6, (4, 4), MaskRules(), random.Random(0))
+    masks = batch_masks(6, (4, 4), MaskConfig(), random.Random(0))
     rows = masks.indices // 16
     for row in rows.unique():
         assert masks.weight[rows == row].sum().item() == pytest.approx(1)
@@ -83,7 +83,7 @@ def test_weights_of_each_masked_crop_sum_to_one() -> None:
 
 
 def test_equal_seeds_give_equal_masks_and_others_do_not() -> None:
-    one, two, three = (batch_masks(8, (14, 14), MaskRules(), random.Random(s)).masks for s in (1, 1, 2))
+    one, two, three = (batch_masks(8, (14, 14), MaskConfig(), random.Random(s)).masks for s in (1, 1, 2))
     assert one.equal(two)
     assert not one.equal(three)
 
@@ -111,13 +111,13 @@ def test_a_crop_that_is_no_multiple_of_the_patch_is_refused_with_the_nearest_siz
 
 
 def test_no_masking_at_all_is_an_empty_list_of_indices() -> None:
-    masks = batch_masks(4, (4, 4), MaskRules(probability=0), random.Random(0))
+    masks = batch_masks(4, (4, 4), MaskConfig(probability=0), random.Random(0))
     assert not masks.masks.any()
     assert masks.indices.numel() == masks.weight.numel() == 0
 
 
 def test_nonsense_ratios_are_refused() -> None:
     with pytest.raises(DinoError, match="within 0 … 1"):
-        MaskRules(ratio=(0.5, 0.1))
+        MaskConfig(ratio=(0.5, 0.1))
     with pytest.raises(DinoError, match="17 patches cannot be masked on a grid of 4 × 4"):
         block_mask(17, (4, 4), random.Random(0))

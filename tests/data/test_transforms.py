@@ -19,12 +19,12 @@ def gradient(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.stack([x, y, 0 * x], axis=-1).round().astype(np.uint8))
 
 
-def denormalised(rule: Preprocessing, x: torch.Tensor) -> torch.Tensor:
-    return x * torch.tensor(rule.std)[:, None, None] + torch.tensor(rule.mean)[:, None, None]
+def denormalised(preprocessing: Preprocessing, x: torch.Tensor) -> torch.Tensor:
+    return x * torch.tensor(preprocessing.std)[:, None, None] + torch.tensor(preprocessing.mean)[:, None, None]
 
 
 @pytest.mark.parametrize(
-    "rule, image, input_hw",
+    "preprocessing, image, input_hw",
     [
         (Preprocessing(), (640, 480), (256, 256)),
         (Preprocessing(size=250), (640, 480), (256, 256)),
@@ -41,19 +41,21 @@ def denormalised(rule: Preprocessing, x: torch.Tensor) -> torch.Tensor:
         (Preprocessing.named("transformers"), (640, 480), (224, 224)),
     ],
 )
-def test_the_plan_is_what_happens(rule: Preprocessing, image: tuple[int, int], input_hw: tuple[int, int]) -> None:
-    x, geometry = rule(gradient(*image))
+def test_the_plan_is_what_happens(
+    preprocessing: Preprocessing, image: tuple[int, int], input_hw: tuple[int, int]
+) -> None:
+    x, geometry = preprocessing(gradient(*image))
     assert tuple(x.shape) == (3, *input_hw)
     assert geometry.input_hw == input_hw
-    assert geometry == rule.plan(*image)
+    assert geometry == preprocessing.plan(*image)
     assert (geometry.width, geometry.height) == image
 
 
 @pytest.mark.parametrize("fit", ["resize", "pad"])
 @pytest.mark.parametrize("shape", ["square", "short", "long", "native"])
 def test_no_pixel_is_lost_unless_asked(shape: str, fit: str) -> None:
-    rule = Preprocessing(size=100, shape=shape, fit=fit)
-    _, geometry = rule(gradient(157, 83))
+    preprocessing = Preprocessing(size=100, shape=shape, fit=fit)
+    _, geometry = preprocessing(gradient(157, 83))
     assert not geometry.lost
     x, y = geometry.to_input(157, 83)
     assert (x, y) == pytest.approx((geometry.valid_hw[1], geometry.valid_hw[0]))
@@ -67,7 +69,7 @@ def test_crop_says_what_it_lost() -> None:
 
 
 @pytest.mark.parametrize(
-    "rule",
+    "preprocessing",
     [
         Preprocessing(size=128),
         Preprocessing(size=128, shape="short"),
@@ -76,11 +78,11 @@ def test_crop_says_what_it_lost() -> None:
         Preprocessing.named("classification"),
     ],
 )
-def test_a_point_of_the_input_is_found_again_in_the_original(rule: Preprocessing) -> None:
+def test_a_point_of_the_input_is_found_again_in_the_original(preprocessing: Preprocessing) -> None:
     """The colour at an input pixel is the colour at the original pixel that the geometry names."""
     width, height = 400, 300
-    x, geometry = rule(gradient(width, height))
-    colours = denormalised(rule, x)
+    x, geometry = preprocessing(gradient(width, height))
+    colours = denormalised(preprocessing, x)
     H, W = geometry.valid_hw
     for u, v in ((W * 0.3, H * 0.4), (W * 0.7, H * 0.6), (W * 0.5, H * 0.25)):
         ox, oy = geometry.to_original(u, v)
@@ -91,20 +93,22 @@ def test_a_point_of_the_input_is_found_again_in_the_original(rule: Preprocessing
 
 
 def test_padding_is_the_mean_colour_and_lies_right_and_below() -> None:
-    rule = Preprocessing(shape="native", fit="pad")
-    x, geometry = rule(Image.new("RGB", (20, 30), (255, 0, 0)))
+    preprocessing = Preprocessing(shape="native", fit="pad")
+    x, geometry = preprocessing(Image.new("RGB", (20, 30), (255, 0, 0)))
     assert geometry.input_hw == (32, 32)
     assert geometry.valid_hw == (30, 20)
     assert torch.equal(x[:, 30:], torch.zeros(3, 2, 32))
     assert torch.equal(x[:, :, 20:], torch.zeros(3, 32, 12))
-    assert torch.allclose(denormalised(rule, x)[:, :30, :20], torch.tensor([1.0, 0, 0])[:, None, None], atol=1e-6)
+    assert torch.allclose(
+        denormalised(preprocessing, x)[:, :30, :20], torch.tensor([1.0, 0, 0])[:, None, None], atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_uint8_resizing_equals_pillow_within_a_grey_level(interpolation: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (97, 131, 3), dtype=np.uint8)
-    rule = Preprocessing(size=64, interpolation=interpolation, mean=(0, 0, 0), std=(1, 1, 1))
-    x, _ = rule(noise)
+    preprocessing = Preprocessing(size=64, interpolation=interpolation, mean=(0, 0, 0), std=(1, 1, 1))
+    x, _ = preprocessing(noise)
     filter = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[interpolation]
     expected = np.asarray(Image.fromarray(noise).resize((64, 64), filter)).astype(int)
     assert np.abs((x * 255).round().permute(1, 2, 0).numpy().astype(int) - expected).max() <= 1
@@ -131,10 +135,10 @@ def test_the_id_changes_with_every_field() -> None:
 
 
 def test_a_rule_survives_json() -> None:
-    rule = Preprocessing.named("classification", mean=(0.1, 0.2, 0.3))
-    again = Preprocessing.from_json(rule.to_json())
-    assert again == rule
-    assert again.id == rule.id
+    preprocessing = Preprocessing.named("classification", mean=(0.1, 0.2, 0.3))
+    again = Preprocessing.from_json(preprocessing.to_json())
+    assert again == preprocessing
+    assert again.id == preprocessing.id
 
 
 @pytest.mark.parametrize(

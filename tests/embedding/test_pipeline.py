@@ -201,11 +201,11 @@ def test_every_kind_of_source_gives_the_same_vectors(model, folder, tmp_path) ->
 
 
 def test_images_of_many_sizes_are_batched_by_size(model, folder, tmp_path) -> None:
-    rule = Preprocessing(shape="native")
-    report = embed_source(model, open_source(folder), tmp_path / "s", preprocessing=rule, batch_size=2)
+    preprocessing = Preprocessing(shape="native")
+    report = embed_source(model, open_source(folder), tmp_path / "s", preprocessing=preprocessing, batch_size=2)
     assert report.embedded == 9
     for path, (_, vector) in rows(tmp_path / "s").items():
-        np.testing.assert_allclose(vector, embed(model, path, preprocessing=rule).cls[0].numpy(), atol=1e-5)
+        np.testing.assert_allclose(vector, embed(model, path, preprocessing=preprocessing).cls[0].numpy(), atol=1e-5)
 
 
 def test_a_batch_that_does_not_fit_is_halved(model, folder) -> None:
@@ -251,9 +251,9 @@ def test_a_search_finds_the_image_itself_and_needs_the_same_weights(folder, tmp_
     net = dinov3.load("dinov3_vits16", "random", seed=5)
     embed_source(net, open_source(folder), tmp_path / "s", preprocessing=RULE, pooling="mean")
     store = EmbeddingStore.open(tmp_path / "s")
-    again, rule = model_of(store)
-    assert rule == RULE
-    vector = query_vector(store, folder / "4.png", again, rule)
+    again, preprocessing = model_of(store)
+    assert preprocessing == RULE
+    vector = query_vector(store, folder / "4.png", again, preprocessing)
     (hits,) = search(store, vector, top=3)
     assert hits[0].path == str(folder / "4.png")
     assert hits[0].score == pytest.approx(1, abs=1e-5)

@@ -22,7 +22,7 @@ from toy_dense import write_depths, write_model
 
 from dinov3.config.loading import load
 from dinov3.data.datasets import make_dataset
-from dinov3.data.transforms.dense import DepthRule
+from dinov3.data.transforms.dense import DepthTransform
 from dinov3.errors import DinoError
 from dinov3.eval import dense
 from dinov3.eval.depth import run as depth
@@ -130,9 +130,9 @@ def rooms(tmp_path):
 
 def test_scores_are_means_over_images_inside_of_the_region_and_range(rooms):
     data = make_dataset(f"DenseFolder:root={rooms / 'rooms'}")
-    rule = DepthRule(region="NYU_EIGEN", mean=(0.0,) * 3, std=(1.0,) * 3)
+    transform = DepthTransform(region="NYU_EIGEN", mean=(0.0,) * 3, std=(1.0,) * 3)
     protocol = Protocol(max_depth=3.5, flip=False)
-    got, each = evaluate_model(Grey(), data, rule, protocol)
+    got, each = evaluate_model(Grey(), data, transform, protocol)
     slow = []
     for image, truth in data:
         prediction = np.asarray(image).astype(float).mean(-1) / 255 + 3
@@ -150,10 +150,10 @@ def test_scores_are_means_over_images_inside_of_the_region_and_range(rooms):
 
 def test_alignment_forgives_scale_and_shift(rooms):
     data = make_dataset(f"DenseFolder:root={rooms / 'rooms'}:select=:2")
-    rule = DepthRule(mean=(0.0,) * 3, std=(1.0,) * 3)
+    transform = DepthTransform(mean=(0.0,) * 3, std=(1.0,) * 3)
 
     def scored(model: Grey, align: bool) -> float:
-        return evaluate_model(model, data, rule, Protocol(align=align, flip=False))[0]["rmse"]
+        return evaluate_model(model, data, transform, Protocol(align=align, flip=False))[0]["rmse"]
 
     assert scored(Grey(), True) == pytest.approx(scored(Grey(a=-7, b=100), True), rel=1e-4)
     assert scored(Grey(), True) < 0.15  # brightness is depth here, up to scale, shift and noise
@@ -162,7 +162,7 @@ def test_alignment_forgives_scale_and_shift(rooms):
 
 def _scored(root: str) -> tuple[float, int]:
     data = make_dataset(f"DenseFolder:root={root}")
-    scores, each = evaluate_model(Grey(), data, DepthRule(), Protocol())
+    scores, each = evaluate_model(Grey(), data, DepthTransform(), Protocol())
     return scores["rmse"], len(each)
 
 
@@ -343,9 +343,9 @@ def test_the_published_depther_is_scored_with_alignment_and_mirror_images(tmp_pa
     ]  # fmt: skip
     assert depth.main(words) == 0
     assert (asked["weights"], asked["backbone_weights"]) == ("H", "B")
-    rule = DepthRule(48, region="NYU_EIGEN", mean=(0.420, 0.411, 0.296), std=(0.213, 0.156, 0.143))
+    transform = DepthTransform(48, region="NYU_EIGEN", mean=(0.420, 0.411, 0.296), std=(0.213, 0.156, 0.143))
     data = make_dataset(f"DenseFolder:root={tmp_path / 'rooms'}")
-    direct, _ = evaluate_model(tiny_depther(max_depth=100.0), data, rule, Protocol(align=True, flip=True))
+    direct, _ = evaluate_model(tiny_depther(max_depth=100.0), data, transform, Protocol(align=True, flip=True))
     assert results(tmp_path / "out")["DenseFolder_rmse"] == pytest.approx(direct["rmse"])
 
 
@@ -365,8 +365,8 @@ def test_canopy_heights_are_scored_over_all_pixels(tmp_path, monkeypatch, capsys
     assert depth.main([*words, "eval.use_tta=false"]) == 0, capsys.readouterr().err
     row = results(tmp_path / "out")
     model, data = tiny_depther(max_depth=96.0), make_dataset(f"DenseFolder:root={tmp_path}")
-    rule = DepthRule(mean=model.origin.mean, std=model.origin.std)
-    errors = [(model.in_image(rule(p, t * 0)[0][None])[0, 0] - torch.from_numpy(t)).flatten() for p, t in data]
+    transform = DepthTransform(mean=model.origin.mean, std=model.origin.std)
+    errors = [(model.in_image(transform(p, t * 0)[0][None])[0, 0] - torch.from_numpy(t)).flatten() for p, t in data]
     e = torch.cat(errors)
     assert row["DenseFolder_mae"] == pytest.approx(float(e.abs().mean()), rel=1e-4)
     assert row["DenseFolder_bias"] == pytest.approx(float(e.mean()), rel=1e-4)

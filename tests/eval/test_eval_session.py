@@ -185,23 +185,23 @@ def test_a_distributed_checkpoint_is_opened(tmp_path: Path) -> None:
 def test_features_are_computed_once_and_equal_the_models(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "images")
     model, dataset = tiny(), make_dataset(str(folder))
-    rule = default_preprocessing(model, size=32)
+    preprocessing = default_preprocessing(model, size=32)
     told: list[str] = []
     cache = FeatureCache(model, tmp_path / "cache", told.append)
     columns = columns_of([1, 3], "cls+mean")
     assert [(c.token, c.layer) for c in columns] == [("cls", 1), ("cls", 3), ("mean", 3)]
-    arrays = cache.columns(dataset, rule, columns, batch_size=3)
-    x = torch.stack([rule(dataset[i][0])[0] for i in range(len(dataset))])
+    arrays = cache.columns(dataset, preprocessing, columns, batch_size=3)
+    x = torch.stack([preprocessing(dataset[i][0])[0] for i in range(len(dataset))])
     with torch.inference_mode():
         (_, first), (patches, last) = model.get_intermediate_layers(x, n=[1, 3], return_class_token=True)
     for array, expected in zip(arrays, (first, last, patches.mean(1))):
         torch.testing.assert_close(torch.from_numpy(np.array(array)), expected, atol=1e-5, rtol=1e-5)
     said = len(told)
-    again = cache.columns(dataset, rule, columns_of([3], "mean"))
+    again = cache.columns(dataset, preprocessing, columns_of([3], "mean"))
     assert len(told) == said, "columns that are known are not computed again"
     np.testing.assert_array_equal(again[0], arrays[2])
     Image.new("RGB", (40, 40)).save(folder / "class0" / "0.png")
-    cache.columns(make_dataset(str(folder)), rule, columns_of([3], "mean"))
+    cache.columns(make_dataset(str(folder)), preprocessing, columns_of([3], "mean"))
     assert len(told) > said, "other images are other features"
 
 
@@ -221,8 +221,8 @@ def test_other_weights_and_other_preprocessing_have_their_own_features(tmp_path:
 def test_half_precision_on_disk_is_near(tmp_path: Path) -> None:
     dataset, model = make_dataset(str(make_folder(tmp_path / "images", each=2))), tiny()
     cache = FeatureCache(model, tmp_path / "cache", lambda _: None)
-    rule, column = default_preprocessing(model, size=32), columns_of([3], "cls")
-    exact, half = (cache.columns(dataset, rule, column, dtype=d)[0] for d in ("float32", "float16"))
+    preprocessing, column = default_preprocessing(model, size=32), columns_of([3], "cls")
+    exact, half = (cache.columns(dataset, preprocessing, column, dtype=d)[0] for d in ("float32", "float16"))
     assert half.dtype == np.float16
     np.testing.assert_allclose(half, exact, rtol=1e-3, atol=1e-3)
 
@@ -270,7 +270,7 @@ def test_classes_that_are_numbered_differently_are_refused(tmp_path: Path) -> No
 def test_a_size_that_is_no_multiple_of_the_patch_is_refused_with_one_that_is(tmp_path: Path) -> None:
     session = Session("toy", tmp_path)
     with pytest.raises(DinoError, match="no multiple of the patch \\(16\\); try 224"):
-        session.rule(tiny(), TransformSection(256, 230))
+        session.preprocessing(tiny(), TransformSection(256, 230))
     with pytest.raises(DinoError, match="layer 4 does not exist: this model has 4"):
         normal_layers(tiny(), [4])
 

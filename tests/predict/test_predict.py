@@ -21,7 +21,7 @@ from dinov3.models.architectures import ViTConfig
 from dinov3.models.vit import VisionTransformer
 from dinov3.predict.canopy import predict_canopy
 from dinov3.predict.classify import predict_classes
-from dinov3.predict.common import OutputNames, Seen, best_class, predicted_map, rule_of, see, to_original
+from dinov3.predict.common import OutputNames, Seen, best_class, predicted_map, preprocessing_of, see, to_original
 from dinov3.predict.depth import predict_depth
 from dinov3.predict.segment import predict_segments, shares_of, softmax
 
@@ -72,8 +72,8 @@ def test_depth_has_the_images_pixels_whatever_the_model_saw(depther: nn.Module, 
         assert result.depth_m.dtype == np.float32
         assert 0.001 <= result.depth_m.min() < result.depth_m.max() <= 10
     # at the image's own size nothing is resized: the depth is that of the model, padding cut off
-    rule = rule_of(depther, 87)
-    x, _ = rule(cat)
+    preprocessing = preprocessing_of(depther, 87)
+    x, _ = preprocessing(cat)
     np.testing.assert_allclose(
         predict_depth(depther, cat, size=87).depth_m, depther.in_image(x[None])[0, 0].numpy(), atol=1e-6
     )
@@ -91,8 +91,8 @@ def test_a_marked_corner_stays_where_it_is(cat: Image.Image) -> None:
     array = np.zeros((87, 130, 3), np.uint8)
     array[60:, 100:] = 255  # far from the origin, where a wrong scale shows
     for changes in ({}, {"fit": "pad", "multiple": 16}, {"multiple": 16}):
-        rule = rule_of(nn.Identity(), 60, **changes)
-        x, geometry = rule(array)
+        preprocessing = preprocessing_of(nn.Identity(), 60, **changes)
+        x, geometry = preprocessing(array)
         seen = Seen(Image.fromarray(array), x[None], geometry)
         for window in (None, 32):
             maps = predicted_map(seen.x, lambda x, size_hw: x, 3, window)
@@ -106,7 +106,7 @@ def test_a_marked_corner_stays_where_it_is(cat: Image.Image) -> None:
 def test_strips_give_what_one_piece_gives(cat: Image.Image, monkeypatch) -> None:
     torch.manual_seed(0)
     model = nn.Linear(1, 1)
-    seen = see(model, cat, rule_of(model, 40))
+    seen = see(model, cat, preprocessing_of(model, 40))
     maps = torch.randn(1, 7, *seen.x.shape[-2:])
     whole = to_original(maps, seen).softmax(1).max(1)
     for values in (1 << 26, 7 * 130 * 10, 1):
@@ -193,7 +193,7 @@ def test_a_mask2former_head_names_every_pixel(cat: Image.Image) -> None:
     assert 0.25 <= result.probability.min() <= result.probability.max() <= 1
     # at once and at the image's own size: the arg-max of the class maps
     whole = predict_segments(model, cat, size=87, whole=True)
-    x = see(model, cat, rule_of(model, 87)).x
+    x = see(model, cat, preprocessing_of(model, 87)).x
     maps = class_maps(model.predict(x, rescale_to=(87, 130)), "m2f")
     assert (whole.classes == maps.argmax(1)[0].numpy()).all()
 
@@ -209,7 +209,7 @@ def test_boxes_are_in_the_images_pixels(cat: Image.Image) -> None:
     ).eval()
     found = predict_objects(model, cat, size=64, threshold=0.0)
     assert len(found) == 5
-    x = see(model, cat, rule_of(model, 64, multiple=16)).x
+    x = see(model, cat, preprocessing_of(model, 64, multiple=16)).x
     (raw,) = model([x[0]])
     scale = np.array([130 / x.shape[-1], 87 / x.shape[-2]] * 2)
     np.testing.assert_allclose(found.boxes_xyxy_px, raw["boxes"].detach().numpy() * scale, rtol=1e-4, atol=1e-2)

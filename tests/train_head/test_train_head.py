@@ -25,7 +25,7 @@ from dinov3.models.architectures import ViTConfig
 from dinov3.models.vit import VisionTransformer
 from dinov3.runlog import read_metrics
 from dinov3.train_head import run as head_module
-from dinov3.train_head.run import HeadConfig, open_data, rule_for, train_head
+from dinov3.train_head.run import HeadConfig, open_data, preprocessing_for, train_head
 from dinov3.train_head.tasks import cropped
 
 COLOURS = np.array([(220, 40, 40), (40, 200, 60), (50, 60, 230)], np.uint8)
@@ -198,7 +198,7 @@ def panels(config: HeadConfig, outcome: Any) -> list[np.ndarray]:
     backbone = head_module.load_backbone(config)
     model = load_head(outcome.head, backbone=backbone)
     data = open_data(config.task, config.data)
-    task = head_module.build_task(config, data, None, rule_for(config, backbone, {(64, 64)}))
+    task = head_module.build_task(config, data, None, preprocessing_for(config, backbone, {(64, 64)}))
     with torch.no_grad():
         return task.panels(model, data, 0, torch.device("cpu"))
 
@@ -258,8 +258,8 @@ def test_full_augmentation_gives_sound_examples(tmp_path: Path, task: str) -> No
     make = {"segmentation": mask_folder, "depth": depth_folder, "classification": class_folder, "detection": box_folder}
     data = open_data(task, str(make[task](tmp_path)), "train" if task == "segmentation" else None)
     wanted = HeadConfig(task=task, head="detr" if task == "detection" else "linear", size=64, augment="full", batch=3)
-    rule = rule_for(wanted, head_module.load_backbone(wanted), {(64, 64)})
-    made = head_module.build_task(wanted, data, None, rule)
+    preprocessing = preprocessing_for(wanted, head_module.load_backbone(wanted), {(64, 64)})
+    made = head_module.build_task(wanted, data, None, preprocessing)
     batch = made.batches(0, 1)(0)
     again = made.batches(0, 1)(0)
     other = made.batches(0, 1)(1)
@@ -281,7 +281,9 @@ def test_full_augmentation_gives_sound_examples(tmp_path: Path, task: str) -> No
 def test_a_mirrored_image_takes_its_target_with_it(tmp_path: Path) -> None:
     data = open_data("segmentation", str(mask_folder(tmp_path)), "train")
     wanted = HeadConfig(size=64, augment="flip", batch=4)
-    made = head_module.build_task(wanted, data, None, rule_for(wanted, head_module.load_backbone(wanted), {(64, 64)}))
+    made = head_module.build_task(
+        wanted, data, None, preprocessing_for(wanted, head_module.load_backbone(wanted), {(64, 64)})
+    )
     straight = {i: made.example(i, None) for i in range(4)}
     turned = 0
     for step in range(6):

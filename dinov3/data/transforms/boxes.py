@@ -16,13 +16,13 @@ from dinov3.data.transforms.dense import MEAN_255, STD_255, Random, generator
 from dinov3.data.transforms.pixels import resized, standardised, to_bytes
 from dinov3.errors import DinoError
 
-__all__ = ["DetectionRule", "generator"]
+__all__ = ["DetectionTransform", "generator"]
 
 Target = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class DetectionRule:
+class DetectionTransform:
     """(image, target) → (normalised float32 [3, h, w], target in its pixels); targets as `data.datasets.detection`.
 
     Without a generator: the short side becomes `short`, the aspect stays. With one: a flip; then, by a coin, either a

@@ -1,7 +1,7 @@
 """An image and the map that belongs to it, changed together: training and evaluation of dense heads (paper App. D).
 
-Segmentation follows mmsegmentation's recipe (`SegmentationRule`): random scale, a crop that no class fills, flip, colours,
-padding. Depth follows BTS's recipe for NYUv2 (`DepthRule`): the inner frame, a small turn, flip, crop, colours.
+Segmentation follows mmsegmentation's recipe (`SegmentationTransform`): random scale, a crop that no class fills, flip,
+colours, padding. Depth follows BTS's recipe for NYUv2 (`DepthTransform`): the inner frame, a small turn, flip, crop, colours.
 
 What is drawn is a function of (seed, epoch, index): `rule(image, target, generator(seed, epoch, index))` gives the same
 numbers in any worker and after any resume. Without a generator a rule does its deterministic part only. Images are uint8
@@ -158,7 +158,7 @@ MEAN_255, STD_255 = tuple(255 * v for v in LVD_MEAN), tuple(255 * v for v in LVD
 
 
 @dataclass(frozen=True)
-class SegmentationRule:
+class SegmentationTransform:
     """(image, class map) → (normalised float32 [3, h, w], class map [h, w]).
 
     With a generator: short side int(img_size·r), r uniform in ratio_range; zero reduction; `varied_box`; flip; colours;
@@ -203,7 +203,7 @@ class SegmentationRule:
 
 
 @dataclass(frozen=True)
-class DepthRule:
+class DepthTransform:
     """(image, depth in metres) → (normalised float32 [3, h, w], depth float32 [h, w]; 0 where it does not count).
 
     Always: depth outside the region is forgotten, the fixed crop is cut, short side img_size. With a generator: a turn

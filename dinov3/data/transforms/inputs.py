@@ -97,16 +97,16 @@ class Preprocessing:
     @classmethod
     def named(cls, name: str, **changes: Any) -> Preprocessing:
         """A published rule by name ("reference", "transformers", "classification"), with changes on top."""
-        rules: dict[str, dict[str, Any]] = {
+        known: dict[str, dict[str, Any]] = {
             "reference": {},
             "transformers": {"size": 224, "order": "float"},
             "classification": {"size": 256, "shape": "short", "interpolation": "bicubic", "center_crop": 224},
         }
-        if name not in rules:
+        if name not in known:
             raise UnknownName(
-                f"unknown preprocessing {name!r}{did_you_mean(name, rules) or '; known: ' + ', '.join(rules)}"
+                f"unknown preprocessing {name!r}{did_you_mean(name, known) or '; known: ' + ', '.join(known)}"
             )
-        return cls(**(rules[name] | changes))
+        return cls(**(known[name] | changes))
 
     def with_(self, **changes: Any) -> Preprocessing:
         return replace(self, **changes)

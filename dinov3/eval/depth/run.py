@@ -35,7 +35,7 @@ from dinov3 import distributed
 from dinov3.config.bounds import Problem, setting
 from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.dense import DenseDataset
-from dinov3.data.transforms.dense import FIXED_CROPS, DepthRule
+from dinov3.data.transforms.dense import FIXED_CROPS, DepthTransform
 from dinov3.errors import UnknownName, did_you_mean
 from dinov3.eval import dense
 from dinov3.eval import session as common
@@ -210,7 +210,7 @@ def depth_map(model: Depther, x: Tensor, size_hw: tuple[int, int], *, flip: bool
 def evaluate_model(
     model: Depther,
     dataset: DenseDataset,
-    rule: DepthRule,
+    transform: DepthTransform,
     protocol: Protocol,
     *,
     device: torch.device | str = "cpu",
@@ -226,10 +226,10 @@ def evaluate_model(
     for done, index in enumerate(mine, 1):
         image, truth = dataset[index]
         if dataset.kind == "height":
-            x, _ = rule(image, np.zeros_like(truth))
+            x, _ = transform(image, np.zeros_like(truth))
             target = torch.from_numpy(truth)
         else:
-            x, target = rule(image, truth)
+            x, target = transform(image, truth)
         prediction = depth_map(model, x.to(device), (target.shape[0], target.shape[1]), flip=protocol.flip).cpu()
         if dataset.kind == "height":
             rows.append((index, CanopySums.of(prediction, target)))
@@ -262,7 +262,11 @@ def depth_loss(model: nn.Module, batch: dict[str, Any], loss: DepthLoss) -> Loss
 
 
 def fitted(
-    config: DepthConfig, session: common.Session, model: Depther, rules: dict[str, DepthRule], protocol: Protocol
+    config: DepthConfig,
+    session: common.Session,
+    model: Depther,
+    transforms: dict[str, DepthTransform],
+    protocol: Protocol,
 ) -> None:
     """Fits the head of `model`, in place; the last head counts, as in the reference."""
     c, t = config, config.transforms.train
@@ -270,7 +274,7 @@ def fitted(
         opened(c, line, f"datasets.{key}") for line, key in ((c.datasets.train, "train"), (c.datasets.val, "val"))
     )
     session.say(f"datasets.train: {len(train)} images; datasets.val: {len(val)} images")
-    batches = dense.batches(train, rules["train" if t.augment else "eval"], c.bs, c.seed, augment=t.augment)
+    batches = dense.batches(train, transforms["train" if t.augment else "eval"], c.bs, c.seed, augment=t.augment)
     weights = c.losses if c.losses is not None else {"SIGLOSS": 1.0}
     loss = DepthLoss(weights, min_depth=c.decoder_head.min_depth, max_depth=c.decoder_head.max_depth)
     unmirrored = replace(protocol, flip=False)
@@ -278,7 +282,7 @@ def fitted(
     def validate(module: nn.Module) -> dict[str, float]:
         assert isinstance(module, Depther)
         with dense.autocast(c.model_dtype, session.device):
-            return evaluate_model(module, val, rules["eval"], unmirrored, device=session.device)[0]
+            return evaluate_model(module, val, transforms["eval"], unmirrored, device=session.device)[0]
 
     fc = dense.fit_config(
         c.optimizer, c.scheduler, images=c.bs, late=0, evaluate_every=c.eval.eval_interval, seed=c.seed, finish_with="last",
@@ -377,18 +381,18 @@ def evaluate(config: DepthConfig, session: common.Session) -> dict[str, Any]:
     mean = list(dense.as_numbers(c.transforms.mean, mean, "transforms.mean"))
     std = list(dense.as_numbers(c.transforms.std, std, "transforms.std"))
     t, e = c.transforms.train, c.transforms.eval
-    rules = {
-        "train": DepthRule(
+    transforms = {
+        "train": DepthTransform(
             t.img_size, t.fixed_crop, t.eval_mask,
             dense.pair(t.random_crop, "transforms.train.random_crop") if t.random_crop is not None else None,
             t.rotation_angle, (t.brightness_range[0], t.brightness_range[1]), tuple(mean), tuple(std),
         ),
-        "eval": DepthRule(e.img_size, e.fixed_crop, e.eval_mask, mean=tuple(mean), std=tuple(std)),
+        "eval": DepthTransform(e.img_size, e.fixed_crop, e.eval_mask, mean=tuple(mean), std=tuple(std)),
     }  # fmt: skip
     v = c.eval
     protocol = Protocol(v.min_depth, v.max_depth, v.ignored_value, v.align_least_squares, v.use_tta)
     if c.load_from is None:
-        fitted(c, session, model, rules, protocol)
+        fitted(c, session, model, transforms, protocol)
     shown = (
         Images(c.result_config, session.output / "visualizations", v.max_depth)
         if c.result_config.save_results
@@ -396,7 +400,7 @@ def evaluate(config: DepthConfig, session: common.Session) -> dict[str, Any]:
     )
     with dense.autocast(c.model_dtype, session.device):
         scores, rows = evaluate_model(
-            model, test, rules["eval"], protocol, device=session.device, shown=shown, say=session.say
+            model, test, transforms["eval"], protocol, device=session.device, shown=shown, say=session.say
         )
     name = line.split(":")[0]
     if session.run.writer:

@@ -28,7 +28,7 @@ from dinov3 import distributed
 from dinov3.config.bounds import Problem, setting
 from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.detection import BoxDataset
-from dinov3.data.transforms.boxes import DetectionRule, flipped
+from dinov3.data.transforms.boxes import DetectionTransform, flipped
 from dinov3.errors import DinoError
 from dinov3.eval import dense
 from dinov3.eval import session as common
@@ -77,9 +77,11 @@ class DetectionConfig(EvalConfig):
 
 
 @torch.inference_mode()
-def look(model: Any, rule: DetectionRule, image: Any, device: Any, *, mirrored: bool = False, most: int = 300) -> Found:
+def look(
+    model: Any, transform: DetectionTransform, image: Any, device: Any, *, mirrored: bool = False, most: int = 300
+) -> Found:
     """One view of one image: `boxes_xyxy_px` in its own pixels, `scores`, `labels`, best first."""
-    x, size_hw = rule.image(image)
+    x, size_hw = transform.image(image)
     x = x.to(device)
     (found,) = model.detect([x.flip(-1) if mirrored else x], [size_hw], most=most)
     boxes = found.boxes_xyxy_px.float().cpu()
@@ -87,10 +89,16 @@ def look(model: Any, rule: DetectionRule, image: Any, device: Any, *, mirrored: 
     return flipped(result, size_hw[1]) if mirrored else result
 
 
-def looks(model: Any, rules: Sequence[DetectionRule], image: Any, device: Any, config: DetectionConfig) -> Found:
+def looks(
+    model: Any, transforms: Sequence[DetectionTransform], image: Any, device: Any, config: DetectionConfig
+) -> Found:
     """All views of one image, merged where there are several."""
     mirrored = (False, True) if config.tta.enable and config.tta.flip else (False,)
-    every = [look(model, rule, image, device, mirrored=m, most=config.most) for rule in rules for m in mirrored]
+    every = [
+        look(model, transform, image, device, mirrored=m, most=config.most)
+        for transform in transforms
+        for m in mirrored
+    ]
     if len(every) == 1:
         return every[0]
     together = {key: torch.cat([found[key] for found in every]) for key in every[0]}
@@ -157,7 +165,7 @@ def evaluate(config: DetectionConfig, session: Session) -> Mapping[str, float | 
     if origin is not None and origin.random:
         session.say("the weights are RANDOM: the numbers say what chance gives")
     mean, std = dense.statistics(model)
-    base = DetectionRule(
+    base = DetectionTransform(
         short=short,
         multiple=model.detector.backbone[0].patch,
         long_at_most=config.long_at_most,
@@ -165,13 +173,13 @@ def evaluate(config: DetectionConfig, session: Session) -> Mapping[str, float | 
         std=tuple(255 * v for v in std),
     )
     sides = config.tta.short_sides if config.tta.enable else [short]
-    rules = [DetectionRule(**(vars(base) | {"short": side})) for side in sides]
+    transforms = [DetectionTransform(**(vars(base) | {"short": side})) for side in sides]
     total = min(config.limit, len(data)) if config.limit else len(data)
     rank, world = distributed.rank(), distributed.world()
     mine: list[tuple[int, Found, dict[str, Tensor]]] = []
     for number in range(rank, total, world):
         image, target = data[number]
-        mine.append((number, in_classes_of(looks(model, rules, image, session.device, config), mapped), target))
+        mine.append((number, in_classes_of(looks(model, transforms, image, session.device, config), mapped), target))
         if len(mine) % max(1, total // world // 10) == 0:
             session.say(f"{len(mine) * world} of {total} images")
     every = sorted((row for part in distributed.gather_objects(mine) for row in part), key=lambda row: row[0])

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from dinov3 import distributed
 from dinov3.config.bounds import Problem, setting
 from dinov3.data.datasets.dense import ONE_CLASS, DenseDataset
-from dinov3.data.transforms.dense import SegmentationRule, short_side, tta_short
+from dinov3.data.transforms.dense import SegmentationTransform, short_side, tta_short
 from dinov3.data.transforms.pixels import resized, standardised, to_pixels
 from dinov3.errors import DinoError
 from dinov3.eval import dense
@@ -170,8 +170,8 @@ class Protocol:
     ratios: tuple[float, ...] = (1.0,)
     flip: bool = False
     head: str = "linear"
-    mean: tuple[float, ...] = SegmentationRule.mean
-    std: tuple[float, ...] = SegmentationRule.std
+    mean: tuple[float, ...] = SegmentationTransform.mean
+    std: tuple[float, ...] = SegmentationTransform.std
 
 
 def copies(image: Any, protocol: Protocol) -> list[tuple[Tensor, bool]]:
@@ -277,7 +277,7 @@ def fitted(
         session.say(f"datasets.{what}: {len(data)} images{left}")
     zero = train.zero_is_other if c.eval.reduce_zero_label is None else c.eval.reduce_zero_label
     low_high = t.random_img_size_ratio_range
-    rule = SegmentationRule(
+    transform = SegmentationTransform(
         img_size=t.img_size if t.augment else protocol.size,
         ratio_range=(low_high[0], low_high[1]) if low_high else None,
         crop_hw=dense.pair(t.crop_size, "transforms.train.crop_size") if t.crop_size is not None else None,
@@ -286,7 +286,7 @@ def fitted(
         mean=protocol.mean,
         std=protocol.std,
     )  # fmt: skip
-    batches = dense.batches(train, rule, c.bs, c.seed, augment=t.augment)
+    batches = dense.batches(train, transform, c.bs, c.seed, augment=t.augment)
     best: list[dict[str, Any]] = []
 
     def validate(module: nn.Module) -> dict[str, float]:
@@ -349,14 +349,14 @@ def _save_head(
     options |= {"use_batchnorm": d.use_batchnorm, "use_backbone_norm": d.use_backbone_norm}
     names = data.class_names if data.class_names and len(data.class_names) == d.num_classes else None
     backbone = model.get_submodule("segmentation_model.0.feature_model")
-    rule = (
+    transform = (
         default_preprocessing(backbone, size=protocol.size, shape="short")
         if protocol.size
         else default_preprocessing(backbone)
     )
     save_head(
         session.output / "head.safetensors", model, task="segmentation", head="linear", options=options, class_names=names,
-        preprocessing=rule, metrics=percentages(scores), steps=config.scheduler.total_iter,
+        preprocessing=transform, metrics=percentages(scores), steps=config.scheduler.total_iter,
         data={"train": config.datasets.train, "val": config.datasets.val},
     )  # fmt: skip
 

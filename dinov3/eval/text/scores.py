@@ -22,7 +22,7 @@ from dinov3.metrics.classification import accuracy
 # ---- features -------------------------------------------------------------------------------------------------------
 
 
-def text_rule(model: Any, size: int) -> Preprocessing:
+def text_preprocessing(model: Any, size: int) -> Preprocessing:
     """As dino.txt is measured: the short side to `size`, bicubic, and a square of it from the middle."""
     origin = model.origin
     multiple = model.visual_model.backbone.stride
@@ -44,7 +44,7 @@ def image_features(
     model.eval()
     parts = [
         model.encode_image(x.to(weight.device, weight.dtype), normalize=True).float().cpu()
-        for x in image_batches(data, rows, text_rule(model, size), batch_size, workers)
+        for x in image_batches(data, rows, text_preprocessing(model, size), batch_size, workers)
     ]
     model.train(was)
     return torch.cat(parts)

@@ -188,7 +188,7 @@ def _segmentation(
     weight = next(model.text_model.parameters())
     origin: Any = model.origin
     # the long side rounded down, as the public example does: nothing is cut and no multiple of the patch is needed
-    rule = Preprocessing(
+    preprocessing = Preprocessing(
         size=c.resize, shape="short", multiple=1, interpolation="bicubic", mean=origin.mean, std=origin.std
     )
     total = torch.zeros(len(names), len(names), dtype=torch.float64)
@@ -196,7 +196,7 @@ def _segmentation(
     mine = rows[distributed.rank() :: distributed.world()]
     for done, row in enumerate(mine, 1):
         image = open_image(dataset.read(row)).image
-        x, _ = rule(image)
+        x, _ = preprocessing(image)
         maps = place_maps(model, vectors, x[None].to(weight.device), c)
         target = torch.from_numpy(dataset.target(row).astype("int64"))
         if dataset.zero_is_other:
