@@ -8,7 +8,7 @@ A value may hold ":" and "=" (C:\\images, a=b/c): it ends only where ":key=" of 
 
     len(data), data[i] → (PIL image, target), data.read(i) → encoded bytes, data.name(i), data.label(i)
 
-Adding one: a class with `from_options(**strings)` in a file here, and one row in `KNOWN`.
+Adding one: a class whose arguments are the keys in a file here, and one row in `KNOWN`.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ if TYPE_CHECKING:
 
 __all__ = ["KNOWN", "Folder", "ImageNet", "ImageNet22k", "make_dataset", "parse_dataset"]
 
-# name → (module below this package, keys it accepts)
-KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
-    "ImageNet": ("imagenet", ("root", "extra", "split")),
-    "ImageNet22k": ("imagenet", ("root", "extra")),
-    "ImageNetV2": ("imagenet_variants", ("root",)),
-    "ImageNetReaL": ("imagenet_variants", ("root", "labels", "extra")),
-    "ImageNetA": ("imagenet_variants", ("root",)),
-    "ImageNetR": ("imagenet_variants", ("root",)),
-    "ImageNetSketch": ("imagenet_variants", ("root",)),
-    "ImageNetC": ("imagenet_variants", ("root",)),
-    "ObjectNet": ("imagenet_variants", ("root",)),
-    "Folder": ("folder", ("root", "column")),
-    "CocoCaptions": ("captions", ("root", "split")),
-    "Captions": ("captions", ("root", "captions")),
-    "FolderSplit": ("split", ("root", "split", "train_per_class", "test_per_class", "exclude", "column")),
-    "ADE20K": ("dense", ("root", "split")),
-    "NYU": ("dense", ("root", "split")),
-    "DepthList": ("dense", ("root", "list", "unit")),
-    "VOC2012": ("dense", ("root", "split")),
-    "Cityscapes": ("dense", ("root", "split")),
-    "DenseFolder": ("dense", ("root", "split", "targets", "kind", "unit", "select", "ignore", "classes")),
-    "CocoDetection": ("detection", ("root", "split", "annotations")),
-    "VocDetection": ("detection", ("root", "split")),
+# name → (module below this package, how a spec of it is written: what stands in brackets may be left out)
+KNOWN: dict[str, tuple[str, str]] = {
+    "ImageNet": ("imagenet", "split=TRAIN:root=…[:extra=…]"),
+    "ImageNet22k": ("imagenet", "root=…:extra=…"),
+    "ImageNetV2": ("imagenet_variants", "root=…"),
+    "ImageNetReaL": ("imagenet_variants", "root=…:labels=real.json[:extra=…]"),
+    "ImageNetA": ("imagenet_variants", "root=…"),
+    "ImageNetR": ("imagenet_variants", "root=…"),
+    "ImageNetSketch": ("imagenet_variants", "root=…"),
+    "ImageNetC": ("imagenet_variants", "root=…"),
+    "ObjectNet": ("imagenet_variants", "root=…"),
+    "Folder": ("folder", "root=…[:column=…]"),
+    "FolderSplit": ("folder", "root=…:split=train[:train_per_class=30:test_per_class=50:exclude=…:column=…]"),
+    "CocoCaptions": ("captions", "root=…[:split=TRAIN]"),
+    "Captions": ("captions", "root=…[:captions=…]"),
+    "ADE20K": ("dense", "root=…:split=TRAIN|VAL"),
+    "NYU": ("dense", "root=…:split=TRAIN|VAL|TEST"),
+    "DepthList": ("dense", "root=…:list=…[:unit=1000]"),
+    "VOC2012": ("dense", "root=…:split=TRAIN|VAL|TRAINVAL"),
+    "Cityscapes": ("dense", "root=…:split=TRAIN|VAL"),
+    "DenseFolder": ("dense", "root=…[:split=…:targets=…:kind=…:unit=…:select=…:ignore=…:classes=…]"),
+    "CocoDetection": ("detection", "root=…[:split=val2017:annotations=…]"),
+    "VocDetection": ("detection", "root=…[:split=…]"),
 }
 
 
@@ -80,8 +80,8 @@ def parse_dataset(text: str) -> tuple[str, dict[str, str]]:
             return "Folder", {"root": text}
         near = did_you_mean(name, KNOWN) or f"; known: {', '.join(KNOWN)}, or the path of a folder, list, tar or table"
         raise UnknownName(f"unknown data set {name!r}{near}")
-    keys = KNOWN[name][1]
-    example = f"{name}:" + ":".join(f"{k}=…" for k in keys)
+    form = KNOWN[name][1]
+    keys, example = re.findall(r"(\w+)=", form), f"{name}:{form}"
     options: dict[str, str] = {}
     for part in re.split(r":(?=[A-Za-z_]+=)", rest) if colon else []:
         key, equals, value = part.partition("=")
@@ -92,4 +92,7 @@ def parse_dataset(text: str) -> tuple[str, dict[str, str]]:
         if key in options:
             raise DinoError(f"{key} is given twice in {text!r}")
         options[key] = value
+    for key in re.findall(r"(\w+)=", form.partition("[")[0]):
+        if key not in options:
+            raise DinoError(f"{name} needs {key}=…: write {example}")
     return name, options

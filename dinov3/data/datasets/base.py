@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Self
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
-from dinov3.data.images import open_image
-from dinov3.errors import DinoError, ImageError
+from dinov3.data.images import open_image, read_file
+from dinov3.errors import ImageError
 
 
 class ImageDataset:
@@ -15,10 +16,14 @@ class ImageDataset:
     transform: Callable[[Any], Any] | None = None
     target_transform: Callable[[Any], Any] | None = None
 
+    PARSED: ClassVar[
+        Mapping[str, Callable[[str], Any]]
+    ] = {}  # arguments that are no texts: how a spec's text becomes one
+
     @classmethod
     def from_options(cls, **options: str) -> Self:
         """From the keys of a dataset spec (`make_dataset`)."""
-        raise NotImplementedError
+        return cls(**{key: cls.PARSED.get(key, str)(text) for key, text in options.items()})
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -35,6 +40,10 @@ class ImageDataset:
         """The number of the image's class; None where there are no classes."""
         return None
 
+    def target_of(self, index: int, image: Any) -> Any:
+        """What an image is paired with, once it is decoded."""
+        return self.label(index)
+
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         """(upright RGB image, target), each through its transform."""
         if not -len(self) <= index < len(self):
@@ -44,14 +53,22 @@ class ImageDataset:
             image: Any = open_image(self.read(index)).image
         except ImageError as error:
             raise ImageError(f"{self.name(index)}: {error}") from None
-        target: Any = self.label(index)
+        target = self.target_of(index, image)
         if self.transform is not None:
             image = self.transform(image)
         return image, target if self.target_transform is None else self.target_transform(target)
 
 
-def required(options: dict[str, str], key: str, line: str) -> str:
-    """An option that a data set cannot do without."""
-    if key not in options:
-        raise DinoError(f"{line.split(':')[0]} needs {key}=…: write {line}")
-    return options[key]
+class FileDataset(ImageDataset):
+    """Images that are files: `paths`."""
+
+    paths: Sequence[str | Path]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int) -> bytes:
+        return read_file(self.paths[index])
+
+    def name(self, index: int) -> str:
+        return str(self.paths[index])

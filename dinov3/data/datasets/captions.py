@@ -16,11 +16,11 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
-from dinov3.data.datasets.base import ImageDataset, required
+from dinov3.data.datasets.base import FileDataset
 from dinov3.data.images import read_file
 from dinov3.data.sources import open_source
 from dinov3.errors import DinoError, UnknownName, did_you_mean
@@ -32,24 +32,18 @@ COCO_PLACES = {  # split → (captions, images)
 IMAGE_COLUMNS, CAPTION_COLUMNS = ("picture", "image", "path", "file", "file_name"), ("caption", "text", "sentence")
 
 
-class Captioned(ImageDataset):
+class Captioned(FileDataset):
     """Files below `root`, each with at least one caption. `images`: relative path → captions, in their order."""
 
     def __init__(self, root: str | os.PathLike[str], images: Mapping[str, list[str]], where: str) -> None:
         self.root = Path(root).expanduser()
         self.paths = list(images)
-        self.captions = [images[p] for p in self.paths]
+        self.captions = list(images.values())
         if not self.paths:
             raise DinoError(f"{where} gives no image a caption: there is nothing to learn or to measure")
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
     def read(self, index: int) -> bytes:
         return read_file(self.root / self.paths[index])
-
-    def name(self, index: int) -> str:
-        return self.paths[index]
 
     def caption(self, index: int, *, seed: int = 0, epoch: int = 0) -> str:
         """One of the image's captions: the same for the same three numbers, on every machine."""
@@ -77,10 +71,6 @@ class CocoCaptions(Captioned):
         file, images = (Path(root).expanduser() / place for place in COCO_PLACES[self.split])
         super().__init__(images, coco_captions(file), str(file))
 
-    @classmethod
-    def from_options(cls, **options: str) -> Self:
-        return cls(required(options, "root", "CocoCaptions:root=…:split=TRAIN"), options.get("split", "TRAIN"))
-
 
 class Captions(Captioned):
     """Your own images: a table of captions, or a text file beside each image."""
@@ -100,10 +90,6 @@ class Captions(Captioned):
             more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
             raise DinoError(f"{table.name} names {lost[0]}{more}, which {root} does not have: paths are relative to it")
         super().__init__(folder, images, str(table))
-
-    @classmethod
-    def from_options(cls, **options: str) -> Self:
-        return cls(required(options, "root", "Captions:root=…:captions=…"), options.get("captions"))
 
 
 def text_files(folder: Path) -> dict[str, list[str]]:

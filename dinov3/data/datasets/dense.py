@@ -19,14 +19,15 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
 
-from dinov3.data.datasets.base import ImageDataset, required
-from dinov3.data.images import IMAGE_SUFFIXES, open_image, read_file
+from dinov3.data.datasets.base import FileDataset
+from dinov3.data.images import IMAGE_SUFFIXES, read_file
 from dinov3.errors import DinoError, ImageError, UnknownName, did_you_mean, one_of
 
 KINDS = ("classes", "depth", "height")
@@ -39,7 +40,17 @@ ONE_CLASS = (
 )
 
 
-class DenseDataset(ImageDataset):
+def _number(key: str, text: str, *, zero: bool = False) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not (value > 0 or (zero and value == 0)):
+        raise DinoError(f"{key} is a number {'of at least' if zero else 'above'} 0, not {text!r}")
+    return value
+
+
+class DenseDataset(FileDataset):
     """Pairs of files: an image, and a map of its size. `kind` says what the map holds."""
 
     kind: str = "classes"
@@ -51,15 +62,7 @@ class DenseDataset(ImageDataset):
 
     def __init__(self, pairs: Sequence[tuple[Path, Path]]) -> None:
         self.pairs = list(pairs)
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def read(self, index: int) -> bytes:
-        return read_file(self.pairs[index][0])
-
-    def name(self, index: int) -> str:
-        return str(self.pairs[index][0])
+        self.paths = [image for image, _ in self.pairs]
 
     @property
     def n_classes(self) -> int | None:
@@ -91,23 +94,14 @@ class DenseDataset(ImageDataset):
         """From the numbers in the files to the classes of the benchmark."""
         return mask
 
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}")
-        index %= len(self)
-        try:
-            image: Any = open_image(self.read(index)).image
-        except ImageError as error:
-            raise ImageError(f"{self.name(index)}: {error}") from None
-        target: Any = self.target(index)
+    def target_of(self, index: int, image: Any) -> np.ndarray:
+        target = self.target(index)
         if (image.height, image.width) != target.shape:
             raise ImageError(
                 f"{self.name(index)} has {image.width}×{image.height} pixels and {self.pairs[index][1].name} "
                 f"{target.shape[1]}×{target.shape[0]}: a target has the size of its image"
             )
-        if self.transform is not None:
-            image = self.transform(image)
-        return image, target if self.target_transform is None else self.target_transform(target)
+        return target
 
 
 # ---- one map -------------------------------------------------------------------------------------------------------
@@ -168,10 +162,6 @@ def heights(values: np.ndarray, unit: float, ignored: int | None) -> np.ndarray:
 # ---- benchmarks ----------------------------------------------------------------------------------------------------
 
 
-def _split(options: dict[str, str], splits: Sequence[str], line: str) -> str:
-    return one_of("the split", required(options, "split", line).upper(), splits)
-
-
 class ADE20K(DenseDataset):
     """150 classes; masks hold 1 … 150, and 0 for everything else.
 
@@ -183,7 +173,7 @@ class ADE20K(DenseDataset):
     zero_is_other = True
 
     def __init__(self, *, root: str | os.PathLike[str], split: str) -> None:
-        self.root = Path(root).expanduser()
+        self.root, split = Path(root).expanduser(), one_of("the split", split.upper(), self.SPLITS)
         listed = self.root / f"ADE20K_object150_{split.lower()}.txt"
         images = self.root / "images"
         folder = images / self.SPLITS[split]
@@ -204,11 +194,6 @@ class ADE20K(DenseDataset):
     def n_classes(self) -> int | None:
         return 150
 
-    @classmethod
-    def from_options(cls, **options: str) -> Self:
-        line = "ADE20K:root=…:split=TRAIN|VAL"
-        return cls(root=required(options, "root", line), split=_split(options, list(cls.SPLITS), line))
-
 
 class DepthList(DenseDataset):
     """Depth images by a list file: sorted lines `<rgb> <depth> <anything>`, relative to the root, a leading "/" dropped.
@@ -217,10 +202,11 @@ class DepthList(DenseDataset):
     """
 
     kind = "depth"
+    PARSED: ClassVar = {"unit": partial(_number, "unit")}
 
-    def __init__(self, *, root: str | os.PathLike[str], list_file: str, unit: float = 1000.0) -> None:
+    def __init__(self, *, root: str | os.PathLike[str], list: str, unit: float = 1000.0) -> None:
         self.root, self.unit = Path(root).expanduser(), unit
-        path = self.root / list_file
+        path = self.root / list
         try:
             lines = sorted(line for line in path.read_text().splitlines() if line.strip())
         except OSError as error:
@@ -238,23 +224,14 @@ class DepthList(DenseDataset):
             raise DinoError(f"{path} lists no image with a depth map")
         super().__init__(pairs)
 
-    @classmethod
-    def from_options(cls, **options: str) -> Self:
-        line = "DepthList:root=…:list=…:unit=1000"
-        unit = _number(options.get("unit", "1000"), "unit")
-        return cls(root=required(options, "root", line), list_file=required(options, "list", line), unit=unit)
-
 
 class NYU(DepthList):
     """NYUv2 as extracted for BTS: 16-bit millimetres, 640×480. VAL and TEST are the same 654 images."""
 
     SPLITS: ClassVar = {"TRAIN": "nyu_train.txt", "VAL": "nyu_test.txt", "TEST": "nyu_test.txt"}
 
-    @classmethod
-    def from_options(cls, **options: str) -> Self:
-        line = "NYU:root=…:split=TRAIN|VAL|TEST"
-        split = _split(options, list(cls.SPLITS), line)
-        return cls(root=required(options, "root", line), list_file=cls.SPLITS[split])
+    def __init__(self, *, root: str | os.PathLike[str], split: str) -> None:
+        super().__init__(root=root, list=self.SPLITS[one_of("the split", split.upper(), self.SPLITS)])
 
 
 class VOC2012(DenseDataset):
@@ -267,7 +244,7 @@ class VOC2012(DenseDataset):
     )
 
     def __init__(self, *, root: str | os.PathLike[str], split: str) -> None:
-        self.root = Path(root).expanduser()
+        self.root, split = Path(root).expanduser(), one_of("the split", split.upper(), self.SPLITS)
         listed = self.root / "ImageSets" / "Segmentation" / f"{split.lower()}.txt"
         if not listed.is_file():
             raise DinoError(f"{listed} does not exist: root is the folder that holds ImageSets, as VOCdevkit/VOC2012")
@@ -275,11 +252,6 @@ class VOC2012(DenseDataset):
         images, masks = self.root / "JPEGImages", self.root / "SegmentationClass"
         super().__init__([(images / f"{n}.jpg", masks / f"{n}.png") for n in names])
         self.class_names = self.NAMES.split()
-
-    @classmethod
-    def from_options(cls, **options: str) -> Self:
-        line = "VOC2012:root=…:split=TRAIN|VAL|TRAINVAL"
-        return cls(root=required(options, "root", line), split=_split(options, cls.SPLITS, line))
 
 
 class Cityscapes(DenseDataset):
@@ -293,7 +265,7 @@ class Cityscapes(DenseDataset):
     IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 
     def __init__(self, *, root: str | os.PathLike[str], split: str) -> None:
-        self.root = Path(root).expanduser()
+        self.root, split = Path(root).expanduser(), one_of("the split", split.upper(), self.SPLITS)
         images = sorted((self.root / "leftImg8bit" / split.lower()).glob("*/*_leftImg8bit.png"))
         if not images:
             raise DinoError(f"no *_leftImg8bit.png in {self.root}/leftImg8bit/{split.lower()}/<city>/")
@@ -306,11 +278,6 @@ class Cityscapes(DenseDataset):
 
     def relabelled(self, mask: np.ndarray) -> np.ndarray:
         return self._table[np.clip(mask, 0, 255)]
-
-    @classmethod
-    def from_options(cls, **options: str) -> Self:
-        line = "Cityscapes:root=…:split=TRAIN|VAL"
-        return cls(root=required(options, "root", line), split=_split(options, cls.SPLITS, line))
 
 
 # ---- your own ------------------------------------------------------------------------------------------------------
@@ -341,6 +308,12 @@ class DenseFolder(DenseDataset):
     select: a slice of the sorted pairs ("0:80"). ignore: a number that does not count, in masks besides 255. classes: names
     separated by commas; by default the lines of `classes.txt` in the root, or the list in `classes.json`.
     """
+
+    PARSED: ClassVar = {
+        "unit": partial(_number, "unit"),
+        "ignore": lambda text: int(_number("ignore", text, zero=True)),
+        "classes": lambda text: [name.strip() for name in text.split(",")],
+    }
 
     def __init__(
         self,
@@ -375,18 +348,6 @@ class DenseFolder(DenseDataset):
 
     def relabelled(self, mask: np.ndarray) -> np.ndarray:
         return mask if self.ignored is None else np.where(mask == self.ignored, self.ignore_index, mask)
-
-    @classmethod
-    def from_options(cls, **options: str) -> Self:
-        required(options, "root", "DenseFolder:root=…:split=…:targets=…")
-        given: dict[str, Any] = dict(options)
-        if "unit" in given:
-            given["unit"] = _number(given["unit"], "unit")
-        if "ignore" in given:
-            given["ignore"] = int(_number(given["ignore"], "ignore", zero=True))
-        if "classes" in given:
-            given["classes"] = [name.strip() for name in given["classes"].split(",")]
-        return cls(**given)
 
 
 def _find(root: Path, split: str | None, targets: str | None) -> tuple[Path, Path]:
@@ -475,13 +436,3 @@ def _slice(text: str) -> slice:
     if len(parts) not in (2, 3) or not all(re.fullmatch(r"-?\d*", p) for p in parts):
         raise DinoError(f"select is a slice of the sorted images, as 0:80 or 80: or ::2, not {text!r}")
     return slice(*(int(p) if p else None for p in parts))
-
-
-def _number(text: str, key: str, *, zero: bool = False) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not (value > 0 or (zero and value == 0)):
-        raise DinoError(f"{key} is a number {'of at least' if zero else 'above'} 0, not {text!r}")
-    return value

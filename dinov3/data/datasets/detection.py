@@ -25,14 +25,14 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dinov3.data import names as known_names
-from dinov3.data.datasets.base import ImageDataset, required
-from dinov3.data.images import IMAGE_SUFFIXES, open_image, read_file
+from dinov3.data.datasets.base import FileDataset
+from dinov3.data.images import IMAGE_SUFFIXES, read_file
 from dinov3.errors import DinoError, ImageError, UnknownName, did_you_mean
 
 Target = dict[str, Tensor]
@@ -58,23 +58,15 @@ class Row:
     size_hw: tuple[int, int] | None = None
 
 
-class BoxDataset(ImageDataset):
+class BoxDataset(FileDataset):
     """Images and boxes, whatever the files look like."""
 
     def __init__(self, rows: Sequence[Row], class_names: Sequence[str], category_ids: Sequence[int] | None = None):
         self.rows = list(rows)
+        self.paths = [row.path for row in self.rows]
         self.class_names = list(class_names)
         self.category_ids = list(category_ids) if category_ids is not None else list(range(1, len(class_names) + 1))
         self.left_out = sum(not _has_area(box) for row in self.rows for box in row.boxes)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def read(self, index: int) -> bytes:
-        return read_file(self.rows[index].path)
-
-    def name(self, index: int) -> str:
-        return str(self.rows[index].path)
 
     def image_id(self, index: int) -> int:
         """The number by which results name the image."""
@@ -98,24 +90,14 @@ class BoxDataset(ImageDataset):
             "area_px2": torch.tensor([area for *_, area in boxes], dtype=torch.float32),
         }
 
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}")
-        index %= len(self)
-        try:
-            image: Any = open_image(self.read(index)).image
-        except ImageError as error:
-            raise ImageError(f"{self.name(index)}: {error}") from None
+    def target_of(self, index: int, image: Any) -> Target:
         size_hw, stated = (image.height, image.width), self.rows[index].size_hw
         if stated is not None and stated != size_hw:
             turned = "; it was turned upright by its EXIF tag, its boxes were not" if stated == size_hw[::-1] else ""
             raise ImageError(
                 f"{self.name(index)} has {size_hw[1]}×{size_hw[0]} pixels, its boxes are for {stated[1]}×{stated[0]}{turned}"
             )
-        target: Any = self.target(index, size_hw)
-        if self.transform is not None:
-            image = self.transform(image)
-        return image, target if self.target_transform is None else self.target_transform(target)
+        return self.target(index, size_hw)
 
 
 def _has_area(box: Box) -> bool:
@@ -219,11 +201,6 @@ class CocoDetection(BoxDataset):
             images.append({"id": image, "file_name": names[0] if names else stem + ".jpg"})
         return {"images": images, "annotations": annotations}
 
-    @classmethod
-    def from_options(cls, **options: str) -> Self:
-        root = required(options, "root", "CocoDetection:root=…:split=val2017")
-        return cls(root, split=options.get("split"), annotations=options.get("annotations"))
-
 
 def _json(path: Path) -> Any:
     try:
@@ -297,10 +274,6 @@ class VocDetection(BoxDataset):
         named = tree.findtext("filename") or ""
         stems = [named, *(file.stem + s for s in sorted(IMAGE_SUFFIXES))]
         return _first_file([self.images / stem for stem in stems if stem]), size_hw, objects
-
-    @classmethod
-    def from_options(cls, **options: str) -> Self:
-        return cls(required(options, "root", "VocDetection:root=…"), split=options.get("split"))
 
 
 def _first_folder(root: Path, *names: str) -> Path:

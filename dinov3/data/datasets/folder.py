@@ -7,12 +7,15 @@ of the member's name. Images that lie beside the sub-folders have no class. With
 from __future__ import annotations
 
 import os
-from typing import Self
+import zlib
+from functools import partial
+from typing import ClassVar
 
 import numpy as np
 
-from dinov3.data.datasets.base import ImageDataset, required
+from dinov3.data.datasets.base import ImageDataset
 from dinov3.data.sources import Item, open_source
+from dinov3.errors import DinoError, UnknownName, did_you_mean, one_of
 
 
 class Folder(ImageDataset):
@@ -25,10 +28,6 @@ class Folder(ImageDataset):
         self.class_names: list[str] = sorted({f for f in firsts if f is not None})
         number = {name: i for i, name in enumerate(self.class_names)}
         self.labels = np.array([-1 if f is None else number[f] for f in firsts], np.int32)
-
-    @classmethod
-    def from_options(cls, **options: str) -> Self:
-        return cls(required(options, "root", "Folder:root=…"), column=options.get("column"))
 
     def __len__(self) -> int:
         return len(self.items)
@@ -53,3 +52,63 @@ def _first_folder(path: str) -> str | None:
         path = inside if "/" in inside else outside
     folder, slash, _ = path.removeprefix("./").partition("/")
     return folder if slash and folder else None
+
+
+def _count(key: str, text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise DinoError(f"{key} is a number of images, not {text!r}")
+    return int(text)
+
+
+class FolderSplit(Folder):
+    """A fixed division of one labelled folder into training and test images, where its makers gave none (Caltech-101).
+
+        FolderSplit:root=/data/caltech101:split=train:train_per_class=30
+        FolderSplit:root=/data/caltech101:split=test:train_per_class=30:test_per_class=50
+
+    Each class's images are put in an order drawn from the class's name (so that a class keeps its division whatever else
+    lies beside it): the first `train_per_class` train, of the rest at most `test_per_class` test. `exclude` leaves
+    classes out (several with commas). Classes are numbered in sorted order, the same in both parts.
+    """
+
+    PARSED: ClassVar = {
+        "train_per_class": partial(_count, "train_per_class"),
+        "test_per_class": partial(_count, "test_per_class"),
+        "exclude": lambda text: tuple(filter(None, text.split(","))),
+    }
+
+    def __init__(
+        self,
+        root: str,
+        *,
+        split: str,
+        train_per_class: int = 30,
+        test_per_class: int | None = None,
+        exclude: tuple[str, ...] = (),
+        column: str | None = None,
+    ):
+        super().__init__(root, column=column)
+        one_of("split", split, ("train", "test"))
+        if not self.class_names:
+            raise DinoError(f"{root} has no classes to divide: one sub-folder for each class is needed")
+        for name in exclude:
+            if name not in self.class_names:
+                raise UnknownName(f"exclude={name}: there is no such class{did_you_mean(name, self.class_names)}")
+        chosen = [name for name in self.class_names if name not in exclude]
+        rows: list[int] = []
+        labels: list[int] = []
+        for number, name in enumerate(chosen):
+            members = np.flatnonzero(self.labels == self.class_names.index(name))
+            order = np.random.default_rng(zlib.crc32(name.encode())).permutation(len(members))
+            if split == "train":
+                kept = order[:train_per_class]
+            else:
+                end = None if test_per_class is None else train_per_class + test_per_class
+                kept = order[train_per_class:end]
+            if len(kept) == 0:
+                raise DinoError(f"class {name} has {len(members)} images: none is left for split={split}")
+            rows += sorted(members[kept].tolist())
+            labels += [number] * len(kept)
+        self.items = [self.items[i] for i in rows]
+        self.labels = np.array(labels, np.int32)
+        self.class_names = chosen

@@ -23,11 +23,11 @@ import tarfile
 import zlib
 from enum import Enum
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar
 
 import numpy as np
 
-from dinov3.data.datasets.base import ImageDataset, required
+from dinov3.data.datasets.base import ImageDataset
 from dinov3.data.images import os_reason, read_file
 from dinov3.errors import DinoError, ImageError, UnknownName, did_you_mean
 from dinov3.files import atomically
@@ -63,6 +63,7 @@ class ImageNet(ImageDataset):
     """ImageNet-1k, or any part of it in the same layout."""
 
     Split = ImageNetSplit
+    PARSED: ClassVar = {"split": ImageNetSplit.parse}
 
     def __init__(
         self,
@@ -77,12 +78,6 @@ class ImageNet(ImageDataset):
         self.extra = None if extra is None else Path(extra)
         self.transform, self.target_transform = transform, target_transform
         self._entries: np.ndarray | None = None
-
-    @classmethod
-    def from_options(cls, **options: str) -> Self:
-        line = "ImageNet:split=TRAIN:root=…:extra=…"
-        split = ImageNetSplit.parse(required(options, "split", line))
-        return cls(split=split, root=required(options, "root", line), extra=options.get("extra"))
 
     @property
     def entries(self) -> np.ndarray:
@@ -198,11 +193,6 @@ class ImageNet22k(ImageDataset):
         self.root, self.extra = Path(root), Path(extra)
         self.transform, self.target_transform = transform, target_transform
         self._entries: np.ndarray | None = None
-
-    @classmethod
-    def from_options(cls, **options: str) -> Self:
-        line = "ImageNet22k:root=…:extra=…"
-        return cls(root=required(options, "root", line), extra=required(options, "extra", line))
 
     @property
     def entries(self) -> np.ndarray:

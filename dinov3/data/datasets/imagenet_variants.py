@@ -20,11 +20,11 @@ import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 
-from dinov3.data.datasets.base import ImageDataset, required
+from dinov3.data.datasets.base import FileDataset
 from dinov3.data.datasets.imagenet import ImageNet, ImageNetSplit
 from dinov3.data.images import image_suffix, open_image, read_file
 from dinov3.errors import DinoError, UnknownName, did_you_mean
@@ -42,7 +42,7 @@ def class_numbers() -> dict[str, int]:
     return {wnid: i for i, wnid in enumerate(WNIDS.read_text().split())}
 
 
-class Listed(ImageDataset):
+class Listed(FileDataset):
     """Images below a folder with a class for each; `columns` where only some of ImageNet's classes occur."""
 
     metric: ClassVar[str] = "mean_accuracy"
@@ -58,10 +58,6 @@ class Listed(ImageDataset):
         if not self.paths:
             raise DinoError(f"no images of {type(self).__name__} in {self.root}; its layout: {self.line}")
 
-    @classmethod
-    def from_options(cls, **options: str) -> Self:
-        return cls(required(options, "root", f"{cls.__name__}:root=…"))
-
     def find(self) -> None:
         raise NotImplementedError
 
@@ -70,12 +66,6 @@ class Listed(ImageDataset):
             if image_suffix(name):
                 self.paths.append(str((folder / name).relative_to(self.root)))
                 self.numbers.append(number)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def name(self, index: int) -> str:
-        return self.paths[index]
 
     def read(self, index: int) -> bytes:
         return read_file(self.root / self.paths[index])
@@ -161,13 +151,6 @@ class ImageNetReaL(ImageNet):
             self.sets: list[list[int]] = json.loads(Path(labels).expanduser().read_text())
         except (OSError, ValueError) as error:
             raise DinoError(f"labels={labels} is not ReaL's real.json: {error}") from None
-
-    @classmethod
-    def from_options(cls, **options: str) -> Self:
-        line = "ImageNetReaL:root=…:labels=real.json"
-        return cls(
-            root=required(options, "root", line), labels=required(options, "labels", line), extra=options.get("extra")
-        )
 
     def get_targets(self) -> np.ndarray:
         """int64 [N, L], each row a set of labels padded with −1."""

@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dinov3.data.datasets.base import ImageDataset
-from dinov3.data.images import open_image, read_file
+from dinov3.data.datasets.base import FileDataset
+from dinov3.data.images import open_image
 from dinov3.errors import DinoError, UnsafeFile
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
-class ImageList(ImageDataset):
+class ImageList(FileDataset):
     """Images by their paths, each perhaps cut to a box and brought to a square before anything else happens.
 
     boxes: (x0, y0, x1, y1) for each image, or None. square: None, or the side of a square; fit "pad": the longer side
@@ -47,16 +47,13 @@ class ImageList(ImageDataset):
     ) -> None:
         self.paths, self.boxes, self.square, self.fit = list(paths), boxes, square, fit
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
     def name(self, index: int) -> str:
         """The path, and what is done to the image: features are kept under this name."""
         box = "" if self.boxes is None else "#" + ",".join(f"{v:g}" for v in self.boxes[index])
         return f"{self.paths[index]}{box}" + (f"#{self.fit}{self.square}" if self.square else "")
 
     def read(self, index: int) -> bytes:
-        encoded = read_file(self.paths[index])
+        encoded = super().read(index)
         if self.boxes is None and self.square is None:
             return encoded
         image = open_image(encoded).image
