@@ -17,9 +17,15 @@ LONGEST, MOST_PARAMETERS = 80, 12
 
 
 def rooms() -> dict[str, set[str]]:
-    """Room → its files, as the table of the page lists them: | `room/` | `file.py` … | what for |."""
-    rows = re.findall(r"^\| `(dinov3/[\w/]*)` \| ([^|]*) \|", PAGE, re.MULTILINE)
-    return {room: set(re.findall(r"`([\w./]+)`", files)) for room, files in rows}
+    """Room → its files, as the page lists them: a folder, then its files, on as many lines as they need."""
+    (block,) = re.findall(r"The files:\n\n```\n(.*?)```", PAGE, re.DOTALL)
+    found: dict[str, set[str]] = {}
+    for word in block.split():
+        if word.endswith("/"):
+            found[room := word] = set()
+        else:
+            found[room].add(word)
+    return found
 
 
 def python_files(folder: Path) -> set[str]:
@@ -32,10 +38,17 @@ def defines_something(path: Path) -> bool:
     return any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in nodes)
 
 
-def test_the_table_lists_every_file_of_the_package() -> None:
+def test_the_page_lists_every_file_of_the_package() -> None:
     folders = {p.parent for p in PACKAGE.rglob("*.py")}
     there = {f"{f.relative_to(ROOT)}/": python_files(f) for f in folders}
     assert rooms() == {room: files for room, files in there.items() if files}
+
+
+def test_every_room_of_the_table_exists_and_no_line_is_too_long() -> None:
+    named = re.findall(r"^\| `(dinov3/[\w/]*)` \|", PAGE, re.MULTILINE)
+    assert len(named) > 15
+    assert all((ROOT / room).is_dir() for room in named)
+    assert max(map(len, PAGE.splitlines())) <= 140
 
 
 def test_the_drawing_has_the_rows_that_the_import_contract_enforces() -> None:

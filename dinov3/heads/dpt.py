@@ -320,7 +320,6 @@ def build_depther(
     adapt_to_patch_size: str = "center_padding",
     use_backbone_norm: bool = True,
     head_type: str = "linear",
-    n_output_channels: int = 256,
     use_batchnorm: bool = False,
     use_cls_token: bool = False,
     min_depth: float = 0.001,
@@ -332,18 +331,15 @@ def build_depther(
 ) -> Depther:
     """A depther over a backbone, with a fresh head; the options are those of the depth configurations.
 
-    `head_options` go to the head: for "dpt" those of `DPTHead` (where `use_cls_token` means readout "project").
+    `head_options` go to the head: n_output_channels (256) and for "dpt" those of `DPTHead` (where `use_cls_token` means
+    readout "project").
     """
+    head_options = {"n_output_channels": 256, "use_batchnorm": use_batchnorm} | head_options
     encoder = FrozenLayers(backbone, backbone_out_layers, norm=use_backbone_norm, adapt=adapt_to_patch_size)
     decoder: nn.Module
     if one_of("head_type", head_type, HEADS) == "linear":
-        decoder = LinearDepthHead(
-            encoder.widths, n_output_channels, use_batchnorm=use_batchnorm, use_cls_token=use_cls_token, **head_options
-        )
+        decoder = LinearDepthHead(encoder.widths, use_cls_token=use_cls_token, **head_options)
     else:
-        head_options.setdefault("readout", "project" if use_cls_token else "ignore")
-        decoder = DPTHead(
-            encoder.widths, n_output_channels=n_output_channels, use_batchnorm=use_batchnorm, **head_options
-        )
+        decoder = DPTHead(encoder.widths, **{"readout": "project" if use_cls_token else "ignore"} | head_options)
     to_depth = FeaturesToDepth(min_depth, max_depth, bins=bins_strategy, norm=norm_strategy)
     return Depther(encoder, decoder, to_depth, autocast_dtype=autocast_dtype)
