@@ -334,12 +334,13 @@ def build_depther(
     `head_options` go to the head: n_output_channels (256) and for "dpt" those of `DPTHead` (where `use_cls_token` means
     readout "project").
     """
-    head_options = {"n_output_channels": 256, "use_batchnorm": use_batchnorm} | head_options
+    options: dict[str, Any] = {"n_output_channels": 256, "use_batchnorm": use_batchnorm} | head_options
     encoder = FrozenLayers(backbone, backbone_out_layers, norm=use_backbone_norm, adapt=adapt_to_patch_size)
     decoder: nn.Module
     if one_of("head_type", head_type, HEADS) == "linear":
-        decoder = LinearDepthHead(encoder.widths, use_cls_token=use_cls_token, **head_options)
+        decoder = LinearDepthHead(encoder.widths, use_cls_token=use_cls_token, **options)
     else:
-        decoder = DPTHead(encoder.widths, **{"readout": "project" if use_cls_token else "ignore"} | head_options)
+        options.setdefault("readout", "project" if use_cls_token else "ignore")
+        decoder = DPTHead(encoder.widths, **options)
     to_depth = FeaturesToDepth(min_depth, max_depth, bins=bins_strategy, norm=norm_strategy)
     return Depther(encoder, decoder, to_depth, autocast_dtype=autocast_dtype)
