@@ -273,7 +273,7 @@ def test_refresh_makes_the_gram_teacher_the_ema_teacher() -> None:
 
 
 @pytest.mark.parametrize(
-    "rules, due",
+    "options, due",
     [
         ({"update_frequency": 10}, [10, 20, 30, 40, 50]),
         ({"update_frequency": 10, "it_first_update": 30, "max_updates": 2}, [30, 40]),
@@ -283,8 +283,8 @@ def test_refresh_makes_the_gram_teacher_the_ema_teacher() -> None:
         ({"update_frequency": 10, "it_load_ema_teacher": 23, "max_updates": 3}, [23, 30]),
     ],
 )
-def test_refreshes_are_a_function_of_the_iteration(preprocessings: dict[str, Any], due: list[int]) -> None:
-    gram = GramConfig(use_loss=True, **preprocessings)
+def test_refreshes_are_a_function_of_the_iteration(options: dict[str, Any], due: list[int]) -> None:
+    gram = GramConfig(use_loss=True, **options)
     assert [it + 1 for it in range(50) if gram_refresh_due(gram, it)] == due
 
 
