@@ -72,6 +72,15 @@ def one_of(what: str, value: T, choices: Iterable[T]) -> T:
     return value
 
 
+def only_known(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises `UnknownName` for the first given name that is not known. what: `"a detector has no option"`."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            listed = f" (there are {', '.join(known)})" if 0 < len(known) <= 30 else ""
+            raise UnknownName(f"{what} {name!r}{did_you_mean(name, known)}{listed}")
+
+
 def require(module: str, extra: str, purpose: str) -> ModuleType:
     """Import an optional module, or raise `MissingExtra` with the command that installs it."""
     try:

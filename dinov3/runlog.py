@@ -30,7 +30,7 @@ from torch import Tensor
 
 from dinov3.config.loading import dump, to_dict
 from dinov3.config.train import SINKS
-from dinov3.errors import DinoError, UnknownName, did_you_mean, require
+from dinov3.errors import DinoError, one_of, require
 from dinov3.files import Lock, atomically
 
 Number = float | int | Tensor
@@ -96,9 +96,7 @@ def _short_hash(folder: Path) -> str:
 def open_sink(name: str, folder: Path, iteration: int) -> Sink:
     if name == "tensorboard":
         return TensorBoard(folder, iteration)
-    if name in ("wandb", "trackio"):
-        return Wandb(folder, iteration, name)
-    raise UnknownName(f"unknown sink {name!r}{did_you_mean(name, SINKS)}")
+    return Wandb(folder, iteration, one_of("the sink", name, SINKS))
 
 
 class RunDir:

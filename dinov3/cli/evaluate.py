@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dinov3.cli.shared import app
-from dinov3.errors import UnknownName, did_you_mean
+from dinov3.errors import one_of
 
 # name → (module, what it measures); a module has main(argv) → exit status
 EVALUATIONS: dict[str, tuple[str, str]] = {
@@ -56,7 +56,5 @@ def evaluate(
             print(f"  {each:16}{what}")
         return
     wanted = name.replace("_", "-")
-    if wanted not in known:
-        hint = did_you_mean(wanted, known) or f"; there are {', '.join(known)}"
-        raise UnknownName(f"unknown evaluation {name!r}{hint}")
-    raise typer.Exit(importlib.import_module(known[wanted][0]).main(list(context.args)))
+    module, _ = known[one_of("the evaluation", wanted, known)]
+    raise typer.Exit(importlib.import_module(module).main(list(context.args)))

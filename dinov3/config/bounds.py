@@ -34,7 +34,8 @@ def setting(
     choices: Iterable[Any] = (),
     required: str = "",
 ) -> Any:
-    """A dataclass field with bounds; those of a list hold for each element, and None is never out of bounds.
+    """A dataclass field with bounds; those of a list hold for each element, of a dict for each key; None is never out
+    of bounds.
 
     required: the value must not be empty; the text says what to write. help, flag: for the command line,
     where a field without help is no option.
@@ -58,7 +59,7 @@ def violations(config: Any, prefix: str = "") -> Iterator[Problem]:
             yield key, f"must be given: {field.metadata['required']}"
             continue
         choices = field.metadata.get("choices") or literals(hints[field.name])
-        for element in value if isinstance(value, (list, tuple)) else [value]:
+        for element in value if isinstance(value, (list, tuple, dict)) else [value]:
             wrong = sentence(element, field.metadata, choices)
             if wrong:
                 yield key, wrong

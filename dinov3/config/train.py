@@ -126,7 +126,8 @@ class LoopConfig:
 
 @dataclass
 class StudentConfig:
-    arch: str = "vit_large"  # a size of dinov3.models.architectures, or a published name such as dinov3_vits16plus
+    # a size of dinov3.models.architectures, or a published name such as dinov3_vits16plus
+    arch: str = setting("vit_large", choices=NAMES)
     patch_size: int = setting(16, above=0)  # ConvNeXt: pseudo patch size
     drop_path_rate: float = setting(0.3, at_least=0, below=1)
     layerscale: float | None = 1e-5  # ViT only; a ConvNeXt block begins at 1e-6

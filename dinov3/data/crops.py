@@ -48,7 +48,7 @@ from dinov3.data.transforms.pixels import (
     scratch,
     to_pixels,
 )
-from dinov3.errors import DinoError, UnknownName, did_you_mean
+from dinov3.errors import DinoError, one_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -140,8 +140,7 @@ class CropConfig:
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
                 raise DinoError(f"{name} is a range of shares of the image's area, 0 < low ≤ high ≤ 1: not {low, high}")
-        if self.blur not in BLUR_P:
-            raise UnknownName(f"blur is {' or '.join(BLUR_P)}, not {self.blur!r}{did_you_mean(self.blur, BLUR_P)}")
+        one_of("blur", self.blur, BLUR_P)
         room = self.global_size - self.local_size
         if self.local_from_global and (room < self.window_step or self.local_count % 2):
             raise DinoError(

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov3.dense.patches import unit_map
-from dinov3.errors import DinoError, UnknownName, did_you_mean
+from dinov3.errors import DinoError, UnknownName, one_of
 from dinov3.features import Features
 
 SHAPES = ("circle", "square")
@@ -40,8 +40,7 @@ class Propagation:
     temperature: float = 0.2
 
     def __post_init__(self) -> None:
-        if self.shape not in SHAPES:
-            raise UnknownName(f"shape is circle or square, not {self.shape!r}{did_you_mean(self.shape, SHAPES)}")
+        one_of("shape", self.shape, SHAPES)
         if self.n_context < 0 or self.radius < 0 or self.k < 1 or not self.temperature > 0:
             raise DinoError(f"n_context and radius are at least 0, k at least 1, temperature above 0: {self}")
 

@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from dinov3.errors import StoreError, UnknownName, did_you_mean, require
+from dinov3.errors import StoreError, only_known, require
 
 IMAGES, FAILED, LOCK = "images", "failed", ".writer.lock"
 
@@ -60,10 +60,7 @@ def saying(what: str, columns: Callable[[], Sequence[str]] = tuple) -> Iterator[
     except (ValueError, TypeError, RuntimeError, OSError, NotImplementedError) as error:
         unknown = re.search(r"No field named ([^\s.]+)\.", str(error))
         if unknown:
-            name = unknown[1].strip("`\"'")
-            known = columns()
-            near = did_you_mean(name, known)
-            raise UnknownName(f"{what}: unknown column {name!r}{near} (columns: {', '.join(known)})") from error
+            only_known(f"{what}: there is no column", [unknown[1].strip("`\"'")], columns())
         raise StoreError(f"{what}: {first_line(error)}") from error
 
 

@@ -55,7 +55,7 @@ from dinov3.embedding.schema import (
     failed_schema,
     patch_columns,
 )
-from dinov3.errors import StoreError, UnknownName, did_you_mean
+from dinov3.errors import StoreError, only_known
 from dinov3.files import Lock
 
 if TYPE_CHECKING:
@@ -251,9 +251,7 @@ class EmbeddingStore:
         found: dict[str, dict[str, Any]] = {}
         for some in _chunks(list(paths), 1000):
             found |= {row["path"]: row for row in self.rows(kept, f"path IN ({_quoted(some)})").to_pylist()}
-        for path in paths:
-            if path not in found:
-                raise UnknownName(f"the store at {self.uri} has no image {path!r}{did_you_mean(path, found)}")
+        self._refuse_unknown(paths, found)
         return [decode_patches(found[path], self.facts) for path in paths]
 
     def read(self, ask: Callable[[Any], Any], where: str | None = None) -> Any:
@@ -270,11 +268,7 @@ class EmbeddingStore:
 
     def check_columns(self, names: Iterable[str]) -> None:
         """`UnknownName` with the columns that exist, if one of `names` does not."""
-        known = self.columns
-        for name in names:
-            if name not in known:
-                near = did_you_mean(name, known)
-                raise UnknownName(f"the store at {self.uri} has no column {name!r}{near} (columns: {', '.join(known)})")
+        only_known(f"the store at {self.uri} has no column", names, self.columns)
 
     # ----------------------------------------------------------------------------------------------------- writing
 
@@ -495,9 +489,7 @@ class EmbeddingStore:
 
     def _refuse_unknown(self, paths: Iterable[str], known: Iterable[str]) -> None:
         known = set(known)
-        for path in paths:
-            if path not in known:
-                raise UnknownName(f"the store at {self.uri} has no image {path!r}{did_you_mean(path, known)}")
+        only_known(f"the store at {self.uri} has no image", (p for p in paths if p not in known), known)
 
 
 def _quoted(values: Iterable[str]) -> str:

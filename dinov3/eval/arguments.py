@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from dinov3.config.bounds import Problem, setting
 from dinov3.config.loading import load
-from dinov3.errors import DinoError, did_you_mean
+from dinov3.errors import DinoError, only_known
 
 C = TypeVar("C", bound="EvalConfig")
 Pool = Literal["cls", "mean", "cls+mean"]
@@ -111,9 +111,8 @@ def split_arguments(argv: Sequence[str]) -> Arguments:
         word = rest.pop(0)
         name, equals, value = word.removeprefix("--").partition("=")
         if word.startswith("-") and name not in (*FILE_WORDS, *OUTPUT_WORDS, "sweep"):
-            options = ["--config-file", "--output-dir", "--sweep", "--help"]
-            hint = did_you_mean(f"--{name}", options) or f"; there are {', '.join(options)}, and key.sub=value words"
-            raise DinoError(f"unknown option {word}{hint}")
+            options = ("--config-file", "--output-dir", "--sweep", "--help", "key.sub=value")
+            only_known("there is no option", [f"--{name}"], options)
         if word.startswith("-") and not equals:
             if not rest:
                 raise DinoError(f"{word} needs a value")

@@ -26,7 +26,7 @@ from dinov3.config.bounds import setting
 from dinov3.data.datasets import KNOWN, make_dataset
 from dinov3.data.datasets.dense import DenseDataset, DenseFolder
 from dinov3.data.transforms import dense as dense_transforms
-from dinov3.errors import DinoError, choices_sentence, did_you_mean
+from dinov3.errors import DinoError, choices_sentence, only_known
 from dinov3.eval import session as common
 from dinov3.files import atomically
 from dinov3.fit.loop import SCHEDULES, FitConfig, shuffled
@@ -59,7 +59,7 @@ class SchedulerSection:
     anneal_strategy (cos), use_beta1, base_momentum, max_momentum; of the others: `warmup` and what the schedule knows.
     """
 
-    type: str = "WarmupOneCycleLR"
+    type: str = setting("WarmupOneCycleLR", choices=("WarmupOneCycleLR", *(s for s in SCHEDULES if s != "one_cycle")))
     total_iter: int = setting(40000, at_least=1)
     constructor_kwargs: dict[str, Any] = field(default_factory=dict)
 
@@ -71,15 +71,11 @@ ONE_CYCLE = (
 
 
 def scheduler_problems(section: SchedulerSection) -> Iterator[tuple[str, str]]:
-    names = ("WarmupOneCycleLR", *(s for s in SCHEDULES if s != "one_cycle"))
     kwargs = section.constructor_kwargs
-    if section.type not in names:
-        yield "scheduler.type", choices_sentence(section.type, names)
-    elif section.type == "WarmupOneCycleLR":
+    if section.type == "WarmupOneCycleLR":
         for name in kwargs:
             if name not in ONE_CYCLE:
-                hint = did_you_mean(name, ONE_CYCLE) or f"; known: {', '.join(ONE_CYCLE)}"
-                yield f"scheduler.constructor_kwargs.{name}", f"unknown key{hint}"
+                yield "scheduler.constructor_kwargs", f"each key {choices_sentence(name, ONE_CYCLE)}"
         if kwargs.get("pct_start", 0) != 0 or kwargs.get("anneal_strategy", "cos") != "cos":
             yield "scheduler.constructor_kwargs", "only pct_start 0 with a cosine exists: the warm-up is warmup_iters"
 
@@ -317,11 +313,7 @@ def folder_form(argv: Sequence[str], words_of: Callable[..., list[str]]) -> list
             continue
         name, equals, value = word.removeprefix("--").partition("=")
         name = name.replace("-", "_")
-        if name not in known:
-            spelled = [f"--{k.replace('_', '-')}" for k in known]
-            raise DinoError(
-                f"unknown option {word}{did_you_mean(word, spelled) or '; there are ' + ', '.join(spelled)}"
-            )
+        only_known("there is no option", [f"--{name}"], (f"--{k}" for k in known))
         if not equals:
             if not rest:
                 raise DinoError(f"{word} needs a value")

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov3.errors import DinoError, did_you_mean
+from dinov3.errors import DinoError, one_of
 from dinov3.files import atomically
 from dinov3.models.architectures import ConvNeXtConfig, ViTConfig
 from dinov3.weights import configs, formats, identity, reading, writing
@@ -63,8 +63,7 @@ def convert(
     Raises `WeightsError` if the source is not a DINOv3 backbone or the form cannot express it, `DinoError` if `out_dir`
     is there and not empty.
     """
-    if to not in formats.FORMS:
-        raise DinoError(f"unknown form {to!r}{did_you_mean(str(to), formats.FORMS) or '; meta, transformers or timm'}")
+    one_of("the form", to, formats.FORMS)
     out = Path(out_dir)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DinoError(f"{out} is not an empty folder; name a new one, nothing is overwritten")

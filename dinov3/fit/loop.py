@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from dinov3 import checkpoint, distributed
 from dinov3.checkpoint import Checkpoints
 from dinov3.config.bounds import check, setting
-from dinov3.errors import DinoError, UnknownName, did_you_mean
+from dinov3.errors import DinoError, did_you_mean, one_of
 from dinov3.losses import LossTerms
 from dinov3.models.base import TokenModel
 from dinov3.optim import multipliers, polynomial, warmup_cosine_v2, warmup_one_cycle, warmup_one_cycle_momentum
@@ -350,8 +350,7 @@ class _Fit:
         name = self.config.best_by
         if not name:
             return False
-        if name not in numbers:
-            raise UnknownName(f"best_by={name!r} is no number of the evaluation{did_you_mean(name, numbers)}")
+        one_of("best_by", name, numbers)
         value, sign = numbers[name], 1 if self.config.best_is == "highest" else -1
         if math.isnan(value):
             return False

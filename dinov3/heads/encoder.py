@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov3.errors import DinoError, UnknownName, did_you_mean, one_of
+from dinov3.errors import DinoError, one_of
 from dinov3.models.base import Backbone, chosen_layers
 
 
@@ -42,9 +42,7 @@ ADAPTATIONS = ("center_padding", "stretch", "never")
 def layers_of(backbone: Backbone, chosen: str | Sequence[int]) -> list[int]:
     """0-based block (ConvNeXt: stage) indices, ascending, from the name of a set or from the indices themselves."""
     if isinstance(chosen, str):
-        if chosen not in LAYER_SETS:
-            raise UnknownName(f"unknown layer set {chosen!r}{did_you_mean(chosen, LAYER_SETS)}")
-        chosen = LAYER_SETS[chosen](backbone.n_blocks)
+        chosen = LAYER_SETS[one_of("the set of layers", chosen, LAYER_SETS)](backbone.n_blocks)
     return chosen_layers(list(chosen), backbone.n_blocks, "layer")
 
 

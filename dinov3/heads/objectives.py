@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov3.errors import DinoError, UnknownName, did_you_mean, one_of
+from dinov3.errors import DinoError, one_of, only_known
 from dinov3.heads.encoder import resized
 from dinov3.losses import LossTerms
 
@@ -226,10 +226,7 @@ class DepthLoss:
         warm_up: int = 100,
     ) -> None:
         self.weights = dict(weights if weights is not None else {"SIGLOSS": 1.0})
-        for name in self.weights:
-            if name not in DEPTH_LOSSES:
-                near = did_you_mean(name, DEPTH_LOSSES) or "; known: " + ", ".join(DEPTH_LOSSES)
-                raise UnknownName(f"unknown depth loss {name!r}{near}")
+        only_known("there is no depth loss", self.weights, DEPTH_LOSSES)
         self.min_depth, self.max_depth, self.warm_up = min_depth, max_depth, warm_up
 
     def __call__(self, prediction: Tensor, target: Tensor, valid: Tensor | None = None, *, step: int) -> LossTerms:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dinov3.errors import DinoError, UnknownName, WeightsError, did_you_mean, one_of
+from dinov3.errors import DinoError, WeightsError, one_of
 from dinov3.weights import catalog
 
 if TYPE_CHECKING:
@@ -53,11 +53,7 @@ HEADS: dict[str, Head] = {row.name: Head(**vars(row)) for row in catalog.HEADS}
 
 def head(name: str) -> Head:
     """The published head of a hub function's name."""
-    if name not in HEADS:
-        raise UnknownName(
-            f"no published head is called {name!r}{did_you_mean(name, HEADS) or '; there are ' + ', '.join(HEADS)}"
-        )
-    return HEADS[name]
+    return HEADS[one_of("the published head", name, HEADS)]
 
 
 def load(

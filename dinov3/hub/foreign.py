@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinov3.errors import DinoError, UnknownName, did_you_mean, require
+from dinov3.errors import DinoError, UnknownName, did_you_mean, only_known, require
 from dinov3.hub import Origin
 from dinov3.models.base import TokenModel, chosen_layers, named_features
 from dinov3.weights.catalog import STATISTICS
@@ -144,9 +144,7 @@ def parse(
     values: dict[str, Any] = {}
     for option in given:
         name, _, text = option.partition("=")
-        if name not in options:
-            hint = did_you_mean(name, options) or f"; there are {', '.join(options)}"
-            raise UnknownName(f"{kind}:… has no option {name!r} ({spec}){hint}")
+        only_known(f"{spec}: {kind} has no option", [name], options)
         try:
             values[name] = options[name](text)
         except ValueError:

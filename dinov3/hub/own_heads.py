@@ -27,7 +27,7 @@ from torch import nn
 import dinov3
 from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.drawing import palette
-from dinov3.errors import DinoError, UnknownName, WeightsError, WeightsMismatch, did_you_mean
+from dinov3.errors import DinoError, UnknownName, WeightsError, WeightsMismatch, did_you_mean, one_of
 from dinov3.features import default_preprocessing
 from dinov3.fit.loop import backbones_in, freeze, head_tensors, load_head_tensors
 from dinov3.heads.encoder import FrozenLayers, dtype_of
@@ -52,13 +52,11 @@ FORMAT = 1
 
 def check_kind(task: str, head: str) -> None:
     """Refuses a task or a kind of head that does not exist, or a kind that does another task, with a proposal."""
-    if task not in KINDS:
-        raise UnknownName(f"unknown task {task!r}{did_you_mean(task, KINDS) or '; known: ' + ', '.join(KINDS)}")
-    if head in KINDS[task]:
-        return
-    others = [other for other, kinds in KINDS.items() if head in kinds]
-    why = f" ({head} is a head for {' and '.join(others)})" if others else did_you_mean(head, KINDS[task])
-    raise UnknownName(f"{task} has the heads {', '.join(KINDS[task])}, not {head!r}{why}")
+    kinds = KINDS[one_of("the task", task, KINDS)]
+    others = [other for other in KINDS if head in KINDS[other]]
+    if others and task not in others:
+        raise UnknownName(f"{head} is a head for {' and '.join(others)}; {task} has {' and '.join(kinds)}")
+    one_of(f"the head for {task}", head, kinds)
 
 
 def sizes_for(task: str, head: str, backbone: Backbone) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
-from dinov3.errors import UnknownName, did_you_mean
+from dinov3.errors import one_of, only_known
 
 C = TypeVar("C", "ViTConfig", "ConvNeXtConfig")
 
@@ -90,10 +90,7 @@ BackboneConfig = ViTConfig | ConvNeXtConfig
 
 
 def _checked(cls: type[C], what: str, options: dict[str, Any]) -> C:
-    known = [f.name for f in fields(cls)]
-    for name in options:
-        if name not in known:
-            raise UnknownName(f"{what} has no option {name!r}{did_you_mean(name, known)}")
+    only_known(f"{what} has no option", options, (f.name for f in fields(cls)))
     return cls(**options)
 
 
@@ -146,8 +143,7 @@ NAMES: tuple[str, ...] = (*SIZES, *PUBLISHED)
 
 def size_of(name: str) -> BackboneConfig:
     """The entry of `SIZES` behind a size or a published name. Raises `UnknownName`."""
-    if name not in NAMES:
-        raise UnknownName(f"unknown architecture {name!r}{did_you_mean(name, NAMES)}")
+    one_of("the architecture", name, NAMES)
     return SIZES[PUBLISHED[name][0] if name in PUBLISHED else name]
 
 

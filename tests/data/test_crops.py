@@ -431,7 +431,7 @@ def test_windows_are_multiples_of_the_step_inside_the_global_crop() -> None:
 @pytest.mark.parametrize(
     "changes, sentence",
     (
-        ({"blur": "aplied"}, "blur is applied or paper, not 'aplied'; did you mean 'applied'"),
+        ({"blur": "aplied"}, "blur is one of applied, paper, not 'aplied'; did you mean 'applied'"),
         ({"global_scale": (0.0, 1.0)}, "global_scale is a range of shares"),
         ({"local_scale": (0.5, 0.1)}, "local_scale is a range of shares"),
         ({"gram_size": 2}, "gram_size must be a side in pixels"),

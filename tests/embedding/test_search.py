@@ -130,7 +130,7 @@ def test_an_empty_store_has_no_neighbours(tmp_path):
         ({"vectors": np.ones(D + 1)}, StoreError, r"shape \(17,\), expected \(Q, 16\)"),
         ({"vectors": np.ones(D), "top": 0}, StoreError, "at least one"),
         ({"vectors": np.ones(D), "columns": ["lable"]}, UnknownName, "did you mean 'label'"),
-        ({"vectors": np.ones(D), "where": "lable = 'x'"}, UnknownName, "'lable'; did you mean 'label'.*columns: path"),
+        ({"vectors": np.ones(D), "where": "lable = 'x'"}, UnknownName, "'lable'; did you mean 'label'.*there are path"),
         ({"vectors": np.ones(D), "where": "label = = 'x'"}, StoreError, "the filter"),
         ({"vectors": np.ones(D), "where": "label > 3"}, StoreError, "the filter"),
         ({"vectors": np.ones(D), "exact": False}, StoreError, "build_index"),

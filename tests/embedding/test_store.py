@@ -203,7 +203,7 @@ def test_metadata_is_set_by_path_and_leaves_the_rest_alone(store):
         (lambda s: s.add_column("x", {"a": None}), StoreError, "no value at all"),
         (lambda s: s.add_column("x", {"b": 1}), UnknownName, "no image 'b'"),
         (lambda s: s.add_column("x", {"a": object()}), StoreError, "share a type"),
-        (lambda s: s.add_column("x", "widht * 2"), UnknownName, "unknown column 'widht'; did you mean 'width'"),
+        (lambda s: s.add_column("x", "widht * 2"), UnknownName, "no column 'widht'; did you mean 'width'"),
         (lambda s: s.add_column("x", "widht *"), StoreError, "cannot compute column 'x'"),
         (lambda s: s.set_metadata({"a": {"lable": "x"}}), UnknownName, "did you mean 'label'"),
         (lambda s: s.set_metadata({"b": {"label": "x"}}), UnknownName, "no image 'b'"),

@@ -79,7 +79,7 @@ def test_the_recipes_say_what_was_published():
         (["metrics=[rmsee]"], "did you mean 'rmse'"),
         (["transforms.eval.eval_mask=NYU"], "is one of FULL, NYU_EIGEN"),
         (["transforms.train.fixed_crop=KITTI"], "is one of FULL, NYU"),
-        (["decoder_head.backbone_out_layers=FOUR"], "or a list of blocks"),
+        (["decoder_head.backbone_out_layers=FOUR"], "a list of blocks, not"),
         (["eval.min_depth=0"], "must be above 0"),
         (["decoder_head.bins_strategy=cubic"], "'linear' or 'log'"),
     ],

@@ -219,7 +219,7 @@ def test_a_wrong_configuration_is_a_sentence(wrong: dict[str, Any], says: str) -
 
 
 def test_a_best_number_that_no_evaluation_gives_is_told() -> None:
-    with pytest.raises(DinoError, match="best_by='miou' is no number of the evaluation; did you mean 'mIoU'"):
+    with pytest.raises(DinoError, match="best_by is one of mIoU, not 'miou'; did you mean 'mIoU'"):
         fit(segmentor(), drawn, loss, FitConfig(steps=1, best_by="miou"), None, lambda _: {"mIoU": 1.0})
 
 
@@ -435,5 +435,5 @@ def test_pixels_without_truth_have_no_gradient_and_a_image_without_any_no_loss()
 
 
 def test_an_unknown_depth_loss_is_told() -> None:
-    with pytest.raises(DinoError, match="unknown depth loss 'SIGLOS'; did you mean 'SIGLOSS'"):
+    with pytest.raises(DinoError, match="no depth loss 'SIGLOS'; did you mean 'SIGLOSS'"):
         objectives.DepthLoss({"SIGLOS": 1.0})

@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from dinov3.errors import DinoError, UnknownName, did_you_mean
+from dinov3.errors import DinoError, one_of, only_known
 
 if TYPE_CHECKING:
     from dinov3.data.datasets.base import ImageDataset
@@ -78,8 +78,7 @@ def parse_dataset(text: str) -> tuple[str, dict[str, str]]:
         looks_like_path = os.sep in text or "/" in text.split(":")[0] or os.path.exists(os.path.expanduser(text))
         if looks_like_path and not re.match(r"\w+:\w+=", text):
             return "Folder", {"root": text}
-        near = did_you_mean(name, KNOWN) or f"; known: {', '.join(KNOWN)}, or the path of a folder, list, tar or table"
-        raise UnknownName(f"unknown data set {name!r}{near}")
+        one_of("a data set without a path (of a folder, list, tar or table)", name, KNOWN)
     form = KNOWN[name][1]
     keys, example = re.findall(r"(\w+)=", form), f"{name}:{form}"
     options: dict[str, str] = {}
@@ -87,8 +86,7 @@ def parse_dataset(text: str) -> tuple[str, dict[str, str]]:
         key, equals, value = part.partition("=")
         if not equals or not value:
             raise DinoError(f"{part!r} in {text!r} is no key=value; write {example}")
-        if key not in keys:
-            raise UnknownName(f"{name} has no key {key!r} (it is written {example}){did_you_mean(key, keys)}")
+        only_known(f"{name} has no key", [key], keys)
         if key in options:
             raise DinoError(f"{key} is given twice in {text!r}")
         options[key] = value

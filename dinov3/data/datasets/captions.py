@@ -23,7 +23,7 @@ import numpy as np
 from dinov3.data.datasets.base import FileDataset
 from dinov3.data.images import read_file
 from dinov3.data.sources import open_source
-from dinov3.errors import DinoError, UnknownName, did_you_mean
+from dinov3.errors import DinoError, one_of
 
 COCO_PLACES = {  # split → (captions, images)
     "TRAIN": ("annotations_trainval2014/annotations/captions_train2014.json", "train2014/train2014"),
@@ -65,9 +65,7 @@ class CocoCaptions(Captioned):
         TRAIN, VAL = "TRAIN", "VAL"
 
     def __init__(self, root: str | os.PathLike[str], split: str = "TRAIN") -> None:
-        if split.upper() not in COCO_PLACES:
-            raise UnknownName(f"CocoCaptions has TRAIN and VAL, no split {split!r}{did_you_mean(split, COCO_PLACES)}")
-        self.split = split.upper()
+        self.split = one_of("the split of CocoCaptions", split.upper(), COCO_PLACES)
         file, images = (Path(root).expanduser() / place for place in COCO_PLACES[self.split])
         super().__init__(images, coco_captions(file), str(file))
 

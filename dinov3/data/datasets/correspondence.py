@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from dinov3.data.images import open_image
-from dinov3.errors import DinoError, UnknownName, did_you_mean
+from dinov3.errors import DinoError, one_of
 
 NO_DEPTH = 65535  # in depth images in millimetres
 NAVI_SHORT_SIDE = 1024  # the benchmark shrinks its large photographs first
@@ -154,10 +154,7 @@ def spair(
     """SPair-71k: of every class the first `per_class` pairs of its sorted list, shuffled with Python's `seed`."""
     base = Path(root).expanduser()
     base = base / "SPair-71k" if (base / "SPair-71k").is_dir() else base
-    if split not in SPAIR_SPLITS:
-        raise UnknownName(
-            f"SPair has the splits {', '.join(SPAIR_SPLITS)}, not {split!r}{did_you_mean(split, SPAIR_SPLITS)}"
-        )
+    one_of("the split of SPair", split, SPAIR_SPLITS)
     files = sorted((base / "PairAnnotation" / split).glob("*.json"))
     if not files:
         raise DinoError(f"{base / 'PairAnnotation' / split} holds no pairs: it is no SPair-71k folder")

@@ -15,7 +15,7 @@ import numpy as np
 
 from dinov3.data.datasets.base import ImageDataset
 from dinov3.data.sources import Item, open_source
-from dinov3.errors import DinoError, UnknownName, did_you_mean, one_of
+from dinov3.errors import DinoError, one_of, only_known
 
 
 class Folder(ImageDataset):
@@ -91,9 +91,7 @@ class FolderSplit(Folder):
         one_of("split", split, ("train", "test"))
         if not self.class_names:
             raise DinoError(f"{root} has no classes to divide: one sub-folder for each class is needed")
-        for name in exclude:
-            if name not in self.class_names:
-                raise UnknownName(f"exclude={name}: there is no such class{did_you_mean(name, self.class_names)}")
+        only_known("exclude: there is no class", exclude, self.class_names)
         chosen = [name for name in self.class_names if name not in exclude]
         rows: list[int] = []
         labels: list[int] = []

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from dinov3.errors import DinoError, UnknownName, did_you_mean, one_of, require
+from dinov3.errors import DinoError, UnknownName, one_of, require
 
 SPLITS = ("train", "valid", "test")
 FOLDERS = ("classification_v1.0", "segmentation_v1.0")
@@ -92,10 +92,7 @@ class GeoBench:
 
     def __init__(self, root: str | os.PathLike[str], task: str, split: str, *, partition: str = "default") -> None:
         known = {key_of(name): name for name in TASKS}
-        if key_of(task) not in known:
-            raise UnknownName(
-                f"GEO-Bench has no task {task!r}{did_you_mean(task, TASKS) or '; known: ' + ', '.join(TASKS)}"
-            )
+        one_of("GEO-Bench's task", key_of(task), known)
         one_of("split", split, SPLITS)
         self.task_name, self.split = known[key_of(task)], split
         self.task = TASKS[self.task_name]

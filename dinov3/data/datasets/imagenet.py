@@ -29,7 +29,7 @@ import numpy as np
 
 from dinov3.data.datasets.base import ImageDataset
 from dinov3.data.images import os_reason, read_file
-from dinov3.errors import DinoError, ImageError, UnknownName, did_you_mean
+from dinov3.errors import DinoError, ImageError, one_of
 from dinov3.files import atomically
 
 NO_CLASS = 2**32 - 1  # of the test split, in unsigned 32 bits
@@ -44,11 +44,7 @@ class ImageNetSplit(Enum):
     @classmethod
     def parse(cls, text: str) -> ImageNetSplit:
         """By member name, in capitals as in `ImageNet:split=TRAIN`."""
-        if text in cls.__members__:
-            return cls[text]
-        raise UnknownName(
-            f"unknown split {text!r}{did_you_mean(text, cls.__members__) or '; known: ' + ', '.join(cls.__members__)}"
-        )
+        return cls[one_of("the split", text, cls.__members__)]
 
     def relative_path(self, class_id: str, number: int) -> str:
         """Where image `number` of a class lies below the root."""

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from dinov3.data.images import open_image
-from dinov3.errors import DinoError, UnknownName, did_you_mean, require
+from dinov3.errors import DinoError, UnknownName, only_known, require
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 VIDEOS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg")
@@ -93,8 +93,7 @@ class MaskedVideos(Sequence[MaskedVideo]):
                 break
         there = sorted(p.name for p in images.iterdir() if p.is_dir())
         wanted = list(sequences) if sequences else self._listed(split) if split else there
-        if unknown := [name for name in wanted if name not in there]:
-            raise UnknownName(f"{images} holds no sequence {unknown[0]!r}{did_you_mean(unknown[0], there)}")
+        only_known(f"{images} holds no sequence", wanted, there)
         if not wanted:
             raise DinoError(f"{images} holds no sequences")
         self.videos = [self._video(name, images / name, masks / name) for name in wanted]

@@ -29,7 +29,7 @@ from dinov3.data.sources.items import (
 )
 from dinov3.data.sources.tables import Arrow, Parquet
 from dinov3.data.sources.tar import TAR_SUFFIXES, Tar, is_tar
-from dinov3.errors import DinoError, ImageError, UnknownName, did_you_mean
+from dinov3.errors import DinoError, ImageError, did_you_mean, only_known
 
 LIST_SUFFIXES = (".txt", ".lst", ".list", ".csv", ".tsv")
 
@@ -355,6 +355,5 @@ def _csv_column(path: Path, text: str, column: str | None) -> Iterator[str]:
         if not likely:
             raise NoImageColumn(path, names)
         column = likely[0]
-    elif column not in names:
-        raise UnknownName(f"{path} has no column {column!r} (it has {', '.join(names)}){did_you_mean(column, names)}")
+    only_known(f"{path} has no column", [column], names)
     return (row.get(column) or "" for row in listed)

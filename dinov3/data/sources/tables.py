@@ -12,7 +12,7 @@ from typing import Any
 
 from dinov3.data.images import os_reason, read_file
 from dinov3.data.sources.items import PATH_NAMES, Item, NoImageColumn, Nowhere
-from dinov3.errors import DinoError, ImageError, UnknownName, did_you_mean, require
+from dinov3.errors import DinoError, ImageError, only_known, require
 
 # A table's column is found by its type; where several would do, one with the likeliest name.
 # fmt: off
@@ -29,10 +29,8 @@ def _pyarrow(name: str) -> Any:
 def _image_column(path: Path, schema: Any, wanted: str | None) -> str:
     """The column that holds images: a struct with `bytes` (as `datasets` writes it), binary, or paths in a text column."""
     types = _pyarrow("pyarrow").types
-    if wanted is not None and wanted not in schema.names:
-        raise UnknownName(
-            f"{path} has no column {wanted!r} (it has {', '.join(schema.names)}){did_you_mean(wanted, schema.names)}"
-        )
+    if wanted is not None:
+        only_known(f"{path} has no column", [wanted], schema.names)
 
     def binary(kind: Any) -> bool:
         return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)

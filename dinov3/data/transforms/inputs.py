@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov3.data.transforms.pixels import resized, standardised, to_pixels
-from dinov3.errors import DinoError, UnknownName, did_you_mean, one_of
+from dinov3.errors import DinoError, UnknownName, one_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -102,11 +102,7 @@ class Preprocessing:
             "transformers": {"size": 224, "order": "float"},
             "classification": {"size": 256, "shape": "short", "interpolation": "bicubic", "center_crop": 224},
         }
-        if name not in known:
-            raise UnknownName(
-                f"unknown preprocessing {name!r}{did_you_mean(name, known) or '; known: ' + ', '.join(known)}"
-            )
-        return cls(**(known[name] | changes))
+        return cls(**(known[one_of("preprocessing", name, known)] | changes))
 
     def with_(self, **changes: Any) -> Preprocessing:
         return replace(self, **changes)

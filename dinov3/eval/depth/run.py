@@ -36,7 +36,7 @@ from dinov3.config.bounds import Problem, setting
 from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.dense import DenseDataset
 from dinov3.data.transforms.dense import FIXED_CROPS, DepthTransform
-from dinov3.errors import UnknownName, did_you_mean
+from dinov3.errors import UnknownName, choices_sentence
 from dinov3.eval import dense
 from dinov3.eval import session as common
 from dinov3.eval.arguments import EvalConfig
@@ -153,7 +153,7 @@ class DepthConfig(EvalConfig):
     datasets: DatasetsSection = field(default_factory=DatasetsSection)
     decoder_head: DecoderSection = field(default_factory=DecoderSection)
     model_dtype: dense.ModelDtype | None = None
-    losses: dict[str, float] | None = None  # SIGLOSS, GRADIENT_LOSS, GRADIENT_LOG_LOSS, L1; null: SIGLOSS alone
+    losses: dict[str, float] | None = setting(None, choices=DEPTH_LOSSES)  # and their weights; null: SIGLOSS alone
     transforms: TransformsSection = field(default_factory=TransformsSection)
     eval: EvalSection = field(default_factory=EvalSection)
     metrics: list[str] = setting(["rmse", "abs_rel", "a1"], choices=(*DEPTH_SCORES, *HEIGHT_SCORES))
@@ -167,18 +167,9 @@ class DepthConfig(EvalConfig):
         yield from dense.scheduler_problems(self.scheduler)
         if self.save_results:
             yield "save_results", "belongs to classification; depth maps are kept by result_config.save_results=true"
-        for name in self.losses or ():
-            if name not in DEPTH_LOSSES:
-                yield (
-                    f"losses.{name}",
-                    f"unknown loss{did_you_mean(name, DEPTH_LOSSES)}; known: {', '.join(DEPTH_LOSSES)}",
-                )
         layers = self.decoder_head.backbone_out_layers
         if isinstance(layers, str) and layers not in LAYER_SETS:
-            yield (
-                "decoder_head.backbone_out_layers",
-                f"is one of {', '.join(LAYER_SETS)} or a list of blocks, not {layers!r}",
-            )
+            yield "decoder_head.backbone_out_layers", choices_sentence(layers, (*LAYER_SETS, "a list of blocks"))
         if not 0 < self.eval.min_depth < self.eval.max_depth:
             yield "eval.min_depth", f"must be above 0 and below eval.max_depth ({self.eval.max_depth})"
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov3.errors import DinoError, UnknownName, did_you_mean, one_of
+from dinov3.errors import DinoError, one_of, only_known
 from dinov3.heads.detr.boxes import refine, to_xyxy
 from dinov3.heads.detr.features import NamedNorm, grid_position, nearest, sine
 
@@ -53,10 +53,7 @@ class DetrConfig:
     @classmethod
     def of(cls, **options: Any) -> DetrConfig:
         """Like the constructor, but an unknown option is refused with a proposal instead of a TypeError."""
-        known = [f.name for f in fields(cls)]
-        for name in options:
-            if name not in known:
-                raise UnknownName(f"a detector has no option {name!r}{did_you_mean(name, known)}")
+        only_known("a detector has no option", options, (f.name for f in fields(cls)))
         if options.get("layers") is not None:
             options["layers"] = tuple(options["layers"])
         return cls(**options)

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov3.errors import DinoError, UnknownName, did_you_mean, one_of
+from dinov3.errors import DinoError, one_of, only_known
 from dinov3.models.architectures import ViTConfig
 from dinov3.models.vit import Attention, Block, LayerScale, VisionTransformer
 
@@ -35,10 +35,7 @@ Config = TypeVar("Config")
 
 
 def _of(cls: type[Config], what: str, options: Mapping[str, Any]) -> Config:
-    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
-    for name in options:
-        if name not in known:
-            raise UnknownName(f"{what} has no option {name!r}{did_you_mean(name, known)}")
+    only_known(f"{what} has no option", options, (f.name for f in fields(cls)))  # type: ignore[arg-type]
     return cls(**options)
 
 
