@@ -136,7 +136,7 @@ class RunDir:
         self._save_config(config)
         cut = cut_metrics(self.metrics_file, iteration)
         if cut:
-            self.say(f"{cut} records of iterations from {iteration} on were cut from {self.metrics_file.name}")
+            self.log(f"{cut} records of iterations from {iteration} on were cut from {self.metrics_file.name}")
         self.sinks = [open_sink(s, self.path, iteration) if isinstance(s, str) else s for s in sinks]
         for sink in self.sinks:
             sink.config(to_dict(config))
@@ -150,9 +150,9 @@ class RunDir:
                 while (kept := self.path / f"resolved.{n}.yaml").exists():
                     n += 1
                 os.replace(self.config_file, kept)
-                self.say(f"the configuration differs from that of the last start, which is kept as {kept.name}")
+                self.log(f"the configuration differs from that of the last start, which is kept as {kept.name}")
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """One event, one line: on the console and in log.txt."""
         if not self.writer:
             return
@@ -278,7 +278,7 @@ class Progress:
         }
         self.waits, self.steps, self.terms = [], [], {}
         self.run.record(iteration, record)
-        self.run.say(self.line(iteration, record, means))
+        self.run.log(self.line(iteration, record, means))
         return record
 
     def line(self, iteration: int, record: Mapping[str, float], means: Mapping[str, float]) -> str:
@@ -296,7 +296,7 @@ class Progress:
     def close(self) -> None:
         """The last line: how long the iterations of this start took, and each of them."""
         steps, seconds = self.timed_steps + 1, self.last - self.began
-        self.run.say(f"{steps} iterations in {spoken_time(seconds)}, {seconds / steps:.3g} s each")
+        self.run.log(f"{steps} iterations in {spoken_time(seconds)}, {seconds / steps:.3g} s each")
 
 
 def spoken_time(seconds: float) -> str:

@@ -45,7 +45,7 @@ def iterations(run: RunDir) -> list[int]:
 
 
 def test_making_the_object_touches_nothing(tmp_path):
-    RunDir(tmp_path / "run").say("hello")
+    RunDir(tmp_path / "run").log("hello")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -72,7 +72,7 @@ def test_an_earlier_configuration_that_differs_is_kept(tmp_path):
 
 def test_an_event_is_one_line_on_the_console_and_in_the_log(tmp_path):
     run, console = started(tmp_path)
-    run.say("two\nlines")
+    run.log("two\nlines")
     assert console.getvalue().endswith(" two lines\n")
     assert run.log_file.read_text() == console.getvalue()
 
@@ -80,7 +80,7 @@ def test_an_event_is_one_line_on_the_console_and_in_the_log(tmp_path):
 def test_a_process_that_is_not_the_writer_writes_nothing(tmp_path):
     run = RunDir(tmp_path / "run", writer=False, console=io.StringIO())
     run.start(TrainConfig(), sinks=["no such sink"])
-    run.say("hello")
+    run.log("hello")
     run.record(0, {"total_loss": 1.0})
     run.close()
     assert not run.path.exists()

@@ -18,7 +18,7 @@ except ModuleNotFoundError:  # the core that loads models does without
 
 # importing a file registers its verbs, in the order in which --help lists them
 from dinov3.cli import embedding, evaluate, heads, models, predict, training  # noqa: F401
-from dinov3.cli.shared import INTERRUPTED, app, say
+from dinov3.cli.shared import INTERRUPTED, app, log
 from dinov3.cli.training import training_overrides
 
 __all__ = ["app", "main", "training_overrides"]
@@ -29,14 +29,14 @@ def main() -> None:
     try:
         app()
     except DinoError as error:
-        say(f"error: {error}")
+        log(f"error: {error}")
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        say("interrupted")
+        log("interrupted")
         raise SystemExit(INTERRUPTED) from None
     except BrokenPipeError:  # `dinov3 models | head`
         sys.stderr.close()
         raise SystemExit(0) from None
     except OSError as error:  # no space, no permission, a file where a folder should be
-        say(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        log(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
         raise SystemExit(1) from None

@@ -23,7 +23,7 @@ from dinov3.cli.shared import (
     batch_of,
     config_options,
     device_of,
-    say,
+    log,
 )
 from dinov3.config.bounds import setting
 from dinov3.errors import DinoError
@@ -118,22 +118,22 @@ def embed(
 def _say_what_runs(net: Any) -> None:
     origin = net.origin
     parameter = next(net.parameters())
-    say(f"{origin}, {str(parameter.dtype).removeprefix('torch.')} on {parameter.device}")
+    log(f"{origin}, {str(parameter.dtype).removeprefix('torch.')} on {parameter.device}")
     if origin.random:
-        say(
+        log(
             "The weights are RANDOM: neighbours will share colours and layout, not meaning. Give --weights for real features."
         )
     for note in origin.notes:
-        say(f"note: {note}")
+        log(f"note: {note}")
 
 
 def _tell_report(report: Report, out: str, preprocessing: Preprocessing, as_json: bool) -> None:
     shown = report.failures[:20]
     for failure in shown:
-        say(f"could not read {failure.path}: {failure.reason}")
+        log(f"could not read {failure.path}: {failure.reason}")
     if len(report.failures) > len(shown):
-        say(f"… and {len(report.failures) - len(shown)} more; `dinov3 info {out} --failed` lists all")
-    say(
+        log(f"… and {len(report.failures) - len(shown)} more; `dinov3 info {out} --failed` lists all")
+    log(
         f"{report.embedded} embedded ({report.rate:.1f} images/s), {report.skipped} already there, "
         f"{len(report.failures)} unreadable; {out} ({preprocessing.id})"
     )
@@ -142,7 +142,7 @@ def _tell_report(report: Report, out: str, preprocessing: Preprocessing, as_json
         facts = {"embedded": report.embedded, "skipped": report.skipped, "failed": failures, "found": report.found}
         print(json.dumps(facts | {"seconds": round(report.seconds, 3), "interrupted": report.interrupted}))
     if report.interrupted:
-        say("interrupted; run the same command to continue")
+        log("interrupted; run the same command to continue")
         raise typer.Exit(INTERRUPTED)
     if report.failures:
         raise typer.Exit(UNREADABLE)
@@ -183,7 +183,7 @@ def search(
     else:
         net, preprocessing = model_of(opened, device=place, weights=weights, backbone_weights=backbone_weights)
         if net.origin.random:  # type: ignore[union-attr]
-            say("The store was filled with RANDOM weights: neighbours share colours and layout, not meaning.")
+            log("The store was filled with RANDOM weights: neighbours share colours and layout, not meaning.")
         vector = query_vector(opened, image, net, preprocessing)
     (hits,) = neighbours(opened, vector, top=top, where=where, exact=True if exact else None)
     if as_json:
@@ -194,4 +194,4 @@ def search(
             print(f"{hit.rank}\t{hit.score:.4f}\t{hit.path}")
     if sheet is not None:
         draw(image if image is not None else card(str(text)), hits, sheet)
-        say(f"drawn: {sheet}")
+        log(f"drawn: {sheet}")

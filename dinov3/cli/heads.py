@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dinov3.cli.shared import Device, app, config_options, device_of, say
+from dinov3.cli.shared import Device, app, config_options, device_of, log
 from dinov3.errors import DinoError
 from dinov3.train_head.config import HeadConfig
 
@@ -50,7 +50,7 @@ def train_head(
     outcome = run(config, out, resume=resume)
     if distributed.is_main():
         for name, value in outcome.metrics.items():
-            say(f"{name}\t{value:.4f}")
+            log(f"{name}\t{value:.4f}")
         print(outcome.head)
     distributed.shutdown()
 

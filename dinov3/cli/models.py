@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from dinov3.cli.shared import Dtype, app, say
+from dinov3.cli.shared import Dtype, app, log
 
 
 @app.command()
@@ -143,5 +143,5 @@ def convert(
 
     report = run(source, out, to=to, dtype=getattr(torch, dtype) if dtype else None)
     for note in getattr(report, "notes", ()):
-        say(f"note: {note}")
+        log(f"note: {note}")
     print(out)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dinov3.cli.shared import INTERRUPTED, UNREADABLE, Dtype, Progress, app, config_options, device_of, say
+from dinov3.cli.shared import INTERRUPTED, UNREADABLE, Dtype, Progress, app, config_options, device_of, log
 from dinov3.config.bounds import setting
 from dinov3.errors import DinoError, ImageError
 from dinov3.files import atomically
@@ -224,7 +224,7 @@ def zero_shot(
         warnings.simplefilter("always")
         classes = words(model, tokenizer, names, sentences)
     for warning in caught:
-        say(f"note: {warning.message}")
+        log(f"note: {warning.message}")
     if dense:
         assert out is not None
         options = {k: v for k, v in {"size": size, "window": window, "stride": stride}.items() if v is not None}
@@ -285,13 +285,13 @@ def over(
                     done += 1
                 progress(done + len(failures))
     except KeyboardInterrupt:
-        say(f"interrupted after {done} of {total} images; what is done is saved")
+        log(f"interrupted after {done} of {total} images; what is done is saved")
         raise typer.Exit(INTERRUPTED) from None
     for path, reason in failures[:20]:
-        say(f"could not read {path}: {reason}")
+        log(f"could not read {path}: {reason}")
     if len(failures) > 20:
-        say(f"… and {len(failures) - 20} more")
-    say(f"{done} images, {len(failures)} unreadable" + (f"; {out}" if out is not None else ""))
+        log(f"… and {len(failures) - 20} more")
+    log(f"{done} images, {len(failures)} unreadable" + (f"; {out}" if out is not None else ""))
     if failures:
         raise typer.Exit(UNREADABLE)
 
@@ -360,7 +360,7 @@ def model_for(verb: str, config: ModelOptions, n_classes: int = 0) -> Any:
             verb, config.head, backbone_weights=config.backbone_weights, device=place, dtype=precision
         )
         info = net.head_info
-        say(f"{info.head} head {config.head} over {info.backbone_label}, {config.dtype or info.dtype} on {place}")
+        log(f"{info.head} head {config.head} over {info.backbone_label}, {config.dtype or info.dtype} on {place}")
         return net
     precision = precision or torch.float32
     if config.weights == "random" and config.model is None:
@@ -381,14 +381,14 @@ def model_for(verb: str, config: ModelOptions, n_classes: int = 0) -> Any:
     if net.origin.random:
         _say_random(net.origin.name)
     else:
-        say(f"{net.origin}, {config.dtype or 'float32'} on {place}")
+        log(f"{net.origin}, {config.dtype or 'float32'} on {place}")
     for note in net.origin.notes:
-        say(f"note: {note}")
+        log(f"note: {note}")
     return net
 
 
 def _say_random(what: str) -> None:
-    say(f"The weights of {what} are RANDOM: results have the right form and no meaning. Give --weights or --head.")
+    log(f"The weights of {what} are RANDOM: results have the right form and no meaning. Give --weights or --head.")
 
 
 def text_model(config: TextOptions) -> tuple[Any, Any]:
@@ -402,7 +402,7 @@ def text_model(config: TextOptions) -> tuple[Any, Any]:
     files = (config.weights, config.backbone_weights, config.vocabulary)
     if config.weights != "random":
         model, tokenizer = dinotxt.open_model(*files, device=place, dtype=precision)
-        say(f"{model.origin}, {config.dtype} on {place}")
+        log(f"{model.origin}, {config.dtype} on {place}")
         return model, tokenizer
     from dinov3.data.tokenizer import Tokenizer
     from dinov3.heads.dinotxt.model import DinoTxtConfig, TextConfig

@@ -44,7 +44,7 @@ def common(
     """DINOv3: embed and search images; segment, measure, fit heads, train, distil."""
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
@@ -155,4 +155,4 @@ class Progress:
         if not self.console.is_terminal and now - self.last > 30:
             self.last = now
             left = (self.total - done) / rate if rate else float("nan")
-            say(f"{done} of {self.total} · {rate:.1f} images/s · {left / 60:.0f} min left")
+            log(f"{done} of {self.total} · {rate:.1f} images/s · {left / 60:.0f} min left")

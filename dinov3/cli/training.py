@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dinov3.cli.shared import INTERRUPTED, Device, app, config_options, device_of, say
+from dinov3.cli.shared import INTERRUPTED, Device, app, config_options, device_of, log
 from dinov3.distill.config import DistillConfig
 from dinov3.errors import DinoError
 
@@ -34,9 +34,9 @@ def train(
 
     chosen = training_overrides(images, model, recipe, steps, knn, device_of(device), overrides or [])
     config, notes = load_config(recipe if recipe.endswith((".yaml", ".yml")) else f"{recipe}.yaml", chosen)
-    say("settings: " + " ".join(chosen))
+    log("settings: " + " ".join(chosen))
     outcome = run(config, out, resume=resume, seed=seed, notes=notes)
-    say(f"{outcome.reason}: {outcome.iterations} of {outcome.total} steps; {out}")
+    log(f"{outcome.reason}: {outcome.iterations} of {outcome.total} steps; {out}")
     for iteration, accuracy in outcome.knn.items():
         print(f"{iteration}\t{accuracy:.4f}")
     if outcome.signal is not None and not outcome.finished:

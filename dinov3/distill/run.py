@@ -117,8 +117,8 @@ class Distillation:
         cache = TargetCache(Path(c.cache), teacher, self.views, self.images, c.cached_grid)
         missing = distributed.broadcast_object(len(list(cache.missing())))  # all fill it, or none
         if missing:
-            self.run.say(f"{teacher.id}: {missing} shards of targets to compute into {cache.folder}")
-            cache.fill(bf16=c.bf16, log=self.run.say)
+            self.run.log(f"{teacher.id}: {missing} shards of targets to compute into {cache.folder}")
+            cache.fill(bf16=c.bf16, log=self.run.log)
         return cache
 
     def _student(self) -> Any:
@@ -302,7 +302,7 @@ def _distill(config: DistillConfig, run: RunDir, prepare: Prepare | None) -> Pat
     run.start(config, iteration=work.step)
     c, total = config, config.steps
     count = sum(p.numel() for p in work.student.parameters()) / 1e6
-    run.say(
+    run.log(
         f"{'resumed at step ' + str(work.step) if resumed else 'started'}: {c.student} ({count:.1f}M), "
         f"{len(work.images)} images, {total} steps of {work.batches.size}, teachers {[t.id for t in work.teachers]}"
     )
@@ -320,20 +320,20 @@ def _distill(config: DistillConfig, run: RunDir, prepare: Prepare | None) -> Pat
                 facts = {"lr": lr, "side": c.side(work.step - 1), "images_per_s": rate}
                 run.record(work.step - 1, facts | numbers)
                 shown = ", ".join(f"{k} {v:.3f}" for k, v in numbers.items())
-                run.say(f"step {work.step}/{total}, {rate:.0f} images/s, {shown}")
+                run.log(f"step {work.step}/{total}, {rate:.0f} images/s, {shown}")
             if work.step % c.save_every == 0 or work.step == total:
                 work.save()
             if c.knn and run.writer and (work.step % c.knn_every == 0 or work.step == total):
                 accuracy = knn(work.average, c.knn, size=c.knn_size, bf16=c.bf16)
                 run.record(work.step - 1, {"knn_top1": accuracy})
-                run.say(f"step {work.step}: k-NN on {Path(c.knn).name}: {accuracy:.4f}")
+                run.log(f"step {work.step}: k-NN on {Path(c.knn).name}: {accuracy:.4f}")
                 since, began = work.step, time.perf_counter()
     unreadable = [pair for found in distributed.gather_objects(work.images.unreadable) for pair in found.items()]
     for path, reason in dict(unreadable).items():
-        run.say(f"could not read {path}: {reason}")
+        run.log(f"could not read {path}: {reason}")
     exported = work.export() if run.writer else run.path / STUDENT
     distributed.barrier()
-    run.say(f"exported {exported}")
+    run.log(f"exported {exported}")
     run.close()
     return exported
 

@@ -107,7 +107,7 @@ def evaluate(config: DiscoveryConfig, session: Session) -> dict[str, float]:
         if len(truth):  # an image without objects cannot be right
             hits.append([is_hit(box, truth, config.iou) for box in boxes_of(model, image, config)])
         if (number + 1) % 100 == 0:
-            session.say(f"{number + 1}/{len(mine)} images")
+            session.log(f"{number + 1}/{len(mine)} images")
     every = distributed.all_gather(
         torch.tensor(hits, dtype=torch.bool, device=session.device).reshape(-1, len(config.taus))
     )

@@ -160,8 +160,8 @@ def image_batches(
 class FeatureCache:
     """Columns of features in a folder of their own for each (weights, preprocessing, images)."""
 
-    def __init__(self, model: nn.Module, root: Path, say: Callable[[str], None]) -> None:
-        self.model, self.root, self.say = model, root, say
+    def __init__(self, model: nn.Module, root: Path, log: Callable[[str], None]) -> None:
+        self.model, self.root, self.log = model, root, log
         self.model_name = name_of(model)
 
     def columns(
@@ -234,7 +234,7 @@ class FeatureCache:
                 rate = done / (now - began)
                 left = spoken_time((len(mine) - done) / rate)
                 memory = peak_memory_gb(weight.device)
-                self.say(f"features {done}/{len(mine)}  {rate:.1f} images/s  eta {left}  {memory:.1f} GB")
+                self.log(f"features {done}/{len(mine)}  {rate:.1f} images/s  eta {left}  {memory:.1f} GB")
                 logged = now
         for array in arrays.values():
             array.flush()  # type: ignore[attr-defined]

@@ -164,7 +164,7 @@ def classification(config: GeoConfig, session: Session, model: nn.Module) -> dic
     x, y = {}, {}
     for name, data in splits.items():
         x[name], y[name] = _features(model, data, inputs, config, flips=config.flips and name == "train")
-        session.say(f"{name}: features of {len(data)} images")
+        session.log(f"{name}: features of {len(data)} images")
     layers = linear_probes(
         x["train"], y["train"], task.n_classes, config.class_lrs, steps=config.steps, batch_size=config.batch_size,
         seed=config.seed,
@@ -266,7 +266,7 @@ def segmentation(config: GeoConfig, session: Session, model: Any) -> dict[str, A
         run = session.at(session.output / f"lr={lr:g}").run
         fit(one, map_batches(splits["train"], inputs, config, config.dropped), map_loss, options, run)
         valid = 100 * iou_scores(map_confusion(one, splits["valid"], inputs, config.dropped, session.device))["mIoU"]
-        session.say(f"lr {lr:g}: validation mIoU {valid:.1f}")
+        session.log(f"lr {lr:g}: validation mIoU {valid:.1f}")
         found.append((valid, lr, one))
     valid, lr, best = max(found, key=lambda row: row[0])
     confusion = map_confusion(best, splits["test"], inputs, config.dropped, session.device)

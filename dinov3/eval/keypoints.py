@@ -348,7 +348,7 @@ def geometric(config: KeypointsConfig, session: Session, model: nn.Module) -> di
             errors = metric_errors(matched, pose.to(session.device))
             rows[norm].append(torch.stack([errors, torch.full_like(errors, angle)], -1))
         if (number + 1) % 25 == 0:
-            session.say(f"{number + 1}/{len(mine)} pairs")
+            session.log(f"{number + 1}/{len(mine)} pairs")
     results: dict[bool, dict[str, float]] = {}
     for norm, parts in rows.items():
         every = _gathered(torch.cat(parts) if parts else torch.zeros(0, 2), session)
@@ -394,7 +394,7 @@ def semantic(config: KeypointsConfig, session: Session, model: nn.Module) -> dic
             )
             rows[norm].append(torch.cat([errors[:, None], about.expand(len(errors), 2)], 1))
         if (number + 1) % 100 == 0:
-            session.say(f"{number + 1}/{len(mine)} pairs")
+            session.log(f"{number + 1}/{len(mine)} pairs")
     results: dict[bool, dict[str, float]] = {}
     for norm, parts in rows.items():
         every = _gathered(torch.cat(parts) if parts else torch.zeros(0, 3), session)

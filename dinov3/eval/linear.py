@@ -394,8 +394,8 @@ class LinearEvaluation:
 
         if first < total:
             each = f"{t.batch_size} images on each of {distributed.world()} processes"
-            session.say(f"{len(kinds)} heads, iterations {first} to {total}, {each}")
-        ticker = Ticker(session.say, first, total, t.batch_size * distributed.world())
+            session.log(f"{len(kinds)} heads, iterations {first} to {total}, {each}")
+        ticker = Ticker(session.log, first, total, t.batch_size * distributed.world())
         for step, (numbers, crops) in enumerate(data.batches(t.batch_size, first, total, t.num_workers), start=first):
             cls, mean = self.tokens(crops)
             target = labels[numbers].to(session.device)
@@ -445,7 +445,7 @@ class LinearEvaluation:
             heads.load_state_dict(state["linear_classifiers"])
             optimiser.load_state_dict(state["optimizer"])
             schedule.load_state_dict(state["scheduler"])
-            self.session.say(f"resuming from iteration {state['iteration']} ({kept.folder / newest})")
+            self.session.log(f"resuming from iteration {state['iteration']} ({kept.folder / newest})")
             return int(state["iteration"]), float(state["best_accuracy"])
         if t.classifier_fpath is not None:
             other = Kept(Path(t.classifier_fpath))
@@ -474,7 +474,7 @@ class LinearEvaluation:
         if self.session.run.writer:
             with open(self.session.output / "results_eval_linear.json", "a", encoding="utf-8") as file:
                 file.write("\n")
-        self.session.say(f"iteration {iteration}: best on validation {name}, {100 * accuracies[name]:.2f}")
+        self.session.log(f"iteration {iteration}: best on validation {name}, {100 * accuracies[name]:.2f}")
         return name, accuracies[name]
 
     def save_winner(self, heads: Heads, winner: str, accuracy: float) -> None:
@@ -501,16 +501,16 @@ class LinearEvaluation:
             preprocessing=self.preprocessing,
             metrics={"val top-1": round(100 * accuracy, 2)},
         )
-        self.session.say(f"the winner is in {path}")
+        self.session.log(f"the winner is in {path}")
 
 
 class Ticker:
     """How far the training is, every 15 seconds."""
 
-    def __init__(self, say: Callable[[str], None], first: int, total: int, images: int) -> None:
+    def __init__(self, log: Callable[[str], None], first: int, total: int, images: int) -> None:
         import time
 
-        self.clock, self.say, self.first, self.total, self.images = time.perf_counter, say, first, total, images
+        self.clock, self.log, self.first, self.total, self.images = time.perf_counter, log, first, total, images
         self.began = self.last = self.clock()
 
     def due(self) -> bool:
@@ -521,7 +521,7 @@ class Ticker:
             return
         self.last = self.clock()
         each = (self.last - self.began) / max(1, done - self.first)
-        self.say(
+        self.log(
             f"[{done}/{self.total}]  eta {spoken_time(each * (self.total - done))}  mean loss of the heads {loss:.4g}  "
             f"{self.images / each:.0f} images/s"
         )

@@ -267,7 +267,7 @@ def evaluate(config: LogRegressionConfig, session: Session) -> Numbers:
         x, y = on_device(rows)
         pairs = select(x, y, val, val_targets, c.train.val_metric_type, n_classes, **options)
         strength = best_strength(pairs)
-        session.say(f"C = {strength:.4g}: validation top-1 {100 * dict(pairs)[strength]:.2f}")
+        session.log(f"C = {strength:.4g}: validation top-1 {100 * dict(pairs)[strength]:.2f}")
         if not shots.enable and (len(val_targets.labels) and c.train.val_dataset is None):
             x, y = on_device(np.arange(len(labels)))  # training and validation images together
         elif not shots.enable:

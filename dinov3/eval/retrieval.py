@@ -293,7 +293,7 @@ def _met(config: RetrievalConfig, session: Session, model: nn.Module) -> dict[st
         ks=config.ks,
         temperatures=config.temperatures,
     )
-    session.say(f"chosen on the validation queries: {k} neighbours, temperature {t:g} (GAP {100 * found:.2f})")
+    session.log(f"chosen on the validation queries: {k} neighbours, temperature {t:g} (GAP {100 * found:.2f})")
     similarity, numbers = near["test"]
     classes = labels["database"][numbers]
     confidence = confidences(similarity[:, :k], classes[:, :k], t, n_classes)

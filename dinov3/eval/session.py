@@ -150,9 +150,9 @@ class Session:
     def output(self) -> Path:
         return self.run.path
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """One line on stderr and in log.txt, by the main process."""
-        self.run.say(text)
+        self.run.log(text)
 
     def at(self, output_dir: str | os.PathLike[str]) -> Session:
         """The same session, writing elsewhere."""
@@ -171,11 +171,11 @@ class Session:
             self._caches.clear()
             self._models[key] = open_model(section, self.device)
             net: Any = self._models[key]
-            self.say(f"{net.origin}, {section.dtype} on {self.device}")
+            self.log(f"{net.origin}, {section.dtype} on {self.device}")
             if net.origin.random:
-                self.say("the weights are RANDOM: the numbers say what chance and pixels give")
+                self.log("the weights are RANDOM: the numbers say what chance and pixels give")
             for note in net.origin.notes:
-                self.say(f"note: {note}")
+                self.log(f"note: {note}")
         return self._models[key]
 
     def preprocessing(self, model: nn.Module, transform: TransformSection) -> Preprocessing:
@@ -183,7 +183,7 @@ class Session:
         if min(transform.resize_size, transform.crop_size) < 1:
             raise DinoError("transform.resize_size and transform.crop_size are pixels: 1 or more")
         if abs(transform.resize_size / transform.crop_size - 256 / 224) > 0.03 and self.name == "knn":
-            self.say(
+            self.log(
                 f"note: resize {transform.resize_size} and crop {transform.crop_size} are not in the usual ratio 256/224"
             )
         stride: Any = model.stride
@@ -217,7 +217,7 @@ class Session:
         )
         root = self.cache_root(section.cache)
         if str(root) not in self._caches:
-            self._caches[str(root)] = FeatureCache(model, root, self.say)
+            self._caches[str(root)] = FeatureCache(model, root, self.log)
         arrays = self._caches[str(root)].columns(
             dataset, preprocessing, [*wanted, *extra], norm=section.norm, dtype=section.dtype, batch_size=batch_size,
             workers=workers,
@@ -354,7 +354,7 @@ def sweep(
         session.also = (sorted({i for s in sections for i in s.layers}), sorted({s.pool for s in sections}))  # type: ignore[union-attr]
     rows: list[dict[str, Any]] = []
     for i, (point, config) in enumerate(points):
-        session.say(f"[{i + 1}/{len(points)}] " + ", ".join(f"{k}={v}" for k, v in point.items()))
+        session.log(f"[{i + 1}/{len(points)}] " + ", ".join(f"{k}={v}" for k, v in point.items()))
         here = session.at(config.output_dir)
         results = evaluate(config, here)
         here.finish(results, config)
@@ -390,7 +390,7 @@ def main(
         session = Session(name, config.output_dir, config.model.device)
         torch.manual_seed(0)
         for note in notes:
-            session.say(f"note: {note}")
+            session.log(f"note: {note}")
         if session.run.writer:
             dump(config, session.output / saved_as)
         if arguments.sweep is not None:
@@ -402,7 +402,7 @@ def main(
             session.finish(results, config)
             _tell(results, session)
         session.clean()
-        session.say(
+        session.log(
             f"{name} took {spoken_time(time.perf_counter() - session.began)}, {peak_memory_gb(session.device):.1f} GB; "
             f"results in {session.output}"
         )

@@ -228,7 +228,7 @@ def evaluate(config: TrackingConfig, session: Session) -> dict[str, float]:
         objects = [object_row(js, fs) for js, fs in scores]
         rows += [[number, *row] for row in objects]
         j, f = np.mean([row[0] for row in objects]), np.mean([row[3] for row in objects])
-        session.say(f"{video.name}: J {100 * j:.1f}, F {100 * f:.1f}, {len(objects)} object(s), {len(video)} frames")
+        session.log(f"{video.name}: J {100 * j:.1f}, F {100 * f:.1f}, {len(objects)} object(s), {len(video)} frames")
         if config.save_masks:
             save(predicted, video, session)
     every = distributed.all_gather(torch.tensor(rows, dtype=torch.float64, device=session.device).reshape(-1, 7)).cpu()

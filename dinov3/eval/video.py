@@ -292,7 +292,7 @@ def fitted(
     kept = session.output / "probes.pt"
     first = _resumed(kept, every, total)
     if first:
-        session.say(f"resuming at step {first} of {total} ({kept})")
+        session.log(f"resuming at step {first} of {total} ({kept})")
 
     def batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
         picked = [int(rows[i]) for i in shuffled(len(rows), each, step, seed=config.seed, rank=rank, world=world)]
@@ -307,7 +307,7 @@ def fitted(
         losses = train_step(every, (tokens, coordinates, labels.to(tokens.device)), step, total, config.precision)
         if (step + 1) % per_epoch == 0:
             best = min(losses) if all(map(math.isfinite, losses)) else float(np.nanmin(losses))
-            session.say(f"epoch {(step + 1) // per_epoch} of {config.epochs}: lowest loss {best:.3f}")
+            session.log(f"epoch {(step + 1) // per_epoch} of {config.epochs}: lowest loss {best:.3f}")
             _keep(kept, every, step + 1, total)
 
 
@@ -368,12 +368,12 @@ def evaluate(config: VideoConfig, session: Session) -> Mapping[str, Any]:
         seed=config.seed,
     )
     count = sum(p.numel() for p in every[0].probe.parameters())
-    session.say(f"{len(rows)} videos train {len(every)} probes of {count:,} parameters, {len(choosing)} choose")
+    session.log(f"{len(rows)} videos train {len(every)} probes of {count:,} parameters, {len(choosing)} choose")
     fitted(frozen, every, reader, rows, config, session)
     found, labels = scored(frozen, every, reader, choosing.tolist(), tta=False, workers=config.num_workers)
     accuracies = [100 * accuracy(p, labels) for p in found]
     best = every[int(np.argmax(accuracies))]
-    session.say(f"chosen: {best.name} ({max(accuracies):.1f} % of the held-out videos)")
+    session.log(f"chosen: {best.name} ({max(accuracies):.1f} % of the held-out videos)")
     results: dict[str, Any] = {}
     for name, tta in (("top-1", False), ("top-1 TTA", True)):
         if tta and not config.tta:

@@ -221,7 +221,7 @@ def fit(
         checkpoints = Checkpoints(run.checkpoints)
         checkpoints.clean()
         count = sum(p.numel() for p in work.parameters)
-        run.say(f"{f'resumed at step {first}' if first else 'started'}: {count:,} parameters, {config.steps} steps")
+        run.log(f"{f'resumed at step {first}' if first else 'started'}: {count:,} parameters, {config.steps} steps")
     began = time.perf_counter()
     last: dict[str, float] = {}
     save_every = config.save_every or max(1, config.steps // 20)
@@ -250,7 +250,7 @@ def fit(
         load_head_tensors(module, work.best_tensors)
     module.eval()
     if run is not None:
-        run.say(plot(run.metrics_file, run.plots / "loss.png"))
+        run.log(plot(run.metrics_file, run.plots / "loss.png"))
         run.close()
     return FitReport(
         config.steps, first, time.perf_counter() - began, last, work.evaluations, work.best, work.skipped_steps
@@ -318,7 +318,7 @@ class _Fit:
         self.bad_in_a_row += 1
         names = ", ".join(name for name, v in log.items() if not bool(v.isfinite()))
         if self.run is not None:
-            self.run.say(f"step {step}: {names} not finite; no step ({self.bad_in_a_row} of {MAX_BAD_STEPS} in a row)")
+            self.run.log(f"step {step}: {names} not finite; no step ({self.bad_in_a_row} of {MAX_BAD_STEPS} in a row)")
         if self.bad_in_a_row >= MAX_BAD_STEPS:
             raise DinoError(
                 f"the fit stopped at step {step}: {names} not finite {MAX_BAD_STEPS} times in a row; lower the learning "
@@ -341,7 +341,7 @@ class _Fit:
             return
         self.run.record(done - 1, numbers)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items() if "/" not in name)
-        self.run.say(f"after {done} steps: {shown}{' (best)' if better else ''}")
+        self.run.log(f"after {done} steps: {shown}{' (best)' if better else ''}")
         if better and self.run.writer:
             assert self.best_tensors is not None
             write_safetensors(self.best_tensors, self.run.checkpoints / BEST, {"step": str(done)})

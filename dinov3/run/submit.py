@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
@@ -125,7 +125,7 @@ def run_here(options: argparse.Namespace, rest: list[str]) -> int:
     processes = options.ngpus or 1
     output = options.output_dir.replace("%j", f"local-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}")
     what = "one process" if processes == 1 else f"{processes} processes of one run"
-    say(f"there is no SLURM on this machine: {options.script} runs here, in {what}; results go to {output}")
+    log(f"there is no SLURM on this machine: {options.script} runs here, in {what}; results go to {output}")
     if processes == 1:
         return call(options.script, options.callable_name, [f"--output-dir={output}", *rest])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -169,7 +169,7 @@ def submit(options: argparse.Namespace, rest: list[str]) -> int:
     executor.update_parameters(**{k: v for k, v in parameters.items() if v is not None})
     job = executor.submit(ours.Job(str(script), options.callable_name, [f"--output-dir={folder}", *rest]))
     where = str(folder).replace("%j", job.job_id)
-    say(
+    log(
         f"queued job {job.job_id}: {options.nodes} × {processes} processes for at most {options.timeout} min; logs: {where}"
     )
     print(job.job_id)

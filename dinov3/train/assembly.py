@@ -91,7 +91,7 @@ class Trainer:
             return None
         self.reported = count
         name = list(self.loader.unreadable)[-1]
-        self.run.say(f"unreadable images replaced by others so far: {count}; the last: {name}")
+        self.run.log(f"unreadable images replaced by others so far: {count}; the last: {name}")
         if data.unreadable == "skip" and count <= data.max_unreadable:
             return None
         return (
@@ -145,7 +145,7 @@ class Trainer:
             distributed.barrier(self.group)
         else:
             where = teacher_files.write_teacher(ema, folder, self.config, writer=writer, iteration=iteration)
-        self.run.say(f"iteration {iteration}: wrote the teacher to {where}")
+        self.run.log(f"iteration {iteration}: wrote the teacher to {where}")
 
     def knn_due(self, iteration: int, last: bool) -> bool:
         e = self.config.evaluation
@@ -156,7 +156,7 @@ class Trainer:
         began = time.perf_counter()
         accuracy = knn(self.method.ema.backbone, self.config, self.device, self.group)
         self.run.record(iteration, {"knn_accuracy": accuracy})
-        self.run.say(
+        self.run.log(
             f"iteration {iteration}: k-NN accuracy of the teacher {accuracy:.1%} ({time.perf_counter() - began:.0f} s)"
         )
         return accuracy
@@ -179,7 +179,7 @@ class Trainer:
         }
         began = time.perf_counter()
         path = self.checkpoints.save(iteration, self.tensors(), state)
-        self.run.say(f"iteration {iteration}: saved {path} ({time.perf_counter() - began:.1f} s)")
+        self.run.log(f"iteration {iteration}: saved {path} ({time.perf_counter() - began:.1f} s)")
         return path
 
     def saved_at(self, iteration: int) -> bool:

@@ -52,9 +52,9 @@ def loop(trainer: Trainer, first: int) -> Outcome:
     total = t.schedules.total
     outcome = Outcome(first, total, "finished", checkpoint=t.checkpoints.latest())
     if first >= total:
-        run.say(f"nothing to do: {first} of {total} iterations are done (optim.epochs says how many)")
+        run.log(f"nothing to do: {first} of {total} iterations are done (optim.epochs says how many)")
         return outcome
-    run.say(t.introduction(first))
+    run.log(t.introduction(first))
     progress = Progress(
         run, total=total, images_per_step=t.global_batch, first=first, every=c.run.log_every, device=t.device
     )
@@ -73,12 +73,12 @@ def loop(trainer: Trainer, first: int) -> Outcome:
                 t.optimizer.step()
                 method.update_ema(values.momentum)
             if method.refresh_gram(it):
-                run.say(f"iteration {it}: the Gram teacher is now a copy of the teacher")
+                run.log(f"iteration {it}: the Gram teacher is now a copy of the teacher")
             count(outcome, t, it, finite)
             logged = progress.stepped(it, values.fields(), t.fields(log, norms, values) if finite else {})
             if not finite:
                 bad = f"{outcome.bad_steps} of {MAX_BAD_STEPS} in a row"
-                run.say(f"iteration {it}: {not_finite_names(log, norms)}; step skipped ({bad})")
+                run.log(f"iteration {it}: {not_finite_names(log, norms)}; step skipped ({bad})")
             if has_error(outcome, t, it, bool(logged)) and not last:
                 stop.reason = "an error"
                 stopping = stopping or distributed.world() == 1  # among several ranks the next step tells the others
@@ -94,7 +94,7 @@ def loop(trainer: Trainer, first: int) -> Outcome:
     if outcome.iterations > first:
         progress.close()
     if run.writer:
-        run.say(plot(run.metrics_file, run.plots / "losses.png"))
+        run.log(plot(run.metrics_file, run.plots / "losses.png"))
     if outcome.error is not None:
         raise DinoError(outcome.error)
     return outcome
@@ -170,7 +170,7 @@ def conclude(outcome: Outcome, t: Trainer, first: int, stop: StopRequest) -> Non
     outcome.reason, outcome.signal = stop.reason or "another process requested a stop", stop.signal
     if outcome.iterations > first and not t.saved_at(outcome.iterations - 1):
         outcome.checkpoint = t.save(outcome.iterations - 1)
-    t.run.say(
+    t.run.log(
         f"stopped by {outcome.reason} after iteration {outcome.iterations - 1}; everything is in "
         f"{outcome.checkpoint or 'no checkpoint yet'}, and the same command resumes from there"
     )

@@ -135,7 +135,7 @@ def train_students(
         first = trainer.resume(common_iteration([it for it, _ in trainer.checkpoints.all()])) if resume else 0
         run.start(config, iteration=first, sinks=config.run.sinks)
         for note in [f"student {student.name}, ranks {list(student.ranks_range)}", *notes, *own_notes, *trainer.notes]:
-            run.say(f"note: {note}")
+            run.log(f"note: {note}")
         try:
             return loop(trainer, first)
         finally:

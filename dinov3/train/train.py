@@ -65,7 +65,7 @@ def train(
         first = trainer.resume() if resume else 0
         run.start(config, iteration=first, sinks=config.run.sinks)
         for note in [*notes, *trainer.notes]:
-            run.say(f"note: {note}")
+            run.log(f"note: {note}")
         try:
             return loop(trainer, first)
         finally:

@@ -179,7 +179,7 @@ def both_sides(config: HeadConfig) -> tuple[Any, Any | None]:
     return data, same_classes(data, open_data(config.task, config.data, beside[0], ignore=config.ignore))
 
 
-def checked_sizes(data: Any, say: Any, most: int = 20_000) -> set[tuple[int, int]]:
+def checked_sizes(data: Any, log: Any, most: int = 20_000) -> set[tuple[int, int]]:
     """(width, height) of all images (of very many: of some), upright; images that cannot be opened and targets of other
     sizes are named, at most five."""
     sizes: set[tuple[int, int]] = set()
@@ -204,7 +204,7 @@ def checked_sizes(data: Any, say: Any, most: int = 20_000) -> set[tuple[int, int
     if pairs is not None and getattr(data, "left_out", False):
         alone = without_target(data)
         if alone:
-            say(f"{listed(alone, 'images')} without a target of the same name, left out: {_names(alone)}")
+            log(f"{listed(alone, 'images')} without a target of the same name, left out: {_names(alone)}")
     return sizes
 
 
@@ -365,8 +365,8 @@ def train_head(config: HeadConfig, out: str | os.PathLike[str], *, resume: bool 
     if run.writer:
         run.path.mkdir(parents=True, exist_ok=True)
     for note in notes:
-        run.say(note)
-    run.say(
+        run.log(note)
+    run.log(
         f"{len(data)} images, {f'{len(val)} to validate' if val is not None else 'none to validate'}, "
         f"{f'{task.n_classes} classes, ' if task.n_classes else ''}{backbone.origin}, input {preprocessing.id}"
     )
@@ -396,9 +396,9 @@ def train_head(config: HeadConfig, out: str | os.PathLike[str], *, resume: bool 
                 data={"images": len(data), "measured_on": measured_on, "name": data_name(config.data)},
             )  # fmt: skip
             with torch.no_grad():
-                run.say(figure(task, model, run, device))
+                run.log(figure(task, model, run, device))
     shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if "/" not in name)
-    run.say(f"{path}: {shown} (on {measured_on} images, after {report.best[0] if report.best else 0} steps)")
+    run.log(f"{path}: {shown} (on {measured_on} images, after {report.best[0] if report.best else 0} steps)")
     return Outcome(path, metrics, report, measured_on)
 
 

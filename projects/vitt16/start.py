@@ -69,7 +69,7 @@ class Start:
         some, grid = sample(work, self.inherit_images), work.config.cached_grid
         student: Any = work.student
         ours, theirs = (work.images.views(work.views, some, 0, grid * p) for p in (student.stride, patch))
-        inherit_dinov2(student, state, ours, theirs, log=work.run.say)
+        inherit_dinov2(student, state, ours, theirs, log=work.run.log)
 
 
 def sample(work: Distillation, count: int) -> np.ndarray:
@@ -93,7 +93,7 @@ def _last_block(work: Distillation, projector: Any, source: Any, count: int) -> 
 
     inputs = (normalised(part, *catalog.STATISTICS["lvd1689m"]) for part in views(work, some).split(64))
     before, after = initialise_last_block(work.student, inputs, aim, bf16=work.config.bf16)
-    work.run.say(f"last block initialised: cosine of CLS with its target {before:.3f} before, {after:.3f} after")
+    work.run.log(f"last block initialised: cosine of CLS with its target {before:.3f} before, {after:.3f} after")
 
 
 def isometry(x: Tensor, target: Tensor) -> Tensor:

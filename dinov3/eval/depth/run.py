@@ -206,7 +206,7 @@ def evaluate_model(
     *,
     device: torch.device | str = "cpu",
     shown: Callable[[int, Any, Tensor, Tensor], None] | None = None,
-    say: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> tuple[dict[str, float], list[dict[str, float]]]:
     """(mean scores, each image's scores in order), the same on all ranks. Heights have no scores of single images.
 
@@ -232,8 +232,8 @@ def evaluate_model(
             rows.append((index, scores))
         if shown is not None:
             shown(index, image, prediction, target)
-        if say is not None and (done % 100 == 0 or done == len(mine)):
-            say(f"evaluated {done}/{len(mine)} images of this process")
+        if log is not None and (done % 100 == 0 or done == len(mine)):
+            log(f"evaluated {done}/{len(mine)} images of this process")
     every = [
         row for _, row in sorted((r for part in distributed.gather_objects(rows) for r in part), key=lambda r: r[0])
     ]
@@ -264,7 +264,7 @@ def fitted(
     train, val = (
         opened(c, line, f"datasets.{key}") for line, key in ((c.datasets.train, "train"), (c.datasets.val, "val"))
     )
-    session.say(f"datasets.train: {len(train)} images; datasets.val: {len(val)} images")
+    session.log(f"datasets.train: {len(train)} images; datasets.val: {len(val)} images")
     batches = dense.batches(train, transforms["train" if t.augment else "eval"], c.bs, c.seed, augment=t.augment)
     weights = c.losses if c.losses is not None else {"SIGLOSS": 1.0}
     loss = DepthLoss(weights, min_depth=c.decoder_head.min_depth, max_depth=c.decoder_head.max_depth)
@@ -391,7 +391,7 @@ def evaluate(config: DepthConfig, session: common.Session) -> dict[str, Any]:
     )
     with dense.autocast(c.model_dtype, session.device):
         scores, rows = evaluate_model(
-            model, test, transforms["eval"], protocol, device=session.device, shown=shown, say=session.say
+            model, test, transforms["eval"], protocol, device=session.device, shown=shown, log=session.log
         )
     name = line.split(":")[0]
     if session.run.writer:

@@ -158,12 +158,12 @@ def evaluate(config: DetectionConfig, session: Session) -> Mapping[str, float | 
     mapped = label_map(model.class_names, data)
     missing = [name for i, name in enumerate(data.class_names) if i not in mapped.tolist()]
     if missing:
-        session.say(
+        session.log(
             f"note: the detector does not know {len(missing)} of {len(data.class_names)} classes: {_some(missing)}"
         )
     origin: Any = getattr(model, "origin", None)
     if origin is not None and origin.random:
-        session.say("the weights are RANDOM: the numbers say what chance gives")
+        session.log("the weights are RANDOM: the numbers say what chance gives")
     mean, std = dense.statistics(model)
     base = DetectionTransform(
         short=short,
@@ -181,7 +181,7 @@ def evaluate(config: DetectionConfig, session: Session) -> Mapping[str, float | 
         image, target = data[number]
         mine.append((number, in_classes_of(looks(model, transforms, image, session.device, config), mapped), target))
         if len(mine) % max(1, total // world // 10) == 0:
-            session.say(f"{len(mine) * world} of {total} images")
+            session.log(f"{len(mine) * world} of {total} images")
     every = sorted((row for part in distributed.gather_objects(mine) for row in part), key=lambda row: row[0])
     results, per_class = average_precision([f for _, f, _ in every], [t for _, _, t in every], data.class_names)
     if session.run.writer:

@@ -220,7 +220,7 @@ def evaluate_model(
     reduce_zero: bool,
     per_image: bool = False,
     device: torch.device | str = "cpu",
-    say: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
     shown: Callable[[int, Tensor], None] | None = None,
 ) -> dict[str, Any]:
     """Scores of a segmentation model (`predict`) on a data set, as `metrics.iou_scores` gives them; the same on all ranks.
@@ -238,8 +238,8 @@ def evaluate_model(
         counts[index if per_image else 0] += confusion_matrix(prediction, labels, K, IGNORED)
         if shown is not None:
             shown(index, prediction)
-        if say is not None and (done % 100 == 0 or done == len(mine)):
-            say(
+        if log is not None and (done % 100 == 0 or done == len(mine)):
+            log(
                 f"evaluated {done}/{len(mine)} images"
                 + (f" on each of {distributed.world()} processes" if distributed.world() > 1 else "")
             )
@@ -274,7 +274,7 @@ def fitted(
     val = dense.open_dense(c.datasets.val, c.datasets.root, ("classes",), "datasets.val")
     for what, data in (("train", train), ("val", val)):
         left = f" ({data.left_out} images without a mask are left out)" if data.left_out else ""
-        session.say(f"datasets.{what}: {len(data)} images{left}")
+        session.log(f"datasets.{what}: {len(data)} images{left}")
     zero = train.zero_is_other if c.eval.reduce_zero_label is None else c.eval.reduce_zero_label
     low_high = t.random_img_size_ratio_range
     transform = SegmentationTransform(
@@ -317,7 +317,7 @@ def fitted(
     with dense.feature_cache(model, session.output, augment=t.augment):
         report = fit(model, batches, loss, fc, run, evaluate=validate, about=config)
     assert report.best is not None, "mIoU is a number as soon as a mask holds a class"
-    session.say(f"best {c.metric_to_save} {report.best[1][c.metric_to_save]} after {report.best[0]} iterations")
+    session.log(f"best {c.metric_to_save} {report.best[1][c.metric_to_save]} after {report.best[0]} iterations")
     dense.write_head(session.output / "model_final.pth", head_tensors(model), report.best[0])
     if not best or percentages(best[0]) != report.best[1]:  # the best head was found before this start
         best.clear()
@@ -426,7 +426,7 @@ def evaluate(config: SegmentationConfig, session: common.Session) -> dict[str, A
         with dense.autocast(c.model_dtype, session.device):
             scores = evaluate_model(
                 model, val, protocol, reduce_zero=zero, per_image=c.eval.compute_metric_per_image,
-                device=session.device, say=session.say, shown=_writer(session.output) if c.save_results else None,
+                device=session.device, log=session.log, shown=_writer(session.output) if c.save_results else None,
             )  # fmt: skip
     if session.run.writer:
         names = val.class_names or [str(i) for i in range(protocol.n_classes)]

@@ -353,11 +353,11 @@ def train(config: TextTrainConfig, *, notes: Sequence[str] = ()) -> FitReport:
     data, held = captioned(config.train_dataset_str), held_out(config)
     run = RunDir(config.output_dir, writer=distributed.is_main())
     for note in [*notes, *origin.notes]:
-        run.say(f"note: {note}")
-    run.say(f"{origin}; {len(data)} images, {sum(map(len, data.captions))} captions")
+        run.log(f"note: {note}")
+    run.log(f"{origin}; {len(data)} images, {sum(map(len, data.captions))} captions")
     total = config.batch_size * distributed.world()
     if len(data) < total:
-        run.say(
+        run.log(
             f"note: a batch of {total} pairs holds images of {len(data)} more than once: they are each other's negatives"
         )
     accelerated = device.type != "cpu"
@@ -389,7 +389,7 @@ def train(config: TextTrainConfig, *, notes: Sequence[str] = ()) -> FitReport:
     model.clamp_logit_scale()
     if loader.unreadable:
         name, why = next(iter(loader.unreadable.items()))
-        run.say(f"{len(loader.unreadable)} images could not be read and were replaced, the first: {name}: {why}")
+        run.log(f"{len(loader.unreadable)} images could not be read and were replaced, the first: {name}: {why}")
     if run.writer:
         tensors = {k: v.cpu().contiguous() for k, v in head_tensors(model).items()}
         write_safetensors(

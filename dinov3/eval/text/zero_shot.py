@@ -118,15 +118,15 @@ def evaluate(config: ZeroShotConfig, session: Session) -> dict[str, Number]:
         **({"weights": m.weights} if m.weights else {}), backbone_weights=m.backbone_weights, bpe_path_or_url=m.bpe,
         sizes=m.sizes, device=device, dtype=getattr(torch, m.dtype),
     )  # fmt: skip
-    session.say(f"{model.origin}, {m.dtype} on {device}")
+    session.log(f"{model.origin}, {m.dtype} on {device}")
     n = len(dataset) if c.max_images is None else min(len(dataset), c.max_images)
     rows = list(range(n))
     if n < len(dataset):
-        session.say(f"note: only the first {n} of {len(dataset)} images, so this is another benchmark")
+        session.log(f"note: only the first {n} of {len(dataset)} images, so this is another benchmark")
     if c.task == "retrieval":
         return _retrieval(c, model, tokenizer, dataset, rows)
     names = class_names(dataset, c.names)
-    session.say(f"{len(names)} classes, {len(chosen_templates(c.templates))} templates, {n} images")
+    session.log(f"{len(names)} classes, {len(chosen_templates(c.templates))} templates, {n} images")
     if c.task == "classification":
         return _classification(c, model, tokenizer, dataset, rows, names)
     return _segmentation(c, model, tokenizer, dataset, rows, names, session)
@@ -204,7 +204,7 @@ def _segmentation(
         classes = resized(maps, (target.shape[-2], target.shape[-1])).argmax(1)[0].cpu()
         total += confusion_matrix(classes, target, len(names), dataset.ignore_index).double()
         if time.perf_counter() - logged > 15 or done == len(mine):
-            session.say(f"images {done}/{len(mine)}")
+            session.log(f"images {done}/{len(mine)}")
             logged = time.perf_counter()
     summed = sum(distributed.gather_objects(total))
     numbers = iou_scores(summed)
