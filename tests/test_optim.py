@@ -13,8 +13,7 @@ from paths import GOLDEN_LOSSES
 from torch import nn
 
 from dinov3 import optim as O
-from dinov3.config.recipes import load_config
-from dinov3.config.train import OptimConfig, TrainConfig
+from dinov3.config.train import OptimConfig, TrainConfig, load_config
 from dinov3.errors import DinoError
 from dinov3.models.architectures import ConvNeXtConfig, ViTConfig
 from dinov3.models.convnext import ConvNeXt

@@ -13,8 +13,7 @@ from torch import Tensor
 from toy_training import write_config, write_images
 
 from dinov3 import checkpoint, distributed
-from dinov3.config.recipes import load_config
-from dinov3.config.train import DinoConfig, GramConfig, OptimConfig
+from dinov3.config.train import DinoConfig, GramConfig, OptimConfig, load_config
 from dinov3.data.crops import CropBatch
 from dinov3.data.masking import summary
 from dinov3.errors import DinoError
@@ -273,8 +272,7 @@ def test_two_ranks_train_with_a_head_of_weight_zero_and_fail_together(tmp_path: 
 
 
 def test_settings_that_do_not_fit_the_number_of_processes_are_refused_in_words() -> None:
-    from dinov3.config.conditions import check_scale
-    from dinov3.config.train import TrainConfig
+    from dinov3.config.train import TrainConfig, check_scale
 
     config = TrainConfig(dino=DinoConfig(koleo_loss_distributed=True, koleo_distributed_loss_group_size=48))
     with pytest.raises(DinoError, match="koleo_distributed_loss_group_size"):

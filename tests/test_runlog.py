@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from dinov3 import runlog
-from dinov3.config.recipes import load_config
-from dinov3.config.train import TrainConfig
+from dinov3.config.train import TrainConfig, load_config
 from dinov3.errors import DinoError, UnknownName
 from dinov3.runlog import Progress, RunDir, cut_metrics, read_metrics
 

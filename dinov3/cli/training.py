@@ -29,7 +29,7 @@ def train(
     device: Device = "auto",
 ) -> None:
     """Train a backbone on your own images by self-distillation (DINO, iBOT, KoLeo, Gram). Under torchrun: on many."""
-    from dinov3.config.recipes import load_config
+    from dinov3.config.train import load_config
     from dinov3.train.train import train as run
 
     chosen = training_overrides(images, model, recipe, steps, knn, device_of(device), overrides or [])

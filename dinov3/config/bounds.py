@@ -95,8 +95,12 @@ def range_text(bounds: typing.Mapping[str, Any]) -> str:
 
 def literals(hint: Any) -> tuple[Any, ...]:
     """The choices of `Literal[…]` or `Literal[…] | None`; () for every other type."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    return next((typing.get_args(o) for o in options if typing.get_origin(o) is Literal), ())
+    return next((typing.get_args(o) for o in alternatives(hint) if typing.get_origin(o) is Literal), ())
+
+
+def alternatives(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or the type itself."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def check(config: Any, what: str = "configuration") -> None:

@@ -13,13 +13,12 @@ import enum
 import fnmatch
 import os
 import re
-import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from dinov3.config.bounds import Problem, literals, violations
+from dinov3.config.bounds import Problem, alternatives, literals, violations
 from dinov3.errors import DinoError, did_you_mean, require
 from dinov3.files import atomically
 
@@ -228,8 +227,7 @@ def report(lines: list[str]) -> str:
 
 def _section(hint: Any) -> type[Any] | None:
     """The dataclass behind `Section` or `Section | None`."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    return next((o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)), None)
+    return next((o for o in alternatives(hint) if isinstance(o, type) and dataclasses.is_dataclass(o)), None)
 
 
 def _hints(cls: type[Any]) -> dict[str, Any]:
@@ -260,7 +258,7 @@ def _leaves(tree: Mapping[Any, Any], cls: type[Any] | None, prefix: str = "") ->
 
 def _floats(value: Any, hint: Any) -> Any:
     """Whole numbers as floats where a union asks for floats: OmegaConf converts them elsewhere, but not in unions."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    options = alternatives(hint)
     if isinstance(value, bool) or int in options:
         return value
     if isinstance(value, int) and float in options:
@@ -277,7 +275,7 @@ def _member(value: Any, hint: Any) -> Any:
         return [_member(v, inner[0]) for v in value] if inner else value
     if not isinstance(value, str):
         return value
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    options = alternatives(hint)
     for option in options:
         if isinstance(option, type) and issubclass(option, enum.Enum):
             for member in option:
@@ -292,9 +290,8 @@ def _member(value: Any, hint: Any) -> Any:
 def _spoken(hint: Any) -> str:
     """A type hint in words."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        words = [_spoken(a) for a in args if a is not type(None)]
-        return " or ".join(words + (["null"] if type(None) in args else []))
+    if len(options := alternatives(hint)) > 1:
+        return " or ".join([_spoken(o) for o in options if o is not type(None)] + ["null"] * (type(None) in options))
     if origin is Literal:
         return " or ".join(repr(a) for a in args)
     if origin is list:

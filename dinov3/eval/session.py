@@ -35,8 +35,7 @@ from torch import nn
 
 from dinov3 import distributed
 from dinov3.config.loading import dump, load, to_dict
-from dinov3.config.recipes import load_model_config
-from dinov3.config.train import vit_config
+from dinov3.config.train import load_model_config, vit_config
 from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.base import ImageDataset
 from dinov3.data.transforms.inputs import Preprocessing

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from dinov3 import checkpoint, distributed
 from dinov3.checkpoint import Checkpoints
-from dinov3.config.recipes import load_teacher
-from dinov3.config.train import TrainConfig, resolutions, vit_config
+from dinov3.config.train import TrainConfig, load_teacher, resolutions, vit_config
 from dinov3.data.crops import CropConfig
 from dinov3.data.datasets import make_dataset
 from dinov3.data.loading import CropLoader

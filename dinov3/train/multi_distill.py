@@ -26,10 +26,8 @@ import torch
 from torch import Tensor
 
 from dinov3 import distributed, losses
-from dinov3.config.conditions import check_scale
 from dinov3.config.loading import report
-from dinov3.config.recipes import load_config, load_student
-from dinov3.config.train import TrainConfig
+from dinov3.config.train import TrainConfig, check_scale, load_config, load_student
 from dinov3.data.crops import CropBatch
 from dinov3.distributed import Group
 from dinov3.errors import DinoError

@@ -28,8 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov3 import checkpoint
-from dinov3.config.recipes import load_model_config
-from dinov3.config.train import TrainConfig, vit_config
+from dinov3.config.train import TrainConfig, load_model_config, vit_config
 from dinov3.errors import DinoError, WeightsError, WeightsMismatch
 from dinov3.files import atomically
 from dinov3.models.architectures import BackboneConfig

@@ -29,9 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov3 import distributed
-from dinov3.config.conditions import check_scale
-from dinov3.config.recipes import load_config
-from dinov3.config.train import TrainConfig
+from dinov3.config.train import TrainConfig, check_scale, load_config
 from dinov3.errors import DinoError, did_you_mean
 from dinov3.runlog import RunDir
 from dinov3.train.assembly import assemble, deterministic

@@ -232,7 +232,7 @@ import dinov3.cli
 def test_steps_are_the_steps_that_are_run(recipe: str, steps: int) -> None:
     pytest.importorskip("omegaconf")
     from dinov3.cli.training import training_overrides
-    from dinov3.config.recipes import load_config
+    from dinov3.config.train import load_config
     from dinov3.optim import build_schedules
 
     chosen = training_overrides("photos", None, recipe, steps, None, "cpu", [])

@@ -7,11 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from dinov3.config import loading, recipes
-from dinov3.config.conditions import check_scale
+from dinov3.config import loading
 from dinov3.config.loading import dump, find_file, load
-from dinov3.config.recipes import load_config
-from dinov3.config.train import Resolution, StudentConfig, TrainConfig, resolutions, vit_config
+from dinov3.config.train import (
+    Resolution,
+    StudentConfig,
+    TrainConfig,
+    check_scale,
+    load_config,
+    load_model_config,
+    load_student,
+    load_teacher,
+    resolutions,
+    vit_config,
+)
 from dinov3.errors import DinoError
 from dinov3.models.architectures import PUBLISHED, ConvNeXtConfig, ViTConfig
 from dinov3.weights import catalog
@@ -372,10 +381,10 @@ def test_a_convnext_gets_its_drop_path_and_a_vit_may_be_cut_down():
 
 def test_a_file_that_only_describes_a_model_need_not_be_trainable(tmp_path):
     file = yaml(tmp_path, "student: {arch: vit_small}\ntrain: {dataset_path: null}\ngram: {use_loss: true}\n")
-    config, _ = recipes.load_model_config(file)
+    config, _ = load_model_config(file)
     assert config.student.arch == "vit_small"
     with pytest.raises(DinoError, match=r"student\.arch"):
-        recipes.load_model_config(file, ["student.arch=vit_smal"])
+        load_model_config(file, ["student.arch=vit_smal"])
 
 
 # ---- several students -----------------------------------------------------------------------------------------------
@@ -414,7 +423,7 @@ def test_a_student_has_its_own_file_under_the_shared_one(tmp_path):
     check_scale(config, 3)
     with pytest.raises(DinoError, match="ranks end at 3, but 4 processes run"):
         check_scale(config, 4)
-    who, own, notes = recipes.load_student(config, 2, 3, shared, [IMAGES, "train.output_dir=/out"])
+    who, own, notes = load_student(config, 2, 3, shared, [IMAGES, "train.output_dir=/out"])
     assert who.name == "b"
     assert (own.student.arch, own.optim.epochs, own.train.batch_size_per_gpu) == ("vit_tiny", 4, 2)
     assert own.train.output_dir == str(Path("/out/b"))
@@ -426,11 +435,11 @@ def test_the_teacher_must_have_the_prototypes_and_the_patch_of_the_student(tmp_p
     distil = ["distillation.enabled=true", "distillation.full_cfg_path=teacher.yaml", "distillation.checkpoint_path=x"]
     config, _ = load_config(None, [IMAGES, *distil])
     with pytest.raises(DinoError) as caught:
-        recipes.load_teacher(config, near=tmp_path)
+        load_teacher(config, near=tmp_path)
     assert "dino.head_n_prototypes: 65536 here, 7 in the teacher's teacher.yaml" in str(caught.value)
     assert "student.patch_size: 16 here, 8" in str(caught.value)
     same, _ = load_config(None, [IMAGES, *distil, "dino.head_n_prototypes=7", "student.patch_size=8"])
-    assert recipes.load_teacher(same, near=tmp_path).student.arch == "vit_base"
+    assert load_teacher(same, near=tmp_path).student.arch == "vit_base"
 
 
 # ---- other activities -----------------------------------------------------------------------------------------------

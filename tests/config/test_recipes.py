@@ -10,8 +10,7 @@ import pytest
 from paths import GOLDEN_LOSSES
 
 from dinov3.config.loading import RECIPES
-from dinov3.config.recipes import load_config, load_model_config, load_student
-from dinov3.config.train import TrainConfig, vit_config
+from dinov3.config.train import TrainConfig, load_config, load_model_config, load_student, vit_config
 from dinov3.optim import build_schedules
 
 GOLDEN = json.loads((GOLDEN_LOSSES / "schedules.json").read_text())["recipes"]

@@ -16,8 +16,7 @@ from test_parallel import CPU, ROW, share
 from toy_training import write_config, write_images
 
 from dinov3 import checkpoint, distributed
-from dinov3.config.recipes import load_config
-from dinov3.config.train import DinoConfig, GramConfig, IbotConfig, TrainConfig
+from dinov3.config.train import DinoConfig, GramConfig, IbotConfig, TrainConfig, load_config
 from dinov3.data.crops import CropBatch
 from dinov3.data.masking import summary
 from dinov3.errors import DinoError

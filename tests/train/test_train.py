@@ -18,8 +18,7 @@ from paths import ROOT
 from toy_training import TOY, start, write_config, write_images
 
 from dinov3 import checkpoint, features
-from dinov3.config.recipes import load_config
-from dinov3.config.train import GramConfig
+from dinov3.config.train import GramConfig, load_config
 from dinov3.errors import DinoError, WeightsMismatch
 from dinov3.export.convert import convert
 from dinov3.neighbours import knn_accuracy
