@@ -165,7 +165,7 @@ def boxes_over(
 
 
 def card(text: str, *, ink: tuple[int, int, int] = INK) -> Image.Image:
-    """Words where an image is expected: a query in words, the name of a class."""
+    """A card with text in place of an image: a text query, a class name."""
     page = Image.new("RGB", (300, 300), MAT)
     lines = "\n".join(textwrap.fill(line, 24) for line in text.splitlines())
     ImageDraw.Draw(page).multiline_text((150, 150), lines, font=_font(22), fill=ink, anchor="mm", align="center")

@@ -5,7 +5,7 @@ the ORIGINAL image, x to the right, y down, (0, 0) the top left corner.
 
 The commonest silent mistakes with these features are a layer taken before the norm, a mixture of preprocessings, and a
 patch map read with the wrong scale. So every `Features` says which layer it is, whether it is normed and what was done
-to the images, and refuses to be compared or joined with one that differs.
+to the images, and raises when compared or joined with one that differs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """What a backbone says of B images.
+    """Features of B images.
 
     cls [B, D] · registers [B, R, D] · patches [B, h, w, D]. `layer` is the 0-based index of the block (ConvNeXt: stage)
     they come from, `normed` whether the final norm was applied, `preprocessing` the id of the preprocessing, `model` whose

@@ -55,7 +55,7 @@ def sync(path: Path) -> None:
 class Lock:
     """The right to write, held until `release` or the end of the process, however it ends.
 
-    Raises `error` if somebody else has it, in words about `what`. Where the file system knows no locks, everybody has it.
+    Raises `error`, with `what` in its message, if another process has it. A file system without locks grants it to all.
     """
 
     def __init__(self, path: Path, what: str, error: type[DinoError] = DinoError) -> None:

@@ -288,7 +288,7 @@ class Progress:
             f"{name.removesuffix('_loss')} {v:.4g}" for name, v in means.items() if name.endswith("_loss")
         )
         return (
-            f"[{done:>{len(str(self.total))}}/{self.total}]  eta {spoken_time(each * (self.total - done))}  {losses}  "
+            f"[{done:>{len(str(self.total))}}/{self.total}]  eta {time_text(each * (self.total - done))}  {losses}  "
             f"lr {record.get('lr', 0):.3g}  {record['iter_time']:.3g} s/step ({record['data_share']:.0%} waiting for "
             f"data)  {record['images_per_second']:.0f} images/s  {record['memory_gb']:.1f} GB"
         )
@@ -296,10 +296,10 @@ class Progress:
     def close(self) -> None:
         """The last line: how long the iterations of this start took, and each of them."""
         steps, seconds = self.timed_steps + 1, self.last - self.began
-        self.run.log(f"{steps} iterations in {spoken_time(seconds)}, {seconds / steps:.3g} s each")
+        self.run.log(f"{steps} iterations in {time_text(seconds)}, {seconds / steps:.3g} s each")
 
 
-def spoken_time(seconds: float) -> str:
+def time_text(seconds: float) -> str:
     """0:00:07, 14:02:10, 3 d 02:00:00."""
     days, rest = divmod(round(seconds), 86400)
     clock = f"{rest // 3600}:{rest // 60 % 60:02}:{rest % 60:02}"

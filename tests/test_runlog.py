@@ -222,10 +222,10 @@ def test_the_estimate_leaves_the_first_step_out(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("seconds, words", [(7.4, "0:00:07"), (50530, "14:02:10"), (266400, "3 d 02:00:00")])
 def test_time_is_spoken_plainly(seconds, words):
-    assert runlog.spoken_time(seconds) == words
+    assert runlog.time_text(seconds) == words
 
 
-# ---- the plot -------------------------------------------------------------------------------------------------------
+# ---- the steps ------------------------------------------------------------------------------------------------------
 
 
 def test_losses_and_knn_are_plotted(tmp_path):

@@ -1,4 +1,4 @@
-"""The `dinov3` command. Data goes to stdout, talk to stderr; every mistake is one sentence; torch is imported late.
+"""The `dinov3` command. Results go to stdout, messages to stderr; every mistake is one sentence; torch is imported late.
 
 Exit codes: 0 done · 1 an error, as one sentence · 2 wrong usage · 3 done, but some images could not be read (they are
 listed) · 130 interrupted, run the same command to continue.
@@ -25,7 +25,7 @@ __all__ = ["app", "main", "training_overrides"]
 
 
 def main() -> None:
-    """The command's door: a `DinoError` is a sentence on stderr and exit code 1, Ctrl-C is 130."""
+    """Entry point: a `DinoError` is a sentence on stderr and exit code 1, Ctrl-C is 130."""
     try:
         app()
     except DinoError as error:

@@ -1,4 +1,4 @@
-"""Verbs that say what is in images: segment, depth, detect, canopy, classify, zero-shot. One plot for all of them:
+"""Commands that predict: segment, depth, detect, canopy, classify, zero-shot. The same steps in all of them:
 
 list the images, load the model, and for each image: read, predict, save, one line on stdout. What cannot be read is
 named, counted, and the exit code is 3. Results of different images never share a name (`images.csv` keeps the list).
@@ -252,7 +252,7 @@ def zero_shot(
             write_csv(out / "words.csv", ("image", "rank", "class", "name", "probability", "cosine"), rows)
 
 
-# ---- the plot ------------------------------------------------------------------------------------------------------
+# ---- the steps -----------------------------------------------------------------------------------------------------
 
 
 def over(

@@ -1,4 +1,4 @@
-"""What the verbs share: the application they register with, the words of common options, and talk to stderr."""
+"""What commands share: the application they register with, common options, progress and messages on stderr."""
 
 from __future__ import annotations
 

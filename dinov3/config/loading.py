@@ -288,7 +288,7 @@ def _member(value: Any, hint: Any) -> Any:
 
 
 def _spoken(hint: Any) -> str:
-    """A type hint in words."""
+    """A type hint as text."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if len(options := alternatives(hint)) > 1:
         return " or ".join([_spoken(o) for o in options if o is not type(None)] + ["null"] * (type(None) in options))

@@ -257,7 +257,7 @@ class Crops:
 
 
 def render(image: Image.Image | np.ndarray | Tensor, plan: Plan, crop_configs: CropConfig) -> Crops:
-    """Does what the plan says to an RGB image of the size that the plan was drawn for."""
+    """Applies a plan to an RGB image of the size that the plan was drawn for."""
     pixels = to_pixels(image)
     if pixels.dtype != torch.uint8:
         raise DinoError(f"crops are taken from 8-bit images, not from {pixels.dtype}")

@@ -70,7 +70,7 @@ class Masks:
 
 
 def mask_grid(global_size: int, patch: int, scale: float = 1.0) -> tuple[int, int]:
-    """(rows, columns) of patches; refuses sizes whose border would silently be dropped."""
+    """(rows, columns) of patches; raises for sizes whose border would silently be dropped."""
     step = patch * scale
     if global_size % step:
         near = max(1, round(global_size / step)) * step

@@ -114,7 +114,7 @@ class Embedder:
         ]
 
     def facts(self, vector_dtype: Literal["float32", "float16"] = "float32") -> StoreFacts:
-        """What a store filled by this embedder says of itself."""
+        """Metadata of a store filled by this embedder."""
         origin = getattr(self.model, "origin", None)
         name = name_of(self.model)
         model: Any = self.model

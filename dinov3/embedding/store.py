@@ -11,7 +11,7 @@ One writer at a time: `create` and `open_or_create` take the folder's lock, `ope
 once. On object storage, and where there is no `flock` (Windows), nobody checks: two writers may store a path twice.
 
 LanceDB runs threads that do not survive `fork`: open the store in the process that uses it, and start workers with
-`spawn` or before the store is opened. A store that notices it was carried through a fork refuses.
+`spawn` or before the store is opened. A store that notices it was carried through a fork raises.
 
 Left out: computing features (`pipeline.py`), asking for neighbours (`search.py`), several models in one store.
 
@@ -97,7 +97,7 @@ class EmbeddingStore:
 
     @classmethod
     def create(cls, uri: str | os.PathLike[str], about: StoreFacts) -> EmbeddingStore:
-        """A new, empty store, open for writing; refuses a place that already holds one, or other files."""
+        """A new, empty store, open for writing; raises where there is already one, or other files."""
         uri, folder = place_of(uri)
         lock = None
         if folder is not None:
@@ -410,7 +410,7 @@ class EmbeddingStore:
         That is a second handle, one that does not look for newer versions: there are none but the writer's own, and
         looking made a commit beside 1,200 others take 13 ms instead of 4.
         """
-        self.table  # noqa: B018  # refuses in a forked child
+        self.table  # noqa: B018  # raises in a forked child
         if self._pen is None:
             if self._lock is None and (folder := place_of(self.uri)[1]) is not None:
                 self._lock = Lock(folder / LOCK, f"the store at {self.uri}", StoreError)
@@ -438,7 +438,7 @@ class EmbeddingStore:
             self._loose = 0
 
     def _failed(self, create: bool) -> Any:
-        self.table  # noqa: B018  # refuses in a forked child
+        self.table  # noqa: B018  # raises in a forked child
         if self._failed_table is None:
             if has_table(self._database, self.uri, FAILED):
                 self._failed_table = self._database.open_table(FAILED)

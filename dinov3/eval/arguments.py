@@ -1,7 +1,7 @@
 """How evaluations are configured: the sections they share, and the words people type.
 
 The words are those of the public scripts: `key.sub=value`, `config_file=FILE` or `--config-file FILE`, `output_dir=DIR` or
-`--output-dir DIR`; of our own `--sweep AXES`. Everything else is refused with a proposal.
+`--output-dir DIR`; of our own `--sweep AXES`. Everything else is an error with suggestions.
 """
 
 from __future__ import annotations

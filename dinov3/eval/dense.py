@@ -89,7 +89,7 @@ def fit_config(
     evaluate_every: int,
     **others: Any,
 ) -> FitConfig:
-    """The reference's two sections in the words of `heads.fitting`. late: 1 where the scheduler skips its first step
+    """The reference's two sections as a `FitConfig`. late: 1 where the scheduler skips its first step
     (segmentation: the second iteration repeats the first one's rate, and published numbers were made so)."""
     kwargs = dict(scheduler.constructor_kwargs)
     options: dict[str, Any] = kwargs
@@ -293,7 +293,7 @@ def as_numbers(values: Sequence[float] | None, otherwise: Sequence[float], key: 
 
 
 def folder_form(argv: Sequence[str], words_of: Callable[..., list[str]]) -> list[str] | None:
-    """`FOLDER --model NAME --size 448 key=value …` → the words of a configuration; None where no folder comes first.
+    """`FOLDER --model NAME --size 448 key=value …` → overrides of a configuration; None where no folder comes first.
 
     Options are the keyword arguments of `words_of`; key=value words come last and win.
     """
@@ -335,7 +335,7 @@ def main(
     saved_as: str,
     doc: str | None,
 ) -> int:
-    """The door of both: `common.main`, where a folder may stand for a configuration and a recipe's name for its file."""
+    """Entry point of both: `common.main`, with a folder in place of a configuration, or a recipe's name for its file."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         words = folder_form(words, words_of) or with_recipe(words)

@@ -31,7 +31,7 @@ from dinov3.data.images import DecodedImage, open_image
 from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.errors import DinoError, ImageError
 from dinov3.heads.encoder import widths_of
-from dinov3.runlog import peak_memory_gb, spoken_time
+from dinov3.runlog import peak_memory_gb, time_text
 from dinov3.threads import prefetched
 from dinov3.weights.identity import name_of
 
@@ -232,7 +232,7 @@ class FeatureCache:
             now = time.perf_counter()
             if now - logged > 15 or done == len(mine):
                 rate = done / (now - began)
-                left = spoken_time((len(mine) - done) / rate)
+                left = time_text((len(mine) - done) / rate)
                 memory = peak_memory_gb(weight.device)
                 self.log(f"features {done}/{len(mine)}  {rate:.1f} images/s  eta {left}  {memory:.1f} GB")
                 logged = now

@@ -54,7 +54,7 @@ from dinov3.eval.session import Session
 from dinov3.files import atomically
 from dinov3.metrics.classification import Metric, Numbers
 from dinov3.metrics.classification import evaluate as measure
-from dinov3.runlog import spoken_time
+from dinov3.runlog import time_text
 from dinov3.threads import prefetched
 
 RATES = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1]
@@ -318,7 +318,7 @@ def best_head(accuracies: Mapping[str, float]) -> str:
 
 
 class LinearEvaluation:
-    """What `evaluate` has in hand; `one_try` is the plot."""
+    """What `evaluate` has in hand; `one_try` is the algorithm."""
 
     def __init__(self, config: LinearConfig, session: Session) -> None:
         c, t = config, config.train
@@ -522,7 +522,7 @@ class Ticker:
         self.last = self.clock()
         each = (self.last - self.began) / max(1, done - self.first)
         self.log(
-            f"[{done}/{self.total}]  eta {spoken_time(each * (self.total - done))}  mean loss of the heads {loss:.4g}  "
+            f"[{done}/{self.total}]  eta {time_text(each * (self.total - done))}  mean loss of the heads {loss:.4g}  "
             f"{self.images / each:.0f} images/s"
         )
 

@@ -1,6 +1,6 @@
 """What every evaluation shares: the model, a session with its features and results, sweeps, and the door.
 
-An evaluation is a configuration (dataclass), a function arrays → numbers, and a door:
+An evaluation is a configuration (dataclass), a function arrays → numbers, and an entry point:
 
     def evaluate(config: KnnConfig, session: Session) -> dict[str, float]: ...
     def main(argv=None) -> int:
@@ -51,9 +51,9 @@ from dinov3.eval.arguments import (
 )
 from dinov3.eval.features import FeatureCache, columns_of, labels_of, normal_layers
 from dinov3.eval.published import published
-from dinov3.eval.tables import as_text, spoken, write_table
+from dinov3.eval.tables import as_text, shown, write_table
 from dinov3.features import default_preprocessing
-from dinov3.runlog import RunDir, peak_memory_gb, spoken_time
+from dinov3.runlog import RunDir, peak_memory_gb, time_text
 from dinov3.weights.filling import fill
 
 if TYPE_CHECKING:
@@ -402,7 +402,7 @@ def main(
             _tell(results, session)
         session.clean()
         session.log(
-            f"{name} took {spoken_time(time.perf_counter() - session.began)}, {peak_memory_gb(session.device):.1f} GB; "
+            f"{name} took {time_text(time.perf_counter() - session.began)}, {peak_memory_gb(session.device):.1f} GB; "
             f"results in {session.output}"
         )
     except DinoError as error:
@@ -419,7 +419,7 @@ def _tell(results: Mapping[str, Number], session: Session) -> None:
     if not session.run.writer:
         return
     for key, value in results.items():
-        print(f"{key}: {spoken(value)}")
+        print(f"{key}: {shown(value)}")
     model: Any = next(iter(session._models.values()), None)
     known = published(model.origin.name, session.name) if model is not None else None
     if known:

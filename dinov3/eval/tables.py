@@ -69,11 +69,11 @@ def _parsed(text: str) -> Any:
 def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as a table for people."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[spoken(row.get(c)) for c in columns] for row in rows]
+    cells = [[shown(row.get(c)) for c in columns] for row in rows]
     widths = [max(len(c), *(len(line[i]) for line in cells)) for i, c in enumerate(columns)]
     lines = [columns, ["-" * w for w in widths], *cells]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
 
 
-def spoken(value: Any) -> str:
+def shown(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

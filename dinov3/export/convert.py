@@ -132,7 +132,7 @@ def preprocessor_config(mean: tuple[float, float, float], std: tuple[float, floa
 
 
 def _label(opened: reading.OpenedWeights) -> str:
-    """A name for weights that are no catalogue row: what one can say about them without lying."""
+    """A name for weights that are no catalogue row: an accurate description."""
     if opened.rows:
         return opened.rows[0].arch
     c = opened.config

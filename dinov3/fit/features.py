@@ -1,14 +1,14 @@
-"""A frozen backbone says the same of the same image: while a head is fitted, it is asked once and then remembered.
+"""Cached features: while a head is fitted, the frozen backbone runs once an image.
 
     with cached_features(model, folder=run.path / "features"):
         fit(model, …)
 
-Answers are kept by the content of the image (the bytes of its tensor) and of the call (which layers), so nothing can
-be out of date, mirrored images are images of their own, and whoever asks (an adapter, windows, a linear head) need not
-know. Every image is run alone, whatever batch it came in: a killed and resumed fit sees the very same numbers. Where
-images are augmented at random this only costs cache: then leave it out.
+Outputs are cached by the content of the image (the bytes of its tensor) and of the call (which layers), so nothing can be
+out of date, mirrored images are images of their own, and the caller (an adapter, windows, a linear head) need not know.
+Every image is run alone, whatever batch it came in: a killed and resumed fit sees the very same numbers. Where images are
+augmented at random a cache does not help: leave it out.
 
-FeatureCache first; beyond `most_bytes` into the folder, if one is given, else the image is asked about again every time.
+Memory first; beyond `most_bytes` into the folder, if one is given, else the image is computed again every time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ METHODS = ("get_intermediate_layers", "forward_features")
 
 
 class FeatureCache:
-    """Answers by key; in cache while they fit, then as files."""
+    """Outputs by key; in memory while they fit, then as files."""
 
     def __init__(self, most_bytes: int, folder: Path | None) -> None:
         self.most_bytes, self.folder = most_bytes, folder
@@ -121,7 +121,7 @@ def _leaves(value: Any) -> list[Tensor]:
 
 
 def _joined(outputs: list[Any]) -> Any:
-    """Answers to one image each → the output to the batch."""
+    """Outputs of one image each → the output of the batch."""
     first = outputs[0]
     if isinstance(first, Tensor):
         return torch.cat(outputs)

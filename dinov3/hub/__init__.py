@@ -68,7 +68,7 @@ def load(
 ) -> nn.Module:
     """A backbone in evaluation mode, with its weights.
 
-    `name`: any public alias (hub, Hugging Face or timm; `dinov3 models` lists them), or None to take what the file says.
+    `name`: any public alias (hub, Hugging Face or timm; `dinov3 models` lists them), or None to go by the file.
     Also another library's vision transformer, `transformers:FOLDER[,layer=9]` or `timm:NAME` (`hub.foreign`).
     `weights`: a path to Meta's .pth, a transformers or timm file or folder, our own checkpoint, an http(s) URL, a Hugging
     Face id; the form is found by content. "random" for fresh weights (`seed`), None for the published ones, which are
@@ -140,7 +140,7 @@ def fresh(row: catalog.Row, *, seed: int | None, device: Any = "cpu", dtype: Any
 def with_options(config: BackboneConfig, options: dict[str, Any]) -> BackboneConfig:
     if not options:
         return config
-    type(config).of(**options)  # refuses unknown names with a proposal
+    type(config).of(**options)  # raises on unknown names, with suggestions
     return replace(config, **options)
 
 

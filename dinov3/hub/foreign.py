@@ -132,7 +132,7 @@ def parse(
 ) -> tuple[str, str, dict[str, Any]]:
     """(kind, what, options) of `KIND:WHAT[,option=value…]`; `options` are their converters by name.
 
-    Raises `UnknownName` for another kind or option and `DinoError` for a value that its converter refuses.
+    Raises `UnknownName` for another kind or option and `DinoError` for a value that its converter rejects.
     """
     head, *given = spec.split(",")
     kind, _, what = head.partition(":")

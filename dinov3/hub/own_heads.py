@@ -51,7 +51,7 @@ FORMAT = 1
 
 
 def check_kind(task: str, head: str) -> None:
-    """Refuses a task or a kind of head that does not exist, or a kind that does another task, with a proposal."""
+    """Raises on an unknown task or kind of head, or a kind for another task, with suggestions."""
     kinds = KINDS[one_of("the task", task, KINDS)]
     others = [other for other in KINDS if head in KINDS[other]]
     if others and task not in others:
@@ -142,12 +142,12 @@ def _classifier(backbone: Any, n_classes: int) -> nn.Module:
     return LinearClassifier(backbone, linear)
 
 
-# ---- what a file says ----------------------------------------------------------------------------------------------
+# ---- metadata of a file --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class HeadInfo:
-    """What a head file says of itself; `model.head_info` of a loaded one."""
+    """Metadata of a head file; `model.head_info` of a loaded one."""
 
     task: str
     head: str
@@ -165,7 +165,7 @@ class HeadInfo:
     metrics: dict[str, float] = field(default_factory=dict)
     dtype: str = "float32"
     steps: int | None = None
-    data: dict[str, Any] = field(default_factory=dict)  # what it was trained on, in words and numbers
+    data: dict[str, Any] = field(default_factory=dict)  # what it was trained on
     version: str = ""  # of this package
     format: int = FORMAT
 
@@ -270,7 +270,7 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_head_info(path: str | os.PathLike[str]) -> HeadInfo:
-    """What a head file says of itself, without its tensors."""
+    """The metadata of a head file, without its tensors."""
     return _opened(path)[1]
 
 

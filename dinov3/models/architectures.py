@@ -48,7 +48,7 @@ class ViTConfig:
 
     @classmethod
     def of(cls, **options: Any) -> ViTConfig:
-        """Like the constructor, but an unknown option is refused with a suggestion instead of a TypeError."""
+        """Like the constructor, but an unknown option is an error with suggestions instead of a TypeError."""
         return _checked(cls, "a ViT", options)
 
     @property
@@ -78,7 +78,7 @@ class ConvNeXtConfig:
 
     @classmethod
     def of(cls, **options: Any) -> ConvNeXtConfig:
-        """Like the constructor, but an unknown option is refused with a suggestion instead of a TypeError."""
+        """Like the constructor, but an unknown option is an error with suggestions instead of a TypeError."""
         return _checked(cls, "a ConvNeXt", {k: tuple(v) if k in ("depths", "dims") else v for k, v in options.items()})
 
     @property

@@ -70,7 +70,7 @@ def own_preprocessing(model: Any) -> Preprocessing | None:
 
 
 def statistics(model: Any) -> dict[str, Any]:
-    """Mean and std of the images a model was trained on: its own word, else its backbone's."""
+    """Mean and std of the images a model was trained on: its own, else its backbone's."""
     for holder in (own_preprocessing(model), *(getattr(part, "origin", None) for part in model.modules())):
         if holder is not None:
             return {"mean": holder.mean, "std": holder.std}

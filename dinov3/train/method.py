@@ -1,7 +1,7 @@
 """What is learned: self-distillation with DINO, iBOT, KoLeo and Gram terms (paper §3.2, §4.2, §5.2).
 
-    targets = method.targets(batch, values)          # what the teachers say; no gradient
-    terms = method.predict(batch, targets, values)   # what the student says to that: LossTerms
+    targets = method.targets(batch, values)          # the teachers' outputs; no gradient
+    terms = method.predict(batch, targets, values)   # the student's predictions: LossTerms
     terms.total().backward()
     …                                                # clip, optimiser step
     method.update_ema(values.momentum)
@@ -90,7 +90,7 @@ def copy_weights(to: nn.Module, source: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Targets:
-    """What the teachers say of a batch."""
+    """Outputs of the teachers for a batch."""
 
     dino: Tensor  # [2, B, K] probabilities
     ibot: Tensor  # [n, K'] probabilities, in mask order

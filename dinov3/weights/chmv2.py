@@ -60,7 +60,7 @@ _CONFIG = {
 
 
 def transformers_options(source: str) -> dict[str, Any]:
-    """What the config.json beside transformers' weights says of the head, in `build_depther`'s words."""
+    """What the config.json beside transformers' weights states about the head, as options of `build_depther`."""
     path = Path(locate(source))
     file = (path if path.is_dir() else path.parent) / "config.json"
     if not file.is_file():

@@ -24,9 +24,9 @@ ROPE = ("pos_embed_rope_base", "pos_embed_rope_min_period", "pos_embed_rope_max_
 
 
 def infer_config(meta: Mapping[str, Tensor], hints: Mapping[str, Any] | None = None) -> BackboneConfig:
-    """The configuration of a state dict in Meta's names, from its shapes, with `hints` for what shapes do not say.
+    """The configuration of a state dict in Meta's names, from its shapes, with `hints` for what shapes do not determine.
 
-    A catalogue row with the same shapes gives its own words (`ffn_ratio`, alignment, rescale); `hints` (fields of the
+    A catalogue row with the same shapes gives its own values (`ffn_ratio`, alignment, rescale); `hints` (fields of the
     configuration, e.g. from `config_from_json`) win over both where they do not contradict a shape. The LayerNorm eps
     is 1e-5 unless hinted, as in every published file. Raises `WeightsError` if shapes are missing or make no sense.
     """
@@ -308,7 +308,7 @@ def is_dinov3_json(json: Mapping[str, Any]) -> bool:
 def config_from_json(json: Mapping[str, Any]) -> dict[str, Any]:
     """The reverse of `transformers_config` and `timm_config`: fields of `ViTConfig` or `ConvNeXtConfig`, as hints.
 
-    Only what the file says; shapes say the rest. Raises `WeightsError` for an activation or eps that the architecture
+    Only what the file states; shapes determine the rest. Raises `WeightsError` for an activation or eps that the architecture
     does not have.
     """
     if not is_dinov3_json(json):

@@ -95,7 +95,7 @@ def _as_bytes(text: str, encoding: str) -> bytes:
 
 
 class _Containers(pickle.Unpickler):
-    """Reads pickled containers, texts, numbers and arrays, and refuses everything else."""
+    """Reads pickled containers, texts, numbers and arrays, and raises on everything else."""
 
     ALLOWED = frozenset(
         {("numpy", "ndarray"), ("numpy", "dtype")}

@@ -9,7 +9,7 @@
 
 Protocol: the prediction is resized to the ground truth; pixels count inside the region, where min_depth < truth < max_depth;
 test images are predicted a second time mirrored and averaged (eval.use_tta; not for validation during the fit); where
-asked, each image's prediction is first fitted to the truth by scale and shift; scores are means over images. Heights
+requested, each image's prediction is first fitted to the truth by scale and shift; scores are means over images. Heights
 (data of kind "height") are scored over all pixels: mae, rmse, bias, r2, block_r2. Results: results-depth.csv with
 <Data set>_<score>, <Data set>/results.json with every image's scores, model_final.pth, head.safetensors.
 
@@ -457,7 +457,7 @@ def folder_words(
     folder: str | Path, *, model: str | None = None, weights: str | None = None, size: int | None = None, steps: int = 500,
     max_depth: int = 10, unit: int | None = None, output_dir: str | None = None,
 ) -> list[str]:  # fmt: skip
-    """The words of a configuration for a folder of images and depth maps: what `dinov3 eval depth FOLDER` does.
+    """Configuration overrides for a folder of images and depth maps: what `dinov3 eval depth FOLDER` does.
 
     size: short side (default: the images' own); max_depth in metres; unit: integers per metre of depth files.
     """

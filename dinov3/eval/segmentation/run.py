@@ -459,7 +459,7 @@ def folder_words(
     folder: str | Path, *, model: str | None = None, weights: str | None = None, size: int = 512, steps: int = 500,
     classes: int | None = None, ignore: int | None = None, output_dir: str | None = None,
 ) -> list[str]:  # fmt: skip
-    """The words of a configuration for a folder of images and masks: what `dinov3 eval segmentation FOLDER` does.
+    """Configuration overrides for a folder of images and masks: what `dinov3 eval segmentation FOLDER` does.
 
     classes: None takes the highest number in the masks; ignore: a number that does not count, besides 255.
     """

@@ -52,7 +52,7 @@ class DetrConfig:
 
     @classmethod
     def of(cls, **options: Any) -> DetrConfig:
-        """Like the constructor, but an unknown option is refused with a proposal instead of a TypeError."""
+        """Like the constructor, but an unknown option is an error with suggestions instead of a TypeError."""
         only_known("a detector has no option", options, (f.name for f in fields(cls)))
         if options.get("layers") is not None:
             options["layers"] = tuple(options["layers"])

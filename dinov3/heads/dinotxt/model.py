@@ -55,7 +55,7 @@ class TextConfig:
 
     @classmethod
     def of(cls, **options: Any) -> TextConfig:
-        """Like the constructor, but an unknown option is refused with a proposal."""
+        """Like the constructor, but an unknown option is an error with suggestions."""
         return _of(cls, "a text transformer", options)
 
 
@@ -83,7 +83,7 @@ class DinoTxtConfig:
 
     @classmethod
     def of(cls, **options: Any) -> DinoTxtConfig:
-        """Like the constructor, but an unknown option is refused with a proposal."""
+        """Like the constructor, but an unknown option is an error with suggestions."""
         return _of(cls, "dino.txt", options)
 
 

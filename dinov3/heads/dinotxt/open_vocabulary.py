@@ -1,4 +1,4 @@
-"""Classes that are words: what a dino.txt model says of an image, or of each of its places, given class names.
+"""Open vocabulary: predictions of a dino.txt model for an image, or each of its patches, given class names.
 
     vectors = class_vectors(model, tokenizer, ["cat", "sofa"], templates)      # [C, E], whole images: cosines with
     cosines = model.encode_image(x, normalize=True) @ vectors.T                # the image feature

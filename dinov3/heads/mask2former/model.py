@@ -240,7 +240,7 @@ class MaskDecoder(nn.Module):
 
 
 class Mask2FormerHead(nn.Module):
-    """Four maps (strides 4, 8, 16, 32; `Pyramid`) → what the queries say. The defaults are the published head's.
+    """Four maps (strides 4, 8, 16, 32; `Pyramid`) → logits and masks of the queries. Defaults: the published head's.
 
     widths: channels of the maps. hidden_dim: the width M, a multiple of 32 and of n_heads.
     """
