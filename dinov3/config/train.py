@@ -3,7 +3,7 @@
     config, notes = load_config("vits16_one_gpu.yaml", ["train.dataset_path=/images", "optim.lr=3e-4"])
 
 Keys and defaults are those of the public training code, so its files load here. Three things differ. A key nobody reads
-is refused, and every mistake of every source is reported at once, with its source and a proposal. A key that the
+is refused, and every mistake of every source is reported at once, with its source and suggestions. A key that the
 reference reads past (RETIRED) is accepted only at the value that changes nothing, and noted as ignored; four that it
 reads past by oversight work here: `student.ffn_ratio`, `student.in_chans`, `student.pos_embed_rope_dtype`,
 `optim.dino_head_wd_multiplier`, and so does `student.drop_path_rate` for ConvNeXt. Conditions that are bare asserts
@@ -784,7 +784,7 @@ def load_student(
 ) -> tuple[DistilledStudent, TrainConfig, list[str]]:
     """The student that `rank` trains and its own configuration, with several students (`config` is the shared one).
 
-    Defaults ← student's file ← shared file ← command line: what the shared file says wins, as in the reference. Its
+    Defaults ← student's file ← shared file ← command line: the shared file wins, as in the reference. Its
     folder is <output_dir>/<name>; the batch per process is global batch // processes, used for scaling the rate.
     """
     m = config.multidistillation
