@@ -24,6 +24,7 @@ from dinov3.cli.shared import (
     config_options,
     device_of,
     log,
+    log_failures,
 )
 from dinov3.config.bounds import setting
 from dinov3.errors import DinoError
@@ -128,18 +129,15 @@ def _say_what_runs(net: Any) -> None:
 
 
 def _tell_report(report: Report, out: str, preprocessing: Preprocessing, as_json: bool) -> None:
-    shown = report.failures[:20]
-    for failure in shown:
-        log(f"could not read {failure.path}: {failure.reason}")
-    if len(report.failures) > len(shown):
-        log(f"… and {len(report.failures) - len(shown)} more; `dinov3 info {out} --failed` lists all")
+    failures = [(f.path, f.reason) for f in report.failures]
+    log_failures(failures, f"; `dinov3 info {out} --failed` lists all")
     log(
         f"{report.embedded} embedded ({report.rate:.1f} images/s), {report.skipped} already there, "
         f"{len(report.failures)} unreadable; {out} ({preprocessing.id})"
     )
     if as_json:
-        failures = [{"path": f.path, "reason": f.reason} for f in report.failures]
-        facts = {"embedded": report.embedded, "skipped": report.skipped, "failed": failures, "found": report.found}
+        failed = [{"path": path, "reason": reason} for path, reason in failures]
+        facts = {"embedded": report.embedded, "skipped": report.skipped, "failed": failed, "found": report.found}
         print(json.dumps(facts | {"seconds": round(report.seconds, 3), "interrupted": report.interrupted}))
     if report.interrupted:
         log("interrupted; run the same command to continue")

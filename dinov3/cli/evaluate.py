@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import Annotated
 
 import typer
@@ -29,18 +28,6 @@ EVALUATIONS: dict[str, tuple[str, str]] = {
 }
 
 
-def available() -> dict[str, tuple[str, str]]:
-    """The evaluations whose module is there."""
-
-    def there(module: str) -> bool:
-        try:
-            return importlib.util.find_spec(module) is not None
-        except ModuleNotFoundError:  # its package is not there
-            return False
-
-    return {name: row for name, row in EVALUATIONS.items() if there(row[0])}
-
-
 @app.command(
     "eval", context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 )
@@ -49,12 +36,10 @@ def evaluate(
     name: Annotated[str, typer.Argument(help="Which evaluation; without it, all are listed.")] = "",
 ) -> None:
     """Measure a model: k-NN, probes, retrieval, tracking, … `dinov3 eval NAME --help` lists an evaluation's keys."""
-    known = available()
     if name in ("", "--help", "-h"):
         print("usage: dinov3 eval NAME [--config-file FILE] [--output-dir DIR] [--sweep AXES] key.sub=value …\n")
-        for each, (_, what) in known.items():
+        for each, (_, what) in EVALUATIONS.items():
             print(f"  {each:16}{what}")
         return
-    wanted = name.replace("_", "-")
-    module, _ = known[one_of("the evaluation", wanted, known)]
+    module, _ = EVALUATIONS[one_of("the evaluation", name.replace("_", "-"), EVALUATIONS)]
     raise typer.Exit(importlib.import_module(module).main(list(context.args)))

@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dinov3.cli.shared import INTERRUPTED, UNREADABLE, Dtype, Progress, app, config_options, device_of, log
+from dinov3.cli.shared import (
+    INTERRUPTED,
+    UNREADABLE,
+    Dtype,
+    Progress,
+    app,
+    config_options,
+    device_of,
+    log,
+    log_failures,
+)
 from dinov3.config.bounds import setting
 from dinov3.errors import DinoError, ImageError
 from dinov3.files import atomically
@@ -69,10 +79,7 @@ def segment(
     names = names_given(labels)
     net = model_for("segment", config, n_classes=len(names or ()))
     options: dict[str, Any] = {"size": size, "window": window, "stride": stride, "whole": whole, "names": names}
-    for path, name, found in over(images, "segmenting", lambda p, _: predict_segments(net, p, **options), out):
-        found.save(out, name)
-        shares = list(found.shares().items())
-        print(f"{path}\t" + ", ".join(f"{word} {share:.1%}" for word, share in shares[:5]))
+    save_each(images, "segmenting", lambda p, _: predict_segments(net, p, **options), out)
 
 
 @app.command()
@@ -91,10 +98,7 @@ def depth(
 
     net = model_for("depth", config)
     options: dict[str, Any] = {"size": size, "window": window, "stride": stride, "flip": flip}
-    for path, name, found in over(images, "measuring", lambda p, _: predict_depth(net, p, **options), out):
-        found.save(out, name)
-        low, high = float(found.depth_m.min()), float(found.depth_m.max())
-        print(f"{path}\t{low:.2f} to {high:.2f} m")
+    save_each(images, "measuring", lambda p, _: predict_depth(net, p, **options), out)
 
 
 @app.command()
@@ -112,10 +116,7 @@ def canopy(
 
     net = model_for("canopy", config)
     options: dict[str, Any] = {"size": size, "window": window, "stride": stride}
-    results = over(images, "measuring", lambda p, data: predict_canopy(net, p, file=data, **options), out)
-    for path, name, found in results:
-        found.save(out, name)
-        print(f"{path}\t{found.words()}")
+    save_each(images, "measuring", lambda p, data: predict_canopy(net, p, file=data, **options), out)
 
 
 @app.command()
@@ -140,8 +141,7 @@ def detect(
         for path, name, found in over(images, "detecting", lambda p, _: predict_objects(net, p, **options), out):
             found.drawing().save(out / f"{name}_boxes.png")
             kept.append((path, found.without_image()))
-            best = ", ".join(f"{word} {score:.2f}" for word, score in zip(found.names[:5], found.scores))
-            print(f"{path}\t{len(found)}\t{best}")
+            print(f"{path}\t{found.summary()}")
     finally:
         if kept:
             write_coco(out / "detections.json", kept)
@@ -162,19 +162,7 @@ def classify(
 
     names = names_given(labels)
     net = model_for("classify", config, n_classes=len(names or ()))
-    rows: list[tuple[Any, ...]] = []
-    try:
-        for path, name, found in over(
-            images, "classifying", lambda p, _: predict_classes(net, p, size=size, names=names), out
-        ):
-            best = found.best(top)
-            rows += [(path, rank, number, word, f"{p:.6g}") for rank, (number, word, p) in enumerate(best, 1)]
-            print(f"{path}\t" + ", ".join(f"{word} {p:.1%}" for _, word, p in best))
-            if out is not None:
-                found.drawing().save(out / f"{name}_classes.png")
-    finally:
-        if out is not None and rows:
-            write_csv(out / "classes.csv", ("image", "rank", "class", "name", "probability"), rows)
+    save_classes(images, lambda p, _: predict_classes(net, p, size=size, names=names), out, top)
 
 
 @dataclass
@@ -228,36 +216,40 @@ def zero_shot(
     if dense:
         assert out is not None
         options = {k: v for k, v in {"size": size, "window": window, "stride": stride}.items() if v is not None}
-        places = over(images, "segmenting", lambda p, _: predict_places(model, p, classes, **options), out)
-        for path, name, found in places:
-            found.save(out, name)
-            shares = list(found.shares().items())
-            print(f"{path}\t" + ", ".join(f"{word} {share:.1%}" for word, share in shares[:top]))
-        return
-    square = {"size": size} if size is not None else {}
+        save_each(images, "segmenting", lambda p, _: predict_places(model, p, classes, **options), out, most=top)
+    else:
+        square = {"size": size} if size is not None else {}
+        save_classes(images, lambda p, _: predict_words(model, p, classes, **square), out, top)
+
+
+# ---- the loop over images ------------------------------------------------------------------------------------------
+
+
+Predict = Callable[["DecodedImage", bytes], Any]
+
+
+def save_each(images: list[str], word: str, predict: Predict, out: Path, **summary: int) -> None:
+    """Every image's result in its own files, and a line of it on stdout."""
+    for path, name, found in over(images, word, predict, out):
+        found.save(out, name)
+        print(f"{path}\t{found.summary(**summary)}")
+
+
+def save_classes(images: list[str], predict: Predict, out: Path | None, top: int) -> None:
+    """The best classes of every image on stdout; with `out` in one table for all images, and drawn."""
     rows: list[tuple[Any, ...]] = []
     try:
-        results = over(images, "classifying", lambda p, _: predict_words(model, p, classes, **square), out)
-        for path, name, result in results:
-            best = result.best(top)
-            rows += [
-                (path, rank, number, word, f"{p:.6g}", f"{result.cosines[number]:.6g}")
-                for rank, (number, word, p) in enumerate(best, 1)
-            ]
-            print(f"{path}\t" + ", ".join(f"{word} {p:.1%}" for _, word, p in best))
+        for path, name, found in over(images, "classifying", predict, out):
+            rows += [(path, *row) for row in found.rows(top)]
+            print(f"{path}\t{found.summary(top)}")
             if out is not None:
-                result.drawing().save(out / f"{name}_words.png")
+                found.drawing().save(out / f"{name}_{found.FILE}.png")
     finally:
         if out is not None and rows:
-            write_csv(out / "words.csv", ("image", "rank", "class", "name", "probability", "cosine"), rows)
+            write_csv(out / f"{found.FILE}.csv", ("image", *found.COLUMNS), rows)
 
 
-# ---- the steps -----------------------------------------------------------------------------------------------------
-
-
-def over(
-    images: list[str], word: str, predict: Callable[[DecodedImage, bytes], Any], out: Path | None
-) -> Iterator[tuple[str, str, Any]]:
+def over(images: list[str], word: str, predict: Predict, out: Path | None) -> Iterator[tuple[str, str, Any]]:
     """(path, name for files, result) of every image that can be read; the others are named at the end, exit code 3."""
     from dinov3.data.images import open_image
     from dinov3.data.sources import open_source
@@ -287,10 +279,7 @@ def over(
     except KeyboardInterrupt:
         log(f"interrupted after {done} of {total} images; what is done is saved")
         raise typer.Exit(INTERRUPTED) from None
-    for path, reason in failures[:20]:
-        log(f"could not read {path}: {reason}")
-    if len(failures) > 20:
-        log(f"… and {len(failures) - 20} more")
+    log_failures(failures)
     log(f"{done} images, {len(failures)} unreadable" + (f"; {out}" if out is not None else ""))
     if failures:
         raise typer.Exit(UNREADABLE)

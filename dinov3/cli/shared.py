@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
@@ -46,6 +46,14 @@ def common(
 
 def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def log_failures(failures: Sequence[tuple[str, str]], more: str = "") -> None:
+    """The first twenty images that could not be read, with their reasons."""
+    for path, reason in failures[:20]:
+        log(f"could not read {path}: {reason}")
+    if len(failures) > 20:
+        log(f"… and {len(failures) - 20} more{more}")
 
 
 def device_of(name: str) -> str:

@@ -40,8 +40,7 @@ class CanopyMap:
     image: Image.Image
     geo: dict[int, Any] = field(default_factory=dict)  # GeoTIFF tags of the image; empty: it lies nowhere
 
-    def words(self) -> str:
-        """A line for a person."""
+    def summary(self) -> str:
         known = self.height_m[np.isfinite(self.height_m)]
         if not known.size:
             return "no data"

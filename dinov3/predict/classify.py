@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -31,22 +31,34 @@ class Classification:
     names: tuple[str, ...]
     image: Image.Image
 
-    def best(self, top: int = 5) -> list[tuple[int, str, float]]:
+    FILE: ClassVar[str] = "classes"
+    COLUMNS: ClassVar[tuple[str, ...]] = ("rank", "class", "name", "probability")
+    LISTED: ClassVar[int | None] = 100  # in a saved table
+
+    def scores(self) -> np.ndarray:
+        """[K]: what classes are ranked by."""
+        return self.probabilities
+
+    def best(self, top: int | None = 5) -> list[tuple[int, str, float]]:
         """(class number, name, probability), the likeliest first."""
-        order = np.argsort(-self.probabilities, kind="stable")[:top]
+        order = np.argsort(-self.scores(), kind="stable")[:top]
         return [(int(i), self.names[i], float(self.probabilities[i])) for i in order]
+
+    def rows(self, top: int | None = None) -> list[tuple[Any, ...]]:
+        """The likeliest classes as rows of a table with `COLUMNS`."""
+        return [(rank, number, name, f"{p:.6g}") for rank, (number, name, p) in enumerate(self.best(top), 1)]
+
+    def summary(self, top: int = 5) -> str:
+        return ", ".join(f"{name} {p:.1%}" for _, name, p in self.best(top))
 
     def drawing(self) -> Image.Image:
         return drawing.shares_beside(self.image, [(name, p) for _, name, p in self.best()])
 
     def save(self, folder: str | os.PathLike[str], name: str = "image") -> list[Path]:
         """`NAME_classes.csv` (rank, class, name, probability; the likeliest 100) and `NAME_classes.png`."""
-        data, seen = in_folder(folder) / f"{name}_classes.csv", in_folder(folder) / f"{name}_classes.png"
+        data, seen = (in_folder(folder) / f"{name}_{self.FILE}.{kind}" for kind in ("csv", "png"))
         with data.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(("rank", "class", "name", "probability"))
-            for rank, (number, word, p) in enumerate(self.best(100), 1):
-                writer.writerow((rank, number, word, f"{p:.6g}"))
+            csv.writer(file).writerows([self.COLUMNS, *self.rows(self.LISTED)])
         self.drawing().save(seen)
         return [data, seen]
 

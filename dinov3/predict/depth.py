@@ -32,6 +32,9 @@ class DepthMap:
     depth_m: np.ndarray
     image: Image.Image
 
+    def summary(self) -> str:
+        return f"{self.depth_m.min():.2f} to {self.depth_m.max():.2f} m"
+
     def drawing(self) -> Image.Image:
         low, high = (float(v) for v in np.percentile(self.depth_m, (1, 99)))
         return drawing.side_by_side(self.image, drawing.heights_drawn(self.depth_m, low, high, "m"))

@@ -44,6 +44,10 @@ class Objects:
         """For keeping the boxes of many images."""
         return replace(self, image=None)
 
+    def summary(self) -> str:
+        best = ", ".join(f"{name} {score:.2f}" for name, score in zip(self.names[:5], self.scores))
+        return f"{len(self)}\t{best}"
+
     def drawing(self) -> Image.Image:
         assert self.image is not None
         labels = self.labels.tolist()

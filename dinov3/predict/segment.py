@@ -50,6 +50,9 @@ class Segmentation:
             self.names[numbers[i]]: float(counts[i] / self.classes.size) for i in np.argsort(-counts, kind="stable")
         }
 
+    def summary(self, most: int = 5) -> str:
+        return ", ".join(f"{name} {share:.1%}" for name, share in list(self.shares().items())[:most])
+
     def drawing(self) -> Image.Image:
         return drawing.classes_over(self.image, self.classes, self.names, self.colours)
 

@@ -6,19 +6,14 @@ them. Nothing needs to be trained for a new list of classes.
 
 from __future__ import annotations
 
-import csv
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from dinov3 import drawing
 from dinov3.data import names as known_names
 from dinov3.data.tokenizer import Tokenizer
 from dinov3.data.transforms.inputs import Preprocessing
@@ -26,7 +21,8 @@ from dinov3.drawing import palette
 from dinov3.errors import DinoError
 from dinov3.heads.dinotxt.model import DinoTxt
 from dinov3.heads.dinotxt.open_vocabulary import OpenVocabulary, averaged, patch_part, prompt_features
-from dinov3.predict.common import best_class, in_folder, predicted_map, preprocessing_of, see, statistics
+from dinov3.predict.classify import Classification
+from dinov3.predict.common import best_class, predicted_map, preprocessing_of, see, statistics
 from dinov3.predict.segment import Segmentation
 
 SIZE = 384  # centre crop, as the published table was measured (576 patches); the short side is the same
@@ -53,32 +49,22 @@ def words(model: DinoTxt, tokenizer: Tokenizer, names: Sequence[str], templates:
 
 
 @dataclass(frozen=True)
-class ZeroShot:
-    """cosines [C] of the image with each class, probabilities [C] by the model's own temperature."""
+class ZeroShot(Classification):
+    """cosines [C] of the image with each class; probabilities [C] by the model's own temperature.
+
+    Saved as `NAME_words.csv` (every class, with its cosine) and `NAME_words.png`.
+    """
 
     cosines: np.ndarray
-    probabilities: np.ndarray
-    names: tuple[str, ...]
-    image: Image.Image
+    FILE: ClassVar[str] = "words"
+    COLUMNS: ClassVar[tuple[str, ...]] = (*Classification.COLUMNS, "cosine")
+    LISTED: ClassVar[int | None] = None
 
-    def best(self, top: int = 5) -> list[tuple[int, str, float]]:
-        """(class number, name, probability), the likeliest first."""
-        order = np.argsort(-self.cosines, kind="stable")[:top]
-        return [(int(i), self.names[i], float(self.probabilities[i])) for i in order]
+    def scores(self) -> np.ndarray:
+        return self.cosines
 
-    def drawing(self) -> Image.Image:
-        return drawing.shares_beside(self.image, [(name, p) for _, name, p in self.best()])
-
-    def save(self, folder: str | os.PathLike[str], name: str = "image") -> list[Path]:
-        """`NAME_words.csv` (rank, class, name, probability, cosine) and `NAME_words.png`."""
-        data, seen = in_folder(folder) / f"{name}_words.csv", in_folder(folder) / f"{name}_words.png"
-        with data.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(("rank", "class", "name", "probability", "cosine"))
-            for rank, (number, word, p) in enumerate(self.best(len(self.names)), 1):
-                writer.writerow((rank, number, word, f"{p:.6g}", f"{self.cosines[number]:.6g}"))
-        self.drawing().save(seen)
-        return [data, seen]
+    def rows(self, top: int | None = None) -> list[tuple[Any, ...]]:
+        return [(*row, f"{self.cosines[row[1]]:.6g}") for row in super().rows(top)]
 
 
 def check_model(model: Any) -> DinoTxt:
@@ -100,7 +86,7 @@ def predict_words(model: DinoTxt, image: Any, classes: Words, *, size: int = SIZ
     embedding = model.encode_image(seen.x.to(weight.dtype), normalize=True).float().cpu()
     cosines = (embedding @ classes.image.T)[0]  # [C]
     scale = model.logit_scale.exp().float().cpu()
-    return ZeroShot(cosines.numpy(), (scale * cosines).softmax(0).numpy(), classes.names, seen.image)
+    return ZeroShot((scale * cosines).softmax(0).numpy(), classes.names, seen.image, cosines.numpy())
 
 
 @torch.inference_mode()

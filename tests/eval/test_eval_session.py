@@ -450,7 +450,7 @@ def results_script() -> Any:
 
 
 def test_rows_of_results_name_evaluations_that_exist_and_keys_they_know() -> None:
-    from dinov3.cli.evaluate import available
+    from dinov3.cli.evaluate import EVALUATIONS
     from dinov3.eval.knn import KnnConfig
     from dinov3.eval.linear import LinearConfig
     from dinov3.eval.log_regression import LogRegressionConfig
@@ -466,7 +466,7 @@ def test_rows_of_results_name_evaluations_that_exist_and_keys_they_know() -> Non
                 continue
             words = script.words(row, model, "/data", "/out")
             assert words[:3] == ["-m", "dinov3", "eval"]
-            assert words[3] in available(), row.id
+            assert words[3] in EVALUATIONS, row.id
             if words[3] in configs:
                 read_arguments(configs[words[3]], words[4:])
 

@@ -303,7 +303,7 @@ def test_canopy_has_no_height_where_the_image_is_transparent(
     opened = predict_canopy(depther, open_image(data), file=data)  # as the verb does
     np.testing.assert_array_equal(opened.height_m, by_path.height_m)
     assert opened.geo == by_path.geo
-    assert "in the mean" in opened.words()
+    assert "in the mean" in opened.summary()
 
 
 def test_canopy_of_a_large_image_comes_through_windows(depther: nn.Module, cat: Image.Image) -> None:
