@@ -25,15 +25,16 @@ from dinov3.files import atomically
 T = TypeVar("T")
 ANY = object()  # in RETIRED: whatever its value, it never did anything
 
-RECIPES = Path(__file__).parents[1] / "configs" / "train"  # a recipe may be named without its folder
+RECIPES = Path(__file__).parents[1] / "configs"
+TRAINING, EVALUATIONS = RECIPES / "train", RECIPES / "eval"  # a recipe may be named without its folder
 
 
 def find_file(file: str | os.PathLike[str], *, near: Path | None = None) -> Path:
     """A configuration's path: as given, beside `near`, or among the recipes that come with the package."""
     path = Path(file)
     name = path.as_posix()
-    within = re.split("configs/(?:train|eval)/", name)[-1]
-    shipped = (RECIPES, RECIPES.parent / "eval")
+    within = re.split("configs/(?:train/|eval/)?", name)[-1]  # also the reference's folders
+    shipped = (TRAINING, EVALUATIONS)
     for candidate in (path, *((near / path,) if near else ()), *(folder / within for folder in shipped)):
         if candidate.is_file():
             return candidate

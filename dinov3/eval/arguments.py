@@ -93,8 +93,7 @@ class EvalConfig:
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
 
-FILE_WORDS = ("config_file", "config-file", "config", "trainer_config_file")
-OUTPUT_WORDS = ("output_dir", "output-dir")
+FILE_NAMES = ("config_file", "config", "trainer_config_file")
 
 
 @dataclass
@@ -104,28 +103,36 @@ class Arguments:
     sweep: str | None = None
 
 
-def split_arguments(argv: Sequence[str]) -> Arguments:
-    """Options and key=value words in any order, as the public scripts and the launcher write them."""
-    found, rest = Arguments(None, []), list(argv)
+def take_options(argv: Sequence[str], known: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """({name: value} of `--name value` and `--name=value`, the other arguments); names with _ for -."""
+    found: dict[str, str] = {}
+    rest, others = list(argv), []
     while rest:
-        word = rest.pop(0)
-        name, equals, value = word.removeprefix("--").partition("=")
-        if word.startswith("-") and name not in (*FILE_WORDS, *OUTPUT_WORDS, "sweep"):
-            options = ("--config-file", "--output-dir", "--sweep", "--help", "key.sub=value")
-            only_known("there is no option", [f"--{name}"], options)
-        if word.startswith("-") and not equals:
-            if not rest:
-                raise DinoError(f"{word} needs a value")
-            value = rest.pop(0)
-        if name in FILE_WORDS and "." not in name:
-            found.file = value
-        elif name in OUTPUT_WORDS:
-            found.overrides.append(f"output_dir={value}")
-        elif name == "sweep":
-            found.sweep = value
+        argument = rest.pop(0)
+        if not argument.startswith("-"):
+            others.append(argument)
+            continue
+        name, equals, value = argument.partition("=")
+        name = name.removeprefix("--").replace("-", "_")
+        only_known("there is no option", [f"--{name.replace('_', '-')}"], [f"--{k.replace('_', '-')}" for k in known])
+        if not equals and not rest:
+            raise DinoError(f"{argument} needs a value")
+        found[name] = value if equals else rest.pop(0)
+    return found, others
+
+
+def split_arguments(argv: Sequence[str]) -> Arguments:
+    """Options and key=value overrides in any order, as the public scripts and the launcher write them."""
+    options, rest = take_options(argv, (*FILE_NAMES, "output_dir", "sweep"))
+    file = next((options[name] for name in FILE_NAMES if name in options), None)
+    overrides = [f"output_dir={options['output_dir']}"] if "output_dir" in options else []
+    for argument in rest:
+        name, _, value = argument.partition("=")
+        if name in FILE_NAMES:
+            file = value
         else:
-            found.overrides.append(word)
-    return found
+            overrides.append(argument)
+    return Arguments(file, overrides, options.get("sweep"))
 
 
 def read_arguments(cls: type[C], argv: Sequence[str]) -> tuple[C, list[str], Arguments]:

@@ -26,15 +26,15 @@ from dinov3.config.bounds import setting
 from dinov3.data.datasets import KNOWN, make_dataset
 from dinov3.data.datasets.dense import DenseDataset, DenseFolder
 from dinov3.data.transforms import dense as dense_transforms
-from dinov3.errors import DinoError, choices_sentence, only_known
+from dinov3.errors import DinoError, choices_sentence
 from dinov3.eval import session as common
+from dinov3.eval.arguments import take_options
 from dinov3.files import atomically
 from dinov3.fit.loop import SCHEDULES, FitConfig, shuffled
 from dinov3.hub import HEADS
 from dinov3.hub.open_task_model import open_task_model
 from dinov3.weights.filling import fill
 
-RECIPES = Path(__file__).parents[1] / "configs" / "eval"
 Rule = Callable[..., tuple[Tensor, Tensor]]
 
 # ---- configuration -------------------------------------------------------------------------------------------------
@@ -123,23 +123,6 @@ def pair(value: Any, key: str) -> tuple[int, int]:
     if len(sides) != 2 or not all(isinstance(s, int) and s > 0 for s in sides):
         raise DinoError(f"{key} is a side in pixels or [height, width], not {value!r}")
     return sides[0], sides[1]
-
-
-def with_recipe(argv: Sequence[str]) -> list[str]:
-    """Names of recipes that come along, also under the reference's paths, become files that exist."""
-
-    def found(word: str) -> str:
-        name, equals, value = word.partition("=")
-        if not equals or name.removeprefix("--") not in ("config", "config_file", "config-file"):
-            return word
-        inside = RECIPES / Path(value).name
-        return f"{name}={inside}" if not Path(value).is_file() and inside.is_file() else word
-
-    words = [found(word) for word in argv]
-    for i, word in enumerate(words[:-1]):
-        if word in ("--config", "--config-file"):
-            words[i : i + 2] = [word, found(f"config={words[i + 1]}").removeprefix("config=")]
-    return words
 
 
 # ---- data ----------------------------------------------------------------------------------------------------------
@@ -304,25 +287,14 @@ def folder_form(argv: Sequence[str], words_of: Callable[..., list[str]]) -> list
         raise DinoError(f"{folder} is no folder; write FOLDER [--model NAME] [--size PIXELS] …, or key=value words")
     parameters = inspect.signature(words_of).parameters
     known = [name for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
-    options: dict[str, Any] = {}
-    after: list[str] = []
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            after.append(word)
-            continue
-        name, equals, value = word.removeprefix("--").partition("=")
-        name = name.replace("-", "_")
-        only_known("there is no option", [f"--{name}"], (f"--{k}" for k in known))
-        if not equals:
-            if not rest:
-                raise DinoError(f"{word} needs a value")
-            value = rest.pop(0)
-        number = "int" in str(parameters[name].annotation)
-        if number and not value.isdecimal():
-            raise DinoError(f"--{name} takes a whole number, not {value!r}")
-        options[name] = int(value) if number else value
-    return [*words_of(folder, **options), *after]
+    given, overrides = take_options(rest, known)
+    options: dict[str, Any] = dict(given)
+    for name, value in given.items():
+        if "int" in str(parameters[name].annotation):
+            if not value.isdecimal():
+                raise DinoError(f"--{name} takes a whole number, not {value!r}")
+            options[name] = int(value)
+    return [*words_of(folder, **options), *overrides]
 
 
 def main(
@@ -338,7 +310,7 @@ def main(
     """Entry point of both: `common.main`, with a folder in place of a configuration, or a recipe's name for its file."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        words = folder_form(words, words_of) or with_recipe(words)
+        words = folder_form(words, words_of) or words
     except DinoError as error:
         print(error, file=sys.stderr)
         return 1

@@ -9,19 +9,19 @@ import shlex
 import pytest
 from paths import GOLDEN_LOSSES
 
-from dinov3.config.loading import RECIPES
+from dinov3.config.loading import TRAINING
 from dinov3.config.train import TrainConfig, load_config, load_model_config, load_student, vit_config
 from dinov3.optim import build_schedules
 
 GOLDEN = json.loads((GOLDEN_LOSSES / "schedules.json").read_text())["recipes"]
-ALL = sorted(p.relative_to(RECIPES).as_posix() for p in RECIPES.rglob("*.yaml"))
+ALL = sorted(p.relative_to(TRAINING).as_posix() for p in TRAINING.rglob("*.yaml"))
 STUDENTS = [name for name in ALL if "/" in name]
 LETTERS = [name for name in ALL if name not in STUDENTS]
 DESCRIPTION = "dinov3_vitl16_lvd1689m_distilled.yaml"
 
 
 def header(name: str) -> str:
-    lines = (RECIPES / name).read_text().splitlines()
+    lines = (TRAINING / name).read_text().splitlines()
     return "\n".join(line[1:] for line in lines[: next(i for i, x in enumerate(lines) if not x.startswith("#"))])
 
 
@@ -65,7 +65,7 @@ def test_a_recipe_holds_only_differences(name):
     defaults = TrainConfig()
     # written although equal to the default: they belong to the sentence that stands there
     allowed = {"optim.lr", "student.patch_size", "student.arch", "dino.local_loss_weight_schedule"}
-    sections = yaml.safe_load((RECIPES / name).read_text())
+    sections = yaml.safe_load((TRAINING / name).read_text())
     assert sections
     for section, keys in sections.items():
         if section == "schedules":

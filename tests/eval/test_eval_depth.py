@@ -20,7 +20,7 @@ from ranks import run_ranks
 from torch import Tensor
 from toy_dense import write_depths, write_model
 
-from dinov3.config.loading import load
+from dinov3.config.loading import EVALUATIONS, load
 from dinov3.data.datasets import make_dataset
 from dinov3.data.transforms.dense import DepthTransform
 from dinov3.errors import DinoError
@@ -37,7 +37,7 @@ NYU, SYNTHMIX = "config-nyu.yaml", "config-nyu-synthmix-dpt-inference.yaml"
 
 
 def configured(*words: str, recipe: str | None = None) -> DepthConfig:
-    file = dense.RECIPES / recipe if recipe else None
+    file = EVALUATIONS / recipe if recipe else None
     return load(DepthConfig, file, words)[0]
 
 

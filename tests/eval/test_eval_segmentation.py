@@ -22,7 +22,7 @@ from ranks import run_ranks
 from torch import Tensor, nn
 from toy_dense import write_model, write_scenes
 
-from dinov3.config.loading import load
+from dinov3.config.loading import EVALUATIONS, find_file, load
 from dinov3.data.datasets import make_dataset
 from dinov3.data.transforms.dense import short_side
 from dinov3.errors import DinoError
@@ -40,7 +40,7 @@ TRAINING, INFERENCE = "config-ade20k-linear-training.yaml", "config-ade20k-m2f-i
 
 
 def configured(*words: str, recipe: str | None = None) -> SegmentationConfig:
-    file = dense.RECIPES / recipe if recipe else None
+    file = EVALUATIONS / recipe if recipe else None
     return load(SegmentationConfig, file, words)[0]
 
 
@@ -79,10 +79,10 @@ def test_the_recipes_say_what_was_published():
 
 @pytest.mark.parametrize("recipe", [TRAINING, INFERENCE])
 def test_a_recipe_is_found_under_the_references_path_too(recipe):
-    words = dense.with_recipe([f"config=dinov3/eval/segmentation/configs/{recipe}", "bs=1"])
-    assert words == [f"config={dense.RECIPES / recipe}", "bs=1"]
-    assert dense.with_recipe(["--config-file", recipe])[1] == str(dense.RECIPES / recipe)
-    assert dense.with_recipe(["config=/no/such.yaml"]) == ["config=/no/such.yaml"]
+    assert find_file(f"dinov3/eval/segmentation/configs/{recipe}") == EVALUATIONS / recipe
+    assert find_file(recipe) == EVALUATIONS / recipe
+    with pytest.raises(DinoError, match=r"no configuration file /no/such\.yaml"):
+        find_file("/no/such.yaml")
 
 
 @pytest.mark.parametrize(
