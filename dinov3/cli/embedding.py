@@ -84,14 +84,14 @@ def embed(
         from dinov3.hub.dinotxt import ImageSide, open_towers
 
         if c.weights == "random":
-            raise DinoError("a dino.txt with random weights knows no words: give the head's file as --weights")
+            raise DinoError("a dino.txt with random weights has no text tower: give the head's file as --weights")
         towers = open_towers(c.weights, c.backbone_weights, device=device_of(device), dtype=getattr(torch, c.dtype))
         net: Any = ImageSide(towers)
     elif c.backbone_weights is not None:
         raise DinoError("--backbone-weights belong to a dino.txt --model; a backbone's own file is --weights")
     else:
         net = load(model, c.weights, device=device_of(device), dtype=getattr(torch, c.dtype))
-    _say_what_runs(net)
+    _log_model(net)
     preprocessing = default_preprocessing(net, size=c.size, shape=c.shape, fit=c.fit)
     options: dict[str, Any] = {
         "preprocessing": preprocessing,
@@ -113,10 +113,10 @@ def embed(
             from dinov3.embedding.pipeline import embed_source
 
             report = embed_source(net, images, out, workers=c.workers, on_progress=progress, **options)
-    _tell_report(report, out, preprocessing, as_json)
+    _log_report(report, out, preprocessing, as_json)
 
 
-def _say_what_runs(net: Any) -> None:
+def _log_model(net: Any) -> None:
     origin = net.origin
     parameter = next(net.parameters())
     log(f"{origin}, {str(parameter.dtype).removeprefix('torch.')} on {parameter.device}")
@@ -128,7 +128,7 @@ def _say_what_runs(net: Any) -> None:
         log(f"note: {note}")
 
 
-def _tell_report(report: Report, out: str, preprocessing: Preprocessing, as_json: bool) -> None:
+def _log_report(report: Report, out: str, preprocessing: Preprocessing, as_json: bool) -> None:
     failures = [(f.path, f.reason) for f in report.failures]
     log_failures(failures, f"; `dinov3 info {out} --failed` lists all")
     log(
@@ -149,8 +149,8 @@ def _tell_report(report: Report, out: str, preprocessing: Preprocessing, as_json
 @app.command()
 def search(
     store: Annotated[str, typer.Argument(help="A store made by `dinov3 embed`.")],
-    image: Annotated[str | None, typer.Option(help="The image to look for.")] = None,
-    text: Annotated[str | None, typer.Option(help="Words to look for, in a store that dino.txt filled.")] = None,
+    image: Annotated[str | None, typer.Option(help="The query image.")] = None,
+    text: Annotated[str | None, typer.Option(help="The query text, for a store filled with dino.txt.")] = None,
     top: Annotated[int, typer.Option(min=1, help="How many neighbours.")] = 10,
     where: Annotated[str | None, typer.Option(help='SQL filter on columns, for example "width > 500".')] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Compare with every row even in a large store.")] = False,
@@ -163,7 +163,7 @@ def search(
     device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
 ) -> None:
-    """Find the images of a store that are most like one image, or that words fit (cosine similarity)."""
+    """Find the images of a store that are most similar to an image or a text (cosine similarity)."""
     from dinov3.drawing import card
     from dinov3.embedding.pipeline import model_of, query_vector, text_query
     from dinov3.embedding.search import search as neighbours
@@ -171,7 +171,7 @@ def search(
     from dinov3.embedding.store import EmbeddingStore
 
     if (image is None) == (text is None):
-        raise DinoError("give either --image, an image to look for, or --text, words to look for")
+        raise DinoError("give either --image, a query image, or --text, a query text")
     opened = EmbeddingStore.open(store)
     place = device_of(device)
     if text is not None:

@@ -56,7 +56,7 @@ def train_head(
 
 
 def head_options(given: list[str]) -> dict[str, object]:
-    """name=value … numbers, lists and words: hidden_dim=128, layers=[2,5,8,11], backbone_out_layers=LAST."""
+    """{name: value} of `name=value` arguments: hidden_dim=128, layers=[2,5,8,11], backbone_out_layers=LAST."""
     import json
 
     found: dict[str, object] = {}

@@ -228,9 +228,9 @@ def zero_shot(
 Predict = Callable[["DecodedImage", bytes], Any]
 
 
-def save_each(images: list[str], word: str, predict: Predict, out: Path, **summary: int) -> None:
+def save_each(images: list[str], label: str, predict: Predict, out: Path, **summary: int) -> None:
     """Every image's result in its own files, and a line of it on stdout."""
-    for path, name, found in over(images, word, predict, out):
+    for path, name, found in over(images, label, predict, out):
         found.save(out, name)
         print(f"{path}\t{found.summary(**summary)}")
 
@@ -249,7 +249,7 @@ def save_classes(images: list[str], predict: Predict, out: Path | None, top: int
             write_csv(out / f"{found.FILE}.csv", ("image", *found.COLUMNS), rows)
 
 
-def over(images: list[str], word: str, predict: Predict, out: Path | None) -> Iterator[tuple[str, str, Any]]:
+def over(images: list[str], label: str, predict: Predict, out: Path | None) -> Iterator[tuple[str, str, Any]]:
     """(path, name for files, result) of every image that can be read; the others are named at the end, exit code 3."""
     from dinov3.data.images import open_image
     from dinov3.data.sources import open_source
@@ -265,7 +265,7 @@ def over(images: list[str], word: str, predict: Predict, out: Path | None) -> It
     total = len(items)
     done = 0
     try:
-        with Progress(word, total) as progress:
+        with Progress(label, total) as progress:
             for path, item in items:
                 try:
                     data = item.read()
@@ -299,13 +299,13 @@ def _each(sources: list[Any], results: Path | None) -> Iterator[tuple[str, Item]
 
 def write_csv(path: Path, head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
     """A table whose first column is the image; rows of other images, from earlier runs, stay."""
-    mine = {str(row[0]) for row in rows}
+    new = {str(row[0]) for row in rows}
     kept: list[list[str]] = []
     if path.is_file():
         with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
             there = csv.reader(file)
             if next(there, None) == list(head):
-                kept = [row for row in there if row and row[0] not in mine]
+                kept = [row for row in there if row and row[0] not in new]
     with (
         atomically(path) as temporary,
         temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
@@ -326,7 +326,7 @@ def names_given(labels: str | None) -> list[str] | None:
         return list(read_names(labels))
     if "," not in labels and (labels.endswith(".txt") or os.sep in labels):
         raise DinoError(f"--labels {labels}: no such file (class names are written a,b,c)")
-    names = [word.strip() for word in labels.split(",")]
+    names = [name.strip() for name in labels.split(",")]
     if not all(names):
         raise DinoError(f"--labels {labels!r} has an empty name; write a,b,c or name a text file")
     return names
@@ -355,7 +355,7 @@ def model_for(verb: str, config: ModelOptions, n_classes: int = 0) -> Any:
     if config.weights == "random" and config.model is None:
         classes = {"n_classes": n_classes} if n_classes else {}
         net = untrained_model(verb, config.backbone_weights, device=place, dtype=precision, **classes)
-        _say_random(f"the head for {verb}")
+        _log_random(f"the head for {verb}")
         return net
     options: dict[str, Any] = {"autocast_dtype": torch.float32} if verb in AUTOCAST else {}
     net = open_task_model(
@@ -368,7 +368,7 @@ def model_for(verb: str, config: ModelOptions, n_classes: int = 0) -> Any:
         **options,
     )
     if net.origin.random:
-        _say_random(net.origin.name)
+        _log_random(net.origin.name)
     else:
         log(f"{net.origin}, {config.dtype or 'float32'} on {place}")
     for note in net.origin.notes:
@@ -376,7 +376,7 @@ def model_for(verb: str, config: ModelOptions, n_classes: int = 0) -> Any:
     return net
 
 
-def _say_random(what: str) -> None:
+def _log_random(what: str) -> None:
     log(f"The weights of {what} are RANDOM: results have the right form and no meaning. Give --weights or --head.")
 
 
@@ -403,5 +403,5 @@ def text_model(config: TextOptions) -> tuple[Any, Any]:
     text = TextConfig(vocab_size=tokenizer.vocab_size, dim=128, num_heads=2, num_layers=2)
     torch.manual_seed(0)
     model = dinotxt.fresh(under, text, DinoTxtConfig(embed_dim=2 * under.embed_dim))
-    _say_random(f"the text tower and the vision head (over {under.origin})")
+    _log_random(f"the text tower and the vision head (over {under.origin})")
     return published_heads.placed(model, place, precision), tokenizer

@@ -129,14 +129,14 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
 class Progress:
     """A bar with rate and time left on a terminal, a line every half minute elsewhere."""
 
-    def __init__(self, word: str, total: int) -> None:
+    def __init__(self, label: str, total: int) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.total, self.word = total, word
+        self.total, self.label = total, label
         self.console = Console(stderr=True)
         self.bar = Progress(
-            TextColumn(word),
+            TextColumn(label),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
@@ -148,7 +148,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self.bar.start()
-        self.task = self.bar.add_task(self.word, total=self.total, rate="")
+        self.task = self.bar.add_task(self.label, total=self.total, rate="")
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -16,15 +16,15 @@ from dinov3.errors import DinoError
 @app.command(context_settings={"allow_interspersed_args": True})
 def train(
     images: Annotated[str, typer.Argument(help="Folder, list file, tar shards, parquet, or a dataset spec.")],
-    out: Annotated[Path, typer.Option(help="The run's folder. Run again to go on after a stop.")],
+    out: Annotated[Path, typer.Option(help="The run's folder. Run again to resume.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings that win: key.sub=value …")] = None,
     model: Annotated[
         str | None, typer.Option(help="vits16, vitb16, … or a recipe's own. Default: the recipe's.")
     ] = None,
     recipe: Annotated[str, typer.Option(help="A YAML file, or one that comes along.")] = "vits16_one_gpu",
     steps: Annotated[int | None, typer.Option(min=1, help="Steps in all; schedules are stretched.")] = None,
-    knn: Annotated[str | None, typer.Option(help="TRAIN:VAL, two labelled folders for k-NN now and then.")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint.")] = True,
+    knn: Annotated[str | None, typer.Option(help="TRAIN:VAL, two labelled folders for k-NN during training.")] = None,
+    resume: Annotated[bool, typer.Option(help="Resume from the newest checkpoint.")] = True,
     seed: Annotated[int, typer.Option(help="Of weights and random draws.")] = 0,
     device: Device = "auto",
 ) -> None:
@@ -46,7 +46,7 @@ def train(
 def training_overrides(
     images: str, model: str | None, recipe: str, steps: int | None, knn: str | None, device: str, given: list[str]
 ) -> list[str]:
-    """What the command's options mean in the configuration's words; `given` come last and win."""
+    """Configuration overrides for the command's options; `given` come last and win."""
     import os
 
     from dinov3.weights.catalog import resolve
@@ -55,7 +55,7 @@ def training_overrides(
     if model is not None:
         overrides.append(f"student.arch={model if model.startswith(('vit_', 'convnext_')) else resolve(model)[0].arch}")
     if device == "cpu" and not recipe.startswith("toy"):
-        # the recipes speak to GPUs: a CPU gets a small batch, exact numbers, and no minutes of compilation
+        # the recipes are for GPUs: a CPU gets a small batch, exact numbers, and no minutes of compilation
         workers = max(1, (os.cpu_count() or 2) // 2)
         overrides += ["compute_precision.param_dtype=fp32", "train.compile=false", "train.batch_size_per_gpu=16"]
         overrides.append(f"train.num_workers={workers}")

@@ -29,17 +29,17 @@ RECIPES = Path(__file__).parents[1] / "configs"
 TRAINING, EVALUATIONS = RECIPES / "train", RECIPES / "eval"  # a recipe may be named without its folder
 
 
-def find_file(file: str | os.PathLike[str], *, near: Path | None = None) -> Path:
-    """A configuration's path: as given, beside `near`, or among the recipes that come with the package."""
+def find_file(file: str | os.PathLike[str], *, base_dir: Path | None = None) -> Path:
+    """A configuration's path: as given, in `base_dir`, or among the shipped recipes."""
     path = Path(file)
     name = path.as_posix()
     within = re.split("configs/(?:train/|eval/)?", name)[-1]  # also the reference's folders
     shipped = (TRAINING, EVALUATIONS)
-    for candidate in (path, *((near / path,) if near else ()), *(folder / within for folder in shipped)):
+    for candidate in (path, *((base_dir / path,) if base_dir else ()), *(folder / within for folder in shipped)):
         if candidate.is_file():
             return candidate
     recipes = sorted(p.relative_to(folder).as_posix() for folder in shipped for p in folder.rglob("*.yaml"))
-    hint = did_you_mean(within, recipes) or f"; recipes that come along: {', '.join(recipes)}"
+    hint = did_you_mean(within, recipes) or f"; shipped recipes: {', '.join(recipes)}"
     raise DinoError(f"no configuration file {name}{hint}" if name else f"a configuration file is needed{hint}")
 
 
@@ -65,7 +65,7 @@ def load(
 
 
 class _Loader:
-    """Collects values, where each came from, and everything that is wrong; only this class and `dump` know OmegaConf."""
+    """Collects values, where each came from, and every error; only this class and `dump` use OmegaConf."""
 
     def __init__(self, cls: type[Any]) -> None:
         self.omega = require("omegaconf", "train", "reading configurations").OmegaConf
@@ -74,11 +74,11 @@ class _Loader:
         self.keys = list(_keys(cls))
         self.retired: Mapping[str, tuple[Any, str]] = getattr(cls, "RETIRED", {})
         self.origin: dict[str, str] = {}
-        self.wrong: dict[str, str] = {}  # key → line
+        self.wrong: dict[str, str] = {}  # key → the message
         self.typed: dict[str, str] = {}  # key → the value's text on the command line
         self.notes: list[str] = []
 
-    def blame(self, key: str, source: str, sentence: str) -> None:
+    def reject(self, key: str, source: str, sentence: str) -> None:
         self.wrong.setdefault(key, f"{key} ({source}): {sentence}")
 
     # -- sources
@@ -96,10 +96,10 @@ class _Loader:
     def parse(self, text: str) -> Iterator[dict[str, Any]]:
         key, equals, typed = text.partition("=")
         if text.startswith("-"):
-            self.blame(text, "command line", "is an option, not key=value; it belongs before the first key=value")
+            self.reject(text, "command line", "is an option, not key=value; it belongs before the first key=value")
         elif not equals or not key.strip():
             hint = did_you_mean(key, self.keys)
-            self.blame(text, "command line", f"is not of the form key.sub=value{hint}")
+            self.reject(text, "command line", f"is not of the form key.sub=value{hint}")
         else:
             self.typed[key] = typed
             try:
@@ -127,25 +127,25 @@ class _Loader:
             if section is not None and value is None:
                 if type(None) in typing.get_args(hint):
                     self.set(key, None)
-                continue  # an empty section in a file says nothing
+                continue  # an empty section in a file sets nothing
             if section is not None:
-                self.blame(key, source, f"is a section with keys of its own, not {value!r}")
+                self.reject(key, source, f"is a section with keys of its own, not {value!r}")
                 continue
             if isinstance(value, (dict, list)) and hint in (str, str | None):
-                value = self.typed.get(key, value) if source == "command line" else value  # text that looks like YAML
+                value = self.typed.get(key, value) if source == "command line" else value  # text that parses as YAML
             before = self.omega.select(self.values, key) if key in self.origin else None
             try:
                 self.set(key, _member(_floats(value, hint), hint))
             except Exception as error:
                 first = str(error).splitlines()[0]
                 near = did_you_mean(str(value), map(str, literals(hint)))
-                nested = first if "Key '" in first else f"expected {_spoken(hint)}, not {value!r}{near}"
-                self.blame(key, source, nested)
+                nested = first if "Key '" in first else f"expected {_type_name(hint)}, not {value!r}{near}"
+                self.reject(key, source, nested)
                 continue
             if self.origin.get(key) not in (None, source, "command line") and source != "command line":
                 after = self.omega.select(self.values, key)
                 if before != after:
-                    self.notes.append(f"{key}: {source} says {after!r} and wins over {self.origin[key]} ({before!r})")
+                    self.notes.append(f"{key}: {source} sets {after!r} and wins over {self.origin[key]} ({before!r})")
             self.origin[key] = source
             self.wrong.pop(key, None)
 
@@ -165,12 +165,12 @@ class _Loader:
                 if neutral is ANY or value == neutral or value is None:
                     self.notes.append(f"{key} ({source}): ignored, {why}")
                 else:
-                    self.blame(key, source, f"{value!r} has no effect, only {neutral!r} is accepted: {why}")
+                    self.reject(key, source, f"{value!r} has no effect, only {neutral!r} is accepted: {why}")
                 return
         last = key.rsplit(".", 1)[-1]
         elsewhere = [k for k in self.keys if k.rsplit(".", 1)[-1] == last]
         hint = "; did you mean " + " or ".join(repr(k) for k in elsewhere[:3]) + "?" if elsewhere else ""
-        self.blame(key, source, f"unknown key{hint or did_you_mean(key, self.keys)}")
+        self.reject(key, source, f"unknown key{hint or did_you_mean(key, self.keys)}")
 
     # -- the end
 
@@ -182,7 +182,7 @@ class _Loader:
         missing = sorted(self.omega.missing_keys(self.values))
         for key in missing:
             known = [self.origin[k] for k in self.origin if k.startswith(key.rsplit(".", 2)[0])]
-            self.blame(key, known[-1] if known else "nowhere", "must be given")
+            self.reject(key, known[-1] if known else "not set", "must be given")
             with contextlib.suppress(Exception):  # a stand-in, so that the conditions below are still checked
                 self.set(key, 0.5)
         lines = list(self.wrong.values())
@@ -215,7 +215,7 @@ class _Loader:
             if self.omega.select(self.values, key) is None:
                 continue
             if self.origin.get(key) == "command line":
-                self.blame(key, "command line", f"has no effect beside {section}; set {replacement}")
+                self.reject(key, "command line", f"has no effect beside {section}; set {replacement}")
             elif key in self.origin:
                 self.notes.append(f"{key} ({self.origin[key]}): ignored, the {section} section is used")
             self.set(key, None)
@@ -246,7 +246,7 @@ def _keys(cls: type[Any], prefix: str = "") -> Iterator[str]:
 
 
 def _leaves(tree: Mapping[Any, Any], cls: type[Any] | None, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(key, value, type hint) of every value; the hint is None where the dataclasses know nothing of the key."""
+    """(key, value, type hint) of every value; the hint is None where the dataclasses have no such key."""
     hints = _hints(cls) if cls is not None else {}
     for name, value in tree.items():
         key, hint = f"{prefix}{name}", hints.get(str(name))
@@ -288,17 +288,17 @@ def _member(value: Any, hint: Any) -> Any:
     return value
 
 
-def _spoken(hint: Any) -> str:
+def _type_name(hint: Any) -> str:
     """A type hint as text."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if len(options := alternatives(hint)) > 1:
-        return " or ".join([_spoken(o) for o in options if o is not type(None)] + ["null"] * (type(None) in options))
+        return " or ".join([_type_name(o) for o in options if o is not type(None)] + ["null"] * (type(None) in options))
     if origin is Literal:
         return " or ".join(repr(a) for a in args)
     if origin is list:
-        return f"a list of {_spoken(args[0]).removeprefix('a ')}s"
+        return f"a list of {_type_name(args[0]).removeprefix('a ')}s"
     if origin is tuple:
-        return f"a list of {len(args)}, each {_spoken(args[0])}"
+        return f"a list of {len(args)}, each {_type_name(args[0])}"
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return "one of " + ", ".join(str(m.value) for m in hint)
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

@@ -46,7 +46,7 @@ class PrecisionConfig:
 
 @dataclass
 class ScheduleConfig:
-    """start → peak in a line over warmup_epochs, peak → end in a cosine over cosine_epochs (null: the rest), then end."""
+    """start → peak linearly over warmup_epochs, peak → end in a cosine over cosine_epochs (null: the rest), then end."""
 
     start: float = MISSING
     peak: float = MISSING
@@ -149,7 +149,7 @@ class StudentConfig:
     drop_path_rate: float = setting(0.3, at_least=0, below=1)
     layerscale: float | None = 1e-5  # ViT only; a ConvNeXt block begins at 1e-6
     ffn_layer: Literal["mlp", "swiglu", "swiglu32", "swiglu64", "swiglu128"] = "mlp"
-    ffn_ratio: float | None = setting(None, above=0)  # null: the arch's own. The reference says 4.0 and ignores it
+    ffn_ratio: float | None = setting(None, above=0)  # null: the arch's own. The reference sets 4.0 and ignores it
     in_chans: int = setting(3, above=0)
     resume_from_teacher_chkpt: str = ""  # first weights, heads included
     qkv_bias: bool = True
@@ -190,7 +190,7 @@ class TeacherConfig:
 class DistillationConfig:
     enabled: bool = False
     full_cfg_path: str = ""  # the teacher's configuration
-    checkpoint_path: str = ""  # its weights; the word `ignore` means random ones, for tests
+    checkpoint_path: str = ""  # its weights; `ignore`: random ones, for tests
 
 
 @dataclass
@@ -290,9 +290,9 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     deterministic: bool = False  # same numbers twice on the same machine, at the price of speed
     time_limit_minutes: float | None = setting(None, above=0)  # then a checkpoint, and a clean end
-    log_every: int = setting(10, above=0)  # iterations between two lines
+    log_every: int = setting(10, above=0)  # iterations between two log lines
     sinks: list[str] = setting([], choices=SINKS)  # beside metrics.jsonl
-    note: str = ""  # free words, kept in resolved.yaml
+    note: str = ""  # free text, written to resolved.yaml
 
 
 V1_KEYS = (
@@ -365,7 +365,7 @@ class TrainConfig:
             "",
             "only read on a path that never worked; first weights: student.resume_from_teacher_chkpt",
         ),
-        "compute_precision.sharding_strategy": ("SHARD_GRAD_OP", "sharding is always full, whatever this says"),
+        "compute_precision.sharding_strategy": ("SHARD_GRAD_OP", "sharding is always full, whatever the value"),
         "dino.head_norm_last_layer": (False, "the last layer has no weight normalisation"),
         "dino.force_weight_norm": (False, "the last layer has no weight normalisation"),
         "dino.koleo_distributed_replicas": (0, "replicas do not exist"),
@@ -417,7 +417,7 @@ class TrainConfig:
         yield from _distillation_problems(self)
 
     def remarks(self) -> Iterator[str]:
-        """What is allowed and still worth a line."""
+        """Notes on what is allowed but probably not intended."""
         s, optim = self.student, self.optim
         size = size_of(s.arch) if s.arch in NAMES else None
         if isinstance(size, ViTConfig):
@@ -491,11 +491,11 @@ def vit_config(student: StudentConfig) -> BackboneConfig:
 
 
 def dataset_problem(path: str | None) -> str | None:
-    """What can be checked of a dataset spec without its reader, or None: names and keys are the reader's to know."""
+    """What can be checked of a dataset spec without its reader, or None: names and keys are checked by the reader."""
     if not path:
         return "name the images: a folder, or Name:key=value:…, such as ImageNet:split=TRAIN:root=/data/imagenet"
     if re.fullmatch(r"[A-Za-z]\w+(:\w+=[^:]*)+", path) and ":root=" not in path and not os.path.exists(path):
-        return f"{path!r} does not say where the files are: add :root=/folder"
+        return f"{path!r} does not name the folder of the files: add :root=/folder"
     return None
 
 
@@ -581,8 +581,8 @@ def _crop_problems(c: TrainConfig) -> Iterator[Problem]:
             if size <= 0 or size % unit:
                 at = f"{patch} px" + (f" × {scale:g}" if unit != patch else "")
                 below = int(size // unit * unit)
-                near = f"{below} or {int(below + unit)}" if below > 0 else f"{int(unit)}"
-                yield f"crops.{name}", f"{size} is no multiple of the patch ({at}); nearest: {near}"
+                nearest = f"{below} or {int(below + unit)}" if below > 0 else f"{int(unit)}"
+                yield f"crops.{name}", f"{size} is no multiple of the patch ({at}); nearest: {nearest}"
     for size in columns["local_crops_size"]:
         if size < patch:
             yield "crops.local_crops_size", f"{size} is smaller than one patch ({patch} px)"
@@ -698,11 +698,11 @@ def _distillation_problems(c: TrainConfig) -> Iterator[Problem]:
         if not d.full_cfg_path:
             yield "distillation.full_cfg_path", "name the teacher's configuration, such as its run's resolved.yaml"
         if not d.checkpoint_path:
-            yield "distillation.checkpoint_path", "name the teacher's weights (the word 'ignore': random, for tests)"
+            yield "distillation.checkpoint_path", "name the teacher's weights ('ignore': random ones, for tests)"
         if d.checkpoint_path and c.gram.use_loss and c.gram.ema_teacher:
             yield "gram.ema_teacher", "is not defined when distilling: the EMA is not the teacher"
-    several = c.MODEL.META_ARCHITECTURE == "MultiDistillationMetaArch"
-    if several != m.enabled:
+    multi_student = c.MODEL.META_ARCHITECTURE == "MultiDistillationMetaArch"
+    if multi_student != m.enabled:
         yield (
             "multidistillation.enabled",
             f"is {str(m.enabled).lower()}, but MODEL.META_ARCHITECTURE is {c.MODEL.META_ARCHITECTURE}",
@@ -798,18 +798,18 @@ def load_student(
         f"train.output_dir={os.path.join(config.train.output_dir, student.name)}",
         f"train.batch_size_per_gpu={m.global_batch_size // world_size}",
     ]
-    near = find_file(file).parent
-    files = [find_file(student.config_path, near=near), file]
+    base_dir = find_file(file).parent
+    files = [find_file(student.config_path, base_dir=base_dir), file]
     loaded, notes = load_config(files, [*overrides, *own])
     return student, loaded, notes
 
 
-def load_teacher(config: TrainConfig, *, near: Path | None = None) -> TrainConfig:
+def load_teacher(config: TrainConfig, *, base_dir: Path | None = None) -> TrainConfig:
     """The configuration of the teacher one distils from; its prototypes and patch must be the student's.
 
-    `near` is the folder of the student's own configuration: the path may be relative to it.
+    `base_dir` is the folder of the student's own configuration: the path may be relative to it.
     """
-    path = find_file(config.distillation.full_cfg_path, near=near)
+    path = find_file(config.distillation.full_cfg_path, base_dir=base_dir)
     teacher, _ = load_model_config(path)
     wrong = []
     for key in ("dino.head_n_prototypes", "ibot.head_n_prototypes", "student.patch_size"):

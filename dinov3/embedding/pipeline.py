@@ -401,7 +401,7 @@ def text_query(
     facts = store.facts
     if not is_text_aligned(facts):
         raise DinoError(
-            f"{store.uri} was filled by {facts.model_name}, which knows no words: fill a store with `dinov3 embed --model "
+            f"{store.uri} was filled by {facts.model_name}, which has no text tower: fill a store with `dinov3 embed --model "
             "dinov3_vitl16_dinotxt_tet1280d20h24l` and ask that one"
         )
     from dinov3.hub.dinotxt import ImageSide, open_model, sources_of

@@ -2,7 +2,7 @@
 
     python -m dinov3.run.submit dinov3/train/train.py --nodes 4 --config-file FILE --output-dir OUT/%j key.sub=value …
 
-Launcher options and the script's own may stand in any order; what the launcher does not know is the script's. With SLURM
+Launcher options and the script's own may stand in any order; unknown ones are the script's. With SLURM
 (`sbatch` is there; needs `pip install 'dinov3[slurm]'`) one job is queued, one task for each GPU. Two minutes before its time
 is up, or when it is preempted, the script is signalled, saves and ends, and the job queues itself again. Without SLURM the
 script runs here and now: in one process, or with `--ngpus N` in N that work together.
@@ -76,7 +76,7 @@ def call(script: str, function: str, arguments: Sequence[str]) -> int:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m dinov3.run.submit",
-        description="Runs a script on a SLURM cluster, or here. Unknown options and key=value words go to the script.",
+        description="Runs a script on a SLURM cluster, or here. Unknown options and key=value overrides go to the script.",
         allow_abbrev=False,  # or --config would be taken for something of ours
     )
     p.add_argument("script", help="path of a Python file with a function main(arguments)")
@@ -139,7 +139,7 @@ def run_here(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def submit(options: argparse.Namespace, rest: list[str]) -> int:
-    """Queues one job and returns; says its number and where its logs are."""
+    """Queues one job and returns; logs its number and folder."""
     submitit = require("submitit", "slurm", "submitting to SLURM")
     ours: Any = importlib.import_module("dinov3.run.submit")  # not __main__: the job finds its class by this name
     script = Path(options.script).resolve()

@@ -226,7 +226,7 @@ def assemble(
     device: torch.device,
     *,
     seed: int = 0,
-    near: Path | None = None,
+    base_dir: Path | None = None,
     group: Group = None,
     method: type[SelfDistillation] = SelfDistillation,
     global_batch: int | None = None,
@@ -243,7 +243,7 @@ def assemble(
         shares = {"batch_size": -(-global_batch // world), "masked_images": global_batch // distributed.world(group)}
         options = {"global_batch": global_batch}
     loader = build_loader(config, device, rank, world, **shares)
-    networks = build_networks(config, device, seed=seed, near=near, notes=notes, group=group)
+    networks = build_networks(config, device, seed=seed, base_dir=base_dir, notes=notes, group=group)
     learner = method(
         **networks, dino=config.dino, ibot=config.ibot, gram=config.gram, group=group,
         teacher_scale=config.crops.teacher_to_student_resolution_scale, **options,
@@ -331,7 +331,13 @@ def build_loader(
 
 
 def build_networks(
-    config: TrainConfig, device: torch.device, *, seed: int, near: Path | None, notes: list[str], group: Group = None
+    config: TrainConfig,
+    device: torch.device,
+    *,
+    seed: int,
+    base_dir: Path | None,
+    notes: list[str],
+    group: Group = None,
 ) -> dict[str, Any]:
     """student, ema, gram_teacher and teacher (None where there is none), with their first weights, spread over `group`.
 
@@ -378,7 +384,7 @@ def build_networks(
         if not c.gram.ckpt:
             copy_weights(gram_teacher.backbone, ema.backbone)
     if c.distillation.enabled:
-        described = load_teacher(c, near=near)
+        described = load_teacher(c, base_dir=base_dir)
         source = c.distillation.checkpoint_path
         teacher = spread(
             network(None if source == "ignore" else source, described, needs_heads=True),

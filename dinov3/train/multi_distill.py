@@ -125,7 +125,7 @@ def train_students(
             run,
             device,
             seed=seed,
-            near=Path(file).parent,
+            base_dir=Path(file).parent,
             group=group,
             method=MultiDistillation,
             global_batch=G,

@@ -45,12 +45,12 @@ def train(
     resume: bool = True,
     seed: int = 0,
     notes: Sequence[str] = (),
-    near: Path | None = None,
+    base_dir: Path | None = None,
 ) -> Outcome:
     """Trains in the folder `out`, from its newest checkpoint if there is one and `resume`; alone, or with the other ranks.
 
     `seed`: of weights, and (plus the rank) of random draws in the network; the order of the images is
-    `config.train.seed`. `notes`: lines for the log. `near`: the folder that relative paths in the configuration refer to.
+    `config.train.seed`. `notes`: lines for the log. `base_dir`: the folder that relative paths in the configuration refer to.
     """
     device = distributed.setup(None if config.run.device == "auto" else config.run.device)
     check_scale(config, distributed.world())
@@ -59,7 +59,7 @@ def train(
     with run.claimed(), deterministic(config.run.deterministic):
         if not resume:
             archive(run)
-        trainer = assemble(config, run, device, seed=seed, near=near)
+        trainer = assemble(config, run, device, seed=seed, base_dir=base_dir)
         first = trainer.resume() if resume else 0
         run.start(config, iteration=first, sinks=config.run.sinks)
         for note in [*notes, *trainer.notes]:
@@ -111,13 +111,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_command(options: argparse.Namespace) -> Outcome:
     overrides = list(options.overrides)
     config, notes = load_config(options.config_file, overrides)
-    near = Path(options.config_file).parent
+    base_dir = Path(options.config_file).parent
     resume, seed = not options.no_resume, options.seed
     if options.multi_distillation or config.multidistillation.enabled:
         from dinov3.train.multi_distill import train_students
 
         return train_students(options.config_file, overrides, options.output_dir, resume=resume, seed=seed)
-    return train(config, options.output_dir, resume=resume, seed=seed, notes=notes, near=near)
+    return train(config, options.output_dir, resume=resume, seed=seed, notes=notes, base_dir=base_dir)
 
 
 if __name__ == "__main__":

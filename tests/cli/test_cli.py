@@ -143,7 +143,7 @@ def test_the_table_of_models_lists_every_row(capsys) -> None:
     assert rows[0]["scores"]["ADE20k"] == 47.0
 
 
-def test_info_says_what_a_file_is_and_convert_rewrites_it(tmp_path, capsys) -> None:
+def test_info_describes_a_file_and_convert_rewrites_it(tmp_path, capsys) -> None:
     import dinov3 as package
     from dinov3.weights.writing import save
 
@@ -212,7 +212,7 @@ assert "torch" not in sys.modules
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def test_without_typer_the_command_says_what_to_install() -> None:
+def test_without_typer_the_command_names_what_to_install() -> None:
     code = """
 import sys
 class Hidden:

@@ -64,7 +64,7 @@ def head_file(tmp_path_factory) -> Path:
 
 
 def test_segment_with_a_head_of_ones_own(photos: list[Path], head_file: Path, tmp_path: Path) -> None:
-    said = run("segment", *photos, "--head", head_file, "--out", tmp_path / "out", "--size", 96, "--device", "cpu")
+    result = run("segment", *photos, "--head", head_file, "--out", tmp_path / "out", "--size", 96, "--device", "cpu")
     for name, (height, width) in SIZES.items():
         mask = Image.open(tmp_path / "out" / f"{name}_classes.png")
         assert (mask.mode, mask.size) == ("P", (width, height))
@@ -73,29 +73,29 @@ def test_segment_with_a_head_of_ones_own(photos: list[Path], head_file: Path, tm
         legend = json.loads((tmp_path / "out" / f"{name}_classes.json").read_text())
         assert legend["classes"] == {"0": "sky", "1": "rocket", "2": "cat"}
         assert Image.open(tmp_path / "out" / f"{name}_segments.png").height >= 28
-    lines = said.stdout.splitlines()
+    lines = result.stdout.splitlines()
     assert [line.split("\t")[0] for line in lines] == [str(p) for p in photos]
-    assert "linear head" in said.stderr
-    assert "2 images, 0 unreadable" in said.stderr
+    assert "linear head" in result.stderr
+    assert "2 images, 0 unreadable" in result.stderr
 
 
 def test_depth_and_canopy_are_metres_in_the_images_pixels(photos: list[Path], tmp_path: Path) -> None:
-    said = run("depth", photos[0], "--weights", "random", "--out", tmp_path, "--size", 64)
+    result = run("depth", photos[0], "--weights", "random", "--out", tmp_path, "--size", 64)
     depth = np.load(tmp_path / "chelsea_depth.npy")
     assert (depth.shape, depth.dtype) == (SIZES["chelsea"], np.float32)
     assert 0.001 <= depth.min() <= depth.max() <= 10
-    assert said.stdout.strip().endswith(" m")
-    assert "RANDOM" in said.stderr
-    said = run("canopy", photos[0], "--weights", "random", "--out", tmp_path, "--size", 64, "--window", 48)
+    assert result.stdout.strip().endswith(" m")
+    assert "RANDOM" in result.stderr
+    result = run("canopy", photos[0], "--weights", "random", "--out", tmp_path, "--size", 64, "--window", 48)
     assert np.load(tmp_path / "chelsea_canopy.npy").shape == SIZES["chelsea"]
-    assert "m in the mean" in said.stdout
+    assert "m in the mean" in result.stdout
     run("depth", photos[0], "--weights", "random", "--out", tmp_path / "half", "--size", 48, "--dtype", "bfloat16")
     assert np.load(tmp_path / "half" / "chelsea_depth.npy").dtype == np.float32
 
 
 def test_boxes_are_in_cocos_form(photos: list[Path], tmp_path: Path) -> None:
     more = ("--weights", "random", "--out", tmp_path, "--size", 64, "--threshold", 0, "--most", 7)
-    said = run("detect", *photos, *more)
+    result = run("detect", *photos, *more)
     coco = json.loads((tmp_path / "detections.json").read_text())
     assert [Path(i["file_name"]).name for i in coco["images"]] == ["chelsea.png", "rocket.jpg"]
     sizes = {i["id"]: (i["width"], i["height"]) for i in coco["images"]}
@@ -114,24 +114,24 @@ def test_boxes_are_in_cocos_form(photos: list[Path], tmp_path: Path) -> None:
         assert x + width <= most[0] + 0.1
         assert y + height <= most[1] + 0.1
         assert a["area"] == pytest.approx(width * height, abs=0.01)
-    assert said.stdout.splitlines()[0].split("\t")[1] == "7"
+    assert result.stdout.splitlines()[0].split("\t")[1] == "7"
     assert Image.open(tmp_path / "rocket_boxes.png").size == (640, 427)
 
 
 def test_classes_go_to_stdout_and_one_table(photos: list[Path], tmp_path: Path) -> None:
     more = ("--weights", "random", "--size", 32, "--labels", "cat,rocket,cup", "--top", 2)
-    said = run("classify", *photos, *more, "--out", tmp_path)
+    result = run("classify", *photos, *more, "--out", tmp_path)
     with (tmp_path / "classes.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [r["rank"] for r in rows] == ["1", "2", "1", "2"]
     assert {r["name"] for r in rows} <= {"cat", "rocket", "cup"}
-    assert said.stdout.splitlines()[0].startswith(f"{photos[0]}\t{rows[0]['name']} ")
+    assert result.stdout.splitlines()[0].startswith(f"{photos[0]}\t{rows[0]['name']} ")
     assert run("classify", photos[0], *more).stdout.startswith(f"{photos[0]}\t")
     (tmp_path / "names.txt").write_text("cat\nrocket\ncup\n")
     run("classify", photos[0], "--weights", "random", "--size", 32, "--labels", tmp_path / "names.txt")
 
 
-def test_a_table_keeps_what_other_runs_said(photos: list[Path], tmp_path: Path) -> None:
+def test_a_table_keeps_the_rows_of_other_runs(photos: list[Path], tmp_path: Path) -> None:
     more = ("--weights", "random", "--size", 32, "--labels", "cat,rocket", "--top", 1, "--out", tmp_path)
     for chosen in (photos, photos[:1], photos[:1]):
         run("classify", *chosen, *more)
@@ -146,8 +146,8 @@ def test_results_are_not_taken_for_images(photos: list[Path], tmp_path: Path) ->
         (folder / photo.name).write_bytes(photo.read_bytes())
     more = ("--weights", "random", "--size", 32, "--labels", "cat,rocket")
     for _ in range(2):
-        said = run("classify", folder, *more, "--out", folder / "results")
-        assert len(said.stdout.splitlines()) == len(photos)
+        result = run("classify", folder, *more, "--out", folder / "results")
+        assert len(result.stdout.splitlines()) == len(photos)
     with pytest.raises(DinoError, match="is the images' own folder"):
         run("classify", folder, *more, "--out", folder)
     run("classify", folder / photos[0].name, *more, "--out", folder)  # one image, named by itself
@@ -187,11 +187,13 @@ def dino_txt(tmp_path_factory) -> dict[str, Path]:
     return {"head": folder / "head.safetensors"}
 
 
-def test_zero_shot_says_the_cosines_of_images_and_words(
+def test_zero_shot_prints_probabilities_and_saves_cosines(
     dino_txt: dict[str, Path], photos: list[Path], tmp_path: Path
 ) -> None:
     more = ("--weights", dino_txt["head"], "--vocabulary", VOCABULARY, "--templates", "none", "--device", "cpu")
-    said = run("zero-shot", photos[0], "--labels", "cat,rocket,dog", *more, "--size", 64, "--out", tmp_path, "--top", 3)
+    result = run(
+        "zero-shot", photos[0], "--labels", "cat,rocket,dog", *more, "--size", 64, "--out", tmp_path, "--top", 3
+    )
     with (tmp_path / "words.csv").open() as file:
         cosine = {r["name"]: float(r["cosine"]) for r in csv.DictReader(file)}
     model, tokenizer = dinotxt.open_model(dino_txt["head"], vocabulary_file=VOCABULARY)
@@ -204,7 +206,7 @@ def test_zero_shot_says_the_cosines_of_images_and_words(
         tokens = tokenizer.tokenize(["cat", "rocket", "dog"], 12)
         expected = (model.encode_image(x, normalize=True) @ model.encode_text(tokens, normalize=True).T)[0]
     assert list(map(cosine.get, ["cat", "rocket", "dog"])) == pytest.approx(expected.tolist(), abs=1e-5)
-    assert said.stdout.count("%") == 3
+    assert result.stdout.count("%") == 3
     assert Image.open(tmp_path / "chelsea_words.png").width > 451
 
 
@@ -230,7 +232,7 @@ def test_zero_shot_places(dino_txt: dict[str, Path], photos: list[Path], tmp_pat
     assert (found.classes == maps.argmax(1)[0].numpy()).mean() > 0.999
 
 
-def test_a_store_that_dino_txt_filled_is_asked_in_words(
+def test_a_store_filled_by_dino_txt_is_searched_with_a_text(
     dino_txt: dict[str, Path], photos: list[Path], tmp_path: Path
 ) -> None:
     pytest.importorskip("lancedb")
@@ -253,8 +255,8 @@ def test_a_store_that_dino_txt_filled_is_asked_in_words(
         "--device",
         "cpu",
     )
-    said = run("search", store, "--text", "a cat", "--vocabulary", VOCABULARY, "--device", "cpu", "--json")
-    hits = json.loads(said.stdout)
+    result = run("search", store, "--text", "a cat", "--vocabulary", VOCABULARY, "--device", "cpu", "--json")
+    hits = json.loads(result.stdout)
     opened, tokenizer = dinotxt.open_model(dino_txt["head"], vocabulary_file=VOCABULARY)
     from dinov3.features import default_preprocessing
     from dinov3.predict.common import see
@@ -267,8 +269,8 @@ def test_a_store_that_dino_txt_filled_is_asked_in_words(
         assert hit["score"] == pytest.approx(float((image @ text.T).detach()), abs=1e-5)
     assert len(hits) == 2
     sheet = tmp_path / "sheet.png"
-    said = run("search", store, "--image", folder / "chelsea.png", "--device", "cpu", "--sheet", sheet)
-    assert said.stdout.splitlines()[0].split("\t")[1] == "1.0000"
+    result = run("search", store, "--image", folder / "chelsea.png", "--device", "cpu", "--sheet", sheet)
+    assert result.stdout.splitlines()[0].split("\t")[1] == "1.0000"
     run("search", store, "--text", "a cat", "--vocabulary", VOCABULARY, "--device", "cpu", "--sheet", sheet)
     assert Image.open(sheet).width > 400
 
@@ -277,9 +279,9 @@ def test_a_store_that_dino_txt_filled_is_asked_in_words(
     with pytest.raises(DinoError, match="more than 12 tokens"):
         run("search", store, "--text", "cat " * 40, "--vocabulary", VOCABULARY, "--device", "cpu")
     run("embed", folder, "--out", tmp_path / "plain", "--size", 32, "--device", "cpu")
-    with pytest.raises(DinoError, match=r"filled by dinov3_vitt16\w*, which knows no words"):
+    with pytest.raises(DinoError, match=r"filled by dinov3_vitt16\w*, which has no text tower"):
         run("search", tmp_path / "plain", "--text", "a cat")
-    with pytest.raises(DinoError, match="knows no words: give the head"):
+    with pytest.raises(DinoError, match="has no text tower: give the head"):
         run("embed", folder, "--out", tmp_path / "x", "--model", model, "--weights", "random")
 
 
@@ -292,10 +294,10 @@ def test_unreadable_images_are_named_counted_and_do_not_stop_the_rest(photos: li
     (tmp_path / "a" / "text.jpg").write_text("no image")
     Image.open(photos[0]).resize((20, 12)).save(tmp_path / "a" / "small.png")
     out = tmp_path / "out"
-    said = run("depth", tmp_path / "a", "--weights", "random", "--out", out, "--size", 32, code=3)
-    assert "broken.png: truncated PNG" in said.stderr
-    assert "text.jpg: not an image" in said.stderr
-    assert "1 images, 2 unreadable" in said.stderr
+    result = run("depth", tmp_path / "a", "--weights", "random", "--out", out, "--size", 32, code=3)
+    assert "broken.png: truncated PNG" in result.stderr
+    assert "text.jpg: not an image" in result.stderr
+    assert "1 images, 2 unreadable" in result.stderr
     assert np.load(out / "small_depth.npy").shape == (12, 20)
 
 
@@ -313,7 +315,7 @@ def test_images_of_one_name_do_not_overwrite_each_other(photos: list[Path], tmp_
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("arguments", "sentence"),
     [
         (["segment", "{empty}", "--weights", "random", "--out", "{out}"], "empty"),
         (["segment", "{cat}", "--model", "dinov3_vit7b16_dd", "--out", "{out}"], "use `dinov3 depth`"),
@@ -331,11 +333,11 @@ def test_images_of_one_name_do_not_overwrite_each_other(photos: list[Path], tmp_
     ],
 )  # fmt: skip
 def test_mistakes_are_one_sentence(
-    words: list[str], sentence: str, photos: list[Path], head_file: Path, tmp_path: Path
+    arguments: list[str], sentence: str, photos: list[Path], head_file: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "t.txt").write_text("no place for a class\n")
-    if "{other}" in words:
+    if "{other}" in arguments:
         torch.save(hub.load("dinov3_vitt16", "random").state_dict(), tmp_path / "other.pth")
     places = {"cat": photos[0], "head": head_file, "out": tmp_path / "out", "bpe": VOCABULARY}
     places |= {n: tmp_path / n for n in ("empty", "nothing")} | {
@@ -343,16 +345,16 @@ def test_mistakes_are_one_sentence(
         "other": tmp_path / "other.pth",
     }
     with pytest.raises(DinoError) as caught:
-        run(*(word.format(**places) if word != "needs {}" else word for word in words))
+        run(*(a.format(**places) if a != "needs {}" else a for a in arguments))
     assert sentence in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_words_that_are_cut_are_told(photos: list[Path], tmp_path: Path) -> None:
+def test_texts_that_are_cut_give_a_note(photos: list[Path], tmp_path: Path) -> None:
     long = "cat " * 120
     more = ("--weights", "random", "--vocabulary", VOCABULARY, "--templates", "none", "--size", 32)
-    said = run("zero-shot", photos[0], "--labels", f"cat,{long}", *more)
-    assert "note: 1 of 2 texts have more than 77 tokens" in said.stderr
+    result = run("zero-shot", photos[0], "--labels", f"cat,{long}", *more)
+    assert "note: 1 of 2 texts have more than 77 tokens" in result.stderr
 
 
 def test_help_of_the_verbs_needs_no_torch() -> None:

@@ -104,7 +104,7 @@ def test_an_option_after_an_override_is_refused_instead_of_swallowed():
 
 
 @pytest.mark.parametrize(
-    "override, words",
+    "override, expected",
     [
         ("crops.global_crops_size=225", "nearest: 224 or 240"),
         ("crops.global_crops_size=[224,448]", "lists of one length"),
@@ -131,17 +131,17 @@ def test_an_option_after_an_override_is_refused_instead_of_swallowed():
         ("dino=3", "is a section with keys of its own"),
     ],
 )
-def test_every_condition_is_a_sentence_that_names_the_key(override, words):
+def test_every_condition_is_a_sentence_that_names_the_key(override, expected):
     if override.startswith("student.fp8_filter"):
         lines = mistakes(override, "student.fp8_enabled=true")
         assert "no regular expression" in lines[0]
         return
     lines = mistakes(override)
-    assert any(words in line for line in lines), lines
+    assert any(expected in line for line in lines), lines
     assert lines[0].split(".")[0].split(" ")[0] == override.replace("=", ".").split(".")[0]
 
 
-def test_fp8_says_which_width_does_not_fit_and_what_helps():
+def test_fp8_names_the_width_that_does_not_fit_and_a_remedy():
     (line,) = mistakes(
         "student.fp8_enabled=true", "student.ffn_layer=swiglu", "student.arch=vit_giant2", "student.ffn_ratio=3.9"
     )
@@ -152,7 +152,7 @@ def test_fp8_says_which_width_does_not_fit_and_what_helps():
 
 
 @pytest.mark.parametrize(
-    "overrides, words",
+    "overrides, expected",
     [
         (["gram.use_loss=true"], "which Gram teacher?"),
         (["gram.use_loss=true", "gram.ckpt=ignore"], "place-holder"),
@@ -171,9 +171,9 @@ def test_fp8_says_which_width_does_not_fit_and_what_helps():
         ),
     ],
 )
-def test_gram_options_that_contradict_each_other_are_refused(overrides, words):
+def test_gram_options_that_contradict_each_other_are_refused(overrides, expected):
     (line,) = mistakes(*overrides)
-    assert words in line
+    assert expected in line
 
 
 def test_the_gram_teacher_may_be_taken_from_the_ema_teacher_at_an_iteration():
@@ -214,15 +214,17 @@ def test_data_sets_and_paths_are_left_to_their_reader(path):
     assert config.train.dataset_path == config.evaluation.knn_val_dataset == path
 
 
-@pytest.mark.parametrize("path, words", [("", "name the images"), ("ImageNet:split=VAL:extra=/e", "add :root=/folder")])
-def test_a_data_set_without_a_place_is_refused_before_anything_starts(path, words):
+@pytest.mark.parametrize(
+    "path, expected", [("", "name the images"), ("ImageNet:split=VAL:extra=/e", "add :root=/folder")]
+)
+def test_a_data_set_without_a_folder_is_an_error_before_anything_starts(path, expected):
     (line,) = mistakes(data=f"train.dataset_path={path}")
-    assert words in line
+    assert expected in line
 
 
-def test_the_default_data_set_needs_a_root_and_says_so():
+def test_the_default_data_set_without_a_root_is_an_error():
     (line,) = mistakes(data="")
-    assert line.startswith("train.dataset_path (default): 'ImageNet:split=TRAIN' does not say where")
+    assert line.startswith("train.dataset_path (default): 'ImageNet:split=TRAIN' does not name the folder")
 
 
 # ---- keys of the reference that do nothing --------------------------------------------------------------------------
@@ -305,7 +307,7 @@ def test_a_written_configuration_reads_back_equal_and_silently(tmp_path, text):
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
-def test_a_file_that_is_missing_or_broken_says_what_there_is(tmp_path):
+def test_the_error_of_a_missing_or_broken_file_lists_the_recipes(tmp_path):
     with pytest.raises(DinoError, match=r"did you mean 'toy_cpu.yaml'"):
         load_config("toy_cpux.yaml")
     with pytest.raises(DinoError, match="line 1"):
@@ -329,7 +331,7 @@ def test_when_a_later_file_overrules_an_earlier_one_it_is_noted(tmp_path):
     second = yaml(tmp_path, "optim: {epochs: 60, clip_grad: 1}", "b.yaml")
     config, notes = load_config([first, second], [IMAGES])
     assert config.optim.epochs == 60
-    assert notes == ["optim.epochs: b.yaml says 60 and wins over a.yaml (50)"]
+    assert notes == ["optim.epochs: b.yaml sets 60 and wins over a.yaml (50)"]
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------
@@ -402,12 +404,12 @@ multidistillation:
 
 
 @pytest.mark.parametrize(
-    "ranks, words",
+    "ranks, expected",
     [("2, 4", "belong to nobody"), ("0, 2", "belong to two"), ("1, 4", "does not divide"), ("1, 1", "none")],
 )
-def test_students_must_share_the_processes_without_gap_or_overlap(tmp_path, ranks, words):
+def test_students_must_share_the_processes_without_gap_or_overlap(tmp_path, ranks, expected):
     (line,) = mistakes(file=yaml(tmp_path, STUDENTS.replace("RANGE", ranks)))
-    assert words in line
+    assert expected in line
 
 
 def test_a_student_has_its_own_file_under_the_shared_one(tmp_path):
@@ -435,11 +437,11 @@ def test_the_teacher_must_have_the_prototypes_and_the_patch_of_the_student(tmp_p
     distil = ["distillation.enabled=true", "distillation.full_cfg_path=teacher.yaml", "distillation.checkpoint_path=x"]
     config, _ = load_config(None, [IMAGES, *distil])
     with pytest.raises(DinoError) as caught:
-        load_teacher(config, near=tmp_path)
+        load_teacher(config, base_dir=tmp_path)
     assert "dino.head_n_prototypes: 65536 here, 7 in the teacher's teacher.yaml" in str(caught.value)
     assert "student.patch_size: 16 here, 8" in str(caught.value)
     same, _ = load_config(None, [IMAGES, *distil, "dino.head_n_prototypes=7", "student.patch_size=8"])
-    assert load_teacher(same, near=tmp_path).student.arch == "vit_base"
+    assert load_teacher(same, base_dir=tmp_path).student.arch == "vit_base"
 
 
 # ---- other activities -----------------------------------------------------------------------------------------------

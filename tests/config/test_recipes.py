@@ -1,4 +1,4 @@
-"""Every recipe loads with the command in its header, says what a letter should say, and keeps its recorded schedule."""
+"""Every recipe loads with the command in its header, has a complete header comment, and keeps its recorded schedule."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def command(name: str) -> list[str]:
 
 
 def overrides(name: str) -> list[str]:
-    words = command(name)
-    return words[words.index("--output-dir") + 2 :]
+    arguments = command(name)
+    return arguments[arguments.index("--output-dir") + 2 :]
 
 
 def loaded(name: str) -> TrainConfig:
@@ -51,7 +51,7 @@ def test_a_recipe_loads_strictly_and_describes_a_model(name):
 
 
 @pytest.mark.parametrize("name", LETTERS)
-def test_a_recipe_says_hardware_hours_expectation_and_command(name):
+def test_a_header_comment_has_hardware_hours_expectation_and_command(name):
     text = header(name)
     for word in ("Hardware:", "Hours:", "Expect:", "Command:"):
         assert re.search(rf"^ {word} +\S", text, re.MULTILINE), word

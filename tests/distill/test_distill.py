@@ -43,7 +43,7 @@ def config_for(folder: Path, teacher: Path, **changes) -> DistillConfig:
 # ---- teachers -------------------------------------------------------------------------------------------------------
 
 
-def test_a_teachers_line_says_what_is_wrong_with_it() -> None:
+def test_a_wrong_teacher_spec_is_an_error() -> None:
     line = TeacherSpec.parse("transformers:/some/folder,layer=9,cls=0.5,normed=false")
     assert (line.kind, line.what, line.layer, line.cls, line.normed) == ("transformers", "/some/folder", 9, 0.5, False)
     with pytest.raises(UnknownName, match="did you mean 'transformers'"):
@@ -63,7 +63,7 @@ def tiny_dinov2(**changes):
     return Dinov2Model(Dinov2Config(**(options | changes))).eval()
 
 
-def test_a_dinov2_folder_gives_the_block_that_was_asked_for(oracles, tmp_path: Path) -> None:
+def test_a_dinov2_folder_gives_the_requested_block(oracles, tmp_path: Path) -> None:
     model = tiny_dinov2()
     model.save_pretrained(tmp_path / "dinov2")
     teacher = open_teacher(f"transformers:{tmp_path / 'dinov2'},layer=1")
@@ -131,7 +131,7 @@ def test_a_cache_computes_only_what_is_missing(folder: Path, teacher_file: Path,
     assert TargetCache(tmp_path / "cache", teacher, replace(views, seed=1), images, grid=2).folder != cache.folder
 
 
-def test_an_unreadable_image_is_replaced_by_the_next_and_told(folder: Path) -> None:
+def test_an_unreadable_image_is_replaced_by_the_next_and_logged(folder: Path) -> None:
     (folder / "2.png").write_bytes(b"not an image at all, but long enough to be looked at")
     images = Images(open_source(folder))
     assert torch.equal(images[2], images[3])
@@ -264,18 +264,14 @@ def test_the_projections_begin_where_regression_puts_them(tiny_student, folder, 
     assert first["0-dinov3/patches"] < 0.2
 
 
-def test_a_student_that_says_nothing_yet_does_not_begin_with_an_explosion(
-    tiny_student, folder, teacher_file, tmp_path
-) -> None:
+def test_the_first_steps_of_an_untrained_student_do_not_explode(tiny_student, folder, teacher_file, tmp_path) -> None:
     """CLS of random weights is one vector for all images; projections fitted to its noise gave losses of 70 to 700."""
     distill(config_for(folder, teacher_file), tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert max(r["0-dinov3/cls"] for r in lines) < 3
 
 
-def test_the_export_says_what_it_is_without_naming_folders(
-    tiny_student, folder: Path, teacher_file: Path, tmp_path
-) -> None:
+def test_the_export_has_metadata_without_folders(tiny_student, folder: Path, teacher_file: Path, tmp_path) -> None:
     path = distill(config_for(folder, teacher_file, steps=2), tmp_path / "run")
     opened = reading.open(path)
     assert opened.metadata["steps"] == 2
@@ -285,7 +281,7 @@ def test_the_export_says_what_it_is_without_naming_folders(
     assert dtypes == {torch.float16}
 
 
-def test_a_run_without_teachers_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_run_without_teachers_is_an_error(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DinoError, match="needs a teacher"):
         distill(DistillConfig(images=str(folder)), tmp_path / "run")
 
@@ -356,7 +352,7 @@ def online(teacher: Path, **options: object) -> list[str]:
 
 
 @pytest.mark.parametrize("mix", ["cutout:0.5", "cutmix:much", "cutmix:0.8,mixup:0.4", "mixup:-1"])
-def test_an_impossible_mix_is_told(mix: str) -> None:
+def test_an_impossible_mix_is_an_error(mix: str) -> None:
     with pytest.raises(DinoError, match=r"cutmix:0\.5,mixup:0\.2"):
         DistillConfig(mix=mix).mixing()
 
@@ -374,7 +370,7 @@ def test_teacher_and_student_see_the_same_mixed_pixels(tiny_student, folder, tea
     assert not torch.equal(work.batches.at(1).pixels, batch.pixels)
 
 
-def test_a_costly_teacher_is_asked_about_a_share_of_the_batch(tiny_student, folder, teacher_file, tmp_path) -> None:
+def test_an_expensive_teacher_gets_a_share_of_the_batch(tiny_student, folder, teacher_file, tmp_path) -> None:
     config = config_for(folder, teacher_file, batch=5)
     config.teachers = online(teacher_file, share=0.25)
     work = Distillation(config, RunDir(tmp_path / "run"))
@@ -389,7 +385,7 @@ def test_a_costly_teacher_is_asked_about_a_share_of_the_batch(tiny_student, fold
         TeacherSpec.parse("timm:x,share=2")
 
 
-def test_mixed_images_need_teachers_that_look(tiny_student, folder, teacher_file, tmp_path) -> None:
+def test_mixed_images_need_online_teachers(tiny_student, folder, teacher_file, tmp_path) -> None:
     with pytest.raises(DinoError, match="online=true"):
         distill(config_for(folder, teacher_file, mix="cutmix:0.5"), tmp_path / "run")
 

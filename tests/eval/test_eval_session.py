@@ -87,7 +87,7 @@ class ToyConfig(EvalConfig):
 # ---- arguments ------------------------------------------------------------------------------------------------------
 
 
-def test_options_and_words_stand_in_any_order_and_in_every_public_spelling(tmp_path: Path) -> None:
+def test_options_and_overrides_have_any_order_and_every_public_spelling(tmp_path: Path) -> None:
     (tmp_path / "some.yaml").write_text("number: 2.0\nwhere: file\n")
     for words in (
         ["--output-dir=out", f"config_file={tmp_path}/some.yaml", "where=here"],
@@ -98,14 +98,14 @@ def test_options_and_words_stand_in_any_order_and_in_every_public_spelling(tmp_p
         assert (config.number, config.where, config.output_dir) == (2.0, "here", "out")
 
 
-def test_mistakes_are_told_with_a_way_out() -> None:
+def test_errors_of_arguments_have_suggestions() -> None:
     with pytest.raises(DinoError, match="no option '--sweeep'; did you mean '--sweep'"):
         split_arguments(["--sweeep", "x=1"])
     with pytest.raises(DinoError, match="--output-dir needs a value"):
         split_arguments(["--output-dir"])
     with pytest.raises(DinoError, match=r"numbr .*did you mean 'number'") as told:
         read_arguments(ToyConfig, ["numbr=3"])
-    assert "where (nowhere): must be given" in str(told.value)
+    assert "where (not set): must be given" in str(told.value)
 
 
 def test_choices_are_taken_by_name_or_value_in_any_capitals() -> None:
@@ -471,7 +471,7 @@ def test_rows_of_results_name_evaluations_that_exist_and_keys_they_know() -> Non
                 read_arguments(configs[words[3]], words[4:])
 
 
-def test_exceptions_from_the_expected_order_are_told() -> None:
+def test_exceptions_from_the_expected_order_are_named() -> None:
     script = results_script()
     row = script.Row("x", "A score", "", script.csv_cell("", ""))
     fine = {"random": 10.0, "shipped": 20.0, "dinov2-small": 30.0}

@@ -47,10 +47,10 @@ def no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submit.shutil, "which", lambda name: None)
 
 
-def test_without_slurm_the_script_runs_here_and_a_sentence_says_so(
+def test_without_slurm_the_script_runs_here_and_a_message_is_logged(
     script: Path, tmp_path: Path, no_slurm: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [
+    arguments = [
         str(script),
         "--nodes",
         "1",
@@ -61,12 +61,12 @@ def test_without_slurm_the_script_runs_here_and_a_sentence_says_so(
         str(tmp_path / "%j"),
         "--x",
     ]
-    assert submit.main(words) == 0
+    assert submit.main(arguments) == 0
     (out,) = tmp_path.glob("local-*")  # R4: %j is resolved, and the folder is not called %j
     assert json.loads((out / "rank0.json").read_text())["arguments"] == ["--config-file", "c.yaml", "a.b=1", "--x"]
-    told = capsys.readouterr().err
-    assert "there is no SLURM on this machine" in told
-    assert "in one process" in told
+    printed = capsys.readouterr().err
+    assert "there is no SLURM on this machine" in printed
+    assert "in one process" in printed
 
 
 def test_another_function_may_be_called_and_its_status_is_the_exit_status(script: Path, no_slurm: None) -> None:
@@ -74,16 +74,16 @@ def test_another_function_may_be_called_and_its_status_is_the_exit_status(script
 
 
 @pytest.mark.parametrize(
-    "words, sentence",
+    "arguments, sentence",
     [
         (["--nodes", "4"], "4 nodes need a cluster, and there is no SLURM here"),
         (["--callable-name", "mian"], "has no function 'mian' to call"),
     ],
 )
-def test_what_cannot_be_done_here_is_refused_in_words(
-    words: list[str], sentence: str, script: Path, no_slurm: None, capsys: pytest.CaptureFixture[str]
+def test_what_cannot_be_done_here_is_an_error(
+    arguments: list[str], sentence: str, script: Path, no_slurm: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert submit.main([str(script), *words]) == 1
+    assert submit.main([str(script), *arguments]) == 1
     assert sentence in capsys.readouterr().err
 
 
@@ -132,19 +132,19 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tools
 
 
-def test_with_slurm_one_job_is_queued_with_what_was_asked(
+def test_with_slurm_one_job_is_queued_with_the_requested_resources(
     script: Path, tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [str(script), "--nodes", "3", "--slurm-account", "mine", "--output-dir", str(tmp_path / "runs" / "%j")]
-    assert submit.main([*words, "--config-file", "c.yaml", "a.b=1"]) == 0
+    arguments = [str(script), "--nodes", "3", "--slurm-account", "mine", "--output-dir", str(tmp_path / "runs" / "%j")]
+    assert submit.main([*arguments, "--config-file", "c.yaml", "a.b=1"]) == 0
     asked = (slurm / "submitted.sh").read_text()
     for line in ("--nodes=3", "--ntasks-per-node=8", "--account=mine", "--time=2800", "--mem=0", "--signal=USR2@120"):
         assert line in asked, line
     assert "--partition" not in asked  # R2: nobody's private names
     assert "--qos" not in asked
-    told = capsys.readouterr()
-    assert told.out.strip() == "4242"
-    assert f"{tmp_path}/runs/4242" in told.err
+    printed = capsys.readouterr()
+    assert printed.out.strip() == "4242"
+    assert f"{tmp_path}/runs/4242" in printed.err
 
     with open(tmp_path / "runs" / "4242" / "4242_submitted.pkl", "rb") as file:
         job = pickle.load(file).function

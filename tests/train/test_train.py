@@ -413,7 +413,7 @@ def test_a_new_run_begins_with_the_teacher_of_another(form: str, toy: str, image
     ema = {k.removeprefix("model.model_ema."): v for k, v in tensors(first.checkpoint).items() if "model_ema" in k}
     config, _ = load_config(toy, [f"train.dataset_path={images}", f"student.resume_from_teacher_chkpt={source}"])
     notes: list[str] = []
-    networks = assembly.build_networks(config, torch.device("cpu"), seed=5, near=None, notes=notes)
+    networks = assembly.build_networks(config, torch.device("cpu"), seed=5, base_dir=None, notes=notes)
     for network in (networks["student"], networks["ema"]):
         assert_same(ema, dict(network.state_dict()))
     assert not notes
@@ -426,7 +426,7 @@ def test_a_backbone_without_heads_begins_a_run_and_a_sentence_says_what_is_missi
     source = tmp_path / "eval" / "training_3" / "backbone.safetensors"
     config, _ = load_config(toy, [f"train.dataset_path={images}", f"student.resume_from_teacher_chkpt={source}"])
     notes: list[str] = []
-    networks = assembly.build_networks(config, torch.device("cpu"), seed=5, near=None, notes=notes)
+    networks = assembly.build_networks(config, torch.device("cpu"), seed=5, base_dir=None, notes=notes)
     ema = tensors(tmp_path / "ckpt" / "3")
     assert torch.equal(
         networks["student"].state_dict()["backbone.norm.weight"], ema["model.model_ema.backbone.norm.weight"]
@@ -462,7 +462,7 @@ def test_weights_of_another_model_are_refused_in_words(toy: str, images: Path, t
         [f"train.dataset_path={images}", f"student.resume_from_teacher_chkpt={tmp_path}", "student.n_storage_tokens=4"],
     )
     with pytest.raises(DinoError, match=r"does not fit the requested model[\s\S]*storage_tokens"):
-        assembly.build_networks(config, torch.device("cpu"), seed=5, near=None, notes=[])
+        assembly.build_networks(config, torch.device("cpu"), seed=5, base_dir=None, notes=[])
 
 
 def test_a_checkpoint_becomes_one_file(uninterrupted: Path, tmp_path: Path) -> None:

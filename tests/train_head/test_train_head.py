@@ -217,7 +217,7 @@ def test_validation_classes_are_numbered_as_those_of_training(tmp_path: Path) ->
         head_module.both_sides(wanted)
 
 
-def test_a_data_set_for_another_task_is_told(tmp_path: Path) -> None:
+def test_a_data_set_for_another_task_is_an_error(tmp_path: Path) -> None:
     line = f"DenseFolder:root={depth_folder(tmp_path)}:kind=depth"
     assert len(open_data("depth", line)) == 4
     with pytest.raises(DinoError, match="is a data set for depth: a head for segmentation cannot learn from it"):
@@ -339,7 +339,7 @@ def test_remembered_features_are_those_of_the_backbone_and_are_computed_once(tmp
         torch.testing.assert_close(classifier(x), said, atol=1e-5, rtol=1e-5)
 
 
-# ---- stopping and going on ------------------------------------------------------------------------------------------
+# ---- stopping and resuming ------------------------------------------------------------------------------------------
 
 
 def test_a_stopped_run_goes_on_to_the_same_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,7 +393,7 @@ def test_a_killed_command_started_again_ends_as_if_nothing_had_happened(tmp_path
 # ---- what is told ---------------------------------------------------------------------------------------------------
 
 
-def test_an_empty_or_missing_folder_is_told(tmp_path: Path) -> None:
+def test_an_empty_or_missing_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for task, head in (
         ("segmentation", "linear"),
@@ -419,7 +419,7 @@ def test_masks_that_do_not_match_are_named_at_most_five(tmp_path: Path) -> None:
     assert text.count(".png") == 5
 
 
-def test_masks_of_other_names_are_told_with_what_there_is(tmp_path: Path) -> None:
+def test_the_error_of_masks_of_other_names_lists_the_files(tmp_path: Path) -> None:
     write(tmp_path / "images" / "a.png", COLOURS[blocks(0)])
     write(tmp_path / "masks" / "b.png", blocks(0).astype(np.uint8))
     with pytest.raises(DinoError, match=r"of the same name .*it holds images/a.png, masks/b.png\)"):
@@ -437,7 +437,7 @@ def test_images_without_masks_are_named_and_left_out(tmp_path: Path) -> None:
     assert outcome.head.is_file()
 
 
-def test_a_class_beyond_the_named_ones_is_told_with_the_way_out(tmp_path: Path) -> None:
+def test_the_error_of_a_class_beyond_the_named_ones_suggests_ignore(tmp_path: Path) -> None:
     data = mask_folder(tmp_path / "data")
     with pytest.raises(DinoError, match=r"a mask holds class 2, but there are 2 classes .*--ignore 2"):
         train_head(config(data, classes=["red", "green"]), tmp_path / "run")
@@ -445,7 +445,7 @@ def test_a_class_beyond_the_named_ones_is_told_with_the_way_out(tmp_path: Path) 
     assert {"IoU/red", "IoU/green"} <= set(outcome.metrics)
 
 
-def test_a_size_below_a_patch_and_a_broken_image_are_told(tmp_path: Path) -> None:
+def test_a_size_below_a_patch_and_a_broken_image_are_errors(tmp_path: Path) -> None:
     data = mask_folder(tmp_path / "data")
     with pytest.raises(DinoError, match="size 8 is smaller than one patch"):
         train_head(config(data, size=8), tmp_path / "run")
@@ -486,7 +486,7 @@ def test_images_of_several_aspects_become_squares(tmp_path: Path) -> None:
         ({"options": {"dropot": 0.5}}, "no option 'dropot'"),
     ],
 )
-def test_wrong_words_are_told(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+def test_a_wrong_option_is_an_error(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
     with pytest.raises(DinoError, match=says):
         train_head(config(mask_folder(tmp_path / "data"), **changes), tmp_path / "run")
 
