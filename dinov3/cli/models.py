@@ -18,7 +18,7 @@ def info(
     failed: Annotated[bool, typer.Option("--failed", help="List a store's unreadable images.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
 ) -> None:
-    """Say what a weights file or a store is."""
+    """Describe a weights file or a store."""
     path = Path(what)
     is_store = ("://" in what and not what.startswith(("http", "file:"))) or (path / "images.lance").is_dir()
     facts = _store_facts(what, failed) if is_store else _weights_facts(what)

@@ -78,13 +78,6 @@ def batch_of(text: str) -> int | None:
     return int(text)
 
 
-Weights = Annotated[
-    str | None,
-    typer.Option(
-        help="Path, URL or Hugging Face id of the weights; 'random' for none. Default: the published ones of --model, "
-        "or without it the small model that comes with the package."
-    ),
-]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto.")]
 
 

@@ -1,7 +1,8 @@
-"""Verbs that train: a backbone on your own images, a small student of larger teachers."""
+"""Commands that train a backbone, a small student or a head of your own, and the one that evaluates."""
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,8 @@ import typer
 
 from dinov3.cli.shared import INTERRUPTED, Device, app, config_options, device_of, log
 from dinov3.distill.config import DistillConfig
-from dinov3.errors import DinoError
+from dinov3.errors import DinoError, one_of
+from dinov3.train_head.config import HeadConfig
 
 
 @app.command(context_settings={"allow_interspersed_args": True})
@@ -89,3 +91,96 @@ def distill(
     if distributed.is_main():
         print(path)
     distributed.shutdown()
+
+
+@app.command("train-head")
+@config_options(HeadConfig)
+def train_head(
+    config: HeadConfig,
+    task: Annotated[str, typer.Argument(help="classification, segmentation, depth or detection.")],
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="A folder: class folders; images and masks; images and depth; images with VOC or COCO boxes. Or a "
+            "dataset spec, NAME:key=value…"
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The run's folder. Run again to resume.")],
+    options: Annotated[list[str] | None, typer.Argument(help="Options of the head: name=value …")] = None,
+    head: Annotated[
+        str | None, typer.Option(help="linear, mask2former (segmentation), dpt (depth) or detr (detection).")
+    ] = None,
+    classes: Annotated[str | None, typer.Option(help="Names of the classes, separated by commas.")] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16 autocast.")] = False,
+    resume: Annotated[bool, typer.Option(help="Resume from the newest checkpoint.")] = True,
+    device: Device = "auto",
+) -> None:
+    """Fit a head of your own on a frozen backbone: classes, segmentation, depth, boxes. Prints the head's file."""
+    from dinov3 import distributed
+    from dinov3.hub.own_heads import check_kind
+    from dinov3.train_head.run import train_head as run
+
+    chosen = head or ("detr" if task == "detection" else "linear")
+    check_kind(task, chosen)
+    config = replace(
+        config, task=task, head=chosen, data=data, options=head_options(options or []), device=device_of(device),
+        classes=[c.strip() for c in classes.split(",")] if classes else [],
+        precision="bfloat16" if bf16 else "float32",
+    )  # fmt: skip
+    outcome = run(config, out, resume=resume)
+    if distributed.is_main():
+        for name, value in outcome.metrics.items():
+            log(f"{name}\t{value:.4f}")
+        print(outcome.head)
+    distributed.shutdown()
+
+
+def head_options(given: list[str]) -> dict[str, object]:
+    """{name: value} of `name=value` arguments: hidden_dim=128, layers=[2,5,8,11], backbone_out_layers=LAST."""
+    import json
+
+    found: dict[str, object] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name or not value:
+            raise DinoError(f"{text!r} is no option of a head; write name=value, for example backbone_out_layers=LAST")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found
+
+
+# name → (module, what it measures); a module has main(argv) → exit status
+EVALUATIONS: dict[str, tuple[str, str]] = {
+    "knn": ("dinov3.eval.knn", "classes of images by their nearest neighbours"),
+    "log-regression": ("dinov3.eval.log_regression", "classes of images by logistic regression on features"),
+    "linear": ("dinov3.eval.linear", "classes of images by linear heads trained with augmentation"),
+    "segmentation": ("dinov3.eval.segmentation.run", "classes of pixels by a linear head"),
+    "depth": ("dinov3.eval.depth.run", "metres of pixels by a linear or DPT head"),
+    "detection": ("dinov3.eval.detection.run", "boxes of objects"),
+    "retrieval": ("dinov3.eval.retrieval", "the same place or work of art among many images"),
+    "keypoints": ("dinov3.eval.keypoints", "corresponding points of two images"),
+    "tracking": ("dinov3.eval.tracking", "masks carried through a video"),
+    "discovery": ("dinov3.eval.discovery", "objects found without a label (TokenCut)"),
+    "video": ("dinov3.eval.video", "classes of video clips by an attentive probe"),
+    "geobench": ("dinov3.eval.geobench", "classes and class maps of satellite images"),
+    "zero-shot": ("dinov3.eval.text.zero_shot", "classes by their names, with dino.txt"),
+}
+
+
+@app.command(
+    "eval", context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+)
+def evaluate(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="Which evaluation; without it, all are listed.")] = "",
+) -> None:
+    """Measure a model: k-NN, probes, retrieval, tracking, … `dinov3 eval NAME --help` lists an evaluation's keys."""
+    if name in ("", "--help", "-h"):
+        print("usage: dinov3 eval NAME [--config-file FILE] [--output-dir DIR] [--sweep AXES] key.sub=value …\n")
+        for each, (_, what) in EVALUATIONS.items():
+            print(f"  {each:16}{what}")
+        return
+    module, _ = EVALUATIONS[one_of("the evaluation", name.replace("_", "-"), EVALUATIONS)]
+    raise typer.Exit(importlib.import_module(module).main(list(context.args)))

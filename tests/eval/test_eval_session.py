@@ -450,7 +450,7 @@ def results_script() -> Any:
 
 
 def test_rows_of_results_name_evaluations_that_exist_and_keys_they_know() -> None:
-    from dinov3.cli.evaluate import EVALUATIONS
+    from dinov3.cli.training import EVALUATIONS
     from dinov3.eval.knn import KnnConfig
     from dinov3.eval.linear import LinearConfig
     from dinov3.eval.log_regression import LogRegressionConfig
