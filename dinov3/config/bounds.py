@@ -32,16 +32,16 @@ def setting(
     at_most: float | None = None,
     below: float | None = None,
     choices: Iterable[Any] = (),
+    rising: bool = False,
     required: str = "",
 ) -> Any:
-    """A dataclass field with bounds; those of a list hold for each element, of a dict for each key; None is never out
-    of bounds.
+    """A dataclass field with bounds; those of a list hold for each element, of a dict for each key; None is in all bounds.
 
-    required: the value must not be empty; the text says what to write. help, flag: for the command line,
-    where a field without help is no option.
+    rising: the value is [low, high], low ≤ high. required: the value must not be empty; the text is an example.
+    help, flag: for the command line, where a field without help is no option.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
-    metadata = {"help": help, "flag": flag, "required": required, "choices": tuple(choices)} | bounds
+    metadata = {"help": help, "flag": flag, "required": required, "rising": rising, "choices": tuple(choices)} | bounds
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -57,6 +57,9 @@ def violations(config: Any, prefix: str = "") -> Iterator[Problem]:
             continue
         if field.metadata.get("required") and not value:
             yield key, f"must be given: {field.metadata['required']}"
+            continue
+        if field.metadata.get("rising") and value is not None and (len(value) != 2 or not value[0] <= value[1]):
+            yield key, f"must be two rising numbers, [low, high], not {list(value)}"
             continue
         choices = field.metadata.get("choices") or literals(hints[field.name])
         for element in value if isinstance(value, (list, tuple, dict)) else [value]:
@@ -79,12 +82,12 @@ def sentence(value: Any, bounds: typing.Mapping[str, Any], choices: Sequence[Any
 
 def in_range(value: float, bounds: typing.Mapping[str, Any]) -> bool:
     low, above, high, below = (bounds.get(name) for name in ("at_least", "above", "at_most", "below"))
-    return not (
-        (low is not None and value < low)
-        or (above is not None and value <= above)
-        or (high is not None and value > high)
-        or (below is not None and value >= below)
-    )
+    return (
+        (low is None or value >= low)
+        and (above is None or value > above)
+        and (high is None or value <= high)
+        and (below is None or value < below)
+    )  # not so for a NaN
 
 
 def range_text(bounds: typing.Mapping[str, Any]) -> str:
@@ -103,8 +106,8 @@ def alternatives(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
-def check(config: Any, what: str = "configuration") -> None:
-    """Raises one `DinoError` with every violation and every entry of `config.problems()`, for configurations made in code."""
+def check(config: Any, what: str = "configuration", error: type[DinoError] = DinoError) -> None:
+    """Raises one error with every violation and every entry of `config.problems()`, for configurations made in code."""
     found = [*violations(config), *(config.problems() if hasattr(config, "problems") else ())]
     if found:
-        raise DinoError(f"{what}: " + "; ".join(f"{key} {why}" for key, why in found))
+        raise error(f"{what}: " + "; ".join(f"{key} {why}" for key, why in found))

@@ -93,7 +93,7 @@ class DinoConfig:
 class IbotConfig:
     loss_weight: float = 1.0
     mask_sample_probability: float = setting(0.5, at_least=0, at_most=1)  # share of global crops that are masked at all
-    mask_ratio_min_max: tuple[float, float] = (0.1, 0.5)
+    mask_ratio_min_max: tuple[float, float] = setting((0.1, 0.5), at_least=0, at_most=1, rising=True)
     mask_random_circular_shift: bool = False
     head_n_prototypes: int = setting(65536, above=0)
     head_bottleneck_dim: int = setting(256, above=0)
@@ -233,8 +233,8 @@ class OptimConfig:
 
 @dataclass
 class CropsConfig:
-    global_crops_scale: tuple[float, float] = (0.32, 1.0)
-    local_crops_scale: tuple[float, float] = (0.05, 0.32)
+    global_crops_scale: tuple[float, float] = setting((0.32, 1.0), above=0, at_most=1, rising=True)
+    local_crops_scale: tuple[float, float] = setting((0.05, 0.32), above=0, at_most=1, rising=True)
     local_crops_number: int = setting(8, above=0)
     global_crops_size: int | list[int] = 224  # a list: several resolutions, one drawn for each iteration
     local_crops_size: int | list[int] = 96
@@ -499,12 +499,6 @@ def dataset_problem(path: str | None) -> str | None:
     return None
 
 
-def _share(key: str, pair: Sequence[float], *, zero: bool) -> Iterator[Problem]:
-    low, high = pair
-    if not (0 <= low <= high <= 1) or (low == high if zero else low == 0):
-        yield key, f"must be two rising numbers {'from' if zero else 'above'} 0 up to 1, not {list(pair)}"
-
-
 def _loop_problems(c: TrainConfig) -> Iterator[Problem]:
     if (wrong := dataset_problem(c.train.dataset_path)) is not None:
         yield "train.dataset_path", wrong
@@ -556,8 +550,6 @@ def student_problems(s: StudentConfig) -> Iterator[Problem]:
 
 def _crop_problems(c: TrainConfig) -> Iterator[Problem]:
     crops, patch = c.crops, c.student.patch_size
-    yield from _share("crops.global_crops_scale", crops.global_crops_scale, zero=False)
-    yield from _share("crops.local_crops_scale", crops.local_crops_scale, zero=False)
     for name in ("rgb_mean", "rgb_std"):
         if len(getattr(crops, name)) != c.student.in_chans:
             yield f"crops.{name}", f"needs one number for each of {c.student.in_chans} channels: {getattr(crops, name)}"
@@ -606,8 +598,8 @@ def _crop_problems(c: TrainConfig) -> Iterator[Problem]:
 
 
 def _loss_problems(c: TrainConfig) -> Iterator[Problem]:
-    yield from _share("ibot.mask_ratio_min_max", c.ibot.mask_ratio_min_max, zero=True)
-
+    if c.ibot.mask_ratio_min_max[0] == c.ibot.mask_ratio_min_max[1]:
+        yield "ibot.mask_ratio_min_max", "must be two rising numbers, not the same twice"
     dino, batch = c.dino, c.train.batch_size_per_gpu
     if not dino.koleo_loss_distributed and dino.koleo_topk != 1:
         yield "dino.koleo_topk", f"{dino.koleo_topk} neighbours need dino.koleo_loss_distributed=true; otherwise 1"

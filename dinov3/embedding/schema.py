@@ -8,11 +8,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from dinov3.config.bounds import check
 from dinov3.embedding.place import IMAGES
 from dinov3.errors import StoreError
 
@@ -34,7 +35,7 @@ class StoreFacts:
     """
 
     model: str  # "dinov3_vits16_lvd1689m@<fingerprint>"
-    dim: int  # D
+    dim: int = field(metadata={"at_least": 1})  # D
     preprocessing: str  # short id
     preprocessing_json: str = "{}"
     model_name: str = ""
@@ -48,14 +49,7 @@ class StoreFacts:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch_dim", self.patch_dim or self.dim)
-        if self.dim < 1:
-            raise StoreError(f"a store needs vectors of at least one number, not dim = {self.dim}")
-        for name, allowed in (
-            ("vector_dtype", ("float32", "float16")),
-            ("patches", ("none", "float16", "float32", "int8")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise StoreError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+        check(self, "store", StoreError)
 
 
 @dataclass(frozen=True)

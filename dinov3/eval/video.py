@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -30,7 +30,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dinov3 import distributed
-from dinov3.config.bounds import Problem, setting
+from dinov3.config.bounds import setting
 from dinov3.data.crops import draw_box, generator
 from dinov3.data.datasets.video import Clip, Clips, n_frames, read_frames
 from dinov3.data.transforms.pixels import standardised
@@ -73,17 +73,12 @@ class VideoConfig(EvalConfig):
     batch_size: int = setting(64, at_least=1)  # of all processes
     lrs: list[float] = setting([1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3], required="at least one value")
     weight_decays: list[float] = setting([1e-3, 1e-2, 1e-1], required="at least one value")
-    crop_area: list[float] = field(default_factory=lambda: [0.4, 1.0])
+    crop_area: list[float] = setting([0.4, 1.0], above=0, at_most=1, rising=True)  # shares of a frame's area
     held_out: float = setting(0.1, above=0, below=1)  # share of the training videos that chooses the probe
     tta: bool = True
     precision: Literal["float32", "bfloat16"] = "float32"  # of the probes
     num_workers: int = 4
     seed: int = 0
-
-    def problems(self) -> Iterator[Problem]:
-        yield from super().problems()
-        if len(self.crop_area) != 2 or not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
-            yield "crop_area", "is [smallest, largest] share of a frame's area"
 
 
 # ---- which frames, which pixels -------------------------------------------------------------------------------------

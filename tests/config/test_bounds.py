@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,6 +25,8 @@ class Config:
     kind: Literal["cosine", "constant"] = "cosine"
     score: str = setting("mIoU", choices=("mIoU", "acc"))
     ks: list[int] = setting([10, 20], at_least=1, required="numbers of neighbours")
+    losses: dict[str, float] = setting({"L1": 1.0}, choices=("L1", "SSI"))
+    area: tuple[float, float] = setting((0.4, 1.0), above=0, at_most=1, rising=True)
     root: str = setting("here", required="root=FOLDER")
     part: Part = field(default_factory=Part)
 
@@ -39,6 +42,12 @@ class Config:
         ({"score": "miou"}, [("score", "is one of mIoU, acc, not 'miou'; did you mean 'mIoU'?")]),
         ({"ks": [5, 0, -1]}, [("ks", "must be at least 1, not 0")]),
         ({"ks": []}, [("ks", "must be given: numbers of neighbours")]),
+        ({"beta": math.nan}, [("beta", "must be at least 0 and below 1, not nan")]),
+        ({"losses": {"SI": 1.0}}, [("losses", "is one of L1, SSI, not 'SI'; did you mean 'SSI'?")]),
+        ({"area": (0.4, 0.4)}, []),
+        ({"area": (0.4, 0.1)}, [("area", "must be two rising numbers, [low, high], not [0.4, 0.1]")]),
+        ({"area": (0.4,)}, [("area", "must be two rising numbers, [low, high], not [0.4]")]),
+        ({"area": (0.0, 0.1)}, [("area", "must be above 0 and at most 1, not 0.0")]),
         ({"root": ""}, [("root", "must be given: root=FOLDER")]),
         ({"part": Part(0.0)}, [("part.rate", "must be above 0 and at most 1, not 0.0")]),
     ],

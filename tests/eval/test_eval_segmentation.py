@@ -115,7 +115,10 @@ def test_a_head_has_the_published_number_of_parameters(arch, parameters):
         (["decoder_head.type=linear", "scheduler.constructor_kwargs.pct_start=0.3"], "the warm-up is warmup_iters"),
         (["decoder_head.type=linear", "scheduler.type=WarmupOneCycle"], "did you mean 'WarmupOneCycleLR'"),
         (["decoder_head.type=linear", "train.celoss_weight=0"], "one of celoss_weight and diceloss_weight"),
-        (["decoder_head.type=linear", "transforms.train.random_img_size_ratio_range=[2.0]"], "is [low, high]"),
+        (
+            ["decoder_head.type=linear", "transforms.train.random_img_size_ratio_range=[2.0]"],
+            "must be two rising numbers, [low, high]",
+        ),
         (["decoder_head.type=linear", "eval.croop=3"], "unknown key"),
     ],
 )

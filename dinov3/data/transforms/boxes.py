@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinov3.config.bounds import check, setting
 from dinov3.data.transforms.dense import MEAN_255, STD_255, Random, generator
 from dinov3.data.transforms.pixels import resized, standardised, to_bytes
-from dinov3.errors import DinoError
 
 __all__ = ["DetectionTransform", "generator"]
 
@@ -31,24 +31,18 @@ class DetectionTransform:
     pixel gets lost; `long_at_most` bounds the long side of very elongated images (None: nothing does).
     """
 
-    short: int = 2048
-    short_range: tuple[int, int] = (1228, 2048)
-    crop_share: tuple[float, float] = (0.6, 1.0)
+    short: int = setting(2048, at_least=1)
+    short_range: tuple[int, int] = setting((1228, 2048), at_least=1, rising=True)
+    crop_share: tuple[float, float] = setting((0.6, 1.0), above=0, at_most=1, rising=True)
     flip_prob: float = 0.5
     crop_prob: float = 0.5
-    multiple: int = 16
+    multiple: int = setting(16, at_least=1)
     long_at_most: int | None = None
     mean: tuple[float, ...] = MEAN_255
     std: tuple[float, ...] = STD_255
 
     def __post_init__(self) -> None:
-        low, high = self.short_range
-        if min(self.short, low, self.multiple) < 1 or low > high:
-            raise DinoError(
-                f"short={self.short} and short_range={self.short_range} must be positive pixels, low to high"
-            )
-        if not 0 < self.crop_share[0] <= self.crop_share[1] <= 1:
-            raise DinoError(f"crop_share is a range within 0 to 1, not {self.crop_share}")
+        check(self, "transform")
 
     def size_hw(self, size_hw: tuple[int, int], short: int | None = None) -> tuple[int, int]:
         """The input's size for an image of that size."""

@@ -82,7 +82,7 @@ class DecoderSection:
 @dataclass
 class TrainTransform:
     img_size: int | None = None
-    random_img_size_ratio_range: list[float] | None = None
+    random_img_size_ratio_range: list[float] | None = setting(None, above=0, rising=True)
     crop_size: int | list[int] | None = None
     flip_prob: float = 0.0
     augment: bool = True  # ours; false: images as for evaluation, features computed once
@@ -150,9 +150,6 @@ class SegmentationConfig(EvalConfig):
             yield "decoder_head.use_cls_token", "no head of segmentation uses the CLS token; leave it false"
         if self.train.celoss_weight <= 0 and self.train.diceloss_weight <= 0:
             yield "train.celoss_weight", "one of celoss_weight and diceloss_weight must be above 0"
-        low_high = self.transforms.train.random_img_size_ratio_range
-        if low_high is not None and not (len(low_high) == 2 and 0 < low_high[0] <= low_high[1]):
-            yield "transforms.train.random_img_size_ratio_range", f"is [low, high], not {low_high}"
 
 
 # ---- scoring -------------------------------------------------------------------------------------------------------
