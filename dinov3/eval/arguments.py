@@ -1,6 +1,6 @@
-"""How evaluations are configured: the sections they share, and the words people type.
+"""How evaluations are configured: the sections they share, and the command line.
 
-The words are those of the public scripts: `key.sub=value`, `config_file=FILE` or `--config-file FILE`, `output_dir=DIR` or
+Arguments are those of the public scripts: `key.sub=value`, `config_file=FILE` or `--config-file FILE`, `output_dir=DIR` or
 `--output-dir DIR`; of our own `--sweep AXES`. Everything else is an error with suggestions.
 """
 
@@ -143,7 +143,7 @@ def read_arguments(cls: type[C], argv: Sequence[str]) -> tuple[C, list[str], Arg
 
 
 def help_text(name: str, cls: type[Any], doc: str | None) -> str:
-    """The evaluation's first words and every key with its default."""
+    """Usage, the evaluation's description and every key with its default."""
 
     def keys(of: Any, prefix: str = "") -> Iterator[str]:
         for f in fields(of):

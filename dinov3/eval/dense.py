@@ -191,7 +191,7 @@ def workers(requested: int) -> int:
     return max(0, min(requested, os.cpu_count() or 1))
 
 
-def folder_lines(folder: str | os.PathLike[str], kind: str, extra: str = "") -> tuple[str, str]:
+def folder_specs(folder: str | os.PathLike[str], kind: str, extra: str = "") -> tuple[str, str]:
     """(train, validation) dataset specs for a plain folder: its splits, or the first 80 % and the last 20 % of its pairs
     in the order of their names (frames of one video stay on one side)."""
     root = Path(folder).expanduser()
@@ -275,26 +275,45 @@ def as_numbers(values: Sequence[float] | None, otherwise: Sequence[float], key: 
 # ---- the short form ------------------------------------------------------------------------------------------------
 
 
-def folder_form(argv: Sequence[str], words_of: Callable[..., list[str]]) -> list[str] | None:
-    """`FOLDER --model NAME --size 448 key=value …` → overrides of a configuration; None where no folder comes first.
+SHORT = {"model": "model.name", "weights": "model.weights", "output_dir": "output_dir", "steps": "scheduler.total_iter"}
 
-    Options are the keyword arguments of `words_of`; key=value words come last and win.
+
+@dataclass(frozen=True)
+class FolderForm:
+    """How an evaluation reads `FOLDER --model NAME --size 448 key=value …`.
+
+    overrides: (train spec, validation spec, options) → what the task adds; its keyword arguments are whole numbers.
     """
-    if not argv or argv[0].startswith("-") or "=" in argv[0]:
-        return None
-    folder, rest = argv[0], list(argv[1:])
-    if not Path(folder).expanduser().is_dir():
-        raise DinoError(f"{folder} is no folder; write FOLDER [--model NAME] [--size PIXELS] …, or key=value words")
-    parameters = inspect.signature(words_of).parameters
-    known = [name for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
-    given, overrides = take_options(rest, known)
-    options: dict[str, Any] = dict(given)
-    for name, value in given.items():
-        if "int" in str(parameters[name].annotation):
-            if not value.isdecimal():
-                raise DinoError(f"--{name} takes a whole number, not {value!r}")
-            options[name] = int(value)
-    return [*words_of(folder, **options), *overrides]
+
+    name: str  # results go to NAME-FOLDER
+    kind: str  # of the folder's targets
+    key: str  # of their dataset spec, an option too: a whole number
+    overrides: Callable[..., list[str]]
+
+    def read(self, argv: Sequence[str]) -> list[str] | None:
+        """Overrides of the configuration, those of the arguments last; None where no folder comes first."""
+        if not argv or argv[0].startswith("-") or "=" in argv[0]:
+            return None
+        folder = Path(argv[0])
+        if not folder.expanduser().is_dir():
+            raise DinoError(
+                f"{folder} is no folder; write FOLDER [--model NAME] [--size PIXELS] …, or key=value overrides"
+            )
+        own = [p.name for p in inspect.signature(self.overrides).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        numbers = ("steps", self.key, *own)
+        given, last = take_options(argv[1:], (*SHORT, self.key, *own))
+        for option in numbers:
+            if not given.get(option, "0").isdecimal():
+                raise DinoError(f"--{option} takes a whole number, not {given[option]!r}")
+        train, val = folder_specs(folder, self.kind, f":{self.key}={given[self.key]}" if self.key in given else "")
+        return [
+            f"datasets.train={train}", f"datasets.val={val}", f"output_dir={self.name}-{folder.name}",
+            "scheduler.total_iter=500", "scheduler.type=cosine", "bs=4", "decoder_head.type=linear",
+            "transforms.train.augment=false",
+            *(f"{SHORT[option]}={value}" for option, value in given.items() if option in SHORT),
+            *self.overrides(train, val, **{option: int(given[option]) for option in own if option in given}),
+            *last,
+        ]  # fmt: skip
 
 
 def main(
@@ -302,16 +321,16 @@ def main(
     cls: type[Any],
     evaluate: Callable[[Any, common.Session], Mapping[str, common.Number]],
     argv: Sequence[str] | None,
-    words_of: Callable[..., list[str]],
+    folder_form: FolderForm,
     *,
     saved_as: str,
     doc: str | None,
 ) -> int:
-    """Entry point of both: `common.main`, with a folder in place of a configuration, or a recipe's name for its file."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    """Entry point of both: `common.main`, where a folder may stand for a configuration."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        words = folder_form(words, words_of) or words
+        arguments = folder_form.read(arguments) or arguments
     except DinoError as error:
         print(error, file=sys.stderr)
         return 1
-    return common.main(name, cls, evaluate, words, saved_as=saved_as, doc=doc)
+    return common.main(name, cls, evaluate, arguments, saved_as=saved_as, doc=doc)

@@ -1,4 +1,4 @@
-"""What every evaluation shares: the model, a session with its features and results, sweeps, and the door.
+"""What every evaluation shares: the model, a session with its features and results, sweeps, and the entry point.
 
 An evaluation is a configuration (dataclass), a function arrays → numbers, and an entry point:
 
@@ -6,12 +6,12 @@ An evaluation is a configuration (dataclass), a function arrays → numbers, and
     def main(argv=None) -> int:
         return common.main("knn", KnnConfig, evaluate, argv)
 
-`common.main` understands what people type at the public scripts: `key.sub=value` words, `config_file=FILE` or
+`common.main` takes the arguments of the public scripts: `key.sub=value` overrides, `config_file=FILE` or
 `--config-file FILE`, `output_dir=DIR` or `--output-dir DIR`, and of our own `--sweep layers=8,9,11,size=224,256`. It joins
 the ranks of torchrun or SLURM, saves the resolved configuration, and writes results-NAME.csv and results-NAME.json.
 
-The chapters below it: `arguments` (sections of configurations, what people type), `columns` (images → features kept on
-disk, labels, few shots), `tables`, `published`. Their names can be had from here.
+Modules it uses: `arguments` (sections of configurations, command line), `features` (images → features cached on disk,
+labels, few shots), `tables`, `published`.
 
 Legend: N images, D width.
 """
@@ -363,7 +363,7 @@ def sweep(
     return rows
 
 
-# ---- the door -------------------------------------------------------------------------------------------------------
+# ---- the entry point ------------------------------------------------------------------------------------------------
 
 
 def main(
@@ -379,13 +379,13 @@ def main(
 
     evaluate: (configuration, session) → one row of named results, the same on all ranks.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    given = list(sys.argv[1:] if argv is None else argv)
     outside = distributed.together()  # a group that somebody else made is somebody else's to leave
-    if {"-h", "--help"} & set(words):
+    if {"-h", "--help"} & set(given):
         print(help_text(name, cls, doc or sys.modules[evaluate.__module__].__doc__))
         return 0
     try:
-        config, notes, arguments = read_arguments(cls, words)
+        config, notes, arguments = read_arguments(cls, given)
         session = Session(name, config.output_dir, config.model.device)
         torch.manual_seed(0)
         for note in notes:

@@ -414,7 +414,7 @@ def test_a_plain_folder_needs_no_configuration(scenes, monkeypatch, capsys):
 
 def test_a_folder_without_splits_is_cut_in_the_order_of_names(tmp_path):
     write_scenes(tmp_path, {"all": 10})
-    train, val = dense.folder_lines(tmp_path / "all", "classes")
+    train, val = dense.folder_specs(tmp_path / "all", "classes")
     assert (len(make_dataset(train)), len(make_dataset(val))) == (8, 2)
     assert make_dataset(train).name(7) < make_dataset(val).name(0)
 

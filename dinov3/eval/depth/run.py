@@ -450,34 +450,25 @@ class Images:
         return pixels.round().astype(np.uint8)
 
 
-# ---- doors ---------------------------------------------------------------------------------------------------------
+# ---- entry points --------------------------------------------------------------------------------------------------
 
 
-def folder_words(
-    folder: str | Path, *, model: str | None = None, weights: str | None = None, size: int | None = None, steps: int = 500,
-    max_depth: int = 10, unit: int | None = None, output_dir: str | None = None,
-) -> list[str]:  # fmt: skip
-    """Configuration overrides for a folder of images and depth maps: what `dinov3 eval depth FOLDER` does.
-
-    size: short side (default: the images' own); max_depth in metres; unit: integers per metre of depth files.
-    """
-    extra = f":unit={unit}" if unit is not None else ""
-    train, val = dense.folder_lines(folder, "depth", extra)
+def folder_overrides(train: str, val: str, *, size: int | None = None, max_depth: int = 10) -> list[str]:
+    """What `dinov3 eval depth FOLDER` sets. size: short side (default: the images' own); max_depth: metres."""
     make_dataset(val)
-    words = [
-        f"datasets.train={train}", f"datasets.val={val}", "decoder_head.type=linear", "decoder_head.use_batchnorm=true",
-        "decoder_head.backbone_out_layers=LAST", f"decoder_head.max_depth={max_depth}", f"eval.max_depth={max_depth}",
-        "transforms.train.augment=false", f"scheduler.total_iter={steps}", "scheduler.type=cosine", "optimizer.lr=1e-2",
-        "bs=4", f"output_dir={output_dir or f'depth-{Path(folder).name}'}",
+    return [
+        "decoder_head.use_batchnorm=true", "decoder_head.backbone_out_layers=LAST", "optimizer.lr=1e-2",
+        f"decoder_head.max_depth={max_depth}", f"eval.max_depth={max_depth}",
+        *([f"transforms.eval.img_size={size}"] if size else []),
     ]  # fmt: skip
-    words += [f"transforms.eval.img_size={size}"] if size else []
-    words += [f"model.name={model}"] if model else []
-    return words + ([f"model.weights={weights}"] if weights else [])
+
+
+FOLDER = dense.FolderForm("depth", "depth", "unit", folder_overrides)  # unit: integers per metre of depth files
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The script's and the command's door; the exit status."""
-    return dense.main(NAME, DepthConfig, evaluate, argv, folder_words, saved_as="depth_config.yaml", doc=__doc__)
+    """Entry point of the script and of the command; the exit status."""
+    return dense.main(NAME, DepthConfig, evaluate, argv, FOLDER, saved_as="depth_config.yaml", doc=__doc__)
 
 
 if __name__ == "__main__":

@@ -449,44 +449,36 @@ def _writer(folder: Path) -> Callable[[int, Tensor], None]:
     return write
 
 
-# ---- doors ---------------------------------------------------------------------------------------------------------
+# ---- entry points --------------------------------------------------------------------------------------------------
 
 
-def folder_words(
-    folder: str | Path, *, model: str | None = None, weights: str | None = None, size: int = 512, steps: int = 500,
-    classes: int | None = None, ignore: int | None = None, output_dir: str | None = None,
-) -> list[str]:  # fmt: skip
-    """Configuration overrides for a folder of images and masks: what `dinov3 eval segmentation FOLDER` does.
-
-    classes: None takes the highest number in the masks; ignore: a number that does not count, besides 255.
-    """
+def folder_overrides(train: str, val: str, *, size: int = 512, classes: int | None = None) -> list[str]:
+    """What `dinov3 eval segmentation FOLDER` sets. classes: None takes the highest number in the masks."""
     from dinov3.data.datasets import make_dataset
 
-    extra = f":ignore={ignore}" if ignore is not None else ""
-    train, val = dense.folder_lines(folder, "classes", extra)
     if classes is None:
-        known = [make_dataset(line) for line in (train, val)]
+        known = [make_dataset(spec) for spec in (train, val)]
         sets = [data for data in known if isinstance(data, DenseDataset)]
         classes = sets[0].n_classes or max(data.highest_class() for data in sets) + 1
         if classes < 1:
-            raise DinoError(f"the masks of {folder} hold no class that counts")
+            raise DinoError(f"the masks of {train} hold no class that counts")
         if classes == 1:
             raise DinoError(ONE_CLASS)
-    words = [
-        f"datasets.train={train}", f"datasets.val={val}", f"decoder_head.num_classes={classes}", "decoder_head.type=linear",
-        f"transforms.eval.img_size={size}", f"eval.crop_size={size}", f"eval.stride={max(1, size * 2 // 3)}",
-        "transforms.train.augment=false", f"scheduler.total_iter={steps}", "scheduler.type=cosine",
-        "optimizer.lr=3e-3", "bs=4",
-        f"output_dir={output_dir or f'segmentation-{Path(folder).name}'}",
+    return [
+        f"decoder_head.num_classes={classes}", "optimizer.lr=3e-3", f"transforms.eval.img_size={size}",
+        f"eval.crop_size={size}", f"eval.stride={max(1, size * 2 // 3)}",
     ]  # fmt: skip
-    words += [f"model.name={model}"] if model else []
-    return words + ([f"model.weights={weights}"] if weights else [])
+
+
+FOLDER = dense.FolderForm(
+    "segmentation", "classes", "ignore", folder_overrides
+)  # ignore: a number that does not count, besides 255
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The script's and the command's door; the exit status."""
+    """Entry point of the script and of the command; the exit status."""
     return dense.main(
-        NAME, SegmentationConfig, evaluate, argv, folder_words, saved_as="segmentation_config.yaml", doc=__doc__
+        NAME, SegmentationConfig, evaluate, argv, FOLDER, saved_as="segmentation_config.yaml", doc=__doc__
     )
 
 

@@ -126,7 +126,7 @@ class TextTrainConfig:
     log_every: int = 10
     val_dataset_str: str | None = None  # captions for retrieval; null: none
     val_max_images: int = 1000
-    zero_shot_dataset_str: str | None = None  # a folder of class folders, whose names are the words
+    zero_shot_dataset_str: str | None = None  # a folder of class folders, whose names are the class names
     zero_shot_template: str = "a photo of a {}."
 
     RETIRED: ClassVar[Mapping[str, tuple[Any, str]]] = {
@@ -412,13 +412,13 @@ def _write_sizes(model: DinoTxt, config: TextTrainConfig, path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status; every mistake is a sentence on stderr."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & set(words):
+    given = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(given):
         print(help_text("train-dinotxt", cast(Any, TextTrainConfig), __doc__))
         return 0
     try:
-        arguments = split_arguments([w.removeprefix("--") if w == "--no-resume" else w for w in words])
-        overrides = ["no_resume=true" if w == "no-resume" else w for w in arguments.overrides]
+        arguments = split_arguments([a.removeprefix("--") if a == "--no-resume" else a for a in given])
+        overrides = ["no_resume=true" if a == "no-resume" else a for a in arguments.overrides]
         config, notes = load(TextTrainConfig, arguments.file, overrides)
         report = train(config, notes=notes)
     except DinoError as error:
