@@ -330,7 +330,7 @@ def test_spair_is_read_and_only_keypoints_in_both_count(tmp_path: Path) -> None:
     assert all(p.source_xy.tolist() == [[24, 24], [104, 56]] for p in pairs)
     assert pairs[0].category == "cat"
     assert len(correspondence.spair(tmp_path, per_class=1)) == 1
-    with pytest.raises(UnknownName, match="splits"):
+    with pytest.raises(UnknownName, match="the split of SPair is one of trn, val, test, not 'tests'"):
         correspondence.spair(tmp_path, split="tests")
     with pytest.raises(DinoError, match="no SPair"):
         correspondence.spair(tmp_path, split="val")
