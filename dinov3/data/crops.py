@@ -128,6 +128,7 @@ class CropConfig:
     blur: str = "applied"
     mean: tuple[float, float, float] = LVD_MEAN
     std: tuple[float, float, float] = LVD_STD
+    ratio: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("global_size", "local_size", "gram_size"):
@@ -256,7 +257,7 @@ class Crops:
     gram_crops: Tensor | None
 
 
-def render(image: Image.Image | np.ndarray | Tensor, plan: Plan, crop_configs: CropConfig) -> Crops:
+def render(image: Image.Image | np.ndarray | Tensor, plan: Plan, config: CropConfig) -> Crops:
     """Applies a plan to an RGB image of the size that the plan was drawn for."""
     pixels = to_pixels(image)
     if pixels.dtype != torch.uint8:
@@ -265,7 +266,7 @@ def render(image: Image.Image | np.ndarray | Tensor, plan: Plan, crop_configs: C
         planes = coloured(pixels.numpy().astype(np.float32, order="C"), plan.shared)
         pixels = torch.from_numpy(planes.astype(np.uint8))
 
-    g, q = crop_configs.global_size, crop_configs.gram_size
+    g, q = config.global_size, config.gram_size
     seen = torch.empty(2, 3, g, g, dtype=torch.uint8)
     gram = None if q is None else torch.empty(2, 3, q, q, dtype=torch.uint8)
     bases: list[Pixels] = []
@@ -274,7 +275,7 @@ def render(image: Image.Image | np.ndarray | Tensor, plan: Plan, crop_configs: C
         bases.append(base)
         if gram is None:
             finish(base, crop, seen[i].numpy())
-        elif crop_configs.gram_distorted:  # at the large size: the blur is weaker, seen from the smaller crop
+        elif config.gram_distorted:  # at the large size: the blur is weaker, seen from the smaller crop
             distorted = np.empty_like(base)
             finish(base, crop, distorted)
             seen[i] = torch.from_numpy(_resized(distorted, g))
@@ -283,7 +284,7 @@ def render(image: Image.Image | np.ndarray | Tensor, plan: Plan, crop_configs: C
             finish(_resized(base, g), crop, seen[i].numpy())
             gram[i] = torch.from_numpy(_resized(base, gram.shape[-1]))
 
-    side = crop_configs.local_size
+    side = config.local_size
     local = torch.empty(len(plan.locals_), 3, side, side, dtype=torch.uint8)
     for i, crop in enumerate(plan.locals_):
         out = local[i].numpy()
@@ -399,7 +400,7 @@ class Sample:
 
 
 def collate(
-    samples: Sequence[Sample], masks: Masks, crop_configs: CropConfig, *, step: int = 0, resolution: int = 0
+    samples: Sequence[Sample], masks: Masks, config: CropConfig, *, step: int = 0, resolution: int = 0
 ) -> CropBatch:
     """B samples and the masks of 2B global crops to a batch."""
 
@@ -419,6 +420,6 @@ def collate(
         step=step,
         resolution=resolution,
         indices=tuple(s.index for s in samples),
-        mean=crop_configs.mean,
-        std=crop_configs.std,
+        mean=config.mean,
+        std=config.std,
     )

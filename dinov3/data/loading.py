@@ -100,7 +100,6 @@ class Order:
 
     length: int
     seed: int = 0
-    shuffle: bool = True
 
     def __post_init__(self) -> None:
         if self.length < 1:
@@ -109,8 +108,6 @@ class Order:
     def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(epochs, indices) at positions of the global stream."""
         epochs, offsets = np.divmod(np.asarray(positions, np.int64), self.length)
-        if not self.shuffle:
-            return epochs, offsets
         indices = np.empty_like(offsets)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
@@ -131,36 +128,6 @@ def chosen_resolution(step: int, ratios: Sequence[float]) -> int:
     bits.advance(step)
     shares = np.cumsum(np.asarray(ratios, float))
     return int(np.searchsorted(shares / shares[-1], np.random.Generator(bits).random(), side="right"))
-
-
-def resolutions(
-    global_size: int | Sequence[int],
-    local_size: int | Sequence[int],
-    gram_size: int | Sequence[int | None] | None = None,
-    ratios: float | Sequence[float] = 1.0,
-    **shared: Any,
-) -> tuple[list[CropConfig], list[float]]:
-    """Rules and their shares, from scalars or lists of equal length, as the configuration writes them."""
-
-    def as_list(value: Any) -> list[Any]:
-        return [value] if value is None or isinstance(value, (int, float)) else list(value)
-
-    given = {
-        "global_crops_size": as_list(global_size),
-        "local_crops_size": as_list(local_size),
-        "gram_teacher_crops_size": as_list(gram_size),
-        "global_local_crop_pairs_ratios": as_list(ratios),
-    }
-    if given["gram_teacher_crops_size"] == [None]:
-        given["gram_teacher_crops_size"] *= len(given["global_crops_size"])
-    if len({len(v) for v in given.values()}) > 1:
-        lengths = ", ".join(f"{k} has {len(v)}" for k, v in given.items())
-        raise DinoError(f"several resolutions need lists of equal length: {lengths}")
-    shares = [float(r) for r in given["global_local_crop_pairs_ratios"]]
-    if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-        raise DinoError(f"global_local_crop_pairs_ratios are shares that sum to 1; {shares} sum to {sum(shares):g}")
-    sizes = zip(given["global_crops_size"], given["local_crops_size"], given["gram_teacher_crops_size"])
-    return [CropConfig(global_size=g, local_size=l, gram_size=q, **shared) for g, l, q in sizes], shares  # noqa: E741
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,8 +155,8 @@ class _Hopeless:
 class _Renderer(Dataset[Any]):
     """In the workers: a draw to its crops."""
 
-    def __init__(self, images: Images, crop_configs: Sequence[CropConfig], order: Order):
-        self.images, self.crop_configs, self.order = images, crop_configs, order
+    def __init__(self, images: Images, configs: Sequence[CropConfig], order: Order):
+        self.images, self.configs, self.order = images, configs, order
 
     def __getitem__(self, draw: Draw) -> tuple[Draw, Sample] | _Hopeless:
         threads = torch.get_num_threads()
@@ -204,7 +171,7 @@ class _Renderer(Dataset[Any]):
             torch.set_num_threads(threads)
 
     def _rendered(self, draw: Draw) -> tuple[Draw, Sample] | _Hopeless:
-        config = self.crop_configs[draw.resolution]
+        config = self.configs[draw.resolution]
         unreadable: list[str] = []
         for attempt in range(REPLACEMENTS + 1):
             index = self.order.replacement(draw.position, attempt) if attempt else draw.index
@@ -225,7 +192,7 @@ class _Renderer(Dataset[Any]):
 class _Collator:
     """In the workers: samples to a batch with masks, which depend on the batch's first position only."""
 
-    crop_configs: Sequence[CropConfig]
+    configs: Sequence[CropConfig]
     grids: Sequence[tuple[int, int]]
     masks: MaskConfig
     seed: int
@@ -243,7 +210,7 @@ class _Collator:
         rng = random.Random(f"masks {self.seed} {draw.position}")
         images = self.masked_images or len(samples)
         masks = batch_masks(2 * images, self.grids[draw.resolution], self.masks, rng)
-        return collate(samples, masks, self.crop_configs[draw.resolution], step=draw.step, resolution=draw.resolution)
+        return collate(samples, masks, self.configs[draw.resolution], step=draw.step, resolution=draw.resolution)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,10 +226,9 @@ class CropLoader:
             ...
             loader.state_dict()          # {"consumed": samples of all ranks}, to be saved with the weights
 
-    rules: one, or several with `ratios` (see `resolutions`). patch: the student's, in pixels; global sizes that are no
-    multiple of it are refused. mask_scale: makes the mask grid coarser (`teacher_to_student_resolution_scale`).
-    masked_images: masks for another number of images than are loaded (multi-student distillation).
-    start_method: "fork", "spawn", "forkserver"; None is torch's choice.
+    configs: one, or several whose `ratio`s say how often each is used. patch: the student's, in pixels; global sizes that
+    are no multiple of it are refused. masked_images: masks for another number of images than are loaded (multi-student
+    distillation). workers, prefetch, pin_memory: as torch's DataLoader has them.
 
     `wait_s` is how long the last batch was waited for, `waited_s` the sum: a loop that waits is short of workers.
     """
@@ -270,50 +236,43 @@ class CropLoader:
     def __init__(
         self,
         images: Images,
-        crop_configs: CropConfig | Sequence[CropConfig],
+        configs: CropConfig | Sequence[CropConfig],
         masks: MaskConfig | None = None,
         *,
         patch: int,
         batch_size: int,
-        ratios: Sequence[float] = (1.0,),
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
-        consumed: int = 0,
-        shuffle: bool = True,
         workers: int = 0,
         prefetch: int = 2,
         pin_memory: bool = False,
-        start_method: str | None = None,
         masked_images: int | None = None,
-        mask_scale: float = 1.0,
     ):
-        self.crop_configs = [crop_configs] if isinstance(crop_configs, CropConfig) else list(crop_configs)
-        if len(self.crop_configs) != len(ratios):
-            raise DinoError(f"{len(self.crop_configs)} crop configurations need as many ratios, not {len(ratios)}")
+        self.configs = [configs] if isinstance(configs, CropConfig) else list(configs)
+        self.ratios = [config.ratio for config in self.configs]
+        masks = masks or MaskConfig()
         if batch_size < 1 or not 0 <= rank < world:
             raise DinoError(
                 f"batch size {batch_size}, rank {rank} of {world}: need a positive size and 0 ≤ rank < world"
             )
-        self.order = Order(len(images), seed, shuffle)
+        self.order = Order(len(images), seed)
         self.batch_size, self.rank, self.world = batch_size, rank, world
-        self.ratios = tuple(ratios)
-        self.consumed = consumed
+        self.consumed = 0
         self.wait_s = self.waited_s = 0.0
         self.unreadable: dict[str, int] = {}  # "name: reason" → how often
         grids = []
-        for crop_config in self.crop_configs:
-            crop_config.check_patch(patch)
-            grids.append(mask_grid(crop_config.global_size, patch, mask_scale))
+        for config in self.configs:
+            config.check_patch(patch)
+            grids.append(mask_grid(config.global_size, patch, masks.scale))
         self._loader: DataLoader[Any] = DataLoader(
-            _Renderer(images, self.crop_configs, self.order),
+            _Renderer(images, self.configs, self.order),
             batch_sampler=_Steps(self),
-            collate_fn=_Collator(self.crop_configs, grids, masks or MaskConfig(), seed, masked_images),
+            collate_fn=_Collator(self.configs, grids, masks, seed, masked_images),
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
             persistent_workers=workers > 0,
             pin_memory=pin_memory,
-            multiprocessing_context=start_method if workers else None,
             generator=torch.Generator(),  # or starting the workers would draw from the training's own generator
         )
 

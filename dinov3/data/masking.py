@@ -50,6 +50,7 @@ class MaskConfig:
 
     probability: float = 0.5
     ratio: tuple[float, float] = (0.1, 0.5)
+    scale: float = 1.0  # above 1 the grid is coarser (`teacher_to_student_resolution_scale`)
     circular_shift: bool = False  # roll each mask around both axes, so that borders are masked as often as the middle
 
     def __post_init__(self) -> None:

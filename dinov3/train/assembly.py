@@ -298,28 +298,27 @@ def build_loader(
         "std": tuple(c.rgb_std),
     }
     with_gram = config.gram.use_loss and not config.gram.ema_teacher  # unused Gram crops are not made
-    rows = resolutions(c)
-    crop_configs = [
+    configs = [
         CropConfig(
             global_size=row.global_px,
             local_size=row.local_px,
             gram_size=row.gram_px if with_gram else None,
+            ratio=row.ratio,
             **shared,  # type: ignore[arg-type]
         )
-        for row in rows
+        for row in resolutions(c)
     ]
     return CropLoader(
         make_dataset(config.train.dataset_path),
-        crop_configs,
+        configs,
         MaskConfig(
             config.ibot.mask_sample_probability,
             config.ibot.mask_ratio_min_max,
+            scale=c.teacher_to_student_resolution_scale,
             circular_shift=config.ibot.mask_random_circular_shift,
         ),
         patch=config.student.patch_size,
-        mask_scale=c.teacher_to_student_resolution_scale,
         batch_size=batch_size or config.train.batch_size_per_gpu,
-        ratios=[row.ratio for row in rows],
         seed=config.train.seed,
         rank=rank,
         world=world,

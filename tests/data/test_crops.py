@@ -182,8 +182,8 @@ def test_whole_crops_equal_the_plain_pipeline(seed: int) -> None:
 class TorchvisionDraws:
     """Draws parameters in torchvision's order from torch's generator, as the recorded run did."""
 
-    def __init__(self, crop_configs: CropConfig, seed: int = 51):
-        self.rng, self.crop_configs = torch.Generator().manual_seed(seed), crop_configs
+    def __init__(self, config: CropConfig, seed: int = 51):
+        self.rng, self.config = torch.Generator().manual_seed(seed), config
 
     def uniform(self, low: float, high: float) -> float:
         return torch.empty(1).uniform_(low, high, generator=self.rng).item()
@@ -205,7 +205,7 @@ class TorchvisionDraws:
 
     def geometry(self, width: int, height: int, scale: tuple[float, float]) -> Crop:
         crop = self.box(width, height, scale)
-        return replace(crop, flip=self.hit(0.5 if self.crop_configs.horizontal_flips else 0.0))
+        return replace(crop, flip=self.hit(0.5 if self.config.horizontal_flips else 0.0))
 
     def colours(self) -> Colours:
         colours = Colours()
@@ -219,7 +219,7 @@ class TorchvisionDraws:
         return replace(colours, grey=self.hit(0.2))
 
     def distortion(self, crop: Crop, blur_p: float, solarise: bool) -> Crop:
-        if not self.crop_configs.share_color_jitter:
+        if not self.config.share_color_jitter:
             crop = replace(crop, colours=self.colours())
         if self.hit(blur_p):
             crop = replace(crop, sigma=self.uniform(0.1, 2.0))
@@ -227,13 +227,13 @@ class TorchvisionDraws:
 
     def plan(self, width: int, height: int) -> Plan:
         first, second, local = BLUR_P["applied"]
-        shared = self.colours() if self.crop_configs.share_color_jitter else None
-        one = self.distortion(self.geometry(width, height, self.crop_configs.global_scale), first, False)
-        two = self.distortion(self.geometry(width, height, self.crop_configs.global_scale), second, True)
+        shared = self.colours() if self.config.share_color_jitter else None
+        one = self.distortion(self.geometry(width, height, self.config.global_scale), first, False)
+        two = self.distortion(self.geometry(width, height, self.config.global_scale), second, True)
         locals_ = []
-        for _ in range(self.crop_configs.local_count):
-            windowed = self.crop_configs.local_from_global
-            crop = Crop() if windowed else self.geometry(width, height, self.crop_configs.local_scale)
+        for _ in range(self.config.local_count):
+            windowed = self.config.local_from_global
+            crop = Crop() if windowed else self.geometry(width, height, self.config.local_scale)
             locals_.append(self.distortion(crop, local, False))
         return Plan((one, two), tuple(locals_), shared)
 
@@ -251,11 +251,11 @@ RECORDED: dict[str, dict[str, Any]] = {
 def test_recorded_crops_of_the_reference_are_reproduced_from_its_draws(case: str) -> None:
     golden = load_file(GOLDEN_LOSSES / "augmentation.safetensors")
     image = golden["image_uint8_hwc"]
-    crop_configs = CropConfig(global_size=32, local_size=16, local_count=2, **RECORDED[case])
-    plan = TorchvisionDraws(crop_configs).plan(image.shape[1], image.shape[0])
-    if crop_configs.local_from_global:  # drawn elsewhere, and recorded
+    config = CropConfig(global_size=32, local_size=16, local_count=2, **RECORDED[case])
+    plan = TorchvisionDraws(config).plan(image.shape[1], image.shape[0])
+    if config.local_from_global:  # drawn elsewhere, and recorded
         plan = replace(plan, windows=tuple(map(tuple, golden[f"{case}.offsets"].tolist())))
-    crops = render(image, plan, crop_configs)
+    crops = render(image, plan, config)
     got = {f"global{i}": c for i, c in enumerate(crops.global_crops)}
     got |= {f"local{i}": c for i, c in enumerate(crops.local_crops)}
     if crops.gram_crops is not None:
@@ -291,8 +291,8 @@ def test_with_pillows_hue_the_plain_definition_is_the_reference_to_the_level(mon
 # The distribution
 
 
-def plans(crop_configs: CropConfig, n: int = 2000) -> list[Plan]:
-    return [crop_configs.plan(500, 375, generator(0, 0, i)) for i in range(n)]
+def plans(config: CropConfig, n: int = 2000) -> list[Plan]:
+    return [config.plan(500, 375, generator(0, 0, i)) for i in range(n)]
 
 
 def share(hits: list[bool]) -> float:
@@ -363,10 +363,10 @@ def test_a_image_too_narrow_for_any_box_gives_its_centre(size: tuple[int, int], 
 
 
 def test_the_same_seed_epoch_and_index_give_the_same_crops_and_any_other_does_not() -> None:
-    crop_configs, image = CropConfig(32, 16, 2), random_image()
+    config, image = CropConfig(32, 16, 2), random_image()
 
     def crops(*key: int) -> torch.Tensor:
-        return render(image, crop_configs.plan(120, 90, generator(*key)), crop_configs).global_crops
+        return render(image, config.plan(120, 90, generator(*key)), config).global_crops
 
     assert crops(1, 2, 3).equal(crops(1, 2, 3))
     for other in ((0, 2, 3), (1, 0, 3), (1, 2, 0)):
@@ -374,10 +374,10 @@ def test_the_same_seed_epoch_and_index_give_the_same_crops_and_any_other_does_no
 
 
 def test_a_pillow_image_an_array_and_a_tensor_give_the_same_crops() -> None:
-    crop_configs, image = CropConfig(32, 16, 2), random_image()
-    plan = crop_configs.plan(120, 90, generator(0, 0, 0))
+    config, image = CropConfig(32, 16, 2), random_image()
+    plan = config.plan(120, 90, generator(0, 0, 0))
     forms = (image, Image.fromarray(image), torch.from_numpy(image.copy()).permute(2, 0, 1).contiguous())
-    a, b, c = (render(form, plan, crop_configs) for form in forms)
+    a, b, c = (render(form, plan, config) for form in forms)
     assert a.global_crops.equal(b.global_crops)
     assert a.global_crops.equal(c.global_crops)
     assert a.local_crops.equal(c.local_crops)
@@ -385,18 +385,18 @@ def test_a_pillow_image_an_array_and_a_tensor_give_the_same_crops() -> None:
 
 @pytest.mark.parametrize("size", ((1, 1), (1, 300), (300, 2)))
 def test_a_image_of_hardly_any_pixels_still_gives_crops(size: tuple[int, int]) -> None:
-    crop_configs = CropConfig(32, 16, 2)
+    config = CropConfig(32, 16, 2)
     image = Image.new("RGB", size, (10, 200, 30))
     for seed in range(5):
-        crops = render(image, crop_configs.plan(*size, generator(0, 0, seed)), crop_configs)
+        crops = render(image, config.plan(*size, generator(0, 0, seed)), config)
         assert crops.global_crops.shape == (2, 3, 32, 32)
         assert crops.local_crops.flatten(2).float().std(-1).max() == 0  # of one colour it stays
 
 
 def test_gram_crops_without_distortions_show_the_box_of_the_global_crop_and_nothing_else() -> None:
-    crop_configs, image = CropConfig(32, 16, 2, gram_size=48, gram_distorted=False), random_image()
-    plan = crop_configs.plan(120, 90, generator(0, 0, 4))
-    crops = render(image, plan, crop_configs)
+    config, image = CropConfig(32, 16, 2, gram_size=48, gram_distorted=False), random_image()
+    plan = config.plan(120, 90, generator(0, 0, 4))
+    crops = render(image, plan, config)
     assert crops.gram_crops is not None
     for crop, gram in zip(plan.globals_, crops.gram_crops):
         bare = replace(crop, colours=Colours(), sigma=None, solarise=False)
@@ -404,8 +404,8 @@ def test_gram_crops_without_distortions_show_the_box_of_the_global_crop_and_noth
 
 
 def test_distorted_gram_crops_show_what_the_global_crops_show() -> None:
-    crop_configs, image = CropConfig(32, 16, 2, gram_size=64), random_image()
-    crops = render(image, crop_configs.plan(120, 90, generator(0, 0, 2)), crop_configs)
+    config, image = CropConfig(32, 16, 2, gram_size=64), random_image()
+    crops = render(image, config.plan(120, 90, generator(0, 0, 2)), config)
     assert crops.gram_crops is not None
     halved = crops.gram_crops.float().view(2, 3, 32, 2, 32, 2).mean((3, 5))
     assert (halved - crops.global_crops.float()).abs().mean() < 3
@@ -423,8 +423,8 @@ def test_no_crop_is_flipped_where_flips_are_off() -> None:
 
 
 def test_windows_are_multiples_of_the_step_inside_the_global_crop() -> None:
-    crop_configs = CropConfig(224, 96, 8, local_from_global=True)
-    windows = np.array([p.windows for p in plans(crop_configs, 200)])
+    config = CropConfig(224, 96, 8, local_from_global=True)
+    windows = np.array([p.windows for p in plans(config, 200)])
     assert set(np.unique(windows)) == set(range(0, 128, 16))
 
 
@@ -459,8 +459,8 @@ def test_sizes_that_a_model_would_silently_cut_are_refused() -> None:
 
 
 def test_reduced_decoding_never_enlarges_a_crop_that_the_full_image_would_not() -> None:
-    crop_configs = CropConfig()
-    short = 2 * crop_configs.target_short_side  # what the decoder keeps at least
+    config = CropConfig()
+    short = 2 * config.target_short_side  # what the decoder keeps at least
     smallest_local = math.sqrt(0.05 * short * short * ASPECT[0])
     smallest_global = math.sqrt(0.32 * short * short * ASPECT[0])
     assert smallest_local >= 96
@@ -471,12 +471,12 @@ def test_reduced_decoding_never_enlarges_a_crop_that_the_full_image_would_not() 
 # Batches
 
 
-def batch(crop_configs: CropConfig, n: int = 3) -> Any:
+def batch(config: CropConfig, n: int = 3) -> Any:
     samples = []
     for i in range(n):
-        plan = crop_configs.plan(120, 90, generator(0, 0, i))
-        samples.append(Sample(render(random_image(seed=i), plan, crop_configs), i, (f"bad{i}",) if i == 1 else ()))
-    return samples, collate(samples, batch_masks(2 * n, (2, 2), MaskConfig(), random.Random(0)), crop_configs)
+        plan = config.plan(120, 90, generator(0, 0, i))
+        samples.append(Sample(render(random_image(seed=i), plan, config), i, (f"bad{i}",) if i == 1 else ()))
+    return samples, collate(samples, batch_masks(2 * n, (2, 2), MaskConfig(), random.Random(0)), config)
 
 
 def test_batches_are_crop_major() -> None:
