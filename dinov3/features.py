@@ -11,7 +11,7 @@ to the images, and raises when compared or joined with one that differs.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from dinov3.data.images import DecodedImage, open_image, upright_rgb
 from dinov3.data.transforms.inputs import Geometry, Preprocessing
 from dinov3.errors import DinoError, IncompatibleFeatures
+from dinov3.threads import prefetched
 from dinov3.weights.identity import name_of
 
 if TYPE_CHECKING:
@@ -217,8 +218,8 @@ def prepare(image: Any, preprocessing: Preprocessing) -> tuple[Tensor, Geometry]
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while: in training mode positions are drawn at random and outputs differ from call to call."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients: in training mode positions are drawn at random and outputs differ."""
     was = model.training
     model.eval()
     try:
@@ -228,14 +229,23 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was)
 
 
+def layer_numbers(model: Any, layers: Iterable[int]) -> list[int]:
+    """0-based indices of layers in the order given; negative ones count from the end. Raises for one that does not exist."""
+    n = model.n_blocks
+    for i in layers:
+        if not -n <= i < n:
+            raise DinoError(f"layer {i} does not exist: this model has {n} (0 to {n - 1}, or -1 for the last)")
+    return [range(n)[i] for i in layers]
+
+
 def run(model: Any, x: Tensor, *, layer: int = -1, norm: bool = True) -> dict[str, Any]:
     """One batch [B, 3, height, width] through the model: cls, registers, patches, layer, n_layers, normed."""
-    n_layers = model.n_blocks
-    index = range(n_layers)[layer] if -n_layers <= layer < n_layers else None
-    if index is None:
-        raise DinoError(
-            f"layer {layer} does not exist: this model has {n_layers} (0 to {n_layers - 1}, or -1 for the last)"
-        )
+    return run_layers(model, x, [layer], norm=norm)[0]
+
+
+def run_layers(model: Any, x: Tensor, layers: Sequence[int], *, norm: bool = True) -> list[dict[str, Any]]:
+    """The outputs of several layers (ascending) from one forward pass, each as `run` gives it."""
+    last, numbers = model.n_blocks - 1, layer_numbers(model, layers)
     channels = getattr(getattr(model, "config", None), "in_chans", x.shape[1])
     if x.shape[1] != channels:
         raise DinoError(
@@ -243,28 +253,46 @@ def run(model: Any, x: Tensor, *, layer: int = -1, norm: bool = True) -> dict[st
             "its forward_features as a tensor"
         )
     h, w = model.patch_grid(x.shape[-2], x.shape[-1])
-    if index == n_layers - 1 and norm:
+    outputs: list[tuple[Tensor, ...]]  # cls, registers, patches of every layer
+    if numbers == [last] and norm:
         out = model.forward_features(x)
-        cls, registers, patches = out["x_norm_clstoken"], out["x_storage_tokens"], out["x_norm_patchtokens"]
-        patches, normed = patches.unflatten(1, (h, w)), True
+        patches = out["x_norm_patchtokens"].unflatten(1, (h, w))
+        outputs = [(out["x_norm_clstoken"], out["x_storage_tokens"], patches)]
     else:
-        options: dict[str, Any] = {"n": [index], "reshape": True, "return_class_token": True, "norm": norm}
-        has_registers = model.n_storage_tokens > 0
-        if has_registers:
+        options: dict[str, Any] = {"n": numbers, "reshape": True, "return_class_token": True, "norm": norm}
+        if model.n_storage_tokens > 0:
             options["return_extra_tokens"] = True
-        ((patches, cls, *extra),) = model.get_intermediate_layers(x, **options)
-        registers = extra[0] if extra else cls[:, None][:, 1:]
-        patches = patches.permute(0, 2, 3, 1)
-        # a ConvNeXt has a norm on its last stage only
-        normed = norm and (not hasattr(model, "norms") or index == n_layers - 1)
-    return {
-        "cls": cls,
-        "registers": registers,
-        "patches": patches,
-        "layer": index,
-        "n_layers": n_layers,
-        "normed": normed,
-    }
+        outputs = [
+            (cls, extra[0] if extra else cls[:, None][:, 1:], patches.permute(0, 2, 3, 1))
+            for patches, cls, *extra in model.get_intermediate_layers(x, **options)
+        ]
+    return [
+        {
+            "cls": cls,
+            "registers": registers,
+            "patches": patches,
+            "layer": i,
+            "n_layers": model.n_blocks,
+            # a ConvNeXt has a norm on its last stage only
+            "normed": norm and (not hasattr(model, "norms") or i == last),
+        }
+        for i, (cls, registers, patches) in zip(numbers, outputs, strict=True)
+    ]
+
+
+def outputs(
+    model: nn.Module, batches: Iterable[Tensor], layers: Sequence[int] = (-1,), *, norm: bool = True
+) -> Iterator[list[dict[str, Any]]]:
+    """The loop: network inputs [B, 3, height, width] in; for each batch the outputs of the layers (`run_layers`).
+
+    Runs on the model's device and in its dtype, in evaluation mode and without gradients; there is no hidden autocast.
+    The model's mode is restored after every batch.
+    """
+    weight = next(model.parameters())
+    for x in batches:
+        with evaluating(model):
+            found = run_layers(model, x.to(weight.device, weight.dtype, non_blocking=True), layers, norm=norm)
+        yield found
 
 
 def extract(
@@ -275,32 +303,41 @@ def extract(
     layer: int = -1,
     norm: bool = True,
 ) -> Iterator[Features]:
-    """The loop: normalised batches [B, 3, height, width] with their geometries in, `Features` out, batch by batch.
-
-    Runs on the model's device and in its dtype; there is no hidden autocast. The model's mode is restored after every
-    batch.
-    """
-    weight = next(model.parameters())
+    """`Features` of normalised batches [B, 3, height, width] with their geometries (`batched`), batch by batch."""
     name = name_of(model)
     for x, geometry in batches:
-        with _evaluating(model):
-            parts = run(model, x.to(weight.device, weight.dtype, non_blocking=True), layer=layer, norm=norm)
+        ((parts,),) = outputs(model, [x], [layer], norm=norm)
         yield Features(preprocessing=preprocessing.id, model=name, geometry=tuple(geometry), **parts)
 
 
 def batched(
-    images: Iterable[Any], preprocessing: Preprocessing, batch_size: int
+    images: Iterable[Any],
+    preprocessing: Preprocessing,
+    batch_size: int,
+    *,
+    workers: int = 0,
+    read: Callable[[Any], Any] | None = None,
 ) -> Iterator[tuple[Tensor, list[Geometry]]]:
-    """Network inputs in batches of at most `batch_size` images of one size, in order."""
+    """Network inputs in batches of at most `batch_size` images of one size, in order, with their geometries.
+
+    `read` makes an image of each item, such as an index. `workers` threads read, decode and transform the images of the
+    next two batches while the consumer works; 0: the consumer's own thread does it when a batch is needed.
+    """
+
+    def make(item: Any) -> tuple[Tensor, Geometry]:
+        return prepare(item if read is None else read(item), preprocessing)
+
     inputs: list[Tensor] = []
     geometry: list[Geometry] = []
-    for image in images:
-        x, g = prepare(image, preprocessing)
-        if inputs and (len(inputs) == batch_size or inputs[0].shape != x.shape):
+    for x, g in prefetched(make, images, workers, 2 * batch_size):
+        if inputs and inputs[0].shape != x.shape:
             yield torch.stack(inputs), geometry
             inputs, geometry = [], []
         inputs.append(x)
         geometry.append(g)
+        if len(inputs) == batch_size:
+            yield torch.stack(inputs), geometry
+            inputs, geometry = [], []
     if inputs:
         yield torch.stack(inputs), geometry
 

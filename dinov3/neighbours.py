@@ -9,6 +9,7 @@ Legend: Q queries, N rows of the bank, D width, K kept neighbours, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -93,11 +94,38 @@ def votes(cosines: Tensor, labels: Tensor, k: int, n_classes: int, temperature: 
     return weights.new_zeros(len(weights), n_classes).scatter_add_(1, labels[:, :k], weights)
 
 
+def knn_scores(
+    train: Rows,
+    train_labels: Tensor,
+    test: Rows,
+    ks: Sequence[int],
+    *,
+    temperature: float = 0.07,
+    skip_first: bool = False,
+    n_classes: int | None = None,
+    device: Any = None,
+    split: bool = False,
+) -> Iterator[tuple[int, Tensor]]:
+    """(k, class scores [Q, C]) for each k, ascending, capped at the number of training rows.
+
+    train_labels: int [N] or multi-hot [N, C]. The neighbours are found once; scores are made one k at a time, because
+    50,000 × 1,000 of them are 200 MB. split: processes share the search.
+    """
+    ks = sorted({min(k, len(train)) for k in ks})
+    classes = n_classes or (train_labels.shape[1] if train_labels.ndim == 2 else int(train_labels.max()) + 1)
+    cosines, where = nearest(test, train, max(ks) + skip_first, device=device, split=split)
+    if skip_first:
+        cosines, where = cosines[:, 1:], where[:, 1:]
+    labels = train_labels.to(cosines.device)[where]
+    for k in ks:
+        yield k, votes(cosines, labels, k, classes, temperature)
+
+
 def knn_accuracy(
     train: Rows, train_labels: Tensor, test: Rows, test_labels: Tensor, *, k: int = 20, temperature: float = 0.07
 ) -> float:
     """Share of the test rows [n, D] whose label wins among the k most similar training rows [N, D]."""
-    cosines, where = nearest(test, train, k, device=train_labels.device)
     classes = int(max(train_labels.max(), test_labels.max())) + 1
-    scores = votes(cosines, train_labels[where], k, classes, temperature)
+    options: dict[str, Any] = {"temperature": temperature, "n_classes": classes, "device": train_labels.device}
+    ((_, scores),) = knn_scores(train, train_labels, test, [k], **options)
     return accuracy(scores, test_labels)

@@ -50,7 +50,8 @@ class FeatureSection:
     then the mean patch of the last of them (the reference's linear evaluation).
     """
 
-    layers: list[int] = field(default_factory=lambda: [-1])  # 0-based blocks; negative ones count from the end
+    # 0-based blocks; negative ones count from the end
+    layers: list[int] = setting([-1], required="features.layers=[-1] is the last layer")
     pool: Pool = "cls"
     norm: bool = True  # the final norm, on every layer
     dtype: Literal["float32", "float16"] = "float32"  # on disk; float16 halves it

@@ -11,13 +11,13 @@ Legend: N images, D width, C classes, L labels in a set.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,9 @@ from dinov3.data.datasets.base import ImageDataset
 from dinov3.data.images import DecodedImage, open_image
 from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.errors import DinoError, ImageError
+from dinov3.features import batched, outputs
 from dinov3.heads.encoder import widths_of
 from dinov3.runlog import peak_memory_gb, time_text
-from dinov3.threads import prefetched
 from dinov3.weights.identity import name_of
 
 # ---- what images are called ----------------------------------------------------------------------------------------
@@ -115,6 +115,10 @@ class Column:
     def file(self, norm: bool, dtype: str) -> str:
         return f"{self.token}-layer{self.layer}{'' if norm else '-prenorm'}-{dtype}.npy"
 
+    def of(self, output: Mapping[str, Any]) -> Tensor:
+        """These numbers [B, D] in the output of their layer (`features.run`)."""
+        return output["cls"] if self.token == "cls" else output["patches"].contiguous().flatten(1, 2).mean(1)
+
 
 def columns_of(layers: Sequence[int], pool: str) -> list[Column]:
     """The columns that make up a vector, in order (see `FeatureSection`)."""
@@ -141,20 +145,6 @@ def decoded(dataset: ImageDataset, i: int, target_short_side: int | None = None)
         return open_image(dataset.read(i), target_short_side=target_short_side)
     except ImageError as error:
         raise ImageError(f"{dataset.name(i)}: {error}; an evaluation needs all of its images") from None
-
-
-def image_batches(
-    dataset: ImageDataset, rows: Sequence[int], preprocessing: Preprocessing, batch_size: int, workers: int
-) -> Iterator[Tensor]:
-    """Network inputs [B, 3, h, w] in the order of `rows`."""
-
-    def make(i: int) -> Tensor:
-        image = decoded(dataset, i, preprocessing.target_short_side)
-        return preprocessing(image.image, original_wh=(image.width, image.height))[0]
-
-    images = prefetched(make, rows, workers, 2 * batch_size)
-    while batch := list(itertools.islice(images, batch_size)):
-        yield torch.stack(batch)
 
 
 class FeatureCache:
@@ -207,9 +197,7 @@ class FeatureCache:
             folder.mkdir(parents=True, exist_ok=True)
             about = {"model": self.model_name, "preprocessing": json.loads(preprocessing.to_json()), "images": N}
             (folder / "about.json").write_text(json.dumps(about, indent=1) + "\n")
-        weight, net = next(self.model.parameters()), self.model
         began, done, logged = time.perf_counter(), 0, time.perf_counter()
-        batches = image_batches(dataset, mine, preprocessing, batch_size, workers)
         widths = dict(zip(layers, widths_of(self.model, layers)))  # type: ignore[arg-type]
         for c in columns:
             if rank == 0:
@@ -221,19 +209,18 @@ class FeatureCache:
                     f"{parts[c]} was made by rank 0, but rank {rank} does not see it: set features.cache to a shared folder"
                 )
             arrays[c] = np.lib.format.open_memmap(parts[c], "r+")
-        for x in batches:
-            with torch.inference_mode():
-                tokens = layer_tokens(net, x.to(weight.device, weight.dtype, non_blocking=True), layers, norm)
-            rows = slice(mine.start + done, mine.start + done + len(x))
+        read = partial(decoded, dataset, target_short_side=preprocessing.target_short_side)
+        batches = batched(mine, preprocessing, batch_size, workers=workers, read=read)
+        for found in outputs(self.model, (x for x, _ in batches), layers, norm=norm):
+            tokens, B = dict(zip(layers, found)), len(found[0]["cls"])
             for c in columns:
-                values = tokens[c.layer][0 if c.token == "cls" else 1]
-                arrays[c][rows] = values.float().cpu().numpy()
-            done += len(x)
+                arrays[c][mine.start + done :][:B] = c.of(tokens[c.layer]).float().cpu().numpy()
+            done += B
             now = time.perf_counter()
             if now - logged > 15 or done == len(mine):
                 rate = done / (now - began)
                 left = time_text((len(mine) - done) / rate)
-                memory = peak_memory_gb(weight.device)
+                memory = peak_memory_gb(next(self.model.parameters()).device)
                 self.log(f"features {done}/{len(mine)}  {rate:.1f} images/s  eta {left}  {memory:.1f} GB")
                 logged = now
         for array in arrays.values():
@@ -244,26 +231,6 @@ class FeatureCache:
             for c in columns:
                 os.replace(parts[c], folder / c.file(norm, dtype))
         distributed.barrier()
-
-
-def layer_tokens(model: Any, x: Tensor, layers: Sequence[int], norm: bool) -> dict[int, tuple[Tensor, Tensor]]:
-    """{layer: (CLS [B, D], mean patch [B, D])} of a batch."""
-    if list(layers) == [model.n_blocks - 1] and norm:  # exactly what the model puts out
-        out = model.forward_features(x)
-        return {layers[0]: (out["x_norm_clstoken"], out["x_norm_patchtokens"].mean(1))}
-    tokens = model.get_intermediate_layers(x, n=list(layers), return_class_token=True, norm=norm)
-    return {i: (cls, patches.mean(1)) for i, (patches, cls) in zip(layers, tokens)}
-
-
-def normal_layers(model: Any, layers: Sequence[int]) -> list[int]:
-    """0-based, as given otherwise; negative ones count from the end."""
-    n = model.n_blocks
-    for i in layers:
-        if not -n <= i < n:
-            raise DinoError(f"layer {i} does not exist: this model has {n} (0 to {n - 1}, or -1 for the last)")
-    if not layers:
-        raise DinoError("features.layers is empty; write features.layers=[-1] for the last layer")
-    return [range(n)[i] for i in layers]
 
 
 # ---- few shots ------------------------------------------------------------------------------------------------------

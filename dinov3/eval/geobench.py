@@ -30,8 +30,9 @@ from dinov3.data.datasets.geo import GeoBench
 from dinov3.errors import DinoError
 from dinov3.eval import session as common
 from dinov3.eval.arguments import EvalConfig
+from dinov3.eval.features import columns_of
 from dinov3.eval.session import Session
-from dinov3.features import default_preprocessing
+from dinov3.features import default_preprocessing, outputs
 from dinov3.fit.loop import FitConfig, fit, shuffled
 from dinov3.heads.dpt import DPTHead
 from dinov3.heads.encoder import FrozenLayers, resized
@@ -139,22 +140,15 @@ def _features(
     model: nn.Module, data: GeoBench, inputs: _Inputs, config: GeoConfig, *, flips: bool
 ) -> tuple[Tensor, Tensor]:
     """(features [N, V, D], labels) of this data; each process computes its share and all have all."""
-    from dinov3.features import run
-
-    weight = next(model.parameters())
-    mine = range(distributed.rank(), len(data), distributed.world())
     rows, labels = [], []
-    for i in mine:
+    for i in range(distributed.rank(), len(data), distributed.world()):
         bands, label = data[i]
-        x = inputs(bands)[None].to(weight.device, weight.dtype)
-        views = torch.cat([x, x.flip(-1)]) if flips else x
-        with torch.inference_mode():
-            out = run(model, views)
-        parts = {"cls": out["cls"], "mean": out["patches"].mean((1, 2))}
-        rows.append(torch.cat([parts[name] for name in config.pool.split("+")], -1).float().clone())
+        x = inputs(bands)[None]
+        ((out,),) = outputs(model, [torch.cat([x, x.flip(-1)]) if flips else x])
+        rows.append(torch.cat([c.of(out) for c in columns_of([-1], config.pool)], -1).float().clone())
         labels.append(torch.as_tensor(label))
-    x, y = distributed.all_gather(torch.stack(rows)), distributed.all_gather(torch.stack(labels).to(weight.device))
-    return x, y
+    x, y = torch.stack(rows), torch.stack(labels).to(rows[0].device)
+    return distributed.all_gather(x), distributed.all_gather(y)
 
 
 def classification(config: GeoConfig, session: Session, model: nn.Module) -> dict[str, Any]:

@@ -11,12 +11,10 @@ recipe: ViT-L on ImageNet-1k, 82.0. Legend: Q test images, K kept neighbours, C 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from dinov3.config.bounds import setting
 from dinov3.data.datasets import make_dataset
@@ -26,7 +24,7 @@ from dinov3.eval.features import check_classes, class_count, few_shot_subset, ov
 from dinov3.eval.session import Session
 from dinov3.metrics.classification import Metric, Numbers
 from dinov3.metrics.classification import evaluate as measure
-from dinov3.neighbours import nearest, votes
+from dinov3.neighbours import knn_scores
 
 
 @dataclass
@@ -54,33 +52,6 @@ class KnnConfig(EvalConfig):
     transform: TransformSection = field(default_factory=TransformSection)
     features: FeatureSection = field(default_factory=FeatureSection)
     few_shot: FewShotSection = field(default_factory=FewShotSection)
-
-
-def knn_scores(
-    train: np.ndarray | Tensor,
-    train_labels: Tensor,
-    test: np.ndarray | Tensor,
-    ks: Sequence[int],
-    *,
-    temperature: float = 0.07,
-    skip_first: bool = False,
-    n_classes: int | None = None,
-    device: torch.device | str | None = None,
-    split: bool = False,
-) -> Iterator[tuple[int, Tensor]]:
-    """(k, class scores [Q, C]) for each k, ascending, capped at the number of training rows.
-
-    train_labels: int [N] or multi-hot [N, C]. The neighbours are found once; scores are made one k at a time, because
-    50,000 × 1,000 of them are 200 MB. split: processes share the search.
-    """
-    ks = sorted({min(k, len(train)) for k in ks})
-    classes = n_classes or (train_labels.shape[1] if train_labels.ndim == 2 else int(train_labels.max()) + 1)
-    cosines, where = nearest(test, train, max(ks) + skip_first, device=device, split=split)
-    if skip_first:
-        cosines, where = cosines[:, 1:], where[:, 1:]
-    labels = train_labels.to(cosines.device)[where]
-    for k in ks:
-        yield k, votes(cosines, labels, k, classes, temperature)
 
 
 def evaluate(config: KnnConfig, session: Session) -> Numbers:

@@ -40,17 +40,18 @@ from dinov3.errors import DinoError
 from dinov3.eval import session as common
 from dinov3.eval.arguments import EvalConfig, FeatureSection, FewShotSection, TransformSection
 from dinov3.eval.features import (
+    Column,
     Targets,
     check_classes,
     class_count,
     decoded,
     few_shot_subset,
     labels_of,
-    layer_tokens,
     over_tries,
     test_targets,
 )
 from dinov3.eval.session import Session
+from dinov3.features import outputs
 from dinov3.files import atomically
 from dinov3.metrics.classification import Metric, Numbers
 from dinov3.metrics.classification import evaluate as measure
@@ -358,14 +359,11 @@ class LinearEvaluation:
         own = getattr(dataset, "metric", "mean_accuracy")
         return Metric(own) if own != "mean_accuracy" else self.config.train.val_metric_type
 
-    @torch.inference_mode()
     def tokens(self, crops: Tensor) -> tuple[list[Tensor], Tensor]:
         """uint8 crops → (CLS of the last blocks, mean patch of the last one)."""
-        weight = next(self.model.parameters())
-        x = normalised(crops.to(weight.device), self.preprocessing.mean, self.preprocessing.std).to(weight.dtype)
-        n = self.model.n_blocks
-        tokens = layer_tokens(self.model, x, list(range(n - self.blocks, n)), norm=True)
-        return [tokens[i][0] for i in sorted(tokens)], tokens[n - 1][1]
+        x = normalised(crops.to(self.session.device), self.preprocessing.mean, self.preprocessing.std)
+        (found,) = outputs(self.model, [x], range(-self.blocks, 0))
+        return [out["cls"] for out in found], Column("mean", -1).of(found[-1])
 
     # -- one training of all heads
 

@@ -49,10 +49,10 @@ from dinov3.eval.arguments import (
     help_text,
     read_arguments,
 )
-from dinov3.eval.features import FeatureCache, columns_of, labels_of, normal_layers
+from dinov3.eval.features import FeatureCache, columns_of, labels_of
 from dinov3.eval.published import published
 from dinov3.eval.tables import as_text, shown, write_table
-from dinov3.features import default_preprocessing
+from dinov3.features import default_preprocessing, layer_numbers
 from dinov3.runlog import RunDir, peak_memory_gb, time_text
 from dinov3.weights.filling import fill
 
@@ -207,10 +207,10 @@ class Session:
         workers: int = 5,
     ) -> np.ndarray:
         """[N, D] of a data set's images: memory-mapped if it is one column, else in memory."""
-        layers = normal_layers(model, section.layers)
+        layers = layer_numbers(model, section.layers)
         wanted = columns_of(layers, section.pool)
         extra = (
-            [c for pool in self.also[1] for i in normal_layers(model, self.also[0]) for c in columns_of([i], pool)]
+            [c for pool in self.also[1] for i in layer_numbers(model, self.also[0]) for c in columns_of([i], pool)]
             if self.also[0]
             else []
         )

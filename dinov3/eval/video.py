@@ -38,10 +38,11 @@ from dinov3.errors import DinoError
 from dinov3.eval import session as common
 from dinov3.eval.arguments import EvalConfig
 from dinov3.eval.session import Session
-from dinov3.features import default_preprocessing
+from dinov3.features import default_preprocessing, layer_numbers, outputs
 from dinov3.files import atomically
 from dinov3.fit.loop import shuffled
 from dinov3.heads.attentive import AttentiveProbe, clip_coordinates
+from dinov3.heads.encoder import widths_of
 from dinov3.metrics.classification import accuracy
 from dinov3.optim import warmup_cosine_v2
 from dinov3.threads import prefetched
@@ -232,27 +233,17 @@ class _Frozen:
     """Clips of pixels → tokens and coordinates."""
 
     def __init__(self, model: nn.Module, config: VideoConfig) -> None:
-        from dinov3.features import run
+        self.model, self.config = model, config
+        self.preprocessing = default_preprocessing(model, shape="native")
+        self.device = next(model.parameters()).device
 
-        self.run, self.model, self.config = run, model, config
-        preprocessing = default_preprocessing(model, shape="native")
-        weight = next(model.parameters())
-        self.device, self.dtype = weight.device, weight.dtype
-        self.mean, self.std = preprocessing.mean, preprocessing.std
-
-    @torch.inference_mode()
     def __call__(self, frames: Tensor, seconds: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 [B, T, 3, S, S], [B, T] → tokens [B, N, D] float32, coordinates [B, N, 3]."""
         B, T = frames.shape[:2]
-        parts = []
-        for x in frames.flatten(0, 1).split(64):
-            x = standardised(x.to(self.device).float() / 255, self.mean, self.std)
-            parts.append(
-                self.run(self.model, x.to(self.dtype), layer=self.config.layer, norm=self.config.norm)[
-                    "patches"
-                ].float()
-            )
-        patches = torch.cat(parts)
+        mean, std = self.preprocessing.mean, self.preprocessing.std
+        batches = (standardised(x.to(self.device).float() / 255, mean, std) for x in frames.flatten(0, 1).split(64))
+        found = outputs(self.model, batches, [self.config.layer], norm=self.config.norm)
+        patches = torch.cat([out["patches"].float() for (out,) in found])
         tokens = patches.reshape(B, T * patches.shape[1] * patches.shape[2], -1)
         return tokens, clip_coordinates(seconds.to(self.device), (patches.shape[1], patches.shape[2]))
 
@@ -348,11 +339,7 @@ def evaluate(config: VideoConfig, session: Session) -> Mapping[str, Any]:
     reader, test = Reader(train, **reading), Reader(val, **reading)
     rows, choosing = held_out_rows(len(train), config.held_out, config.seed)
     frozen = _Frozen(model, config)
-    width = getattr(model, "embed_dims", [model.embed_dim])[-1] if config.layer == -1 else None
-    if width is None:  # a ConvNeXt's earlier stages are narrower
-        from dinov3.heads.encoder import widths_of
-
-        width = widths_of(model, [range(model.n_blocks)[config.layer]])[0]
+    (width,) = widths_of(model, layer_numbers(model, [config.layer]))  # a ConvNeXt's earlier stages are narrower
     every = candidates(
         width,
         len(train.class_names),

@@ -43,7 +43,7 @@ def features_of(
     preprocessing = Preprocessing(
         size=e.knn_image_size, multiple=stride, mean=(mean[0], mean[1], mean[2]), std=(std[0], std[1], std[2])
     )
-    batches = batched((data[i][0] for i in mine), preprocessing, e.knn_batch_size)
+    batches = batched(mine, preprocessing, e.knn_batch_size, workers=4, read=lambda i: data[i][0])
     cls = torch.cat([f.cls for f in extract(backbone, batches, preprocessing=preprocessing)])
     labels = torch.tensor([int(data.label(i) or 0) for i in mine], device=device)
     number = torch.tensor([rank + i * world for i in range(each)], device=device)

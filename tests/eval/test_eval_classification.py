@@ -19,12 +19,11 @@ from dinov3.data.datasets import make_dataset
 from dinov3.errors import DinoError, UnknownName
 from dinov3.eval import knn, linear, log_regression
 from dinov3.eval.features import Targets
-from dinov3.eval.knn import knn_scores
 from dinov3.eval.linear import HeadKind, Heads
 from dinov3.eval.tables import read_table
 from dinov3.metrics import classification
 from dinov3.metrics.classification import Metric, evaluate, mean_corruption_error
-from dinov3.neighbours import nearest, votes
+from dinov3.neighbours import knn_scores, nearest, votes
 from tests.eval.test_eval_session import make_folder, write_tiny
 
 

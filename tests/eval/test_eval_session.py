@@ -29,19 +29,11 @@ from dinov3.eval.arguments import (
     read_arguments,
     split_arguments,
 )
-from dinov3.eval.features import (
-    FeatureCache,
-    check_classes,
-    columns_of,
-    few_shot_subset,
-    labels_of,
-    normal_layers,
-    over_tries,
-)
+from dinov3.eval.features import FeatureCache, check_classes, columns_of, few_shot_subset, labels_of, over_tries
 from dinov3.eval.published import published
 from dinov3.eval.session import Session
 from dinov3.eval.tables import read_table, write_table
-from dinov3.features import default_preprocessing
+from dinov3.features import default_preprocessing, layer_numbers
 from dinov3.models.architectures import ViTConfig
 from dinov3.models.build import backbone
 
@@ -272,7 +264,7 @@ def test_a_size_that_is_no_multiple_of_the_patch_is_refused_with_one_that_is(tmp
     with pytest.raises(DinoError, match="no multiple of the patch \\(16\\); try 224"):
         session.preprocessing(tiny(), TransformSection(256, 230))
     with pytest.raises(DinoError, match="layer 4 does not exist: this model has 4"):
-        normal_layers(tiny(), [4])
+        layer_numbers(tiny(), [4])
 
 
 # ---- other libraries' backbones -------------------------------------------------------------------------------------

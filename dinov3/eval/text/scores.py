@@ -7,6 +7,7 @@ E shared width; all features are rows of length one.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 from dinov3.data.datasets.base import ImageDataset
 from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.errors import DinoError
-from dinov3.eval.features import image_batches
+from dinov3.eval.features import decoded
+from dinov3.features import batched, evaluating
 from dinov3.heads.dinotxt.model import DinoTxt
 from dinov3.metrics.classification import accuracy
 
@@ -34,19 +36,18 @@ def text_preprocessing(model: Any, size: int) -> Preprocessing:
     )
 
 
-@torch.inference_mode()
 def image_features(
     model: DinoTxt, data: ImageDataset, rows: Sequence[int], *, size: int, batch_size: int = 32, workers: int = 4
 ) -> Tensor:
     """[N, E] of some of a data set's images, on the CPU in float32. The model's mode is restored."""
     weight = next(model.text_model.parameters())
-    was = model.training
-    model.eval()
-    parts = [
-        model.encode_image(x.to(weight.device, weight.dtype), normalize=True).float().cpu()
-        for x in image_batches(data, rows, text_preprocessing(model, size), batch_size, workers)
-    ]
-    model.train(was)
+    preprocessing = text_preprocessing(model, size)
+    read = partial(decoded, data, target_short_side=preprocessing.target_short_side)
+    batches = batched(rows, preprocessing, batch_size, workers=workers, read=read)
+    with evaluating(model):
+        parts = [
+            model.encode_image(x.to(weight.device, weight.dtype), normalize=True).float().cpu() for x, _ in batches
+        ]
     return torch.cat(parts)
 
 
