@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from torch import Tensor
 from dinov3.errors import DinoError
 
 Group = Any  # a torch.distributed.ProcessGroup, or None for all processes; the class is absent from some torch builds
+T = TypeVar("T")
 
 # ---- who started us ------------------------------------------------------------------------------------------------
 
@@ -174,6 +175,11 @@ def local_rank() -> int:
 def is_main() -> bool:
     """True on exactly one process: the one that logs and writes."""
     return rank() == 0
+
+
+def share(items: Sequence[T], group: Group = None) -> Sequence[T]:
+    """Every `world`-th of the items, from this process's rank on: over all processes each is taken once."""
+    return items[rank(group) :: world(group)]
 
 
 def subgroup(parts: Sequence[Sequence[int]]) -> Group:

@@ -196,6 +196,13 @@ def default_preprocessing(model: nn.Module, **changes: Any) -> Preprocessing:
     return Preprocessing(**({"multiple": backbone.stride} | statistics | changes))
 
 
+def check_patches(key: str, side: int, patch: int) -> None:
+    """Raises for a side in pixels that is no multiple of the patch: the model would not see its last pixels."""
+    if side % patch:
+        near = max(1, round(side / patch)) * patch
+        raise DinoError(f"{key}={side} is no multiple of the patch ({patch}); try {near}")
+
+
 def _images(images: Any) -> Iterator[Any]:
     """One image at a time from what people pass: one image, a list of them, a [B, 3, h, w] tensor."""
     if isinstance(images, (Tensor, np.ndarray)) and images.ndim == 4:

@@ -291,7 +291,7 @@ class TargetCache:
         """Computes the missing shards, each process its share; how many there were for this one."""
         from dinov3.weights.writing import write_safetensors
 
-        missing = distributed.broadcast_object(list(self.missing()))[distributed.rank() :: distributed.world()]
+        missing = distributed.share(distributed.broadcast_object(list(self.missing())))
         for done, (view, number) in enumerate(missing):
             everything = np.arange(number * SHARD, min((number + 1) * SHARD, len(self.images)))
             parts: dict[str, list[Tensor]] = {}

@@ -147,11 +147,6 @@ def open_dense(line: str, root: str | None, kinds: Sequence[str], key: str) -> D
     return dataset
 
 
-def my_share(n: int) -> range:
-    """The images that this process evaluates: every one once, whatever the number of processes."""
-    return range(distributed.rank(), n, distributed.world())
-
-
 def batches(
     dataset: DenseDataset, transform: Rule, size: int, seed: int, *, augment: bool
 ) -> Callable[[int], dict[str, Any]]:

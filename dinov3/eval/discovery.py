@@ -100,14 +100,11 @@ def evaluate(config: DiscoveryConfig, session: Session) -> dict[str, float]:
     rows = chosen(data, config)
     model = session.model(config.model)
     hits: list[list[bool]] = []
-    mine = rows[distributed.rank() :: distributed.world()]
-    for number, i in enumerate(mine):
+    for i in session.shared(rows, "images"):
         image, _ = data[i]
         truth = annotated(data, i, (image.height, image.width))
         if len(truth):  # an image without objects cannot be right
             hits.append([is_hit(box, truth, config.iou) for box in boxes_of(model, image, config)])
-        if (number + 1) % 100 == 0:
-            session.log(f"{number + 1}/{len(mine)} images")
     every = distributed.all_gather(
         torch.tensor(hits, dtype=torch.bool, device=session.device).reshape(-1, len(config.taus))
     )

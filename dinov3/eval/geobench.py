@@ -35,7 +35,7 @@ from dinov3.eval.session import Session
 from dinov3.features import default_preprocessing, outputs
 from dinov3.fit.loop import FitConfig, fit, shuffled
 from dinov3.heads.dpt import DPTHead
-from dinov3.heads.encoder import FrozenLayers, resized
+from dinov3.heads.encoder import FrozenLayers, resized, step_of
 from dinov3.losses import LossTerms
 from dinov3.metrics.classification import accuracy, multilabel_f1
 from dinov3.metrics.dense import IGNORED, confusion_matrix, iou_scores
@@ -119,10 +119,9 @@ def linear_probes(
 class _Inputs:
     """Bands to network inputs [3, side, side] and maps at that size or their own."""
 
-    def __init__(self, model: nn.Module, data: GeoBench, config: GeoConfig) -> None:
-        backbone: Any = model
+    def __init__(self, model: Any, data: GeoBench, config: GeoConfig) -> None:
         patches = config.patches or (32 if data.task.kind == "map" else 16)
-        self.side = patches * math.lcm(backbone.stride, backbone.patch_size or 1)
+        self.side = patches * step_of(model)
         if config.scaling == "band_stats":
             mean, std = data.band_stats()
         else:
@@ -141,7 +140,7 @@ def _features(
 ) -> tuple[Tensor, Tensor]:
     """(features [N, V, D], labels) of this data; each process computes its share and all have all."""
     rows, labels = [], []
-    for i in range(distributed.rank(), len(data), distributed.world()):
+    for i in distributed.share(range(len(data))):
         bands, label = data[i]
         x = inputs(bands)[None]
         ((out,),) = outputs(model, [torch.cat([x, x.flip(-1)]) if flips else x])
@@ -226,7 +225,7 @@ def map_confusion(
     """Counts [K, K] over all pixels of the images, at the images' own size."""
     K = data.task.n_classes
     total = torch.zeros(K, K, dtype=torch.long)
-    for i in range(distributed.rank(), len(data), distributed.world()):
+    for i in distributed.share(range(len(data))):
         bands, target = data[i]
         logits = resized(model(inputs(bands)[None].to(device)).float(), target.shape)
         logits[:, list(dropped)] = -math.inf

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -31,7 +31,10 @@ from dinov3.errors import DinoError
 from dinov3.eval import session as common
 from dinov3.eval.arguments import EvalConfig
 from dinov3.eval.session import Session
-from dinov3.features import default_preprocessing, embed
+from dinov3.features import check_patches, default_preprocessing, embed
+from dinov3.heads.encoder import step_of
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -282,18 +285,36 @@ def spair_input(path: Any, points_xy: np.ndarray, side: int) -> tuple[Image.Imag
 # ---- the evaluation -------------------------------------------------------------------------------------------------
 
 
-class _Maps:
-    """Patch maps [h, w, D] of images, with and without the final norm."""
+Measure = Callable[[Tensor, Tensor], Tensor]  # two patch maps [h, w, D] → a row of numbers for each match [M, width]
 
-    def __init__(self, model: nn.Module, layer: int, norms: Sequence[bool]) -> None:
-        self.model, self.layer, self.norms = model, layer, norms
-        self.preprocessing = default_preprocessing(model, shape="native")
 
-    def __call__(self, x: Any) -> dict[bool, Tensor]:
-        return {
-            norm: embed(self.model, x, preprocessing=self.preprocessing, layer=self.layer, norm=norm).patches[0].float()
-            for norm in self.norms
-        }
+def measured(
+    config: KeypointsConfig,
+    session: Session,
+    model: nn.Module,
+    pairs: Sequence[T],
+    opened: Callable[[T], tuple[Any, Any, Measure] | None],
+    width: int,
+) -> tuple[dict[bool, Tensor], int]:
+    """({norm: rows [M, width] of all matches}, number of pairs), the same on all ranks.
+
+    opened(pair): its two images and how their patch maps are measured; None leaves the pair out.
+    """
+    preprocessing = default_preprocessing(model, shape="native")
+    rows = {norm: [torch.zeros(0, width, device=session.device)] for norm in config.norms}
+    count = torch.zeros(1, device=session.device)
+    for pair in session.shared(pairs, "pairs"):
+        found = opened(pair)
+        if found is None:
+            continue
+        *images, measure = found
+        count += 1
+        for norm in config.norms:
+            options: dict[str, Any] = {"preprocessing": preprocessing, "layer": config.layer, "norm": norm}
+            a, b = (embed(model, image, **options).patches[0].float() for image in images)
+            rows[norm].append(measure(a, b))
+    every = {norm: distributed.all_gather(torch.cat(parts)).cpu() for norm, parts in rows.items()}
+    return every, int(distributed.all_reduce(count))
 
 
 def cell_features(patches: Tensor, grid_hw: tuple[int, int]) -> Tensor:
@@ -303,55 +324,42 @@ def cell_features(patches: Tensor, grid_hw: tuple[int, int]) -> Tensor:
     )
 
 
-def _share(items: Sequence[Any]) -> Sequence[Any]:
-    """What this process does of a list that all have."""
-    return items[distributed.rank() :: distributed.world()]
-
-
-def _gathered(rows: Tensor, session: Session) -> Tensor:
-    return distributed.all_gather(rows.to(session.device)).cpu()
-
-
-def geometric(config: KeypointsConfig, session: Session, model: nn.Module) -> dict[str, float]:
-    backbone: Any = model
-    patch = math.lcm(backbone.stride, backbone.patch_size or 1)
+def geometric(config: KeypointsConfig, session: Session, model: Any) -> dict[str, float]:
+    patch = step_of(model)
     is_navi = config.benchmark == "navi"
     views = correspondence.navi(config.root) if is_navi else correspondence.frames(config.root)
     size = config.size or (32 if is_navi else 30) * patch
-    if is_navi and size % patch:
-        raise DinoError(f"size={size} is no multiple of the patch ({patch}); try {round(size / patch) * patch}")
+    if is_navi:
+        check_patches("size", size, patch)
     limit = config.max_rotation if config.max_rotation is not None else 120 if is_navi else 45
     least = config.min_overlap if config.min_overlap is not None else 0 if is_navi else 0.5
     thresholds = config.thresholds_cm or ([1.0, 2.0, 5.0] if is_navi else [5.0, 10.0, 20.0])
     pairs = draw_pairs(views, max_rotation=limit, every=config.every)
-    maps = _Maps(model, config.layer, config.norms)
-    rows: dict[bool, list[Tensor]] = {norm: [] for norm in config.norms}
-    skipped = 0
-    mine = _share(pairs)
-    for number, (i, j) in enumerate(mine):
-        a, b, pose = views[i], views[j], relative_pose(views[i].world_to_camera, views[j].world_to_camera)
+
+    def opened(pair: tuple[int, int]) -> tuple[Any, Any, Measure] | None:
+        a, b = (views[i] for i in pair)
+        pose = relative_pose(a.world_to_camera, b.world_to_camera)
         if is_navi:
             (xa, pa), (xb, pb) = navi_input(a, size), navi_input(b, size)
         else:
             (xa, pa, _), (xb, pb, (focal, center)) = frame_input(a, size, patch), frame_input(b, size, patch)
             if overlap(pa, pb, pose, focal, center) < least:
-                skipped += 1
-                continue
-        fa, fb = maps(xa), maps(xb)
+                return None
         grid = (round(pa.shape[0] * config.cells), round(pa.shape[1] * config.cells))
         ga, gb = (_nearest(p.permute(2, 0, 1), grid).permute(1, 2, 0).to(session.device) for p in (pa, pb))
         angle = rotation_degrees(a.world_to_camera, b.world_to_camera)
-        for norm in config.norms:
-            matched = geometric_matches(
-                cell_features(fa[norm], grid), cell_features(fb[norm], grid), ga, gb, rank=config.rank, keep=config.keep
-            )
+
+        def measure(fa: Tensor, fb: Tensor) -> Tensor:
+            cells = cell_features(fa, grid), cell_features(fb, grid)
+            matched = geometric_matches(*cells, ga, gb, rank=config.rank, keep=config.keep)
             errors = metric_errors(matched, pose.to(session.device))
-            rows[norm].append(torch.stack([errors, torch.full_like(errors, angle)], -1))
-        if (number + 1) % 25 == 0:
-            session.log(f"{number + 1}/{len(mine)} pairs")
+            return torch.stack([errors, torch.full_like(errors, angle)], -1)
+
+        return xa, xb, measure
+
+    rows, n_pairs = measured(config, session, model, pairs, opened, 2)
     results: dict[bool, dict[str, float]] = {}
-    for norm, parts in rows.items():
-        every = _gathered(torch.cat(parts) if parts else torch.zeros(0, 2), session)
+    for norm, every in rows.items():
         if not len(every):
             raise DinoError(f"no pair of {len(pairs)} overlaps by {least}; lower min_overlap or raise max_rotation")
         found = recalls(every[:, 0], thresholds)
@@ -363,41 +371,34 @@ def geometric(config: KeypointsConfig, session: Session, model: nn.Module) -> di
                     (part[:, 0] < middle / 100).float().mean()
                 )
         results[norm] = found
-    n_pairs = int(_gathered(torch.tensor([[float(len(mine) - skipped)]]), session).sum())
     return _better(results) | {"pairs": n_pairs}
 
 
-def semantic(config: KeypointsConfig, session: Session, model: nn.Module) -> dict[str, float]:
-    backbone: Any = model
-    patch = math.lcm(backbone.stride, backbone.patch_size or 1)
+def semantic(config: KeypointsConfig, session: Session, model: Any) -> dict[str, float]:
+    patch = step_of(model)
     size = config.size or 64 * patch
-    if size % patch:
-        raise DinoError(f"size={size} is no multiple of the patch ({patch}); try {round(size / patch) * patch}")
+    check_patches("size", size, patch)
     pairs = correspondence.spair(config.root, split=config.split, per_class=config.per_class)
     classes = sorted({p.category for p in pairs})
-    maps = _Maps(model, config.layer, config.norms)
-    rows: dict[bool, list[Tensor]] = {norm: [] for norm in config.norms}
-    mine: Sequence[KeypointPair] = _share(pairs)
-    for number, pair in enumerate(mine):
+
+    def opened(pair: KeypointPair) -> tuple[Any, Any, Measure] | None:
         if not len(pair.source_xy):
-            continue
+            return None
         a, source, _ = spair_input(pair.source, pair.source_xy, size)
         b, target, longest = spair_input(pair.target, pair.target_xy, size)
         x0, y0, x1, y1 = pair.target_box
-        fa, fb = maps(a), maps(b)
-        for norm in config.norms:
-            source, target = source.to(session.device), target.to(session.device)
-            scale = max(x1 - x0, y1 - y0) / longest
-            errors = semantic_errors(fa[norm], fb[norm], source, target, target_scale=scale)
-            about = torch.tensor(
-                [classes.index(pair.category), pair.viewpoint], dtype=torch.float32, device=session.device
-            )
-            rows[norm].append(torch.cat([errors[:, None], about.expand(len(errors), 2)], 1))
-        if (number + 1) % 100 == 0:
-            session.log(f"{number + 1}/{len(mine)} pairs")
+        scale = max(x1 - x0, y1 - y0) / longest
+        about = torch.tensor([[classes.index(pair.category), pair.viewpoint]], dtype=torch.float32)
+
+        def measure(fa: Tensor, fb: Tensor) -> Tensor:
+            errors = semantic_errors(fa, fb, source.to(fa.device), target.to(fa.device), target_scale=scale)
+            return torch.cat([errors[:, None], about.to(fa.device).expand(len(errors), 2)], 1)
+
+        return a, b, measure
+
+    rows, _ = measured(config, session, model, pairs, opened, 3)
     results: dict[bool, dict[str, float]] = {}
-    for norm, parts in rows.items():
-        every = _gathered(torch.cat(parts) if parts else torch.zeros(0, 3), session)
+    for norm, every in rows.items():
         found = pck({c: every[every[:, 1] == i, 0] for i, c in enumerate(classes)}, config.pck)
         for v in (0, 1, 2):
             part = every[every[:, 2] == v]

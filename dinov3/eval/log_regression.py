@@ -218,7 +218,7 @@ def select(
     """(C, validation top-1) for all 45 strengths, each process taking its share of them."""
     mine: list[tuple[float, float]] = []
     fitted: Fitted | None = None
-    for strength in STRENGTHS[distributed.rank() :: distributed.world()]:
+    for strength in distributed.share(STRENGTHS):
         fitted = fit(x, labels, strength, n_classes, start=fitted, **options)
         numbers = measure(metric, val_targets.chosen(fitted.scores(val)), val_targets.labels, groups=val_targets.groups)
         mine.append((strength, numbers["top-1"]))

@@ -28,7 +28,7 @@ from dinov3.errors import DinoError
 from dinov3.eval import session as common
 from dinov3.eval.arguments import EvalConfig, FeatureSection, TransformSection
 from dinov3.eval.session import Session
-from dinov3.features import default_preprocessing
+from dinov3.features import check_patches, default_preprocessing
 
 MET_K = (1, 2, 3, 5, 7, 10, 15, 20, 50)
 MET_T = (0.01, 0.1, 1.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0, 50.0, 100.0, 500.0)
@@ -259,11 +259,9 @@ def evaluate(config: RetrievalConfig, session: Session) -> dict[str, float]:
     return kind(config, session, model)
 
 
-def _revisited(config: RetrievalConfig, session: Session, model: nn.Module) -> dict[str, float]:
+def _revisited(config: RetrievalConfig, session: Session, model: Any) -> dict[str, float]:
     truth = data.revisited(config.root, config.benchmark)
-    backbone: Any = model
-    if config.size % backbone.stride:
-        raise DinoError(f"size={config.size} is no multiple of the patch ({backbone.stride})")
+    check_patches("size", config.size, model.stride)
     preprocessing = default_preprocessing(model, shape="native")
     boxes = truth.boxes if config.crop_queries else None
     listed = ImageList(truth.database, square=config.size, fit=config.square)

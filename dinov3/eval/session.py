@@ -23,11 +23,11 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ from dinov3.eval.arguments import (
 from dinov3.eval.features import FeatureCache, columns_of, labels_of
 from dinov3.eval.published import published
 from dinov3.eval.tables import as_text, shown, write_table
-from dinov3.features import default_preprocessing, layer_numbers
+from dinov3.features import check_patches, default_preprocessing, layer_numbers
 from dinov3.runlog import RunDir, peak_memory_gb, time_text
 from dinov3.weights.filling import fill
 
@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from dinov3.models.architectures import BackboneConfig
 
 Number = float | int | str | None
+T = TypeVar("T")
 
 
 # ---- the model ------------------------------------------------------------------------------------------------------
@@ -153,6 +154,15 @@ class Session:
         """One line on stderr and in log.txt, by the main process."""
         self.run.log(text)
 
+    def shared(self, items: Sequence[T], what: str) -> Iterator[T]:
+        """This process's share of the items; how many are done is logged every 15 seconds and at the end."""
+        mine, logged = distributed.share(items), time.perf_counter()
+        for done, item in enumerate(mine, 1):
+            yield item
+            if time.perf_counter() - logged > 15 or done == len(mine):
+                self.log(f"{what} {done}/{len(mine)}")
+                logged = time.perf_counter()
+
     def at(self, output_dir: str | os.PathLike[str]) -> Session:
         """The same session, writing elsewhere."""
         other = Session.__new__(Session)
@@ -186,11 +196,7 @@ class Session:
                 f"note: resize {transform.resize_size} and crop {transform.crop_size} are not in the usual ratio 256/224"
             )
         stride: Any = model.stride
-        if transform.crop_size % stride:
-            near = max(1, round(transform.crop_size / stride)) * stride
-            raise DinoError(
-                f"transform.crop_size={transform.crop_size} is no multiple of the patch ({stride}); try {near}"
-            )
+        check_patches("transform.crop_size", transform.crop_size, stride)
         named = Preprocessing.named("classification", size=transform.resize_size, center_crop=transform.crop_size)
         return default_preprocessing(
             model, size=named.size, shape=named.shape, interpolation=named.interpolation, center_crop=named.center_crop

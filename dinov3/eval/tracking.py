@@ -26,6 +26,7 @@ from dinov3.eval import session as common
 from dinov3.eval.arguments import EvalConfig
 from dinov3.eval.session import Session
 from dinov3.features import default_preprocessing, embed
+from dinov3.heads.encoder import step_of
 
 
 @dataclass
@@ -186,18 +187,17 @@ def frame_size(width: int, height: int, short_side: int, patch: int, rounding: s
     return (l, s) if width > height else (s, l)
 
 
-def followed(model: torch.nn.Module, video: MaskedVideo, config: TrackingConfig) -> list[np.ndarray]:
+def followed(model: Any, video: MaskedVideo, config: TrackingConfig) -> list[np.ndarray]:
     """Masks of numbers [H, W] of every frame, from the model's features and the first annotated mask alone.
 
     Frames before the first mask are left without objects.
     """
-    backbone: Any = model
     start = next((i for i in range(len(video)) if video.masks[i] is not None), None)
     first = None if start is None else video.mask(start)
     if start is None or first is None or not first.any():
         raise DinoError(f"{video.name}: the first annotated frame has no object to follow")
     H, W = first.shape
-    patch = math.lcm(backbone.stride, backbone.patch_size or 1)
+    patch = step_of(model)
     size = frame_size(W, H, config.short_side or config.patches * patch, patch, config.rounding)
     preprocessing = default_preprocessing(model, shape="native")
 
@@ -219,9 +219,8 @@ def evaluate(config: TrackingConfig, session: Session) -> dict[str, float]:
     """J&F over the sequences; each process follows its share of them."""
     videos = MaskedVideos(config.root, split=config.split, sequences=config.sequences)
     model = session.model(config.model)
-    rank, world = distributed.rank(), distributed.world()
     rows: list[list[float]] = []
-    for number in range(rank, len(videos), world):
+    for number in distributed.share(range(len(videos))):
         video = videos[number]
         predicted = followed(model, video, config)
         scores = sequence_scores(predicted, [video.mask(i) for i in range(len(video))])

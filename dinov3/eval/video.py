@@ -42,7 +42,7 @@ from dinov3.features import default_preprocessing, layer_numbers, outputs
 from dinov3.files import atomically
 from dinov3.fit.loop import shuffled
 from dinov3.heads.attentive import AttentiveProbe, clip_coordinates
-from dinov3.heads.encoder import widths_of
+from dinov3.heads.encoder import step_of, widths_of
 from dinov3.metrics.classification import accuracy
 from dinov3.optim import warmup_cosine_v2
 from dinov3.threads import prefetched
@@ -252,7 +252,7 @@ def scored(
     frozen: _Frozen, every: Sequence[Candidate], reader: Reader, rows: Sequence[int], *, tta: bool, workers: int
 ) -> tuple[list[Tensor], Tensor]:
     """(probabilities [n, K] of every candidate, labels [n]) of some videos, shared among the processes."""
-    mine = list(rows)[distributed.rank() :: distributed.world()]
+    mine = distributed.share(rows)
     found: list[list[Tensor]] = [[] for _ in every]
     for frames, seconds in prefetched(lambda i: reader.views(i, tta=tta), mine, workers, 2 * workers):
         tokens, coordinates = (t.clone() for t in frozen(frames, seconds))  # out of inference mode
@@ -327,7 +327,7 @@ def evaluate(config: VideoConfig, session: Session) -> Mapping[str, Any]:
     train = Clips(config.train)
     val = Clips(config.val, class_names=train.class_names)
     model: Any = session.model(config.model)
-    side = config.patches * math.lcm(model.stride, model.patch_size or 1)
+    side = config.patches * step_of(model)
     area = (config.crop_area[0], config.crop_area[1])
     reading: dict[str, Any] = {
         "frames": config.frames,

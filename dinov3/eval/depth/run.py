@@ -213,7 +213,7 @@ def evaluate_model(
     shown(index, image, prediction, truth) is called for every image of this process.
     """
     rows: list[tuple[int, Any]] = []
-    mine = dense.my_share(len(dataset))
+    mine = distributed.share(range(len(dataset)))
     for done, index in enumerate(mine, 1):
         image, truth = dataset[index]
         if dataset.kind == "height":

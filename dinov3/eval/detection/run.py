@@ -175,13 +175,10 @@ def evaluate(config: DetectionConfig, session: Session) -> Mapping[str, float | 
     sides = config.tta.short_sides if config.tta.enable else [short]
     transforms = [DetectionTransform(**(vars(base) | {"short": side})) for side in sides]
     total = min(config.limit, len(data)) if config.limit else len(data)
-    rank, world = distributed.rank(), distributed.world()
     mine: list[tuple[int, Found, dict[str, Tensor]]] = []
-    for number in range(rank, total, world):
+    for number in session.shared(range(total), "images"):
         image, target = data[number]
         mine.append((number, in_classes_of(looks(model, transforms, image, session.device, config), mapped), target))
-        if len(mine) % max(1, total // world // 10) == 0:
-            session.log(f"{len(mine) * world} of {total} images")
     every = sorted((row for part in distributed.gather_objects(mine) for row in part), key=lambda row: row[0])
     results, per_class = average_precision([f for _, f, _ in every], [t for _, _, t in every], data.class_names)
     if session.run.writer:

@@ -17,7 +17,7 @@ from dinov3.data.datasets.base import ImageDataset
 from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.errors import DinoError
 from dinov3.eval.features import decoded
-from dinov3.features import batched, evaluating
+from dinov3.features import batched, check_patches, evaluating
 from dinov3.heads.dinotxt.model import DinoTxt
 from dinov3.metrics.classification import accuracy
 
@@ -28,9 +28,7 @@ def text_preprocessing(model: Any, size: int) -> Preprocessing:
     """As dino.txt is measured: the short side to `size`, bicubic, and a square of it from the middle."""
     origin = model.origin
     multiple = model.visual_model.backbone.stride
-    if size % multiple:
-        near = max(1, round(size / multiple)) * multiple
-        raise DinoError(f"images of {size} pixels are no multiple of the patch ({multiple}); try {near}")
+    check_patches("size", size, multiple)
     return Preprocessing.named(
         "classification", size=size, center_crop=size, multiple=multiple, mean=origin.mean, std=origin.std
     )

@@ -19,7 +19,6 @@ from `names`; templates are CLIP's 80, or one a line from `templates`, or "none"
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -140,7 +139,7 @@ def _classification(
     if labels.ndim != 1:
         raise DinoError(f"{c.dataset} has several labels an image; zero-shot classification needs one")
     vectors = class_vectors(model, tokenizer, names, chosen_templates(c.templates))
-    mine = rows[distributed.rank() :: distributed.world()]
+    mine = distributed.share(rows)
     images = scores.image_features(model, dataset, mine, size=c.size, batch_size=c.batch_size, workers=c.workers)
     logits = torch.from_numpy(targets.chosen((100 * images @ vectors.T).numpy()))
     gathered = distributed.gather_objects((logits, labels[mine]))
@@ -192,9 +191,7 @@ def _segmentation(
         size=c.resize, shape="short", multiple=1, interpolation="bicubic", mean=origin.mean, std=origin.std
     )
     total = torch.zeros(len(names), len(names), dtype=torch.float64)
-    logged = time.perf_counter()
-    mine = rows[distributed.rank() :: distributed.world()]
-    for done, row in enumerate(mine, 1):
+    for row in session.shared(rows, "images"):
         image = open_image(dataset.read(row)).image
         x, _ = preprocessing(image)
         maps = place_maps(model, vectors, x[None].to(weight.device), c)
@@ -203,9 +200,6 @@ def _segmentation(
             target = reduce_zero_label(target)
         classes = resized(maps, (target.shape[-2], target.shape[-1])).argmax(1)[0].cpu()
         total += confusion_matrix(classes, target, len(names), dataset.ignore_index).double()
-        if time.perf_counter() - logged > 15 or done == len(mine):
-            session.log(f"images {done}/{len(mine)}")
-            logged = time.perf_counter()
     summed = sum(distributed.gather_objects(total))
     numbers = iou_scores(summed)
     return {name: 100 * float(numbers[name]) for name in ("mIoU", "aAcc", "mAcc") if name in numbers}
