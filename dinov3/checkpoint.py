@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dinov3 import distributed, files
 from dinov3.distributed import Group
-from dinov3.errors import DinoError
+from dinov3.errors import DinoError, WeightsError
 from dinov3.optim import plain_name
 
 STATE_FILE = "state.json"
@@ -207,6 +207,17 @@ def load(path: Path, tensors: Tensors, *, group: Group = None, alone: bool = Fal
         if tensors[name] is not value:
             tensors[name].copy_(value)
     return [n for n in tensors if n not in there]
+
+
+def teacher_prefix(path: Path) -> str:
+    """What the names of the teacher's tensors begin with in a training checkpoint (ours or the reference's) or a dump."""
+    names, prefixes = stored(path), ("model.model_ema.", "model.teacher.", "model.", "teacher.")
+    for prefix in prefixes:
+        if any(name.startswith(f"{prefix}backbone.") for name in names):
+            return prefix
+    raise WeightsError(
+        f"the checkpoint {path} holds no teacher (none of {', '.join(p + 'backbone.…' for p in prefixes)})"
+    )
 
 
 def read_tensors(path: Path, prefix: str = "") -> Tensors:

@@ -30,6 +30,7 @@ from dinov3.data.datasets.base import ImageDataset
 from dinov3.data.images import DecodedImage, open_image
 from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.errors import DinoError, ImageError
+from dinov3.eval.arguments import FewShotSection
 from dinov3.features import batched, outputs
 from dinov3.heads.encoder import widths_of
 from dinov3.runlog import peak_memory_gb, time_text
@@ -261,6 +262,14 @@ def few_shot_subset(labels: np.ndarray, k_or_percent: float, seed: int) -> np.nd
     if multi and k_or_percent < 1:
         rows = drawn(k_or_percent / (labels[rows].sum() / max(1.0, k_or_percent * labels.sum())))
     return rows
+
+
+def training_rows(shots: FewShotSection, labels: np.ndarray) -> list[Any]:
+    """What to index the training images by in each try: all of them once, or a few of each class, drawn for each try."""
+    if not shots.enable:
+        return [slice(None)]
+    assert shots.k_or_percent is not None
+    return [few_shot_subset(labels, shots.k_or_percent, number) for number in range(shots.n_tries)]
 
 
 def over_tries(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

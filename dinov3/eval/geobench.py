@@ -150,8 +150,9 @@ def _features(
     return distributed.all_gather(x), distributed.all_gather(y)
 
 
-def classification(config: GeoConfig, session: Session, model: nn.Module) -> dict[str, Any]:
-    splits = {s: GeoBench(config.root, config.task, s, partition=config.partition) for s in ("train", "valid", "test")}
+def classification(
+    config: GeoConfig, session: Session, model: nn.Module, splits: Mapping[str, GeoBench]
+) -> dict[str, Any]:
     task = splits["train"].task
     inputs = _Inputs(model, splits["train"], config)
     x, y = {}, {}
@@ -233,8 +234,7 @@ def map_confusion(
     return distributed.all_reduce(total.to(device)).cpu()
 
 
-def segmentation(config: GeoConfig, session: Session, model: Any) -> dict[str, Any]:
-    splits = {s: GeoBench(config.root, config.task, s, partition=config.partition) for s in ("train", "valid", "test")}
+def segmentation(config: GeoConfig, session: Session, model: Any, splits: Mapping[str, GeoBench]) -> dict[str, Any]:
     task = splits["train"].task
     if wrong := [c for c in config.dropped if not 0 <= c < task.n_classes]:
         raise DinoError(f"dropped={wrong[0]} is no class of {config.task}, which has {task.n_classes}, from 0")
@@ -270,9 +270,10 @@ def segmentation(config: GeoConfig, session: Session, model: Any) -> dict[str, A
 
 
 def evaluate(config: GeoConfig, session: Session) -> dict[str, Any]:
-    kind = GeoBench(config.root, config.task, "train", partition=config.partition).task.kind
+    splits = {s: GeoBench(config.root, config.task, s, partition=config.partition) for s in ("train", "valid", "test")}
     model = session.model(config.model)
-    return segmentation(config, session, model) if kind == "map" else classification(config, session, model)
+    evaluated = segmentation if splits["train"].task.kind == "map" else classification
+    return evaluated(config, session, model, splits)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

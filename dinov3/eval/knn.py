@@ -17,10 +17,9 @@ from dataclasses import dataclass, field
 import torch
 
 from dinov3.config.bounds import setting
-from dinov3.data.datasets import make_dataset
 from dinov3.eval import session as common
 from dinov3.eval.arguments import EvalConfig, FeatureSection, FewShotSection, TransformSection
-from dinov3.eval.features import check_classes, class_count, few_shot_subset, over_tries, test_targets
+from dinov3.eval.features import class_count, over_tries, training_rows
 from dinov3.eval.session import Session
 from dinov3.metrics.classification import Metric, Numbers
 from dinov3.metrics.classification import evaluate as measure
@@ -61,23 +60,14 @@ def evaluate(config: KnnConfig, session: Session) -> Numbers:
     batch = {"batch_size": c.train.batch_size, "workers": c.train.num_workers}
     train, train_labels, train_set = session.labelled(c.train.dataset, model, preprocessing, c.features, **batch)
     batch = {"batch_size": c.eval.batch_size or c.train.batch_size, "workers": c.eval.num_workers}
-    test_set = make_dataset(c.eval.test_dataset)
-    check_classes(train_set, test_set)
-    test = session.features(model, test_set, preprocessing, c.features, **batch)
-    targets = test_targets(test_set, c.eval.test_dataset)
+    test, targets = session.test_set(c.eval.test_dataset, train_set, model, preprocessing, c.features, **batch)
     shots = c.few_shot
     tries: list[Numbers] = []
-    for number in range(shots.n_tries if shots.enable else 1):
-        rows = slice(None)
-        bank, labels = train, train_labels
-        if shots.enable:
-            assert shots.k_or_percent is not None
-            rows = few_shot_subset(train_labels, shots.k_or_percent, number)  # type: ignore[assignment]
-            bank, labels = train[rows], train_labels[rows]
+    for number, rows in enumerate(training_rows(shots, train_labels)):
         row: Numbers = {}
         found = knn_scores(
-            bank,
-            torch.from_numpy(labels),
+            train[rows],
+            torch.from_numpy(train_labels[rows]),
             test,
             c.train.ks,
             temperature=c.train.temperature,

@@ -45,10 +45,10 @@ from dinov3.eval.features import (
     check_classes,
     class_count,
     decoded,
-    few_shot_subset,
     labels_of,
     over_tries,
     test_targets,
+    training_rows,
 )
 from dinov3.eval.session import Session
 from dinov3.features import outputs
@@ -532,12 +532,8 @@ def evaluate(config: LinearConfig, session: Session) -> dict[str, Any]:
         results, winner, heads = run.one_try(np.arange(len(run.labels)))
         run.save_winner(heads, winner, results[f"{config.train.val_dataset}_accuracy"])
         return {key: 100 * value for key, value in results.items()} | {"best_classifier": winner}
-    assert shots.k_or_percent is not None
-    tries = []
-    for number in range(shots.n_tries):
-        rows = few_shot_subset(run.labels, shots.k_or_percent, number)
-        tries.append({key: 100 * value for key, value in run.one_try(rows, f"_{number}")[0].items()})
-    return over_tries(tries)
+    tries = [run.one_try(rows, f"_{i}")[0] for i, rows in enumerate(training_rows(shots, run.labels))]
+    return over_tries([{key: 100 * value for key, value in numbers.items()} for numbers in tries])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -28,11 +28,10 @@ from torch import Tensor
 
 from dinov3 import distributed
 from dinov3.config.bounds import Problem, setting
-from dinov3.data.datasets import make_dataset
 from dinov3.errors import DinoError, require
 from dinov3.eval import session as common
 from dinov3.eval.arguments import EvalConfig, FeatureSection, FewShotSection, TransformSection
-from dinov3.eval.features import Targets, check_classes, class_count, few_shot_subset, over_tries, test_targets
+from dinov3.eval.features import Targets, class_count, over_tries, training_rows
 from dinov3.eval.session import Session
 from dinov3.metrics.classification import Metric, Numbers
 from dinov3.metrics.classification import evaluate as measure
@@ -235,19 +234,13 @@ def evaluate(config: LogRegressionConfig, session: Session) -> Numbers:
     batch = {"batch_size": c.train.batch_size, "workers": c.train.num_workers}
     train, labels, train_set = session.labelled(c.train.dataset, model, preprocessing, c.features, **batch)
     if c.train.val_dataset is not None:
-        val_set = make_dataset(c.train.val_dataset)
-        check_classes(train_set, val_set)
-        val = session.features(model, val_set, preprocessing, c.features, **batch)
-        val_targets = test_targets(val_set, c.train.val_dataset)
+        val, val_targets = session.test_set(c.train.val_dataset, train_set, model, preprocessing, c.features, **batch)
         pool = np.arange(len(labels))
     else:
         pool, apart = validation_rows(labels, 0.01 if c.few_shot.enable else 0.1)
         val, val_targets = np.asarray(train[apart]), Targets(labels[apart])
-    test_set = make_dataset(c.eval.test_dataset)
-    check_classes(train_set, test_set)
     batch = {"batch_size": c.eval.batch_size or c.train.batch_size, "workers": c.eval.num_workers}
-    test = session.features(model, test_set, preprocessing, c.features, **batch)
-    targets = test_targets(test_set, c.eval.test_dataset)
+    test, targets = session.test_set(c.eval.test_dataset, train_set, model, preprocessing, c.features, **batch)
     metric = c.eval.test_metric_type or c.train.val_metric_type
     n_classes = class_count(labels)
     options: dict[str, Any] = {"tol": c.train.tol, "max_iter": c.train.max_train_iters, "solver": solver_of(c)}
@@ -259,12 +252,8 @@ def evaluate(config: LogRegressionConfig, session: Session) -> Numbers:
 
     tries: list[Numbers] = []
     shots = c.few_shot
-    for number in range(shots.n_tries if shots.enable else 1):
-        rows = pool
-        if shots.enable:
-            assert shots.k_or_percent is not None
-            rows = pool[few_shot_subset(labels[pool], shots.k_or_percent, number)]
-        x, y = on_device(rows)
+    for number, rows in enumerate(training_rows(shots, labels[pool])):
+        x, y = on_device(pool[rows])
         pairs = select(x, y, val, val_targets, c.train.val_metric_type, n_classes, **options)
         strength = best_strength(pairs)
         session.log(f"C = {strength:.4g}: validation top-1 {100 * dict(pairs)[strength]:.2f}")

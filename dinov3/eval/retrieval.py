@@ -11,7 +11,6 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +21,6 @@ from torch import nn
 from dinov3.config.bounds import setting
 from dinov3.data.datasets import retrieval as data
 from dinov3.data.datasets.retrieval import ImageList
-from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.dense.matching import nearest
 from dinov3.errors import DinoError
 from dinov3.eval import session as common
@@ -242,17 +240,6 @@ def amstertime_scores(new: np.ndarray, old: np.ndarray, depth: int | None = None
 # ---- the evaluation -------------------------------------------------------------------------------------------------
 
 
-def _vectors(
-    config: RetrievalConfig,
-    session: Session,
-    model: nn.Module,
-    images: ImageList,
-    preprocessing: Preprocessing,
-    batch: int,
-) -> np.ndarray:
-    return session.features(model, images, preprocessing, config.features, batch_size=batch, workers=config.num_workers)
-
-
 def evaluate(config: RetrievalConfig, session: Session) -> dict[str, float]:
     model = session.model(config.model)
     kind = {"met": _met, "amstertime": _amstertime}.get(config.benchmark, _revisited)
@@ -266,8 +253,10 @@ def _revisited(config: RetrievalConfig, session: Session, model: Any) -> dict[st
     boxes = truth.boxes if config.crop_queries else None
     listed = ImageList(truth.database, square=config.size, fit=config.square)
     query_images = ImageList(truth.queries, boxes=boxes, square=config.size, fit=config.square)
-    database = _vectors(config, session, model, listed, preprocessing, config.batch_size)
-    queries = _vectors(config, session, model, query_images, preprocessing, config.batch_size)
+    batch = {"batch_size": config.batch_size, "workers": config.num_workers}
+    database, queries = (
+        session.features(model, images, preprocessing, config.features, **batch) for images in (listed, query_images)
+    )
     return revisited_scores(ranked(queries, database), truth.easy, truth.hard, truth.junk)
 
 
@@ -277,7 +266,8 @@ def _met(config: RetrievalConfig, session: Session, model: nn.Module) -> dict[st
     labels: dict[str, np.ndarray] = {}
     for part in ("database", "val", "test"):
         paths, labels[part] = data.met(config.root, part)
-        vectors[part] = _vectors(config, session, model, ImageList(paths), preprocessing, 1)  # each has its own size
+        batch = {"batch_size": 1, "workers": config.num_workers}  # each has its own size
+        vectors[part] = session.features(model, ImageList(paths), preprocessing, config.features, **batch)
     whitening = fit_whitening(vectors["database"], config.whitened)
     database = whitening(vectors["database"])
     n_classes = len(np.unique(labels["database"]))
@@ -301,8 +291,8 @@ def _met(config: RetrievalConfig, session: Session, model: nn.Module) -> dict[st
 def _amstertime(config: RetrievalConfig, session: Session, model: nn.Module) -> dict[str, float]:
     new, old = data.amstertime(config.root)
     preprocessing = session.preprocessing(model, config.transform)
-    sides: list[list[Path]] = [new, old]
-    found = [_vectors(config, session, model, ImageList(side), preprocessing, config.batch_size) for side in sides]
+    batch = {"batch_size": config.batch_size, "workers": config.num_workers}
+    found = [session.features(model, ImageList(paths), preprocessing, config.features, **batch) for paths in (new, old)]
     return amstertime_scores(found[0], found[1], config.depth)
 
 

@@ -18,12 +18,14 @@ Legend: N images, D width.
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from enum import Enum
 from itertools import product
 from pathlib import Path
@@ -49,10 +51,10 @@ from dinov3.eval.arguments import (
     help_text,
     read_arguments,
 )
-from dinov3.eval.features import FeatureCache, columns_of, labels_of
+from dinov3.eval.features import FeatureCache, Targets, check_classes, columns_of, labels_of, test_targets
 from dinov3.eval.published import published
-from dinov3.eval.tables import as_text, shown, write_table
 from dinov3.features import check_patches, default_preprocessing, layer_numbers
+from dinov3.files import atomically
 from dinov3.runlog import RunDir, peak_memory_gb, time_text
 from dinov3.weights.filling import fill
 
@@ -116,14 +118,7 @@ def _from_distributed(config: BackboneConfig, folder: Path) -> nn.Module:
     from dinov3 import checkpoint
     from dinov3.models.build import backbone
 
-    names = checkpoint.stored(folder)
-    places = ("model.model_ema.backbone.", "model.teacher.backbone.", "model.backbone.", "teacher.backbone.")
-    for prefix in places:
-        state = {n.removeprefix(prefix) for n in names if n.startswith(prefix)}
-        if state:
-            break
-    else:
-        raise DinoError(f"the checkpoint {folder} holds no teacher (none of {', '.join(p + '…' for p in places)})")
+    prefix = checkpoint.teacher_prefix(folder) + "backbone."
     model = backbone(config)
     fill(model, checkpoint.read_tensors(folder, prefix), what="the backbone of model.config_file", source=str(folder))
     return model
@@ -138,11 +133,14 @@ class Session:
     def __init__(self, name: str, output_dir: str | os.PathLike[str] = ".", device: str = "auto") -> None:
         self.name, self.device_name = name, device
         self.device = distributed.setup(None if device == "auto" else device)
-        self.run = RunDir(output_dir, writer=distributed.is_main())
         self.also: tuple[list[int], list[str]] = ([], [])  # layers and pools to compute in the same pass (sweeps)
         self._models: dict[str, nn.Module] = {}
         self._caches: dict[str, FeatureCache] = {}
         self.began = time.perf_counter()
+        self._open(output_dir)
+
+    def _open(self, output_dir: str | os.PathLike[str]) -> None:
+        self.run = RunDir(output_dir, writer=distributed.is_main())
         if self.run.writer:
             self.output.mkdir(parents=True, exist_ok=True)
 
@@ -165,11 +163,8 @@ class Session:
 
     def at(self, output_dir: str | os.PathLike[str]) -> Session:
         """The same session, writing elsewhere."""
-        other = Session.__new__(Session)
-        other.__dict__.update(self.__dict__)
-        other.run = RunDir(output_dir, writer=distributed.is_main())
-        if other.run.writer:
-            other.output.mkdir(parents=True, exist_ok=True)
+        other = copy(self)
+        other._open(output_dir)
         return other
 
     def model(self, section: ModelSection) -> nn.Module:
@@ -237,23 +232,26 @@ class Session:
         return Path(chosen).expanduser() if chosen else cache.root() / "features"
 
     def labelled(
+        self, spec: str, model: nn.Module, preprocessing: Preprocessing, section: FeatureSection, **batch: int
+    ) -> tuple[np.ndarray, np.ndarray, ImageDataset]:
+        """(features [N, D], labels, the data set) of a dataset spec; `batch`: batch_size and workers."""
+        dataset = make_dataset(spec)
+        labels = labels_of(dataset, spec)
+        return self.features(model, dataset, preprocessing, section, **batch), labels, dataset
+
+    def test_set(
         self,
-        line: str,
+        spec: str,
+        train_set: ImageDataset,
         model: nn.Module,
         preprocessing: Preprocessing,
         section: FeatureSection,
-        *,
-        batch_size: int = 64,
-        workers: int = 5,
-    ) -> tuple[np.ndarray, np.ndarray, ImageDataset]:
-        """(features [N, D], labels, the data set) of a dataset spec."""
-        dataset = make_dataset(line)
-        labels = labels_of(dataset, line)
-        return (
-            self.features(model, dataset, preprocessing, section, batch_size=batch_size, workers=workers),
-            labels,
-            dataset,
-        )
+        **batch: int,
+    ) -> tuple[np.ndarray, Targets]:
+        """(features [N, D], targets) of a dataset spec; its classes must be those of the training images."""
+        dataset = make_dataset(spec)
+        check_classes(train_set, dataset)
+        return self.features(model, dataset, preprocessing, section, **batch), test_targets(dataset, spec)
 
     # -- results
 
@@ -294,6 +292,44 @@ class Session:
 
 def _json(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value.item() if isinstance(value, np.generic) else str(value)
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+
+def _cell(value: Any) -> Any:
+    """64-bit int, 64-bit float or text; booleans are text, None is empty."""
+    if value is None:
+        return ""
+    if isinstance(value, (bool, np.bool_)):
+        return str(bool(value))
+    if isinstance(value, (int, np.integer)):
+        return int(value)
+    if isinstance(value, (float, np.floating)):
+        return float(value)
+    return str(value)
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows of named cells as .csv; the file appears whole or not at all."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with atomically(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
+
+
+def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as a table for people."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[shown(row.get(c)) for c in columns] for row in rows]
+    widths = [max(len(c), *(len(line[i]) for line in cells)) for i, c in enumerate(columns)]
+    lines = [columns, ["-" * w for w in widths], *cells]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
+
+
+def shown(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 # ---- sweeps ---------------------------------------------------------------------------------------------------------

@@ -85,13 +85,7 @@ def read_network(source: str | os.PathLike[str]) -> Found:
 
 def _from_checkpoint(path: Path) -> Found:
     """A training checkpoint's average (ours or the reference's), or a sharded dump of the reference's evaluation."""
-    names = checkpoint.stored(path)
-    for prefix in ("model.model_ema.", "model.teacher.", "model."):
-        if f"{prefix}backbone.norm.weight" in names:
-            break
-    else:
-        raise WeightsError(f"the checkpoint {path} holds no teacher (no model.model_ema.backbone.…)")
-    tensors = checkpoint.read_tensors(path, prefix)
+    tensors = checkpoint.read_tensors(path, checkpoint.teacher_prefix(path))
     backbone = {k.removeprefix("backbone."): v for k, v in tensors.items() if k.startswith("backbone.")}
     return Found({"backbone": backbone} | _heads(tensors), None, str(path))
 

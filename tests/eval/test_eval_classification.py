@@ -14,13 +14,13 @@ import torch
 from paths import ROOT
 from PIL import Image
 from ranks import run_ranks
+from result_tables import read_table
 
 from dinov3.data.datasets import make_dataset
 from dinov3.errors import DinoError, UnknownName
 from dinov3.eval import knn, linear, log_regression
 from dinov3.eval.features import Targets
 from dinov3.eval.linear import HeadKind, Heads
-from dinov3.eval.tables import read_table
 from dinov3.metrics import classification
 from dinov3.metrics.classification import Metric, evaluate, mean_corruption_error
 from dinov3.neighbours import knn_scores, nearest, votes

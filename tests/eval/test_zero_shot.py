@@ -13,10 +13,10 @@ import torch.nn.functional as F
 import yaml
 from paths import GOLDEN
 from PIL import Image
+from result_tables import read_table
 
 from dinov3.data.tokenizer import Tokenizer
 from dinov3.errors import DinoError
-from dinov3.eval.tables import read_table
 from dinov3.eval.text.train_dinotxt import main as train_main
 from dinov3.eval.text.zero_shot import ZeroShotConfig, main, place_maps
 from dinov3.heads.dinotxt.open_vocabulary import OpenVocabulary, averaged, patch_part, prompt_features

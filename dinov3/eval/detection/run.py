@@ -34,7 +34,6 @@ from dinov3.eval import dense
 from dinov3.eval import session as common
 from dinov3.eval.arguments import EvalConfig
 from dinov3.eval.session import Session
-from dinov3.eval.tables import write_table
 from dinov3.metrics.boxes import average_precision, soft_nms
 
 PAPER_SIDE = 2048
@@ -182,7 +181,7 @@ def evaluate(config: DetectionConfig, session: Session) -> Mapping[str, float | 
     every = sorted((row for part in distributed.gather_objects(mine) for row in part), key=lambda row: row[0])
     results, per_class = average_precision([f for _, f, _ in every], [t for _, _, t in every], data.class_names)
     if session.run.writer:
-        write_table(session.output / "per-class.csv", per_class)
+        common.write_table(session.output / "per-class.csv", per_class)
         if config.save_results:
             write_detections(session, data, every)
     return {"images": total, **results}

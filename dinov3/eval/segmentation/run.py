@@ -37,7 +37,6 @@ from dinov3.eval import dense
 from dinov3.eval import session as common
 from dinov3.eval.arguments import EvalConfig
 from dinov3.eval.segmentation.inference import make_inference
-from dinov3.eval.tables import write_table
 from dinov3.fit.loop import fit, head_tensors
 from dinov3.heads.encoder import FrozenLayers
 from dinov3.heads.linear import LinearSegmentor, build_linear_segmentor
@@ -432,7 +431,7 @@ def evaluate(config: SegmentationConfig, session: common.Session) -> dict[str, A
             {"class": name} | {k: 100 * scores[f"{k}_per_class"][i] for k in per_class if i < protocol.n_classes}
             for i, name in enumerate(names[: protocol.n_classes])
         ]
-        write_table(session.output / "per-class.csv", rows)
+        common.write_table(session.output / "per-class.csv", rows)
     return percentages(scores)
 
 
