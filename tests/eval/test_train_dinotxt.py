@@ -20,7 +20,7 @@ from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.captions import Captioned
 from dinov3.data.tokenizer import Tokenizer
 from dinov3.errors import DinoError
-from dinov3.eval.text import scores
+from dinov3.eval.text import zero_shot
 from dinov3.eval.text.train_dinotxt import PairLoader, TextTrainConfig, build, captioned, main, train
 from dinov3.heads.dinotxt.open_vocabulary import averaged, class_vectors
 from dinov3.runlog import read_metrics
@@ -90,10 +90,10 @@ def test_it_learns_colours_by_their_names_and_its_file_loads_again(
     assert all(k.startswith("visual_model.backbone.") for k in missing.missing_keys)
     model.eval()
     data = make_dataset(str(photos))
-    images = scores.image_features(model, data, range(len(data)), size=32)
+    images = zero_shot.image_features(model, data, range(len(data)), size=32)
     vectors = class_vectors(model, tokenizer, sorted(COLOURS), ["a {} wall"])
     labels = torch.tensor([data.label(i) for i in range(len(data))])
-    assert scores.classification(images @ vectors.T, labels)["top-1"] == 100
+    assert zero_shot.classification(images @ vectors.T, labels)["top-1"] == 100
     sizes = yaml.safe_load((tmp_path / "run" / "clip_model_config.yaml").read_text())
     assert sizes["text_backbone"]["dim"] == 32
     assert sizes["embed_dim"] == 64
@@ -230,20 +230,20 @@ def test_tables_of_captions(tmp_path: Path, ending: str) -> None:
 
 def test_retrieval_finds_any_caption_of_a_image_and_the_image_of_a_caption() -> None:
     images = torch.eye(4)
-    perfect = scores.retrieval(images, images, torch.arange(4))
+    perfect = zero_shot.retrieval(images, images, torch.arange(4))
     assert set(perfect.values()) == {100.0}
     # five captions an image, only one of them right: enough for the image, a fifth for the captions
     texts = torch.stack([images[i] if j == 3 else images[(i + 1) % 4] for i in range(4) for j in range(5)])
-    numbers = scores.retrieval(images, texts, torch.arange(4).repeat_interleave(5), ks=(1,))
+    numbers = zero_shot.retrieval(images, texts, torch.arange(4).repeat_interleave(5), ks=(1,))
     assert numbers["text_to_image_R@1"] == pytest.approx(20)
     with pytest.raises(DinoError, match="a caption for each of 4 images"):
-        scores.retrieval(images, texts[:5], torch.zeros(5, dtype=torch.long))
+        zero_shot.retrieval(images, texts[:5], torch.zeros(5, dtype=torch.long))
 
 
 def test_orthogonal_words_classify_perfectly_and_equal_prompts_average_to_themselves() -> None:
     vectors = torch.eye(6)
-    assert scores.classification(vectors @ vectors.T, torch.arange(6)) == {"top-1": 100.0, "top-5": 100.0}
-    assert scores.classification(vectors, torch.tensor([1, 0, 2, 3, 4, 5]))["top-1"] == pytest.approx(400 / 6)
+    assert zero_shot.classification(vectors @ vectors.T, torch.arange(6)) == {"top-1": 100.0, "top-5": 100.0}
+    assert zero_shot.classification(vectors, torch.tensor([1, 0, 2, 3, 4, 5]))["top-1"] == pytest.approx(400 / 6)
     prompts = torch.nn.functional.normalize(torch.randn(3, 1, 8), dim=-1).expand(3, 7, 8)
     assert torch.allclose(averaged(prompts), prompts[:, 0])
 

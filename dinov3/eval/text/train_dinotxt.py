@@ -45,7 +45,7 @@ from dinov3.data.transforms.pixels import normalised, to_pixels
 from dinov3.errors import DinoError, ImageError
 from dinov3.eval import session as common
 from dinov3.eval.arguments import EvalConfig, ModelSection, help_text, split_arguments
-from dinov3.eval.text import scores
+from dinov3.eval.text import zero_shot
 from dinov3.fit.loop import FitConfig, FitReport, fit, head_tensors, seed_of
 from dinov3.heads.dinotxt.model import LOGIT_SCALE, DinoTxt, DinoTxtConfig, TextConfig
 from dinov3.heads.dinotxt.open_vocabulary import class_vectors, text_features
@@ -319,16 +319,16 @@ def evaluation(
         numbers: dict[str, float] = {}
         if held.retrieval is not None:
             data, rows = held.retrieval
-            images = scores.image_features(model, data, rows, size=size)
+            images = zero_shot.image_features(model, data, rows, size=size)
             captions = [(i, caption) for i, row in enumerate(rows) for caption in data.captions[row]]
             texts = F.normalize(text_features(model, tokenizer, [c for _, c in captions], context), dim=-1)
-            numbers |= scores.retrieval(images, texts, torch.tensor([i for i, _ in captions]))
+            numbers |= zero_shot.retrieval(images, texts, torch.tensor([i for i, _ in captions]))
         if held.classes is not None:
             folder, names = held.classes
             rows = [i for i in range(len(folder)) if folder.label(i) is not None]
-            images = scores.image_features(model, folder, rows, size=size)
+            images = zero_shot.image_features(model, folder, rows, size=size)
             words = class_vectors(model, tokenizer, names, [config.zero_shot_template], context)
-            numbers |= scores.classification(images @ words.T, torch.tensor([folder.label(i) for i in rows]))
+            numbers |= zero_shot.classification(images @ words.T, torch.tensor([folder.label(i) for i in rows]))
         return numbers
 
     return evaluate

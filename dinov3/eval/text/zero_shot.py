@@ -21,6 +21,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -31,19 +32,20 @@ from dinov3 import distributed
 from dinov3.config.bounds import setting
 from dinov3.data import names as known
 from dinov3.data.datasets import make_dataset
+from dinov3.data.datasets.base import ImageDataset
 from dinov3.data.datasets.captions import Captioned
 from dinov3.data.datasets.dense import DenseDataset
 from dinov3.data.images import open_image
 from dinov3.data.transforms.inputs import Preprocessing
+from dinov3.dense.matching import nearest
 from dinov3.errors import DinoError
 from dinov3.eval import session as common
-from dinov3.eval.features import test_targets
+from dinov3.eval.features import decoded, test_targets
 from dinov3.eval.session import Number, Session
-from dinov3.eval.text import scores
+from dinov3.features import batched, check_patches, evaluating
 from dinov3.heads.dinotxt.model import DinoTxt
 from dinov3.heads.dinotxt.open_vocabulary import (
     OpenVocabulary,
-    averaged,
     class_vectors,
     patch_part,
     prompt_features,
@@ -52,6 +54,7 @@ from dinov3.heads.dinotxt.open_vocabulary import (
 from dinov3.heads.encoder import resized
 from dinov3.heads.windows import slide
 from dinov3.hub.dinotxt import load_dinotxt
+from dinov3.metrics.classification import accuracy
 from dinov3.metrics.dense import confusion_matrix, iou_scores, reduce_zero_label
 
 
@@ -108,6 +111,68 @@ def chosen_templates(text: str | None) -> list[str]:
     return ["{}"] if text == "none" else list(known.read_names(text, "templates"))
 
 
+# ---- features -------------------------------------------------------------------------------------------------------
+
+
+def text_preprocessing(model: Any, size: int) -> Preprocessing:
+    """As dino.txt is measured: the short side to `size`, bicubic, and a square of it from the middle."""
+    origin = model.origin
+    multiple = model.visual_model.backbone.stride
+    check_patches("size", size, multiple)
+    return Preprocessing.named(
+        "classification", size=size, center_crop=size, multiple=multiple, mean=origin.mean, std=origin.std
+    )
+
+
+def image_features(
+    model: DinoTxt, data: ImageDataset, rows: Sequence[int], *, size: int, batch_size: int = 32, workers: int = 4
+) -> Tensor:
+    """[N, E] of some of a data set's images, on the CPU in float32. The model's mode is restored."""
+    weight = next(model.text_model.parameters())
+    preprocessing = text_preprocessing(model, size)
+    read = partial(decoded, data, target_short_side=preprocessing.target_short_side)
+    batches = batched(rows, preprocessing, batch_size, workers=workers, read=read)
+    with evaluating(model):
+        parts = [
+            model.encode_image(x.to(weight.device, weight.dtype), normalize=True).float().cpu() for x, _ in batches
+        ]
+    return torch.cat(parts)
+
+
+# ---- numbers -----------------------------------------------------------------------------------------------------
+
+
+def retrieval(images: Tensor, texts: Tensor, image_of: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+    """Recall in percent: `text_to_image_R@k`, `image_to_text_R@k`.
+
+    images [N, E] · texts [M, E] · image_of [M]: which image a caption belongs to. A caption is found when its
+    image is among the k most similar; an image when any of its captions is. Every image needs a caption.
+    """
+    N, M = len(images), len(texts)
+    if len(image_of) != M or set(image_of.tolist()) != set(range(N)):
+        raise DinoError(f"retrieval needs a caption for each of {N} images, and an image for each of {M} captions")
+    k = max(ks)
+    images_found = nearest(texts, images, min(k, N))[1]  # [M, k]
+    texts_found = nearest(images, texts, min(k, M))[1]  # [N, k]
+    hits_text = (images_found == image_of[:, None]).cumsum(1)
+    hits_image = (image_of[texts_found] == torch.arange(N)[:, None]).cumsum(1)
+
+    def found(hits: Tensor, k: int) -> float:
+        return 100 * float((hits[:, min(k, hits.shape[1]) - 1] > 0).double().mean())
+
+    return {f"text_to_image_R@{k}": found(hits_text, k) for k in ks} | {
+        f"image_to_text_R@{k}": found(hits_image, k) for k in ks
+    }
+
+
+def classification(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """`top-1` and `top-5` in percent of logits [N, C] and labels [N]."""
+    return {f"top-{k}": 100 * accuracy(logits, labels, k) for k in (1, 5)}
+
+
+# ---- the evaluation -------------------------------------------------------------------------------------------------
+
+
 def evaluate(config: ZeroShotConfig, session: Session) -> dict[str, Number]:
     """One row of numbers in percent."""
     c, m = config, config.model
@@ -140,10 +205,10 @@ def _classification(
         raise DinoError(f"{c.dataset} has several labels an image; zero-shot classification needs one")
     vectors = class_vectors(model, tokenizer, names, chosen_templates(c.templates))
     mine = distributed.share(rows)
-    images = scores.image_features(model, dataset, mine, size=c.size, batch_size=c.batch_size, workers=c.workers)
+    images = image_features(model, dataset, mine, size=c.size, batch_size=c.batch_size, workers=c.workers)
     logits = torch.from_numpy(targets.chosen((100 * images @ vectors.T).numpy()))
     gathered = distributed.gather_objects((logits, labels[mine]))
-    return dict(scores.classification(*(torch.cat(parts) for parts in zip(*gathered))))
+    return dict(classification(*(torch.cat(parts) for parts in zip(*gathered))))
 
 
 def _retrieval(
@@ -151,10 +216,10 @@ def _retrieval(
 ) -> dict[str, Number]:
     if not isinstance(dataset, Captioned):
         raise DinoError(f"{c.dataset} has no captions; CocoCaptions:root=… and Captions:root=… do")
-    images = scores.image_features(model, dataset, rows, size=c.size, batch_size=c.batch_size, workers=c.workers)
+    images = image_features(model, dataset, rows, size=c.size, batch_size=c.batch_size, workers=c.workers)
     captions = [(i, caption) for i, row in enumerate(rows) for caption in dataset.captions[row]]
     texts = F.normalize(text_features(model, tokenizer, [text for _, text in captions]), dim=-1)
-    return dict(scores.retrieval(images, texts, torch.tensor([i for i, _ in captions])))
+    return dict(retrieval(images, texts, torch.tensor([i for i, _ in captions])))
 
 
 def place_maps(model: DinoTxt, vectors: Tensor, x: Tensor, config: ZeroShotConfig) -> Tensor:
@@ -208,8 +273,6 @@ def _segmentation(
 def main(argv: Sequence[str] | None = None) -> int:
     return common.main("zero_shot", ZeroShotConfig, evaluate, argv)  # type: ignore[type-var]
 
-
-__all__ = ["ZeroShotConfig", "averaged", "evaluate", "main", "place_maps"]
 
 if __name__ == "__main__":
     sys.exit(main())
