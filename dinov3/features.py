@@ -1,11 +1,11 @@
-"""From images to `Features`: the one loop that every activity uses, and the contract its result keeps.
+"""Feature extraction: the one loop from images to `Features`, and what a `Features` guarantees.
 
 Legend: B images, R registers, D width, h×w patch grid. Patch positions are (row, column); pixel positions are (x, y) in
 the ORIGINAL image, x to the right, y down, (0, 0) the top left corner.
 
 The commonest silent mistakes with these features are a layer taken before the norm, a mixture of preprocessings, and a
-patch map read with the wrong scale. So every `Features` says which layer it is, whether it is normed and what was done
-to the images, and raises when compared or joined with one that differs.
+patch map read with the wrong scale. So every `Features` records its layer, its norm and the preprocessing, and raises
+when compared or concatenated with one that differs.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Features:
     """Features of B images.
 
     cls [B, D] · registers [B, R, D] · patches [B, h, w, D]. `layer` is the 0-based index of the block (ConvNeXt: stage)
-    they come from, `normed` whether the final norm was applied, `preprocessing` the id of the preprocessing, `model` whose
-    features these are, `geometry` what was done to each image.
+    they come from, `normed` whether the final norm was applied, `preprocessing` the id of the preprocessing, `model` the
+    name of the weights (`weights.identity`), `geometry` how each image became an input.
     """
 
     cls: Tensor
@@ -87,7 +87,7 @@ class Features:
 
     @property
     def pooled(self) -> Tensor:
-        """What transformers calls `pooler_output` [B, D]: the normed CLS token of the last layer."""
+        """The normed CLS token of the last layer [B, D]; transformers calls it `pooler_output`."""
         if self.layer != self.n_layers - 1 or not self.normed:
             raise IncompatibleFeatures(
                 f"pooled is the normed output of the last layer ({self.n_layers - 1}); these features are of layer "
@@ -145,16 +145,16 @@ class Features:
     def check_comparable(self, other: Features, *, ignore: Iterable[str] = ()) -> None:
         """Raises `IncompatibleFeatures` where model, layer, norm or preprocessing differ."""
         for name in ("model", "layer", "normed", "preprocessing"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs and name not in ignore:
+            first, second = getattr(self, name), getattr(other, name)
+            if first != second and name not in ignore:
                 raise IncompatibleFeatures(
-                    f"these features differ in {name}: {mine!r} and {theirs!r}. Extract both the same way, or pass "
+                    f"these features differ in {name}: {first!r} and {second!r}. Extract both the same way, or pass "
                     f"ignore=[{name!r}] if you mean it"
                 )
 
     @staticmethod
     def cat(parts: Sequence[Features]) -> Features:
-        """Several batches as one. All must agree in model, layer, norm, preprocessing and grid."""
+        """The concatenation of batches, which must agree in model, layer, norm, preprocessing and grid."""
         if not parts:
             raise DinoError("nothing to concatenate: the list of features is empty")
         for other in parts[1:]:
@@ -189,7 +189,7 @@ class Features:
 
 
 def default_preprocessing(model: nn.Module, **changes: Any) -> Preprocessing:
-    """The reference's preprocessing with the statistics the model's weights were trained with."""
+    """The reference's preprocessing, with the mean and standard deviation that the weights were trained with."""
     backbone: Any = model
     origin = getattr(model, "origin", None)
     statistics = {"mean": origin.mean, "std": origin.std} if origin is not None else {}
@@ -204,7 +204,7 @@ def check_patches(key: str, side: int, patch: int) -> None:
 
 
 def _images(images: Any) -> Iterator[Any]:
-    """One image at a time from what people pass: one image, a list of them, a [B, 3, h, w] tensor."""
+    """Iterates over the images of an argument: a single image, a list of images, or a tensor [B, 3, h, w]."""
     if isinstance(images, (Tensor, np.ndarray)) and images.ndim == 4:
         yield from images
     elif isinstance(images, (str, bytes, os.PathLike, Tensor, np.ndarray)) or not isinstance(images, Iterable):

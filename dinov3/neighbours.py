@@ -56,14 +56,14 @@ def nearest(
     q = unit_rows(queries, device)
     best, where = _search(q, bank, first, min(first + each, N), min(k, N), chunk)
     if split and distributed.world(group) > 1:
-        # rank by rank along the neighbours: [Q, W·K], then the best of all
-        best, where = (_beside(x, group) for x in (best, where))
+        best, where = (_gathered_columns(x, group) for x in (best, where))
         best, order = best.topk(min(k, N), dim=1)
         where = where.gather(1, order)
     return best, where
 
 
-def _beside(x: Tensor, group: Group) -> Tensor:
+def _gathered_columns(x: Tensor, group: Group) -> Tensor:
+    """[Q, K] of every process side by side, [Q, W·K]."""
     return distributed.all_gather(x.T.contiguous(), group).T
 
 

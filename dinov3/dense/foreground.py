@@ -34,7 +34,7 @@ STRENGTHS = tuple(10.0**e for e in range(-7, 1))  # the notebook's; it found 0.1
 
 @dataclass(frozen=True)
 class Foreground:
-    """P(object) = σ(weight · patch + bias). `trained_on`: what the features were, as `Features` says it; checked in use."""
+    """P(object) = σ(weight · patch + bias). `trained_on`: model, layer and norm of the features; checked in use."""
 
     weight: Tensor  # [D]
     bias: Tensor  # []
@@ -72,7 +72,7 @@ class Foreground:
 
 
 def kind_of(features: Features) -> str:
-    """What must agree between training and use: whose features, which layer, which norm (the size may differ)."""
+    """Model, layer and norm of features, which must agree between training and use (the size may differ)."""
     return f"{features.model}, layer {features.layer}, {'normed' if features.normed else 'before the norm'}"
 
 
@@ -132,7 +132,7 @@ def fit(
 def leave_one_out(parts: Sequence[tuple[Tensor, Tensor]], strengths: Sequence[float] = STRENGTHS) -> dict[float, float]:
     """Average precision on the image left out, averaged over images, for every strength.
 
-    parts: (patches [N, D], labels [N]) of every image. Images without both kinds of patches teach and are not scored.
+    parts: (patches [N, D], labels [N]) of every image. Images without both kinds of patches train and are not scored.
     """
     if len(parts) < 2:
         raise DinoError("leaving one image out needs two images at least; give C (the notebook found 0.1)")
@@ -157,7 +157,7 @@ def logistic(x: Tensor, y: Tensor, C: float, *, max_iter: int = 1000) -> tuple[T
     L-BFGS in float64 from zero: the problem is convex, so where it ends does not depend on the solver.
     """
     if not 0 < int(y.sum()) < len(y):
-        raise DinoError("the patches are all object or all background: there is nothing to tell apart")
+        raise DinoError("the patches are all object or all background: there is nothing to separate")
     x64, target = x.double(), y.double()
     # centred and scaled as a whole, the same problem is much rounder: the bias takes up the shift
     shift = x64.mean(0)

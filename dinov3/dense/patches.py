@@ -1,4 +1,4 @@
-"""What all dense methods begin with: the patch map of some images, as unit vectors in float32.
+"""Patch maps as float32 or as unit vectors: the input of all dense methods.
 
 Legend: B images, h×w patch grid, D width. Every method here takes `Features` or a plain map [h, w, D] / [B, h, w, D].
 """

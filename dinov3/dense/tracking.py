@@ -1,7 +1,7 @@
 """Following a mask through a video: labels of the first frame, propagated from patch to patch (paper §6.1.5, App. D).
 
 Nothing is trained. A patch of the current frame takes the labels of the patches most like it in frame 0 and in the few
-frames before, if they lie near enough in the image; a label is a distribution and stays soft from frame to frame.
+frames before, within a radius in the image; a label is a distribution and stays soft from frame to frame.
 
 Legend: h×w patch grid, D width, M labels (0 is the background), C context frames, R radius in patches.
 """
@@ -26,9 +26,9 @@ SHAPES = ("circle", "square")
 
 @dataclass(frozen=True)
 class Propagation:
-    """How labels move. The paper's winning row is marked only graphically; these are its notebook's values.
+    """Settings of the label propagation. Defaults: the paper's notebook (its table marks the best row only graphically).
 
-    n_context: frames kept in the context besides frame 0, which always stays. radius: how far away, in patches, a match may
+    n_context: frames in the context besides frame 0, which always stays. radius: how far away, in patches, a match may
     lie (inf: anywhere); shape: "circle" (Euclidean) or "square" (the larger of the two distances). k: matches that vote,
     over all context frames together. temperature: of the softmax over their cosines.
     """
@@ -58,7 +58,7 @@ PAPER_GRID = tuple(
 )  # fmt: skip
 
 
-def near(rows_apart: Tensor, columns_apart: Tensor, radius: float, shape: str = "circle") -> Tensor:
+def within_reach(rows_apart: Tensor, columns_apart: Tensor, radius: float, shape: str = "circle") -> Tensor:
     """Whether patches so many rows and columns apart are neighbours."""
     if shape == "square":
         return torch.maximum(rows_apart.abs(), columns_apart.abs()) <= radius
@@ -88,7 +88,7 @@ def propagate(
         window = context[:, low:high].reshape(-1, D)  # [C·(high−low)·w, D]
         similarity = (current[row] @ window.T).view(w, C, high - low, w)
         away = torch.arange(low, high, device=current.device)[:, None] - row  # [high−low, 1]
-        allowed = near(away, column[None, None] - column[:, None, None], settings.radius, settings.shape)
+        allowed = within_reach(away, column[None, None] - column[:, None, None], settings.radius, settings.shape)
         similarity = similarity.masked_fill(~allowed[:, None], -math.inf).flatten(1)
         # the k-th largest is a threshold, so ties keep more than k; a patch with fewer than k neighbours has −∞ there,
         # and what lies out of reach gets weight exp(−∞) = 0

@@ -1,4 +1,4 @@
-"""How evaluations are configured: the sections they share, and the command line.
+"""Configuration of evaluations: the sections they share, and the command line.
 
 Arguments are those of the public scripts: `key.sub=value`, `config_file=FILE` or `--config-file FILE`, `output_dir=DIR` or
 `--output-dir DIR`; of our own `--sweep AXES`. Everything else is an error with suggestions.
@@ -23,7 +23,7 @@ Pool = Literal["cls", "mean", "cls+mean"]
 
 @dataclass
 class ModelSection:
-    """Whose features. The first three keys are the public scripts'; with none of all, the model that ships."""
+    """Which backbone. The first three keys are those of the public scripts; without any key, the model that ships."""
 
     config_file: str | None = None  # a training configuration that describes the architecture …
     pretrained_weights: str | None = None  # … and weights for it (file, or a folder of a distributed checkpoint)
@@ -44,7 +44,7 @@ class TransformSection:
 
 @dataclass
 class FeatureSection:
-    """What an image's vector is.
+    """How the output of the backbone becomes one vector for each image.
 
     cls: the CLS tokens of the layers, one after the other; mean: their mean patches; cls+mean: the CLS tokens of all,
     then the mean patch of the last of them (the reference's linear evaluation).
@@ -55,7 +55,7 @@ class FeatureSection:
     pool: Pool = "cls"
     norm: bool = True  # the final norm, on every layer
     dtype: Literal["float32", "float16"] = "float32"  # on disk; float16 halves it
-    cache: str | None = None  # a folder; null: $DINOV3_CACHE/features; "none": nothing is kept
+    cache: str | None = None  # a folder; null: $DINOV3_CACHE/features; "none": no cache
 
 
 @dataclass
@@ -67,11 +67,11 @@ class FewShotSection:
 
 @dataclass
 class EvalConfig:
-    """What all evaluations' configurations have; put your own sections beside these."""
+    """Base class of all evaluations' configurations."""
 
     model: ModelSection = field(default_factory=ModelSection)
     output_dir: str = "."
-    save_results: bool = False  # keep predictions and targets as .npy
+    save_results: bool = False  # save predictions and targets as .npy
 
     def problems(self) -> Iterator[Problem]:
         """Conditions between fields, for the loader; a subclass adds its own."""
@@ -85,7 +85,7 @@ class EvalConfig:
         if model.pretrained_weights and not model.config_file:
             yield (
                 "model.pretrained_weights",
-                "needs model.config_file; a file that says what it is goes to model.weights",
+                "needs model.config_file; a file that describes itself goes to model.weights",
             )
         shots: FewShotSection | None = getattr(self, "few_shot", None)
         if shots is not None and shots.enable and shots.k_or_percent is None:

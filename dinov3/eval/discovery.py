@@ -73,7 +73,7 @@ def boxes_of(
 
 
 def chosen(data: BoxDataset, config: DiscoveryConfig) -> list[int]:
-    """Numbers of the images."""
+    """Indices of the images that are evaluated."""
     rows = list(range(len(data)))
     if config.names is not None:
         file = Path(config.names).expanduser()
@@ -87,7 +87,7 @@ def chosen(data: BoxDataset, config: DiscoveryConfig) -> list[int]:
 
 
 def annotated(data: BoxDataset, index: int, size_hw: tuple[int, int]) -> Tensor:
-    """The boxes [T, 4] that count: VOC's with the difficult ones; COCO's rounded, without crowds."""
+    """Ground-truth boxes [T, 4]: VOC's with the difficult ones; COCO's rounded, without crowds."""
     target = data.target(index, size_hw)
     boxes: Tensor = target["boxes_xyxy_px"]
     return boxes[~target["crowd"]].round() if isinstance(data, CocoDetection) else boxes

@@ -1,9 +1,8 @@
-"""Images → features, computed once and kept on disk; and what the images should be called.
+"""Features of data sets, computed once and cached on disk; labels and few-shot subsets.
 
 A column of numbers (the CLS token or the mean patch of one layer) is a .npy file in a folder named by the model's
-name, the preprocessing and the images. Whoever asks for the same column again, from another evaluation or
-with another pooling, reads the file. Several processes write one file together, so the
-folder must lie where all of them see it.
+name, the preprocessing and the images. A later request for the same column, from another evaluation or with another
+pooling, reads the file. Distributed processes write one file together, so the folder must be visible to all of them.
 
 Legend: N images, D width, C classes, L labels in a set.
 """
@@ -36,11 +35,11 @@ from dinov3.heads.encoder import widths_of
 from dinov3.runlog import peak_memory_gb, time_text
 from dinov3.weights.identity import name_of
 
-# ---- what images are called ----------------------------------------------------------------------------------------
+# ---- labels ---------------------------------------------------------------------------------------------------------
 
 
 def labels_of(dataset: ImageDataset, what: str) -> np.ndarray:
-    """int64 [N], or [N, C] where the data set has several labels an image. Raises `DinoError` where there are none."""
+    """Labels int64 [N], or multi-hot [N, C]. Raises `DinoError` for images without a class."""
     targets = dataset.get_targets() if hasattr(dataset, "get_targets") else None
     if targets is None:
         targets = [-1 if (label := dataset.label(i)) is None else label for i in range(len(dataset))]
@@ -60,9 +59,9 @@ def class_count(labels: np.ndarray) -> int:
 
 @dataclass(frozen=True)
 class Targets:
-    """What test images should be called.
+    """Labels of test images, and how a classifier's scores are compared with them.
 
-    labels: int [N], multi-hot [N, C], or sets [N, L] padded with −1. groups: a word for each image (fairness tables,
+    labels: int [N], multi-hot [N, C], or sets [N, L] padded with −1. groups: a name for each image (fairness tables,
     ImageNet-C's "fog/3"). columns: for each class of the data set the classifier's columns that mean it, where it has
     only some of the classifier's classes (ImageNet-A, -R, ObjectNet).
     """
@@ -72,7 +71,7 @@ class Targets:
     columns: list[list[int]] | None = None
 
     def chosen(self, scores: np.ndarray) -> np.ndarray:
-        """Scores of the data set's own classes: of several columns the best."""
+        """Scores of the data set's own classes; the highest where several columns mean one class."""
         if self.columns is None:
             return scores
         last = max(max(c) for c in self.columns)
@@ -108,7 +107,7 @@ def check_classes(train: ImageDataset, test: ImageDataset) -> None:
 
 @dataclass(frozen=True)
 class Column:
-    """One kind of number of every image: `token` "cls" or "mean" of a layer."""
+    """One cached array [N, D]: the CLS token ("cls") or the mean patch ("mean") of a layer."""
 
     token: str
     layer: int
@@ -117,7 +116,7 @@ class Column:
         return f"{self.token}-layer{self.layer}{'' if norm else '-prenorm'}-{dtype}.npy"
 
     def of(self, output: Mapping[str, Any]) -> Tensor:
-        """These numbers [B, D] in the output of their layer (`features.run`)."""
+        """This column [B, D] of the output of its layer (`features.run`)."""
         return output["cls"] if self.token == "cls" else output["patches"].contiguous().flatten(1, 2).mean(1)
 
 
@@ -128,7 +127,7 @@ def columns_of(layers: Sequence[int], pool: str) -> list[Column]:
 
 
 def dataset_id(dataset: ImageDataset) -> str:
-    """12 hex digits of which images these are: names, and what changes when a file does, where it is known."""
+    """Hash (12 hex digits) of the images: their names, and their files' stamps where they are known."""
     digest = hashlib.sha256(type(dataset).__name__.encode())
     items = getattr(dataset, "items", None)
     if items is not None:
@@ -141,7 +140,7 @@ def dataset_id(dataset: ImageDataset) -> str:
 
 
 def decoded(dataset: ImageDataset, i: int, target_short_side: int | None = None) -> DecodedImage:
-    """Image i; one that cannot be read stops an evaluation, which without it would be another evaluation."""
+    """Image i, decoded. Raises `ImageError` if it cannot be read: without it this would be another benchmark."""
     try:
         return open_image(dataset.read(i), target_short_side=target_short_side)
     except ImageError as error:
@@ -149,7 +148,7 @@ def decoded(dataset: ImageDataset, i: int, target_short_side: int | None = None)
 
 
 class FeatureCache:
-    """Columns of features in a folder of their own for each (weights, preprocessing, images)."""
+    """Cached columns of features; each (weights, preprocessing, images) has a folder of its own."""
 
     def __init__(self, model: nn.Module, root: Path, log: Callable[[str], None]) -> None:
         self.model, self.root, self.log = model, root, log
@@ -190,7 +189,7 @@ class FeatureCache:
             raise DinoError("the data set is empty: there is nothing to evaluate")
         layers = sorted({c.layer for c in columns})
         each = -(-N // world)
-        mine = range(min(rank * each, N), min((rank + 1) * each, N))
+        share = range(min(rank * each, N), min((rank + 1) * each, N))
         owner = distributed.broadcast_object(os.getpid())
         parts = {c: folder / f".{c.file(norm, dtype)}.{owner}" for c in columns}
         arrays: dict[Column, np.ndarray] = {}
@@ -211,18 +210,18 @@ class FeatureCache:
                 )
             arrays[c] = np.lib.format.open_memmap(parts[c], "r+")
         read = partial(decoded, dataset, target_short_side=preprocessing.target_short_side)
-        batches = batched(mine, preprocessing, batch_size, workers=workers, read=read)
+        batches = batched(share, preprocessing, batch_size, workers=workers, read=read)
         for found in outputs(self.model, (x for x, _ in batches), layers, norm=norm):
             tokens, B = dict(zip(layers, found)), len(found[0]["cls"])
             for c in columns:
-                arrays[c][mine.start + done :][:B] = c.of(tokens[c.layer]).float().cpu().numpy()
+                arrays[c][share.start + done :][:B] = c.of(tokens[c.layer]).float().cpu().numpy()
             done += B
             now = time.perf_counter()
-            if now - logged > 15 or done == len(mine):
+            if now - logged > 15 or done == len(share):
                 rate = done / (now - began)
-                left = time_text((len(mine) - done) / rate)
+                left = time_text((len(share) - done) / rate)
                 memory = peak_memory_gb(next(self.model.parameters()).device)
-                self.log(f"features {done}/{len(mine)}  {rate:.1f} images/s  eta {left}  {memory:.1f} GB")
+                self.log(f"features {done}/{len(share)}  {rate:.1f} images/s  eta {left}  {memory:.1f} GB")
                 logged = now
         for array in arrays.values():
             array.flush()  # type: ignore[attr-defined]
@@ -248,15 +247,15 @@ def few_shot_subset(labels: np.ndarray, k_or_percent: float, seed: int) -> np.nd
 
     def drawn(share: float) -> np.ndarray:
         rng = torch.Generator().manual_seed(seed)
-        kept: list[np.ndarray] = []
+        chosen: list[np.ndarray] = []
         for c in classes:
             rows = np.flatnonzero(labels[:, c] > 0 if multi else labels == c)
             if len(rows) == 0:
                 continue
             order = torch.randperm(len(rows), generator=rng).numpy()
             k = max(1, math.floor(share * len(rows))) if share < 1 else int(share)
-            kept.append(rows[order[:k]])
-        return np.unique(np.concatenate(kept))
+            chosen.append(rows[order[:k]])
+        return np.unique(np.concatenate(chosen))
 
     rows = drawn(k_or_percent)
     if multi and k_or_percent < 1:
@@ -265,7 +264,7 @@ def few_shot_subset(labels: np.ndarray, k_or_percent: float, seed: int) -> np.nd
 
 
 def training_rows(shots: FewShotSection, labels: np.ndarray) -> list[Any]:
-    """What to index the training images by in each try: all of them once, or a few of each class, drawn for each try."""
+    """For each try an index of the training images: one try with all of them, or tries with a few of each class."""
     if not shots.enable:
         return [slice(None)]
     assert shots.k_or_percent is not None

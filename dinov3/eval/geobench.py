@@ -83,7 +83,7 @@ def linear_probes(
     N, V, D = x.shape
     weight = torch.zeros(len(lrs), n_classes, D, device=x.device, requires_grad=True)
     bias = torch.zeros(len(lrs), n_classes, device=x.device, requires_grad=True)
-    rates = torch.tensor(list(lrs), device=x.device)
+    learning_rates = torch.tensor(list(lrs), device=x.device)
     momenta = [torch.zeros_like(weight), torch.zeros_like(bias)]
     rng = np.random.default_rng(seed)
     for step in range(steps):
@@ -102,7 +102,7 @@ def linear_probes(
         with torch.no_grad():
             for p, momentum, grad in zip((weight, bias), momenta, grads):
                 momentum.mul_(0.9).add_(grad)
-                p -= (rates * factor).view(-1, *[1] * (p.ndim - 1)) * momentum
+                p -= (learning_rates * factor).view(-1, *[1] * (p.ndim - 1)) * momentum
     layers = []
     for w, b in zip(weight.detach(), bias.detach()):
         layer = nn.Linear(D, n_classes, device=x.device)
@@ -138,7 +138,7 @@ class _Inputs:
 def _features(
     model: nn.Module, data: GeoBench, inputs: _Inputs, config: GeoConfig, *, flips: bool
 ) -> tuple[Tensor, Tensor]:
-    """(features [N, V, D], labels) of this data; each process computes its share and all have all."""
+    """(features [N, V, D], labels) of the data set; each process computes a share, the result is the same on all."""
     rows, labels = [], []
     for i in distributed.share(range(len(data))):
         bands, label = data[i]

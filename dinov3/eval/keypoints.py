@@ -1,8 +1,8 @@
-"""Correspondence: do the same place of a thing (NAVI) and the same part of a kind of thing (SPair) have like patches?
+"""Keypoint correspondence: geometric (NAVI: the same point of an object) and semantic (SPair: the same part of a class).
 
 Paper §6.1.3 and Tab. 4. Geometric: every cell of one view is matched with the most similar cell of another; a match is
 right if the two points, known from depth and cameras, coincide within 1, 2, 5 cm. Semantic: annotated keypoints of one
-image are looked for in another of the same class; PCK@0.1 of the object's box.
+image are matched in another of the same class; PCK@0.1 of the object's box.
 
 Legend: N cells, g×g grid of cells, h×w patch grid, D width. Points [.., 3] in metres, in their camera's frame.
 """
@@ -89,7 +89,7 @@ def draw_pairs(
     views: Sequence[View], *, max_rotation: float = 120, every: int = 4, seed: int = 8
 ) -> list[tuple[int, int]]:
     """(source, target): for every view another of its group, drawn among those turned by more than 0 and at most
-    `max_rotation` degrees; then each `every`-th view is kept as a source. Views without such a partner are left out."""
+    `max_rotation` degrees; then every `every`-th view is a source. Views without such a partner are left out."""
     generator = torch.Generator().manual_seed(seed)
     partners: dict[int, int] = {}
     for i, view in enumerate(views):
@@ -151,17 +151,17 @@ def ratio_weight(first: Tensor, second: Tensor) -> Tensor:
 
 
 def relative_pose(a: np.ndarray, b: np.ndarray) -> Tensor:
-    """[4, 4] that takes points of camera a to camera b."""
+    """The transform [4, 4] from the frame of camera a to that of camera b."""
     return torch.from_numpy(b @ np.linalg.inv(a)).float()
 
 
 def moved(points: Tensor, pose: Tensor) -> Tensor:
-    """Points [.., 3] by a pose [4, 4]."""
+    """Points [.., 3] transformed by a pose [4, 4]."""
     return points @ pose[:3, :3].T + pose[:3, 3]
 
 
 def metric_errors(matched: Matched, pose: Tensor) -> Tensor:
-    """Metres [M] between where a matched point is and where it should be."""
+    """Distances in metres [M] between matched points and where they should be."""
     return (moved(matched.source, pose) - matched.target).norm(dim=-1)
 
 
@@ -364,7 +364,7 @@ def geometric(config: KeypointsConfig, session: Session, model: Any) -> dict[str
             raise DinoError(f"no pair of {len(pairs)} overlaps by {least}; lower min_overlap or raise max_rotation")
         found = recalls(every[:, 0], thresholds)
         middle = thresholds[len(thresholds) // 2]
-        for low in range(0, math.ceil(limit), 30):  # how it bears with turning
+        for low in range(0, math.ceil(limit), 30):  # recall by the angle between the views
             part = every[(every[:, 1] > low) & (every[:, 1] <= low + 30)]
             if len(part):
                 found[f"recall@{middle:g}cm {low}-{low + 30}°"] = 100 * float(
@@ -410,7 +410,7 @@ def semantic(config: KeypointsConfig, session: Session, model: Any) -> dict[str,
 
 
 def _better(results: dict[bool, dict[str, float]]) -> dict[str, float]:
-    """The numbers of the better of the two, and what the other one gave."""
+    """The results of the better setting of the norm, and the recall of each."""
     best = max(results, key=lambda norm: results[norm]["recall"])
     found: dict[str, Any] = {**results[best], "norm": best}
     for norm, one in results.items():

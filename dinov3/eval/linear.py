@@ -346,12 +346,12 @@ class LinearEvaluation:
         batch = {"batch_size": c.eval.batch_size, "workers": c.eval.num_workers}
         columns: list[Tensor] = []
         wanted: list[tuple[Any, int]] = [*(("cls", i) for i in range(n - self.blocks, n)), ("mean", n - 1)]
-        self.session.also = (list(range(n - self.blocks, n)), ["cls+mean"])  # all in one pass
+        self.session.same_pass = (list(range(n - self.blocks, n)), ["cls+mean"])  # all in one pass
         for token, layer in wanted:
             section = replace(c.features, layers=[layer], pool=token)
             x = self.session.features(self.model, dataset, self.preprocessing, section, **batch)
             columns.append(torch.from_numpy(np.array(x)))
-        self.session.also = ([], [])
+        self.session.same_pass = ([], [])
         return TestSet(line, columns[:-1], columns[-1], test_targets(dataset, line), metric or self.metric_of(dataset))
 
     def metric_of(self, dataset: ImageDataset) -> Metric:

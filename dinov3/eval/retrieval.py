@@ -44,7 +44,7 @@ class RetrievalConfig(EvalConfig):
     square: Literal["pad", "crop"] = "pad"
     crop_queries: bool = True  # to the query's box, as the benchmark's own code does; the paper does not say
     # Met: images at their own size, each side to the nearest multiple of the patch
-    whitened: int = setting(512, at_least=1)  # dimensions kept
+    whitened: int = setting(512, at_least=1)  # dimensions after whitening
     ks: list[int] = setting(list(MET_K), at_least=1, required="at least one value")
     temperatures: list[float] = setting(list(MET_T), required="at least one value")
     # AmsterTime
@@ -62,8 +62,8 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 def positions(ranking: np.ndarray, ok: np.ndarray, junk: np.ndarray) -> np.ndarray:
     """0-based ranks of the right images after the junk has been taken out of the ranking."""
-    kept = ranking[~np.isin(ranking, junk)]
-    return np.flatnonzero(np.isin(kept, ok))
+    scored = ranking[~np.isin(ranking, junk)]
+    return np.flatnonzero(np.isin(scored, ok))
 
 
 def trapezoid_ap(ranks: np.ndarray, n_ok: int) -> float:
@@ -145,8 +145,8 @@ def fit_whitening(x: np.ndarray, dimensions: int, *, chunk: int = 65536) -> Whit
         part = x[i : i + chunk].astype(np.float64) - mean
         square += part.T @ part
     values, vectors = np.linalg.eigh(square / len(x))
-    kept = min(dimensions, D, int((values > values[-1] * 1e-10).sum()))  # directions without variance carry noise only
-    values, vectors = values[::-1][:kept], vectors[:, ::-1][:, :kept]
+    k = min(dimensions, D, int((values > values[-1] * 1e-10).sum()))  # directions without variance carry noise only
+    values, vectors = values[::-1][:k], vectors[:, ::-1][:, :k]
     return Whitening(mean, vectors / np.sqrt(values))
 
 
@@ -158,7 +158,7 @@ def neighbours(queries: np.ndarray, database: np.ndarray, k: int) -> tuple[np.nd
 
 
 def confidences(similarity: np.ndarray, classes: np.ndarray, temperature: float, n_classes: int) -> np.ndarray:
-    """How sure the nearest neighbour's class is [Q]: similarities [Q, K] falling, and the classes of those neighbours.
+    """Confidence in the nearest neighbour's class [Q]: similarities [Q, K] falling, and the classes of those neighbours.
 
     A class's score is its best neighbour's; the classes that are not among the neighbours count as similarity 0:
     e^(t·s) / (Σ over the present of e^(t·s) + number of the absent).
@@ -271,8 +271,8 @@ def _met(config: RetrievalConfig, session: Session, model: nn.Module) -> dict[st
     whitening = fit_whitening(vectors["database"], config.whitened)
     database = whitening(vectors["database"])
     n_classes = len(np.unique(labels["database"]))
-    near = {p: neighbours(whitening(vectors[p]), database, max(config.ks)) for p in ("val", "test")}
-    similarity, numbers = near["val"]
+    nearest_of = {p: neighbours(whitening(vectors[p]), database, max(config.ks)) for p in ("val", "test")}
+    similarity, numbers = nearest_of["val"]
     k, t, found = choose(
         similarity,
         labels["database"][numbers],
@@ -282,7 +282,7 @@ def _met(config: RetrievalConfig, session: Session, model: nn.Module) -> dict[st
         temperatures=config.temperatures,
     )
     session.log(f"chosen on the validation queries: {k} neighbours, temperature {t:g} (GAP {100 * found:.2f})")
-    similarity, numbers = near["test"]
+    similarity, numbers = nearest_of["test"]
     classes = labels["database"][numbers]
     confidence = confidences(similarity[:, :k], classes[:, :k], t, n_classes)
     return met_scores(classes[:, 0], confidence, labels["test"]) | {"k": k, "temperature": t, "val GAP": 100 * found}

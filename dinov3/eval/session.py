@@ -11,7 +11,7 @@ An evaluation is a configuration (dataclass), a function arrays → numbers, and
 the ranks of torchrun or SLURM, saves the resolved configuration, and writes results-NAME.csv and results-NAME.json.
 
 Modules it uses: `arguments` (sections of configurations, command line), `features` (images → features cached on disk,
-labels, few shots), `tables`, `published`.
+labels, few shots), `published`.
 
 Legend: N images, D width.
 """
@@ -128,12 +128,12 @@ def _from_distributed(config: BackboneConfig, folder: Path) -> nn.Module:
 
 
 class Session:
-    """One run of an evaluation: where it writes, on which device, and what has been opened already."""
+    """One run of an evaluation: its output folder, device, opened model and cached features."""
 
     def __init__(self, name: str, output_dir: str | os.PathLike[str] = ".", device: str = "auto") -> None:
         self.name, self.device_name = name, device
         self.device = distributed.setup(None if device == "auto" else device)
-        self.also: tuple[list[int], list[str]] = ([], [])  # layers and pools to compute in the same pass (sweeps)
+        self.same_pass: tuple[list[int], list[str]] = ([], [])  # layers and pools that a sweep needs: computed together
         self._models: dict[str, nn.Module] = {}
         self._caches: dict[str, FeatureCache] = {}
         self.began = time.perf_counter()
@@ -154,11 +154,11 @@ class Session:
 
     def shared(self, items: Sequence[T], what: str) -> Iterator[T]:
         """This process's share of the items; how many are done is logged every 15 seconds and at the end."""
-        mine, logged = distributed.share(items), time.perf_counter()
-        for done, item in enumerate(mine, 1):
+        share, logged = distributed.share(items), time.perf_counter()
+        for done, item in enumerate(share, 1):
             yield item
-            if time.perf_counter() - logged > 15 or done == len(mine):
-                self.log(f"{what} {done}/{len(mine)}")
+            if time.perf_counter() - logged > 15 or done == len(share):
+                self.log(f"{what} {done}/{len(share)}")
                 logged = time.perf_counter()
 
     def at(self, output_dir: str | os.PathLike[str]) -> Session:
@@ -211,8 +211,13 @@ class Session:
         layers = layer_numbers(model, section.layers)
         wanted = columns_of(layers, section.pool)
         extra = (
-            [c for pool in self.also[1] for i in layer_numbers(model, self.also[0]) for c in columns_of([i], pool)]
-            if self.also[0]
+            [
+                c
+                for pool in self.same_pass[1]
+                for i in layer_numbers(model, self.same_pass[0])
+                for c in columns_of([i], pool)
+            ]
+            if self.same_pass[0]
             else []
         )
         root = self.cache_root(section.cache)
@@ -256,7 +261,7 @@ class Session:
     # -- results
 
     def append_json(self, value: Mapping[str, Any], file: str | None = None) -> None:
-        """One JSON line more in `results_eval_<name>.json`."""
+        """Appends one line of JSON to `results_eval_<name>.json`."""
         if self.run.writer:
             with open(self.output / (file or f"results_eval_{self.name}.json"), "a", encoding="utf-8") as out:
                 out.write(json.dumps(value) + "\n")
@@ -323,9 +328,9 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as a table for people."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[shown(row.get(c)) for c in columns] for row in rows]
-    widths = [max(len(c), *(len(line[i]) for line in cells)) for i, c in enumerate(columns)]
-    lines = [columns, ["-" * w for w in widths], *cells]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
+    widths = [max(len(c), *(len(row[i]) for row in cells)) for i, c in enumerate(columns)]
+    table = [columns, ["-" * w for w in widths], *cells]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in table)
 
 
 def shown(value: Any) -> str:
@@ -392,7 +397,7 @@ def sweep(
         points.append((point, config))
     sections = [getattr(config, "features", None) for _, config in points]
     if all(isinstance(s, FeatureSection) for s in sections):
-        session.also = (sorted({i for s in sections for i in s.layers}), sorted({s.pool for s in sections}))  # type: ignore[union-attr]
+        session.same_pass = (sorted({i for s in sections for i in s.layers}), sorted({s.pool for s in sections}))  # type: ignore[union-attr]
     rows: list[dict[str, Any]] = []
     for i, (point, config) in enumerate(points):
         session.log(f"[{i + 1}/{len(points)}] " + ", ".join(f"{k}={v}" for k, v in point.items()))
@@ -422,7 +427,7 @@ def main(
     evaluate: (configuration, session) → one row of named results, the same on all ranks.
     """
     given = list(sys.argv[1:] if argv is None else argv)
-    outside = distributed.together()  # a group that somebody else made is somebody else's to leave
+    joined_before = distributed.together()  # whoever made the group leaves it
     if {"-h", "--help"} & set(given):
         print(help_text(name, cls, doc or sys.modules[evaluate.__module__].__doc__))
         return 0
@@ -441,7 +446,7 @@ def main(
         else:
             results = evaluate(config, session)
             session.finish(results, config)
-            _tell(results, session)
+            _print_results(results, session)
         session.clean()
         session.log(
             f"{name} took {time_text(time.perf_counter() - session.began)}, {peak_memory_gb(session.device):.1f} GB; "
@@ -451,13 +456,13 @@ def main(
         who = "" if distributed.is_main() else f"[rank {distributed.rank()}] "
         print(f"{who}{error}", file=sys.stderr)
         return 1
-    if not outside:
+    if not joined_before:
         distributed.shutdown()
     return 0
 
 
-def _tell(results: Mapping[str, Number], session: Session) -> None:
-    """Results on stdout, and beside them what was published of the same model, where something was."""
+def _print_results(results: Mapping[str, Number], session: Session) -> None:
+    """Prints the results, and the published figures of the same model if there are any."""
     if not session.run.writer:
         return
     for key, value in results.items():

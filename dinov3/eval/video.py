@@ -176,7 +176,7 @@ def candidates(
     in_dim: int, n_classes: int, section: ProbeSection, lrs: Sequence[float], weight_decays: Sequence[float], *,
     device: torch.device | str = "cpu", seed: int = 0,
 ) -> list[Candidate]:  # fmt: skip
-    """A fresh probe, the same for all, for every learning rate and weight decay."""
+    """A probe for every learning rate and weight decay, all initialised alike."""
     out = []
     for lr, wd in itertools.product(lrs, weight_decays):
         probe = AttentiveProbe(
@@ -190,8 +190,7 @@ def candidates(
 def train_step(
     every: Sequence[Candidate], batch: Batch, step: int, total: int, precision: str = "float32"
 ) -> list[float]:
-    """One step of all of them on the same features; their losses. One after the other, so activations of one at a time
-    are in memory."""
+    """One step of every probe on the same features; their losses. One after the other, to hold one probe's activations."""
     tokens, coordinates, labels = batch
     losses = []
     for c in every:
@@ -203,7 +202,7 @@ def train_step(
         c.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         distributed.average_gradients(list(c.probe.parameters()))
-        # a rate too high for the head may blow up: it loses the choice, the others go on
+        # a learning rate too high for the head may diverge: that probe is not chosen, the others continue
         if all(bool(p.grad.isfinite().all()) for p in c.probe.parameters() if p.grad is not None):
             c.optimizer.step()
         losses.append(float(loss.detach()))
@@ -218,7 +217,7 @@ def probabilities(probe: AttentiveProbe, tokens: Tensor, coordinates: Tensor) ->
 
 
 def held_out_rows(n: int, share: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(rows that train, rows that choose), both sorted."""
+    """(training rows, validation rows), both sorted."""
     if n < 2:
         raise DinoError("at least two training videos are needed: one of them chooses the probe")
     order = np.random.default_rng(seed).permutation(n)
@@ -230,7 +229,7 @@ def held_out_rows(n: int, share: float, seed: int = 0) -> tuple[np.ndarray, np.n
 
 
 class _Frozen:
-    """Clips of pixels → tokens and coordinates."""
+    """The frozen backbone: clips of pixels → tokens and coordinates."""
 
     def __init__(self, model: nn.Module, config: VideoConfig) -> None:
         self.model, self.config = model, config
@@ -252,9 +251,9 @@ def scored(
     frozen: _Frozen, every: Sequence[Candidate], reader: Reader, rows: Sequence[int], *, tta: bool, workers: int
 ) -> tuple[list[Tensor], Tensor]:
     """(probabilities [n, K] of every candidate, labels [n]) of some videos, shared among the processes."""
-    mine = distributed.share(rows)
+    share = distributed.share(rows)
     found: list[list[Tensor]] = [[] for _ in every]
-    for frames, seconds in prefetched(lambda i: reader.views(i, tta=tta), mine, workers, 2 * workers):
+    for frames, seconds in prefetched(lambda i: reader.views(i, tta=tta), share, workers, 2 * workers):
         tokens, coordinates = (t.clone() for t in frozen(frames, seconds))  # out of inference mode
         for place, c in zip(found, every):
             place.append(probabilities(c.probe, tokens, coordinates).mean(0))
@@ -263,7 +262,7 @@ def scored(
     gathered = [
         distributed.all_gather(torch.stack(p) if p else torch.zeros(0, n_classes, device=device)) for p in found
     ]
-    labels = torch.from_numpy(reader.clips.labels[mine]).to(device)
+    labels = torch.from_numpy(reader.clips.labels[share]).to(device)
     return gathered, distributed.all_gather(labels)
 
 
@@ -275,10 +274,10 @@ def fitted(
     each = max(1, config.batch_size // world)
     per_epoch = math.ceil(len(rows) / (each * world))
     total = config.epochs * per_epoch
-    kept = session.output / "probes.pt"
-    first = _resumed(kept, every, total)
+    checkpoint = session.output / "probes.pt"
+    first = _resumed(checkpoint, every, total)
     if first:
-        session.log(f"resuming at step {first} of {total} ({kept})")
+        session.log(f"resuming at step {first} of {total} ({checkpoint})")
 
     def batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
         picked = [int(rows[i]) for i in shuffled(len(rows), each, step, seed=config.seed, rank=rank, world=world)]
@@ -294,10 +293,10 @@ def fitted(
         if (step + 1) % per_epoch == 0:
             best = min(losses) if all(map(math.isfinite, losses)) else float(np.nanmin(losses))
             session.log(f"epoch {(step + 1) // per_epoch} of {config.epochs}: lowest loss {best:.3f}")
-            _keep(kept, every, step + 1, total)
+            _save(checkpoint, every, step + 1, total)
 
 
-def _keep(path: Path, every: Sequence[Candidate], step: int, total: int) -> None:
+def _save(path: Path, every: Sequence[Candidate], step: int, total: int) -> None:
     if distributed.is_main():
         state = {
             "step": step, "total": total, "names": [c.name for c in every],

@@ -1,6 +1,6 @@
-"""How good the features are, during training: k nearest neighbours, voting (DINO's protocol; paper §6, App. D).
+"""k-NN accuracy of the features during training (DINO's protocol; paper §6, App. D).
 
-A small plain check on the average of the moment. The full evaluation, with its protocol and its options, is another
+A small plain check on the current EMA teacher. The full evaluation, with its protocol and its options, is another
 activity. Every process takes its share of the images; the result is the same on all.
 """
 
@@ -37,19 +37,19 @@ def features_of(
     # sharded weights are gathered by all ranks together, so all of them run equally many batches
     rank, world = distributed.rank(group), distributed.world(group)
     each = -(-len(labelled) // world)
-    mine = [labelled[min(rank + i * world, len(labelled) - 1)] for i in range(each)]
+    share = [labelled[min(rank + i * world, len(labelled) - 1)] for i in range(each)]
     stride: Any = backbone.stride
     mean, std = config.crops.rgb_mean, config.crops.rgb_std
     preprocessing = Preprocessing(
         size=e.knn_image_size, multiple=stride, mean=(mean[0], mean[1], mean[2]), std=(std[0], std[1], std[2])
     )
-    batches = batched(mine, preprocessing, e.knn_batch_size, workers=4, read=lambda i: data[i][0])
+    batches = batched(share, preprocessing, e.knn_batch_size, workers=4, read=lambda i: data[i][0])
     cls = torch.cat([f.cls for f in extract(backbone, batches, preprocessing=preprocessing)])
-    labels = torch.tensor([int(data.label(i) or 0) for i in mine], device=device)
+    labels = torch.tensor([int(data.label(i) or 0) for i in share], device=device)
     number = torch.tensor([rank + i * world for i in range(each)], device=device)
     cls, labels, number = (distributed.all_gather(x.clone(), group) for x in (cls, labels, number))
-    kept = (number < len(labelled)).nonzero().flatten()
-    return cls[kept], labels[kept]
+    real = (number < len(labelled)).nonzero().flatten()
+    return cls[real], labels[real]
 
 
 def knn(backbone: nn.Module, config: TrainConfig, device: torch.device, group: Group = None) -> float:

@@ -125,7 +125,7 @@ def test_what_cannot_be_learnt_is_said() -> None:
     one, labels = image(0)
     with pytest.raises(DinoError, match="needs two images"):
         fit([one], [labels])
-    with pytest.raises(DinoError, match="nothing to tell apart"):
+    with pytest.raises(DinoError, match="nothing to separate"):
         fit([one], [torch.zeros_like(labels)], C=1)
     with pytest.raises(DinoError, match="two kinds"):
         fit([one, replace(one, layer=2)], [labels, labels])

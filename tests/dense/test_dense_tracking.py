@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov3.dense.tracking import PAPER_GRID, Propagation, masks, near, patch_labels, propagate, track
+from dinov3.dense.tracking import PAPER_GRID, Propagation, masks, patch_labels, propagate, track, within_reach
 from dinov3.errors import DinoError, UnknownName
 
 
@@ -85,9 +85,9 @@ def test_row_by_row_equals_the_definition(settings: Propagation) -> None:
 
 def test_sizes_of_neighbourhoods() -> None:
     rows, columns = torch.meshgrid(torch.arange(30), torch.arange(40), indexing="ij")
-    count = {s: int(near(rows - 15, columns - 20, 12, s).sum()) for s in ("circle", "square")}
+    count = {s: int(within_reach(rows - 15, columns - 20, 12, s).sum()) for s in ("circle", "square")}
     assert count == {"circle": 441, "square": 625}
-    assert int(near(rows, columns, 12).sum()) == 123  # of the corner
+    assert int(within_reach(rows, columns, 12).sum()) == 123  # of the corner
 
 
 def test_nothing_moves_in_a_static_video() -> None:

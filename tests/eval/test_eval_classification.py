@@ -204,22 +204,22 @@ def test_groups_have_their_own_hit_rates() -> None:
     scores = np.eye(5)[[0, 1, 2, 3, 0, 0]]
     sets = np.array([[0], [1], [2], [0], [0], [4]])
     groups = np.array(["a"] * 4 + ["b"] * 2)
-    told = evaluate(Metric.GROUPBY_ANY_MATCH_ACCURACY_1, scores, sets, groups=groups)
-    assert (told["a"], told["b"]) == (0.75, 0.5)
-    assert (told["a"] - told["b"]) / told["a"] == pytest.approx(1 / 3)
+    results = evaluate(Metric.GROUPBY_ANY_MATCH_ACCURACY_1, scores, sets, groups=groups)
+    assert (results["a"], results["b"]) == (0.75, 0.5)
+    assert (results["a"] - results["b"]) / results["a"] == pytest.approx(1 / 3)
 
 
 def test_mean_reciprocal_rank_is_the_recorded_one() -> None:
     scores = np.array([[0.5, 0.3, 0.2], [0.2, 0.5, 0.3], [0.1, 0.3, 0.6]])
-    told = evaluate(Metric.MACRO_AVERAGED_MEAN_RECIPROCAL_RANK, scores, np.array([0, 0, 2]))
-    assert told["top-1"] == pytest.approx(0.5555552, abs=1e-7)
+    results = evaluate(Metric.MACRO_AVERAGED_MEAN_RECIPROCAL_RANK, scores, np.array([0, 0, 2]))
+    assert results["top-1"] == pytest.approx(0.5555552, abs=1e-7)
 
 
 def test_eleven_points_of_precision() -> None:
     scores, positive = np.array([0.9, 0.8, 0.7]), np.array([1, 0, 1])
     assert classification.average_precision_11(scores, positive) == pytest.approx((6 + 5 * 2 / 3) / 11)
-    told = evaluate(Metric.MEAN_AVERAGE_PRECISION_VOC_2007, np.stack([scores] * 2, 1), np.stack([positive] * 2, 1))
-    assert told["top-1"] == pytest.approx(0.8484848, abs=1e-7)
+    results = evaluate(Metric.MEAN_AVERAGE_PRECISION_VOC_2007, np.stack([scores] * 2, 1), np.stack([positive] * 2, 1))
+    assert results["top-1"] == pytest.approx(0.8484848, abs=1e-7)
 
 
 def test_corruption_errors_are_the_recorded_ones() -> None:
@@ -278,8 +278,8 @@ def test_metrics_equal_those_of_public_libraries() -> None:
 
 
 def test_each_class_can_be_told_apart() -> None:
-    told = evaluate(Metric.PER_CLASS_ACCURACY, np.eye(3)[[0, 1, 1]], np.array([0, 1, 2]))
-    assert told == {"top-1": pytest.approx(2 / 3), "top-1 class 0": 1, "top-1 class 1": 1, "top-1 class 2": 0}
+    results = evaluate(Metric.PER_CLASS_ACCURACY, np.eye(3)[[0, 1, 1]], np.array([0, 1, 2]))
+    assert results == {"top-1": pytest.approx(2 / 3), "top-1 class 0": 1, "top-1 class 1": 1, "top-1 class 2": 0}
 
 
 def test_only_the_columns_of_a_subset_count() -> None:
@@ -485,10 +485,10 @@ def test_linear_heads_from_images_to_files(toy: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["best", "final"]
     state = linear.Kept(tmp_path / "checkpoints").load("final")
     assert set(state) == {"iteration", "linear_classifiers", "optimizer", "scheduler", "best_accuracy"}
-    told = (tmp_path / "results_eval_linear.json").read_text().split("\n")
-    assert told[0] == "iter: 6"
-    assert set(json.loads(told[1])["best_classifier"]) == {"name", "accuracy"}
-    assert told[2] == ""
+    lines = (tmp_path / "results_eval_linear.json").read_text().split("\n")
+    assert lines[0] == "iter: 6"
+    assert set(json.loads(lines[1])["best_classifier"]) == {"name", "accuracy"}
+    assert lines[2] == ""
 
 
 def test_a_stopped_linear_run_goes_on_exactly(toy: Path, tmp_path: Path) -> None:
@@ -528,10 +528,10 @@ def test_mistakes_in_a_linear_configuration_are_all_told(
         "train.eposh=1",
     )
     assert linear.main(given) == 1
-    told = capsys.readouterr().err
-    assert "train.learning_rates" in told
-    assert "train.n_last_blocks_list" in told
-    assert "did you mean 'train.epochs'" in told
+    error = capsys.readouterr().err
+    assert "train.learning_rates" in error
+    assert "train.n_last_blocks_list" in error
+    assert "did you mean 'train.epochs'" in error
 
 
 @pytest.mark.slow
@@ -601,10 +601,10 @@ def test_corruptions_are_grouped_and_extra_ones_left_out(tmp_path: Path) -> None
     scores = np.zeros((10, 2))
     scores[:, 0] = data.get_groupby_labels() != "fog/1"
     scores[:, 1] = 0.5
-    told = evaluate(Metric(data.metric), scores, data.get_targets(), groups=data.get_groupby_labels())
-    assert told["CE snow"] == 0
-    assert told["CE fog"] == pytest.approx(0.2 / 0.819324)
-    assert told["top-1"] == told["mCE"] == pytest.approx(0.1 / 0.819324)
+    results = evaluate(Metric(data.metric), scores, data.get_targets(), groups=data.get_groupby_labels())
+    assert results["CE snow"] == 0
+    assert results["CE fog"] == pytest.approx(0.2 / 0.819324)
+    assert results["top-1"] == results["mCE"] == pytest.approx(0.1 / 0.819324)
 
 
 def test_objectnet_loses_its_frame_and_knows_several_columns(tmp_path: Path) -> None:

@@ -95,9 +95,9 @@ def test_errors_of_arguments_have_suggestions() -> None:
         split_arguments(["--sweeep", "x=1"])
     with pytest.raises(DinoError, match="--output-dir needs a value"):
         split_arguments(["--output-dir"])
-    with pytest.raises(DinoError, match=r"numbr .*did you mean 'number'") as told:
+    with pytest.raises(DinoError, match=r"numbr .*did you mean 'number'") as error:
         read_arguments(ToyConfig, ["numbr=3"])
-    assert "where (not set): must be given" in str(told.value)
+    assert "where (not set): must be given" in str(error.value)
 
 
 def test_choices_are_taken_by_name_or_value_in_any_capitals() -> None:
@@ -119,9 +119,9 @@ def test_help_lists_every_key_with_its_default(capsys: pytest.CaptureFixture[str
     from dinov3.eval import knn
 
     assert knn.main(["--help"]) == 0
-    told = capsys.readouterr().out
-    assert "train.ks=[10,20,100,200]" in told
-    assert "eval.test_metric_type=mean_accuracy" in told
+    output = capsys.readouterr().out
+    assert "train.ks=[10,20,100,200]" in output
+    assert "eval.test_metric_type=mean_accuracy" in output
 
 
 # ---- the model ------------------------------------------------------------------------------------------------------
@@ -178,8 +178,8 @@ def test_features_are_computed_once_and_equal_the_models(tmp_path: Path) -> None
     folder = make_folder(tmp_path / "images")
     model, dataset = tiny(), make_dataset(str(folder))
     preprocessing = default_preprocessing(model, size=32)
-    told: list[str] = []
-    cache = FeatureCache(model, tmp_path / "cache", told.append)
+    messages: list[str] = []
+    cache = FeatureCache(model, tmp_path / "cache", messages.append)
     columns = columns_of([1, 3], "cls+mean")
     assert [(c.token, c.layer) for c in columns] == [("cls", 1), ("cls", 3), ("mean", 3)]
     arrays = cache.columns(dataset, preprocessing, columns, batch_size=3)
@@ -188,13 +188,13 @@ def test_features_are_computed_once_and_equal_the_models(tmp_path: Path) -> None
         (_, first), (patches, last) = model.get_intermediate_layers(x, n=[1, 3], return_class_token=True)
     for array, expected in zip(arrays, (first, last, patches.mean(1))):
         torch.testing.assert_close(torch.from_numpy(np.array(array)), expected, atol=1e-5, rtol=1e-5)
-    said = len(told)
+    before = len(messages)
     again = cache.columns(dataset, preprocessing, columns_of([3], "mean"))
-    assert len(told) == said, "columns that are known are not computed again"
+    assert len(messages) == before, "columns that are known are not computed again"
     np.testing.assert_array_equal(again[0], arrays[2])
     Image.new("RGB", (40, 40)).save(folder / "class0" / "0.png")
     cache.columns(make_dataset(str(folder)), preprocessing, columns_of([3], "mean"))
-    assert len(told) > said, "other images are other features"
+    assert len(messages) > before, "other images are other features"
 
 
 def test_other_weights_and_other_preprocessing_have_their_own_features(tmp_path: Path) -> None:
@@ -287,9 +287,9 @@ def test_a_transformers_model_is_a_backbone(tmp_path: Path, oracles: None, monke
     x = torch.randn(2, 3, 42, 56)
     with torch.no_grad():
         expected = theirs(pixel_values=x, output_hidden_states=True)
-    said = run(model, x)
-    torch.testing.assert_close(said["cls"], expected.last_hidden_state[:, 0])
-    torch.testing.assert_close(said["patches"].flatten(1, 2), expected.last_hidden_state[:, 1:])
+    output = run(model, x)
+    torch.testing.assert_close(output["cls"], expected.last_hidden_state[:, 0])
+    torch.testing.assert_close(output["patches"].flatten(1, 2), expected.last_hidden_state[:, 1:])
     shorter = load(f"transformers:{tmp_path / 'theirs'},layer=1")
     assert (shorter.n_blocks, model.n_blocks) == (2, 3)
     torch.testing.assert_close(run(shorter, x)["cls"], theirs.layernorm(expected.hidden_states[2])[:, 0])
@@ -332,8 +332,8 @@ def test_a_share_of_several_labels_is_corrected() -> None:
 
 
 def test_tries_become_mean_and_unbiased_deviation() -> None:
-    told = over_tries([{"top-1": 1.0}, {"top-1": 3.0}])
-    assert told == {"top-1_mean": 2.0, "top-1_std": pytest.approx(2**0.5)}
+    summary = over_tries([{"top-1": 1.0}, {"top-1": 3.0}])
+    assert summary == {"top-1_mean": 2.0, "top-1_std": pytest.approx(2**0.5)}
 
 
 # ---- tables, sweeps -------------------------------------------------------------------------------------------------
@@ -392,8 +392,8 @@ def test_the_verb_lists_and_dispatches(tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, ["eval"])
     assert shown.exit_code == 0
     assert "log-regression" in shown.output
-    told = CliRunner().invoke(app, ["eval", "knn", "--help"])
-    assert "train.temperature=0.07" in told.output
+    result = CliRunner().invoke(app, ["eval", "knn", "--help"])
+    assert "train.temperature=0.07" in result.output
     wrong = CliRunner().invoke(app, ["eval", "kn"])
     assert isinstance(wrong.exception, UnknownName)
     assert "did you mean 'knn'" in str(wrong.exception)

@@ -39,14 +39,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     size = Tokenizer.from_file(TINY).vocab_size
     sizes = {"context_length": 12, "vocab_size": size, "dim": 32, "num_heads": 2, "num_layers": 1}
     (root / "text.yaml").write_text(yaml.safe_dump(sizes))
-    told = train_main([
+    status = train_main([
         f"output_dir={root}/run", f"train_dataset_str=Captions:root={root}/photos", "vision_backbone=dinov3_vitt16",
         "embed_dim=384", "vision_model_train_img_size=32", "vision_model_num_head_blocks=1",
         "vision_model_head_blocks_drop_path=0", f"text_backbone_config={root}/text.yaml",
         f"text_vocab_path_or_url={TINY}", "batch_size=6", "max_iteration=40", "warmup_length=4", "lr=2e-3", "eval_freq=0",
         "workers=0", "device=cpu",
     ])  # fmt: skip
-    assert told == 0
+    assert status == 0
     (root / "masks").mkdir()
     (root / "scenes" / "images").mkdir(parents=True)
     (root / "scenes" / "masks").mkdir()
@@ -105,8 +105,8 @@ def test_places_are_named_in_the_masks_own_pixels(trained: Path, tmp_path: Path,
 def test_mistakes_are_one_sentence(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], sentence: str
 ) -> None:
-    told = [word.format(photos=trained / "photos") for word in more]
-    assert main(words(trained, tmp_path, *told)) == 1
+    arguments = [word.format(photos=trained / "photos") for word in more]
+    assert main(words(trained, tmp_path, *arguments)) == 1
     error = capsys.readouterr().err
     assert sentence in error
     assert "Traceback" not in error

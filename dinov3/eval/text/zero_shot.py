@@ -1,4 +1,4 @@
-"""Zero-shot: classes, places and sentences by words alone, with a dino.txt model (paper Tab. 16; the public examples).
+"""Zero-shot classification, segmentation and retrieval by text, with a dino.txt model (paper Tab. 16; the public examples).
 
     dinov3 eval zero-shot task=classification dataset=ImageNet:root=…:split=VAL model.weights=HEAD model.backbone_weights=L
     dinov3 eval zero-shot task=segmentation dataset=ADE20K:root=…:split=VAL …
@@ -12,8 +12,8 @@ down); mode slide: windows of `side` every `stride`, the mean of their softmax w
 Then bilinear to the mask's size. Macro Jaccard over the classes that occur, mIoU in percent.
 retrieval: recall of images by captions and captions by images; any caption of an image counts.
 
-Class names come from the data set (ImageNet's, ADE20K's and Cityscapes' published lists, or folders' names), or one a line
-from `names`; templates are CLIP's 80, or one a line from `templates`, or "none": the bare name.
+Class names come from the data set (ImageNet's, ADE20K's and Cityscapes' published lists, or folders' names), or from the
+file `names`, one on each line; templates are CLIP's 80, or the lines of the file `templates`, or "none": the bare name.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def class_names(dataset: Any, file: str | None) -> list[str]:
         return list(known.ade20k())
     own = getattr(dataset, "class_names", None)
     if not own:
-        raise DinoError("this data set does not name its classes: give names=FILE, a name a line in the classes' order")
+        raise DinoError("this data set does not name its classes: give names=FILE, one name on each line, in order")
     return [str(name).replace("_", " ") for name in own]
 
 
@@ -204,10 +204,10 @@ def _classification(
     if labels.ndim != 1:
         raise DinoError(f"{c.dataset} has several labels an image; zero-shot classification needs one")
     vectors = class_vectors(model, tokenizer, names, chosen_templates(c.templates))
-    mine = distributed.share(rows)
-    images = image_features(model, dataset, mine, size=c.size, batch_size=c.batch_size, workers=c.workers)
+    share = distributed.share(rows)
+    images = image_features(model, dataset, share, size=c.size, batch_size=c.batch_size, workers=c.workers)
     logits = torch.from_numpy(targets.chosen((100 * images @ vectors.T).numpy()))
-    gathered = distributed.gather_objects((logits, labels[mine]))
+    gathered = distributed.gather_objects((logits, labels[share]))
     return dict(classification(*(torch.cat(parts) for parts in zip(*gathered))))
 
 
