@@ -201,6 +201,14 @@ def test_rows_are_gathered_in_rank_order_though_uneven_and_gradients_come_back()
         assert torch.equal(gradient, summed[2 * rank : 2 * rank + 2])
 
 
+def shares() -> list[list[int]]:
+    return [list(distributed.share(range(n))) for n in (5, 1, 0)]
+
+
+def test_a_list_is_shared_so_that_each_item_is_taken_once() -> None:
+    assert run_ranks(shares, 2) == [[[0, 2, 4], [0], []], [[1, 3], [], []]]
+
+
 def groups() -> tuple[int, int, float, list[float], list[str]]:
     group = distributed.subgroup([[0], [1, 2]])
     mine = torch.tensor([float(distributed.rank())])

@@ -13,7 +13,7 @@ from PIL import Image
 import dinov3
 from dinov3.dense.pca import fit, rainbow
 from dinov3.errors import DinoError, ImageError, IncompatibleFeatures
-from dinov3.features import default_preprocessing, prepare
+from dinov3.features import batched, check_patches, default_preprocessing, outputs, prepare, run
 from dinov3.models.architectures import ConvNeXtConfig, ViTConfig
 from dinov3.models.convnext import ConvNeXt
 from dinov3.models.vit import VisionTransformer
@@ -42,7 +42,7 @@ def photo(skimage_images: Path) -> Path:
     return skimage_images / "chelsea.png"  # 451 × 300
 
 
-def test_shapes_and_what_is_said(vit, photo) -> None:
+def test_shapes_and_metadata_of_features(vit, photo) -> None:
     f = dinov3.embed(vit, [photo, photo], size=64)
     assert f.cls.shape == (2, 32)
     assert f.registers.shape == (2, 4, 32)
@@ -54,7 +54,7 @@ def test_shapes_and_what_is_said(vit, photo) -> None:
     assert "grid 4×4" in repr(f)
 
 
-def test_all_forms_of_a_image_give_the_same_features(vit, photo) -> None:
+def test_all_forms_of_an_image_give_the_same_features(vit, photo) -> None:
     image = Image.open(photo)
     pixels = np.asarray(image)
     tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
@@ -283,3 +283,44 @@ def test_a_model_is_known_by_its_weights_not_by_its_file(tmp_path, photo) -> Non
     with torch.no_grad():
         model.norm.bias.add_(1)
     assert dinov3.embed(model, photo, size=32).model != before
+
+
+# ---- the loop -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_hold_images_of_one_size_in_order(vit, workers: int) -> None:
+    heights = [32, 32, 32, 48, 32]
+    preprocessing = default_preprocessing(vit, shape="native")
+
+    def read(i: int) -> np.ndarray:
+        return np.full((heights[i], 32, 3), 40 * i, np.uint8)
+
+    batches = list(batched(range(5), preprocessing, 2, workers=workers, read=read))
+    assert [tuple(x.shape) for x, _ in batches] == [(2, 3, 32, 32), (1, 3, 32, 32), (1, 3, 48, 32), (1, 3, 32, 32)]
+    assert [g.height for _, geometry in batches for g in geometry] == heights
+    for i, x in enumerate(image for inputs, _ in batches for image in inputs):
+        assert torch.equal(x, prepare(read(i), preprocessing)[0])
+
+
+@pytest.mark.parametrize("name", ["vit", "convnext"])
+def test_several_layers_in_one_pass_are_those_of_each_alone(name: str, request: pytest.FixtureRequest) -> None:
+    model = request.getfixturevalue(name)
+    batches = [torch.randn(n, 3, 64, 64) for n in (2, 1)]
+    model.train()
+    found = list(outputs(model, batches, [1, -1]))
+    assert model.training, "the mode is restored"
+    model.eval()
+    for x, layers in zip(batches, found, strict=True):
+        for out in layers:
+            with torch.no_grad():
+                alone = run(model, x, layer=out["layer"])
+            assert (out["normed"], out["n_layers"]) == (alone["normed"], alone["n_layers"])
+            for part in ("cls", "registers", "patches"):
+                torch.testing.assert_close(out[part], alone[part])
+
+
+def test_a_side_that_is_no_multiple_of_the_patch_is_refused_with_one_that_is() -> None:
+    check_patches("size", 224, 16)
+    with pytest.raises(DinoError, match=r"size=230 is no multiple of the patch \(16\); try 224"):
+        check_patches("size", 230, 16)

@@ -23,14 +23,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dinov3.data.images import open_image
 from dinov3.data.sources import Item, Source
 from dinov3.data.transforms.inputs import Geometry, Preprocessing
 from dinov3.embedding.schema import Failure, PatchPrecision, Row, StoreFacts
 from dinov3.embedding.search import EXACT_LIMIT, build_index
 from dinov3.embedding.store import EmbeddingStore
 from dinov3.errors import DinoError, ImageError, UnknownName, choices_sentence, one_of
-from dinov3.features import Features, extract
+from dinov3.features import Features, extract, prepare
 from dinov3.threads import prefetched
 from dinov3.weights import catalog
 from dinov3.weights.identity import name_of
@@ -47,8 +46,6 @@ class Prepared:
 
     item: Item
     content_hash: str  # sha256 of the bytes
-    width: int  # original upright pixels
-    height: int
     input: Tensor  # [3, h, w], normalised
     geometry: Geometry
 
@@ -57,11 +54,10 @@ def prepare_item(item: Item, preprocessing: Preprocessing) -> Prepared | Failure
     """Reads, hashes, decodes and transforms one image; what is wrong with it is returned, not raised."""
     try:
         data = item.read()
-        image = open_image(data, target_short_side=preprocessing.target_short_side)
-        x, geometry = preprocessing(image.image, original_wh=(image.width, image.height))
+        x, geometry = prepare(data, preprocessing)
     except (ImageError, DinoError) as error:
         return Failure(item.path, item.stamp, str(error))
-    return Prepared(item, hashlib.sha256(data).hexdigest(), image.width, image.height, x, geometry)
+    return Prepared(item, hashlib.sha256(data).hexdigest(), x, geometry)
 
 
 def pool(features: Features, pooling: str) -> Tensor:
@@ -109,7 +105,7 @@ class Embedder:
         vectors = pool(features, self.pooling).float().cpu().numpy()
         maps = features.patches.float().cpu().numpy() if self.patches != "none" else [None] * len(batch)
         return [
-            Row(p.item.path, p.content_hash, p.item.stamp, p.width, p.height, vector, patches)
+            Row(p.item.path, p.content_hash, p.item.stamp, p.geometry.width, p.geometry.height, vector, patches)
             for p, vector, patches in zip(batch, vectors, maps)
         ]
 
