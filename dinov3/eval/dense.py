@@ -1,7 +1,7 @@
 """What the evaluations of segmentation and depth share: keys of their configurations, batches, the fit of a linear head.
 
 Both scripts take the reference's keys with its defaults; keys of ours are marked so. A head is fitted by
-`heads.fitting.fit` on images that are transformed anew in every epoch or, with `transforms.train.augment=false` (ours),
+`fit.loop.fit` on images that are transformed anew in every epoch or, with `transforms.train.augment=false` (ours),
 as they are: then their features are computed once and kept, which takes minutes on a CPU for some hundred images.
 """
 
@@ -53,7 +53,7 @@ class OptimizerSection:
 
 @dataclass
 class SchedulerSection:
-    """WarmupOneCycleLR, or (ours) a schedule of `heads.fitting`: cosine, polynomial, constant, steps.
+    """WarmupOneCycleLR, or (ours) a schedule of `fit.loop`: cosine, polynomial, constant, steps.
 
     constructor_kwargs of WarmupOneCycleLR: warmup_iters, warmup_ratio, div_factor, final_div_factor, pct_start (0),
     anneal_strategy (cos), use_beta1, base_momentum, max_momentum; of the others: `warmup` and what the schedule knows.

@@ -54,11 +54,11 @@ def convert(
     max_shard_bytes: float = 5e9,
     periods: formats.Periods = "source",
 ) -> Report:
-    """Writes `source` (anything `weights.open` takes) as a folder in the form `to`.
+    """Writes `source` (anything `weights.reading.open` takes) as a folder in the form `to`.
 
     meta: one `dinov3_<arch>_pretrain_<dataset>-<first 8 digits of its sha256>.pth`. transformers: config.json,
     model.safetensors (above `max_shard_bytes` in shards with an index), preprocessor_config.json. timm: config.json and
-    one model.safetensors. `dtype` converts all values but the rope periods. `periods` as in `weights.open`.
+    one model.safetensors. `dtype` converts all values but the rope periods. `periods` as in `weights.reading.open`.
 
     Raises `WeightsError` if the source is not a DINOv3 backbone or the form cannot express it, `DinoError` if `out_dir`
     is there and not empty.

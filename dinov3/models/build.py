@@ -25,7 +25,7 @@ def with_channels(model: VisionTransformer | ConvNeXt, channels: int) -> VisionT
 
     Channels after the third begin with the mean of the RGB weights, as the paper does for Open-Canopy, SPOT images with an
     infrared band. One channel takes their sum: a grey band gives what three copies of it gave. The statistics to normalise
-    with are yours to choose: tensors go straight to the model, commands open images as RGB. `weights.save` keeps the
+    with are yours to choose: tensors go straight to the model, commands open images as RGB. `weights.writing.save` keeps the
     result, and opening that file gives it back.
 
     Raises DinoError for two channels or none, and for a model that is no RGB model.

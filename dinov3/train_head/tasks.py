@@ -1,6 +1,6 @@
 """The four tasks a head can be fitted to: what an example is, what the loss is, how good the head is, how that looks.
 
-Each task holds the data and knows nothing of the loop (`heads.fitting`) nor of folders of runs (`train.head`). An example is
+Each task holds the data and knows nothing of the loop (`fit.loop`) nor of folders of runs (`train_head.run`). An example is
 (image [3, h, w], target) with an image of one size for all, unless the task takes lists (detection). What is drawn at
 random is a function of (seed, epoch, index).
 """

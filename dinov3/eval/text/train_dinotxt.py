@@ -6,7 +6,7 @@
         train_dataset_str=Captions:root=photos text_backbone_config=small.yaml text_vocab_path_or_url=bpe.txt.gz …
 
 The keys are the reference's (its example recipe ships as configs/eval/dinov3_vitl_text.yaml) and a few of ours, at the end
-of `TextTrainConfig`. The loop is `heads.fitting.fit`: batches are functions of (seed, step), so that a run that was killed
+of `TextTrainConfig`. The loop is `fit.loop.fit`: batches are functions of (seed, step), so that a run that was killed
 resumes exactly where it was, on one process or on many; each has its own share of every batch, negatives come
 from all of them, and gradients are averaged over whole copies of the towers (no sharding: `use_fsdp` says nothing here).
 A loss that is not finite is left out on all processes together. What the reference lacks and this has: shuffling, an

@@ -1,7 +1,7 @@
 """The detector's transformer: an encoder, proposals on four grids, a decoder whose attention knows the boxes.
 
 After arXiv 2308.01904 ("DETR does not need multi-scale or locality design"). Attribute names that end up in files are
-given. `heads.detr` puts it on a backbone and reads detections from it; `heads.detr_loss` trains it.
+given. `heads.detr` puts it on a backbone and reads detections from it; `heads.detr.loss` trains it.
 
 Legend: B images, d width, h×w grid of patches (p pixels), Q queries, K classes, P proposals. Boxes are (centre, size)
 in pixels of the images given, unless a name says xyxy. Boxes, positions and biases are computed in float32 whatever
