@@ -45,7 +45,7 @@ def test_every_module_and_function_that_is_named_exists(files: list[Path]) -> No
         for name in re.findall(r"`(?:dinov3\.)?([a-z_0-9]+(?:\.\w+)+)", path.read_text())
         if name.split(".")[0] in ROOMS and name not in OTHER
     }
-    assert len(named) > 20
+    assert len(named) > 10
     assert [(file, name) for file, name in sorted(named) if not exists(name)] == []
 
 

@@ -219,7 +219,7 @@ def evaluate_model(
     log: Callable[[str], None] | None = None,
     shown: Callable[[int, Tensor], None] | None = None,
 ) -> dict[str, Any]:
-    """Scores of a segmentation model (`predict`) on a data set, as `metrics.dense.iou_scores` gives them; the same on all ranks.
+    """Scores of a segmentation model (`predict`) on a data set, those of `metrics.dense.iou_scores`; the same on all ranks.
 
     shown(index, class map) is called for every image of this process.
     """

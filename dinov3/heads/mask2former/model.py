@@ -1,8 +1,8 @@
 """Mask2Former (arXiv 2112.01527) on a frozen backbone: segments as masks with a class each (paper §6.3.2, Tab. 11).
 
 Queries attend to the maps of a pixel decoder and each gives one mask and one class, of which the last means "nothing".
-`heads.mask2former.adapter` makes the pyramid it stands on, `heads.mask2former.loss` trains it, `heads.windows` turns its masks into
-class maps; the published model is `hub.published_heads`.
+`heads.mask2former.adapter` makes the pyramid it stands on, `heads.mask2former.loss` trains it, `heads.windows` turns its
+masks into class maps; the published model is `hub.published_heads`.
 
 Legend: B images, K classes, Q queries, M width, four maps at strides 4 to 32 of the adapted image of H×W pixels.
 Attribute names that end up in files are given.
