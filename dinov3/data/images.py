@@ -19,13 +19,11 @@ raw camera files, multi-band science formats. HEIC works once `pi_heif.register_
 from __future__ import annotations
 
 import errno
-import importlib
 import io
 import os
 import re
 import stat
 import struct
-import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,24 +38,10 @@ from dinov3.errors import ImageError
 # filters around a call (`catch_warnings`) is not safe among threads.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.(Tiff|Png|Tga|Ico)ImagePlugin")
 
-# Pillow's module for each format tried, in the order of trying. TGA is last: it has no signature, only a plausible header.
-_MODULES = {
-    "JPEG": "Jpeg",
-    "PNG": "Png",
-    "WEBP": "Webp",
-    "GIF": "Gif",
-    "BMP": "Bmp",
-    "TIFF": "Tiff",
-    "AVIF": "Avif",
-    "JPEG2000": "Jpeg2K",
-    "PPM": "Ppm",
-    "ICO": "Ico",
-    "PSD": "Psd",
-    "QOI": "Qoi",
-    "DDS": "Dds",
-    "SGI": "Sgi",
-    "TGA": "Tga",
-}
+# Pillow's names of the formats, in the order of trying. TGA is last: it has no signature, only a plausible header.
+FORMATS = (
+    "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "PSD", "QOI", "DDS", "SGI", "TGA",
+)  # fmt: skip
 _FRAMED = {"GIF", "WEBP", "PNG", "TIFF", "AVIF"}  # where a further frame is a further image (in a PSD it is a layer)
 
 # fmt: off
@@ -224,41 +208,26 @@ def _decode_opened(image: ImageFile.ImageFile, target_short_side: int | None, ma
     return DecodedImage(rgb, width, height, tuple(notes))
 
 
-_loading = threading.Lock()
-_loaded = False
-
-
-def _load_formats() -> None:
-    """Imports Pillow's decoders on first use; one that this build of Pillow lacks is left out."""
-    global _loaded
-    with _loading:
-        if not _loaded:
-            for module in _MODULES.values():
-                try:
-                    importlib.import_module(f"PIL.{module}ImagePlugin")
-                except ImportError:
-                    continue
-            _loaded = True
-
-
 def _identify(stream: BinaryIO) -> ImageFile.ImageFile:
     """The header, read by the first decoder that accepts the first bytes.
 
     As `Image.open`, without its size check: that one follows a global and warns through `warnings`, which threads share.
     """
-    if not _loaded:
-        _load_formats()
+    Image.init()  # imports the decoders, once
     stream.seek(0)
     head = stream.read(HEAD)
     if not head:
         raise ImageError("empty file (0 bytes)")
     broken: ImageError | None = None
-    for name in [*_MODULES, "HEIF"]:
-        if name not in Image.OPEN:
+    for name in (*FORMATS, "HEIF"):
+        if name not in Image.OPEN:  # HEIF is registered by its own package; a build of Pillow may lack AVIF or JPEG2000
             continue
         factory, accept = Image.OPEN[name]
         accepted = accept is None or accept(head[:16])
-        if not accepted or isinstance(accepted, str):  # a text says why this build cannot
+        if isinstance(accepted, str):  # why this build of Pillow cannot
+            broken = broken or ImageError(_one_line(accepted))
+            continue
+        if not accepted:
             continue
         stream.seek(0)
         try:

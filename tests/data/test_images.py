@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import struct
+import subprocess
+import sys
 import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageChops, ImageFile
 
-from dinov3.data.images import IMAGE_SUFFIXES, DecodedImage, is_image_header, open_image, upright_rgb
+from dinov3.data.images import FORMATS, IMAGE_SUFFIXES, DecodedImage, is_image_header, open_image, upright_rgb
 from dinov3.errors import ImageError
 
 
@@ -504,3 +506,31 @@ def test_threads_decode_the_same_pixels(photograph: Image.Image) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(work, range(4)))
+
+
+# ---- formats in a fresh process ------------------------------------------------------------------------------------
+
+# Pillow writes all formats that are read but two: their smallest files by hand, of one grey pixel.
+BY_HAND = {
+    "PSD": b"8BPS" + struct.pack(">H6xHIIHH", 1, 1, 2, 2, 8, 1) + bytes(12) + bytes(2) + bytes([9]) * 4,
+    "QOI": b"qoif" + struct.pack(">IIBB", 2, 2, 3, 0) + b"\xfe\x09\x09\x09" + b"\xc2" + bytes(7) + b"\x01",
+}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_each_format_is_opened_in_a_fresh_process(kind: str, tmp_path: Path) -> None:
+    data = BY_HAND.get(kind) or encoded(Image.new("RGB", (16, 16), (9, 9, 9)), kind)
+    (tmp_path / "image").write_bytes(data)  # no suffix to go by
+    code = (
+        "import sys; from dinov3.data.images import open_image; print(open_image(sys.argv[1]).image.getpixel((1, 1)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "image"], capture_output=True, text=True)
+    assert done.stderr == ""
+    assert max(abs(v - 9) for v in eval(done.stdout)) <= 2
+
+
+def test_a_decoder_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, colours: Image.Image) -> None:
+    data = encoded(colours, "WEBP")
+    factory, _ = Image.OPEN["WEBP"]
+    monkeypatch.setitem(Image.OPEN, "WEBP", (factory, lambda head: "WEBP support not installed"))
+    assert reason(data) == "WEBP support not installed"
