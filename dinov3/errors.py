@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 from collections.abc import Iterable
 from types import ModuleType
 from typing import TypeVar
@@ -15,8 +16,19 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^\s/@'\"]*@)?([^\s?#'\"]*)(?:[?#][^\s'\")]*)?")
+
+
+def without_secrets(text: str) -> str:
+    """The text with the URLs in it cut to scheme, host and path: a query may be a signature, `user:password@` is one."""
+    return _URL.sub(r"\1\2", text) if "://" in text else text
+
+
 class DinoError(Exception):
-    """Base of every error that is the message: `str(error)` is meant to be read by a person."""
+    """Base of every error that is the message: `str(error)` is meant to be read by a person, and shows no secrets."""
+
+    def __init__(self, *parts: object) -> None:
+        super().__init__(*(without_secrets(part) if isinstance(part, str) else part for part in parts))
 
 
 class UnknownName(DinoError):

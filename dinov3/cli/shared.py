@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
-from dinov3.errors import DinoError
+from dinov3.errors import DinoError, without_secrets
 
 app = typer.Typer(
     add_completion=False,
@@ -45,7 +45,7 @@ def common(
 
 
 def log(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(without_secrets(text), file=sys.stderr, flush=True)
 
 
 def log_failures(failures: Sequence[tuple[str, str]], more: str = "") -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from dinov3.config.bounds import Problem, alternatives, literals, violations
-from dinov3.errors import DinoError, did_you_mean, require
+from dinov3.errors import DinoError, did_you_mean, require, without_secrets
 from dinov3.files import atomically
 
 T = TypeVar("T")
@@ -306,10 +306,11 @@ def _type_name(hint: Any) -> str:
 
 
 def dump(config: Any, path: str | os.PathLike[str]) -> None:
-    """Write a configuration with every value resolved; `load` reads it back equal. Appears whole or not at all."""
+    """Writes a configuration with every value resolved, atomically. `load` reads it back equal, but for secrets in URLs."""
     omega = require("omegaconf", "train", "writing configurations").OmegaConf
     with atomically(path) as temporary:
-        temporary.write_text(omega.to_yaml(omega.structured(config), resolve=True), encoding="utf-8")
+        text = omega.to_yaml(omega.structured(config), resolve=True)
+        temporary.write_text(without_secrets(text), encoding="utf-8")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -220,18 +220,17 @@ def read_merges(path_or_url: str | os.PathLike[str]) -> list[tuple[str, str]]:
     """The merges of a vocabulary file, checked: a header, pairs of known symbols, ends of words marked `</w>`."""
     source = os.fspath(path_or_url)
     path = _located(source)
-    shown = source.split("?")[0] if "://" in source else source  # a URL's query may be a signature
     content = path.read_bytes()
     try:
         text = (gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content).decode("utf-8")
     except (OSError, EOFError, zlib.error) as error:
-        raise DinoError(f"{shown} is truncated or damaged ({error}); fetch it again") from None
+        raise DinoError(f"{source} is truncated or damaged ({error}); fetch it again") from None
     except UnicodeDecodeError:
-        raise DinoError(f"{shown} is no vocabulary: neither text nor packed text (CLIP's is a .txt.gz)") from None
+        raise DinoError(f"{source} is no vocabulary: neither text nor packed text (CLIP's is a .txt.gz)") from None
     lines = text.split("\n")
     if "#version" not in lines[0]:
         raise DinoError(
-            f"{shown} is no list of merges: its first line should hold '#version', not {lines[0][:40]!r} "
+            f"{source} is no list of merges: its first line should hold '#version', not {lines[0][:40]!r} "
             "(wanted: CLIP's bpe_simple_vocab_16e6.txt.gz, or a merges.txt)"
         )
     merges: list[tuple[str, str]] = []
@@ -243,11 +242,11 @@ def read_merges(path_or_url: str | os.PathLike[str]) -> list[tuple[str, str]]:
             merges.append(("", ""))  # CLIP gives the empty end of a short file an id too: start and end come after it
             continue
         if len(pair) != 2 or not known.issuperset(pair):
-            raise DinoError(f"{shown}, line {number}: {line[:40]!r} is no pair of symbols that exist by then")
+            raise DinoError(f"{source}, line {number}: {line[:40]!r} is no pair of symbols that exist by then")
         merges.append((pair[0], pair[1]))
         known.add(pair[0] + pair[1])
     if not any(second.endswith("</w>") for _, second in merges):
-        raise DinoError(f"{shown} marks no end of a word with </w>: it is not a vocabulary of CLIP's kind (GPT-2's?)")
+        raise DinoError(f"{source} marks no end of a word with </w>: it is not a vocabulary of CLIP's kind (GPT-2's?)")
     return merges
 
 

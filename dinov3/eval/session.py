@@ -41,7 +41,7 @@ from dinov3.config.train import load_model_config, vit_config
 from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.base import ImageDataset
 from dinov3.data.transforms.inputs import Preprocessing
-from dinov3.errors import DinoError
+from dinov3.errors import DinoError, without_secrets
 from dinov3.eval.arguments import (
     Arguments,
     C,
@@ -288,7 +288,8 @@ class Session:
                 about["published"] = known
         about |= {"seconds": round(time.perf_counter() - self.began, 1), "processes": distributed.world()}
         about["config"] = to_dict(config)
-        (self.output / f"{stem}.json").write_text(json.dumps(about, indent=1, default=_json) + "\n", encoding="utf-8")
+        text = without_secrets(json.dumps(about, indent=1, default=_json))
+        (self.output / f"{stem}.json").write_text(text + "\n", encoding="utf-8")
 
     def clean(self) -> None:
         if self.run.writer:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov3.errors import DinoError, one_of
+from dinov3.errors import DinoError, one_of, without_secrets
 from dinov3.files import atomically
 from dinov3.models.architectures import ConvNeXtConfig, ViTConfig
 from dinov3.weights import configs, formats, identity, reading, writing
@@ -190,7 +190,7 @@ def _write_licence(work: Path, opened: reading.OpenedWeights, row: Row | None) -
         shutil.copyfile(path, work / path.name)
     if found:
         return
-    name = opened.path.name if opened.path.exists() and "://" not in opened.source else reading.shown(opened.source)
+    name = opened.path.name if opened.path.exists() and "://" not in opened.source else without_secrets(opened.source)
     text = f"These weights are a conversion of {name}; the terms of that source go with them.\n"
     if opened.rows:
         text += f"They have the architecture of {(row or opened.rows[0]).arch}. If they derive from Meta's release, t"

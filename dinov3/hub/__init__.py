@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dinov3.errors import DinoError, WeightsError, one_of
+from dinov3.errors import DinoError, WeightsError, one_of, without_secrets
 from dinov3.weights import catalog
 
 if TYPE_CHECKING:
@@ -30,6 +30,9 @@ class Origin:
     mean: tuple[float, float, float]  # statistics of the images the weights were trained on
     std: tuple[float, float, float]
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "source", without_secrets(self.source))
 
     @property
     def random(self) -> bool:

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from dinov3.data.tokenizer import Tokenizer
-from dinov3.errors import DinoError
+from dinov3.errors import DinoError, without_secrets
 from dinov3.heads.dinotxt.model import DinoTxt, DinoTxtConfig, TextConfig, build
 from dinov3.hub import Origin, head, published_heads
 from dinov3.hub.backbones import Weights, dinov3_vitl16
 from dinov3.models.vit import VisionTransformer
-from dinov3.weights import catalog, reading
+from dinov3.weights import catalog
 from dinov3.weights import download as cache
 from dinov3.weights.filling import fill, some
 
@@ -249,7 +249,7 @@ def vocabulary(path_or_url: str | os.PathLike[str] | None, size: int) -> Tokeniz
         raise type(error)(f"{error}; or pass CLIP's {os.path.basename(source)} as bpe_path_or_url=PATH") from None
     if tokenizer.vocab_size != size:
         raise DinoError(
-            f"{reading.shown(source)} gives {tokenizer.vocab_size} ids, the text tower knows {size}: "
+            f"{without_secrets(source)} gives {tokenizer.vocab_size} ids, the text tower knows {size}: "
             "pass CLIP's bpe_simple_vocab_16e6.txt.gz"
         )
     return tokenizer
@@ -270,7 +270,7 @@ def assemble(
     backbone in the file replaces the one given, as in the reference. Anything else is left over: a warning, and a note
     in `origin`.
     """
-    notes, shown = list(notes or ()), reading.shown(source)
+    notes, shown = list(notes or ()), without_secrets(source)
     with torch.device("meta"):
         model = build(backbone, text, config)
     own = [key for key in state if key.startswith(BACKBONE)]

@@ -27,7 +27,7 @@ from torch import nn
 import dinov3
 from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.drawing import palette
-from dinov3.errors import DinoError, UnknownName, WeightsError, WeightsMismatch, did_you_mean, one_of
+from dinov3.errors import DinoError, UnknownName, WeightsError, WeightsMismatch, did_you_mean, one_of, without_secrets
 from dinov3.features import default_preprocessing
 from dinov3.fit.loop import backbones_in, freeze, head_tensors, load_head_tensors
 from dinov3.heads.encoder import FrozenLayers, dtype_of
@@ -236,7 +236,7 @@ def save_head(
         colours=tuple(colours) if colours is not None else palette(len(names)),
         layers=tuple(next((m.layers for m in module.modules() if isinstance(m, FrozenLayers)), ())),
         backbone=origin.name if origin is not None else "custom",
-        backbone_source=reading.shown(source),
+        backbone_source=without_secrets(source),
         backbone_dtype=str(dtype_of(backbone)).removeprefix("torch."),
         backbone_options={"patch_size": backbone.patch_size} if _resizes(backbone) else {},
         fingerprint=identity.fingerprint(backbone),

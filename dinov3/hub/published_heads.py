@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov3.data import names
-from dinov3.errors import UnknownName, WeightsMismatch
+from dinov3.errors import UnknownName, WeightsMismatch, without_secrets
 from dinov3.heads.detr.model import build_detector
 from dinov3.heads.detr.transformer import DetrConfig
 from dinov3.heads.dpt import CHMV2, SYNTHMIX, build_depther
@@ -40,7 +40,7 @@ from dinov3.hub.backbones import Weights, _make
 from dinov3.weights import catalog, chmv2
 from dinov3.weights import download as cache
 from dinov3.weights.filling import fill, some
-from dinov3.weights.reading import read_all, shown
+from dinov3.weights.reading import read_all
 
 # The data sets that published heads were trained on.
 ClassifierWeights = Enum("ClassifierWeights", {"IMAGENET1K": "IMAGENET1K"})
@@ -227,7 +227,9 @@ def _segmentor_keys(state: dict[str, Tensor], part: nn.Module, source: str) -> d
         found, wanted = size(state, key, dim), size(expected, key, dim)
         if found is not None and wanted is not None and found != wanted:
             no_class = int("class_embed" in key)  # the last is "no class"
-            raise WeightsMismatch(f"the head in {shown(source)} {sentence.format(found - no_class, wanted - no_class)}")
+            raise WeightsMismatch(
+                f"the head in {without_secrets(source)} {sentence.format(found - no_class, wanted - no_class)}"
+            )
     return state
 
 
@@ -290,13 +292,13 @@ def load_published(
         part = kind.part(model)
         state = kind.keys(state, part, source)
         if kind.backbone and any(key.startswith(kind.backbone) for key in state):
-            notes.append(f"{shown(source)} holds a backbone of its own, which is used")
+            notes.append(f"{without_secrets(source)} holds a backbone of its own, which is used")
         left = fill(
             part, state, what=kind.what, source=source, device=device, dtype=dtype, optional=kind.backbone,
             leftover=kind.leftover,
         )  # fmt: skip
         if left:
-            notes.append(f"left over in {shown(source)}: {some(left)}")
+            notes.append(f"left over in {without_secrets(source)}: {some(left)}")
             warnings.warn(notes[-1], stacklevel=3)
     model.origin = origin(row, source, vit, notes=notes)
     return model.eval()
@@ -343,7 +345,7 @@ def read(source: str, *, check_hash: bool = False) -> tuple[dict[str, Tensor], l
     for wrapping in WRAPPINGS:
         if state and all(key.startswith(wrapping) for key in state):
             state = {key.removeprefix(wrapping): value for key, value in state.items()}
-            notes.append(f"the keys of {shown(source)} began with {wrapping!r}; taken off")
+            notes.append(f"the keys of {without_secrets(source)} began with {wrapping!r}; taken off")
     return state, notes
 
 

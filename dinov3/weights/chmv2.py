@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dinov3.errors import WeightsMismatch
-from dinov3.weights.reading import locate, shown
+from dinov3.errors import WeightsMismatch, without_secrets
+from dinov3.weights.reading import locate
 
 # transformers' name → ours, of everything under `head.`
 _NAMES = (
@@ -67,7 +67,9 @@ def transformers_options(source: str) -> dict[str, Any]:
         return {}
     config = json.loads(file.read_text())
     if config.get("model_type") != "chmv2":
-        raise WeightsMismatch(f"{shown(source)}: config.json describes {config.get('model_type')!r}, not chmv2")
+        raise WeightsMismatch(
+            f"{without_secrets(source)}: config.json describes {config.get('model_type')!r}, not chmv2"
+        )
     options = {ours: config[theirs] for theirs, ours in _CONFIG.items() if theirs in config}
     layers = (config.get("backbone_config") or {}).get("out_indices")
     if layers:

@@ -6,14 +6,18 @@
 
 The root is `$DINOV3_CACHE`, else `$XDG_CACHE_HOME/dinov3`, else `~/.cache/dinov3`; deleting it is always safe. A file
 is either whole or not there: a blob appears by an atomic rename after its length, and its hash if one is given,
-have been compared. Two processes asking for one URL wait for each other (a lock file; where the system has no
-`fcntl`, each downloads for itself). Signed URLs are not written to disk with their signature.
+have been compared. A hash in a file's name is a promise and always compared. Two processes that request one URL wait for
+each other (a lock file; where the system has no `fcntl`, each downloads for itself). Signatures and passwords are sent,
+and neither stored nor shown.
 
-Left out: anything Hugging Face (its own client and cache do that), parallel ranges, eviction.
+Why our own: `torch.hub.download_url_to_file` keeps no half files and compares a hash, but does not resume (the largest file
+has 27 GB), revalidate, or know a file of another URL by its name from this one; `huggingface_hub` fetches from its own
+hub only, and does so here too. Left out: parallel ranges, eviction.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
 import hashlib
@@ -29,7 +33,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from dinov3.errors import WeightsError
+from dinov3.errors import WeightsError, without_secrets
 from dinov3.files import atomically
 
 Progress = Callable[[int, int | None], None]  # (bytes so far, bytes in all if known)
@@ -61,34 +65,28 @@ def hash_in_name(name: str) -> str | None:
 
 
 def check(digest: str, name: str, *, check_hash: bool, sha256: str | None) -> None:
-    """Compares a file's sha256 with `sha256` (a prefix of 8 or more digits) and, if `check_hash`, with its name's.
+    """Compares a file's sha256 with `sha256` (a prefix of 8 or more digits), or with the hash in its name if it has one.
 
-    Raises `WeightsError` naming both, or saying that a name without a hash cannot be checked.
+    check_hash: a name without a hash is an error. Raises `WeightsError` that shows both hashes.
     """
-    promises = []
-    if sha256:
-        promises.append((sha256.lower(), "expected"))
-    if check_hash and not sha256:
-        promised = hash_in_name(name)
-        if promised is None:
-            raise WeightsError(
-                f"check_hash: the name {name!r} holds no hash (…-<8 hex digits>.pth) to compare with; pass sha256=…"
-            )
-        promises.append((promised, "promised by its name"))
-    for promised, by in promises:
-        if not digest.startswith(promised):
-            raise WeightsError(
-                f"{name!r} has sha256 {digest[: max(len(promised), 8)]}…, not the {promised} {by}: "
-                "it is damaged or another file; delete it and fetch it again"
-            )
+    promised = (sha256 or hash_in_name(name) or "").lower()
+    if not promised and check_hash:
+        raise WeightsError(
+            f"check_hash: the name {name!r} holds no hash (…-<8 hex digits>.pth) to compare with; pass sha256=…"
+        )
+    if not digest.startswith(promised):
+        raise WeightsError(
+            f"{name!r} has sha256 {digest[: max(len(promised), 8)]}…, not the {promised} "
+            f"{'expected' if sha256 else 'promised by its name'}: it is damaged or another file; delete it and fetch it again"
+        )
 
 
 def fetch(url: str, *, check_hash: bool = False, sha256: str | None = None, progress: Progress | None = None) -> Path:
     """The local path of a URL's content (http, https, or file, which is returned where it lies).
 
-    A cached copy is revalidated with one conditional request and used as it is when the server cannot be reached. A
-    blob whose sha256 starts with the hash in the URL's file name is used without asking. `sha256` is compared always,
-    the name's hash only with `check_hash`. Raises `WeightsError` with one sentence.
+    A cached copy is revalidated with one conditional request and used as it is when the server cannot be reached. One that
+    fits the hash in the URL's file name, or a whole `sha256`, is used without a request. check_hash: also hashes the cached
+    copy again. Raises `WeightsError` with one sentence.
     """
     parts = urllib.parse.urlsplit(url)
     if parts.scheme == "file":
@@ -102,23 +100,22 @@ def fetch(url: str, *, check_hash: bool = False, sha256: str | None = None, prog
         raise WeightsError(f"cannot fetch {url!r}: only http, https and file URLs")
 
     name = Path(urllib.parse.unquote(parts.path)).name
-    if check_hash and not sha256 and hash_in_name(name) is None:
-        check("", name, check_hash=True, sha256=None)  # say so before gigabytes are moved
     promised = (sha256 or hash_in_name(name) or "").lower()
-    if promised:
-        for blob in sorted((root() / "blobs").glob(promised + "*")):
-            if (check_hash or sha256) and sha256_of(
-                blob
-            ) != blob.name:  # verify on request: the disk may have changed it
-                blob.unlink()
-                continue
+    if check_hash and not promised:
+        check("", name, check_hash=True, sha256=None)  # say so before gigabytes are moved
+    # A name with a hash means one content, whatever the signature behind it; elsewhere a query may name another file.
+    key = hashlib.sha256((without_secrets(url) if hash_in_name(name) else url).encode()).hexdigest()
+    known = (
+        sha256.lower() if sha256 and len(sha256) == 64 else _read_json(root() / "urls" / f"{key}.json").get("sha256")
+    )
+    if promised and known is not None and known.startswith(promised):
+        blob = root() / "blobs" / known
+        if blob.is_file() and (not (check_hash or sha256) or sha256_of(blob) == known):  # the disk may have changed it
             return blob
-
-    key = hashlib.sha256(url.encode()).hexdigest()
+        blob.unlink(missing_ok=True)
     with _locked(key) as partial:
         blob = _download(url, name, key, partial, check_hash=check_hash, sha256=sha256, progress=progress)
-    if check_hash or sha256:
-        check(blob.name, name, check_hash=check_hash, sha256=sha256)
+    check(blob.name, name, check_hash=check_hash, sha256=sha256)
     return blob
 
 
@@ -158,7 +155,7 @@ def _download(
         elif done and state.get("validator"):
             headers |= {"Range": f"bytes={done}-", "If-Range": state["validator"]}
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S) as response:
+            with _opener.open(_request(url, headers), timeout=TIMEOUT_S) as response:
                 if cached is not None and _same(response.headers, record):
                     return cached  # the server ignores conditions, but says it is what we have
                 _refuse_html(response.headers.get("Content-Type", ""), b"", name, url)
@@ -179,7 +176,7 @@ def _download(
             if attempt == ATTEMPTS:
                 reason = getattr(error, "reason", None) or error
                 raise WeightsError(
-                    f"cannot fetch {_shown(url)}: {reason}; call again to resume, or pass a file's path"
+                    f"cannot fetch {url}: {reason}; call again to resume, or pass a file's path"
                 ) from None
             continue
         size = partial.stat().st_size
@@ -191,7 +188,7 @@ def _download(
             continue
         break
     else:
-        raise WeightsError(f"cannot fetch {_shown(url)}: the server and the unfinished copy disagree; call again")
+        raise WeightsError(f"cannot fetch {url}: the server and the unfinished copy disagree; call again")
 
     with partial.open("rb") as file:
         _refuse_html("", file.read(64), name, url, partial)
@@ -206,9 +203,31 @@ def _download(
     partial.replace(blob)
     partial.with_suffix(".json").unlink(missing_ok=True)
     _write_json(
-        root() / "urls" / f"{key}.json", {"url": _shown(url), "name": name, "sha256": digest, "size": size} | seen
+        root() / "urls" / f"{key}.json",
+        {"url": without_secrets(url), "name": name, "sha256": digest, "size": size} | seen,
     )
     return blob
+
+
+class _HttpOnly(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *args: Any) -> urllib.request.Request | None:
+        target = args[-1]
+        if urllib.parse.urlsplit(target).scheme not in ("http", "https"):
+            raise WeightsError(f"the server redirects to {target}, which is no http or https URL: not followed")
+        return super().redirect_request(*args)
+
+
+_opener = urllib.request.build_opener(_HttpOnly)
+
+
+def _request(url: str, headers: dict[str, str]) -> urllib.request.Request:
+    """The request; `user:password@` of the URL becomes its Authorization header, which redirects to other hosts don't get."""
+    parts = urllib.parse.urlsplit(url)
+    request = urllib.request.Request(parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl(), headers=headers)
+    if parts.username is not None:
+        pair = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
+        request.add_unredirected_header("Authorization", "Basic " + base64.b64encode(pair.encode()).decode())
+    return request
 
 
 def _receive(response: Any, partial: Path, done: int, name: str, url: str, progress: Progress | None) -> int | None:
@@ -220,7 +239,7 @@ def _receive(response: Any, partial: Path, done: int, name: str, url: str, progr
     else:  # the server knows no ranges, or the file has changed
         done = 0
         length = headers.get("Content-Length")
-        total = int(length) if length is not None else None
+        total = int(length) if length is not None and length.isdecimal() else None
         _forget(partial)
         # A weak ETag promises equal meaning, not equal bytes: such a download is not resumed.
         etag = headers.get("ETag", "")
@@ -246,7 +265,7 @@ def _refuse_html(content_type: str, start: bytes, name: str, url: str, partial: 
     if content_type.startswith("text/html") or start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
         if partial is not None:
             _forget(partial)
-        raise WeightsError(f"{_shown(url)} gave a web page instead of {name!r}{_GATED if _is_meta(url) else ''}")
+        raise WeightsError(f"{url} gave a web page instead of {name!r}{_GATED if _is_meta(url) else ''}")
 
 
 _GATED = (
@@ -266,13 +285,8 @@ def _refusal(code: int, name: str, url: str) -> str:
     if code in (401, 403):
         return f"the server refuses {name!r} (HTTP {code})" + (_GATED if _is_meta(url) else "; it needs a valid link")
     if code in (404, 410):
-        return f"there is no {name!r} at {_shown(url)} (HTTP {code})" + (_GATED if _is_meta(url) else "")
-    return f"cannot fetch {_shown(url)}: the server answered HTTP {code}; try again later"
-
-
-def _shown(url: str) -> str:
-    """A URL without its query: signatures are secrets."""
-    return urllib.parse.urlunsplit(urllib.parse.urlsplit(url)._replace(query="", fragment=""))
+        return f"there is no {name!r} at {url} (HTTP {code})" + (_GATED if _is_meta(url) else "")
+    return f"cannot fetch {url}: the server answered HTTP {code}; try again later"
 
 
 def _forget(partial: Path) -> None:

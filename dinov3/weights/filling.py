@@ -12,12 +12,12 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
-from dinov3.errors import WeightsMismatch
+from dinov3.errors import WeightsMismatch, without_secrets
 from dinov3.models.architectures import BackboneConfig, ConvNeXtConfig
 from dinov3.models.build import backbone
 from dinov3.weights import configs, formats
 from dinov3.weights.catalog import Row
-from dinov3.weights.reading import OpenedWeights, shown
+from dinov3.weights.reading import OpenedWeights
 
 
 def difference(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], *, leftover: bool = True) -> list[str]:
@@ -61,7 +61,7 @@ def fill(
     if optional is not None and not any(key.startswith(optional) for key in state):
         expected = {key: value for key, value in expected.items() if not key.startswith(optional)}
     if lines := difference(expected, state, leftover=not leftover):
-        lines.insert(0, f"{shown(source)} does not hold {what} ({len(expected)} entries)")
+        lines.insert(0, f"{without_secrets(source)} does not hold {what} ({len(expected)} entries)")
         if "cls_token" in state or "embeddings.cls_token" in state:
             lines.append("  the file is a backbone: pass it as backbone_weights, and the head's file as weights")
         raise WeightsMismatch("\n".join(lines))
@@ -117,7 +117,7 @@ def explain_mismatch(config: BackboneConfig, opened: OpenedWeights, requested: S
     requested = requested or configs.fitting_rows(config, "meta")
     seems = " or ".join(r.id for r in opened.rows) or _words(opened.config)
     lines = [
-        f"{shown(opened.source)} does not fit the requested model",
+        f"{without_secrets(opened.source)} does not fit the requested model",
         f"  the file is: {seems} ({opened.form} form)",
         f"  requested:   {' or '.join(r.id for r in requested) or _words(config)}",
     ]

@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from dinov3.errors import UnsafeFile, WeightsError, did_you_mean, require
+from dinov3.errors import UnsafeFile, WeightsError, did_you_mean, require, without_secrets
 from dinov3.models.architectures import BackboneConfig
 from dinov3.weights import configs, formats
 from dinov3.weights import download as cache
@@ -84,7 +84,7 @@ def open(
         detected = formats.detect(raw)
         opened = _understand(raw, detected, metadata, source, path, files, periods)
     except WeightsError as error:
-        raise type(error)(f"{shown(source)}: {error}") from None
+        raise type(error)(f"{without_secrets(source)}: {error}") from None
     return opened
 
 
@@ -112,7 +112,9 @@ def read_all(
         try:
             tensors, meta = read(file)
         except WeightsError as error:  # a cached file is named by its content: say the URL instead
-            raise type(error)(str(error).replace(str(file), shown(source)) if "://" in source else str(error)) from None
+            raise type(error)(
+                str(error).replace(str(file), without_secrets(source)) if "://" in source else str(error)
+            ) from None
         raw |= tensors
         metadata |= meta
     return path, files, raw, metadata
@@ -445,8 +447,3 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Tensor]:
         for key, inner in value.items():
             flat |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
     return flat
-
-
-def shown(source: str) -> str:
-    """A source as it may be shown: a URL's query may be a signature."""
-    return source.split("?")[0] if "://" in source else source

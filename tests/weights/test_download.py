@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import http.server
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -35,6 +37,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.ranges = self.validators = True
         self.content_type = "application/octet-stream"
         self.refuse = 0
+        self.redirect = self.length = ""
         self.slow_s = 0.0
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -51,6 +54,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         assert isinstance(server, Server)
         server.log.append(dict(self.headers))
         body = server.files.get(self.path.split("?")[0].lstrip("/"))
+        if server.redirect and body is None:
+            return self._reply(302, b"", Location=server.redirect)
         if server.refuse or body is None:
             return self._reply(server.refuse or 404, b"no")
         etag = '"' + hashlib.md5(body).hexdigest() + '"'
@@ -69,7 +74,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         assert isinstance(server, Server)
         server.codes.append(code)
         self.send_response(code)
-        headers |= {"Content-Type": server.content_type, "Content-Length": str(len(body))}
+        headers |= {"Content-Type": server.content_type, "Content-Length": server.length or str(len(body))}
         for key, value in headers.items():
             self.send_header(key, value)
         self.end_headers()
@@ -137,12 +142,56 @@ def test_two_files_of_one_name_never_mix(server):
     assert (one.read_bytes(), two.read_bytes()) == (BODY, OTHER)
 
 
-def test_a_hash_in_the_name_finds_a_file_fetched_under_another_url(server):
+def test_a_file_with_a_hash_in_its_name_is_fetched_once_whatever_the_signature(server):
     name = f"m-{sha(BODY)[:8]}.pth"
-    server.files |= {f"a/{name}": BODY, f"b/{name}": BODY}
-    first = cache.fetch(server.url(f"a/{name}"))
-    assert cache.fetch(server.url(f"b/{name}?new=signature"), check_hash=True) == first
+    server.files[f"a/{name}"] = BODY
+    first = cache.fetch(server.url(f"a/{name}?Signature=one"))
+    assert cache.fetch(server.url(f"a/{name}?Signature=two"), check_hash=True) == first
     assert len(server.codes) == 1
+
+
+def test_eight_digits_in_a_name_do_not_serve_the_file_of_another_url(server):
+    name = f"m-{sha(BODY)[:8]}.pth"
+    server.files[f"a/{name}"] = BODY
+    cache.fetch(server.url(f"a/{name}"))
+    with pytest.raises(WeightsError, match="there is no"):
+        cache.fetch(server.url(f"b/{name}"))
+    assert cache.fetch(server.url(f"b/{name}"), sha256=sha(BODY)).read_bytes() == BODY  # the whole hash does
+
+
+def test_other_bytes_than_the_name_promises_are_refused_without_being_requested_to_check(server):
+    server.files["m-0123abcd.pth"] = BODY
+    with pytest.raises(WeightsError, match=f"{sha(BODY)[:8]}.*0123abcd promised by its name"):
+        cache.fetch(server.url("m-0123abcd.pth"))
+    assert not list((cache.root() / "blobs").glob("*"))
+
+
+def test_a_redirect_to_another_scheme_is_not_followed(server):
+    server.redirect = "ftp://127.0.0.1/w.pth"
+    with pytest.raises(WeightsError, match="redirects to ftp:.*, which is no http or https URL"):
+        cache.fetch(server.url("w.pth"))
+    server.redirect = server.url("w.pth")
+    server.files["w.pth"] = BODY
+    assert cache.fetch(server.url("old.pth")).read_bytes() == BODY
+
+
+def test_a_length_that_is_no_number_is_ignored(server):
+    server.files["w.pth"], server.length = BODY, "abc"
+    assert cache.fetch(server.url("w.pth")).read_bytes() == BODY
+
+
+def test_signatures_and_passwords_are_sent_and_neither_stored_nor_shown(server, capfd):
+    server.files["w.pth"] = BODY
+    url = server.url("w.pth?Signature=s3cret").replace("http://", "http://me:p%40ss@")
+    cache.fetch(url)
+    assert server.log[0]["Authorization"] == "Basic " + base64.b64encode(b"me:p@ss").decode()
+    stored = [p.read_text() for p in cache.root().rglob("*.json")]
+    assert len(stored) == 1
+    server.refuse = 500
+    with pytest.raises(WeightsError) as caught:
+        cache.fetch(url.replace("w.pth", "v.pth"))
+    for text in (*stored, str(caught.value), str(capfd.readouterr())):
+        assert not {"s3cret", "p%40ss", "p@ss"} & set(re.findall(r"[\w@%]+", text)), text
 
 
 def test_a_blob_that_the_disk_damaged_is_fetched_again_when_hashes_are_checked(server):
