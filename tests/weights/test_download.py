@@ -168,7 +168,7 @@ def test_other_bytes_than_the_name_promises_are_refused_without_being_requested_
 
 def test_a_redirect_to_another_scheme_is_not_followed(server):
     server.redirect = "ftp://127.0.0.1/w.pth"
-    with pytest.raises(WeightsError, match="redirects to ftp:.*, which is no http or https URL"):
+    with pytest.raises(WeightsError, match=r"redirects to ftp:.*, which is no http or https URL"):
         cache.fetch(server.url("w.pth"))
     server.redirect = server.url("w.pth")
     server.files["w.pth"] = BODY
