@@ -8,6 +8,8 @@
 ranks, reaches the disk, and is renamed by one: a directory with a number for a name is whole. The tensors are one flat
 dictionary of plain names, so a checkpoint does not depend on how many ranks wrote it, nor on wrapping.
 
+torch reads `.metadata` with plain pickle, which runs any code in it; here only the few classes that it needs are allowed.
+
 What is saved is handed in. What is not here: from what weights a fresh run starts (`train.teacher_files`).
 """
 
@@ -16,13 +18,14 @@ from __future__ import annotations
 import base64
 import json
 import os
+import pickle
 import random
 import re
 import shutil
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -31,11 +34,11 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from dinov3 import distributed, files
 from dinov3.distributed import Group
-from dinov3.errors import DinoError, WeightsError
+from dinov3.errors import DinoError, UnsafeFile, WeightsError
 from dinov3.optim import plain_name
 
 STATE_FILE = "state.json"
@@ -167,10 +170,63 @@ def read_state(path: Path) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
+# What a checkpoint's metadata consists of: descriptions of tensors, of files, and paths.
+_ALLOWED = {
+    "torch.distributed.checkpoint.metadata": (
+        "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
+        "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
+    "torch.serialization": ("_get_layout",),
+    "collections": ("OrderedDict",),
+}  # fmt: skip
+_PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+
+
+class _MetadataUnpickler(pickle._Unpickler):  # the one in Python: its opcodes can be overridden
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("pathlib", "pathlib._local") and name in _PATHS:
+            return PurePosixPath  # of any system; nothing is opened by it
+        if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)):
+            return getattr(torch, name)
+        if name in _ALLOWED.get(module, ()):
+            return super().find_class(module, name)
+        raise UnsafeFile(f"it would run {module}.{name}")
+
+    def load_build(self) -> None:
+        if callable(self.stack[-2]):  # type: ignore[attr-defined]  # a class or function
+            raise UnsafeFile("it would change a class of torch")
+        super().load_build()  # type: ignore[misc]
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+
+class SafeReader(FileSystemReader):
+    """torch's reader of sharded checkpoints, without code in `.metadata`. Raises `UnsafeFile` where there is some."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        if not isinstance(metadata, Metadata):
+            raise UnsafeFile(f"it holds a {type(metadata).__name__}")
+        for info in (metadata.storage_data or {}).values():
+            if PurePosixPath(info.relative_path).name != str(info.relative_path):
+                raise UnsafeFile(f"it names a file outside the checkpoint: {info.relative_path}")
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
 def stored(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Names, shapes and types of the tensors in a checkpoint."""
     try:
-        entries = FileSystemReader(path).read_metadata().state_dict_metadata
+        entries = SafeReader(path).read_metadata().state_dict_metadata
+    except UnsafeFile as error:
+        raise UnsafeFile(
+            f"the checkpoint {path} is not read: its .metadata is no description of tensors ({error})"
+        ) from None
     except Exception as error:
         raise DinoError(f"the checkpoint {path} cannot be read: {error}") from None
     return {
@@ -198,7 +254,7 @@ def load(path: Path, tensors: Tensors, *, group: Group = None, alone: bool = Fal
     with quiet():
         dcp.load(
             found,
-            storage_reader=FileSystemReader(path),
+            storage_reader=SafeReader(path),
             planner=DefaultLoadPlanner(),
             process_group=None if alone else group,
             no_dist=alone or not distributed.together(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import pytest
 import torch
 from ranks import run_ranks
 from torch import Tensor, nn
+from toy_training import write_config, write_images
 
 from dinov3 import checkpoint
 from dinov3.checkpoint import Checkpoints
-from dinov3.errors import DinoError
+from dinov3.errors import DinoError, UnsafeFile
 
 
 def some(value: float = 1.0) -> dict[str, Tensor]:
@@ -131,6 +133,87 @@ def test_a_checkpoint_of_another_program_is_named_as_one(tmp_path: Path) -> None
     (path / "state.json").unlink()
     with pytest.raises(DinoError, match=r"not written by this program.*student.resume_from_teacher_chkpt="):
         checkpoint.read_state(path)
+
+
+# ---- no code from .metadata ----------------------------------------------------------------------------------------
+
+
+class Payload:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.folder,)
+
+
+@pytest.fixture
+def crafted(tmp_path: Path) -> tuple[Path, Path]:
+    """(a sound run's checkpoint whose .metadata now holds a payload, the folder that the payload would make)."""
+    path = Checkpoints(tmp_path / "run" / "ckpt").save(0, some(), {"step": 0})
+    (path / ".metadata").write_bytes(pickle.dumps({"state_dict_metadata": Payload(tmp_path / "pwned")}))
+    pickle.loads(pickle.dumps(Payload(tmp_path / "works")))
+    assert (tmp_path / "works").is_dir()
+    return path, tmp_path / "pwned"
+
+
+def entrances(path: Path, folder: Path) -> dict[str, Any]:
+    """Everything that opens a sharded checkpoint, by name."""
+    from dinov3.eval.knn import main as knn
+    from dinov3.train.train import main as train
+    from dinov3.train_head.run import HeadConfig, train_head
+
+    run, config = path.parent.parent, write_config(folder)
+    images = str(write_images(folder / "images"))
+    command = ["--config-file", config, "--output-dir"]
+    data = f"train.dataset_path=Folder:root={images}"
+    fresh = [*command, str(folder / "fresh"), data]
+    model = [f"model.config_file={config}", f"model.pretrained_weights={path}"]
+    return {
+        "read_tensors": lambda: checkpoint.read_tensors(path),
+        "load": lambda: checkpoint.load(path, some()),
+        "resume": lambda: train([*command, str(run), data]),
+        "teacher": lambda: train([*fresh, f"student.resume_from_teacher_chkpt={path}"]),
+        "gram": lambda: train([*fresh, "gram.use_loss=true", "gram.ema_teacher=false", f"gram.ckpt={path}"]),
+        "eval": lambda: knn([f"train.dataset=Folder:root={images}", f"eval.test_dataset=Folder:root={images}", *model,
+                             "--output-dir", str(folder / "knn")]),
+        "train-head": lambda: train_head(
+            HeadConfig(task="classification", head="linear", data=images, size=32, steps=1), run
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("entrance", ["read_tensors", "load", "resume", "teacher", "gram", "eval", "train-head"])
+def test_code_in_a_checkpoints_metadata_is_never_run(
+    entrance: str, crafted: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, pwned = crafted
+    try:
+        assert entrances(path, tmp_path)[entrance]() == 1  # a command's exit status
+        said = capsys.readouterr().err
+    except UnsafeFile as error:
+        said = str(error)
+    assert "is no description of tensors (it would run posix.mkdir)" in said
+    assert not pwned.exists()
+
+
+def test_metadata_may_not_change_classes_or_leave_the_folder(tmp_path: Path) -> None:
+    path = Checkpoints(tmp_path).save(0, some(), {})
+    raw = (path / ".metadata").read_bytes()
+    protocol2 = b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadata\nN}X\x01\x00\x00\x00aK\x01s\x86b."
+    (path / ".metadata").write_bytes(protocol2)  # GLOBAL, (None, {"a": 1}), BUILD: sets an attribute of the class
+    with pytest.raises(UnsafeFile, match="would change a class"):
+        checkpoint.stored(path)
+    (path / ".metadata").write_bytes(pickle.dumps(7))
+    with pytest.raises(UnsafeFile, match="it holds a int"):
+        checkpoint.stored(path)
+    assert b"__0_0.distcp" in raw
+    (path / ".metadata").write_bytes(raw.replace(b"__0_0.distcp", b"../../a.disc"))
+    with pytest.raises(UnsafeFile, match="a file outside the checkpoint"):
+        checkpoint.stored(path)
+    (path / ".metadata").write_bytes(raw)
+    assert checkpoint.load(path, some(0.0)) == []
 
 
 def test_all_generators_go_on_where_they_were() -> None:
