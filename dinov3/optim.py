@@ -115,13 +115,10 @@ def warmup_one_cycle(
     return _annealed(peak, peak / (div_factor * final_div_factor), min((step + 1) / total, 1.0))
 
 
-def warmup_one_cycle_momentum(
-    step: int, *, base: float, highest: float, total: int, warmup: int = 0, ratio: float = 0.0
-) -> float | None:
-    """AdamW's first beta beside `warmup_one_cycle`: 0 during a warm-up of ratio 0, then a cosine from `base` to `highest`.
-    None where the optimiser's own stays: a warm-up of another ratio."""
+def warmup_one_cycle_momentum(step: int, *, base: float, highest: float, total: int, warmup: int = 0) -> float:
+    """AdamW's first beta beside `warmup_one_cycle`: 0 during the warm-up, then a cosine from `base` to `highest`."""
     if step < warmup:
-        return None if ratio > 0 else 0.0
+        return 0.0
     return _annealed(base, highest, min((step - warmup) / max(total - warmup, 1), 1.0))
 
 

@@ -691,8 +691,6 @@ def _distillation_problems(c: TrainConfig) -> Iterator[Problem]:
             yield "distillation.full_cfg_path", "name the teacher's configuration, such as its run's resolved.yaml"
         if not d.checkpoint_path:
             yield "distillation.checkpoint_path", "name the teacher's weights ('ignore': random ones, for tests)"
-        if d.checkpoint_path and c.gram.use_loss and c.gram.ema_teacher:
-            yield "gram.ema_teacher", "is not defined when distilling: the EMA is not the teacher"
     multi_student = c.MODEL.META_ARCHITECTURE == "MultiDistillationMetaArch"
     if multi_student != m.enabled:
         yield (

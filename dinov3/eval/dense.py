@@ -55,8 +55,8 @@ class OptimizerSection:
 class SchedulerSection:
     """WarmupOneCycleLR, or (ours) a schedule of `fit.loop`: cosine, polynomial, constant, steps.
 
-    constructor_kwargs of WarmupOneCycleLR: warmup_iters, warmup_ratio, div_factor, final_div_factor, pct_start (0),
-    anneal_strategy (cos), use_beta1, base_momentum, max_momentum; of the others: `warmup` and what the schedule knows.
+    constructor_kwargs of WarmupOneCycleLR: warmup_iters, warmup_ratio, div_factor, final_div_factor (1000), pct_start (0),
+    anneal_strategy (cos), use_beta1 (true), base_momentum, max_momentum; of the others: `warmup` and what the schedule knows.
     """
 
     type: str = setting("WarmupOneCycleLR", choices=("WarmupOneCycleLR", *(s for s in SCHEDULES if s != "one_cycle")))
@@ -67,6 +67,7 @@ class SchedulerSection:
 ONE_CYCLE = (
     "warmup_iters", "warmup_ratio", "div_factor", "final_div_factor", "pct_start", "anneal_strategy", "cycle_momentum",
     "use_beta1", "base_momentum", "max_momentum",
+    "update_momentum",  # in the published files; means nothing
 )  # fmt: skip
 
 
@@ -97,8 +98,10 @@ def fit_config(
     if schedule == "WarmupOneCycleLR":
         schedule, warmup = "one_cycle", int(kwargs.get("warmup_iters", 0))
         options = {"ratio": float(kwargs.get("warmup_ratio", 0.0)), "late": late}
-        options |= {k: float(kwargs[k]) for k in ("div_factor", "final_div_factor") if k in kwargs}
-        if kwargs.get("use_beta1", False):
+        options["final_div_factor"] = float(kwargs.get("final_div_factor", 1000))
+        if "div_factor" in kwargs:
+            options["div_factor"] = float(kwargs["div_factor"])
+        if kwargs.get("use_beta1", True):
             options["base_momentum"] = float(kwargs.get("base_momentum", 0.85))
             options["max_momentum"] = float(kwargs.get("max_momentum", 0.95))
     return FitConfig(

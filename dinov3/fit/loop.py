@@ -108,15 +108,8 @@ class FitConfig:
         o = self.schedule_options
         if self.schedule != "one_cycle" or "base_momentum" not in o or "max_momentum" not in o:
             return self.beta1
-        value = warmup_one_cycle_momentum(
-            self._late(step),
-            base=o["base_momentum"],
-            highest=o["max_momentum"],
-            total=self.steps,
-            warmup=self.warmup,
-            ratio=o.get("ratio", 0.0),
-        )
-        return self.beta1 if value is None else value
+        ends = {"base": o["base_momentum"], "highest": o["max_momentum"]}
+        return warmup_one_cycle_momentum(self._late(step), total=self.steps, warmup=self.warmup, **ends)
 
     def _late(self, step: int) -> int:
         return max(step - int(self.schedule_options.get("late", 0)), 0)

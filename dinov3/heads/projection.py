@@ -1,7 +1,7 @@
 """The projection head of self-distillation (DINO, iBOT; paper §3.2, Tab. 1): MLP → unit sphere → prototypes.
 
 Legend: D width, H hidden, b bottleneck, K prototypes. One head for the CLS token, another for the masked patches;
-they never share weights. State-dict names are given: `mlp.0`, `mlp.2`, `mlp.4`, `last_layer.weight`.
+they never share weights. State-dict names are given: `mlp.0`, `mlp.2`, `mlp.4` (of one layer: `mlp`), `last_layer.weight`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ProjectionHead(nn.Module):
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
             layers += [nn.Linear(before, after), nn.GELU()]
-        self.mlp = nn.Sequential(*layers[:-1])
+        self.mlp = nn.Sequential(*layers[:-1]) if n_layers > 1 else layers[0]
         self.last_layer = nn.Linear(bottleneck_dim, n_prototypes, bias=False)
 
     @torch.no_grad()

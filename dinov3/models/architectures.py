@@ -73,7 +73,7 @@ class ConvNeXtConfig:
     depths: tuple[int, ...] = (3, 3, 9, 3)
     dims: tuple[int, ...] = (96, 192, 384, 768)
     drop_path_rate: float = 0.0
-    layer_scale_init_value: float = 1e-6
+    layer_scale_init_value: float = 1e-6  # 0: no gamma
     patch_size: int | None = None  # pseudo patch size of intermediate maps
 
     @classmethod

@@ -44,11 +44,12 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.pwconv1 = nn.Linear(dim, 4 * dim)
         self.pwconv2 = nn.Linear(4 * dim, dim)
-        self.gamma = nn.Parameter(torch.full((dim,), float(layer_scale)))
+        self.gamma = nn.Parameter(torch.full((dim,), float(layer_scale))) if layer_scale else None
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))  # [B, h, w, C]
-        y = (self.gamma * self.pwconv2(F.gelu(self.pwconv1(y)))).permute(0, 3, 1, 2)
+        y = self.pwconv2(F.gelu(self.pwconv1(y)))
+        y = (y if self.gamma is None else self.gamma * y).permute(0, 3, 1, 2)
         if self.training and self.drop_path_rate > 0:
             keep = 1 - self.drop_path_rate
             y = y * torch.empty(len(x), 1, 1, 1, device=x.device, dtype=x.dtype).bernoulli_(keep) / keep
@@ -94,7 +95,7 @@ class ConvNeXt(TokenModel):
             elif isinstance(module, (nn.LayerNorm, ChannelNorm)):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
-            elif isinstance(module, Block):
+            elif isinstance(module, Block) and module.gamma is not None:
                 nn.init.constant_(module.gamma, module.layer_scale)
 
     def patch_grid(self, height: int, width: int) -> tuple[int, int]:

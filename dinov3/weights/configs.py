@@ -36,7 +36,9 @@ def infer_config(meta: Mapping[str, Tensor], hints: Mapping[str, Any] | None = N
     except (KeyError, IndexError, ZeroDivisionError) as error:
         raise WeightsError(f"the file is incomplete: {error} is missing, so its architecture cannot be read") from None
     known = {f.name for f in fields(shaped)}
-    free = {"img_size", "drop_path_rate", "layer_scale_init_value", "patch_size"} & known
+    free = {"img_size", "drop_path_rate", "patch_size"} & known
+    if isinstance(shaped, ConvNeXtConfig) and shaped.layer_scale_init_value and hints.get("layer_scale_init_value"):
+        free |= {"layer_scale_init_value"}
     if isinstance(shaped, ViTConfig):
         free = {k for k in known if k.startswith("pos_embed_rope_")} | {"img_size", "drop_path_rate"}
         free |= {"norm_layer"} if shaped.norm_layer != "rmsnorm" else set()
@@ -56,10 +58,12 @@ def infer_config(meta: Mapping[str, Tensor], hints: Mapping[str, Any] | None = N
 
 def _convnext_shape(meta: Mapping[str, Tensor]) -> ConvNeXtConfig:
     stages = sum(1 for k in meta if k.startswith("downsample_layers.") and k.endswith(".0.weight"))
-    blocks = [k.split(".") for k in meta if k.startswith("stages.") and k.endswith(".gamma")]
-    depths = tuple(1 + max(int(j) for _, i, j, _ in blocks if int(i) == stage) for stage in range(stages))
-    dims = tuple(meta[f"stages.{i}.0.gamma"].shape[0] for i in range(stages))
-    return ConvNeXtConfig(in_chans=meta["downsample_layers.0.0.weight"].shape[1], depths=depths, dims=dims)
+    blocks = [k.split(".") for k in meta if k.startswith("stages.") and k.endswith(".norm.weight")]
+    depths = tuple(1 + max(int(j) for _, i, j, *_ in blocks if int(i) == stage) for stage in range(stages))
+    dims = tuple(meta[f"stages.{i}.0.norm.weight"].shape[0] for i in range(stages))
+    scale = ConvNeXtConfig.layer_scale_init_value if "stages.0.0.gamma" in meta else 0.0
+    channels = meta["downsample_layers.0.0.weight"].shape[1]
+    return ConvNeXtConfig(in_chans=channels, depths=depths, dims=dims, layer_scale_init_value=scale)
 
 
 def _vit_shape(meta: Mapping[str, Tensor], hints: Mapping[str, Any]) -> ViTConfig:
@@ -133,7 +137,7 @@ def exact_periods(config: BackboneConfig) -> Tensor | None:
 def signature(config: BackboneConfig, *, without: Iterable[str] = ()) -> tuple[Any, ...]:
     """What decides keys, shapes and the function at inference: equal signatures load each other's weights."""
     if isinstance(config, ConvNeXtConfig):
-        return (config.in_chans, tuple(config.depths), tuple(config.dims))
+        return (config.in_chans, tuple(config.depths), tuple(config.dims), bool(config.layer_scale_init_value))
     values = asdict(config) | {
         "ffn": (config.ffn_layer != "mlp", config.ffn_hidden),
         "scaled": bool(config.layerscale_init),

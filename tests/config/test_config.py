@@ -444,6 +444,14 @@ def test_the_teacher_must_have_the_prototypes_and_the_patch_of_the_student(tmp_p
     assert load_teacher(same, base_dir=tmp_path).student.arch == "vit_base"
 
 
+def test_gram_on_the_distilled_teachers_own_patches_is_allowed():
+    distil = ["distillation.enabled=true", "distillation.full_cfg_path=teacher.yaml", "distillation.checkpoint_path=x"]
+    config, _ = load_config(
+        None, [IMAGES, *distil, "gram.use_loss=true", "gram.ema_teacher=true", "gram.rep_update=false"]
+    )
+    assert config.gram.ema_teacher
+
+
 # ---- other activities -----------------------------------------------------------------------------------------------
 
 

@@ -61,6 +61,20 @@ def test_the_training_recipe_has_the_published_rates():
     assert list(fit.problems()) == []
 
 
+def test_what_a_recipe_leaves_out_is_as_in_the_reference():
+    words = ["scheduler.constructor_kwargs.warmup_iters=10", "scheduler.constructor_kwargs.update_momentum=false"]
+    silent = configured("decoder_head.type=linear", "scheduler.total_iter=100", *words)
+    fit = dense.fit_config(silent.optimizer, silent.scheduler, images=2, late=0, evaluate_every=100)
+    assert fit.schedule_options["final_div_factor"] == 1000
+    assert fit.lr_at(0) == pytest.approx(silent.optimizer.lr / 1000)
+    assert [fit.beta1_at(i) for i in (0, 9)] == [0, 0]
+    assert [fit.beta1_at(i) for i in (10, 99)] == pytest.approx([0.85, 0.95], abs=1e-3)
+    words.append("scheduler.constructor_kwargs.warmup_ratio=0.1")  # the momentum does not know the ratio
+    silent = configured("decoder_head.type=linear", "scheduler.total_iter=100", *words)
+    fit = dense.fit_config(silent.optimizer, silent.scheduler, images=2, late=0, evaluate_every=100)
+    assert (fit.lr_at(0), fit.beta1_at(0), fit.beta1_at(9)) == (pytest.approx(0.1 * silent.optimizer.lr), 0, 0)
+
+
 def test_the_recipes_say_what_was_published():
     c = configured("datasets.root=/data", recipe=TRAINING)
     assert c.transforms.train.random_img_size_ratio_range == [0.5, 2.0]
@@ -262,7 +276,8 @@ def words_for(tmp_path: Path, out: str, *more: str) -> list[str]:
         "decoder_head.num_classes=4", "transforms.train.img_size=32",
         "transforms.train.random_img_size_ratio_range=[0.8,1.5]",
         "transforms.train.crop_size=32", "transforms.train.flip_prob=0.5", "transforms.eval.img_size=32", "eval.crop_size=32",
-        "eval.stride=16", "scheduler.total_iter=12", "scheduler.constructor_kwargs.warmup_iters=2", "optimizer.lr=0.02",
+        "eval.stride=16", "scheduler.total_iter=12", "scheduler.constructor_kwargs.warmup_iters=2",
+        "scheduler.constructor_kwargs.use_beta1=false", "optimizer.lr=0.02",
         "eval.eval_interval=6", "num_workers=0", f"output_dir={tmp_path / out}", *more,
     ]  # fmt: skip
 

@@ -408,3 +408,9 @@ def test_a_convnext_detects_too() -> None:
     convnext.init_weights()
     (found,) = build_detector(convnext, 3, **SMALL).eval()(images((96, 64)))
     assert found["boxes"].isfinite().all()
+
+
+def test_attention_of_the_encoder_has_no_dropout_in_training() -> None:
+    layers = [m for m in small(encoder_dropout=0.3).modules() if type(m).__name__ == "EncoderLayer"]
+    assert layers
+    assert {(layer.self_attn.dropout, layer.dropout.p) for layer in layers} == {(0.0, 0.3)}

@@ -80,7 +80,7 @@ def test_no_masked_patch_gives_no_logit() -> None:
 def test_the_number_of_layers_is_that_of_linear_layers(n_layers: int) -> None:
     made = head(n_layers=n_layers)
     assert [name for name in made.state_dict() if name.endswith("weight")] == [
-        *[f"mlp.{2 * i}.weight" for i in range(n_layers)],
+        *(["mlp.weight"] if n_layers == 1 else [f"mlp.{2 * i}.weight" for i in range(n_layers)]),
         "last_layer.weight",
     ]
     assert made(torch.randn(2, 6)).shape == (2, 9)

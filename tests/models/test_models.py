@@ -332,3 +332,20 @@ def test_numbers_of_channels_that_say_nothing(channels: int) -> None:
         with_channels(small(SMALL[0]), channels)
     with pytest.raises(DinoError, match="three channels"):
         with_channels(with_channels(small(SMALL[0]), 4), 5)
+
+
+def test_a_convnext_without_layer_scale_has_no_gamma_and_is_found_so_in_a_file() -> None:
+    from dinov3.weights.configs import infer_config
+
+    config = ConvNeXtConfig(depths=(1, 2, 1, 1), dims=(8, 8, 16, 16), layer_scale_init_value=0.0)
+    model = ConvNeXt(config).eval()
+    model.init_weights()
+    keys = model.state_dict()
+    assert not [key for key in keys if key.endswith("gamma")]
+    x = torch.randn(1, 3, 32, 32)
+    ones = ConvNeXt(ConvNeXtConfig(depths=(1, 2, 1, 1), dims=(8, 8, 16, 16), layer_scale_init_value=1.0)).eval()
+    ones.load_state_dict(keys, strict=False)
+    assert torch.equal(model(x), ones(x))  # the branch is added unscaled
+    hint = {"layer_scale_init_value": 1e-6}
+    for file, hints, found in ((keys, {}, 0), (keys, hint, 0), (ones.state_dict(), hint, 1e-6)):
+        assert infer_config(file, hints).layer_scale_init_value == found  # type: ignore[union-attr]

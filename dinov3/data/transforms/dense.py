@@ -99,8 +99,8 @@ def varied_box(labels: Tensor, crop_hw: tuple[int, int], rng: Random) -> tuple[i
 def photometric(pixels: Tensor, rng: Random) -> Tensor:
     """Brightness, contrast, saturation and hue of a uint8 image, each with probability ½ (SSD's distortion).
 
-    Brightness is a shift by U(−32, 32) levels, contrast (right after it, or last: a coin) and saturation are factors
-    U(.5, 1.5) towards the mean grey and the grey of the pixel, hue a turn by U(−.5, .5) of the circle.
+    Brightness is a shift by U(−32, 32) levels; contrast (right after it, or last: a coin) a factor U(.5, 1.5) of the levels;
+    saturation a factor U(.5, 1.5) of the distance from the pixel's grey; hue a turn by U(−.5, .5) of the circle.
     """
 
     def maybe(low: float, high: float) -> float | None:
@@ -112,7 +112,7 @@ def photometric(pixels: Tensor, rng: Random) -> Tensor:
     if shift is not None:
         np.floor(np.clip(x + np.float32(shift), 0, 255), out=x)
     if contrast is not None and early:
-        coloured(x, Colours(("contrast",), contrast=contrast))
+        coloured(x, Colours(("brightness",), brightness=contrast))
     if saturation is not None:
         coloured(x, Colours(("saturation",), saturation=saturation))
     if turn is not None:
@@ -120,7 +120,7 @@ def photometric(pixels: Tensor, rng: Random) -> Tensor:
         x = np.ascontiguousarray(np.roll(x, thirds, axis=0))
         coloured(x, Colours(("hue",), hue=turn - thirds / 3))
     if contrast is not None and not early:
-        coloured(x, Colours(("contrast",), contrast=contrast))
+        coloured(x, Colours(("brightness",), brightness=contrast))
     return torch.from_numpy(x.astype(np.uint8))
 
 

@@ -76,7 +76,7 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, c: DetrConfig) -> None:
         super().__init__()
-        self.self_attn = nn.MultiheadAttention(c.width, c.n_heads, dropout=c.encoder_dropout, batch_first=True)
+        self.self_attn = nn.MultiheadAttention(c.width, c.n_heads, batch_first=True)  # no dropout here
         self.linear1, self.linear2 = nn.Linear(c.width, c.encoder_ffn), nn.Linear(c.encoder_ffn, c.width)
         self.norm1, self.norm2 = nn.LayerNorm(c.width), nn.LayerNorm(c.width)
         self.dropout = nn.Dropout(c.encoder_dropout)
