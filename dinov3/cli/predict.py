@@ -394,7 +394,7 @@ def text_model(config: TextOptions) -> tuple[Any, Any]:
         log(f"{model.origin}, {config.dtype} on {place}")
         return model, tokenizer
     from dinov3.data.tokenizer import Tokenizer
-    from dinov3.heads.dinotxt.model import DinoTxtConfig, TextConfig
+    from dinov3.heads.dinotxt import DinoTxtConfig, TextConfig
 
     tokenizer = (
         Tokenizer.from_file(config.vocabulary) if config.vocabulary is not None else dinotxt.vocabulary(None, 49_408)

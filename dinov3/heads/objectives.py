@@ -1,7 +1,7 @@
-"""Losses of dense heads of segmentation and of depth (evaluation of the paper's §6.1, App. D).
+"""Losses of dense heads of segmentation and of depth (paper §6.1, App. D); the matching of queries with targets.
 
 Legend: B images, K classes, H×W pixels of the target. Targets say themselves which pixels do not count: a class map by
-`ignore_index`, a depth map by a mask. All is computed in float32. Matching losses (Mask2Former, DETR) are elsewhere.
+`ignore_index`, a depth map by a mask. All is computed in float32. Mask2Former's and DETR's criteria: beside them.
 
 The reference's depth recipe averages over pixels of the whole batch at once, and so do these, unless they say "per image".
 """
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov3.errors import DinoError, one_of, only_known
+from dinov3.errors import DinoError, one_of, only_known, require
 from dinov3.heads.encoder import resized
 from dinov3.losses import LossTerms
 
@@ -251,3 +251,26 @@ class DepthLoss:
 
 
 _LOGGED = {name: f"{name.lower().removesuffix('_loss').removesuffix('loss')}_loss" for name in DEPTH_LOSSES}
+
+
+# ---- matching: which query is matched to which target ---------------------------------------------------------------
+
+
+@torch.no_grad()
+def hungarian(cost: Tensor) -> tuple[Tensor, Tensor]:
+    """cost [Q, T] → (rows, cols), both [min(Q, T)] of int64 on the cost's device, rows ascending: query rows[i] takes
+    target cols[i], every target at most once, and no other choice has a smaller sum of costs.
+
+    Raises `DinoError` for costs that are NaN or infinite: the method would fail or, worse, give any assignment.
+    """
+    optimize = require("scipy.optimize", "heads", "matching queries with targets")
+    if cost.ndim != 2:
+        raise DinoError(f"the matching takes costs [queries, targets], not {list(cost.shape)}; call it once an image")
+    matrix = cost.detach().to("cpu", torch.float64)
+    if bad := int((~matrix.isfinite()).sum()):
+        raise DinoError(
+            f"{bad} of the {cost.numel()} matching costs ({cost.shape[0]} queries, {cost.shape[1]} targets) are NaN or "
+            "infinite: the training has diverged (lower the learning rate, clip gradients) or a target is broken"
+        )
+    rows, cols = optimize.linear_sum_assignment(matrix.numpy())
+    return (torch.as_tensor(rows, device=cost.device), torch.as_tensor(cols, device=cost.device))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dinov3.data.tokenizer import Tokenizer
 from dinov3.errors import DinoError, without_secrets
-from dinov3.heads.dinotxt.model import DinoTxt, DinoTxtConfig, TextConfig, build
+from dinov3.heads.dinotxt import DinoTxt, DinoTxtConfig, TextConfig, build
 from dinov3.hub import Origin, head, published_heads
 from dinov3.hub.backbones import Weights, dinov3_vitl16
 from dinov3.models.vit import VisionTransformer

@@ -19,8 +19,7 @@ from dinov3.data.tokenizer import Tokenizer
 from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.drawing import palette
 from dinov3.errors import DinoError
-from dinov3.heads.dinotxt.model import DinoTxt
-from dinov3.heads.dinotxt.open_vocabulary import OpenVocabulary, averaged, patch_part, prompt_features
+from dinov3.heads.dinotxt import DinoTxt, OpenVocabulary, averaged, patch_part, prompt_features
 from dinov3.predict.classify import Classification
 from dinov3.predict.common import best_class, predicted_map, preprocessing_of, see, statistics
 from dinov3.predict.segment import Segmentation

@@ -20,8 +20,14 @@ from torch import Tensor, nn
 
 from dinov3 import drawing
 from dinov3.data.crops import draw_box
-from dinov3.data.transforms.boxes import flipped
-from dinov3.data.transforms.dense import DepthTransform, SegmentationTransform, generator, photometric, resized_map
+from dinov3.data.transforms.dense import (
+    DepthTransform,
+    SegmentationTransform,
+    flipped,
+    generator,
+    photometric,
+    resized_map,
+)
 from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.data.transforms.pixels import to_pixels
 from dinov3.errors import DinoError

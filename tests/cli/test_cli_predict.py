@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from dinov3 import cli, hub
 from dinov3.data.tokenizer import Tokenizer
 from dinov3.errors import DinoError
-from dinov3.heads.dinotxt.model import DinoTxtConfig, TextConfig
+from dinov3.heads.dinotxt import DinoTxtConfig, TextConfig
 from dinov3.hub import dinotxt
 from dinov3.hub.own_heads import build_head, save_head
 from dinov3.weights.writing import write_safetensors
@@ -217,7 +217,7 @@ def test_zero_shot_places(dino_txt: dict[str, Path], photos: list[Path], tmp_pat
     for name, (height, width) in SIZES.items():
         mask = Image.open(tmp_path / f"{name}_classes.png")
         assert (mask.mode, mask.size) == ("P", (width, height))
-    from dinov3.heads.dinotxt.open_vocabulary import OpenVocabulary
+    from dinov3.heads.dinotxt import OpenVocabulary
     from dinov3.predict.zero_shot import predict_places, words
 
     # all at once, at the image's own size: the arg-max of the cosines, place by place

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dinov3.data import names
 from dinov3.data.datasets import make_dataset
-from dinov3.data.transforms.boxes import DetectionTransform, cropped, flipped, generator
+from dinov3.data.transforms.dense import DetectionTransform, cropped, flipped, generator
 from dinov3.errors import DinoError, ImageError, UnknownName
 
 

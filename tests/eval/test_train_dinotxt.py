@@ -22,7 +22,7 @@ from dinov3.data.tokenizer import Tokenizer
 from dinov3.errors import DinoError
 from dinov3.eval.text import zero_shot
 from dinov3.eval.text.train_dinotxt import PairLoader, TextTrainConfig, build, captioned, main, train
-from dinov3.heads.dinotxt.open_vocabulary import averaged, class_vectors
+from dinov3.heads.dinotxt import averaged, class_vectors
 from dinov3.runlog import read_metrics
 from dinov3.weights.reading import read
 

@@ -19,7 +19,7 @@ from dinov3.data.tokenizer import Tokenizer
 from dinov3.errors import DinoError
 from dinov3.eval.text.train_dinotxt import main as train_main
 from dinov3.eval.text.zero_shot import ZeroShotConfig, main, place_maps
-from dinov3.heads.dinotxt.open_vocabulary import OpenVocabulary, averaged, patch_part, prompt_features
+from dinov3.heads.dinotxt import OpenVocabulary, averaged, patch_part, prompt_features
 from dinov3.hub.dinotxt import load_dinotxt
 
 COLOURS = {"blue": (40, 60, 220), "green": (40, 200, 60), "red": (220, 40, 40)}

@@ -15,8 +15,7 @@ from paths import KEYS
 from torch import Tensor
 
 from dinov3.errors import DinoError, UnknownName
-from dinov3.heads.detr.boxes import deltas_between, refine, to_xyxy
-from dinov3.heads.detr.features import grid_position
+from dinov3.heads.detr.features import deltas_between, grid_position, refine, to_xyxy
 from dinov3.heads.detr.model import DetectorWithProcessor, PostProcess, build_detector
 from dinov3.heads.detr.transformer import BoxAttention, DetrConfig, Grid
 from dinov3.metrics.boxes import overlap

@@ -13,7 +13,7 @@ from paths import KEYS, ROOT
 
 from dinov3.data.tokenizer import Tokenizer
 from dinov3.errors import DinoError, UnknownName, WeightsMismatch
-from dinov3.heads.dinotxt.model import LOGIT_SCALE, DinoTxt, DinoTxtConfig, TextConfig, build
+from dinov3.heads.dinotxt import LOGIT_SCALE, DinoTxt, DinoTxtConfig, TextConfig, build
 from dinov3.losses import image_text_loss
 from dinov3.models.architectures import ViTConfig
 from dinov3.models.vit import VisionTransformer

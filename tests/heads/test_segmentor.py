@@ -208,8 +208,7 @@ def test_the_gradient_reaches_every_parameter_of_the_head_and_none_of_the_backbo
 
 
 def test_drop_path_drops_whole_images_and_keeps_the_mean() -> None:
-    from dinov3.heads.mask2former.adapter import Extractor
-    from dinov3.heads.mask2former.deformable import centres
+    from dinov3.heads.mask2former.adapter import Extractor, centres
 
     torch.manual_seed(0)
     extractor = Extractor(16, n_heads=2, n_points=1, ratio=0.5, ffn_ratio=0.5, drop=0.5)

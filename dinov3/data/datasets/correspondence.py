@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dinov3.data.datasets.dense import metres, read_map
 from dinov3.data.images import open_image
 from dinov3.errors import DinoError, one_of
 
-NO_DEPTH = 65535  # in depth images in millimetres
 NAVI_SHORT_SIDE = 1024  # the benchmark shrinks its large photographs first
 
 
@@ -50,13 +50,10 @@ class View:
 
     def depth_m(self) -> np.ndarray:
         """[H, W] float32, 0 where there is none."""
-        with Image.open(self.depth) as stored:
-            raw = np.asarray(stored).astype(np.float32)
-        if raw.ndim != 2:
-            raise DinoError(f"{self.depth} is no depth image: one 16-bit number a pixel is expected")
+        raw = read_map(self.depth)
         if self.inverse:
-            return np.divide(655.350, raw, out=np.zeros_like(raw), where=raw > 0)
-        return np.where(raw == NO_DEPTH, 0, raw / 1000).astype(np.float32)
+            return np.divide(np.float32(655.350), raw, out=np.zeros(raw.shape, np.float32), where=raw > 0)
+        return metres(raw, 1000)
 
 
 def quaternion_to_rotation(q: Any) -> np.ndarray:

@@ -13,7 +13,6 @@ import ast
 import io
 import json
 import os
-import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from dinov3.data.datasets.base import DataUnpickler
 from dinov3.errors import DinoError, UnknownName, one_of, require
 
 SPLITS = ("train", "valid", "test")
@@ -71,14 +71,8 @@ class _Inert:
         return self
 
 
-class _OnlyData(pickle.Unpickler):
-    NUMPY = ("ndarray", "dtype", "_reconstruct", "scalar", "_frombuffer")
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.split(".")[0] == "numpy" and name in self.NUMPY:
-            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-        if (module, name) == ("_codecs", "encode"):
-            return lambda text, encoding: text.encode("latin1")
+class _InertUnpickler(DataUnpickler):
+    def other(self, module: str, name: str) -> Any:
         return _Inert
 
 
@@ -143,7 +137,7 @@ class GeoBench:
     def _label(text: Any) -> Any:
         """From the attribute: the text of a bytes literal that holds a pickle."""
         raw = ast.literal_eval(text) if isinstance(text, str) else bytes(text)
-        content = _OnlyData(io.BytesIO(raw)).load()
+        content = _InertUnpickler(io.BytesIO(raw)).load()
         return content.get("label") if isinstance(content, dict) else None
 
     def _checked(self, label: Any, path: str) -> Any:

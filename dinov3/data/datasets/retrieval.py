@@ -17,16 +17,13 @@ import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from dinov3.data.datasets.base import FileDataset
-from dinov3.data.images import open_image
-from dinov3.errors import DinoError, UnsafeFile
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+from dinov3.data.datasets.base import DataUnpickler, FileDataset
+from dinov3.data.images import image_suffix, open_image
+from dinov3.errors import DinoError
 
 
 class ImageList(FileDataset):
@@ -90,26 +87,6 @@ class Revisited:
     junk: list[np.ndarray]
 
 
-def _as_bytes(text: str, encoding: str) -> bytes:
-    return text.encode("latin1")
-
-
-class _Containers(pickle.Unpickler):
-    """Reads pickled containers, texts, numbers and arrays, and raises on everything else."""
-
-    ALLOWED = frozenset(
-        {("numpy", "ndarray"), ("numpy", "dtype")}
-        | {(f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")}
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("_codecs", "encode"):  # how old pickles write an array's bytes
-            return _as_bytes
-        if (module, name) not in self.ALLOWED:
-            raise UnsafeFile(f"this pickle wants to run {module}.{name}; a ground truth holds lists and numbers only")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-
-
 def revisited(root: str | os.PathLike[str], name: str) -> Revisited:
     """`name`: roxford5k or rparis6k."""
     base = Path(root).expanduser()
@@ -122,7 +99,7 @@ def revisited(root: str | os.PathLike[str], name: str) -> Revisited:
         if file.suffix == ".json":
             content = json.loads(file.read_bytes())
         else:
-            content = _Containers(io.BytesIO(file.read_bytes()), encoding="latin1").load()
+            content = DataUnpickler(io.BytesIO(file.read_bytes()), encoding="latin1").load()
         rows = content["gnd"]
         return Revisited(
             [_image(base / "jpg", n) for n in content["imlist"]],
@@ -137,7 +114,7 @@ def revisited(root: str | os.PathLike[str], name: str) -> Revisited:
 def _image(folder: Path, name: str) -> Path:
     """A listed name has no ending."""
     path = folder / name
-    return path if path.suffix.lower() in SUFFIXES else folder / f"{name}.jpg"
+    return path if image_suffix(name) else folder / f"{name}.jpg"
 
 
 # ---- Met ------------------------------------------------------------------------------------------------------------
@@ -166,7 +143,7 @@ def amstertime(root: str | os.PathLike[str]) -> tuple[list[Path], list[Path]]:
     for name in ("new", "old"):
         folder = base / name
         found = folder.iterdir() if folder.is_dir() else iter(())
-        sides.append({p.stem: p for p in sorted(found) if p.suffix.lower() in SUFFIXES})
+        sides.append({p.stem: p for p in sorted(found) if image_suffix(p.name)})
     new, old = sides
     if not new or set(new) != set(old):
         alone = sorted(set(new) ^ set(old))

@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dinov3.data.images import open_image
+from dinov3.data.datasets.dense import read_map
+from dinov3.data.images import image_suffix, open_image
 from dinov3.errors import DinoError, UnknownName, only_known, require
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 VIDEOS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg")
 VOID = 255
 
@@ -52,23 +52,18 @@ class MaskedVideo:
     def binary(self) -> bool:
         """Whether masks are 0 and 255 only, as in DAVIS 2016, where 255 is the object and no void."""
         first = next((path for path in self.masks if path is not None), None)
-        return first is not None and set(np.unique(_numbers(first)).tolist()) == {0, VOID}
+        return first is not None and set(np.unique(read_map(first)).tolist()) == {0, VOID}
 
     def mask(self, index: int) -> np.ndarray | None:
         """Object numbers [H, W], uint8."""
         path = self.masks[index]
         if path is None:
             return None
-        numbers = _numbers(path)
+        numbers = read_map(path)
+        if numbers.dtype != np.uint8:
+            raise DinoError(f"{path} holds {numbers.dtype} values; a mask holds object numbers in 8 bits")
         numbers[numbers == VOID] = 1 if self.binary else 0
         return numbers
-
-
-def _numbers(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        if image.mode not in ("L", "P", "1"):
-            raise DinoError(f"{path} is a {image.mode} image; a mask holds one number a pixel (palette or grey PNG)")
-        return np.array(image.convert("L") if image.mode == "1" else image, dtype=np.uint8)
 
 
 class MaskedVideos(Sequence[MaskedVideo]):
@@ -108,9 +103,7 @@ class MaskedVideos(Sequence[MaskedVideo]):
 
     @staticmethod
     def _video(name: str, frames: Path, masks: Path) -> MaskedVideo:
-        images = sorted(p for p in frames.iterdir() if p.suffix.lower() in IMAGES)
-        if not images:
-            raise DinoError(f"{frames} holds no images")
+        images = _images_of(frames)
         found = [masks / f"{p.stem}.png" for p in images]
         return MaskedVideo(name, tuple(images), tuple(p if p.is_file() else None for p in found))
 
@@ -161,9 +154,9 @@ def n_frames(path: str | os.PathLike[str]) -> int:
 
 
 def _images_of(folder: Path) -> list[Path]:
-    images = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGES)
+    images = sorted(p for p in folder.iterdir() if image_suffix(p.name))
     if not images:
-        raise DinoError(f"{folder} holds no frames (images)")
+        raise DinoError(f"{folder} holds no images")
     return images
 
 

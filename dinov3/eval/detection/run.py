@@ -28,7 +28,7 @@ from dinov3 import distributed
 from dinov3.config.bounds import Problem, setting
 from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.detection import BoxDataset
-from dinov3.data.transforms.boxes import DetectionTransform, flipped
+from dinov3.data.transforms.dense import DetectionTransform, flipped
 from dinov3.errors import DinoError
 from dinov3.eval import dense
 from dinov3.eval import session as common

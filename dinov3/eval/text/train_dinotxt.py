@@ -47,8 +47,7 @@ from dinov3.eval import session as common
 from dinov3.eval.arguments import EvalConfig, ModelSection, help_text, split_arguments
 from dinov3.eval.text import zero_shot
 from dinov3.fit.loop import FitConfig, FitReport, fit, head_tensors, seed_of
-from dinov3.heads.dinotxt.model import LOGIT_SCALE, DinoTxt, DinoTxtConfig, TextConfig
-from dinov3.heads.dinotxt.open_vocabulary import class_vectors, text_features
+from dinov3.heads.dinotxt import LOGIT_SCALE, DinoTxt, DinoTxtConfig, TextConfig, class_vectors, text_features
 from dinov3.hub import dinotxt as hub
 from dinov3.losses import LossTerms
 from dinov3.models.vit import VisionTransformer

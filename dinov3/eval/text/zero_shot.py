@@ -43,14 +43,7 @@ from dinov3.eval import session as common
 from dinov3.eval.features import decoded, test_targets
 from dinov3.eval.session import Number, Session
 from dinov3.features import batched, check_patches, evaluating
-from dinov3.heads.dinotxt.model import DinoTxt
-from dinov3.heads.dinotxt.open_vocabulary import (
-    OpenVocabulary,
-    class_vectors,
-    patch_part,
-    prompt_features,
-    text_features,
-)
+from dinov3.heads.dinotxt import DinoTxt, OpenVocabulary, class_vectors, patch_part, prompt_features, text_features
 from dinov3.heads.encoder import resized
 from dinov3.heads.windows import slide
 from dinov3.hub.dinotxt import load_dinotxt

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from dinov3 import distributed
 from dinov3.errors import DinoError, one_of
-from dinov3.heads.detr.boxes import deltas_between, to_cxcywh, to_xyxy
-from dinov3.heads.matching import hungarian
+from dinov3.heads.detr.features import deltas_between, to_cxcywh, to_xyxy
+from dinov3.heads.objectives import hungarian
 from dinov3.losses import LossTerms
 from dinov3.metrics.boxes import overlap
 

@@ -1,7 +1,7 @@
 """The detector: boxes with classes from a frozen backbone (paper §6.3, App. D.1), a plain DETR in two stages.
 
 `build_detector` puts it on any backbone with sizes of its own; the defaults of `DetrConfig` are Meta's over the 7B.
-The transformer is in `detr_transformer`, what it sees in `detr_features`, the losses in `detr_loss`.
+The transformer is in `heads.detr.transformer`, its input in `heads.detr.features`, the losses in `heads.detr.loss`.
 
 Legend: B images, Q queries, K classes. Boxes are (centre, size) in pixels of the images given, unless a name says
 xyxy. Attribute names that end up in files are given.
@@ -18,16 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from dinov3.errors import DinoError
-from dinov3.heads.detr.boxes import clip_xyxy, to_xyxy
 from dinov3.heads.detr.features import (
     ConcatenatedLayers,
     NamedNorm,
     Windows,
     batched,
+    clip_xyxy,
     detector_layers,
     detector_patch,
     detector_windows,
     nearest,
+    to_xyxy,
 )
 from dinov3.heads.detr.transformer import BoxMLP, DetrConfig, Transformer
 from dinov3.heads.encoder import dtype_of

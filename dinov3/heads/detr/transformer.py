@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3.errors import DinoError, one_of, only_known
-from dinov3.heads.detr.boxes import refine, to_xyxy
-from dinov3.heads.detr.features import NamedNorm, grid_position, nearest, sine
+from dinov3.heads.detr.features import NamedNorm, grid_position, nearest, refine, sine, to_xyxy
 
 BIASES = ("linear", "abs_log8")
 PADDED = -100.0  # added to the attention to padded cells, as published; not −inf

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from dinov3 import distributed
 from dinov3.errors import DinoError
-from dinov3.heads.matching import hungarian
-from dinov3.heads.objectives import check_classes
+from dinov3.heads.objectives import check_classes, hungarian
 from dinov3.losses import LossTerms
 
 

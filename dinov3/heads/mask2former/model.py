@@ -22,8 +22,16 @@ from torch import Tensor, nn
 from dinov3.errors import DinoError
 from dinov3.heads.detr.features import sine
 from dinov3.heads.encoder import check_levels, dtype_of, resized
-from dinov3.heads.mask2former.adapter import Pyramid, Shapes, StagePyramid, ViTAdapter, maps_of, sequence_of
-from dinov3.heads.mask2former.deformable import MSDeformAttn, centres
+from dinov3.heads.mask2former.adapter import (
+    MSDeformAttn,
+    Pyramid,
+    Shapes,
+    StagePyramid,
+    ViTAdapter,
+    centres,
+    maps_of,
+    sequence_of,
+)
 from dinov3.models.base import Backbone
 
 GROUPS = 32  # of every GroupNorm

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dinov3.errors import DinoError
-from dinov3.heads.matching import hungarian
+from dinov3.heads.objectives import hungarian
 
 pytest.importorskip("scipy")
 
