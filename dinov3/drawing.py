@@ -196,7 +196,7 @@ def contact_sheet(
 ) -> Image.Image:
     """The query and its neighbours (`rank`, `path`, `score`), each image over its rank, score and file name.
 
-    Paths of hits are relative to `root`. An image that is missing or unreadable is a grey tile that says so.
+    Paths of hits are relative to `root`. An image that is missing or unreadable is a grey tile with the reason.
     """
     across = max(1, min(PER_ROW, len(hits)))
     down = max(1, math.ceil(len(hits) / PER_ROW))

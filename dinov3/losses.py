@@ -2,7 +2,7 @@
 
 Legend: B images, C crops, K prototypes, D width, P patches, n rows of this rank, N rows of all ranks, W ranks.
 
-Every loss is a function of tensors and plain numbers, computes in float32 whatever comes in and whatever autocast says,
+Every loss is a function of tensors and plain numbers, computes in float32 whatever its inputs and also under autocast,
 and returns a float32 scalar. Those that need other ranks take a `group` (None: all processes) and work alone too.
 Where the reference has a defect, the docstring says "Mended" and what was changed.
 

@@ -1,6 +1,6 @@
-"""What moves the weights: schedules, the parameters' groups, clipping, the average (paper §3.2; tables 12 and 13).
+"""Schedules, parameter groups, gradient clipping and the EMA of weights (paper §3.2; tables 12 and 13).
 
-A schedule is a pure function of the step; nothing is kept between steps, so a resumed run needs only its iteration.
+A schedule is a pure function of the step; there is no state between steps, so a resumed run needs only its iteration.
 Two generators exist because published recipes come in two forms: `cosine_v1` (keys in `optim` and `teacher`) and
 `warmup_cosine_v2` (a `schedules` section). They differ in small ways that the numbers depend on: v1's warm-up contains
 the peak, so the peak appears twice, and its cosine never arrives; v2's warm-up stops short of the peak and its cosine
@@ -100,7 +100,7 @@ def warmup_one_cycle(
     div_factor: float = 25.0,
     final_div_factor: float = 1e4,
 ) -> float:
-    """The rate of the dense heads' recipes, "WarmupOneCycleLR", at scheduler step `step` of `total`.
+    """The learning rate of the dense heads' recipes, "WarmupOneCycleLR", at scheduler step `step` of `total`.
 
     Below `warmup`: a line that begins at ratio·peak, bent down by (1 − step/total); with ratio 0 instead
     peak/final_div_factor + the cosine times step/warmup. After it: a cosine over the *whole* of `total`, from peak to
@@ -140,18 +140,18 @@ def constant(value: float, step: int) -> float:
 
 
 def zero_before(first: int, schedule: Schedule, step: int) -> float:
-    """The frozen last layer: rate 0 for the first steps (its moments are gathered all the same)."""
+    """The frozen last layer: learning rate 0 for the first steps (its moments are gathered all the same)."""
     return 0.0 if step < first else schedule(step)
 
 
-def lr_factor(rule: str | None, global_batch: int) -> float:
+def lr_factor(scaling: str | None, global_batch: int) -> float:
     """What a learning rate is multiplied by for a batch of that many images, all processes and accumulation counted.
 
     `sqrt_wrt_1024` is 4·√(batch/1024): 1e-3 becomes 5.657e-3 at 2048, and the 7B's 5e-5 becomes 4e-4 at 4096.
     """
-    if rule == "sqrt_wrt_1024":
+    if scaling == "sqrt_wrt_1024":
         return 4 * math.sqrt(global_batch / 1024)
-    return global_batch / 256 if rule == "linear_wrt_256" else 1.0
+    return global_batch / 256 if scaling == "linear_wrt_256" else 1.0
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class Schedules:
 
 
 def build_schedules(config: TrainConfig, world_size: int) -> Schedules:
-    """The schedules that a configuration describes, for so many processes (the rate is scaled with the batch).
+    """The schedules that a configuration describes, for so many processes (the learning rate is scaled with the batch).
 
     v1 scales the peak only; v2 scales `peak` and `end`, not `start`.
     """
@@ -309,7 +309,7 @@ def multipliers(
     """One row for each parameter of a sub-module, in its order.
 
     No decay for biases and for names holding `norm`, `gamma` or `fourier_w`. CLS, register and mask tokens do decay:
-    the reference says otherwise in a comment and decays them, and published models were trained so. ConvNeXt's
+    a comment of the reference claims otherwise and decays them, and published models were trained so. ConvNeXt's
     down-sampling norms have no such name (`downsample_layers.0.1.weight`) and decay too, for the same reason.
     """
     names = [plain_name(name) for name, _ in module.named_parameters()]

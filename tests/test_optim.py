@@ -216,7 +216,7 @@ def test_schedules_reach_every_group_with_its_multipliers():
     assert {g["betas"] for g in optimizer.param_groups} == {(0.9, 0.999)}
 
 
-def test_frozen_parameters_are_left_out_and_nothing_to_train_is_said():
+def test_frozen_parameters_are_left_out_and_nothing_to_train_is_an_error():
     head = Head()
     head.mlp.requires_grad_(False)
     optimizer = O.build_optimizer({"dino_head": head}, OptimConfig())
@@ -248,7 +248,7 @@ def with_gradients(seed: int, scale: float) -> Head:
     return head
 
 
-def test_every_module_is_clipped_on_its_own_and_the_norm_before_is_told():
+def test_every_module_is_clipped_on_its_own_and_the_norm_before_is_returned():
     modules = {"large": with_gradients(0, 10.0), "small": with_gradients(1, 1e-4)}
     before = {n: [p.grad.clone() for p in m.parameters()] for n, m in modules.items()}
     norms = O.clip_per_module(modules, 3.0)

@@ -101,7 +101,7 @@ class Uniform(Protocol):
 
 def generator(seed: int, epoch: int, index: int) -> random.Random:
     """The one source of chance of an image's crops."""
-    return random.Random(f"crops {seed} {epoch} {index}")  # a text is hashed whole: near keys give unrelated streams
+    return random.Random(f"crops {seed} {epoch} {index}")  # a text is hashed whole: similar keys give unrelated streams
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,8 @@ class CropConfig:
         for name in ("global_size", "gram_size"):
             side = getattr(self, name)
             if side is not None and side % patch:
-                near = max(patch, round(side / patch) * patch)
-                raise DinoError(f"{name} {side} is no multiple of the patch size {patch}; the nearest one is {near}")
+                nearest = max(patch, round(side / patch) * patch)
+                raise DinoError(f"{name} {side} is no multiple of the patch size {patch}; the nearest one is {nearest}")
 
     @property
     def target_short_side(self) -> int:
@@ -348,7 +348,7 @@ class CropBatch:
     n_masked: int
     unreadable: tuple[str, ...] = ()  # "name: reason" of images that were replaced by others
     step: int = 0  # number of this batch since the beginning of the training
-    resolution: int = 0  # which of the loader's rules made it
+    resolution: int = 0  # index of the loader's resolution
     indices: tuple[int, ...] = ()  # of the B images in the dataset
     mean: tuple[float, float, float] = LVD_MEAN
     std: tuple[float, float, float] = LVD_STD

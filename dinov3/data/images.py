@@ -110,7 +110,7 @@ def open_image(
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image to upright RGB by the same rules as `open_image`. Raises `ImageError`."""
+    """Any Pillow image to upright RGB in the same way as `open_image`. Raises `ImageError`."""
     try:
         return _to_upright_rgb(image, [])
     except ImageError:
@@ -175,7 +175,7 @@ def _decode(stream: BinaryIO, target_short_side: int | None, max_pixels: int) ->
         return _decode_opened(opened, target_short_side, max_pixels)
     except ImageError:
         raise
-    except Exception as error:  # a decoder fed with rubbish raises anything; all of it means the same here
+    except Exception as error:  # a decoder fed with invalid data raises anything; all of it means the same here
         raise ImageError(_decoding_reason(error, _format(opened) if opened is not None else "image")) from None
 
 
@@ -319,7 +319,7 @@ _TURN = {
 def _orientation(image: Image.Image) -> int:
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # EXIF that cannot be parsed says nothing about the image
+    except Exception:  # unparsable EXIF is ignored
         return 1
     return value if value in _TURN else 1
 

@@ -11,7 +11,7 @@ step, hence
 and a resumed run sees what the uninterrupted one would have seen: bit for bit, with any number of workers; with another
 number of ranks (and the same B·W) the same images and crops, sharded differently.
 
-Several resolutions (paper, section 4.2 high-resolution stage) share one set of workers: the step decides which rules apply,
+Several resolutions (paper, section 4.2 high-resolution stage) share one set of workers: the step decides which crops apply,
 by the same sequence as the reference (PCG64 of 65537), the same on all ranks.
 
 An image that cannot be read is replaced by another, counted and named (`CropBatch.unreadable`, `CropLoader.unreadable`);

@@ -74,8 +74,8 @@ def mask_grid(global_size: int, patch: int, scale: float = 1.0) -> tuple[int, in
     """(rows, columns) of patches; raises for sizes whose border would silently be dropped."""
     step = patch * scale
     if global_size % step:
-        near = max(1, round(global_size / step)) * step
-        raise DinoError(f"a global crop of {global_size} px is no multiple of the patch size {step:g}; try {near:g}")
+        nearest = max(1, round(global_size / step)) * step
+        raise DinoError(f"a global crop of {global_size} px is no multiple of the patch size {step:g}; try {nearest:g}")
     side = round(global_size / step)
     return side, side
 

@@ -32,8 +32,8 @@ from dinov3.errors import DinoError, UnknownName, did_you_mean
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 CONTEXT_LENGTH = 77
-N_MERGES = 48_894  # CLIP reads lines 2 to 48 895 of its file, which goes on; 512 + this + 2 = 49 408 ids
-_WORDS_KEPT = 1 << 17  # encoded words that are cached
+N_MERGES = 48_894  # CLIP reads lines 2 to 48 895 of its file, which is longer; 512 + this + 2 = 49 408 ids
+_WORDS_CACHED = 1 << 17  # encoded words that are cached
 
 _FIXED = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)", re.IGNORECASE)
 _CONTROL = dict.fromkeys((*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)))
@@ -207,7 +207,7 @@ class Tokenizer:
                 else:
                     joined.append(symbol)
             symbols = joined
-        if len(self._encoded) >= _WORDS_KEPT:
+        if len(self._encoded) >= _WORDS_CACHED:
             self._encoded = {START: [self.start_id], END: [self.end_id]}
         ids = self._encoded[word] = [self.ids[symbol] for symbol in symbols]
         return ids
@@ -257,6 +257,6 @@ def _located(source: str) -> Path:
         return downloads.fetch(source)
     path = Path(source).expanduser()
     if not path.is_file():
-        near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
-        raise DinoError(f"no vocabulary file at {source!r}{near}")
+        hint = did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
+        raise DinoError(f"no vocabulary file at {source!r}{hint}")
     return path

@@ -1,10 +1,10 @@
-"""The attentive probe: what a clip of patches shows, by self-attention and one learned question (paper §6.2.4).
+"""The attentive probe: classifies a clip's patches by self-attention and one learned query (paper §6.2.4).
 
 Four self-attention blocks and one cross-attention block.
 
 Tokens know where and when they are twice over: a sin-cos embedding is added before the first block, and inside every
 block queries and keys are rotated by their position (a part of each head by x and y, a part by the time). Each head
-sees the plane turned by an angle of its own, so that directions other than the axes are represented, too. The question,
+sees the plane turned by an angle of its own, so that directions other than the axes are represented, too. The query,
 one learned vector without a position, reads the clip in a fifth, cross-attending block.
 
 The paper gives blocks, width and tokens; heads, MLP ratio, norm and the wavelengths are ours (16, 4, pre-norm, below).
@@ -107,7 +107,7 @@ class SelfBlock(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """One learned question, without a position, reads all tokens."""
+    """Cross-attention of one learned query, without a position, to all tokens."""
 
     def __init__(self, width: int, heads: int, ratio: float) -> None:
         super().__init__()

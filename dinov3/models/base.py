@@ -12,7 +12,7 @@ from dinov3.errors import DinoError
 
 @runtime_checkable
 class Backbone(Protocol):
-    """What everything above this row may ask of a backbone."""
+    """The attributes and methods that code above this row may use."""
 
     embed_dim: int
     n_blocks: int

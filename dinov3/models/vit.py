@@ -2,7 +2,7 @@
 
 Legend: B images, C channels, H×W patch grid, N tokens = 1 CLS + R registers + H·W patches, D width, h heads, d = D/h.
 
-Attribute names that appear in checkpoints are given from outside and kept: the register tokens are called
+Attribute names that appear in checkpoints are given from outside and fixed: the register tokens are called
 `storage_tokens` there and here. The model knows nothing of scale, files or sizes: activation checkpointing,
 compilation and sharding are applied from outside, and an image whose sides are no multiple of the patch loses its
 right and bottom remainder, as in the reference (`dinov3.features` is where no pixel gets lost).

@@ -440,7 +440,7 @@ def test_windows_are_multiples_of_the_step_inside_the_global_crop() -> None:
         ({"local_from_global": True, "local_size": 224}, "16 pixels smaller"),
     ),
 )
-def test_rules_that_make_no_sense_are_refused(changes: dict[str, Any], sentence: str) -> None:
+def test_invalid_crop_settings_are_errors(changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(DinoError, match=sentence):
         CropConfig(**changes)
     with pytest.raises(UnknownName):
@@ -515,7 +515,7 @@ def test_normalising_in_half_precision_rounds_once() -> None:
     assert normalised(x, LVD_MEAN, LVD_STD, torch.bfloat16).equal(normalised(x, LVD_MEAN, LVD_STD).bfloat16())
 
 
-def test_rules_without_local_crops_give_an_empty_tensor() -> None:
+def test_settings_without_local_crops_give_an_empty_tensor() -> None:
     _, got = batch(CropConfig(32, 16, 0))
     assert got.local_crops.shape == (0, 3, 16, 16)
 

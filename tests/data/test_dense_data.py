@@ -144,7 +144,7 @@ def test_palette_and_grey_rgb_masks_are_numbers_and_colours_are_refused(tmp_path
         data.target(2)
 
 
-def test_what_is_wrong_with_a_folder_is_said(tmp_path):
+def test_errors_of_a_folder_name_the_cause(tmp_path):
     with pytest.raises(DinoError, match="is not a folder"):
         make_dataset(f"DenseFolder:root={tmp_path / 'no'}")
     image(tmp_path / "train" / "a.jpg")
@@ -282,7 +282,7 @@ def test_image_and_classes_stay_together():
         assert set(y.unique().tolist()) <= set(range(12))
 
 
-def test_what_lies_beyond_the_image_is_zero_and_ignored():
+def test_padding_is_zero_and_ignored():
     image_, labels = blocks()
     x, y = SegmentationTransform(None, None, (64, 80), mean=(9.0, 9.0, 9.0), std=STD)(
         image_, labels, generator(0, 0, 0)

@@ -241,7 +241,7 @@ def test_a_crop_cuts_boxes_and_drops_what_it_loses() -> None:
     assert flipped(after, 20)["boxes_xyxy_px"].tolist() == [[15, 0, 20, 5], [0, 3, 17, 15]]
 
 
-def test_a_rule_without_sense_is_refused() -> None:
+def test_an_invalid_transform_is_an_error() -> None:
     with pytest.raises(DinoError, match="crop_share"):
         DetectionTransform(crop_share=(0.0, 1.0))
     with pytest.raises(DinoError, match="short_range"):

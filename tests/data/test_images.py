@@ -441,7 +441,7 @@ def test_a_truncated_photograph_says_so(photograph: Image.Image) -> None:
     assert reason(encoded(photograph, "JPEG")[:20000]).startswith("truncated JPEG: image file is truncated")
 
 
-def test_what_is_no_image_says_how_it_begins() -> None:
+def test_the_error_of_other_files_shows_their_first_bytes() -> None:
     assert reason(b"") == "empty file (0 bytes)"
     assert reason(b"<!DOCTYPE html><html>not found</html>") == "not an image (begins with '<!DOCTYPE html')"
     assert reason(b"\x7fELF\x02\x01\x01\0\0\0\0\0") == "not an image (begins with bytes 7f 45 4c 46 02 01 01 00)"

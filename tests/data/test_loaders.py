@@ -207,7 +207,7 @@ def test_a_size_that_the_patch_does_not_divide_is_refused_before_anything_is_rea
         loader(patch=14)
 
 
-def test_a_coarser_mask_grid_can_be_asked_for() -> None:
+def test_a_coarser_mask_grid_is_an_option() -> None:
     (batch,) = first(1, loader(masks=MaskConfig(scale=2.0)))
     assert batch.masks.shape == (6, 4)
 

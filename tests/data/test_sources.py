@@ -102,7 +102,7 @@ def test_a_image_without_a_suffix_is_known_by_its_first_bytes(tmp_path: Path) ->
     assert source.skipped == 1
 
 
-def test_what_is_called_a_image_is_listed_even_if_it_is_none(tmp_path: Path) -> None:
+def test_files_with_image_suffixes_are_listed_whatever_they_hold(tmp_path: Path) -> None:
     put(tmp_path / "page.jpg", b"<!DOCTYPE html>")
     put(tmp_path / "empty.png", b"")
     (tmp_path / "gone.png").symlink_to("nowhere.png")
@@ -207,7 +207,7 @@ def test_a_name_with_brackets_that_exists_is_no_pattern(tmp_path: Path) -> None:
     assert names(open_source(tmp_path / "set[1]")) == ["a.png"]
 
 
-def test_a_missing_path_is_told_with_its_neighbour(tmp_path: Path) -> None:
+def test_the_error_of_a_missing_path_suggests_its_neighbour(tmp_path: Path) -> None:
     put(tmp_path / "holiday" / "a.png", image(1))
     with pytest.raises(DinoError, match=r"no such file or folder: .*holidays; did you mean 'holiday'\?"):
         open_source(tmp_path / "holidays")
@@ -217,7 +217,7 @@ def test_a_missing_path_is_told_with_its_neighbour(tmp_path: Path) -> None:
         open_source(f"{tmp_path}/*.webp")
 
 
-def test_an_empty_source_says_what_was_looked_for(tmp_path: Path) -> None:
+def test_the_error_of_an_empty_source_lists_the_known_kinds(tmp_path: Path) -> None:
     put(tmp_path / "list.csv", b"path\n")
     put(tmp_path / "b.bin", b"b")
     with pytest.raises(
@@ -235,7 +235,7 @@ def test_remote_addresses_are_refused_in_words() -> None:
         open_source("s3://bucket/x")
 
 
-def test_a_column_for_what_has_none_is_a_mistake(tmp_path: Path) -> None:
+def test_a_column_without_a_table_is_an_error(tmp_path: Path) -> None:
     put(tmp_path / "a.png", image(1))
     with pytest.raises(DinoError, match=r"column 'image' was given, but .* holds no table"):
         open_source(tmp_path, column="image")
@@ -373,7 +373,7 @@ def test_a_truncated_compressed_tar_gives_what_is_whole(tmp_path: Path) -> None:
         assert "truncated" in reason(items[-1])
 
 
-def test_what_only_claims_to_be_a_tar_is_one_failure(tmp_path: Path) -> None:
+def test_a_file_with_only_the_name_of_a_tar_is_one_failure(tmp_path: Path) -> None:
     put(tmp_path / "a.png", image(1))
     put(tmp_path / "no.tar", b"hello, I am a text that is long enough" * 30)
     put(tmp_path / "none.tar", b"")
@@ -500,12 +500,12 @@ def test_a_window_smaller_than_the_row_group_serves_any_order(tmp_path: Path, mo
     from dinov3.data.sources import tables
 
     monkeypatch.setattr(tables._RowGroup, "BATCH", 4)
-    monkeypatch.setattr(tables._RowGroup, "KEPT", 1000)
+    monkeypatch.setattr(tables._RowGroup, "CACHED", 1000)
     path = parquet(tmp_path / "a.parquet", {"image": structs(60)}, rows=60)
     items = list(open_source(path))
     order = [0, 59, 3, 30, 31, 2, 58, 0]
     assert [items[n].read() for n in order] == [image(n) for n in order]
-    (group,) = [g for key, g in tables._row_groups.things.items() if key[0] == str(path)]
+    (group,) = [g for key, g in tables._row_groups.opened.items() if key[0] == str(path)]
     assert len(group.window) < 60 / 4
 
 

@@ -206,7 +206,7 @@ def test_clips_own_vocabulary_gives_the_well_known_ids(development_data: Path, o
 # ---- lengths -------------------------------------------------------------------------------------------------------
 
 
-def test_a_long_text_is_cut_before_its_end_token_and_told() -> None:
+def test_a_long_text_is_cut_before_its_end_token_with_a_warning() -> None:
     t, long = tiny(), "the " * 20
     with pytest.warns(UserWarning, match=r"1 of 2 texts have more than 8 tokens .*text 1 has 22: 'the the"):
         tokens = t.tokenize(["dog", long], 8)
@@ -222,7 +222,7 @@ def test_a_long_text_is_cut_before_its_end_token_and_told() -> None:
         t.tokenize(["dog", long], 8, too_long="refuse")
 
 
-def test_mistakes_are_told_in_one_sentence() -> None:
+def test_errors_are_one_sentence() -> None:
     t = tiny()
     for call, words in (
         (lambda: t.tokenize([]), "an empty list"),
@@ -285,7 +285,7 @@ def test_a_tokenizer_travels_to_worker_processes_and_forgets_words_in_time(monke
 
     t = pickle.loads(pickle.dumps(tiny()))
     assert t.encode("the dog") == tiny().encode("the dog")
-    monkeypatch.setattr(module, "_WORDS_KEPT", 10)
+    monkeypatch.setattr(module, "_WORDS_CACHED", 10)
     before = {text: tiny().encode(text) for text in TEXTS}
     for _ in range(2):
         assert {text: t.encode(text) for text in TEXTS} == before

@@ -53,7 +53,7 @@ def test_the_plan_is_what_happens(
 
 @pytest.mark.parametrize("fit", ["resize", "pad"])
 @pytest.mark.parametrize("shape", ["square", "short", "long", "native"])
-def test_no_pixel_is_lost_unless_asked(shape: str, fit: str) -> None:
+def test_no_pixel_is_lost_by_default(shape: str, fit: str) -> None:
     preprocessing = Preprocessing(size=100, shape=shape, fit=fit)
     _, geometry = preprocessing(gradient(157, 83))
     assert not geometry.lost
@@ -61,7 +61,7 @@ def test_no_pixel_is_lost_unless_asked(shape: str, fit: str) -> None:
     assert (x, y) == pytest.approx((geometry.valid_hw[1], geometry.valid_hw[0]))
 
 
-def test_crop_says_what_it_lost() -> None:
+def test_a_crop_reports_lost_pixels() -> None:
     _, geometry = Preprocessing(shape="native", fit="crop")(gradient(70, 61))
     assert geometry.lost
     assert geometry.input_hw == (48, 64)
@@ -134,7 +134,7 @@ def test_the_id_changes_with_every_field() -> None:
     assert len(base.id) < 50
 
 
-def test_a_rule_survives_json() -> None:
+def test_preprocessing_survives_json() -> None:
     preprocessing = Preprocessing.named("classification", mean=(0.1, 0.2, 0.3))
     again = Preprocessing.from_json(preprocessing.to_json())
     assert again == preprocessing

@@ -174,7 +174,7 @@ def test_it_compiles_without_a_graph_break() -> None:
     assert torch.allclose(gradient, model.attention.sampling_offsets.weight.grad, atol=1e-5)
 
 
-def test_what_does_not_fit_is_said_in_a_sentence() -> None:
+def test_wrong_shapes_are_errors_of_one_sentence() -> None:
     with pytest.raises(DinoError, match="cannot share 30 value channels"):
         MSDeformAttn(30, 1, n_heads=16)
     attention = MSDeformAttn(8, 1, n_heads=2)

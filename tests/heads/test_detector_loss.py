@@ -149,7 +149,7 @@ def test_the_losses_are_the_plain_loop(kind: str) -> None:
     assert float(terms.total()) == pytest.approx(sum(2 * c + a + 2 * g for c, a, g in expected.values()), rel=1e-4)
 
 
-def test_weights_are_those_asked_for() -> None:
+def test_weights_are_those_given() -> None:
     terms = DetrCriterion(Weights(giou=4.0), one2many_weight=0.5)(outputs_of(many=12), TARGETS)
     weights = {name: weight for name, weight, _ in terms}
     assert (weights["class_loss"], weights["l1_loss"], weights["giou_loss"]) == (2, 1, 4)
@@ -207,7 +207,7 @@ def test_a_batch_without_any_box_still_has_a_loss_and_a_gradient() -> None:
     assert outputs["pred_logits"].grad.abs().sum() > 0
 
 
-def test_a_proposal_that_is_nowhere_is_the_last_to_get_a_target() -> None:
+def test_a_proposal_on_padding_is_the_last_to_get_a_target() -> None:
     outputs = outputs_of()
     terms = DetrCriterion()(outputs, TARGETS).log()
     valid = torch.zeros(2, 6, dtype=torch.bool)

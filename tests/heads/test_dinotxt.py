@@ -175,7 +175,7 @@ def test_the_temperature_stays_between_one_and_a_hundred() -> None:
         assert model.logit_scale.exp().item() == pytest.approx(expected)
 
 
-def test_mistakes_are_told_in_one_sentence() -> None:
+def test_errors_are_one_sentence() -> None:
     model = tiny()
     for tokens, words in (
         (torch.zeros(1, 9, dtype=torch.long), "longer than the context of 8"),

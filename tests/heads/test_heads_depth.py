@@ -180,7 +180,7 @@ def test_convnext_needs_one_grid_for_dpt_and_none_for_linear() -> None:
     assert linear.in_image(x).shape == (1, 1, 40, 60)
 
 
-def test_low_precision_is_asked_for_by_name_and_depth_stays_float32() -> None:
+def test_low_precision_is_an_option_and_depth_stays_float32() -> None:
     torch.manual_seed(0)
     model = build_depther(tiny(), head_type="dpt", **SMALL).eval()
     x = torch.randn(1, 3, 32, 32)
@@ -230,7 +230,7 @@ def test_the_linear_head_appends_cls_to_every_level() -> None:
         head([m for m, _ in levels])
 
 
-def test_mistakes_are_told_in_a_sentence() -> None:
+def test_errors_are_one_sentence() -> None:
     with pytest.raises(UnknownName, match="did you mean 'linear'"):
         FeaturesToDepth(0.1, 1.0, bins="linaer")
     with pytest.raises(UnknownName, match="norm is one of"):

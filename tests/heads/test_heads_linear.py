@@ -333,7 +333,7 @@ def test_mask_predictions_become_class_maps_by_the_plain_sum() -> None:
                 assert maps[0, k, i, j].item() == pytest.approx(plain.item(), abs=1e-6)
 
 
-def test_inference_mistakes_are_told_in_a_sentence() -> None:
+def test_inference_errors_are_one_sentence() -> None:
     x = torch.zeros(1, 3, 32, 32)
     with pytest.raises(UnknownName, match="did you mean 'slide'"):
         make_inference(x, Echo(), inference_mode="slides")

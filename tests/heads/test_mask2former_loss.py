@@ -136,7 +136,7 @@ def test_pixels_that_do_not_count_teach_nothing() -> None:
     assert not torch.allclose(criterion(outputs, class_maps).total(), before, atol=1e-2)
 
 
-def test_a_perfect_answer_costs_nearly_nothing() -> None:
+def test_a_perfect_prediction_has_nearly_no_loss() -> None:
     class_map = torch.tensor([[[0, 0, 2], [0, 2, 2]]])
     masks = torch.stack([class_map[0] == 2, class_map[0] == 9, class_map[0] == 0])[None] * 40.0 - 20
     logits = torch.full((1, 3, 4), -20.0)
@@ -179,9 +179,9 @@ def test_points_are_x_then_y_of_pixel_centres() -> None:
     assert torch.allclose(at_points(maps, points), torch.tensor([[3.0, 4.0]]), atol=1e-5)
 
 
-def test_what_does_not_fit_is_said_in_a_sentence() -> None:
+def test_wrong_shapes_are_errors_of_one_sentence() -> None:
     outputs, class_maps = drawn()
-    with pytest.raises(DinoError, match="made for 7 classes, the head tells 3 apart"):
+    with pytest.raises(DinoError, match="made for 7 classes, the head has 3"):
         EveryPixel(7, 3, 4)(outputs, class_maps)
     with pytest.raises(DinoError, match="2 images came with 1 targets"):
         EveryPixel(3, 3, 4)(outputs, class_maps[:1])

@@ -147,7 +147,7 @@ def test_positions_count_from_one_row_first() -> None:
 
 
 @torch.no_grad()
-def test_what_is_only_looked_through_equals_the_resized_masks() -> None:
+def test_attention_masks_equal_the_resized_masks() -> None:
     """The attention masks come from resized mask features: resizing the masks themselves gives the same."""
     model = tiny_segmentor()
     maps = model.pyramid(torch.randn(1, 3, 64, 96))
@@ -404,7 +404,7 @@ def test_arguments_have_the_published_names_kinds_and_defaults() -> None:
 # ---- errors --------------------------------------------------------------------------------------------------------
 
 
-def test_what_does_not_fit_is_said_in_a_sentence() -> None:
+def test_wrong_shapes_are_errors_of_one_sentence() -> None:
     model = tiny_segmentor()
     with pytest.raises(DinoError, match=r"30×10 pixels is smaller than one patch \(16\)"):
         model(torch.zeros(1, 3, 10, 30))

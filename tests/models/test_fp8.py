@@ -65,7 +65,7 @@ def test_a_converted_model_keeps_its_keys_and_nearly_its_output_and_trains() -> 
         assert torch.equal(model(x), after)
 
 
-def test_sides_that_do_not_fit_and_filters_that_match_nothing_are_told() -> None:
+def test_sides_that_do_not_fit_and_filters_that_match_nothing_are_errors() -> None:
     with pytest.raises(DinoError, match="multiples of 64"):
         convert_to_fp8(vit(embed_dim=48, num_heads=2))
     with pytest.raises(DinoError, match="no linear layer's path matches"):

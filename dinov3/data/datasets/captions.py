@@ -4,8 +4,8 @@
     Captions:root=/data/photos                           beside every image a .txt of the same name, a caption a line
     Captions:root=/data/photos:captions=captions.csv     a table: image, caption; .csv, .tsv (with a header) or .jsonl
 
-`data[i]` gives (image, one of its captions): which one is a function of (seed, epoch, index) for whoever says so
-(`caption`), else the first. (The reference draws with Python's global random state, and reads VAL's captions from
+`data[i]` gives (image, one of its captions): which one is a function of (seed, epoch, index) in `caption`,
+else the first. (The reference draws with Python's global random state, and reads VAL's captions from
 TRAIN's file, which knows none of its images.)
 """
 

@@ -66,7 +66,7 @@ class DenseDataset(FileDataset):
 
     @property
     def n_classes(self) -> int | None:
-        """None where no file tells; `highest_class` looks into the masks."""
+        """None where no file lists the classes; `highest_class` reads the masks."""
         return None if self.class_names is None else len(self.class_names)
 
     def highest_class(self) -> int:
@@ -359,8 +359,8 @@ def _find(root: Path, split: str | None, targets: str | None) -> tuple[Path, Pat
     images = next((c for c in candidates if c.is_dir()), None)
     if images is None:
         there = sorted(p.name for p in root.iterdir() if p.is_dir())
-        near = did_you_mean(split or "", there) or f"; it holds {', '.join(there) or 'no folders'}"
-        raise DinoError(f"{root} has no folder for split {split!r}{near}")
+        hint = did_you_mean(split or "", there) or f"; it holds {', '.join(there) or 'no folders'}"
+        raise DinoError(f"{root} has no folder for split {split!r}{hint}")
     if targets is not None:
         folder = root / targets.replace("{split}", split or "")
         if not folder.is_dir():

@@ -59,7 +59,7 @@ class Row:
 
 
 class BoxDataset(FileDataset):
-    """Images and boxes, whatever the files look like."""
+    """Images and boxes, independent of the file format."""
 
     def __init__(self, rows: Sequence[Row], class_names: Sequence[str], category_ids: Sequence[int] | None = None):
         self.rows = list(rows)
@@ -210,7 +210,7 @@ def _json(path: Path) -> Any:
 
 
 def _first_file(paths: Sequence[Path]) -> Path:
-    """The first that exists; else the first, and opening it says that it is not there."""
+    """The first that exists; else the first, and opening it fails with the reason."""
     return next((path for path in paths if path.is_file()), paths[0])
 
 

@@ -99,14 +99,14 @@ class FolderSplit(Folder):
             members = np.flatnonzero(self.labels == self.class_names.index(name))
             order = np.random.default_rng(zlib.crc32(name.encode())).permutation(len(members))
             if split == "train":
-                kept = order[:train_per_class]
+                rows_of_class = order[:train_per_class]
             else:
                 end = None if test_per_class is None else train_per_class + test_per_class
-                kept = order[train_per_class:end]
-            if len(kept) == 0:
+                rows_of_class = order[train_per_class:end]
+            if len(rows_of_class) == 0:
                 raise DinoError(f"class {name} has {len(members)} images: none is left for split={split}")
-            rows += sorted(members[kept].tolist())
-            labels += [number] * len(kept)
+            rows += sorted(members[rows_of_class].tolist())
+            labels += [number] * len(rows_of_class)
         self.items = [self.items[i] for i in rows]
         self.labels = np.array(labels, np.int32)
         self.class_names = chosen

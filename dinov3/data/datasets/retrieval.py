@@ -31,7 +31,7 @@ class ImageList(FileDataset):
 
     boxes: (x0, y0, x1, y1) for each image, or None. square: None, or the side of a square; fit "pad": the longer side
     becomes that long and black fills the rest, the image in the middle; "crop": the shorter side does, and the middle
-    is kept.
+    stays.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class ImageList(FileDataset):
         self.paths, self.boxes, self.square, self.fit = list(paths), boxes, square, fit
 
     def name(self, index: int) -> str:
-        """The path, and what is done to the image: features are kept under this name."""
+        """The path, and what is done to the image: features are cached under this name."""
         box = "" if self.boxes is None else "#" + ",".join(f"{v:g}" for v in self.boxes[index])
         return f"{self.paths[index]}{box}" + (f"#{self.fit}{self.square}" if self.square else "")
 

@@ -12,7 +12,7 @@ is no image is counted in `source.skipped`. Hidden files and folders (".name") a
 
 What random access costs: a file or a member of a plain tar is one read at an offset. A member of a .tar.gz is found by
 decompressing up to it, so each reading thread decompresses the shard once when it moves forwards; many threads want plain
-tars. A Parquet row is found by decoding its row group up to it; the last 128 MB of two row groups are kept per process.
+tars. A Parquet row is found by decoding its row group up to it; the last 128 MB of two row groups are cached per process.
 
 Left out: remote addresses (mount or copy first), zip and other archives, and what accompanies an image (captions, labels).
 """

@@ -53,7 +53,9 @@ class Part(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Nowhere:
+class Unreadable:
+    """The place of an item that cannot be read: `read` raises the reason."""
+
     reason: str
 
     def read(self) -> bytes:

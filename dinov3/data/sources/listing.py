@@ -20,9 +20,9 @@ from dinov3.data.sources.items import (
     PATH_NAMES,
     Item,
     NoImageColumn,
-    Nowhere,
     Part,
     Place,
+    Unreadable,
     first_bytes,
     stamp_of,
     storable,
@@ -223,11 +223,11 @@ def _nonexistent(path: Path) -> str:
     while not os.path.lexists(existing.parent):
         existing = existing.parent
     try:
-        near = did_you_mean(existing.name, os.listdir(existing.parent))
+        hint = did_you_mean(existing.name, os.listdir(existing.parent))
     except OSError:
-        near = ""
+        hint = ""
     missing = "" if existing == path.absolute() else f" (there is no {existing})"
-    return f"no such file or folder: {path}{missing}{near}"
+    return f"no such file or folder: {path}{missing}{hint}"
 
 
 def _fixed_part(text: str) -> Path:
@@ -271,7 +271,7 @@ def _braces(text: str) -> list[str]:
 
 
 def _dataset_order(relative: str, path: Path) -> tuple[str, int, str]:
-    """By name; but a saved dataset says itself in which order its files come."""
+    """By name; but the state of a saved dataset gives the order of its files."""
     position = 0
     if path.suffix == ".arrow":
         try:
@@ -318,12 +318,12 @@ class _Broken:
         return 1
 
     def __iter__(self) -> Iterator[Item]:
-        yield Item(self.name, self.stamp, Nowhere(self.reason))
+        yield Item(self.name, self.stamp, Unreadable(self.reason))
 
 
 def _place(path: str) -> Place:
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path):
-        return Nowhere("a remote address; only files are read")
+        return Unreadable("a remote address; only files are read")
     return _File(path)
 
 

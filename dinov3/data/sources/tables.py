@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov3.data.images import os_reason, read_file
-from dinov3.data.sources.items import PATH_NAMES, Item, NoImageColumn, Nowhere
+from dinov3.data.sources.items import PATH_NAMES, Item, NoImageColumn, Unreadable
 from dinov3.errors import DinoError, ImageError, only_known, require
 
 # A table's column is found by its type; where several would do, one with the likeliest name.
@@ -78,42 +78,42 @@ def _cell_bytes(value: Any, table: str) -> bytes:
     return read_file(os.path.join(os.path.dirname(table), value))
 
 
-class _Kept:
-    """A few opened things, the most recently used ones; threads share them, forked children start anew."""
+class _Cache:
+    """The most recently opened files; shared by threads, emptied in forked children."""
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self.things: OrderedDict[Any, Any] = OrderedDict()
+        self.opened: OrderedDict[Any, Any] = OrderedDict()
         self.lock = threading.Lock()
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self.forget)
 
     def forget(self) -> None:
-        self.things = OrderedDict()
+        self.opened = OrderedDict()
         self.lock = threading.Lock()
 
     def get(self, key: Any, make: Callable[[], Any]) -> Any:
         with self.lock:
-            if key not in self.things:
-                self.things[key] = make()
-                while len(self.things) > self.most:
-                    self.things.popitem(last=False)
-            self.things.move_to_end(key)
-            return self.things[key]
+            if key not in self.opened:
+                self.opened[key] = make()
+                while len(self.opened) > self.most:
+                    self.opened.popitem(last=False)
+            self.opened.move_to_end(key)
+            return self.opened[key]
 
 
-_row_groups = _Kept(2)
-_arrow_tables = _Kept(16)
+_row_groups = _Cache(2)
+_arrow_tables = _Cache(16)
 
 
 class _RowGroup:
-    """A window on one column of one row group: batches are decoded forwards and the last 128 MB of them kept.
+    """A window on one column of one row group: batches are decoded forwards and the last 128 MB of them are cached.
 
     A writer may have put a whole file into one row group, so it is never decoded at once; readers that go forwards,
     several threads among them, find their rows in the window, and one that goes far back starts the group again.
     """
 
-    BATCH, KEPT = 64, 128 << 20  # rows, bytes
+    BATCH, CACHED = 64, 128 << 20  # rows, bytes
 
     def __init__(self, path: str, group: int, column: str) -> None:
         parquet = _pyarrow("pyarrow.parquet")
@@ -145,7 +145,7 @@ class _RowGroup:
                 self.window.append((self.next, values))
                 self.next += len(values)
                 self.size += values.nbytes
-                while self.size > self.KEPT and len(self.window) > 1:
+                while self.size > self.CACHED and len(self.window) > 1:
                     self.size -= self.window.popleft()[1].nbytes
             values_at = next((first, values) for first, values in reversed(self.window) if first <= row)
         return values_at[1][row - values_at[0]].as_py()
@@ -268,7 +268,7 @@ class Arrow:
                 yield Item(f"{self.name}#{number}", f"{self.stamp}@{number}", place)
                 number += 1
         if self.broken:
-            yield Item(f"{self.name}#end", self.stamp, Nowhere(f"truncated after {number} rows: {self.broken}"))
+            yield Item(f"{self.name}#end", self.stamp, Unreadable(f"truncated after {number} rows: {self.broken}"))
 
 
 def _table_reason(error: Exception, path: str | os.PathLike[str]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dinov3.data.images import HEAD, image_suffix, is_image_header, os_reason
-from dinov3.data.sources.items import COMPANIONS, Item, Nowhere, first_bytes, storable
+from dinov3.data.sources.items import COMPANIONS, Item, Unreadable, first_bytes, storable
 from dinov3.errors import ImageError
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -50,7 +50,7 @@ _here = threading.local()  # the compressed tar that this thread is reading
 
 @dataclass(frozen=True, slots=True)
 class _PackedSpan:
-    """Bytes inside what a .tar.gz decompresses to. The thread's stream is kept, so going forwards decompresses once."""
+    """Bytes inside what a .tar.gz decompresses to. The thread's stream stays open, so reading forwards decompresses once."""
 
     path: str
     offset: int
@@ -76,11 +76,11 @@ class _PackedSpan:
         return data
 
 
-class _Marked(tarfile.TarInfo):
-    """Tells a tar that ends with its end mark from one that just stops, which `tarfile` passes over in silence."""
+class _EndAware(tarfile.TarInfo):
+    """A member that notes whether the tar ended with its end mark; `tarfile` is silent where it does not."""
 
     @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> _Marked:
+    def fromtarfile(cls, tar: tarfile.TarFile) -> _EndAware:
         try:
             return super().fromtarfile(tar)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
@@ -108,7 +108,7 @@ class Tar:
         try:
             with (
                 gzip.open(path, "rb") if packed else open(path, "rb") as stream,
-                tarfile.open(fileobj=stream, mode="r:", tarinfo=_Marked) as archive,
+                tarfile.open(fileobj=stream, mode="r:", tarinfo=_EndAware) as archive,
             ):
                 tar._index(archive, None if packed else os.path.getsize(path))
         except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
@@ -163,7 +163,7 @@ class Tar:
             place = _PackedSpan(self.path, offset, size, self.stamp) if self.packed else _Span(self.path, offset, size)
             yield Item(f"{self.name}#{name}", f"{self.stamp}@{offset}", place)
         for name, reason in self.broken:
-            yield Item(f"{self.name}#{name}", self.stamp, Nowhere(reason))
+            yield Item(f"{self.name}#{name}", self.stamp, Unreadable(reason))
 
 
 def is_tar(path: Path, head: bytes) -> bool:

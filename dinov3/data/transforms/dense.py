@@ -42,7 +42,7 @@ FIXED_CROP_OF = (640, 480)
 
 def generator(seed: int, epoch: int, index: int) -> Random:
     """The one source of chance of an image's transforms."""
-    return random.Random(f"dense {seed} {epoch} {index}")  # a text is hashed whole: near keys give unrelated streams
+    return random.Random(f"dense {seed} {epoch} {index}")  # a text is hashed whole: similar keys give unrelated streams
 
 
 # ---- sizes ---------------------------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
 """From a decoded image to a network input, with nothing lost by accident and everything written down.
 
-`Preprocessing` is the rule (a value with a short id), `Geometry` is what the rule did to one image: enough to go from
+`Preprocessing` describes how (a value with a short id), `Geometry` is the result for one image: enough to go from
 a patch to the original image's pixels and back. Frames: x to the right, y down, in pixels; (0, 0) is the top left
 corner of the top left pixel, so the centre of that pixel is (0.5, 0.5).
 
-Sources of the named rules: the reference's example (resize to a square on uint8, bilinear, antialias), transformers'
+Sources of the named ones: the reference's example (resize to a square on uint8, bilinear, antialias), transformers'
 processor (divides by 255 first, then resizes), the reference's classification evaluation (short side to 256, bicubic,
 centre crop 224).
 """
@@ -96,7 +96,7 @@ class Preprocessing:
 
     @classmethod
     def named(cls, name: str, **changes: Any) -> Preprocessing:
-        """A published rule by name ("reference", "transformers", "classification"), with changes on top."""
+        """A published preprocessing by name ("reference", "transformers", "classification"), with changes on top."""
         known: dict[str, dict[str, Any]] = {
             "reference": {},
             "transformers": {"size": 224, "order": "float"},
@@ -122,7 +122,7 @@ class Preprocessing:
 
     @property
     def id(self) -> str:
-        """Short, readable, and different whenever any number or rule is."""
+        """Short, readable, and different whenever any field is."""
         digest = hashlib.sha256(self.to_json().encode()).hexdigest()[:6]
         size = "native" if self.shape == "native" else f"{self.shape}{self.size}"
         crop = f"-crop{self.center_crop}" if self.center_crop else ""

@@ -249,7 +249,7 @@ def scratch(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """A float32 array of this thread to write into; fresh ones cost page faults, a fifth of the whole time."""
     arrays: dict[Any, np.ndarray] = _local.__dict__.setdefault("arrays", {})
     if (name, shape) not in arrays:
-        if len(arrays) > 200:  # rules of many sizes
+        if len(arrays) > 200:  # many sizes
             arrays.clear()
         arrays[name, shape] = np.zeros(shape, np.float32)
     return arrays[name, shape]

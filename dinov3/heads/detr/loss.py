@@ -5,8 +5,8 @@ how costs of the matching are weighted, how often a target is repeated for the o
 is: here the weights of the losses, 6 times and 1, as in arXiv 2308.01904 and 2207.13080.
 
 Four branches, each summed over its predictions: the last layer, the layers before it ("auxiliary"), all layers of the
-one-to-many queries, and the proposals, which only tell objects from background (class 0; the other columns are taught
-to say nothing). Every prediction is matched on its own. Sums are divided by the number of targets in the batch.
+one-to-many queries, and the proposals, which only separate objects from background (class 0; the other columns learn
+to stay at zero). Every prediction is matched on its own. Sums are divided by the number of targets in the batch.
 
 Legend: B images, Q queries or proposals, K classes, T targets of one image. Computed in float32, without autocast.
 """
@@ -31,7 +31,7 @@ from dinov3.metrics.boxes import overlap
 # An image's target as training wants it: boxes_xyxy_px [T, 4] in pixels of the image given, labels [T]; T may be 0.
 Target = dict[str, Tensor]
 CLASSIFICATIONS = ("focal", "ia_bce")
-NOWHERE = 1e6
+OUTSIDE = 1e6
 ALPHA, GAMMA = 0.25, 2.0  # of the focal loss (arXiv 1708.02002); the same numbers mean other things in ia_bce
 
 
@@ -86,8 +86,8 @@ def branch_losses(
         if not len(target["labels"]):
             continue
         cost = matching_cost(logits[i], boxes[i], before[i], deltas[i], target, weights)
-        if "valid" in prediction:  # a proposal on padding is nowhere, and the last to get a target
-            cost = cost + NOWHERE * ~prediction["valid"][i][:, None]
+        if "valid" in prediction:  # a proposal on padding is the last to get a target
+            cost = cost + OUTSIDE * ~prediction["valid"][i][:, None]
         rows, cols = hungarian(cost)
         wanted = target["boxes_xyxy_px"][cols]
         iou, giou = overlap(to_xyxy(boxes[i][rows]), wanted)

@@ -295,7 +295,7 @@ class Transformer(nn.Module):
             taken.append(min(group, proposals.shape[1] - sum(taken)))
             rows.append(content[start : start + taken[-1]])
             start += group
-        best = first["pred_logits"][..., 0].topk(sum(taken), dim=1).indices  # class 0 says how much of an object it is
+        best = first["pred_logits"][..., 0].topk(sum(taken), dim=1).indices  # class 0 says whether it is an object
         boxes = first["pred_boxes"].gather(1, best[..., None].expand(-1, -1, 4)).detach()
         query = torch.cat(rows).expand(B, -1, -1)
         predictions = self.decoder(query, self.box_position(boxes), boxes, memory, size_hw, self.apart(taken, boxes))

@@ -71,7 +71,7 @@ def pair_costs(logits: Tensor, truth: Tensor, counted: Tensor) -> tuple[Tensor, 
 
 
 class Mask2FormerCriterion:
-    """What a `Mask2FormerSegmentor` says and its targets → `LossTerms`: class, mask and dice loss of the last layer, and
+    """Outputs of a `Mask2FormerSegmentor` and targets → `LossTerms`: class, mask and dice loss of the last layer, and
     the sums over the others ("auxiliary_…"). Holds no parameters.
 
     no_object: how much a query counts in the class loss that got no segment. n_points: 112², as published; for the loss
@@ -171,7 +171,7 @@ class Mask2FormerCriterion:
         """Targets as `Segments` on the device, or one sentence."""
         B, K, device = len(masks), self.n_classes, masks.device
         if logits.shape[-1] != K + 1:
-            raise DinoError(f"the criterion was made for {K} classes, the head tells {logits.shape[-1] - 1} apart")
+            raise DinoError(f"the criterion was made for {K} classes, the head has {logits.shape[-1] - 1}")
         if len(targets) != B:
             raise DinoError(f"{B} images came with {len(targets)} targets; one an image")
         if isinstance(targets, Tensor):

@@ -105,7 +105,7 @@ class NormedConv(nn.Conv2d):
 
 class PixelDecoder(nn.Module):
     """Maps of D_i channels at strides 4, 8, 16, 32 → mask features [B, M, H/4, W/4] and maps [B, M, ·, ·] at strides 32,
-    16, 8. Always in the parameters' own precision, whatever autocast says: the masks hang on it."""
+    16, 8. Always in the parameters' own precision, also under autocast: the masks depend on it."""
 
     def __init__(
         self, widths: Sequence[int], width: int, *, n_layers: int, n_heads: int, n_points: int, ffn: int
@@ -145,7 +145,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None) -> Tensor:
-        """q [B, Q, M], k and v [B, S, M]; allowed [B, Q, S]: True where a query may look."""
+        """q [B, Q, M], k and v [B, S, M]; allowed [B, Q, S]: True where a query may attend."""
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         q, k, v = (
             F.linear(x, weight, bias).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # [B, heads, ·, M / heads]
@@ -194,7 +194,7 @@ class MaskEmbedding(nn.Module):
 
 
 class MaskDecoder(nn.Module):
-    """Mask features and three maps → Q masks with classes, after every layer. A query looks only where its mask of the
+    """Mask features and three maps → Q masks with classes, after every layer. A query attends only where its mask of the
     layer before is: "masked attention"."""
 
     def __init__(self, width: int, n_classes: int, *, n_queries: int, n_layers: int, n_heads: int, ffn: int) -> None:
@@ -238,7 +238,7 @@ class MaskDecoder(nn.Module):
                 break
             level = i % 3
             allowed = embedding.detach() @ small[level] >= 0  # [B, Q, S_l]: probability at least ½
-            allowed |= ~allowed.any(-1, keepdim=True)  # a query whose mask is empty looks everywhere
+            allowed |= ~allowed.any(-1, keepdim=True)  # a query whose mask is empty attends everywhere
             queries = self.transformer_cross_attention_layers[i](
                 queries, place, memories[level], places[level], allowed
             )
