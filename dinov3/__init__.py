@@ -15,17 +15,19 @@ _WHERE = {
     "load": "dinov3.hub",
     "embed": "dinov3.features",
     "extract": "dinov3.features",
+    "list_models": "dinov3.hub",
+    "default_preprocessing": "dinov3.features",
     "Features": "dinov3.features",
     "Preprocessing": "dinov3.data.transforms.inputs",
     "DinoError": "dinov3.errors",
 }
-__all__ = ["DinoError", "Features", "Preprocessing", "embed", "extract", "load"]
+__all__ = ["DinoError", "Features", "Preprocessing", "default_preprocessing", "embed", "extract", "list_models", "load"]
 
 if TYPE_CHECKING:
     from dinov3.data.transforms.inputs import Preprocessing
     from dinov3.errors import DinoError
-    from dinov3.features import Features, embed, extract
-    from dinov3.hub import load
+    from dinov3.features import Features, default_preprocessing, embed, extract
+    from dinov3.hub import list_models, load
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
@@ -193,7 +193,7 @@ def default_preprocessing(model: nn.Module, **changes: Any) -> Preprocessing:
     backbone: Any = model
     origin = getattr(model, "origin", None)
     statistics = {"mean": origin.mean, "std": origin.std} if origin is not None else {}
-    return Preprocessing(**({"multiple": backbone.stride} | statistics | changes))
+    return Preprocessing(multiple=backbone.stride, **statistics).with_(**changes)
 
 
 def check_patches(key: str, side: int, patch: int) -> None:
@@ -311,10 +311,25 @@ def extract(
     norm: bool = True,
 ) -> Iterator[Features]:
     """`Features` of normalised batches [B, 3, height, width] with their geometries (`batched`), batch by batch."""
-    name = name_of(model)
+    for (features,) in extract_layers(model, batches, [layer], preprocessing=preprocessing, norm=norm):
+        yield features
+
+
+def extract_layers(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Sequence[Geometry]]],
+    layers: Sequence[int],
+    *,
+    preprocessing: Preprocessing,
+    norm: bool = True,
+) -> Iterator[list[Features]]:
+    """As `extract`, the `Features` of several layers from one forward pass, in the order given."""
+    numbers = layer_numbers(model, layers)
+    ascending = sorted(set(numbers))
+    about: dict[str, Any] = {"preprocessing": preprocessing.id, "model": name_of(model)}
     for x, geometry in batches:
-        ((parts,),) = outputs(model, [x], [layer], norm=norm)
-        yield Features(preprocessing=preprocessing.id, model=name, geometry=tuple(geometry), **parts)
+        (found,) = outputs(model, [x], ascending, norm=norm)
+        yield [Features(geometry=tuple(geometry), **about, **found[ascending.index(i)]) for i in numbers]
 
 
 def batched(
@@ -349,21 +364,36 @@ def batched(
         yield torch.stack(inputs), geometry
 
 
+@overload
+def embed(
+    model: nn.Module, images: Any, *, preprocessing: Preprocessing | None = None, layer: int = -1, norm: bool = True,
+    batch_size: int = 16, **changes: Any,
+) -> Features: ...  # fmt: skip
+
+
+@overload
+def embed(
+    model: nn.Module, images: Any, *, preprocessing: Preprocessing | None = None, layer: Sequence[int],
+    norm: bool = True, batch_size: int = 16, **changes: Any,
+) -> list[Features]: ...  # fmt: skip
+
+
 def embed(
     model: nn.Module,
     images: Any,
     *,
     preprocessing: Preprocessing | None = None,
-    layer: int = -1,
+    layer: int | Sequence[int] = -1,
     norm: bool = True,
     batch_size: int = 16,
     **changes: Any,
-) -> Features:
-    """Images to `Features`.
+) -> Features | list[Features]:
+    """Images to `Features`; to a list of `Features` where `layer` is a list.
 
     `images`: a path, PIL image, array [h, w, 3], tensor [3, h, w] (uint8, or floats in [0, 1]), or a list of those, or
     a tensor [B, 3, h, w]. `preprocessing`: default 256 × 256, nothing cropped, with the statistics
-    of the model's weights; single fields can be given by name: `embed(model, x, size=512, shape="short", fit="pad")`.
+    of the model's weights; single fields can be given by name: `embed(model, x, size=512, shape="short", fit="pad")`,
+    `size=(height, width)`.
     `layer`: 0-based block (ConvNeXt: stage), -1 the last; `norm`: apply the final norm.
 
     Raises `ImageError` for an image that cannot be decoded and `IncompatibleFeatures` where the images come out at
@@ -371,7 +401,9 @@ def embed(
     """
     preprocessing = preprocessing.with_(**changes) if preprocessing else default_preprocessing(model, **changes)
     batches = batched(_images(images), preprocessing, batch_size)
-    parts = list(extract(model, batches, preprocessing=preprocessing, layer=layer, norm=norm))
+    layers = [layer] if isinstance(layer, int) else layer
+    parts = list(extract_layers(model, batches, layers, preprocessing=preprocessing, norm=norm))
     if not parts:
         raise DinoError("no images were given")
-    return Features.cat(parts)
+    found = [Features.cat(batches_of_one_layer) for batches_of_one_layer in zip(*parts)]
+    return found[0] if isinstance(layer, int) else found

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
-from dinov3.errors import DinoError, without_secrets
+from dinov3.errors import without_secrets
 
 app = typer.Typer(
     add_completion=False,
@@ -57,17 +57,9 @@ def log_failures(failures: Sequence[tuple[str, str]], more: str = "") -> None:
 
 
 def device_of(name: str) -> str:
-    import torch
+    from dinov3 import hub
 
-    if name != "auto":
-        try:
-            kind = torch.device(name).type
-        except RuntimeError:
-            raise DinoError(f"--device {name}: cpu, cuda, cuda:1, mps or auto") from None
-        if kind == "cuda" and not torch.cuda.is_available():
-            raise DinoError(f"--device {name}: there is no CUDA device here (or this torch was built without CUDA)")
-        return name
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return hub.device_of(name)
 
 
 def batch_of(text: str) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import importlib
 import os
 import warnings
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dinov3.errors import DinoError, WeightsError, one_of, without_secrets
+from dinov3.errors import DinoError, WeightsError, one_of, require, without_secrets
 from dinov3.weights import catalog
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def load(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str | None = None,
+    pretrained: bool = True,
     check_hash: bool = False,
     seed: int = 0,
     **options: Any,
@@ -74,10 +76,10 @@ def load(
     `name`: any public alias (hub, Hugging Face or timm; `dinov3 models` lists them), or None to go by the file.
     Also another library's vision transformer, `transformers:FOLDER[,layer=9]` or `timm:NAME` (`hub.foreign`).
     `weights`: a path to Meta's .pth, a transformers or timm file or folder, our own checkpoint, an http(s) URL, a Hugging
-    Face id; the form is found by content. "random" for fresh weights (`seed`), None for the published ones, which are
-    looked for in the Hugging Face cache and fetched from there if you have access. Without any argument: the small
-    model that ships with the package. `options` change constructor
-    arguments that leave the weights alone (`patch_size=16` for a ConvNeXt, `drop_path_rate=0.1`).
+    Face id; the form is found by content. "random" (or `pretrained=False`) for fresh weights (`seed`), None for the published
+    ones, which are looked for in the Hugging Face cache and fetched from there if you have access. Without any argument:
+    the small model that ships with the package. `device`: "auto" is the accelerator if there is one. `options` change
+    constructor arguments that leave the weights alone (`patch_size=16` for a ConvNeXt, `drop_path_rate=0.1`).
 
     The model carries `model.origin`: what was loaded and from where. Raises `UnknownName`, `WeightsMismatch` (at most ten
     lines: what the file seems to be, what to call instead), `UnsafeFile` and other `WeightsError`s.
@@ -85,6 +87,13 @@ def load(
     kind: Any = (
         getattr(torch, one_of("dtype", dtype, ("float32", "bfloat16", "float16"))) if isinstance(dtype, str) else dtype
     )
+    device = device_of(device) if isinstance(device, str) else device
+    if not pretrained:
+        if weights not in (None, "random"):
+            raise DinoError(
+                f"pretrained=False means random weights, and weights={os.fspath(weights)!r} is a file: give one"
+            )
+        weights = "random"
     if name is None and weights is None:
         name, weights = catalog.DEFAULT_MODEL, catalog.DEFAULT_WEIGHTS
     from dinov3.hub import foreign
@@ -106,8 +115,31 @@ def load(
 
     if weights is None and rows[0].packaged:
         kind = kind or torch.float32  # the file is float16 to be small, not to be computed with
+    if weights is None and name is not None and "/" in name and not rows[0].packaged:
+        require("huggingface_hub", "hub", f"loading {name} from Hugging Face")
     source = os.fspath(weights) if weights is not None else published_source(rows[0])
     return assemble(reading.open(source, check_hash=check_hash), rows, device=device, dtype=kind, **options)
+
+
+def device_of(name: str) -> str:
+    """A device by name; "auto": cuda, else mps, else cpu. Raises `DinoError` for one that does not exist here."""
+    if name != "auto":
+        try:
+            kind = torch.device(name).type
+        except RuntimeError:
+            raise DinoError(f"device {name!r}: cpu, cuda, cuda:1, mps or auto") from None
+        if kind not in ("cpu", "cuda", "mps", "xpu"):
+            raise DinoError(f"device {name!r} holds no numbers to compute with: cpu, cuda, cuda:1, mps or auto")
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise DinoError(f"device {name!r}: there is no CUDA device here (or this torch was built without CUDA)")
+        return name
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of backbones for `load` that match a pattern such as "*vits*", in the order of the catalogue."""
+    names = dict.fromkeys(name for row in catalog.ROWS for name in (row.arch, row.id))
+    return [name for name in names if fnmatch.fnmatch(name, pattern)]
 
 
 def published_source(row: catalog.Row) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from dinov3.errors import DinoError
@@ -29,6 +30,16 @@ class TokenModel(nn.Module):
     """A backbone that gives a CLS token and patch tokens. A family implements `forward_features_list`."""
 
     head: nn.Module
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def feature_maps(self, x: Tensor, layers: int | Sequence[int] = 1) -> list[Tensor]:
+        """Patch maps [B, D, h, w] of normalised images [B, 3, H, W], for decoders that take a list of maps: of the last
+        `layers` blocks, or of the 0-based ones given (ascending), each after the final norm."""
+        return list(self.get_intermediate_layers(x, n=layers, reshape=True))  # type: ignore[operator]
 
     def forward_features_list(self, x_list: list[Tensor], masks_list: list[Tensor | None]) -> list[dict[str, Any]]:
         raise NotImplementedError

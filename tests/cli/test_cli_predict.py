@@ -159,7 +159,7 @@ def test_a_misspelt_file_of_labels_is_no_class(photos: list[Path]) -> None:
 
 
 def test_a_device_that_is_not_there_is_a_sentence(photos: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(DinoError, match="--device cda: cpu, cuda, cuda:1, mps or auto"):
+    with pytest.raises(DinoError, match="device 'cda': cpu, cuda, cuda:1, mps or auto"):
         run("embed", photos[0].parent, "--out", tmp_path / "s", "--device", "cda")
     if not torch.cuda.is_available():
         with pytest.raises(DinoError, match="there is no CUDA device here"):

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov3.data.transforms.pixels import resized, standardised, to_pixels
-from dinov3.errors import DinoError, UnknownName, one_of
+from dinov3.errors import DinoError, UnknownName, one_of, only_known
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,6 +30,17 @@ if TYPE_CHECKING:
 SHAPES = ("square", "short", "long", "native")
 FITS = ("resize", "pad", "crop")
 INTERPOLATIONS = ("bilinear", "bicubic")
+# What other libraries call things, and where they are here.
+ELSEWHERE = {
+    "image_size": "write size=",
+    "img_size": "write size=",
+    "resolution": "write size=",
+    "device": "load(…, device=…) or model.to(…) says where the model runs",
+    "dtype": "load(…, dtype=…) says in which precision",
+    "pooling": "Features has .cls, .mean (of the patches) and .patches",
+    "normalize": "torch.nn.functional.normalize(features.cls, dim=-1); .similarity does it itself",
+    "layers": "write layer=[3, 11]",
+}
 LVD_MEAN, LVD_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LARGEST_ENLARGED = 1 << 24  # pixels: a strip of 20000 × 3 at a short side of 256 would have 437 million
 
@@ -86,6 +97,7 @@ class Preprocessing:
     center_crop: int | None = None
     mean: tuple[float, float, float] = LVD_MEAN
     std: tuple[float, float, float] = LVD_STD
+    size_hw: tuple[int, int] | None = None  # instead of size and shape: (height, width) of every input
 
     def __post_init__(self) -> None:
         choices = (("shape", SHAPES), ("fit", FITS), ("interpolation", INTERPOLATIONS), ("order", ("uint8", "float")))
@@ -102,13 +114,27 @@ class Preprocessing:
             "transformers": {"size": 224, "order": "float"},
             "classification": {"size": 256, "shape": "short", "interpolation": "bicubic", "center_crop": 224},
         }
-        return cls(**(known[one_of("preprocessing", name, known)] | changes))
+        return cls(**known[one_of("preprocessing", name, known)]).with_(**changes)
 
     def with_(self, **changes: Any) -> Preprocessing:
+        """The same with other values of some fields. `size` may also be (height, width). Raises `UnknownName`."""
+        for name in changes:
+            if name in ELSEWHERE:
+                raise UnknownName(f"{name}= is not an option here: {ELSEWHERE[name]}")
+        only_known("preprocessing has no option", changes, [f.name for f in fields(self)])
+        if isinstance(size := changes.get("size"), (tuple, list)):
+            if len(size) != 2 or min(size) < 1:
+                raise DinoError(f"size is a number of pixels or (height, width), not {size!r}")
+            changes |= {"size": int(min(size)), "size_hw": (int(size[0]), int(size[1]))}
+        elif "size" in changes or "shape" in changes:
+            changes = {"size_hw": None, **changes}
         return replace(self, **changes)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+        values = asdict(self)
+        if self.size_hw is None:
+            del values["size_hw"]
+        return json.dumps(values, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Preprocessing:
@@ -116,8 +142,9 @@ class Preprocessing:
         known = {f.name for f in fields(cls)}
         if unknown := set(values) - known:
             raise UnknownName(f"preprocessing has no field {sorted(unknown)[0]!r}; it was written by a newer version")
-        for name in ("mean", "std"):
-            values[name] = tuple(values[name])
+        for name in ("mean", "std", "size_hw"):
+            if values.get(name) is not None:
+                values[name] = tuple(values[name])
         return cls(**values)
 
     @property
@@ -125,18 +152,22 @@ class Preprocessing:
         """Short, readable, and different whenever any field is."""
         digest = hashlib.sha256(self.to_json().encode()).hexdigest()[:6]
         size = "native" if self.shape == "native" else f"{self.shape}{self.size}"
+        if self.size_hw is not None:
+            size = "{}x{}".format(*self.size_hw)
         crop = f"-crop{self.center_crop}" if self.center_crop else ""
         return f"{size}{crop}-{self.interpolation}-{self.fit}{self.multiple}-{digest}"
 
     @property
     def target_short_side(self) -> int | None:
         """The short side needed at most, for decoders that can decode smaller; None: the full image is needed."""
+        if self.size_hw is not None:
+            return max(self.size_hw)
         return {"square": self.size, "short": self.size, "long": self.size}.get(self.shape)
 
     @property
     def input_hw(self) -> tuple[int, int] | None:
         """The input's size where it is the same for every image."""
-        if self.shape == "square" or self.center_crop:
+        if self.shape == "square" or self.center_crop or self.size_hw is not None:
             geometry = self.plan(self.size, self.size)
             return geometry.input_hw
         return None
@@ -164,6 +195,8 @@ class Preprocessing:
         return Geometry(width, height, w / width, h / height, 0.0, 0.0, input_hw, valid_hw, lost)
 
     def _scaled(self, width: int, height: int) -> tuple[int, int]:
+        if self.size_hw is not None:
+            return self.size_hw[1], self.size_hw[0]
         if self.shape == "native":
             return width, height
         if self.shape == "square":
@@ -182,6 +215,10 @@ class Preprocessing:
         return Geometry(
             width, height, w / width, h / height, left, top, (side, side), (side, side), side < w or side < h
         )
+
+    def to_tensor(self, image: Image.Image | np.ndarray | Tensor) -> Tensor:
+        """The network input [3, h, w] alone, as a `transform` of torchvision's data sets, which a DataLoader collates."""
+        return self(image)[0]
 
     def __call__(
         self, image: Image.Image | np.ndarray | Tensor, *, original_wh: tuple[int, int] | None = None

@@ -40,8 +40,12 @@ def to_pixels(image: Image.Image | np.ndarray | Tensor) -> Tensor:
     elif isinstance(image, np.ndarray):
         if image.ndim == 2:
             image = np.repeat(image[..., None], 3, axis=-1)
+        if image.ndim == 3 and image.shape[0] in (1, 3) and image.shape[-1] not in (1, 3):
+            return to_pixels(torch.from_numpy(np.array(image)))  # [3, height, width]
         if image.ndim != 3 or image.shape[-1] not in (1, 3):
-            raise DinoError(f"an array image is [height, width, 3] or [height, width]; this one is {list(image.shape)}")
+            raise DinoError(
+                f"an array image is [height, width, 3], [3, height, width] or [height, width], not {list(image.shape)}"
+            )
         x = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # a copy: PIL's arrays are read-only
     else:
         x = torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB"))).permute(2, 0, 1)
