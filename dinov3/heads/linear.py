@@ -45,6 +45,14 @@ class LinearClassifier(nn.Module):
         return self.linear_head(pooled.to(self.linear_head.weight.dtype))
 
 
+def build_linear_classifier(backbone: Backbone, n_classes: int) -> LinearClassifier:
+    """A classifier with initial weights: normal of standard deviation 0.01, biases 0."""
+    linear = nn.Linear(2 * backbone.embed_dim, n_classes)
+    nn.init.normal_(linear.weight, std=0.01)
+    nn.init.zeros_(linear.bias)
+    return LinearClassifier(backbone, linear)
+
+
 # ---- maps ----------------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,6 @@
 """The backbone functions that `torch.hub` sees, with the reference's arguments. Loading needs only torch.
 
-Differences from the reference, all on the side of telling: models come back in evaluation mode; `check_hash` works for
+Differences from the reference: models come back in evaluation mode; `check_hash` works for
 every file, ConvNeXt included; a local path is read where it lies instead of being copied by base name into a cache; the
 strings "LVD1689M" and "SAT493M" select the enum; an unknown keyword is refused instead of ignored.
 """

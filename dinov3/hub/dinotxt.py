@@ -4,7 +4,7 @@
                                       weights="head.pth", backbone_weights="vitl16.pth", bpe_path_or_url="bpe.txt.gz")
     logits, _ = model.get_logits(images, tokenizer.tokenize(["a photo of a dog", "a photo of a cat"]))
 
-Differences from the reference, all on the side of telling: a head file must hold every parameter of the head and the
+Differences from the reference: a head file must hold every parameter of the head and the
 text tower, and what else it holds is a warning; a vocabulary that is not the text tower's is refused; `check_hash` reaches
 the backbone too where its name holds a hash; the model comes in evaluation mode also when it is not pretrained.
 """
@@ -28,7 +28,6 @@ from dinov3.hub import Origin, head, published_heads
 from dinov3.hub.backbones import Weights, dinov3_vitl16
 from dinov3.models.vit import VisionTransformer
 from dinov3.weights import catalog
-from dinov3.weights import download as cache
 from dinov3.weights.filling import fill, some
 
 NAME = "dinov3_vitl16_dinotxt_tet1280d20h24l"
@@ -63,116 +62,74 @@ def dinov3_vitl16_dinotxt_tet1280d20h24l(
         backbone = cast(VisionTransformer, dinov3_vitl16(pretrained=False))
         return fresh(backbone, text, DinoTxtConfig()), tokenizer
 
-    if isinstance(weights, str) and weights in DINOTxtWeights.__members__:
-        weights = DINOTxtWeights[weights]
-    source = head(NAME).url if isinstance(weights, Enum) else os.fspath(weights)
+    chosen = published_heads.member(DINOTxtWeights, weights)
+    source = head(NAME).url if isinstance(chosen, Enum) else chosen
     state, notes = published_heads.read(source, check_hash=check_hash)
-    if isinstance(backbone_weights, str) and backbone_weights in Weights.__members__:
-        backbone_weights = Weights[backbone_weights]
-    if not isinstance(backbone_weights, Weights):  # published files have a hash in their name, others need not
-        check_hash = check_hash and cache.hash_in_name(os.fspath(backbone_weights).split("?")[0]) is not None
-    backbone = cast(VisionTransformer, dinov3_vitl16(weights=backbone_weights, check_hash=check_hash))
+    below = published_heads.member(Weights, backbone_weights)
+    if isinstance(below, str):
+        check_hash = published_heads.checkable(below, check_hash)
+    backbone = cast(VisionTransformer, dinov3_vitl16(weights=below, check_hash=check_hash))
     return assemble(backbone, state, text, DinoTxtConfig(), source=source, notes=notes), tokenizer
-
-
-def load_dinotxt(
-    weights: Enum | str | os.PathLike[str] = DINOTxtWeights.LVTD2300M,
-    *,
-    backbone_weights: Weights | str | os.PathLike[str] | None = None,
-    bpe_path_or_url: str | os.PathLike[str] | None = None,
-    sizes: str | os.PathLike[str] | None = None,
-    device: Any = "cpu",
-    dtype: Any = None,
-) -> tuple[DinoTxt, Tokenizer]:
-    """The published model, or one of your own with the sizes that its training wrote (`clip_model_config.yaml`).
-
-    `weights` "random": the towers' initial values, for trying. `backbone_weights` None: the published ViT-L's, or with
-    `sizes` the backbone that it names. In evaluation mode. Raises `DinoError`s.
-    """
-    own = _read_sizes(sizes) if sizes is not None else None
-    bpe = own.vocabulary if own is not None and bpe_path_or_url is None else bpe_path_or_url
-    tokenizer = vocabulary(bpe, (own.text if own is not None else TextConfig()).vocab_size)
-    return load_towers(weights, backbone_weights, sizes, device=device, dtype=dtype), tokenizer
-
-
-def load_towers(
-    weights: Enum | str | os.PathLike[str] = DINOTxtWeights.LVTD2300M,
-    backbone_weights: Weights | str | os.PathLike[str] | None = None,
-    sizes: str | os.PathLike[str] | None = None,
-    *,
-    device: Any = "cpu",
-    dtype: Any = None,
-) -> DinoTxt:
-    """As `load_dinotxt`, without a vocabulary: what images alone need."""
-    from dinov3.hub import load
-
-    if sizes is None:
-        text, config = TextConfig(), DinoTxtConfig()
-        chosen: Any = Weights.LVD1689M if backbone_weights is None else backbone_weights
-        name: str | None = "dinov3_vitl16"
-    else:
-        own = _read_sizes(sizes)
-        text, config, name = own.text, own.joint, own.backbone
-        chosen = own.backbone_weights if backbone_weights is None else backbone_weights
-    if isinstance(chosen, Weights):
-        backbone: Any = dinov3_vitl16(weights=chosen, dtype=dtype)
-    else:
-        backbone = load(name, chosen, seed=0, dtype=dtype)
-    if not isinstance(backbone, VisionTransformer):
-        raise DinoError(f"dino.txt reads the tokens of a ViT, and {_origin(backbone)} is none")
-    if weights == "random":
-        torch.manual_seed(0)
-        model = fresh(backbone, text, config)
-    else:
-        source = head(NAME).url if isinstance(weights, Enum) else os.fspath(weights)
-        state, notes = published_heads.read(source)
-        model = assemble(backbone, state, text, config, source=source, notes=notes)
-    return cast(DinoTxt, published_heads.placed(model, device, dtype))
 
 
 def open_towers(
     weights: str | os.PathLike[str] | None = None,
     backbone_weights: str | os.PathLike[str] | None = None,
+    sizes: str | os.PathLike[str] | None = None,
     *,
     device: Any = "cpu",
     dtype: Any = None,
 ) -> DinoTxt:
-    """As `load_towers`, with the sizes of a model of your own found beside its head. `origin` names it (`NAME`, or `OWN`
-    for other sizes) and its source is "HEAD over BACKBONE", absolute, for a store that is to find both again."""
-    above = os.fspath(weights) if weights is not None else head(NAME).url
-    above = above if "://" in above else os.path.abspath(os.path.expanduser(above))
-    chosen = above if weights is not None else DINOTxtWeights.LVTD2300M
-    model = load_towers(chosen, backbone_weights, sizes_beside(above), device=device, dtype=dtype)
-    under: Any = model.visual_model.backbone
-    below = under.origin.source
-    if any(str(row.packaged_path) == below for row in catalog.ROWS if row.packaged):
-        below = ""  # it ships with the package, wherever that is installed
-    elif os.path.exists(below):
-        below = os.path.abspath(below)
-    origin: Any = model.origin
-    released = (model.text_config, model.config, under.embed_dim) == (TextConfig(), DinoTxtConfig(), 1024)
-    model.origin = replace(origin, name=NAME if released else OWN, source=f"{above}{OVER}{below}")
-    return model
+    """dino.txt without its tokenizer, which is what images alone need; in evaluation mode.
+
+    weights: the head and text tower, None for the published file, "random" for initial values. sizes: of a model of your
+    own, the `clip_model_config.yaml` that its training wrote; None for the one beside the head, where there is one.
+    backbone_weights None: the published ViT-L's, or the backbone that `sizes` names. `origin` names the model (`NAME`, or
+    `OWN` for other sizes), and its source is "HEAD over BACKBONE", absolute, for a store that is to find both again.
+    """
+    from dinov3.hub import load
+
+    source = _absolute(os.fspath(weights)) if weights is not None else head(NAME).url
+    own = _sizes_of(source, sizes)
+    chosen: Any = own.backbone_weights if backbone_weights is None else backbone_weights
+    if isinstance(chosen, Weights):
+        backbone: Any = dinov3_vitl16(weights=chosen, dtype=dtype)
+    else:
+        backbone = load(own.backbone, chosen, seed=0, dtype=dtype)
+    if not isinstance(backbone, VisionTransformer):
+        raise DinoError(f"dino.txt reads the tokens of a ViT, and {_origin(backbone)} is none")
+    if weights == "random":
+        torch.manual_seed(0)
+        model = fresh(backbone, own.text, own.joint)
+    else:
+        state, notes = published_heads.read(source)
+        model = assemble(backbone, state, own.text, own.joint, source=source, notes=notes)
+        origin: Any = model.origin
+        under: Any = backbone.origin
+        below = _absolute(under.source)
+        if any(str(row.packaged_path) == below for row in catalog.ROWS if row.packaged):
+            below = ""  # it ships with the package, wherever that is installed
+        published = (own.text, own.joint, backbone.embed_dim) == (TextConfig(), DinoTxtConfig(), 1024)
+        model.origin = replace(origin, name=NAME if published else OWN, source=f"{source}{OVER}{below}")
+    return cast(DinoTxt, published_heads.placed(model, device, dtype))
 
 
 def open_model(
     weights: str | os.PathLike[str] | None = None,
     backbone_weights: str | os.PathLike[str] | None = None,
     vocabulary_file: str | os.PathLike[str] | None = None,
+    sizes: str | os.PathLike[str] | None = None,
     **placing: Any,
 ) -> tuple[DinoTxt, Tokenizer]:
-    """`open_towers` and the tokenizer; the vocabulary is looked for first, since it is what is most often forgotten."""
-    sizes = sizes_beside(os.fspath(weights)) if weights is not None else None
-    own = _read_sizes(sizes) if sizes is not None else None
-    bpe = own.vocabulary if own is not None and vocabulary_file is None else vocabulary_file
-    tokenizer = vocabulary(bpe, (own.text if own is not None else TextConfig()).vocab_size)
-    return open_towers(weights, backbone_weights, **placing), tokenizer
+    """`open_towers` and the tokenizer; the vocabulary is read first, since it is what is most often forgotten."""
+    own = _sizes_of(os.fspath(weights) if weights is not None else head(NAME).url, sizes)
+    tokenizer = vocabulary(own.vocabulary if vocabulary_file is None else vocabulary_file, own.text.vocab_size)
+    return open_towers(weights, backbone_weights, sizes, **placing), tokenizer
 
 
-def sizes_beside(source: str) -> str | None:
-    """The file in which a training of one's own wrote its sizes, where it lies beside the head."""
-    beside = os.path.join(os.path.dirname(os.path.abspath(os.path.expanduser(source))), "clip_model_config.yaml")
-    return beside if "://" not in source and os.path.isfile(beside) else None
+def _absolute(source: str) -> str:
+    path = os.path.expanduser(source)
+    return os.path.abspath(path) if os.path.exists(path) else source
 
 
 def sources_of(text: str) -> tuple[str, str]:
@@ -194,7 +151,7 @@ class ImageSide(nn.Module):
         self.tower = model.visual_model
         backbone: Any = model.visual_model.backbone
         self.stride, self.patch_size, self.patch_grid = backbone.stride, backbone.patch_size, backbone.patch_grid
-        self.n_blocks, self.n_storage_tokens = 1, backbone.n_storage_tokens  # one layer to ask for: the last
+        self.n_blocks, self.n_storage_tokens = 1, backbone.n_storage_tokens  # one layer: the last
         projection = model.visual_model.head.linear_projection
         self.embed_dim: int = projection.out_features if isinstance(projection, nn.Linear) else backbone.embed_dim
         self.origin = model.origin
@@ -213,12 +170,22 @@ class _Sizes(NamedTuple):
     joint: DinoTxtConfig
     text: TextConfig
     backbone: str | None
-    backbone_weights: str | None
+    backbone_weights: Weights | str | None
     vocabulary: str | None
 
 
+def _sizes_of(source: str, file: str | os.PathLike[str] | None) -> _Sizes:
+    """The sizes in `file`, else in the one beside the head at `source`, else the published ones."""
+    if file is not None:
+        return _read_sizes(file)
+    beside = os.path.join(os.path.dirname(os.path.abspath(os.path.expanduser(source))), "clip_model_config.yaml")
+    if "://" not in source and os.path.isfile(source) and os.path.isfile(beside):
+        return _read_sizes(beside)
+    return _Sizes(DinoTxtConfig(), TextConfig(), "dinov3_vitl16", Weights.LVD1689M, None)
+
+
 def _read_sizes(file: str | os.PathLike[str]) -> _Sizes:
-    """What a training of one's own wrote beside its head."""
+    """The `clip_model_config.yaml` of a training of your own."""
     import yaml
 
     try:

@@ -1,4 +1,4 @@
-"""Heads of your own: built over any backbone by task and kind, kept in one small file, found again with their backbone.
+"""Heads of your own: built over any backbone by task and kind, saved in one small file, loaded with their backbone.
 
     model = build_head("segmentation", "linear", backbone, n_classes=11)
     save_head("street.safetensors", model, task="segmentation", head="linear", options={"n_classes": 11}, class_names=[…])
@@ -30,7 +30,11 @@ from dinov3.drawing import palette
 from dinov3.errors import DinoError, UnknownName, WeightsError, WeightsMismatch, did_you_mean, one_of, without_secrets
 from dinov3.features import default_preprocessing
 from dinov3.fit.loop import backbones_in, freeze, head_tensors, load_head_tensors
+from dinov3.heads.detr.model import build_detector
+from dinov3.heads.dpt import build_depther
 from dinov3.heads.encoder import FrozenLayers, dtype_of
+from dinov3.heads.linear import build_linear_classifier, build_linear_segmentor
+from dinov3.heads.mask2former.model import build_segmentor, default_width
 from dinov3.hub import foreign
 from dinov3.hub.published_heads import placed
 from dinov3.models.base import Backbone
@@ -70,8 +74,6 @@ def sizes_for(task: str, head: str, backbone: Backbone) -> dict[str, Any]:
         widths = (48, 96, 192, 384) if small else (96, 192, 384, 768) if middle else (256, 512, 1024, 1024)
         return {"channels": channels, "post_process_channels": widths, "use_batchnorm": True, "max_depth": 10.0}
     if (task, head) == ("segmentation", "mask2former"):
-        from dinov3.heads.mask2former.model import default_width
-
         width = default_width(backbone)
         return {"hidden_dim": width, "ffn": max(2 * width, 1024)}
     if (task, head) == ("detection", "detr"):
@@ -90,39 +92,28 @@ def build_head(task: str, head: str, backbone: nn.Module, *, n_classes: int | No
     `build_linear_segmentor`, `build_segmentor` (Mask2Former), `build_detector`; what is not given follows `sizes_for`.
     """
     check_kind(task, head)
-    under: Any = backbone
-    given = sizes_for(task, head, under) | options
     if task == "depth":
         if n_classes is not None:
             raise DinoError("a depth head has no classes; its range is min_depth and max_depth")
-        return freeze(_depther(head, under, given))
-    if n_classes is None or n_classes < 1:
+    elif n_classes is None or n_classes < 1:
         raise DinoError(f"a head for {task} needs n_classes, the number of classes (at least 1), not {n_classes}")
     try:
-        if task == "classification":
-            return freeze(_classifier(under, n_classes, **given))
-        if task == "detection":
-            from dinov3.heads.detr.model import build_detector
-
-            return freeze(build_detector(under, n_classes, **given))
-        if head == "linear":
-            from dinov3.heads.linear import build_linear_segmentor
-
-            return freeze(build_linear_segmentor(under, num_classes=n_classes, **given))
-        from dinov3.heads.mask2former.model import build_segmentor
-
-        return freeze(build_segmentor(under, n_classes, **given))
+        under: Any = backbone
+        return freeze(_built(task, head, under, n_classes or 0, sizes_for(task, head, under) | options))
     except TypeError as error:
         raise _no_option(error, task, head) from None
 
 
-def _depther(head: str, backbone: Any, options: dict[str, Any]) -> nn.Module:
-    from dinov3.heads.dpt import build_depther
-
-    try:
+def _built(task: str, head: str, backbone: Any, n_classes: int, options: dict[str, Any]) -> nn.Module:
+    if task == "depth":
         return build_depther(backbone, head_type=head, **options)
-    except TypeError as error:
-        raise _no_option(error, "depth", head) from None
+    if task == "classification":
+        return build_linear_classifier(backbone, n_classes, **options)
+    if task == "detection":
+        return build_detector(backbone, n_classes, **options)
+    if head == "linear":
+        return build_linear_segmentor(backbone, num_classes=n_classes, **options)
+    return build_segmentor(backbone, n_classes, **options)
 
 
 def _no_option(error: TypeError, task: str, head: str) -> Exception:
@@ -131,15 +122,6 @@ def _no_option(error: TypeError, task: str, head: str) -> Exception:
     if "unexpected keyword argument" not in text:
         return error
     return UnknownName(f"a {head} head for {task} has no option {text.split()[-1]}")
-
-
-def _classifier(backbone: Any, n_classes: int) -> nn.Module:
-    from dinov3.heads.linear import LinearClassifier
-
-    linear = nn.Linear(2 * backbone.embed_dim, n_classes)
-    nn.init.normal_(linear.weight, std=0.01)
-    nn.init.zeros_(linear.bias)
-    return LinearClassifier(backbone, linear)
 
 
 # ---- metadata of a file --------------------------------------------------------------------------------------------

@@ -17,12 +17,15 @@ for the detector, whose exact file nobody but Meta has seen); "random" draws fre
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,14 +36,14 @@ from dinov3.errors import UnknownName, WeightsMismatch, without_secrets
 from dinov3.heads.detr.model import build_detector
 from dinov3.heads.detr.transformer import DetrConfig
 from dinov3.heads.dpt import CHMV2, SYNTHMIX, build_depther
-from dinov3.heads.linear import LinearClassifier
+from dinov3.heads.linear import build_linear_classifier
 from dinov3.heads.mask2former.model import build_segmentor
 from dinov3.hub import Head, Origin, head
 from dinov3.hub.backbones import Weights, _make
-from dinov3.weights import catalog, chmv2
+from dinov3.weights import catalog
 from dinov3.weights import download as cache
 from dinov3.weights.filling import fill, some
-from dinov3.weights.reading import read_all
+from dinov3.weights.reading import locate, read_all
 
 # The data sets that published heads were trained on.
 ClassifierWeights = Enum("ClassifierWeights", {"IMAGENET1K": "IMAGENET1K"})
@@ -166,13 +169,6 @@ class Kind:
     leftover: bool = False  # whether a file may hold more
 
 
-def _classifier(backbone: Any) -> LinearClassifier:
-    linear = nn.Linear(2 * backbone.embed_dim, N_CLASSES)
-    nn.init.normal_(linear.weight, std=0.01)
-    nn.init.zeros_(linear.bias)
-    return LinearClassifier(backbone, linear)
-
-
 def _depther(backbone: Any, autocast_dtype: Any = None, depth_range: Any = None, **options: Any) -> nn.Module:
     if depth_range is not None:
         options["min_depth"], options["max_depth"] = depth_range
@@ -235,7 +231,10 @@ def _segmentor_keys(state: dict[str, Tensor], part: nn.Module, source: str) -> d
 
 KINDS: dict[str, Kind] = {
     "classify": Kind(
-        "the linear ImageNet-1k classifier", _classifier, lambda m: m.linear_head, _without("linear_head.")
+        "the linear ImageNet-1k classifier",
+        lambda backbone: build_linear_classifier(backbone, N_CLASSES),
+        lambda m: m.linear_head,
+        _without("linear_head."),
     ),
     "depth": Kind("the SYNTHMIX depth head", _depther, lambda m: m.decoder, _without("decoder.")),
     "canopy": Kind("the canopy height head (CHMv2)", _depther, lambda m: m.decoder, _without("decoder.")),
@@ -274,12 +273,12 @@ def load_published(
     built = OPTIONS[name, arch] | head_options
     source, state, notes = read_head(row, files)
     below: Source = files.backbone_weights if files.pretrained else "random"
-    if chmv2.is_transformers(state):
-        built |= chmv2.transformers_options(source)
+    if is_transformers_canopy(state):
+        built |= canopy_options(source)
         if any(k.startswith("backbone.") for k in state) and member(Weights, below) is Weights.SAT493M:
             below = source
             notes.append("the backbone comes from the same file as the head")
-        state = chmv2.from_transformers(state)
+        state = canopy_decoder(state)
     vit: Any = backbone_of(row, arch, below, check_hash=files.check_hash, **options)
     if row.task != "classify":
         vit.requires_grad_(False)
@@ -377,3 +376,69 @@ def placed(model: nn.Module, device: str | torch.device, dtype: torch.dtype | No
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, value.to(device))
     return model
+
+
+# ---- transformers' canopy height model (`CHMv2ForDepthEstimation`) -------------------------------------------------
+
+# transformers' name → ours, of everything under `head.`
+_CANOPY_NAMES = (
+    (r"reassemble_stage\.layers\.(\d)\.projection\.", r"reassemble_blocks.projects.\1.conv."),
+    (r"reassemble_stage\.layers\.(\d)\.resize\.", r"reassemble_blocks.resize_layers.\1."),
+    (r"reassemble_stage\.readout_projects\.", r"reassemble_blocks.readout_projects."),
+    (r"convs\.(\d)\.", r"convs.\1.conv."),
+    (r"fusion_layers\.(\d)\.projection\.", r"fusion_blocks.\1.project.conv."),
+    (r"fusion_layers\.(\d)\.residual_layer(\d)\.convolution(\d)\.", r"fusion_blocks.\1.res_conv_unit\2.conv\3.conv."),
+    (r"conv_depth\.", r"conv_depth."),
+)
+
+
+def is_transformers_canopy(state: Mapping[str, Tensor]) -> bool:
+    return any(k.startswith("head.reassemble_stage.") for k in state)
+
+
+def canopy_decoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The decoder's state dict out of `CHMv2ForDepthEstimation`'s; a key without a counterpart keeps its name, so that
+    the strict comparison names it."""
+    decoder: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if not key.startswith("head."):
+            continue
+        plain = key.removeprefix("head.")
+        for pattern, ours in _CANOPY_NAMES:
+            renamed, hits = re.subn("^" + pattern, ours, plain)
+            if hits:
+                plain = renamed
+                break
+        decoder[plain] = value
+    return decoder
+
+
+_CANOPY_CONFIG = {
+    "fusion_hidden_size": "channels",
+    "head_hidden_size": "n_hidden_channels",
+    "number_output_channels": "n_output_channels",
+    "post_process_channels": "post_process_channels",
+    "readout_type": "readout",
+    "min_depth": "min_depth",
+    "max_depth": "max_depth",
+    "bins_strategy": "bins_strategy",
+    "norm_strategy": "norm_strategy",
+}
+
+
+def canopy_options(source: str) -> dict[str, Any]:
+    """What the config.json beside transformers' weights states about the head, as options of `build_depther`."""
+    path = Path(locate(source))
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    if not file.is_file():
+        return {}
+    config = json.loads(file.read_text())
+    if config.get("model_type") != "chmv2":
+        raise WeightsMismatch(
+            f"{without_secrets(source)}: config.json describes {config.get('model_type')!r}, not chmv2"
+        )
+    options = {ours: config[theirs] for theirs, ours in _CANOPY_CONFIG.items() if theirs in config}
+    layers = (config.get("backbone_config") or {}).get("out_indices")
+    if layers:
+        options["backbone_out_layers"] = tuple(i - 1 for i in layers)  # there 0 is the patch embedding
+    return options

@@ -1,4 +1,4 @@
-"""What a person asks of an image: its classes, its parts, its depth, its objects, its trees, or a text's place in it.
+"""Predictions for one image: classes, segmentation, depth, boxes, canopy height, zero-shot classes.
 
 One file per task, each `predict_x(model, image, …)` → a result in the ORIGINAL image's geometry that can `save`
 itself: data for the next step, and a drawing. Models come from `dinov3.hub` (published heads) or

@@ -22,9 +22,8 @@ from torch import nn
 
 from dinov3 import drawing
 from dinov3.data.images import DecodedImage
-from dinov3.heads.encoder import resized
-from dinov3.predict.common import in_folder, predicted_map, preprocessing_of, see, to_original
-from dinov3.predict.depth import depther_of
+from dinov3.predict.common import preprocessing_of, result_files, see, to_original
+from dinov3.predict.depth import depther_of, metres
 
 WINDOW = 1024  # pixels; larger images are seen through windows
 # GeoTIFF's tags and their types: pixel scale, tie points, transformation, keys with their numbers and words
@@ -54,7 +53,7 @@ class CanopyMap:
     def save(self, folder: str | os.PathLike[str], name: str = "image") -> list[Path]:
         """`NAME_canopy.tif` (float32 metres, on the ground) where the image was a GeoTIFF, else `NAME_canopy.npy`;
         and `NAME_canopy.png`."""
-        data, seen = in_folder(folder) / f"{name}_canopy.npy", in_folder(folder) / f"{name}_canopy.png"
+        data, seen = result_files(folder, name, "canopy.npy", "canopy.png")
         if self.geo:
             data = data.with_suffix(".tif")
             write_geotiff(data, self.height_m, self.geo)
@@ -126,8 +125,7 @@ def predict_canopy(
     depther = depther_of(model, "canopy height")
     geo, empty = ground_of(file if isinstance(image, DecodedImage) else image)
     seen = see(depther, image, preprocessing_of(depther, size))
-    metres = predicted_map(seen.x, lambda x, size_hw: resized(depther.in_image(x), size_hw), 1, window, stride)
-    height = to_original(metres, seen)[0, 0].float().cpu().numpy()
+    height = to_original(metres(depther, seen.x, window, stride), seen)[0, 0].float().cpu().numpy()
     if empty is not None and empty.shape == height.shape:
         height = np.where(empty, np.float32("nan"), height)
     return CanopyMap(height, seen.image, geo)

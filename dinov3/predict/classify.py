@@ -1,4 +1,4 @@
-"""What an image shows, as classes with probabilities: a linear head on [CLS ; mean patch] (paper §6.1)."""
+"""Image classification with probabilities: a linear head on [CLS ; mean patch] (paper §6.1)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dinov3 import drawing
 from dinov3.data import names as known_names
 from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.errors import DinoError
-from dinov3.predict.common import in_folder, names_of, see, statistics
+from dinov3.predict.common import names_of, result_files, see, statistics
 
 SIZE = 224  # the centre crop; the short side is 256/224 of it
 
@@ -56,7 +56,7 @@ class Classification:
 
     def save(self, folder: str | os.PathLike[str], name: str = "image") -> list[Path]:
         """`NAME_classes.csv` (rank, class, name, probability; the likeliest 100) and `NAME_classes.png`."""
-        data, seen = (in_folder(folder) / f"{name}_{self.FILE}.{kind}" for kind in ("csv", "png"))
+        data, seen = result_files(folder, name, f"{self.FILE}.csv", f"{self.FILE}.png")
         with data.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([self.COLUMNS, *self.rows(self.LISTED)])
         self.drawing().save(seen)

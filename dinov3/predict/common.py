@@ -1,4 +1,4 @@
-"""What the tasks share: an image in, a model's input and the way back, names for files.
+"""Shared by the tasks: an image to a model's input and back to its own geometry, names of result files.
 
 Legend: H×W the original image, h×w the network's input, C channels of a map.
 """
@@ -84,11 +84,19 @@ def preprocessing_of(model: nn.Module, size: int | None, *, shape: str = "short"
     return Preprocessing(**({"multiple": 1} | size_or_native | statistics(model) | changes))
 
 
+def chosen_preprocessing(model: nn.Module, size: int | None, default: int) -> Preprocessing:
+    """A given size of the short side, else as a head of your own was trained, else the default size."""
+    own = own_preprocessing(model)
+    return own if own is not None and size is None else preprocessing_of(model, size or default)
+
+
 def names_of(model: Any, n: int, names: Sequence[str] | None = None, default: Sequence[str] = ()) -> tuple[str, ...]:
     """n class names: those given, the model's own, those that `default` has if it has n, or "class 0" and so on."""
+    numbered = tuple(f"class {i}" for i in range(n))
     info = getattr(model, "head_info", None)
-    own = info.class_names if info is not None else None
-    chosen = tuple(names or own or (default if len(default) == n else [f"class {i}" for i in range(n)]))
+    own = tuple(getattr(model, "class_names", ()) if info is None else info.class_names)
+    own = own if own != numbered or info is not None else ()
+    chosen = tuple(names or own or (default if len(default) == n else numbered))
     if len(chosen) != n:
         raise DinoError(f"{len(chosen)} class names for a model of {n} classes")
     return chosen
@@ -215,8 +223,7 @@ class OutputNames:
         return name
 
 
-def in_folder(folder: str | os.PathLike[str]) -> Path:
-    """The folder, made if need be."""
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+def result_files(folder: str | os.PathLike[str], name: str, *endings: str) -> list[Path]:
+    """`NAME_ENDING` for each ending, in a folder that is made if need be."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return [Path(folder) / f"{name}_{ending}" for ending in endings]

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from dinov3 import drawing
 from dinov3.errors import DinoError
 from dinov3.heads.dpt import Depther
 from dinov3.heads.encoder import resized
-from dinov3.predict.common import in_folder, own_preprocessing, predicted_map, preprocessing_of, see, to_original
+from dinov3.predict.common import chosen_preprocessing, predicted_map, result_files, see, to_original
 
 SIZE = 768  # short side in pixels, as the published head was evaluated
 
@@ -41,7 +41,7 @@ class DepthMap:
 
     def save(self, folder: str | os.PathLike[str], name: str = "image") -> list[Path]:
         """`NAME_depth.npy` (float32 metres) and `NAME_depth.png`."""
-        data, seen = in_folder(folder) / f"{name}_depth.npy", in_folder(folder) / f"{name}_depth.png"
+        data, seen = result_files(folder, name, "depth.npy", "depth.png")
         np.save(data, self.depth_m)
         self.drawing().save(seen)
         return [data, seen]
@@ -51,6 +51,11 @@ def depther_of(model: nn.Module, task: str = "depth") -> Depther:
     if not isinstance(model, Depther):
         raise DinoError(f"{task} needs a depth head on a backbone, not a {type(model).__name__}")
     return model
+
+
+def metres(depther: Depther, x: Tensor, window: int | None, stride: int | None) -> Tensor:
+    """Metres [1, 1, h, w] of an input [1, 3, h, w], at once or as the mean over windows."""
+    return predicted_map(x, lambda part, size_hw: resized(depther.in_image(part), size_hw), 1, window, stride)
 
 
 @torch.inference_mode()
@@ -67,13 +72,8 @@ def predict_depth(
     window, stride: sliding windows of so
     many pixels of that size, for images beyond what fits at once. flip: mean with the mirrored image's depth."""
     depther = depther_of(model)
-    own = own_preprocessing(depther)
-    seen = see(depther, image, own if own is not None and size is None else preprocessing_of(depther, size or SIZE))
-
-    def metres(x: torch.Tensor, size_hw: tuple[int, int]) -> torch.Tensor:
-        return resized(depther.in_image(x), size_hw)
-
-    depth = predicted_map(seen.x, metres, 1, window, stride)
+    seen = see(depther, image, chosen_preprocessing(depther, size, SIZE))
+    depth = metres(depther, seen.x, window, stride)
     if flip:
-        depth = (depth + predicted_map(seen.x.flip(-1), metres, 1, window, stride).flip(-1)) / 2
+        depth = (depth + metres(depther, seen.x.flip(-1), window, stride).flip(-1)) / 2
     return DepthMap(to_original(depth, seen)[0, 0].float().cpu().numpy(), seen.image)

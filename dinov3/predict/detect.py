@@ -17,7 +17,7 @@ from torch import nn
 from dinov3 import drawing
 from dinov3.data import names as known_names
 from dinov3.errors import DinoError
-from dinov3.predict.common import colours_of, in_folder, own_preprocessing, preprocessing_of, see
+from dinov3.predict.common import chosen_preprocessing, colours_of, names_of, result_files, see
 
 SIZE = 768  # short side; the published evaluation's 2048 costs seven times as much and finds smaller things
 THRESHOLD = 0.5
@@ -56,7 +56,7 @@ class Objects:
 
     def save(self, folder: str | os.PathLike[str], name: str = "image") -> list[Path]:
         """`NAME_boxes.json` (COCO's form) and `NAME_boxes.png`."""
-        data, seen = in_folder(folder) / f"{name}_boxes.json", in_folder(folder) / f"{name}_boxes.png"
+        data, seen = result_files(folder, name, "boxes.json", "boxes.png")
         write_coco(data, [(name, self)])
         self.drawing().save(seen)
         return [data, seen]
@@ -106,12 +106,10 @@ def predict_objects(
         raise DinoError(f"a threshold is a score between 0 and 1, not {threshold}")
     detector: Any = model
     # sides that are no multiples of the patch would lose their rest in the windows of the backbone
-    own = own_preprocessing(model)
-    preprocessing = own if own is not None and size is None else preprocessing_of(model, size or SIZE)
-    seen = see(model, image, preprocessing.with_(multiple=16, fit="resize"))
+    seen = see(model, image, chosen_preprocessing(model, size, SIZE).with_(multiple=16, fit="resize"))
     x = seen.x[0].to(next(model.parameters()).dtype)
     (found,) = detector.detect([x], [seen.size_hw], score_threshold=threshold, most=most)
-    categories = _categories(detector, names)
+    categories = names_of(model, len(detector.class_names), names, known_names.coco())
     labels = found.labels.cpu().numpy()
     return Objects(
         found.boxes_xyxy_px.float().cpu().numpy(),
@@ -123,13 +121,3 @@ def predict_objects(
         categories,
         colours_of(model, len(categories)),
     )
-
-
-def _categories(detector: Any, names: Sequence[str] | None) -> tuple[str, ...]:
-    own = tuple(detector.class_names)
-    if names is not None:
-        if len(names) != len(own):
-            raise DinoError(f"{len(names)} class names for a model of {len(own)} classes")
-        return tuple(names)
-    unnamed = all(name == f"class {i}" for i, name in enumerate(own))
-    return known_names.coco() if unnamed and len(own) == 91 else own

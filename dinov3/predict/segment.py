@@ -20,12 +20,11 @@ from dinov3.errors import DinoError
 from dinov3.heads.windows import class_maps
 from dinov3.predict.common import (
     best_class,
+    chosen_preprocessing,
     colours_of,
-    in_folder,
     names_of,
-    own_preprocessing,
     predicted_map,
-    preprocessing_of,
+    result_files,
     see,
 )
 
@@ -59,8 +58,7 @@ class Segmentation:
     def save(self, folder: str | os.PathLike[str], name: str = "image") -> list[Path]:
         """`NAME_classes.png` (pixel values are class numbers; with a palette up to 256 classes, 16 bits beyond),
         `NAME_classes.json` (what the numbers mean, areas) and `NAME_segments.png`."""
-        base = in_folder(folder)
-        mask, words, seen = (base / f"{name}_{what}" for what in ("classes.png", "classes.json", "segments.png"))
+        mask, words, seen = result_files(folder, name, "classes.png", "classes.json", "segments.png")
         if len(self.names) <= 256:
             indexed = Image.fromarray(self.classes.astype(np.uint8))
             indexed.putpalette(self.colours.flatten().tolist())
@@ -107,8 +105,7 @@ def predict_segments(
     kind = decoder_type(model)
     n = n_classes_of(model, kind)
     class_names = names_of(model, n, names, known_names.ade20k())
-    own = own_preprocessing(model)
-    preprocessing = own if own is not None and size is None else preprocessing_of(model, size or SIZES[kind])
+    preprocessing = chosen_preprocessing(model, size, SIZES[kind])
     if window is None and not whole and preprocessing.shape == "short":
         window = preprocessing.size
     seen = see(model, image, preprocessing)

@@ -1,4 +1,4 @@
-"""Classes that are only words, with dino.txt: of a whole image, or of every place in it (paper §5.3, Tab. 16).
+"""Zero-shot classification and segmentation with dino.txt (paper §5.3, Tab. 16).
 
 Class names are put into sentences (CLIP's 80 by default) and become vectors once, `Words`; images are compared with
 them. Nothing needs to be trained for a new list of classes.

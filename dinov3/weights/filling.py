@@ -115,11 +115,11 @@ def explain_mismatch(config: BackboneConfig, opened: OpenedWeights, requested: S
     with torch.device("meta"):
         expected = backbone(config).state_dict()
     requested = requested or configs.fitting_rows(config, "meta")
-    seems = " or ".join(r.id for r in opened.rows) or _words(opened.config)
+    seems = " or ".join(r.id for r in opened.rows) or _described(opened.config)
     lines = [
         f"{without_secrets(opened.source)} does not fit the requested model",
         f"  the file is: {seems} ({opened.form} form)",
-        f"  requested:   {' or '.join(r.id for r in requested) or _words(config)}",
+        f"  requested:   {' or '.join(r.id for r in requested) or _described(config)}",
     ]
     lines += difference(expected, state)
     if opened.rows:
@@ -136,7 +136,7 @@ def differences(config: BackboneConfig, other: BackboneConfig) -> str:
     return ", ".join(f"{k}={v!r}" for k, v in list(ours.items())[:6])
 
 
-def _words(config: BackboneConfig) -> str:
+def _described(config: BackboneConfig) -> str:
     if isinstance(config, ConvNeXtConfig):
         return f"a ConvNeXt with depths {tuple(config.depths)} and widths {tuple(config.dims)}"
     return f"a ViT of width {config.embed_dim}, {config.depth} blocks, {config.num_heads} heads, {config.ffn_layer} FFN"

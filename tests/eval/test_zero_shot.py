@@ -20,7 +20,7 @@ from dinov3.errors import DinoError
 from dinov3.eval.text.train_dinotxt import main as train_main
 from dinov3.eval.text.zero_shot import ZeroShotConfig, main, place_maps
 from dinov3.heads.dinotxt import OpenVocabulary, averaged, patch_part, prompt_features
-from dinov3.hub.dinotxt import load_dinotxt
+from dinov3.hub.dinotxt import open_model
 
 COLOURS = {"blue": (40, 60, 220), "green": (40, 200, 60), "red": (220, 40, 40)}
 TINY = GOLDEN / "tiny_bpe.txt.gz"
@@ -125,7 +125,7 @@ def test_windows_that_see_everything_are_the_whole_image(trained: Path) -> None:
 
 def opened(trained: Path) -> tuple[Any, Any, torch.Tensor]:
     run = trained / "run"
-    model, tokenizer = load_dinotxt(run / "head.safetensors", sizes=run / "clip_model_config.yaml")
+    model, tokenizer = open_model(run / "head.safetensors", sizes=run / "clip_model_config.yaml")
     prompts = prompt_features(model, tokenizer, list(COLOURS), ["{}", "a {}"])
     return model, tokenizer, patch_part(model, prompts)
 

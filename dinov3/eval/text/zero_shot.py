@@ -46,7 +46,7 @@ from dinov3.features import batched, check_patches, evaluating
 from dinov3.heads.dinotxt import DinoTxt, OpenVocabulary, class_vectors, patch_part, prompt_features, text_features
 from dinov3.heads.encoder import resized
 from dinov3.heads.windows import slide
-from dinov3.hub.dinotxt import load_dinotxt
+from dinov3.hub.dinotxt import open_model
 from dinov3.metrics.classification import accuracy
 from dinov3.metrics.dense import confusion_matrix, iou_scores, reduce_zero_label
 
@@ -171,10 +171,9 @@ def evaluate(config: ZeroShotConfig, session: Session) -> dict[str, Number]:
     c, m = config, config.model
     dataset = make_dataset(c.dataset)
     device = session.device
-    model, tokenizer = load_dinotxt(
-        **({"weights": m.weights} if m.weights else {}), backbone_weights=m.backbone_weights, bpe_path_or_url=m.bpe,
-        sizes=m.sizes, device=device, dtype=getattr(torch, m.dtype),
-    )  # fmt: skip
+    model, tokenizer = open_model(
+        m.weights or None, m.backbone_weights, m.bpe, m.sizes, device=device, dtype=getattr(torch, m.dtype)
+    )
     session.log(f"{model.origin}, {m.dtype} on {device}")
     n = len(dataset) if c.max_images is None else min(len(dataset), c.max_images)
     rows = list(range(n))
