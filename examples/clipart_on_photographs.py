@@ -23,8 +23,9 @@ def files(folder: Path, *ends: str) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in ends)
 
 
-def composed(photographs: list[Path], clipart: list[Path], draw: random.Random) -> Image.Image:
-    """A square photograph (or plain ground) with one or two images pasted on it, each a third of its side to all of it."""
+def composed(photographs: list[Path], clipart: list[Path], draw: random.Random) -> tuple[Image.Image, Image.Image]:
+    """(image, mask): a square photograph (or plain ground) with one or two things pasted on it, each a third of its side to
+    all of it; the mask is 1 where they are."""
     if draw.random() < 0.25:
         ground = Image.new("RGB", (SIDE, SIDE), tuple(draw.randint(100, 255) for _ in range(3)))
     else:
@@ -32,6 +33,7 @@ def composed(photographs: list[Path], clipart: list[Path], draw: random.Random) 
         side = min(photograph.size)
         left, top = (draw.randint(0, length - side) for length in photograph.size)
         ground = photograph.crop((left, top, left + side, top + side)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    mask = Image.new("L", ground.size)
     for _ in range(draw.choice((1, 1, 2))):
         thing = Image.open(draw.choice(clipart)).convert("RGBA")
         box = thing.getbbox() or (0, 0, *thing.size)
@@ -42,7 +44,8 @@ def composed(photographs: list[Path], clipart: list[Path], draw: random.Random) 
         thing = thing.resize([max(1, round(length * scale)) for length in thing.size], Image.Resampling.LANCZOS)
         at = tuple(draw.randint(0, SIDE - length) for length in thing.size)
         ground.paste(thing, at, thing)
-    return ground
+        mask.paste(1, at, thing.getchannel("A").point(lambda alpha: 255 * (alpha > 127)))
+    return ground, mask
 
 
 def main() -> None:
@@ -52,6 +55,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--count", type=int, default=3600)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--masks", type=Path, help="a folder for masks of what was pasted, PNGs of the images' names")
     given = parser.parse_args()
     photographs = files(given.photographs, ".jpg", ".jpeg")
     clipart = [p for folder in given.clipart for p in files(folder, ".png", ".webp")]
@@ -59,7 +63,11 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     draw = random.Random(given.seed)
     for number in range(given.count):
-        composed(photographs, clipart, draw).save(given.out / f"{number:05d}.jpg", quality=92)
+        image, mask = composed(photographs, clipart, draw)
+        image.save(given.out / f"{number:05d}.jpg", quality=92)
+        if given.masks is not None:
+            given.masks.mkdir(parents=True, exist_ok=True)
+            mask.save(given.masks / f"{number:05d}.png")
     print(f"{given.count} images of {len(clipart)} things on {len(photographs)} photographs in {given.out}")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -100,7 +101,10 @@ def main() -> None:
     features = dinov3.embed(model, query, size=448)
     colours = Image.fromarray((rainbow(features)[0].numpy() * 255).astype("uint8"))
     draw(query, hits, colours.resize((448, 448), Image.Resampling.NEAREST), model.origin.random, out / "demo.png")
-    print(f"\nLook at {out / 'demo.png'}")
+    print(f"\nLook at {out / 'demo.png'}. To go on:")
+    if (Path(sys.prefix) / "bin" / "activate").is_file():
+        print(f"  source {os.path.relpath(Path(sys.prefix) / 'bin' / 'activate')}")
+    print(f"  dinov3 search {store} --image {images / 'coffee.jpg'} --sheet neighbours.png")
     if not args.weights:
         print(
             "This was the small model that ships with the package (docs/model-card-vitt16.md). For Meta's far better ones:\n"

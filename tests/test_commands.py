@@ -42,13 +42,14 @@ def draw_scene(folder: Path | None, name: str | Path, horizon: int) -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, skimage_images) -> Path:
-    """A folder with `photos/` and a weights file (random values in Meta's form) under the published name."""
+    """A folder with `demo-out/images` and a weights file (random values in Meta's form) under the published name."""
     folder = tmp_path_factory.mktemp("readme")
-    (folder / "photos").mkdir()
-    for source, target in (("chelsea.png", "cat.jpg"), ("coffee.png", "coffee.jpg"), ("rocket.jpg", "rocket.jpg")):
+    photographs = folder / "demo-out" / "images"  # as `make demo` leaves them
+    photographs.mkdir(parents=True)
+    for source in ("chelsea.png", "coffee.png", "rocket.jpg"):
         from PIL import Image
 
-        Image.open(skimage_images / source).save(folder / "photos" / target)
+        Image.open(skimage_images / source).save(photographs / f"{Path(source).stem}.jpg")
     for split, parts in (("train", "images masks"), ("val", "images masks")):
         for part in parts.split():
             (folder / "scenes" / split / part).mkdir(parents=True)
@@ -81,12 +82,12 @@ def test_the_commands_work_as_printed(place: Path) -> None:
     assert len(commands) >= 7
     said = {command: run(command, place) for command in commands}
     found = next(text for command, text in said.items() if "--sheet" in command)
-    assert found.splitlines()[0].split("\t")[2].endswith("photos/cat.jpg") or "photos/cat.jpg" in found
+    assert "images/chelsea.jpg" in found
     assert (place / "neighbours.png").stat().st_size > 10_000
     assert (place / "vits16-transformers" / "config.json").is_file()
     assert (place / "street" / "head.safetensors").is_file()
     masks = {p.name for p in (place / "masks").iterdir()}
-    assert {"cat_classes.png", "coffee_classes.png", "rocket_classes.png"} <= masks
+    assert {"chelsea_classes.png", "coffee_classes.png", "rocket_classes.png"} <= masks
     assert len(list((place / "depth").glob("*_depth.npy"))) == 3
     assert (place / "knn" / "results-knn.csv").is_file()
     assert all("3 embedded" in text for command, text in said.items() if " embed " in command)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -339,10 +339,13 @@ def model_for(verb: str, config: ModelOptions, n_classes: int = 0) -> Any:
     """The model of a verb's options, logged on stderr; an untrained one only where "random" requests it, with a warning."""
     import torch
 
-    from dinov3.hub.open_task_model import AUTOCAST, open_task_model, untrained_model
+    from dinov3.hub.open_task_model import AUTOCAST, open_task_model, shipped_head, untrained_model
 
     if config.head is not None and (config.model is not None or config.weights is not None):
         raise DinoError("--head is a head file of your own, --model and --weights a published one: give one of them")
+    if config.head is None and config.model is None and config.weights is None and config.backbone_weights is None:
+        config = replace(config, head=str(shipped_head(verb)))
+        log("the small model that ships with the package, for a first look; see --weights for better ones")
     place, precision = device_of(config.device), getattr(torch, config.dtype) if config.dtype else None
     if config.head is not None:
         net = open_task_model(
@@ -386,9 +389,12 @@ def text_model(config: TextOptions) -> tuple[Any, Any]:
 
     from dinov3 import hub
     from dinov3.hub import dinotxt, published_heads
+    from dinov3.hub.open_task_model import shipped_head
 
     place, precision = device_of(config.device), getattr(torch, config.dtype)
     files = (config.weights, config.backbone_weights, config.vocabulary)
+    if config.weights is None and config.backbone_weights is None:
+        shipped_head("zero-shot")  # there is none: raises
     if config.weights != "random":
         model, tokenizer = dinotxt.open_model(*files, device=place, dtype=precision)
         log(f"{model.origin}, {config.dtype} on {place}")

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from dinov3.errors import DinoError
+from dinov3.errors import DinoError, WeightsError
 from dinov3.hub import HEADS, head, load
 from dinov3.hub.own_heads import METADATA, build_head, load_head, read_head_info
 from dinov3.hub.published_heads import placed
+from dinov3.weights.catalog import DOWNLOAD_PAGE, FILES
 from dinov3.weights.reading import read
 
 # task → (published head, its name in own head files, kind and options of an untrained head)
@@ -26,6 +27,8 @@ TASKS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "canopy": ("dinov3_vitl16_chmv2", "depth", "dpt", {"max_depth": 96.0}),
     "detect": ("dinov3_vit7b16_de", "detection", "detr", {"n_classes": 91}),
 }
+# Heads of our own on the small model, files of the package: what a command uses where no weights are named.
+SHIPPED = {"classify": "dinov3_vitt16_classify.safetensors", "segment": "dinov3_vitt16_segment.safetensors"}
 AUTOCAST = ("segment", "depth", "canopy")  # whose published functions take autocast_dtype
 
 
@@ -62,6 +65,18 @@ def open_task_model(
     if weights == "random" and backbone_weights is None:
         given = {"pretrained": False}
     return row.function(**given, device=device, dtype=dtype, **options).eval()
+
+
+def shipped_head(task: str) -> Path:
+    """The head file that the package has for a task. Raises `WeightsError` that says what to get where it has none."""
+    if task in SHIPPED:
+        return FILES / SHIPPED[task]
+    published = "dino.txt" if task == "zero-shot" else TASKS[task][0]
+    own = "" if task == "zero-shot" else f"; or a head of your own: --head FILE (`dinov3 train-head {TASKS[task][1]}`)"
+    raise WeightsError(
+        f"{task} needs weights that do not ship: Meta's {published}, free to request at {DOWNLOAD_PAGE}, as "
+        f"--weights HEAD --backbone-weights BACKBONE{own}.\nTo see the form of the output without them: --weights random"
+    )
 
 
 def untrained_model(

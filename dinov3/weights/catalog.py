@@ -32,6 +32,7 @@ STATISTICS: dict[str, tuple[tuple[float, float, float], tuple[float, float, floa
     "own": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
+FILES = Path(__file__).parent / "files"  # weights of our own, in the package
 DOWNLOAD_BASE = "https://dl.fbaipublicfiles.com/dinov3"  # DINOV3_DOWNLOAD_BASE in the environment overrides it
 DOWNLOAD_PAGE = "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/"
 
@@ -64,7 +65,7 @@ class Row:
     @property
     def packaged_path(self) -> Path | None:
         """The file that ships with the package."""
-        return Path(__file__).parent / "files" / self.packaged if self.packaged else None
+        return FILES / self.packaged if self.packaged else None
 
     @property
     def url(self) -> str | None:

@@ -35,6 +35,7 @@ from typing import Any
 
 from dinov3.errors import WeightsError, without_secrets
 from dinov3.files import atomically
+from dinov3.weights.catalog import DOWNLOAD_PAGE
 
 Progress = Callable[[int, int | None], None]  # (bytes so far, bytes in all if known)
 
@@ -269,7 +270,7 @@ def _refuse_html(content_type: str, start: bytes, name: str, url: str, partial: 
 
 
 _GATED = (
-    ": Meta's files are gated; request access at https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/, "
+    f": Meta's files are gated; request access at {DOWNLOAD_PAGE}, "
     'then pass the URL from the e-mail or the downloaded file\'s path, or use weights="facebook/…" from Hugging Face'
 )
 

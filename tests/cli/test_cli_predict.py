@@ -118,6 +118,38 @@ def test_boxes_are_in_cocos_form(photos: list[Path], tmp_path: Path) -> None:
     assert Image.open(tmp_path / "rocket_boxes.png").size == (640, 427)
 
 
+def test_a_cat_is_classified_and_found_by_the_heads_that_ship(photos: list[Path], tmp_path: Path) -> None:
+    code = "import sys; from dinov3.cli import main; sys.argv = ['dinov3', *sys.argv[1:]]; main()"
+    command = [sys.executable, "-c", code, "classify", photos[0], "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "cat" in done.stdout.split("\t")[1].split(", ")[0]  # tabby cat, Egyptian cat
+    assert "small model that ships" in done.stderr
+    run("segment", photos[0], "--out", tmp_path)
+    classes = np.asarray(Image.open(tmp_path / "chelsea_classes.png"))
+    legend = json.loads((tmp_path / "chelsea_classes.json").read_text())
+    assert "foreground" in str(legend)
+    assert classes.shape == (300, 451)
+    assert (classes[50:250, 130:330] == 1).mean() > 0.8  # its face
+    assert (classes == 1).mean() < 0.8
+
+
+@pytest.mark.parametrize(
+    "verb, meta", [("depth", "dinov3_vit7b16_dd"), ("detect", "dinov3_vit7b16_de"), ("canopy", "dinov3_vitl16_chmv2"),
+                   ("zero-shot", "dino.txt")],
+)  # fmt: skip
+def test_without_weights_the_others_say_in_two_lines_what_to_get(
+    verb: str, meta: str, photos: list[Path], tmp_path: Path
+) -> None:
+    more = ["--labels", "a,b"] if verb == "zero-shot" else ["--out", tmp_path]
+    with pytest.raises(DinoError) as caught:
+        run(verb, photos[0], *more)
+    first, second = str(caught.value).splitlines()
+    assert f"needs weights that do not ship: Meta's {meta}, free to request at https://ai.meta.com/" in first
+    assert ("--head FILE" in first) == (verb != "zero-shot")
+    assert second == "To see the form of the output without them: --weights random"
+
+
 def test_classes_go_to_stdout_and_one_table(photos: list[Path], tmp_path: Path) -> None:
     more = ("--weights", "random", "--size", 32, "--labels", "cat,rocket,cup", "--top", 2)
     result = run("classify", *photos, *more, "--out", tmp_path)
