@@ -182,6 +182,12 @@ def share(items: Sequence[T], group: Group = None) -> Sequence[T]:
     return items[rank(group) :: world(group)]
 
 
+def gather_shares(values: Sequence[T], group: Group = None) -> list[T]:
+    """One value for each item of this process's `share` → those of all items in the items' order, on every process."""
+    parts = gather_objects(list(values), group)
+    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
+
+
 def subgroup(parts: Sequence[Sequence[int]]) -> Group:
     """Splits all ranks into `parts` and returns the group of the part this rank is in.
 

@@ -20,10 +20,10 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol, TextIO, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from dinov3.errors import DinoError, one_of, require, without_secrets
 from dinov3.files import Lock, atomically
 
 Number = float | int | Tensor
+T = TypeVar("T")
 
 
 class Sink(Protocol):
@@ -297,6 +298,41 @@ class Progress:
         """The last line: how long the iterations of this start took, and each of them."""
         steps, seconds = self.timed_steps + 1, self.last - self.began
         self.run.log(f"{steps} iterations in {time_text(seconds)}, {seconds / steps:.3g} s each")
+
+
+class Ticker:
+    """Progress of a loop without records, every 15 seconds and at the end: "features 64/100  eta 0:00:12  3.1 images/s"."""
+
+    def __init__(
+        self, log: Callable[[str], None], what: str, total: int, *, first: int = 0, unit: str = "images", each: int = 1
+    ) -> None:
+        """first: where a resumed loop begins; each: `unit`s a step."""
+        self.log, self.what, self.total, self.first, self.unit, self.each = log, what, total, first, unit, each
+        self.began = self.last = time.perf_counter()
+
+    def due(self, done: int) -> bool:
+        return done == self.total or time.perf_counter() - self.last > 15
+
+    def __call__(self, done: int, more: str = "") -> None:
+        """`done` of `total` are finished; `more` stands at the end of a line that is due."""
+        if not self.due(done):
+            return
+        self.last = time.perf_counter()
+        rate = (done - self.first) / max(self.last - self.began, 1e-9)
+        left = time_text((self.total - done) / max(rate, 1e-9))
+        self.log(f"{self.what} {done}/{self.total}  eta {left}  {rate * self.each:.1f} {self.unit}/s{more}")
+
+
+def silent(text: str) -> None:
+    """A log that goes nowhere."""
+
+
+def ticked(items: Sequence[T], log: Callable[[str], None], unit: str) -> Iterator[T]:
+    """The items, with the progress through them logged."""
+    ticker = Ticker(log, unit, len(items), unit=unit)
+    for done, item in enumerate(items, 1):
+        yield item
+        ticker(done)
 
 
 def time_text(seconds: float) -> str:

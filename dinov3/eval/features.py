@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +31,7 @@ from dinov3.errors import DinoError, ImageError
 from dinov3.eval.arguments import FewShotSection
 from dinov3.features import batched, outputs
 from dinov3.heads.encoder import widths_of
-from dinov3.runlog import peak_memory_gb, time_text
+from dinov3.runlog import Ticker, peak_memory_gb
 from dinov3.weights.identity import name_of
 
 # ---- labels ---------------------------------------------------------------------------------------------------------
@@ -197,7 +196,7 @@ class FeatureCache:
             folder.mkdir(parents=True, exist_ok=True)
             about = {"model": self.model_name, "preprocessing": json.loads(preprocessing.to_json()), "images": N}
             (folder / "about.json").write_text(json.dumps(about, indent=1) + "\n")
-        began, done, logged = time.perf_counter(), 0, time.perf_counter()
+        done, ticker = 0, Ticker(self.log, "features", len(share))
         widths = dict(zip(layers, widths_of(self.model, layers)))  # type: ignore[arg-type]
         for c in columns:
             if rank == 0:
@@ -216,13 +215,7 @@ class FeatureCache:
             for c in columns:
                 arrays[c][share.start + done :][:B] = c.of(tokens[c.layer]).float().cpu().numpy()
             done += B
-            now = time.perf_counter()
-            if now - logged > 15 or done == len(share):
-                rate = done / (now - began)
-                left = time_text((len(share) - done) / rate)
-                memory = peak_memory_gb(next(self.model.parameters()).device)
-                self.log(f"features {done}/{len(share)}  {rate:.1f} images/s  eta {left}  {memory:.1f} GB")
-                logged = now
+            ticker(done, f"  {peak_memory_gb(next(self.model.parameters()).device):.1f} GB")
         for array in arrays.values():
             array.flush()  # type: ignore[attr-defined]
         arrays.clear()

@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -55,7 +55,7 @@ from dinov3.features import outputs
 from dinov3.files import atomically
 from dinov3.metrics.classification import Metric, Numbers
 from dinov3.metrics.classification import evaluate as measure
-from dinov3.runlog import time_text
+from dinov3.runlog import Ticker
 from dinov3.threads import prefetched
 
 RATES = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1]
@@ -393,7 +393,8 @@ class LinearEvaluation:
         if first < total:
             each = f"{t.batch_size} images on each of {distributed.world()} processes"
             session.log(f"{len(kinds)} heads, iterations {first} to {total}, {each}")
-        ticker = Ticker(session.log, first, total, t.batch_size * distributed.world())
+        images = t.batch_size * distributed.world()
+        ticker = Ticker(session.log, "iteration", total, first=first, each=images)
         for step, (numbers, crops) in enumerate(data.batches(t.batch_size, first, total, t.num_workers), start=first):
             cls, mean = self.tokens(crops)
             target = labels[numbers].to(session.device)
@@ -406,7 +407,8 @@ class LinearEvaluation:
             optimiser.step()
             schedule.step()
             done = step + 1
-            ticker(done, float(loss.detach()) / len(kinds) if ticker.due() or done == total else None)
+            if ticker.due(done):  # reading a loss waits for the device
+                ticker(done, f"  mean loss of the heads {float(loss.detach()) / len(kinds):.4g}")
             if done % eval_every == 0 and done < total:  # the last one follows anyway
                 _, accuracy = self.validate(heads, done)
                 if accuracy > best:
@@ -500,29 +502,6 @@ class LinearEvaluation:
             metrics={"val top-1": round(100 * accuracy, 2)},
         )
         self.session.log(f"the winner is in {path}")
-
-
-class Ticker:
-    """How far the training is, every 15 seconds."""
-
-    def __init__(self, log: Callable[[str], None], first: int, total: int, images: int) -> None:
-        import time
-
-        self.clock, self.log, self.first, self.total, self.images = time.perf_counter, log, first, total, images
-        self.began = self.last = self.clock()
-
-    def due(self) -> bool:
-        return self.clock() - self.last > 15
-
-    def __call__(self, done: int, loss: float | None) -> None:
-        if loss is None:
-            return
-        self.last = self.clock()
-        each = (self.last - self.began) / max(1, done - self.first)
-        self.log(
-            f"[{done}/{self.total}]  eta {time_text(each * (self.total - done))}  mean loss of the heads {loss:.4g}  "
-            f"{self.images / each:.0f} images/s"
-        )
 
 
 def evaluate(config: LinearConfig, session: Session) -> dict[str, Any]:

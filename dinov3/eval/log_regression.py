@@ -215,13 +215,13 @@ def select(
     x: Tensor, labels: Tensor, val: np.ndarray, val_targets: Targets, metric: Metric, n_classes: int, **options: Any
 ) -> list[tuple[float, float]]:
     """(C, validation top-1) for all 45 strengths, each process taking its share of them."""
-    mine: list[tuple[float, float]] = []
+    pairs: list[tuple[float, float]] = []
     fitted: Fitted | None = None
     for strength in distributed.share(STRENGTHS):
         fitted = fit(x, labels, strength, n_classes, start=fitted, **options)
         numbers = measure(metric, val_targets.chosen(fitted.scores(val)), val_targets.labels, groups=val_targets.groups)
-        mine.append((strength, numbers["top-1"]))
-    return sorted(pair for pairs in distributed.gather_objects(mine) for pair in pairs)
+        pairs.append((strength, numbers["top-1"]))
+    return distributed.gather_shares(pairs)
 
 
 # ---- the evaluation -------------------------------------------------------------------------------------------------

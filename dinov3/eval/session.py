@@ -55,7 +55,7 @@ from dinov3.eval.features import FeatureCache, Targets, check_classes, columns_o
 from dinov3.eval.published import published
 from dinov3.features import check_patches, default_preprocessing, layer_numbers
 from dinov3.files import atomically
-from dinov3.runlog import RunDir, peak_memory_gb, time_text
+from dinov3.runlog import RunDir, peak_memory_gb, ticked, time_text
 from dinov3.weights.filling import fill
 
 if TYPE_CHECKING:
@@ -153,13 +153,8 @@ class Session:
         self.run.log(text)
 
     def shared(self, items: Sequence[T], what: str) -> Iterator[T]:
-        """This process's share of the items; how many are done is logged every 15 seconds and at the end."""
-        share, logged = distributed.share(items), time.perf_counter()
-        for done, item in enumerate(share, 1):
-            yield item
-            if time.perf_counter() - logged > 15 or done == len(share):
-                self.log(f"{what} {done}/{len(share)}")
-                logged = time.perf_counter()
+        """This process's share of the items; its progress is logged."""
+        return ticked(distributed.share(items), self.log, what)
 
     def at(self, output_dir: str | os.PathLike[str]) -> Session:
         """The same session, writing elsewhere."""

@@ -47,7 +47,7 @@ from dinov3.heads.objectives import DEPTH_LOSSES, DepthLoss
 from dinov3.hub.open_task_model import is_head_file
 from dinov3.losses import LossTerms
 from dinov3.metrics.dense import DEPTH_SCORES, REGIONS, CanopySums, canopy_scores, depth_scores, mean_scores
-from dinov3.runlog import RunDir
+from dinov3.runlog import RunDir, silent, ticked
 
 NAME = "depth"
 HEIGHT_SCORES = ("mae", "rmse", "bias", "r2", "block_r2")
@@ -206,15 +206,14 @@ def evaluate_model(
     *,
     device: torch.device | str = "cpu",
     shown: Callable[[int, Any, Tensor, Tensor], None] | None = None,
-    log: Callable[[str], None] | None = None,
+    log: Callable[[str], None] = silent,
 ) -> tuple[dict[str, float], list[dict[str, float]]]:
     """(mean scores, each image's scores in order), the same on all ranks. Heights have no scores of single images.
 
     shown(index, image, prediction, truth) is called for every image of this process.
     """
-    rows: list[tuple[int, Any]] = []
-    mine = distributed.share(range(len(dataset)))
-    for done, index in enumerate(mine, 1):
+    rows: list[Any] = []
+    for index in ticked(distributed.share(range(len(dataset))), log, "images"):
         image, truth = dataset[index]
         if dataset.kind == "height":
             x, _ = transform(image, np.zeros_like(truth))
@@ -223,20 +222,17 @@ def evaluate_model(
             x, target = transform(image, truth)
         prediction = depth_map(model, x.to(device), (target.shape[0], target.shape[1]), flip=protocol.flip).cpu()
         if dataset.kind == "height":
-            rows.append((index, CanopySums.of(prediction, target)))
+            rows.append(CanopySums.of(prediction, target))
         else:
             counts = target != protocol.ignored_value
-            scores = depth_scores(
-                prediction, target, protocol.min_depth, protocol.max_depth, mask=counts, align=protocol.align
+            rows.append(
+                depth_scores(
+                    prediction, target, protocol.min_depth, protocol.max_depth, mask=counts, align=protocol.align
+                )
             )
-            rows.append((index, scores))
         if shown is not None:
             shown(index, image, prediction, target)
-        if log is not None and (done % 100 == 0 or done == len(mine)):
-            log(f"evaluated {done}/{len(mine)} images of this process")
-    every = [
-        row for _, row in sorted((r for part in distributed.gather_objects(rows) for r in part), key=lambda r: r[0])
-    ]
+    every = distributed.gather_shares(rows)
     if dataset.kind == "height":
         return canopy_scores(every), []
     return mean_scores(every), every

@@ -174,12 +174,12 @@ def evaluate(config: DetectionConfig, session: Session) -> Mapping[str, float | 
     sides = config.tta.short_sides if config.tta.enable else [short]
     transforms = [DetectionTransform(**(vars(base) | {"short": side})) for side in sides]
     total = min(config.limit, len(data)) if config.limit else len(data)
-    mine: list[tuple[int, Found, dict[str, Tensor]]] = []
+    scored: list[tuple[Found, dict[str, Tensor]]] = []
     for number in session.shared(range(total), "images"):
         image, target = data[number]
-        mine.append((number, in_classes_of(looks(model, transforms, image, session.device, config), mapped), target))
-    every = sorted((row for part in distributed.gather_objects(mine) for row in part), key=lambda row: row[0])
-    results, per_class = average_precision([f for _, f, _ in every], [t for _, _, t in every], data.class_names)
+        scored.append((in_classes_of(looks(model, transforms, image, session.device, config), mapped), target))
+    every = distributed.gather_shares(scored)
+    results, per_class = average_precision([f for f, _ in every], [t for _, t in every], data.class_names)
     if session.run.writer:
         common.write_table(session.output / "per-class.csv", per_class)
         if config.save_results:
@@ -187,10 +187,10 @@ def evaluate(config: DetectionConfig, session: Session) -> Mapping[str, float | 
     return {"images": total, **results}
 
 
-def write_detections(session: Session, data: BoxDataset, every: Sequence[tuple[int, Found, Any]]) -> None:
+def write_detections(session: Session, data: BoxDataset, every: Sequence[tuple[Found, Any]]) -> None:
     """detections.json: images by the data set's ids, classes by its category ids, boxes as left, top, width, height."""
     rows = []
-    for number, found, _ in every:
+    for number, (found, _) in enumerate(every):
         for (x1, y1, x2, y2), score, label in zip(
             found["boxes_xyxy_px"].tolist(), found["scores"].tolist(), found["labels"].tolist()
         ):

@@ -51,7 +51,7 @@ from dinov3.metrics.dense import (
     percentages,
     reduce_zero_label,
 )
-from dinov3.runlog import RunDir
+from dinov3.runlog import RunDir, silent, ticked
 
 NAME = "semantic_segmentation"
 
@@ -216,7 +216,7 @@ def evaluate_model(
     reduce_zero: bool,
     per_image: bool = False,
     device: torch.device | str = "cpu",
-    log: Callable[[str], None] | None = None,
+    log: Callable[[str], None] = silent,
     shown: Callable[[int, Tensor], None] | None = None,
 ) -> dict[str, Any]:
     """Scores of a segmentation model (`predict`) on a data set, those of `metrics.dense.iou_scores`; the same on all ranks.
@@ -225,8 +225,7 @@ def evaluate_model(
     """
     K, n = protocol.n_classes, len(dataset)
     counts = torch.zeros((n if per_image else 1), K, K, dtype=torch.int64)
-    mine = distributed.share(range(n))
-    for done, index in enumerate(mine, 1):
+    for index in ticked(distributed.share(range(n)), log, "images"):
         image, target = dataset[index]
         labels = torch.from_numpy(target)
         labels = reduce_zero_label(labels) if reduce_zero else labels
@@ -234,11 +233,6 @@ def evaluate_model(
         counts[index if per_image else 0] += confusion_matrix(prediction, labels, K, IGNORED)
         if shown is not None:
             shown(index, prediction)
-        if log is not None and (done % 100 == 0 or done == len(mine)):
-            log(
-                f"evaluated {done}/{len(mine)} images"
-                + (f" on each of {distributed.world()} processes" if distributed.world() > 1 else "")
-            )
     counts = distributed.all_reduce(counts.to(device), "sum").cpu()
     scores = iou_scores(counts.sum(0))
     if per_image:
