@@ -158,7 +158,7 @@ EVALUATIONS: dict[str, tuple[str, str]] = {
     "linear": ("dinov3.eval.linear", "classes of images by linear heads trained with augmentation"),
     "segmentation": ("dinov3.eval.segmentation.run", "classes of pixels by a linear head"),
     "depth": ("dinov3.eval.depth.run", "metres of pixels by a linear or DPT head"),
-    "detection": ("dinov3.eval.detection.run", "boxes of objects"),
+    "detection": ("dinov3.eval.detection", "boxes of objects"),
     "retrieval": ("dinov3.eval.retrieval", "the same place or work of art among many images"),
     "keypoints": ("dinov3.eval.keypoints", "corresponding points of two images"),
     "tracking": ("dinov3.eval.tracking", "masks carried through a video"),

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinov3.dense.patches import unit_map
+from dinov3.dense.matching import unit_map
 from dinov3.errors import DinoError
 from dinov3.features import Features
 

@@ -19,8 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov3.dense.matching import coverage
-from dinov3.dense.patches import maps
+from dinov3.dense.matching import coverage, maps
 from dinov3.errors import DinoError
 from dinov3.features import Features
 from dinov3.metrics.classification import average_precision

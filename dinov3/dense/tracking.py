@@ -12,16 +12,17 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov3.dense.patches import unit_map
+from dinov3.dense.matching import unit_map
 from dinov3.errors import DinoError, UnknownName, one_of
 from dinov3.features import Features
 
-SHAPES = ("circle", "square")
+Shape = Literal["circle", "square"]
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,12 @@ class Propagation:
 
     n_context: int = 7
     radius: float = 12
-    shape: str = "circle"
+    shape: Shape = "circle"
     k: int = 5
     temperature: float = 0.2
 
     def __post_init__(self) -> None:
-        one_of("shape", self.shape, SHAPES)
+        one_of("shape", self.shape, get_args(Shape))
         if self.n_context < 0 or self.radius < 0 or self.k < 1 or not self.temperature > 0:
             raise DinoError(f"n_context and radius are at least 0, k at least 1, temperature above 0: {self}")
 

@@ -30,17 +30,6 @@ from dinov3.heads.encoder import step_of
 
 
 @dataclass
-class PropagationSection:
-    """As `dense.tracking.Propagation`: the values of the paper's notebook."""
-
-    n_context: int = 7
-    radius: float = 12  # in patches; .inf: anywhere
-    shape: Literal["circle", "square"] = "circle"
-    k: int = 5
-    temperature: float = 0.2
-
-
-@dataclass
 class TrackingConfig(EvalConfig):
     # the folder with JPEGImages and Annotations
     root: str = setting("", required="root=FOLDER, with JPEGImages and Annotations in it")
@@ -53,7 +42,7 @@ class TrackingConfig(EvalConfig):
     rounding: Literal["nearest", "up"] = "nearest"
     layer: int = -1
     norm: bool = True
-    propagation: PropagationSection = field(default_factory=PropagationSection)
+    propagation: Propagation = field(default_factory=Propagation)
     upsampling: Literal["bilinear", "nearest"] = "bilinear"  # of soft labels to the frame: paper, notebook
     stretch: bool = True  # every object's map to [0, 1] before the largest wins (notebook)
     save_masks: bool = False  # masks/<sequence>/<frame>.png
@@ -206,10 +195,8 @@ def followed(model: Any, video: MaskedVideo, config: TrackingConfig) -> list[np.
             frame = video.frame(i).resize(size, Image.Resampling.BICUBIC)
             yield embed(model, frame, preprocessing=preprocessing, layer=config.layer, norm=config.norm).patches[0]
 
-    p = config.propagation
-    settings = Propagation(p.n_context, p.radius, p.shape, p.k, p.temperature)
     out = [np.zeros((H, W), np.uint8)] * start
-    for labels in track(features(), torch.from_numpy(first), settings):
+    for labels in track(features(), torch.from_numpy(first), config.propagation):
         found = masks(labels, (H, W), upsampling=config.upsampling, stretch=config.stretch)
         out.append(found.to(torch.uint8).cpu().numpy())
     return out

@@ -18,7 +18,7 @@ from torch import Tensor
 from dinov3 import hub
 from dinov3.data.datasets import make_dataset
 from dinov3.errors import DinoError
-from dinov3.eval.detection import run
+from dinov3.eval import detection as run
 from dinov3.heads.detr.model import Detections
 from dinov3.hub.own_heads import build_head, save_head
 from dinov3.metrics.boxes import average_precision, soft_nms

@@ -1,1 +1,0 @@
-"""Object detection: how good boxes are, and the script around it."""
