@@ -31,6 +31,7 @@ format: $(VENV)/.test
 
 $(BIN)/python:
 	$(PYTHON) -m venv --without-pip $(VENV)
+	$(INSTALL) pip
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e '.[demo]'

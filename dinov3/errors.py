@@ -10,6 +10,7 @@ import difflib
 import importlib
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
@@ -93,6 +94,14 @@ def only_known(what: str, given: Iterable[str], known: Iterable[str]) -> None:
             raise UnknownName(f"{what} {name!r}{did_you_mean(name, known)}{listed}")
 
 
+def install(extra: str) -> str:
+    """The command that installs an extra: from the checkout if the package runs in one, else from the index."""
+    checkout = Path(__file__).parents[1]
+    if not (checkout / "pyproject.toml").is_file():
+        return f"pip install 'dinov3[{extra}]'"
+    return f"pip install -e '{'.' if checkout == Path.cwd() else checkout}[{extra}]'"
+
+
 def require(module: str, extra: str, purpose: str) -> ModuleType:
     """Import an optional module, or raise `MissingExtra` with the command that installs it."""
     try:
@@ -100,4 +109,4 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or not (module == error.name or module.startswith(error.name + ".")):
             raise  # the module is there, something inside it is broken: that is another story
-        raise MissingExtra(f"{purpose} needs {error.name}; install it with: pip install 'dinov3[{extra}]'") from None
+        raise MissingExtra(f"{purpose} needs {error.name}; install it with: {install(extra)}") from None

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
-from dinov3.errors import DinoError, WeightsError, without_secrets
+from dinov3.errors import DinoError, WeightsError, install, without_secrets
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,13 @@ from dinov3.errors import DinoError, WeightsError, without_secrets
 def test_queries_and_passwords_of_urls_are_not_shown(text: str, shown: str) -> None:
     assert without_secrets(text) == shown
     assert str(WeightsError(text)) == str(DinoError(text)) == shown
+
+
+def test_a_missing_extra_is_installed_from_the_checkout_or_the_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert install("hub") == "pip install -e '.[hub]'"
+    monkeypatch.setattr("dinov3.errors.__file__", "/usr/lib/python3/site-packages/dinov3/errors.py")
+    assert install("hub") == "pip install 'dinov3[hub]'"
 
 
 def test_logs_and_resolved_configurations_hold_no_secrets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

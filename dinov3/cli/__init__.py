@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import sys
 
-from dinov3.errors import DinoError
+from dinov3.errors import DinoError, install
 
 try:
     import typer  # noqa: F401
 except ModuleNotFoundError:  # the core that loads models does without
-    print("the dinov3 command needs typer and rich; install them with: pip install 'dinov3[cli]'", file=sys.stderr)
+    print(f"the dinov3 command needs typer and rich; install them with: {install('cli')}", file=sys.stderr)
     raise SystemExit(1) from None
 
 # importing a file registers its verbs, in the order in which --help lists them

@@ -30,7 +30,7 @@ from dinov3.data.datasets.dense import ONE_CLASS
 from dinov3.data.images import open_image
 from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.drawing import palette
-from dinov3.errors import DinoError, ImageError
+from dinov3.errors import DinoError, ImageError, install
 from dinov3.features import default_preprocessing
 from dinov3.files import atomically
 from dinov3.fit.features import cached_features
@@ -444,7 +444,7 @@ def figure(task: tasks.Task, model: nn.Module, run: RunDir, device: torch.device
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        return "no image of the result: it needs matplotlib; install it with: pip install 'dinov3[plots]'"
+        return f"no image of the result: it needs matplotlib; install it with: {install('plots')}"
     dataset = task.val if task.val is not None else task.data
     chosen = [round(i) for i in np.linspace(0, len(dataset) - 1, min(rows, len(dataset)))]
     drawn = [task.panels(model, dataset, index, device) for index in chosen]

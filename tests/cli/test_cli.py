@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from dinov3 import cli
 from dinov3.cli.shared import config_options
 from dinov3.config.bounds import setting
-from dinov3.errors import DinoError
+from dinov3.errors import DinoError, install
 from dinov3.weights.catalog import ROWS
 
 
@@ -224,7 +224,7 @@ import dinov3.cli
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.strip().endswith("pip install 'dinov3[cli]'")
+    assert done.stderr.strip().endswith(install("cli"))
 
 
 @pytest.mark.parametrize("recipe", ["toy_cpu", "vits16_one_gpu", "vitb16_one_gpu"])

@@ -16,6 +16,7 @@ from paths import ROOT
 from toy_training import write_config, write_images
 
 from dinov3.checkpoint import Checkpoints
+from dinov3.errors import install
 from dinov3.run import submit
 from dinov3.train.stopping import StopRequest
 
@@ -161,7 +162,7 @@ def test_a_missing_submitit_is_named_with_its_extra(
     monkeypatch.setattr(submit.shutil, "which", lambda name: f"/bin/{name}")
     monkeypatch.setitem(sys.modules, "submitit", None)
     assert submit.main([str(script)]) == 1
-    assert "pip install 'dinov3[slurm]'" in capsys.readouterr().err
+    assert install("slurm") in capsys.readouterr().err
 
 
 def test_whoever_waited_for_the_signal_before_hears_of_it_when_all_is_saved() -> None:
