@@ -55,6 +55,8 @@ class EmbedOptions:
     column: str | None = setting(None, help="The image column of a parquet file. Default: found.")
     recursive: bool = setting(True, help="Include sub-folders.")
     retry_failed: bool = setting(False, help="Try images again that failed before.")
+    prune: bool = setting(False, help="Remove images from the store whose files were deleted.", flag="--prune")
+    strict: bool = setting(False, help="Exit code 3 for unreadable images of earlier runs as well.", flag="--strict")
     engine: Literal["local", "ray"] = setting("local", help="One process, or Ray Data on a cluster.")
 
 
@@ -99,11 +101,12 @@ def embed(
         "patches": c.patches,
         "batch_size": batch_size,
         "retry_failed": c.retry_failed,
+        "prune": c.prune,
     }
     with Progress("embedding", len(images)) as bar:
 
         def progress(report: Report) -> None:
-            bar(report.skipped + report.embedded + len(report.failures), report.rate)
+            bar(report.done, report.rate)
 
         if c.engine == "ray":
             from dinov3.embedding.ray_engine import embed_with_ray
@@ -113,7 +116,7 @@ def embed(
             from dinov3.embedding.pipeline import embed_source
 
             report = embed_source(net, images, out, workers=c.workers, on_progress=progress, **options)
-    _log_report(report, out, preprocessing, as_json)
+    _log_report(report, out, preprocessing, as_json, c.strict)
 
 
 def _log_model(net: Any) -> None:
@@ -128,21 +131,29 @@ def _log_model(net: Any) -> None:
         log(f"note: {note}")
 
 
-def _log_report(report: Report, out: str, preprocessing: Preprocessing, as_json: bool) -> None:
+def _log_report(report: Report, out: str, preprocessing: Preprocessing, as_json: bool, strict: bool) -> None:
     failures = [(f.path, f.reason) for f in report.failures]
-    log_failures(failures, f"; `dinov3 info {out} --failed` lists all")
-    log(
-        f"{report.embedded} embedded ({report.rate:.1f} images/s), {report.skipped} already there, "
-        f"{len(report.failures)} unreadable; {out} ({preprocessing.id})"
-    )
+    log_failures(failures, f"; `dinov3 store info {out} --failed` lists all")
+    counts = [f"{report.embedded} embedded ({report.rate:.1f} images/s)", f"{report.skipped} already there"]
+    for name in ("replaced", "moved", "copied", "touched"):
+        if getattr(report, name):
+            counts.append(f"{getattr(report, name)} {name}")
+    if report.deleted:
+        pruned = "removed from the store" if report.pruned else "still in the store, --prune removes them"
+        counts.append(f"{len(report.deleted)} deleted ({pruned})")
+    old = len(failures) - report.new_failures
+    counts.append(f"{len(failures)} unreadable" + (f" ({old} of an earlier run)" if old else ""))
+    log(f"{', '.join(counts)}; {out} ({preprocessing.id})")
     if as_json:
-        failed = [{"path": path, "reason": reason} for path, reason in failures]
-        facts = {"embedded": report.embedded, "skipped": report.skipped, "failed": failed, "found": report.found}
-        print(json.dumps(facts | {"seconds": round(report.seconds, 3), "interrupted": report.interrupted}))
+        names = ("found", "embedded", "replaced", "skipped", "moved", "copied", "touched", "deleted", "pruned")
+        facts = {name: getattr(report, name) for name in names}
+        facts["failed"] = [{"path": path, "reason": reason} for path, reason in failures]
+        facts |= {"new_failures": report.new_failures, "seconds": round(report.seconds, 3)}
+        print(json.dumps(facts | {"interrupted": report.interrupted}))
     if report.interrupted:
         log("interrupted; run the same command to continue")
         raise typer.Exit(INTERRUPTED)
-    if report.failures:
+    if report.new_failures or (strict and report.failures):
         raise typer.Exit(UNREADABLE)
 
 

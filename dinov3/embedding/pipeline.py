@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Container, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,7 +28,7 @@ from dinov3.data.sources import Item, Source
 from dinov3.data.transforms.inputs import Geometry, Preprocessing
 from dinov3.embedding.schema import Failure, PatchPrecision, Row, StoreFacts
 from dinov3.embedding.search import EXACT_LIMIT, build_index
-from dinov3.embedding.store import EmbeddingStore
+from dinov3.embedding.store import Copy, EmbeddingStore
 from dinov3.errors import DinoError, ImageError, UnknownName, choices_sentence, one_of
 from dinov3.features import Features, extract, prepare
 from dinov3.threads import prefetched
@@ -50,14 +51,30 @@ class Prepared:
     geometry: Geometry
 
 
-def prepare_item(item: Item, preprocessing: Preprocessing) -> Prepared | Failure:
-    """Reads, hashes, decodes and transforms one image; what is wrong with it is returned, not raised."""
+@dataclass(frozen=True)
+class Unchanged:
+    """An item whose content the store holds already, under this path or another."""
+
+    item: Item
+    content_hash: str
+
+
+def prepare_item(
+    item: Item, preprocessing: Preprocessing, contents: Container[str] = ()
+) -> Prepared | Unchanged | Failure:
+    """Reads, hashes, decodes and transforms one image; what is wrong with it is returned, not raised.
+
+    An image whose hash is among `contents` is not decoded.
+    """
     try:
         data = item.read()
+        content_hash = hashlib.sha256(data).hexdigest()
+        if content_hash in contents:
+            return Unchanged(item, content_hash)
         x, geometry = prepare(data, preprocessing)
     except (ImageError, DinoError) as error:
         return Failure(item.path, item.stamp, str(error))
-    return Prepared(item, hashlib.sha256(data).hexdigest(), x, geometry)
+    return Prepared(item, content_hash, x, geometry)
 
 
 def pool(features: Features, pooling: str) -> Tensor:
@@ -132,14 +149,25 @@ class Embedder:
 
 @dataclass
 class Report:
-    """What a run did. `failed` counts the images of this source that are listed as unreadable, also from earlier runs."""
+    """Counts of a run. `failures` are the unreadable images of this source, also those of earlier runs."""
 
     found: int = 0
-    embedded: int = 0
+    embedded: int = 0  # by the model: new images and changed ones
+    replaced: int = 0  # of these, the changed ones
     skipped: int = 0  # in the store already
+    moved: int = 0  # renamed in the store
+    copied: int = 0  # new paths with the content of a stored image
+    touched: int = 0  # a new time of modification, the same content
+    deleted: list[str] = field(default_factory=list)  # stored, but gone from the source
+    pruned: int = 0  # of these, removed from the store
     failures: list[Failure] = field(default_factory=list)
+    new_failures: int = 0
     seconds: float = 0.0
     interrupted: bool = False
+
+    @property
+    def done(self) -> int:
+        return self.embedded + self.skipped + self.moved + self.copied + self.touched + len(self.failures)
 
     @property
     def rate(self) -> float:
@@ -149,7 +177,7 @@ class Report:
 
 @contextmanager
 def listening() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed, for the loop to ask between batches; pressed again, it interrupts at once.
+    """Whether Ctrl-C was pressed, for the loop to check between batches; pressed again, it interrupts at once.
 
     The exception that Python raises by default comes in the middle of whatever runs, a commit or a library's call. Where
     the signal is ignored (a job in the background), somebody else listens, or outside the main thread, nothing changes.
@@ -193,45 +221,214 @@ def auto_workers(model: nn.Module) -> int:
     return max(1, cores // 2) if next(model.parameters()).device.type == "cpu" else cores
 
 
-def todo(source: Source, store: EmbeddingStore, report: Report, *, retry_failed: bool = False) -> Iterator[Item]:
-    """The items that the store does not hold in their present state; the rest is counted in the report.
+ASIDE = 500  # renames, copies, touches and failures that are committed together
+
+
+class Job:
+    """One run of a source into a store: which items are to do, the commits of their results, and the report.
 
     In a store an item is known by its absolute path, so that several folders with an `a.jpg` each can share one.
     """
-    known = store.known()
-    failed = {f.path: f for f in store.failures()}
-    seen: set[str] = set()
-    for item in source:
-        item = replace(item, path=os.path.join(source.root, item.path))
-        if item.path in seen:  # a list file may name an image twice
-            continue
-        seen.add(item.path)
-        report.found += 1
-        if known.get(item.path) == item.stamp:
-            report.skipped += 1
-        elif not retry_failed and item.path in failed and failed[item.path].stamp == item.stamp:
-            report.failures.append(failed[item.path])
+
+    def __init__(
+        self,
+        store: EmbeddingStore,
+        source: Source,
+        *,
+        retry_failed: bool = False,
+        prune: bool = False,
+        on_progress: Callable[[Report], None] | None = None,
+    ) -> None:
+        self.store, self.source, self.retry_failed, self.prune = store, source, retry_failed, prune
+        self.on_progress, self.report, self.start = on_progress, Report(), time.perf_counter()
+        self.root_moved = follow_root(store, source)
+        table = store.rows(["path", "stamp", "content_hash"])
+        self.stamps = dict(zip(table["path"].to_pylist(), table["stamp"].to_pylist()))
+        self.hashes = dict(zip(table["path"].to_pylist(), table["content_hash"].to_pylist()))
+        self.failed = {failure.path: failure for failure in store.failures()}
+        self.contents: dict[str, list[str]] = {}  # content hash → stored paths; filled when an item must be read
+        self.seen: set[str] = set()
+        self.again: list[Item] = []  # to be embedded after all
+        self.unchanged: list[Unchanged] = []
+        self.new_failures: list[Failure] = []
+
+    def todo(self) -> Iterator[Item]:
+        """The items that the store does not hold in their present state; the others are counted."""
+        report = self.report
+        for item in self.source:
+            item = replace(item, path=os.path.join(self.source.root, item.path))
+            if item.path in self.seen:  # a list file may name an image twice
+                continue
+            self.seen.add(item.path)
+            report.found += 1
+            failure = self.failed.get(item.path)
+            if self.stamps.get(item.path) == item.stamp:
+                report.moved += self.root_moved
+                report.skipped += not self.root_moved
+            elif not self.retry_failed and failure is not None and failure.stamp == item.stamp:
+                report.failures.append(failure)
+            else:
+                if not self.contents:
+                    for path, content_hash in self.hashes.items():
+                        self.contents.setdefault(content_hash, []).append(path)
+                yield item
+
+    def aside(self, result: Unchanged | Failure) -> None:
+        """A result that needs no model."""
+        if isinstance(result, Unchanged):
+            self.unchanged.append(result)
         else:
-            yield item
+            old = self.failed.get(result.path)
+            self.report.failures.append(result)
+            self.report.new_failures += old is None or old.stamp != result.stamp
+            self.new_failures.append(result)
+        if len(self.unchanged) + len(self.new_failures) >= ASIDE:
+            self.flush()
+
+    def write(self, rows: list[Row]) -> None:
+        """One commit for new images, one for those whose file changed."""
+        changed = [row for row in rows if row.path in self.stamps]
+        self.store.append([row for row in rows if row.path not in self.stamps])
+        self.store.replace(changed)
+        self._mended(row.path for row in rows)
+        self.report.embedded += len(rows)
+        self.report.replaced += len(changed)
+        if self.new_failures:
+            self.flush()
+        self.tell()
+
+    def flush(self) -> None:
+        """Commits what came aside."""
+        failures, self.new_failures = self.new_failures, []
+        self.store.record_failures(failures)
+        results, self.unchanged = self.unchanged, []
+        touched: dict[str, str] = {}
+        moves: list[Copy] = []
+        copies: list[Copy] = []
+        taken: set[str | None] = set()
+        for result in results:
+            path, content_hash = result.item.path, result.content_hash
+            if self.hashes.get(path) == content_hash:
+                touched[path] = result.item.stamp
+            elif path in self.stamps:  # changed to what another image is or was
+                self.again.append(result.item)
+            else:
+                old = self.contents[content_hash]
+                gone = next((p for p in old if p not in taken and p not in self.seen and is_gone(p)), None)
+                taken.add(gone)
+                (copies if gone is None else moves).append(Copy(gone or old[0], path, result.item.stamp, content_hash))
+        if touched:
+            self.store.touch(touched)
+        items = {result.item.path: result.item for result in results}
+        lost = self.store.rename(moves)
+        for move in moves:
+            if move not in lost:  # further copies are made of the row under its new path
+                self.contents[move.content_hash] = [move.new] + [
+                    p for p in self.contents[move.content_hash] if p != move.old
+                ]
+                self.stamps.pop(move.old, None)
+        copies = [replace(c, old=self.contents[c.content_hash][0]) for c in copies]
+        lost = lost + self.store.copy(copies)
+        self.again += [items[copy.new] for copy in lost]
+        lost_paths = {copy.new for copy in lost}
+        self._mended(set(items) - lost_paths)
+        self.report.touched += len(touched)
+        self.report.moved += sum(m.new not in lost_paths for m in moves)
+        self.report.copied += sum(c.new not in lost_paths for c in copies)
+        self.tell()
+
+    def close(self, interrupted: bool) -> Report:
+        """The end of the run: what is gone from the source, one fragment instead of thousands, an index if need be."""
+        report = self.report
+        report.interrupted = report.interrupted or interrupted
+        self.flush()
+        if not report.interrupted:
+            self._sweep()
+        if report.embedded or report.moved or report.copied or report.pruned:
+            self.store.compact()
+            if len(self.store) > EXACT_LIMIT:
+                build_index(self.store)
+        self.tell()
+        return report
+
+    def _sweep(self) -> None:
+        """Stored images of this source that are gone; their failures are dropped, their rows only with `prune`."""
+        base = self.source.root.rstrip(os.sep) + os.sep
+        containers = {path.partition("#")[0] for path in self.seen if "#" in path}
+        unreadable = {failure.path for failure in self.report.failures}
+
+        def gone(path: str) -> bool:
+            below = path.startswith(base) and path not in self.seen
+            return (below or path in unreadable) and (path.partition("#")[0] in containers or is_gone(path))
+
+        self.report.deleted = sorted(path for path in self.stamps if gone(path))
+        if self.prune and self.report.deleted:
+            self.report.pruned = self.store.remove(self.report.deleted)
+        self.store.clear_failures(path for path in self.failed if path not in self.seen and gone(path))
+
+    def _mended(self, paths: Iterable[str]) -> None:
+        if self.failed:
+            self.store.clear_failures(path for path in paths if path in self.failed)
+
+    def tell(self) -> None:
+        self.report.seconds = time.perf_counter() - self.start
+        if self.on_progress:
+            self.on_progress(self.report)
+
+
+def is_gone(path: str) -> bool:
+    """Whether the file of a stored path no longer exists. A folder that cannot be read does not say so.
+
+    A member of a tar or a row of a table (`shard.tar#name`) exists while the container does.
+    """
+    for end in [len(path), *(i for i, letter in enumerate(path) if letter == "#")]:
+        name = re.sub(rb"\\x([89a-f][0-9a-f])", lambda m: bytes.fromhex(m[1].decode()), path[:end].encode())
+        for spelling in {path[:end].encode(), name}:  # bytes that are no UTF-8 are stored escaped
+            try:
+                os.lstat(spelling)
+                return False
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except (OSError, ValueError):
+                return False
+    return True
+
+
+def follow_root(store: EmbeddingStore, source: Source) -> bool:
+    """Whether the store's root was moved to where the source is; the store then takes that as its root.
+
+    That is so if the old root is gone and most images have the names and sizes of stored ones.
+    """
+    if not store.root or source.root == store.root or not is_gone(store.root):
+        return False
+    table = store.rows(["path", "stamp"])
+    names = map(store.stored, table["path"].to_pylist())
+    sizes = {n: s.partition("-")[0] for n, s in zip(names, table["stamp"].to_pylist()) if not os.path.isabs(n)}
+    same = sum(sizes.get(item.path) == item.stamp.partition("-")[0] for item in source)
+    if 2 * same <= min(len(sizes), len(source)):
+        return False
+    store.set_root(source.root)
+    return True
 
 
 def prepared(
-    items: Iterable[Item], preprocessing: Preprocessing, workers: int, ahead: int
-) -> Generator[Prepared | Failure, None, None]:
+    items: Iterable[Item], preprocessing: Preprocessing, workers: int, ahead: int, contents: Container[str] = ()
+) -> Generator[Prepared | Unchanged | Failure, None, None]:
     """The items prepared by threads, in order, at most `ahead` of them before they are used."""
     # one thread a worker: the image's own resize must not start a thread pool inside each of them
     one_thread = partial(torch.set_num_threads, 1)
-    return prefetched(partial(prepare_item, preprocessing=preprocessing), items, workers, ahead, initializer=one_thread)
+    make = partial(prepare_item, preprocessing=preprocessing, contents=contents)
+    return prefetched(make, items, workers, ahead, initializer=one_thread)
 
 
 def batches_by_size(
-    prepared: Iterable[Prepared | Failure], batch_size: int, failed: Callable[[Failure], None]
+    prepared: Iterable[Prepared | Unchanged | Failure], batch_size: int, aside: Callable[[Unchanged | Failure], None]
 ) -> Iterator[list[Prepared]]:
-    """Full batches of one input size each, then the rest. Failures go aside."""
+    """Full batches of one input size each, then the rest. What needs no model goes aside."""
     open_batches: dict[tuple[int, ...], list[Prepared]] = {}
     for p in prepared:
-        if isinstance(p, Failure):
-            failed(p)
+        if not isinstance(p, Prepared):
+            aside(p)
             continue
         batch = open_batches.setdefault(tuple(p.input.shape), [])
         batch.append(p)
@@ -242,19 +439,6 @@ def batches_by_size(
             # images of many sizes: let none wait for ever, and keep memory bounded
             yield open_batches.pop(max(open_batches, key=lambda s: len(open_batches[s])))
     yield from open_batches.values()
-
-
-def write(store: EmbeddingStore, rows: list[Row], known: dict[str, str]) -> None:
-    """One commit for new images, one for those whose file changed."""
-    store.append([row for row in rows if row.path not in known])
-    store.replace([row for row in rows if row.path in known])
-
-
-def finish(store: EmbeddingStore) -> None:
-    """The end of a job: one fragment instead of thousands, and an index where scanning would take too long."""
-    store.compact()
-    if len(store) > EXACT_LIMIT:
-        build_index(store)
 
 
 def embed_source(
@@ -268,59 +452,45 @@ def embed_source(
     batch_size: int | None = None,
     workers: int | None = None,
     retry_failed: bool = False,
+    prune: bool = False,
     on_progress: Callable[[Report], None] | None = None,
 ) -> Report:
-    """Embeds every image of `source` that the store at `uri` lacks; the report says what happened.
+    """Embeds every image of `source` that the store at `uri` lacks; returns counts.
 
-    `batch_size` None chooses one. `workers` decoding threads (`auto_workers` by default). Ctrl-C ends the job after
-    the last commit with `report.interrupted`; nothing that was committed is lost. Raises `StoreError` where the store
-    holds another model, preprocessing, pooling or precision.
+    An image is known by its content: a moved file is renamed in the store, a touched one stays, a changed one is
+    replaced, a deleted one reported and with `prune` removed. `batch_size` None chooses one. `workers` decoding threads
+    (`auto_workers` by default). Ctrl-C ends the job after the last commit with `report.interrupted`; nothing that was
+    committed is lost. Raises `StoreError` where the store holds another model, preprocessing, pooling or precision.
     """
     one_of("pooling", pooling, POOLINGS)
     embedder = Embedder(model, preprocessing, pooling, patches)
     batch_size = batch_size or auto_batch(model, preprocessing)
     workers = workers or auto_workers(model)
-    report, start = Report(), time.perf_counter()
-    new_failures: list[Failure] = []
 
-    def failed(failure: Failure) -> None:
-        report.failures.append(failure)
-        new_failures.append(failure)
+    def embed_items(job: Job, items: Iterable[Item], contents: Container[str], stop: Callable[[], bool]) -> None:
+        ahead = prepared(items, preprocessing, workers, 2 * batch_size + workers, contents)
+        with closing(ahead):
+            for batch in batches_by_size(ahead, batch_size, job.aside):
+                job.write(embedder.rows(batch))
+                if stop():
+                    job.report.interrupted = True
+                    return
 
-    def tell() -> None:
-        report.seconds = time.perf_counter() - start
-        if on_progress:
-            on_progress(report)
-
-    with EmbeddingStore.open_or_create(uri, embedder.facts()) as store:
-        known, known_failed = store.known(), store.known_failed()
-        items = todo(source, store, report, retry_failed=retry_failed)
+    interrupted = False
+    with EmbeddingStore.open_or_create(uri, embedder.facts(), source.root) as store:
+        job = Job(store, source, retry_failed=retry_failed, prune=prune, on_progress=on_progress)
         try:
-            ahead = prepared(items, preprocessing, workers, ahead=2 * batch_size + workers)
-            with listening() as stop, closing(ahead):
-                for batch in batches_by_size(ahead, batch_size, failed):
-                    write(store, embedder.rows(batch), known)
-                    report.embedded += len(batch)
-                    mended = [p.item.path for p in batch if p.item.path in known_failed]
-                    store.clear_failures(mended)
-                    if new_failures:
-                        store.record_failures(new_failures)
-                        new_failures.clear()
-                    tell()
-                    if stop():
-                        report.interrupted = True
-                        break
+            with listening() as stop:
+                embed_items(job, job.todo(), job.contents, stop)
+                if not job.report.interrupted:
+                    job.flush()
+                    embed_items(job, job.again, (), stop)
         except KeyboardInterrupt:
-            report.interrupted = True
-        if new_failures:
-            store.record_failures(new_failures)
-        if report.embedded:
-            finish(store)
-        tell()
-    return report
+            interrupted = True
+        return job.close(interrupted)
 
 
-# ---- asking ---------------------------------------------------------------------------------------------------------
+# ---- queries --------------------------------------------------------------------------------------------------------
 
 
 def model_of(

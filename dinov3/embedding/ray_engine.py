@@ -1,9 +1,10 @@
 """The same job on many machines: Ray Data between the two halves of the pipeline.
 
-The driver lists the source, leaves out what the store knows, and deals the rest to shards by a hash of the path, so
+The driver lists the source, leaves out what the store knows, and shards the rest by a hash of the path, so
 that a shard's content does not depend on the cluster's size or on timing. Workers read, decode and run the model; the
 driver commits whatever arrives, batch by batch, so a killed job continues as the single process does. Images must be
-readable from the workers under the same paths. Rows are those of the single process.
+readable from the workers under the same paths. Rows are those of the single process. A worker that finds the content of
+a stored image returns its hash only.
 
 Left out: writing from the workers (one writer keeps the store's commits whole; vectors are small).
 """
@@ -14,7 +15,6 @@ import hashlib
 import logging
 import os
 import pickle
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import nn
 
 from dinov3.data.sources import Item, Source
 from dinov3.data.transforms.inputs import Preprocessing
-from dinov3.embedding.pipeline import Embedder, Report, auto_batch, batches_by_size, finish, prepared, todo, write
+from dinov3.embedding.pipeline import Embedder, Job, Report, Unchanged, auto_batch, batches_by_size, prepared
 from dinov3.embedding.schema import Failure, PatchPrecision, Row
 from dinov3.embedding.store import EmbeddingStore
 from dinov3.errors import require
@@ -33,11 +33,12 @@ ITEMS_A_TASK = 64  # images a worker takes at a time: also what a killed worker 
 class _Worker:
     """An actor: items in, rows or failures out. Holds the model for its lifetime."""
 
-    def __init__(self, embedder_ref: Any, batch_size: int, threads: int, device: str) -> None:
+    def __init__(self, embedder_ref: Any, contents_ref: Any, batch_size: int, threads: int, device: str) -> None:
         import ray
         import torch
 
         embedder: Embedder = ray.get(embedder_ref)  # put once, fetched by each actor
+        self.contents: frozenset[str] = ray.get(contents_ref)
 
         torch.set_num_threads(threads)
         self.embedder, self.batch_size, self.threads = embedder, batch_size, threads
@@ -45,8 +46,8 @@ class _Worker:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         items: list[Item] = [pickle.loads(data) for data in batch["item"]]
-        results: list[Row | Failure] = []
-        ahead = prepared(items, self.embedder.preprocessing, self.threads, ahead=2 * self.batch_size)
+        results: list[Row | Unchanged | Failure] = []
+        ahead = prepared(items, self.embedder.preprocessing, self.threads, 2 * self.batch_size, self.contents)
         for group in batches_by_size(ahead, self.batch_size, results.append):
             results += self.embedder.rows(group)
         return {"result": [pickle.dumps(result) for result in results]}
@@ -68,6 +69,7 @@ def embed_with_ray(
     batch_size: int | None = None,
     workers: int | None = None,
     retry_failed: bool = False,
+    prune: bool = False,
     on_progress: Callable[[Report], None] | None = None,
     address: str | None = None,
 ) -> Report:
@@ -89,42 +91,36 @@ def embed_with_ray(
 
     embedder = Embedder(model, preprocessing, pooling, patches)
     batch_size = batch_size or auto_batch(model, preprocessing)
-    report, start = Report(), time.perf_counter()
-    with EmbeddingStore.open_or_create(uri, embedder.facts()) as store:
-        known, known_failed = store.known(), store.known_failed()
-        items = list(todo(source, store, report, retry_failed=retry_failed))
+
+    def embed_items(job: Job, items: list[Item], contents: frozenset[str]) -> None:
         shards = max(1, min(len(items), 4 * workers, len(items) // ITEMS_A_TASK))
         items.sort(key=lambda item: (shard_of(item.path, shards), item.path))
+        data = ray.data.from_items([{"item": pickle.dumps(item)} for item in items], override_num_blocks=shards)
+        results = data.map_batches(
+            _Worker,
+            fn_constructor_args=(ray.put(embedder), ray.put(contents), batch_size, cpus, device),
+            batch_size=min(ITEMS_A_TASK, -(-len(items) // workers)),
+            concurrency=workers,
+            num_cpus=cpus,
+            num_gpus=1 if gpus else 0,
+        )
+        for block in results.iter_batches(batch_size=None, batch_format="numpy"):
+            values = [pickle.loads(result) for result in block["result"]]
+            for value in values:
+                if not isinstance(value, Row):
+                    job.aside(value)
+            job.write([value for value in values if isinstance(value, Row)])
+
+    interrupted = False
+    with EmbeddingStore.open_or_create(uri, embedder.facts(), source.root) as store:
+        job = Job(store, source, retry_failed=retry_failed, prune=prune, on_progress=on_progress)
         try:
-            if items:
+            if items := list(job.todo()):
                 model.to("cpu")
-                data = ray.data.from_items([{"item": pickle.dumps(item)} for item in items], override_num_blocks=shards)
-                results = data.map_batches(
-                    _Worker,
-                    fn_constructor_args=(ray.put(embedder), batch_size, cpus, device),
-                    batch_size=min(ITEMS_A_TASK, -(-len(items) // workers)),
-                    concurrency=workers,
-                    num_cpus=cpus,
-                    num_gpus=1 if gpus else 0,
-                )
-                for block in results.iter_batches(batch_size=None, batch_format="numpy"):
-                    rows, failures = _sorted_out(block["result"])
-                    write(store, rows, known)
-                    store.record_failures(failures)
-                    store.clear_failures([row.path for row in rows if row.path in known_failed])
-                    report.embedded += len(rows)
-                    report.failures += failures
-                    report.seconds = time.perf_counter() - start
-                    if on_progress:
-                        on_progress(report)
+                embed_items(job, items, frozenset(job.contents))
+                job.flush()
+            if job.again:
+                embed_items(job, job.again, frozenset())
         except KeyboardInterrupt:
-            report.interrupted = True
-        if report.embedded:
-            finish(store)
-    report.seconds = time.perf_counter() - start
-    return report
-
-
-def _sorted_out(results: Any) -> tuple[list[Row], list[Failure]]:
-    values = [pickle.loads(data) for data in results]
-    return [v for v in values if isinstance(v, Row)], [v for v in values if isinstance(v, Failure)]
+            interrupted = True
+        return job.close(interrupted)

@@ -6,8 +6,10 @@ Shapes: D width of the vector, h × w grid of patches, P width of a patch's feat
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Mapping
+import secrets
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,8 +22,9 @@ from dinov3.errors import StoreError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FACTS_KEY = b"dinov3.store"  # in the table's schema metadata: schema version and StoreFacts as JSON
+ROOT_KEY = b"dinov3.root"  # in the metadata of the column `path`: the folder that relative paths start from
 PatchPrecision = Literal["none", "float16", "float32", "int8"]
 _ALL_PATCH_COLUMNS = ("patches", "grid_h", "grid_w", "patches_scale")
 
@@ -67,14 +70,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Failure:
-    """One image that could not be embedded; kept so that the next run need not try it again."""
+    """One image that could not be embedded; stored so that the next run need not try it again."""
 
     path: str
     stamp: str
     reason: str
 
 
-def arrow_schema(facts: StoreFacts) -> pa.Schema:
+def arrow_schema(facts: StoreFacts, root: str = "") -> pa.Schema:
+    """The columns of the store's own; `root` is the folder that relative paths start from."""
     import pyarrow as pa
 
     number = {"float16": pa.float16(), "float32": pa.float32()}[facts.vector_dtype]
@@ -86,15 +90,49 @@ def arrow_schema(facts: StoreFacts) -> pa.Schema:
         "height": pa.int32(),
         "model": pa.string(),
         "preprocessing": pa.string(),
+        "id": pa.int64(),  # random; stays when an image is renamed
+        "checksum": pa.int64(),  # see `checksums`
         "vector": pa.list_(number, facts.dim),
         "patches": pa.large_binary(),  # [h, w, P] little-endian; h and w differ from image to image
         "grid_h": pa.int32(),
         "grid_w": pa.int32(),
         "patches_scale": pa.float32(),  # int8 only: value = number · scale
     }
-    kept = [name for name in types if name not in _ALL_PATCH_COLUMNS or name in patch_columns(facts)]
+    names = [name for name in types if name not in _ALL_PATCH_COLUMNS or name in patch_columns(facts)]
     about = json.dumps({"schema_version": SCHEMA_VERSION, **dataclasses.asdict(facts)}).encode()
-    return pa.schema([pa.field(name, types[name], nullable=False) for name in kept], metadata={FACTS_KEY: about})
+    on_path = {"metadata": {ROOT_KEY: root.encode()}}
+    fields = [pa.field(n, types[n], nullable=False, **(on_path if n == "path" else {})) for n in names]
+    return pa.schema(fields, metadata={FACTS_KEY: about})
+
+
+def root_of(schema: pa.Schema) -> str:
+    """The folder that relative paths of a store start from, "" if there is none."""
+    return ((schema.field("path").metadata or {}).get(ROOT_KEY) or b"").decode()
+
+
+def new_id() -> int:
+    return secrets.randbits(63)
+
+
+def path_checksum(path: str) -> int:
+    """64 bits of a path as it is stored, signed."""
+    return _signed64(path.encode())
+
+
+def _signed64(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
+
+
+def checksums(table: pa.Table, facts: StoreFacts) -> Iterator[int]:
+    """The checksum of each row: of its content hash, size, vector and patches, exclusive-or that of its path.
+
+    So a renamed image needs no second look at its vector: the old path's checksum is taken out, the new one's put in.
+    """
+    vectors = as_matrix(table["vector"], facts.dim)  # [N, D]; float16 → float32 is exact
+    names = ["path", "content_hash", "width", "height", *patch_columns(facts)]
+    for row, vector in zip(table.select(names).to_pylist(), vectors):
+        patches, path = row.pop("patches", b""), row.pop("path")
+        yield _signed64(json.dumps(row).encode() + vector.tobytes() + patches) ^ path_checksum(path)
 
 
 def failed_schema() -> pa.Schema:
@@ -110,9 +148,7 @@ def patch_columns(facts: StoreFacts) -> tuple[str, ...]:
 def facts_of(schema: pa.Schema, uri: str) -> StoreFacts:
     written = (schema.metadata or {}).get(FACTS_KEY)
     if written is None:
-        raise StoreError(
-            f"the database at {uri} was not made by dinov3: its table {IMAGES!r} does not say what it holds"
-        )
+        raise StoreError(f"the database at {uri} was not made by dinov3: its table {IMAGES!r} has no metadata of ours")
     try:
         about = json.loads(written)
         version = int(about.pop("schema_version"))
@@ -121,11 +157,14 @@ def facts_of(schema: pa.Schema, uri: str) -> StoreFacts:
                 f"the store at {uri} has schema version {version}, made by a newer dinov3; "
                 f"this one reads up to {SCHEMA_VERSION}: upgrade it"
             )
+        if version < SCHEMA_VERSION:
+            raise StoreError(
+                f"the store at {uri} has schema version {version}, made by an older dinov3 that kept neither checksums "
+                "nor a root for its paths: embed into another --out"
+            )
         return StoreFacts(**about)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(
-            f"the store at {uri} is damaged: what it says about itself cannot be read ({error})"
-        ) from error
+        raise StoreError(f"the store at {uri} is damaged: its metadata cannot be read ({error})") from error
 
 
 def encode_patches(row: Row, facts: StoreFacts) -> dict[str, Any]:

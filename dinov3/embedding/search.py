@@ -212,6 +212,8 @@ def _ranked(store: EmbeddingStore, query: np.ndarray, found: Any, top: int, colu
     norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors) * (wanted @ wanted))
     scores = np.einsum("nd,d->n", vectors, wanted) / norms
     others = found.drop_columns(["vector"]).to_pylist()
+    for row in others:
+        row["path"] = store.full(row["path"])
     order = sorted(range(len(others)), key=lambda n: (-scores[n], others[n]["path"]))[:top]
     return [
         Hit(

@@ -10,10 +10,13 @@ One writer at a time: `create` and `open_or_create` take the folder's lock, `ope
 `close` gives it back. It is an `flock`, so a dead process holds nothing. Readers need no lock and see each commit at
 once. On object storage, and where there is no `flock` (Windows), nobody checks: two writers may store a path twice.
 
+A store has a root, the folder of its first source. Paths below it are stored relative to it, others absolute; methods
+take and return absolute paths, SQL filters see what is stored. A moved folder is one commit (`set_root`).
+
 LanceDB runs threads that do not survive `fork`: open the store in the process that uses it, and start workers with
 `spawn` or before the store is opened. A store that notices it was carried through a fork raises.
 
-Left out: computing features (`pipeline.py`), asking for neighbours (`search.py`), several models in one store.
+Left out: computing features (`pipeline.py`), searching (`search.py`), upkeep (`manage.py`), several models in one store.
 
 Shapes: D width of the vector, h × w grid of patches, P width of a patch's features, N rows.
 """
@@ -44,16 +47,21 @@ from dinov3.embedding.place import (
     saying,
 )
 from dinov3.embedding.schema import (
+    ROOT_KEY,
     Failure,
     Row,
     StoreFacts,
     arrow_schema,
     as_matrix,
+    checksums,
     decode_patches,
     encode_patches,
     facts_of,
     failed_schema,
+    new_id,
     patch_columns,
+    path_checksum,
+    root_of,
 )
 from dinov3.errors import StoreError, only_known
 from dinov3.files import Lock
@@ -82,11 +90,22 @@ _IDENTITY = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Copy:
+    """An image with the content of a stored one: the row's path, the image's path and stamp, and their content."""
+
+    old: str
+    new: str
+    stamp: str
+    content_hash: str
+
+
 class EmbeddingStore:
     """A table of embedded images, unique by path. Made by `create`, `open` or `open_or_create`; a context manager."""
 
     def __init__(self, uri: str, database: Any, table: Any, facts: StoreFacts, lock: Lock | None) -> None:
         self.uri, self.facts = uri, facts
+        self.root = root_of(table.schema)
         self._database, self._table, self._failed_table, self._lock = database, table, None, lock
         self._pen: Any = None  # the writer's handle on the table, see _claim
         self._pid = os.getpid()
@@ -96,8 +115,11 @@ class EmbeddingStore:
     # ------------------------------------------------------------------------------------------ opening and closing
 
     @classmethod
-    def create(cls, uri: str | os.PathLike[str], about: StoreFacts) -> EmbeddingStore:
-        """A new, empty store, open for writing; raises where there is already one, or other files."""
+    def create(cls, uri: str | os.PathLike[str], about: StoreFacts, root: str = "") -> EmbeddingStore:
+        """A new, empty store, open for writing; raises where there is already one, or other files.
+
+        Paths below the folder `root` are stored relative to it.
+        """
         uri, folder = place_of(uri)
         lock = None
         if folder is not None:
@@ -120,8 +142,10 @@ class EmbeddingStore:
             if has_table(database, uri):
                 raise StoreError(f"{uri} already holds an embedding store; open it, or give another --out")
             with saying(f"cannot create a store at {uri}"):
+                if not has_table(database, uri, FAILED):
+                    database.create_table(FAILED, schema=failed_schema())
                 # The one commit that makes a store. Killed before it: no store. Killed after it: a complete, empty one.
-                table = database.create_table(IMAGES, schema=arrow_schema(about))
+                table = database.create_table(IMAGES, schema=arrow_schema(about, root))
         except BaseException:
             if lock:
                 lock.release()
@@ -151,18 +175,18 @@ class EmbeddingStore:
         return cls(uri, database, table, facts_of(schema, uri), None)
 
     @classmethod
-    def open_or_create(cls, uri: str | os.PathLike[str], about: StoreFacts) -> EmbeddingStore:
-        """The store at `uri` for more rows like `about`, made if need be, open for writing.
+    def open_or_create(cls, uri: str | os.PathLike[str], about: StoreFacts, root: str = "") -> EmbeddingStore:
+        """The store at `uri` for more rows like `about`, made if need be (then with `root`), open for writing.
 
         `StoreError` if it holds embeddings of another kind; one whose creation was cut short is completed.
         """
         uri, folder = place_of(uri)
         if folder is not None and not (folder / f"{IMAGES}.lance").is_dir():
-            return cls.create(uri, about)
+            return cls.create(uri, about, root)
         if folder is not None:
             refuse_damaged(uri, folder)
         if not has_table(connect(uri), uri):
-            return cls.create(uri, about)
+            return cls.create(uri, about, root)
         store = cls.open(uri)
         for name, way_out in _IDENTITY.items():
             here, given = getattr(store.facts, name), getattr(about, name)
@@ -190,6 +214,24 @@ class EmbeddingStore:
 
     def __repr__(self) -> str:
         return f"EmbeddingStore({self.uri!r}, {self.facts.model}, dim={self.facts.dim})"
+
+    # ------------------------------------------------------------------------------------------------------- paths
+
+    def stored(self, path: str) -> str:
+        """A path as it is stored: relative to the root if it lies below it."""
+        base = self.root.rstrip(os.sep) + os.sep
+        return path[len(base) :] if self.root and path.startswith(base) else path
+
+    def full(self, path: str) -> str:
+        """A stored path as an absolute one."""
+        return os.path.join(self.root, path) if self.root else path
+
+    def set_root(self, root: str) -> None:
+        """The folder of the images has moved: relative paths start from `root` now. One commit, no row is rewritten."""
+        pen = self._claim()
+        with saying(f"cannot write to the store at {self.uri}"):
+            pen.update_field_metadata({"path": "path", "metadata": {ROOT_KEY.decode(): root}})
+        self.root, self._paths = root, None
 
     # ----------------------------------------------------------------------------------------------------- reading
 
@@ -221,22 +263,41 @@ class EmbeddingStore:
         return {failure.path: failure.stamp for failure in self.failures()}
 
     def failures(self) -> list[Failure]:
-        failed = self._failed(create=False)
-        if failed is None:
-            return []
+        """The images that could not be embedded."""
+        failed = self._failed()
         with saying(f"cannot read the failures of {self.uri}"):
-            return [Failure(**row) for row in failed.search().to_arrow().to_pylist()]
+            found = [Failure(**row) for row in failed.search().to_arrow().to_pylist()]
+        return [dataclasses.replace(failure, path=self.full(failure.path)) for failure in found]
 
     def rows(self, columns: Sequence[str] | None = None, where: str | None = None) -> pa.Table:
-        """Rows as an Arrow table; without `columns`, all but the vectors and patches. `where` is an SQL filter."""
-        columns = [c for c in self.columns if c not in ("vector", "patches")] if columns is None else list(columns)
+        """Rows as an Arrow table. `columns`: default all but ids, checksums, vectors, patches. `where`: an SQL filter."""
+        import pyarrow as pa
+
+        if columns is None:
+            columns = [c for c in self.columns if c not in ("id", "checksum", "vector", "patches")]
         self.check_columns(columns)
+        found = self._stored_rows(columns, where)
+        if self.root and "path" in columns:
+            paths = pa.array([self.full(path) for path in found["path"].to_pylist()], pa.string())
+            found = found.set_column(found.schema.get_field_index("path"), "path", paths)
+        return found
+
+    def _stored_rows(self, columns: Sequence[str], where: str | None = None) -> pa.Table:
+        """`rows` with paths as they are stored."""
 
         def read(table: Any) -> pa.Table:
             query = table.search()
-            return (query.where(where) if where else query).select(columns).to_arrow()
+            return (query.where(where) if where else query).select(list(columns)).to_arrow()
 
         return self.read(read, where)
+
+    def _rows_of(self, paths: Iterable[str], columns: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """{stored path: row} of those of these stored paths that there are; a thousand a query."""
+        found: dict[str, dict[str, Any]] = {}
+        for some in _chunks(list(paths), 1000):
+            table = self._stored_rows(["path", *columns], f"path IN ({_quoted(some)})")
+            found |= {row["path"]: row for row in table.to_pylist()}
+        return found
 
     def vectors(self, where: str | None = None) -> tuple[list[str], np.ndarray]:
         """(paths, vectors as float32 [N, D]), in the store's order."""
@@ -244,13 +305,11 @@ class EmbeddingStore:
         return table["path"].to_pylist(), as_matrix(table["vector"], self.facts.dim)
 
     def patches(self, paths: Sequence[str]) -> list[np.ndarray]:
-        """The patch features of these images as float32 [h, w, P], whatever precision they are kept in."""
+        """The patch features of these images as float32 [h, w, P], whatever precision they are stored in."""
         if self.facts.patches == "none":
             raise StoreError(f"the store at {self.uri} keeps no patch features; embed into another --out with patches")
-        kept = ["path", *patch_columns(self.facts)]
-        found: dict[str, dict[str, Any]] = {}
-        for some in _chunks(list(paths), 1000):
-            found |= {row["path"]: row for row in self.rows(kept, f"path IN ({_quoted(some)})").to_pylist()}
+        paths = [self.stored(path) for path in paths]
+        found = self._rows_of(paths, patch_columns(self.facts))
         self._refuse_unknown(paths, found)
         return [decode_patches(found[path], self.facts) for path in paths]
 
@@ -278,15 +337,10 @@ class EmbeddingStore:
             return
         pen = self._claim()
         table = self._arrow(rows)
-        if self._paths is None:  # once per writer; from here on nobody else can add a path
-            self._paths = set(self.rows(["path"])["path"].to_pylist())
-        for row in rows:
-            if row.path in self._paths:
-                raise StoreError(f"{row.path!r} is in the store at {self.uri} already; replace it instead of appending")
+        self._refuse_stored(table["path"].to_pylist())
         with saying(f"cannot write to the store at {self.uri}"):
             pen.add(table)
-        self._paths.update(row.path for row in rows)
-        self._committed(table.nbytes)
+        self._added(table)
 
     def replace(self, rows: Sequence[Row]) -> None:
         """Changed or new images, all in one commit; columns added by `add_column` keep their values."""
@@ -296,14 +350,69 @@ class EmbeddingStore:
         table = self._arrow(rows)
         with saying(f"cannot write to the store at {self.uri}"):
             pen.merge_insert("path").when_matched_update_all().when_not_matched_insert_all().execute(table)
-        if self._paths is not None:
-            self._paths.update(row.path for row in rows)
-        self._committed(table.nbytes)
+        self._added(table)
+
+    def touch(self, stamps: Mapping[str, str]) -> None:
+        """New stamps {path: stamp} of images whose files were touched but not changed, one commit."""
+        import pyarrow as pa
+
+        self._claim()
+        paths = [self.stored(path) for path in stamps]
+        with saying(f"cannot write to the store at {self.uri}"):
+            self._update(
+                pa.table({"path": pa.array(paths, pa.string()), "stamp": pa.array([*stamps.values()], pa.string())})
+            )
+
+    def rename(self, copies: Sequence[Copy]) -> list[Copy]:
+        """Images that moved: rows keep everything but path and stamp. One commit.
+
+        Returns those that were not renamed because their row is gone or has other content by now.
+        """
+        import pyarrow as pa
+
+        pen = self._claim()
+        found = self._rows_of((self.stored(c.old) for c in copies), ["id", "content_hash", "checksum"])
+        names = {c: (self.stored(c.old), self.stored(c.new)) for c in copies}
+        done = [c for c in copies if found.get(names[c][0], {}).get("content_hash") == c.content_hash]
+        if done:
+            self._refuse_stored(names[c][1] for c in done)
+            rows = []
+            for c in done:
+                old, new = names[c]
+                checksum = found[old]["checksum"] ^ path_checksum(old) ^ path_checksum(new)
+                rows.append({"id": found[old]["id"], "path": new, "stamp": c.stamp, "checksum": checksum})
+            schema = arrow_schema(self.facts)
+            table = pa.Table.from_pylist(rows, schema=pa.schema([schema.field(name) for name in rows[0]]))
+            with saying(f"cannot write to the store at {self.uri}"):
+                pen.merge_insert("id").when_matched_update_all().execute(table)
+            if self._paths is not None:
+                self._paths.difference_update(names[c][0] for c in done)
+                self._paths.update(names[c][1] for c in done)
+            self._committed(0)
+        return [c for c in copies if c not in done]
+
+    def copy(self, copies: Sequence[Copy]) -> list[Copy]:
+        """Images with the content of stored ones: rows with the same features, one commit. Returns as `rename` does."""
+        import pyarrow as pa
+
+        pen = self._claim()
+        schema = arrow_schema(self.facts)
+        found = self._rows_of({self.stored(c.old) for c in copies}, [n for n in schema.names if n != "path"])
+        old = {c: found.get(self.stored(c.old), {}) for c in copies}
+        done = [c for c in copies if old[c].get("content_hash") == c.content_hash]
+        if done:
+            self._refuse_stored(self.stored(c.new) for c in done)
+            rows = [old[c] | {"id": new_id(), "path": self.stored(c.new), "stamp": c.stamp} for c in done]
+            table = self._summed(pa.Table.from_pylist(rows, schema=schema))
+            with saying(f"cannot write to the store at {self.uri}"):
+                pen.add(table)
+            self._added(table)
+        return [c for c in copies if c not in done]
 
     def remove(self, paths: Iterable[str]) -> int:
         """Deletes these images (unknown paths are no mistake); the number that were there. One commit per 1,000."""
         pen = self._claim()
-        paths, removed = list(paths), 0
+        paths, removed = [self.stored(path) for path in paths], 0
         for some in _chunks(paths, 1000):
             with saying(f"cannot remove rows from the store at {self.uri}"):
                 removed += int(pen.delete(f"path IN ({_quoted(some)})").num_deleted_rows)
@@ -318,19 +427,17 @@ class EmbeddingStore:
         if not failures:
             return
         self._claim()
-        latest = {failure.path: dataclasses.asdict(failure) for failure in failures}
+        latest = {f.path: dataclasses.asdict(f) | {"path": self.stored(f.path)} for f in failures}
         table = pa.Table.from_pylist(list(latest.values()), schema=failed_schema())
         with saying(f"cannot record failures in {self.uri}"):
-            failed = self._failed(create=True)
-            failed.merge_insert("path").when_matched_update_all().when_not_matched_insert_all().execute(table)
+            self._failed().merge_insert("path").when_matched_update_all().when_not_matched_insert_all().execute(table)
 
     def clear_failures(self, paths: Iterable[str]) -> None:
-        """Forgets these failures, e.g. because the images were embedded after all."""
+        """Removes these failures, e.g. because the images were embedded after all."""
         self._claim()
-        failed = self._failed(create=False)
-        for some in _chunks(list(paths), 1000) if failed is not None else ():
+        for some in _chunks([self.stored(path) for path in paths], 1000):
             with saying(f"cannot clear failures in {self.uri}"):
-                failed.delete(f"path IN ({_quoted(some)})")
+                self._failed().delete(f"path IN ({_quoted(some)})")
 
     def add_column(self, name: str, values: Mapping[str, Any] | Callable[[str], Any] | str) -> None:
         """A new column: a mapping or a function from path to value, or an SQL expression (`"width * height"`).
@@ -362,7 +469,7 @@ class EmbeddingStore:
             raise StoreError(f"column {name!r} would hold no value at all; give at least one")
         with saying(f"cannot add column {name!r} to {self.uri}"):
             pen.add_columns(pa.field(name, array.type))
-            self._update(pa.table({"path": pa.array(list(by_path), pa.string()), name: array}))
+            self._update(pa.table({"path": pa.array([self.stored(p) for p in by_path], pa.string()), name: array}))
 
     def set_metadata(self, values: Mapping[str, Mapping[str, Any]]) -> None:
         """Sets columns made by `add_column`, one commit: {path: {column: value}}; what is not named stays."""
@@ -381,6 +488,7 @@ class EmbeddingStore:
         now = self.rows(["path", *names])
         self._refuse_unknown(values, now["path"].to_pylist())
         rows = [row | dict(values[row["path"]]) for row in now.to_pylist() if row["path"] in values]
+        rows = [row | {"path": self.stored(row["path"])} for row in rows]
         wanted = pa.schema([schema.field(name) for name in ("path", *names)])
         with saying(f"cannot set {', '.join(names)}: a value does not fit the column's type"):
             self._update(pa.Table.from_pylist(rows, schema=wanted))
@@ -432,19 +540,27 @@ class EmbeddingStore:
         pen = self._claim()
         with saying(f"cannot compact the store at {self.uri}"), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that readers of old versions fail: they try again
-            for table in (pen, self._failed(create=False)):
-                if table is not None:
-                    table.optimize(cleanup_older_than=keep)
+            for table in (pen, self._failed()):
+                table.optimize(cleanup_older_than=keep)
             self._loose = 0
 
-    def _failed(self, create: bool) -> Any:
+    def _failed(self) -> Any:
         self.table  # noqa: B018  # raises in a forked child
         if self._failed_table is None:
-            if has_table(self._database, self.uri, FAILED):
+            if not has_table(self._database, self.uri, FAILED):
+                raise StoreError(
+                    f"the store at {self.uri} is damaged: its table {FAILED!r} of unreadable images is lost; "
+                    f"`dinov3 store verify {self.uri} --repair` makes an empty one"
+                )
+            with saying(f"cannot read the failures of {self.uri}"):
                 self._failed_table = self._database.open_table(FAILED)
-            elif create:
-                self._failed_table = self._database.create_table(FAILED, schema=failed_schema())
         return self._failed_table
+
+    def repair_failures(self) -> None:
+        """An empty table of failures in the place of a lost one: those images are tried again."""
+        self._claim()
+        with saying(f"cannot write to the store at {self.uri}"):
+            self._failed_table = self._database.create_table(FAILED, schema=failed_schema(), mode="overwrite")
 
     def _arrow(self, rows: Sequence[Row]) -> pa.Table:
         """Rows as a table of the store's own columns, after everything that can be wrong with them was looked for."""
@@ -463,17 +579,40 @@ class EmbeddingStore:
         if bad.any():
             raise StoreError(f"the vector of {rows[int(bad.argmax())].path!r} is zero, infinite or not a number")
         columns: dict[str, Any] = {
-            name: [getattr(row, name) for row in rows] for name in ("path", "content_hash", "stamp", "width", "height")
+            name: [getattr(row, name) for row in rows] for name in ("content_hash", "stamp", "width", "height")
         }
+        columns["path"] = [self.stored(row.path) for row in rows]
+        columns["id"] = [new_id() for _ in rows]
+        columns["checksum"] = [0] * len(rows)
         columns["model"] = [facts.model] * len(rows)
         columns["preprocessing"] = [facts.preprocessing] * len(rows)
         columns["vector"] = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), facts.dim)
         encoded = [encode_patches(row, facts) for row in rows]
         columns |= {name: [patches[name] for patches in encoded] for name in patch_columns(facts)}
         try:
-            return pa.table(columns, schema=schema)
+            return self._summed(pa.table(columns, schema=schema))
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise StoreError(f"these rows do not fit the store at {self.uri}: {first_line(error)}") from error
+
+    def _summed(self, table: pa.Table) -> pa.Table:
+        """The table with the checksums of its rows."""
+        import pyarrow as pa
+
+        sums = pa.array(checksums(table, self.facts), pa.int64())
+        return table.set_column(table.schema.get_field_index("checksum"), table.schema.field("checksum"), sums)
+
+    def _refuse_stored(self, paths: Iterable[str]) -> None:
+        """Raises for a stored path that there is already; read once per writer, then nobody else can add one."""
+        if self._paths is None:
+            self._paths = set(self._stored_rows(["path"])["path"].to_pylist())
+        for path in paths:
+            if path in self._paths:
+                raise StoreError(f"{path!r} is in the store at {self.uri} already; replace it instead of appending")
+
+    def _added(self, table: pa.Table) -> None:
+        if self._paths is not None:
+            self._paths.update(table["path"].to_pylist())
+        self._committed(table.nbytes)
 
     def _update(self, table: pa.Table) -> None:
         """Overwrites the given columns of the given paths."""

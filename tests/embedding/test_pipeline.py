@@ -167,10 +167,10 @@ def test_unreadable_images_are_listed_with_reasons_and_never_stop_the_job(model,
         assert "\n" not in failure.reason
     assert report.embedded == 9 + 7
     again = embed_source(model, open_source(folder), tmp_path / "s", preprocessing=RULE)
-    assert len(again.failures) == len(bad)  # remembered, not tried again, still told
+    assert (len(again.failures), again.new_failures) == (len(bad), 0)  # recorded, not tried again, still reported
     shutil.copy(folder / "0.png", folder / "empty.png")
     mended = embed_source(model, open_source(folder), tmp_path / "s", preprocessing=RULE)
-    assert mended.embedded == 1
+    assert (mended.embedded, mended.copied) == (0, 1)  # the content of a stored image needs no model
     assert len(EmbeddingStore.open(tmp_path / "s").failures()) == len(bad) - 1
     forced = embed_source(model, open_source(folder), tmp_path / "s", preprocessing=RULE, retry_failed=True)
     assert (forced.embedded, len(forced.failures)) == (0, len(bad) - 1)
@@ -321,7 +321,19 @@ N_IMAGES, KILLS = 400, 20
 
 
 def job(source: Path, store: Path) -> list[str]:
-    options = ["--model", "dinov3_vits16", "--weights", "random", "--size", "32", "--batch", "2", "--device", "cpu"]
+    options = [
+        "--model",
+        "dinov3_vits16",
+        "--weights",
+        "random",
+        "--size",
+        "32",
+        "--batch",
+        "2",
+        "--device",
+        "cpu",
+        "--strict",
+    ]
     return [sys.executable, "-m", "dinov3", "embed", str(source), "--out", str(store), *options]
 
 
