@@ -53,7 +53,7 @@ from dinov3.eval.features import (
 from dinov3.eval.session import Session
 from dinov3.features import outputs
 from dinov3.files import atomically
-from dinov3.metrics.classification import Metric, Numbers
+from dinov3.metrics.classification import Link, Metric, Numbers
 from dinov3.metrics.classification import evaluate as measure
 from dinov3.runlog import Ticker
 from dinov3.threads import prefetched
@@ -298,6 +298,7 @@ class TestSet:
     mean: Tensor
     targets: Targets
     metric: Metric
+    link: Link = "softmax"  # from logits to the probabilities that some metrics take
 
     def scores(self, heads: Heads, name: str, rows: int = 8192) -> np.ndarray:
         kind, layer = heads.kinds[name], heads.layers[name]
@@ -310,7 +311,9 @@ class TestSet:
 
     @torch.no_grad()
     def numbers(self, heads: Heads, name: str) -> Numbers:
-        return measure(self.metric, self.scores(heads, name), self.targets.labels, groups=self.targets.groups)
+        return measure(
+            self.metric, self.scores(heads, name), self.targets.labels, groups=self.targets.groups, link=self.link
+        )
 
 
 def best_head(accuracies: Mapping[str, float]) -> str:
@@ -352,7 +355,9 @@ class LinearEvaluation:
             x = self.session.features(self.model, dataset, self.preprocessing, section, **batch)
             columns.append(torch.from_numpy(np.array(x)))
         self.session.same_pass = ([], [])
-        return TestSet(line, columns[:-1], columns[-1], test_targets(dataset, line), metric or self.metric_of(dataset))
+        targets, metric = test_targets(dataset, line), metric or self.metric_of(dataset)
+        link: Link = "softmax" if c.train.loss_type == "cross_entropy" else "sigmoid"
+        return TestSet(line, columns[:-1], columns[-1], targets, metric, link)
 
     def metric_of(self, dataset: ImageDataset) -> Metric:
         """What a data set says it is measured by (ReaL, ImageNet-C), else the validation's metric."""

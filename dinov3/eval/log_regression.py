@@ -33,7 +33,7 @@ from dinov3.eval import session as common
 from dinov3.eval.arguments import EvalConfig, FeatureSection, FewShotSection, TransformSection
 from dinov3.eval.features import Targets, class_count, over_tries, training_rows
 from dinov3.eval.session import Session
-from dinov3.metrics.classification import Metric, Numbers
+from dinov3.metrics.classification import Link, Metric, Numbers
 from dinov3.metrics.classification import evaluate as measure
 
 STRENGTHS: tuple[float, ...] = tuple(10 ** (e / 4) for e in range(-24, 21))  # 1e-6, 1.7783e-6, …, 1e5
@@ -211,6 +211,12 @@ def best_strength(accuracies: Sequence[tuple[float, float]]) -> float:
     return min(accuracies, key=lambda pair: (-pair[1], pair[0]))[0]
 
 
+def measured(metric: Metric, logits: np.ndarray, targets: Targets, train_labels: Tensor) -> Numbers:
+    """The metric of log-odds [N, C]; several labels an image are as many yes-or-no regressions, each with its sigmoid."""
+    link: Link = "sigmoid" if train_labels.ndim == 2 else "softmax"
+    return measure(metric, logits, targets.labels, groups=targets.groups, link=link)
+
+
 def select(
     x: Tensor, labels: Tensor, val: np.ndarray, val_targets: Targets, metric: Metric, n_classes: int, **options: Any
 ) -> list[tuple[float, float]]:
@@ -219,7 +225,7 @@ def select(
     fitted: Fitted | None = None
     for strength in distributed.share(STRENGTHS):
         fitted = fit(x, labels, strength, n_classes, start=fitted, **options)
-        numbers = measure(metric, val_targets.chosen(fitted.scores(val)), val_targets.labels, groups=val_targets.groups)
+        numbers = measured(metric, val_targets.chosen(fitted.scores(val)), val_targets, labels)
         pairs.append((strength, numbers["top-1"]))
     return distributed.gather_shares(pairs)
 
@@ -264,7 +270,7 @@ def evaluate(config: LogRegressionConfig, session: Session) -> Numbers:
             y = torch.cat([y, torch.from_numpy(val_targets.labels).to(y.device)])
         scores = fit(x, y, strength, n_classes, **options).scores(test)
         chosen = targets.chosen(scores)
-        numbers = measure(metric, chosen, targets.labels, groups=targets.groups)
+        numbers = measured(metric, chosen, targets, y)
         tries.append({k: 100 * v for k, v in numbers.items()})
         session.append_json({"C": strength, **tries[-1]})
         if c.save_results:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from enum import Enum
+from typing import Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dinov3.errors import DinoError
@@ -41,18 +43,25 @@ class Metric(Enum):
     MACRO_AVERAGED_MEAN_RECIPROCAL_RANK = "macro_averaged_mean_reciprocal_rank"
 
 
+Link = Literal["", "softmax", "sigmoid"]  # how logits become probabilities; "": scores are shares already
 MULTILABEL = {
     Metric.MEAN_MULTILABEL_F1, Metric.MEAN_PER_CLASS_MULTILABEL_F1, Metric.MEAN_AVERAGE_PRECISION_VOC_2007,
     Metric.MACRO_MULTILABEL_AVERAGE_PRECISION,
 }  # fmt: skip
 
 
-def evaluate(metric: Metric, scores: np.ndarray, target: np.ndarray, *, groups: np.ndarray | None = None) -> Numbers:
+def evaluate(
+    metric: Metric, scores: np.ndarray, target: np.ndarray, *, groups: np.ndarray | None = None, link: Link = ""
+) -> Numbers:
     """The metric under the keys `top-1` and, with five classes or more where it has a top-5, `top-5`.
 
+    `link`: how a classifier's logits become probabilities, for the metrics that depend on more than an image's order of
+    classes (thresholds, and ranks over images).
     `groups` (grouped metrics; ImageNet-C: corruption and severity as text "fog/3"): one word for each image.
     """
     scores, target = _matched(scores, target)
+    if link and (metric in MULTILABEL or metric is Metric.AUROC):
+        scores = probabilities(scores, link)
     if metric in MULTILABEL and target.ndim == 1:
         target = np.eye(scores.shape[1], dtype=np.int64)[target]
     if target.ndim == 1 and target.max() >= scores.shape[1]:
@@ -82,6 +91,12 @@ def evaluate(metric: Metric, scores: np.ndarray, target: np.ndarray, *, groups: 
             raise DinoError("imagenet_c_metric needs a data set of corruptions: ImageNetC:root=…")
         return imagenet_c(hits(scores, target, 1), groups)
     return {"top-1": _WHOLE[metric](scores, target)}
+
+
+def probabilities(logits: np.ndarray, link: Link) -> np.ndarray:
+    """[N, C] in float64: softmax over the classes, or a sigmoid each; a logit of −inf (a class never seen) gives 0."""
+    x = torch.from_numpy(np.asarray(logits, np.float64))
+    return (x.softmax(1) if link == "softmax" else x.sigmoid()).numpy()
 
 
 def _matched(scores: Array, target: Array) -> tuple[np.ndarray, np.ndarray]:

@@ -277,6 +277,65 @@ def test_metrics_equal_those_of_public_libraries() -> None:
         assert evaluate(metric, noisy, several)["top-1"] == pytest.approx(value), metric
 
 
+def six_classes(several: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(features [240, 16] of overlapping classes, labels, one-hot or multi-hot labels [240, 6])."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 6, 240)
+    x = rng.normal(size=(6, 16))[labels] + 1.5 * rng.normal(size=(240, 16))
+    hot = np.eye(6, dtype=int)[labels]
+    return (
+        x,
+        labels,
+        np.maximum(hot, np.eye(6, dtype=int)[(labels + 1) % 6] * (rng.random((240, 1)) < 0.5)) if several else hot,
+    )
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_f1_and_auroc_of_a_logistic_regression_take_probabilities(several: bool) -> None:
+    metrics, linear_model = pytest.importorskip("sklearn.metrics"), pytest.importorskip("sklearn.linear_model")
+    x, labels, hot = six_classes(several)
+    target = hot if several else labels
+    fitted = log_regression.fit(torch.from_numpy(x), torch.from_numpy(target), 1.0, 6)
+    logits = fitted.scores(x)
+    if several:
+        columns = [
+            linear_model.LogisticRegression(tol=1e-12, max_iter=1000).fit(x, y).predict_proba(x)[:, 1] for y in hot.T
+        ]
+        shares = np.stack(columns, 1)
+    else:
+        shares = linear_model.LogisticRegression(tol=1e-12, max_iter=1000).fit(x, labels).predict_proba(x)
+
+    def measured(metric: Metric) -> float:
+        return log_regression.measured(metric, logits, Targets(target), torch.from_numpy(target))["top-1"]
+
+    right = metrics.f1_score(hot, shares > 0.5, average="micro")
+    assert measured(Metric.MEAN_MULTILABEL_F1) == pytest.approx(right, abs=1e-4)
+    assert evaluate(Metric.MEAN_MULTILABEL_F1, logits, target)["top-1"] != pytest.approx(right, abs=0.01)  # of log-odds
+    precision = metrics.average_precision_score(hot, shares, average="macro")
+    assert measured(Metric.MACRO_MULTILABEL_AVERAGE_PRECISION) == pytest.approx(precision, abs=1e-4)
+    if not several:
+        area = metrics.roc_auc_score(labels, shares, multi_class="ovr")
+        assert measured(Metric.AUROC) == pytest.approx(area, abs=1e-4)
+        assert evaluate(Metric.AUROC, logits, labels)["top-1"] < area - 0.002
+
+
+def test_f1_of_a_linear_head_takes_probabilities() -> None:
+    _, labels, _ = six_classes(False)
+    logits = torch.randn(240, 6, generator=torch.Generator().manual_seed(0)) + 2 * torch.eye(6)[labels]
+    heads = Heads({"one": HeadKind(1, False, 0.1)}, 6, 6)
+    with torch.no_grad():
+        heads.layers["one"].weight.copy_(torch.eye(6))
+
+    def f1(link: classification.Link) -> float:
+        data = linear.TestSet("x", [logits], logits, Targets(labels), Metric.MEAN_MULTILABEL_F1, link)
+        return data.numbers(heads, "one")["top-1"]
+
+    shares = {"softmax": logits.softmax(1), "sigmoid": logits.sigmoid(), "": logits}
+    found = {link: classification.multilabel_f1(x, np.eye(6)[labels], macro=False) for link, x in shares.items()}
+    assert {link: f1(link) for link in found} == pytest.approx(found)  # type: ignore[arg-type]
+    assert len(set(found.values())) == 3
+
+
 def test_each_class_can_be_told_apart() -> None:
     results = evaluate(Metric.PER_CLASS_ACCURACY, np.eye(3)[[0, 1, 1]], np.array([0, 1, 2]))
     assert results == {"top-1": pytest.approx(2 / 3), "top-1 class 0": 1, "top-1 class 1": 1, "top-1 class 2": 0}
@@ -463,6 +522,20 @@ def test_logistic_regression_from_images_to_files(toy: Path, tmp_path: Path) -> 
     given = words(toy, tmp_path, f"eval.test_dataset={toy / 'val'}", "train.solver=torch", "train.max_train_iters=20")
     assert log_regression.main(given) == 0
     assert read_table(tmp_path / "results-log-regression.csv") == [{"top-1": 100}]
+
+
+def test_knn_and_logistic_regression_share_features_where_their_transforms_agree(toy: Path, tmp_path: Path) -> None:
+    same = words(toy, tmp_path, f"eval.test_dataset={toy / 'val'}", f"features.cache={tmp_path / 'cache'}")
+    assert knn.main([*same, "train.ks=[1]"]) == 0
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.npy")}
+    assert log_regression.main(same) == 0
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.npy")} == files
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    assert "transform.resize_size=256` it reads what k-NN has computed" in page
+    assert (knn.KnnConfig().transform.resize_size, log_regression.LogRegressionConfig().transform.resize_size) == (
+        256,
+        224,
+    )
 
 
 def test_a_sweep_over_layers_and_pooling(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
