@@ -68,6 +68,7 @@ class TextConfig:
     @classmethod
     def of(cls, **options: Any) -> TextConfig:
         """Like the constructor, but an unknown option is an error with suggestions."""
+        options.pop("model_name", None)  # in the reference's files; nothing reads it
         return _of(cls, "a text transformer", options)
 
 
@@ -536,26 +537,40 @@ class OpenVocabulary(nn.Module):
     """Images → a map per class, for `heads.windows.make_inference` and `slide`: `predict(x, rescale_to)`.
 
     vectors [C, D'] from `patch_part`. `softmax`: shares of the classes in place of cosines (no temperature), which is what
-    windows are averaged as. Images whose sides are no multiple of the patch are stretched up to one (bicubic).
+    windows are averaged as. `tokens`: whose patches are compared, those of the text-trained "head" or the "backbone"'s own;
+    of several kinds the maps stand one after the other, [B, kinds · C, …]. Images whose sides are no multiple of the patch
+    are stretched up to one (bicubic).
     """
 
-    def __init__(self, model: DinoTxt, vectors: Tensor, *, softmax: bool = False) -> None:
+    def __init__(
+        self, model: DinoTxt, vectors: Tensor, *, softmax: bool = False, tokens: Sequence[str] = ("head",)
+    ) -> None:
         super().__init__()
-        self.model, self.softmax = model, softmax
+        for kind in tokens:
+            one_of("tokens", kind, ("head", "backbone"))
+        self.model, self.softmax, self.tokens = model, softmax, tuple(tokens)
+        width = model.visual_model.backbone.embed_dim
+        if "backbone" in tokens and vectors.shape[-1] != width:
+            raise DinoError(
+                f"the backbone's patches have {width} numbers and the classes {vectors.shape[-1]}: this model projects "
+                "its patches, so only tokens=head can be compared"
+            )
         self.vectors: Tensor
         self.register_buffer("vectors", vectors, persistent=False)
 
     @torch.inference_mode()
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised images [B, 3, height, width] → cosines [B, C, h, w] on the patch grid."""
+        """Normalised images [B, 3, height, width] → cosines [B, kinds · C, h, w] on the patch grid."""
         backbone = self.model.visual_model.backbone
         size = adapted_size((x.shape[-2], x.shape[-1]), backbone.stride)
         if size != tuple(x.shape[-2:]):
             x = F.interpolate(x, size=size, mode="bicubic", align_corners=False)
-        _, patches, _ = self.model.visual_model.get_class_and_patch_tokens(x.to(next(backbone.parameters()).dtype))
-        cosines = F.normalize(patches.float(), dim=-1) @ self.vectors.to(patches.device).T  # [B, hw, C]
+        _, *found = self.model.visual_model.get_class_and_patch_tokens(x.to(next(backbone.parameters()).dtype))
+        patches = dict(zip(("head", "backbone"), found))
+        vectors = self.vectors.to(x.device).T
+        cosines = torch.cat([F.normalize(patches[k].float(), dim=-1) @ vectors for k in self.tokens], -1)  # [B, hw, C]
         return cosines.mT.unflatten(-1, backbone.patch_grid(*size))
 
     def predict(self, x: Tensor, rescale_to: tuple[int, int]) -> Tensor:
         maps = resized(self(x), rescale_to)
-        return maps.softmax(1) if self.softmax else maps
+        return maps.unflatten(1, (len(self.tokens), -1)).softmax(2).flatten(1, 2) if self.softmax else maps

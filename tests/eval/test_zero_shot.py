@@ -85,9 +85,16 @@ def test_captions_find_their_images(trained: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["slide", "whole"])
 def test_places_are_named_in_the_masks_own_pixels(trained: Path, tmp_path: Path, mode: str) -> None:
     more = [f"dataset=DenseFolder:root={trained}/scenes", "task=segmentation", f"names={trained}/names.txt"]
-    assert main(words(trained, tmp_path, *more, f"mode={mode}", "resize=64", "side=32", "stride=16")) == 0
-    (row,) = read_table(tmp_path / "results-zero-shot.csv")
-    assert row["aAcc"] > 70  # 50 for one colour everywhere
+    more += [f"mode={mode}", "resize=64", "side=32", "stride=16"]
+    rows = {}
+    for tokens in ("head", "backbone"):
+        assert main(words(trained, tmp_path, *more, f"tokens={tokens}")) == 0
+        (rows[tokens],) = read_table(tmp_path / "results-zero-shot.csv")
+        assert rows[tokens]["mIoU"] == rows[tokens][f"mIoU {tokens}"]
+    assert rows["head"]["aAcc"] > 70  # 50 for one colour everywhere
+    for kind in ("head", "backbone"):  # both are in the results of either
+        assert rows["head"][f"mIoU {kind}"] == rows["backbone"][f"mIoU {kind}"]
+    assert ZeroShotConfig(dataset="x").tokens == "backbone"  # as in the published notebook
 
 
 @pytest.mark.parametrize(
@@ -121,6 +128,20 @@ def test_windows_that_see_everything_are_the_whole_image(trained: Path) -> None:
     assert torch.allclose(slid, whole.softmax(1), atol=1e-6)
     odd = OpenVocabulary(model, vectors).predict(torch.randn(1, 3, 40, 50), (40, 50))
     assert odd.shape == (1, 3, 40, 50)
+
+
+def test_maps_of_both_kinds_of_tokens_stand_one_after_the_other(trained: Path) -> None:
+    model, _, vectors = opened(trained)
+    x = torch.randn(1, 3, 32, 32)
+    both = OpenVocabulary(model, vectors, tokens=("backbone", "head")).predict(x, (32, 32))
+    with torch.inference_mode():
+        _, _, own = model.visual_model.get_class_and_patch_tokens(x)
+    slow = (F.normalize(own, dim=-1) @ vectors.T).mT.reshape(1, 3, 2, 2)
+    slow = F.interpolate(slow, (32, 32), mode="bilinear", align_corners=False)
+    assert torch.allclose(both[:, :3], slow, atol=1e-6)
+    assert torch.equal(both[:, 3:], OpenVocabulary(model, vectors).predict(x, (32, 32)))
+    with pytest.raises(DinoError, match="only tokens=head"):
+        OpenVocabulary(model, vectors[:, :8], tokens=("backbone",))
 
 
 def opened(trained: Path) -> tuple[Any, Any, torch.Tensor]:

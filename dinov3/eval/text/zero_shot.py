@@ -7,7 +7,8 @@
 
 classification: every class name in every template; short side and centre crop `size` (bicubic); cosines with the whole
 feature; top-1 and top-5. The published table is at 576 patches (size=384); the public example at 512.
-segmentation: the second half of the text features against patch tokens; short side `resize` (bicubic, the long one rounded
+segmentation: the second half of the text features against patch tokens, `tokens=backbone` (the published notebook) or
+`head`; the scores of both are in the results where the widths agree; short side `resize` (bicubic, the long one rounded
 down); mode slide: windows of `side` every `stride`, the mean of their softmax without a temperature; mode whole: cosines.
 Then bilinear to the mask's size. Macro Jaccard over the classes that occur, mIoU in percent.
 retrieval: recall of images by captions and captions by images; any caption of an image counts.
@@ -72,13 +73,14 @@ class ZeroShotConfig:
     templates: str | None = None
     size: int = setting(512, at_least=1)
     mode: Literal["slide", "whole"] = "slide"
+    tokens: Literal["backbone", "head"] = "backbone"  # whose patches segmentation compares with the texts
     resize: int = setting(512, at_least=1)
     side: int = setting(384, at_least=1)
     stride: int = setting(192, at_least=1)
     batch_size: int = setting(16, at_least=1)
     workers: int = 4
     max_images: int | None = None  # the first so many; null: all
-    output_dir: str = "."
+    output_dir: str | None = "."
     save_results: bool = False
 
 
@@ -214,16 +216,18 @@ def _retrieval(
     return dict(retrieval(images, texts, torch.tensor([i for i, _ in captions])))
 
 
-def place_maps(model: DinoTxt, vectors: Tensor, x: Tensor, config: ZeroShotConfig) -> Tensor:
-    """Class maps [1, C, h, w] of one image [1, 3, h, w]: shares from windows, or cosines of the whole."""
+def place_maps(
+    model: DinoTxt, vectors: Tensor, x: Tensor, config: ZeroShotConfig, tokens: Sequence[str] = ("head",)
+) -> Tensor:
+    """Class maps [1, kinds of tokens · C, h, w] of one image [1, 3, h, w]: shares from windows, or cosines of the whole."""
     size_hw = (x.shape[-2], x.shape[-1])
     if config.mode == "whole":
-        return OpenVocabulary(model, vectors).predict(x, size_hw)
+        return OpenVocabulary(model, vectors, tokens=tokens).predict(x, size_hw)
     return slide(
         x,
-        OpenVocabulary(model, vectors, softmax=True),
+        OpenVocabulary(model, vectors, softmax=True, tokens=tokens),
         decoder_head_type="linear",
-        n_output_channels=len(vectors),
+        n_output_channels=len(tokens) * len(vectors),
         crop_hw=(config.side, config.side),
         stride_hw=(config.stride, config.stride),
     )
@@ -245,21 +249,25 @@ def _segmentation(
     origin: Any = model.origin
     # the long side rounded down, as the public example does: nothing is cut and no multiple of the patch is needed
     preprocessing = Preprocessing(
-        size=c.resize, shape="short", multiple=1, interpolation="bicubic", mean=origin.mean, std=origin.std
-    )
-    total = torch.zeros(len(names), len(names), dtype=torch.float64)
+        size=c.resize, shape="short", multiple=1, interpolation="bicubic", mean=origin.mean, std=origin.std,
+        rounding="down",
+    )  # fmt: skip
+    both = c.tokens == "backbone" or vectors.shape[-1] == model.visual_model.backbone.embed_dim
+    tokens = ("backbone", "head") if both else ("head",)
+    total = torch.zeros(len(tokens), len(names), len(names), dtype=torch.float64)
     for row in session.shared(rows, "images"):
         image = open_image(dataset.read(row)).image
         x, _ = preprocessing(image)
-        maps = place_maps(model, vectors, x[None].to(weight.device), c)
+        maps = place_maps(model, vectors, x[None].to(weight.device), c, tokens)
         target = torch.from_numpy(dataset.target(row).astype("int64"))
         if dataset.zero_is_other:
             target = reduce_zero_label(target)
-        classes = resized(maps, (target.shape[-2], target.shape[-1])).argmax(1)[0].cpu()
-        total += confusion_matrix(classes, target, len(names), dataset.ignore_index).double()
-    summed = sum(distributed.gather_objects(total))
-    numbers = iou_scores(summed)
-    return {name: 100 * float(numbers[name]) for name in ("mIoU", "aAcc", "mAcc") if name in numbers}
+        maps = resized(maps, (target.shape[-2], target.shape[-1]))[0].unflatten(0, (len(tokens), -1))
+        for counts, classes in zip(total, maps.argmax(1).cpu()):
+            counts += confusion_matrix(classes, target, len(names), dataset.ignore_index).double()
+    scores = dict(zip(tokens, map(iou_scores, sum(distributed.gather_objects(total)))))
+    results: dict[str, Number] = {name: 100 * float(scores[c.tokens][name]) for name in ("mIoU", "aAcc", "mAcc")}
+    return results | {f"mIoU {kind}": 100 * float(each["mIoU"]) for kind, each in scores.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
