@@ -70,7 +70,7 @@ class EvalConfig:
     """Base class of all evaluations' configurations."""
 
     model: ModelSection = field(default_factory=ModelSection)
-    output_dir: str = "."
+    output_dir: str | None = "."  # null: here
     save_results: bool = False  # save predictions and targets as .npy
 
     def problems(self) -> Iterator[Problem]:

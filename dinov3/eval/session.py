@@ -188,9 +188,8 @@ class Session:
         stride: Any = model.stride
         check_patches("transform.crop_size", transform.crop_size, stride)
         named = Preprocessing.named("classification", size=transform.resize_size, center_crop=transform.crop_size)
-        return default_preprocessing(
-            model, size=named.size, shape=named.shape, interpolation=named.interpolation, center_crop=named.center_crop
-        )
+        statistics = default_preprocessing(model)
+        return named.with_(multiple=stride, mean=statistics.mean, std=statistics.std)
 
     def features(
         self,
@@ -397,7 +396,7 @@ def sweep(
     rows: list[dict[str, Any]] = []
     for i, (point, config) in enumerate(points):
         session.log(f"[{i + 1}/{len(points)}] " + ", ".join(f"{k}={v}" for k, v in point.items()))
-        here = session.at(config.output_dir)
+        here = session.at(config.output_dir or ".")
         results = evaluate(config, here)
         here.finish(results, config)
         rows.append({**point, **results})
@@ -429,7 +428,7 @@ def main(
         return 0
     try:
         config, notes, arguments = read_arguments(cls, given)
-        session = Session(name, config.output_dir, config.model.device)
+        session = Session(name, config.output_dir or ".", config.model.device)
         torch.manual_seed(0)
         for note in notes:
             session.log(f"note: {note}")

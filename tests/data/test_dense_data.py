@@ -243,11 +243,21 @@ def blocks(h: int = 48, w: int = 64) -> tuple[np.ndarray, np.ndarray]:
     return np.repeat(labels[..., None] * 20, 3, axis=-1), labels
 
 
+def test_depth_is_evaluated_at_a_long_side_rounded_down():
+    x, depth = DepthTransform(img_size=256)(np.zeros((427, 640, 3), np.uint8), np.ones((427, 640), np.float32))
+    assert x.shape == (3, 256, 383)
+    assert depth.shape == (427, 640)
+    labels = np.zeros((427, 640), np.uint8)
+    assert SegmentationTransform(img_size=256)(np.zeros((427, 640, 3), np.uint8), labels)[0].shape == (3, 256, 384)
+
+
 def test_sizes_of_the_published_protocol():
     assert [tta_short(896, r) for r in (0.9, 0.95, 1, 1.05, 1.1)] == [832, 864, 896, 940, 985]
     assert short_side((480, 640), 512) == (512, 683)
     assert short_side((640, 480), 896) == (1195, 896)
     assert short_side((480, 640), 832) == (832, 1109)
+    assert short_side((427, 640), 256, down=True) == (256, 383)  # as torchvision; the depth path
+    assert short_side((480, 640), 512, down=True) == (512, 682)
     assert fixed_box("NYU", (480, 640)) == (45, 43, 472, 608)
     assert fixed_box("NYU", (240, 320)) == (22, 21, 236, 304)
     with pytest.raises(DinoError, match="did you mean 'NYU'"):

@@ -19,6 +19,7 @@ from ranks import run_ranks
 from result_tables import read_table
 
 from dinov3.data.datasets import make_dataset
+from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.errors import DinoError, ImageError, UnknownName
 from dinov3.eval import session as common
 from dinov3.eval.arguments import (
@@ -74,6 +75,15 @@ class ToyConfig(EvalConfig):
     features: FeatureSection = field(default_factory=FeatureSection)
     number: float = 1.0
     where: str = "???"
+
+
+def test_images_are_evaluated_at_a_long_side_rounded_down(tmp_path: Path) -> None:
+    preprocessing = Session("toy", tmp_path, "cpu").preprocessing(tiny(), TransformSection())
+    plan = preprocessing.plan(640, 427)
+    assert (round(640 * plan.scale_x), round(427 * plan.scale_y), plan.offset_x) == (383, 256, 80)
+    assert preprocessing == Preprocessing.from_json(preprocessing.to_json())
+    assert "rounding" not in Preprocessing().to_json()  # ids of stores stay
+    assert Preprocessing(size=256, shape="short", multiple=1).plan(640, 427).input_hw == (256, 384)
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------

@@ -48,10 +48,11 @@ def generator(seed: int, epoch: int, index: int) -> Random:
 # ---- sizes ---------------------------------------------------------------------------------------------------------
 
 
-def short_side(size_hw: tuple[int, int], short: int) -> tuple[int, int]:
-    """(height, width) with that short side; the long one is rounded half up: 480×640 at 512 → 512×683."""
+def short_side(size_hw: tuple[int, int], short: int, *, down: bool = False) -> tuple[int, int]:
+    """(height, width) with that short side; the long one is rounded half up (480×640 at 512 → 512×683), or `down`, as
+    torchvision does (682)."""
     h, w = size_hw
-    long = int(short * (max(h, w) / min(h, w)) + 0.5)
+    long = short * max(h, w) // min(h, w) if down else int(short * (max(h, w) / min(h, w)) + 0.5)
     return (short, long) if h <= w else (long, short)
 
 
@@ -229,7 +230,7 @@ class DepthTransform:
         top, left, bottom, right = fixed_box(self.fixed_crop, (depth.shape[0], depth.shape[1]))
         x, depth = x[:, top:bottom, left:right], depth[top:bottom, left:right]
         if self.img_size is not None:
-            size_hw = short_side((x.shape[-2], x.shape[-1]), self.img_size)
+            size_hw = short_side((x.shape[-2], x.shape[-1]), self.img_size, down=True)
             x = resized(x, size_hw)
             depth = depth if rng is None else resized_map(depth, size_hw)
         coloured_x: Tensor = x

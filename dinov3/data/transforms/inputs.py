@@ -98,9 +98,18 @@ class Preprocessing:
     mean: tuple[float, float, float] = LVD_MEAN
     std: tuple[float, float, float] = LVD_STD
     size_hw: tuple[int, int] | None = None  # instead of size and shape: (height, width) of every input
+    rounding: str = (
+        "nearest"  # of the other side with shape "short" or "long"; "down" is torchvision's and the reference's
+    )
 
     def __post_init__(self) -> None:
-        choices = (("shape", SHAPES), ("fit", FITS), ("interpolation", INTERPOLATIONS), ("order", ("uint8", "float")))
+        choices = (
+            ("shape", SHAPES),
+            ("fit", FITS),
+            ("interpolation", INTERPOLATIONS),
+            ("order", ("uint8", "float")),
+            ("rounding", ("nearest", "down")),
+        )
         for name, known in choices:
             one_of(name, getattr(self, name), known)
         if self.shape != "native" and self.size < 1:
@@ -112,7 +121,13 @@ class Preprocessing:
         known: dict[str, dict[str, Any]] = {
             "reference": {},
             "transformers": {"size": 224, "order": "float"},
-            "classification": {"size": 256, "shape": "short", "interpolation": "bicubic", "center_crop": 224},
+            "classification": {
+                "size": 256,
+                "shape": "short",
+                "interpolation": "bicubic",
+                "center_crop": 224,
+                "rounding": "down",
+            },
         }
         return cls(**known[one_of("preprocessing", name, known)]).with_(**changes)
 
@@ -134,6 +149,8 @@ class Preprocessing:
         values = asdict(self)
         if self.size_hw is None:
             del values["size_hw"]
+        if self.rounding == "nearest":  # ids of before stay
+            del values["rounding"]
         return json.dumps(values, sort_keys=True)
 
     @classmethod
@@ -201,7 +218,10 @@ class Preprocessing:
             return width, height
         if self.shape == "square":
             return self.size, self.size
-        factor = self.size / (min if self.shape == "short" else max)(width, height)
+        side = (min if self.shape == "short" else max)(width, height)
+        if self.rounding == "down":
+            return max(1, width * self.size // side), max(1, height * self.size // side)
+        factor = self.size / side
         return max(1, round(width * factor)), max(1, round(height * factor))
 
     def _center_cropped(self, width: int, height: int, w: int, h: int) -> Geometry:

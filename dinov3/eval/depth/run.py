@@ -290,7 +290,9 @@ def _save_head(config: DepthConfig, session: common.Session, model: Depther, sco
 
     t = config.transforms.eval
     backbone = model.get_submodule("encoder.backbone")
-    shape: dict[str, Any] = {"size": t.img_size, "shape": "short"} if t.img_size else {"shape": "native"}
+    shape: dict[str, Any] = (
+        {"size": t.img_size, "shape": "short", "rounding": "down"} if t.img_size else {"shape": "native"}
+    )
     save_head(
         session.output / "head.safetensors", model, task="depth", head=config.decoder_head.type, options=head_options(config),
         preprocessing=default_preprocessing(backbone, **shape), metrics=scores, steps=config.scheduler.total_iter,

@@ -113,7 +113,7 @@ class TextTrainConfig:
     use_fsdp: bool = True
     use_ac: bool = True  # recompute activations of the text tower in backward, on an accelerator
     no_resume: bool = False
-    output_dir: str = "."
+    output_dir: str | None = "."
 
     vision_backbone: str | None = None  # any name `dinov3.load` takes, instead of a training configuration
     vision_backbone_weights: str | None = None
@@ -350,7 +350,8 @@ def train(config: TextTrainConfig, *, notes: Sequence[str] = ()) -> FitReport:
     origin: Any = model.origin
     context = model.text_config.context_length
     data, held = captioned(config.train_dataset_str), held_out(config)
-    run = RunDir(config.output_dir, writer=distributed.is_main())
+    out = Path(config.output_dir or ".")
+    run = RunDir(out, writer=distributed.is_main())
     for note in [*notes, *origin.notes]:
         run.log(f"note: {note}")
     run.log(f"{origin}; {len(data)} images, {sum(map(len, data.captions))} captions")
@@ -391,10 +392,8 @@ def train(config: TextTrainConfig, *, notes: Sequence[str] = ()) -> FitReport:
         run.log(f"{len(loader.unreadable)} images could not be read and were replaced, the first: {name}: {why}")
     if run.writer:
         tensors = {k: v.cpu().contiguous() for k, v in head_tensors(model).items()}
-        write_safetensors(
-            tensors, Path(config.output_dir) / HEAD_FILE, {"dinov3.dinotxt": "head", "backbone": str(origin)}
-        )
-        _write_sizes(model, config, Path(config.output_dir) / MODEL_FILE)
+        write_safetensors(tensors, out / HEAD_FILE, {"dinov3.dinotxt": "head", "backbone": str(origin)})
+        _write_sizes(model, config, out / MODEL_FILE)
     distributed.barrier()
     return report
 
