@@ -162,7 +162,7 @@ class _Loader:
     def unknown(self, key: str, value: Any, source: str) -> None:
         for pattern, (neutral, why) in self.retired.items():
             if fnmatch.fnmatchcase(key, pattern):
-                if neutral is ANY or value == neutral or value is None:
+                if neutral is ANY or value is None or value in (neutral if isinstance(neutral, tuple) else (neutral,)):
                     self.notes.append(f"{key} ({source}): ignored, {why}")
                 else:
                     self.reject(key, source, f"{value!r} has no effect, only {neutral!r} is accepted: {why}")

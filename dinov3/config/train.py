@@ -382,7 +382,7 @@ class TrainConfig:
         "train.learn_from_teacher_tokens": (False, _NEVER),
         "train.cell_augmentation*": (ANY, _NEVER),
         "student.pretrained_weights": ("", f"{_NEVER}; first weights: student.resume_from_teacher_chkpt"),
-        "student.pos_embed_type": ("rope", "positions are rotary"),
+        "student.pos_embed_type": (("rope", "ropenew"), "positions are rotary"),
         **{f"student.{name}": (ANY, _NEVER) for name in _STUDENT_LEFTOVERS},
         "teacher.in_chans": (3, f"{_NEVER}; see student.in_chans"),
         "hrft.enabled": (False, f"{_NEVER}; several resolutions are lists in crops"),
@@ -746,7 +746,11 @@ def check_scale(config: TrainConfig, world_size: int) -> None:
     if c.multidistillation.enabled:
         ranks = max(s.ranks_range[1] for s in c.multidistillation.students)
         if ranks != world_size:
-            wrong.append(f"multidistillation.students: their ranks end at {ranks}, but {world_size} processes run")
+            wrong.append(
+                f"multidistillation.students: their ranks end at {ranks}, but {world_size} processes run: "
+                f"start {ranks} (--ngpus {ranks}, also without a GPU), or give the students fewer ranks (ranks_range) "
+                "in a copy of the file"
+            )
     if wrong:
         raise DinoError(report(wrong))
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from dinov3 import distributed, losses
-from dinov3.config.loading import report
+from dinov3.config.loading import dump, report
 from dinov3.config.train import TrainConfig, check_scale, load_config, load_student
 from dinov3.data.crops import CropBatch
 from dinov3.distributed import Group
@@ -132,6 +132,8 @@ def train_students(
         )
         first = trainer.resume(common_iteration([it for it, _ in trainer.checkpoints.all()])) if resume else 0
         run.start(config, iteration=first, sinks=config.run.sinks)
+        if run.writer:
+            dump(config, run.path / "config.yaml")
         for note in [f"student {student.name}, ranks {list(student.ranks_range)}", *notes, *own_notes, *trainer.notes]:
             run.log(f"note: {note}")
         try:

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov3 import distributed
+from dinov3.config.loading import dump
 from dinov3.config.train import TrainConfig, check_scale, load_config
 from dinov3.errors import DinoError, did_you_mean
 from dinov3.runlog import RunDir
@@ -62,6 +63,8 @@ def train(
         trainer = assemble(config, run, device, seed=seed, base_dir=base_dir)
         first = trainer.resume() if resume else 0
         run.start(config, iteration=first, sinks=config.run.sinks)
+        if run.writer:
+            dump(config, run.path / "config.yaml")  # the name that the reference's evaluation commands give
         for note in [*notes, *trainer.notes]:
             run.log(f"note: {note}")
         try:
