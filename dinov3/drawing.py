@@ -259,3 +259,37 @@ def _shortened(text: str, font: Any, width: float) -> str:
         if font.getlength(shorter) <= width:
             return shorter
     return "…"
+
+
+def confusion(counts: np.ndarray, names: Sequence[str]) -> Image.Image:
+    """Counts [K, K] of (truth, prediction) as a table: the darker a cell, the larger its share of the row."""
+    K, font = len(names), _font(13)
+    cell = max(4, min(44, LONGEST // (K + 6)))
+    labelled = cell >= 14
+    room = 24 + max(int(font.getlength(name[:24])) for name in names) if labelled else 12  # px of the names
+    canvas = Image.new("RGB", (MARGIN + room + K * cell + MARGIN, MARGIN + room + K * cell + MARGIN), PAPER)
+    draw, left = ImageDraw.Draw(canvas), MARGIN + room
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    for i in range(K):
+        for j in range(K):
+            x, y, share = left + j * cell, left + i * cell, shares[i, j]
+            colour = tuple(round(p * (1 - share) + c * share) for p, c in zip(PAPER, (24, 74, 140)))
+            draw.rectangle((x, y, x + cell - 1, y + cell - 1), fill=colour, outline=GREY if labelled else None)
+            if cell >= 30 and counts[i, j]:
+                ink = PAPER if share > 0.5 else INK
+                draw.text((x + cell / 2, y + cell / 2), str(counts[i, j]), fill=ink, font=font, anchor="mm")
+    if labelled:
+        beside, above = (Image.new("RGB", (room - 8, K * cell), PAPER) for _ in range(2))
+        for i, name in enumerate(names):
+            at = (i + 0.5) * cell
+            ImageDraw.Draw(beside).text((room - 14, at), name[:24], fill=INK, font=font, anchor="rm")
+            ImageDraw.Draw(above).text((6, at), name[:24], fill=INK, font=font, anchor="lm")
+        canvas.paste(beside, (MARGIN, left))
+        canvas.paste(above.transpose(Image.Transpose.ROTATE_90), (left, MARGIN))
+    draw.text(
+        (left, 10),
+        "rows: truth, columns: prediction; the darker, the larger the share of the row",
+        fill=FAINT,
+        font=font,
+    )
+    return canvas

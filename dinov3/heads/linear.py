@@ -39,10 +39,14 @@ class LinearClassifier(nn.Module):
         self.backbone, self.linear_head = backbone, linear_head
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.linear_head(self.pooled(x))
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """The input of the linear layer [B, 2D]."""
         features = self.backbone.forward_features(x)
         patches = features["x_norm_patchtokens"].mean(1)  # [B, D]
-        pooled = torch.cat([features["x_norm_clstoken"], patches], dim=-1)  # [B, 2D]
-        return self.linear_head(pooled.to(self.linear_head.weight.dtype))
+        pooled = torch.cat([features["x_norm_clstoken"], patches], dim=-1)
+        return pooled.to(self.linear_head.weight.dtype)
 
 
 def build_linear_classifier(backbone: Backbone, n_classes: int) -> LinearClassifier:

@@ -2,15 +2,18 @@
 
     <run>/head.safetensors     the head; `dinov3.hub.own_heads.load_head` gives the task model back
           result.png           images, truth and prediction side by side; the loss and the score over steps
+          confusion.png, confusion.csv, classes.csv     of a classifier: what was taken for what; recall, precision
           resolved.yaml  metrics.jsonl  log.txt  plots/  ckpt/
 
-The backbone is frozen, so its features of an image are computed once (`fit.features`) unless images are augmented at
-random; on a laptop a linear head then takes a minute. A run that was stopped or killed resumes with the same command, and
-gives the same head. The loop is `fit.loop`, the tasks are in `tasks`; recipes of the published evaluations are in `eval`.
+The backbone is frozen, so its features of an image are computed once (a classifier's pooled, before the first step; else by
+`fit.features`) unless images are augmented at random; on a laptop a linear head then takes a minute. A run that was stopped
+or killed resumes with the same command, and gives the same head. The loop is `fit.loop`, the tasks are in `tasks`; recipes
+of the published evaluations are in `eval`.
 """
 
 from __future__ import annotations
 
+import csv
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -23,19 +26,19 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dinov3 import distributed, hub
+from dinov3 import distributed, drawing, hub
 from dinov3.config.bounds import check
 from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.dense import ONE_CLASS
 from dinov3.data.images import open_image
 from dinov3.data.transforms.inputs import Preprocessing
-from dinov3.drawing import palette
 from dinov3.errors import DinoError, ImageError, install
 from dinov3.features import default_preprocessing
 from dinov3.files import atomically
 from dinov3.fit.features import cached_features
 from dinov3.fit.loop import FitReport, fit, seed_of
 from dinov3.hub.own_heads import build_head, check_kind, save_head
+from dinov3.metrics.dense import confusion_matrix
 from dinov3.models.convnext import ConvNeXt
 from dinov3.runlog import RunDir, read_metrics
 from dinov3.train_head import tasks
@@ -119,6 +122,7 @@ class Labelled:
             raise DinoError("no image has a class: a classifier needs one folder of images for each class")
         names = getattr(data, "class_names", None)
         self.class_names = list(names or (f"class {i}" for i in range(1 + max(labels[i] for i in self.kept))))
+        self.labels = labels
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -128,6 +132,9 @@ class Labelled:
 
     def name(self, index: int) -> str:
         return self.data.name(self.kept[index])
+
+    def label(self, index: int) -> int:
+        return int(self.labels[self.kept[index]])
 
     def read(self, index: int) -> bytes:
         return self.data.read(self.kept[index])
@@ -150,6 +157,9 @@ class Relabelled:
         if isinstance(target, dict):
             return image, target | {"labels": self.numbers[target["labels"]]}
         return image, int(self.numbers[target])
+
+    def label(self, index: int) -> int:
+        return int(self.numbers[self.data.label(index)])
 
 
 def same_classes(data: Any, val: Any) -> Any:
@@ -292,7 +302,9 @@ def build_task(config: HeadConfig, data: Any, val: Any | None, preprocessing: Pr
 
             # masks have a sixteenth of the image's pixels: more points than that say nothing new
             criterion = Mask2FormerCriterion(len(names), n_points=min(12544, preprocessing.size**2 // 16))
-        task = tasks.Segmentation(*given, head=config.head, criterion=criterion, colours=palette(len(names)), **options)
+        task = tasks.Segmentation(
+            *given, head=config.head, criterion=criterion, colours=drawing.palette(len(names)), **options
+        )
     elif config.task == "detection":
         from dinov3.heads.detr.loss import DetrCriterion
 
@@ -341,7 +353,7 @@ def farthest(data: Any, most: int = 200) -> float:
 
 
 def train_head(config: HeadConfig, out: str | os.PathLike[str], *, resume: bool = True) -> Outcome:
-    """Fits the head in folder `out`, or resumes there."""
+    """Fits the head in folder `out`, or resumes there. Raises `DinoError` while another process does the same."""
     check_kind(config.task, config.head)
     check(config, "train-head")
     device = distributed.setup(config.device)
@@ -352,8 +364,22 @@ def train_head(config: HeadConfig, out: str | os.PathLike[str], *, resume: bool 
     if val is not None:
         checked_sizes(val, notes.append)
     backbone = load_backbone(config)
-    preprocessing = preprocessing_for(config, backbone, sizes)
-    task = build_task(config, data, val, preprocessing)
+    task = build_task(config, data, val, preprocessing_for(config, backbone, sizes))
+    with run.claimed():
+        same_as_before(run, config, resume)
+        for note in notes:
+            run.log(note)
+        run.log(
+            f"{len(data)} images, {f'{len(val)} to validate' if val is not None else 'none to validate'}, "
+            f"{f'{task.n_classes} classes, ' if task.n_classes else ''}{backbone.origin}, input {task.preprocessing.id}"
+        )
+        return _fitted(config, run, task, backbone, device, resume)
+
+
+def _fitted(
+    config: HeadConfig, run: RunDir, task: tasks.Task, backbone: nn.Module, device: torch.device, resume: bool
+) -> Outcome:
+    """Builds the head, fits it and writes its file and the drawings."""
     options = dict(config.options) | ({} if task.n_classes is None else {"n_classes": task.n_classes})
     if isinstance(task, tasks.Depth):
         options |= {"min_depth": task.range[0], "max_depth": task.range[1]}
@@ -361,22 +387,8 @@ def train_head(config: HeadConfig, out: str | os.PathLike[str], *, resume: bool 
     model = build_head(config.task, config.head, backbone, **options).to(device)
     fitting = config.fitting()
     fitting.best_by, fitting.best_is = task.score, task.score_is
-    same_as_before(run, config, resume)
-    if run.writer:
-        run.path.mkdir(parents=True, exist_ok=True)
-    for note in notes:
-        run.log(note)
-    run.log(
-        f"{len(data)} images, {f'{len(val)} to validate' if val is not None else 'none to validate'}, "
-        f"{f'{task.n_classes} classes, ' if task.n_classes else ''}{backbone.origin}, input {preprocessing.id}"
-    )
-    if config.augment != "full":
-        folder = run.path / "features" if run.writer else None
-        cache: Any = cached_features(model, most_bytes=int(config.memory_gb * 2**30), folder=folder)
-    else:
-        cache = nullcontext()
-    measured_on = "validation" if val is not None else "training"
-    with cache:
+    measured_on = "validation" if task.val is not None else "training"
+    with frozen_features(config, run, task, model):
         report = fit(
             model,
             task.batches(distributed.rank(), distributed.world()),
@@ -392,14 +404,33 @@ def train_head(config: HeadConfig, out: str | os.PathLike[str], *, resume: bool 
         if run.writer:
             save_head(
                 path, model, task=config.task, head=config.head, options=options,
-                class_names=task.class_names or None, preprocessing=preprocessing, metrics=metrics, steps=fitting.steps,
-                data={"images": len(data), "measured_on": measured_on, "name": data_name(config.data)},
+                class_names=task.class_names or None, preprocessing=task.preprocessing, metrics=metrics,
+                steps=fitting.steps,
+                data={"images": len(task.data), "measured_on": measured_on, "name": data_name(config.data)},
             )  # fmt: skip
             with torch.no_grad():
                 run.log(figure(task, model, run, device))
+                if isinstance(task, tasks.Classification):
+                    write_confusion(task, model, run, device)
     shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if "/" not in name)
     run.log(f"{path}: {shown} (on {measured_on} images, after {report.best[0] if report.best else 0} steps)")
     return Outcome(path, metrics, report, measured_on)
+
+
+def frozen_features(config: HeadConfig, run: RunDir, task: tasks.Task, model: nn.Module) -> Any:
+    """A context in which the backbone runs once an image, where images are not augmented at random.
+
+    A classifier's few numbers an image are computed before; everything else is cached when it is first needed.
+    """
+    if config.augment == "full":
+        return nullcontext()
+    most = int(config.memory_gb * 2**30)
+    if isinstance(task, tasks.Classification):
+        device = next(model.parameters()).device.type
+        with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            if task.pool(model, most_bytes=most, workers=config.workers, log=run.log):
+                return nullcontext()
+    return cached_features(model, most_bytes=most, folder=run.path / "features" if run.writer else None)
 
 
 # What another value of would make another run of; steps, rates and intervals may be changed on the way.
@@ -472,3 +503,29 @@ def figure(task: tasks.Task, model: nn.Module, run: RunDir, device: torch.device
     with atomically(path) as temporary:
         page.savefig(temporary, dpi=110)
     return f"result drawn: {path}"
+
+
+def write_confusion(task: tasks.Classification, model: nn.Module, run: RunDir, device: torch.device) -> None:
+    """confusion.csv (rows: truth, columns: prediction), classes.csv (a row a class) and confusion.png, with a log line."""
+    logits, labels = task.predictions(model, task.evaluated(), device)
+    names, K = task.class_names, len(task.class_names)
+    matrix = confusion_matrix(logits.argmax(1), labels, K, ignore_index=None).numpy()
+    right, images, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+    wrong = matrix - np.diag(right)
+    rows = []
+    for i, name in enumerate(names):
+        recall, precision = (float(right[i] / n[i]) if n[i] else None for n in (images, predicted))
+        mistaken = f"{names[wrong[i].argmax()]}" if wrong[i].any() else ""
+        rows.append((name, int(images[i]), recall, precision, mistaken, int(wrong[i].max())))
+    head = ("class", "images", "recall", "precision", "most often taken for", "times")
+    for file, lines in (
+        (run.path / "classes.csv", [head, *rows]),
+        (run.path / "confusion.csv", [("truth", *names), *((n, *row) for n, row in zip(names, matrix.tolist()))]),
+    ):
+        with atomically(file) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
+            csv.writer(out).writerows(lines)
+    weakest = sorted((row for row in rows if row[2] is not None and row[2] < 1), key=lambda row: row[2] or 0)[:3]
+    shown = ", ".join(f"{name} {recall:.0%} (taken for {other})" for name, _, recall, _, other, _ in weakest)
+    run.log(f"recall of each class in {run.path / 'classes.csv'}" + (f"; the weakest: {shown}" if shown else ""))
+    with atomically(run.path / "confusion.png") as temporary:
+        drawing.confusion(matrix, names).save(temporary)

@@ -7,6 +7,7 @@ random is a function of (seed, epoch, index).
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from dinov3 import drawing
+from dinov3 import distributed, drawing
 from dinov3.data.crops import draw_box
 from dinov3.data.transforms.dense import (
     DepthTransform,
@@ -31,6 +32,7 @@ from dinov3.data.transforms.dense import (
 from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.data.transforms.pixels import to_pixels
 from dinov3.errors import DinoError
+from dinov3.features import batched, evaluating
 from dinov3.fit.loop import shuffled
 from dinov3.heads.encoder import resized
 from dinov3.heads.objectives import DepthLoss, segmentation_terms
@@ -75,10 +77,14 @@ class Task(ABC):
         """The target of the mirrored image."""
 
     def drawn(self, index: int, epoch: int) -> tuple[Tensor, Any]:
+        """The training example of an image in an epoch."""
         rng = generator(self.seed, epoch, index)
         if self.augment == "full":
             return self.example(index, rng)
-        flip = self.augment == "flip" and rng.random() < 0.5
+        return self.prepared(index, self.augment == "flip" and rng.random() < 0.5)
+
+    def prepared(self, index: int, flip: bool) -> tuple[Tensor, Any]:
+        """The training example of an image, or of the mirrored image; cached."""
         if (index, flip) not in self._kept:
             x, target = self.example(index, None)
             made = (x.flip(-1).contiguous(), self.flipped(target, x.shape[-1])) if flip else (x, target)
@@ -123,8 +129,11 @@ class Task(ABC):
 
     def evaluate(self, model: nn.Module, device: torch.device, most: int = 200) -> dict[str, float]:
         """Of the validation images; where there are none, of (at most 200) training images."""
-        dataset = self.val if self.val is not None else First(self.data, most)
-        return self.scores(model, dataset, device)
+        return self.scores(model, self.evaluated(most), device)
+
+    def evaluated(self, most: int = 200) -> Any:
+        """The data of an evaluation: those to validate with, or the first training images."""
+        return self.val if self.val is not None else First(self.data, most)
 
     @abstractmethod
     def panels(self, model: nn.Module, dataset: Any, index: int, device: torch.device) -> list[np.ndarray]:
@@ -142,6 +151,9 @@ class First:
 
     def __getitem__(self, index: int) -> Any:
         return self.data[index]
+
+    def label(self, index: int) -> Any:
+        return self.data.label(index)
 
 
 # ---- segmentation --------------------------------------------------------------------------------------------------
@@ -295,6 +307,52 @@ class Classification(Task):
 
     name, score = "classification", "accuracy"
 
+    def __init__(self, *given: Any, **options: Any) -> None:
+        super().__init__(*given, **options)
+        self.pooled: dict[bool, Tensor] = {}  # mirrored → [N, 2D] of the training images
+        self.pooled_val: Tensor | None = None
+
+    def pool(
+        self, model: Any, *, most_bytes: int, workers: int = 0, log: Callable[[str], None] = lambda text: None
+    ) -> bool:
+        """Computes the classifier's input of every image once, so that a step is one matrix product of a few rows.
+
+        False, and nothing is computed, where images are augmented at random or the features exceed `most_bytes`.
+        """
+        flips = [False, True] if self.augment == "flip" else [False]
+        count = len(flips) * len(self.data) + len(self.val if self.val is not None else ())
+        weight = model.linear_head.weight
+        if self.augment == "full" or count * weight.shape[1] * weight.element_size() > most_bytes:
+            return False
+
+        def rows(dataset: Any, what: str, flips: Sequence[bool]) -> list[Tensor]:
+            share = range(distributed.rank(), len(dataset), distributed.world())
+            batches = batched(share, self.preprocessing, 32, workers=workers, read=lambda i: dataset[i][0])
+            parts: list[list[Tensor]] = [[] for _ in flips]
+            due = time.monotonic() + 5
+            for x, _ in batches:
+                for part, flip in zip(parts, flips):
+                    part.append(model.pooled((x.flip(-1) if flip else x).to(weight.device)).cpu())
+                if time.monotonic() > due:
+                    log(f"features of {what} images: {sum(map(len, parts[0]))} of {len(share)}")
+                    due = time.monotonic() + 5
+            own = [torch.cat(part) if part else torch.zeros(0, weight.shape[1], dtype=weight.dtype) for part in parts]
+            found = [own[0].new_empty(len(dataset), weight.shape[1]) for _ in flips]
+            for rank, theirs in enumerate(distributed.gather_objects(own)):
+                for whole, part in zip(found, theirs):
+                    whole[rank :: distributed.world()] = part
+            return found
+
+        with evaluating(model):
+            self.pooled = dict(zip(flips, rows(self.data, "training", flips)))
+            self.pooled_val = rows(self.val, "validation", [False])[0] if self.val is not None else self.pooled[False]
+        return True
+
+    def prepared(self, index: int, flip: bool) -> tuple[Tensor, Any]:
+        if not self.pooled:
+            return super().prepared(index, flip)
+        return self.pooled[flip][index], torch.tensor(self.data.label(index))
+
     def example(self, index: int, rng: Any | None) -> tuple[Tensor, Tensor]:
         image, label = self.data[index]
         if rng is None:
@@ -311,17 +369,22 @@ class Classification(Task):
 
     def loss(self, model: Any, batch: dict[str, Any]) -> LossTerms:
         terms = LossTerms()
-        terms.add("ce_loss", 1.0, F.cross_entropy(model(batch["x"]).float(), batch["target"]))
+        logits = model.linear_head(batch["x"]) if self.pooled else model(batch["x"])
+        terms.add("ce_loss", 1.0, F.cross_entropy(logits.float(), batch["target"]))
         return terms
 
+    def predictions(self, model: Any, dataset: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(logits [N, K], labels [N]) of the images of an evaluation."""
+        labels = torch.tensor([dataset.label(i) for i in range(len(dataset))])
+        if self.pooled_val is not None:
+            return model.linear_head(self.pooled_val[: len(dataset)].to(device)).float().cpu(), labels
+        logits = [model(self.seen(dataset, i)[2].to(device))[0].float().cpu() for i in range(len(dataset))]
+        return torch.stack(logits), labels
+
     def scores(self, model: nn.Module, dataset: Any, device: torch.device) -> dict[str, float]:
-        logits, labels = [], []
-        for index in range(len(dataset)):
-            _, label, x = self.seen(dataset, index)
-            logits.append(model(x.to(device))[0].float().cpu())
-            labels.append(label)
         tops = {"accuracy": 1} | ({"top5": 5} if len(self.class_names) > 5 else {})
-        return {name: accuracy(torch.stack(logits), torch.tensor(labels), k) for name, k in tops.items()}
+        logits, labels = self.predictions(model, dataset, device)
+        return {name: accuracy(logits, labels, k) for name, k in tops.items()}
 
     def panels(self, model: nn.Module, dataset: Any, index: int, device: torch.device) -> list[np.ndarray]:
         image, label, x = self.seen(dataset, index)

@@ -193,6 +193,69 @@ def test_a_classifier_learns_a_folder(tmp_path: Path) -> None:
     assert not np.array_equal(truth, found)  # the prediction says how sure it is
 
 
+def test_a_classifier_runs_its_backbone_once_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two views (mirrored or not) of 12 training images, one of 12 validation images, whatever the number of steps."""
+    images = 0
+    forward = VisionTransformer.forward_features
+
+    def counted(self: Any, x: Any, *rest: Any, **options: Any) -> Any:
+        nonlocal images
+        images += len(x)
+        return forward(self, x, *rest, **options)
+
+    monkeypatch.setattr(VisionTransformer, "forward_features", counted)
+    given: Any = {
+        "task": "classification",
+        "val": str(class_folder(tmp_path / "val")),
+        "steps": 60,
+        "evaluate_every": 5,
+    }
+    pooled = train_head(config(class_folder(tmp_path / "data"), **given), tmp_path / "run")
+    assert images == 2 * 12 + 12
+    # too little memory: the general cache gives the same head
+    cached = train_head(config(tmp_path / "data", memory_gb=0.0, **given), tmp_path / "other")
+    assert cached.metrics == pooled.metrics
+    a, b = (load_head(o.head, backbone=head_module.load_backbone(config(tmp_path))) for o in (pooled, cached))
+    torch.testing.assert_close(a.linear_head.weight, b.linear_head.weight, atol=1e-4, rtol=1e-3)  # type: ignore[union-attr]
+
+
+def test_a_classifier_leaves_a_confusion_matrix_and_a_table_of_classes(tmp_path: Path) -> None:
+    val = class_folder(tmp_path / "val")
+    for i in range(2):  # two red images among the green ones
+        write(val / "green" / f"red{i}.png", np.asarray(Image.open(val / "red" / f"{i}.png")))
+    wanted = config(class_folder(tmp_path / "data"), task="classification", val=str(val))
+    train_head(wanted, tmp_path / "run")
+    read = [line.split(",") for line in (tmp_path / "run" / "confusion.csv").read_text().splitlines()]
+    assert read == [["truth", "green", "red"], ["green", "6", "2"], ["red", "0", "6"]]
+    table = [line.split(",") for line in (tmp_path / "run" / "classes.csv").read_text().splitlines()]
+    assert table == [
+        ["class", "images", "recall", "precision", "most often taken for", "times"],
+        ["green", "8", "0.75", "1.0", "red", "2"],
+        ["red", "6", "1.0", "0.75", "", "0"],
+    ]
+    assert "the weakest: green 75% (taken for red)" in (tmp_path / "run" / "log.txt").read_text()
+    image = np.asarray(Image.open(tmp_path / "run" / "confusion.png").convert("L"))
+    assert image[-80, -60] < image[-120, -60] < image[-80, -100]  # red as red, green as red, red as green
+
+
+def test_two_runs_in_one_folder_are_an_error(tmp_path: Path) -> None:
+    from dinov3.runlog import RunDir
+
+    with RunDir(tmp_path / "run").claimed():
+        # a lock is a process's own: another one is needed to see it refused
+        code = (
+            "from dinov3.runlog import RunDir; from dinov3.train_head.run import *; import sys\n"
+            "from dinov3.errors import DinoError\n"
+            f"c = HeadConfig(task='classification', data={str(class_folder(tmp_path / 'data'))!r}, size=32, steps=2, "
+            "backbone='dinov3_vitt16', weights='random')\n"
+            f"try: train_head(c, {str(tmp_path / 'run')!r})\n"
+            "except DinoError as e: print(e)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "is writing to" in done.stdout
+    assert "another --out" in done.stdout
+
+
 def panels(config: HeadConfig, outcome: Any) -> list[np.ndarray]:
     """What the image of the result shows of the first image."""
     backbone = head_module.load_backbone(config)
