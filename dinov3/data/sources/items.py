@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,5 +89,7 @@ def stamp_of(path: str | os.PathLike[str]) -> str:
 
 
 def storable(text: str) -> str:
-    """A name that can be stored as UTF-8, whatever bytes a file system or an archive holds."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """A name as UTF-8, whatever bytes a file system or an archive holds: other bytes become `\\xff`, and a name that
+    spells such an escape has its backslash escaped (`\\x5cxff`), so that two names never become one."""
+    escaped = re.sub(r"\\(?=x[0-9a-f]{2})", r"\\x5c", text)
+    return escaped.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -136,7 +137,7 @@ class _Listing:
     def folder(self, root: Path, prefix: str = "") -> None:
         self.whole_folder = True
         containers: list[tuple[str, Path]] = []
-        for path, relative in self._walk(str(root), prefix, frozenset()):
+        for path, relative in self._walk(str(root), prefix):
             lower = os.path.basename(path).lower()
             suffix = os.path.splitext(lower)[1]
             if suffix in IMAGE_SUFFIXES:
@@ -152,30 +153,35 @@ class _Listing:
         for relative, container in sorted(containers, key=lambda c: _dataset_order(*c)):
             self.named(container, relative, on_its_own=False)
 
-    def _walk(self, folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str, str]]:
-        """Files below a folder. Links to folders are followed, except to a folder that we are inside of."""
-        try:
-            facts = os.stat(folder)
-            inside = above | {(facts.st_dev, facts.st_ino)}
-            if len(inside) == len(above):
-                return
-            with os.scandir(folder) as scan:
-                entries = sorted(scan, key=lambda e: e.name)
-        except OSError as error:
-            reason = f"this folder cannot be listed: {os_reason(error, folder)}"
-            self.containers.append(_Broken(storable(prefix or "."), reason))
-            return
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
+    def _walk(self, root: str, prefix: str) -> Iterator[tuple[str, str]]:
+        """Files below a folder, each real folder once: links to folders are followed after all that lies below the root
+        itself, and only to folders that were not visited."""
+        visited: set[tuple[int, int]] = set()
+        folders, links = [(root, prefix)], deque[tuple[str, str]]()
+        while folders or links:
+            folder, prefix = folders.pop() if folders else links.popleft()
             try:
-                deeper = entry.is_dir()
-            except OSError:  # a link that leads to itself
-                deeper = False
-            if not deeper:
-                yield entry.path, prefix + entry.name
-            elif self.recursive:
-                yield from self._walk(entry.path, f"{prefix}{entry.name}/", inside)
+                facts = os.stat(folder)
+                if (facts.st_dev, facts.st_ino) in visited:
+                    continue
+                visited.add((facts.st_dev, facts.st_ino))
+                with os.scandir(folder) as scan:
+                    entries = sorted(scan, key=lambda e: e.name)
+            except OSError as error:
+                reason = f"this folder cannot be listed: {os_reason(error, folder)}"
+                self.containers.append(_Broken(storable(prefix or "."), reason))
+                continue
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                try:
+                    deeper = entry.is_dir()
+                except OSError:  # a link that leads to itself
+                    deeper = False
+                if not deeper:
+                    yield entry.path, prefix + entry.name
+                elif self.recursive:
+                    (links if entry.is_symlink() else folders).append((entry.path, f"{prefix}{entry.name}/"))
 
     def named(self, path: Path, name: str, *, on_its_own: bool = True) -> None:
         """One file that was named, or a container met in a folder. Its content decides what it is."""
