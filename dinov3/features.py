@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dinov3.data.images import DecodedImage, open_image, upright_rgb
 from dinov3.data.transforms.inputs import Geometry, Preprocessing
-from dinov3.errors import DinoError, IncompatibleFeatures
+from dinov3.errors import DinoError, ImageError, IncompatibleFeatures
 from dinov3.threads import prefetched
 from dinov3.weights.identity import name_of
 
@@ -215,6 +215,17 @@ def _images(images: Any) -> Iterator[Any]:
 
 def prepare(image: Any, preprocessing: Preprocessing) -> tuple[Tensor, Geometry]:
     """Any image (path, bytes, PIL, array, tensor) to a network input [3, h, w] and its geometry."""
+    try:
+        return _prepare(image, preprocessing)
+    except MemoryError:
+        raise ImageError("not enough memory to prepare this image") from None
+    except RuntimeError as error:  # torch's allocator
+        if "allocate memory" not in str(error):
+            raise
+        raise ImageError("not enough memory to prepare this image") from None
+
+
+def _prepare(image: Any, preprocessing: Preprocessing) -> tuple[Tensor, Geometry]:
     if isinstance(image, (str, bytes, os.PathLike)):
         image = open_image(image, target_short_side=preprocessing.target_short_side)
     elif hasattr(image, "getexif"):  # PIL

@@ -6,9 +6,12 @@ import itertools
 import threading
 import time
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from dinov3.threads import prefetched
+from dinov3.threads import MOST_BYTES, prefetched, size_of
 
 
 @pytest.mark.parametrize("workers", [0, 1, 4])
@@ -71,3 +74,24 @@ def test_the_initializer_runs_first_in_every_thread():
     local = threading.local()
     results = prefetched(lambda _: local.ready, range(4), 2, initializer=lambda: setattr(local, "ready", True))
     assert list(results) == [True] * 4
+
+
+def test_large_results_are_made_ahead_by_their_bytes():
+    class Large:
+        alive, most = 0, 0
+        nbytes = MOST_BYTES // 4
+
+        def __init__(self, _):
+            time.sleep(0.002)
+            Large.alive += 1
+            Large.most = max(Large.most, Large.alive)
+
+    for _ in prefetched(Large, range(40), workers=2, ahead=30):
+        Large.alive -= 1
+    assert 2 <= Large.most <= 6  # four that wait, one in use, one more that was begun; 31 without the bound
+
+
+def test_the_size_of_a_result_counts_arrays_tensors_images_and_bytes_in_its_parts():
+    image = Image.new("RGB", (10, 20))
+    assert size_of((b"abc", np.zeros(5), torch.zeros(2, 3), image)) == 3 + 40 + 24 + 600
+    assert size_of("text") == size_of(None) == size_of(3) == 0

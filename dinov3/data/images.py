@@ -5,6 +5,9 @@ photographs lying on their side, halves of downloads, web pages called `.jpg`. `
 the suffix, and has two outcomes: a `DecodedImage`, or a `ImageError` whose text is the reason. Nothing that a decoder raises
 gets past it, and no setting of Pillow is touched (`MAX_IMAGE_PIXELS`, `LOAD_TRUNCATED_IMAGES`), so that threads share it.
 
+No file, member or cell of more than `most_bytes()` is read (512 MB; `DINOV3_MAX_IMAGE_MB` in the environment changes it), and
+no image decoded of more than `max_pixels`. Only regular files are opened: pipes, devices and /proc would block or never end.
+
 What becomes of the unusual (noted in `DecodedImage.notes`):
 - transparency is laid over white, as a page would show it;
 - 12- and 16-bit greys are scaled to 8 bit (Pillow's own `convert` clips at 255: a white image); other integers and
@@ -32,7 +35,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
-from dinov3.errors import ImageError
+from dinov3.errors import DinoError, ImageError
 
 # Pillow warns of odd metadata, which may say something else for every file of a million. Only here and once: swapping
 # filters around a call (`catch_warnings`) is not safe among threads.
@@ -71,6 +74,22 @@ _BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")
 HEAD = 32  # bytes that `is_image_header` wants
 
 
+def most_bytes() -> int:
+    """The largest file, archive member or table cell that is read: 512 MB, or `DINOV3_MAX_IMAGE_MB` of the environment."""
+    text = os.environ.get("DINOV3_MAX_IMAGE_MB", "512")
+    if not text.isdecimal() or int(text) < 1:
+        raise DinoError(f"DINOV3_MAX_IMAGE_MB is a whole number of megabytes above 0, not {text!r}")
+    return int(text) << 20
+
+
+def check_size(size: int) -> None:
+    """Raises `ImageError` for more bytes than are read."""
+    if size > (most := most_bytes()):
+        raise ImageError(
+            f"{size / 2**20:,.0f} MB, more than the {most >> 20} MB that an image may have (DINOV3_MAX_IMAGE_MB changes it)"
+        )
+
+
 @dataclass(frozen=True)
 class DecodedImage:
     """A decoded image: `image` is upright RGB, perhaps decoded smaller; `width` and `height` are the upright original's."""
@@ -100,10 +119,12 @@ def open_image(
         except OSError as error:
             raise ImageError(os_reason(error, source)) from None
     if isinstance(source, (bytes, bytearray, memoryview)):
+        check_size(len(source))
         return _decode(io.BytesIO(source), target_short_side, max_pixels)
     try:
         seekable = source.seekable()
-        stream = source if seekable else io.BytesIO(source.read())
+        stream = source if seekable else io.BytesIO(source.read(most_bytes() + 1))
+        check_size(stream.seek(0, io.SEEK_END))
     except (OSError, ValueError) as error:
         raise ImageError(f"the stream cannot be read: {_one_line(error)}") from None
     return _decode(stream, target_short_side, max_pixels)
@@ -146,22 +167,33 @@ def os_reason(error: OSError, path: str | os.PathLike[str]) -> str:
 
 
 def _open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Opens a file, but not what would block or never end (a pipe, a device)."""
-    mode = os.stat(path).st_mode
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, "a folder")
-    if not stat.S_ISREG(mode):
-        raise OSError(errno.EINVAL, "not a regular file")
-    return open(path, "rb")
+    """Opens a file, but not what would block or never end (a pipe, a device, /proc) or is larger than the limit."""
+    file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))  # a pipe would wait
+    try:
+        facts = os.fstat(file)
+        if stat.S_ISDIR(facts.st_mode):
+            raise IsADirectoryError(errno.EISDIR, "a folder")
+        if not stat.S_ISREG(facts.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        check_size(facts.st_size)
+        if facts.st_size == 0:  # also what the kernel makes up when it is read, such as its log
+            return io.BytesIO()
+        return os.fdopen(os.dup(file), "rb")
+    finally:
+        os.close(file)
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:
     """All bytes of a file. Raises `ImageError`."""
     try:
         with _open_regular(path) as stream:
-            return stream.read()
+            data = stream.read(most_bytes() + 1)
     except OSError as error:
         raise ImageError(os_reason(error, path)) from None
+    except MemoryError:
+        raise ImageError("not enough memory to read this file") from None
+    check_size(len(data))
+    return data
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from dinov3.embedding.search import EXACT_LIMIT, build_index
 from dinov3.embedding.store import Copy, EmbeddingStore
 from dinov3.errors import DinoError, ImageError, UnknownName, choices_sentence, one_of
 from dinov3.features import Features, extract, prepare
-from dinov3.threads import prefetched
+from dinov3.threads import MOST_BYTES, prefetched
 from dinov3.weights import catalog
 from dinov3.weights.identity import name_of
 
@@ -424,7 +424,8 @@ def prepared(
 def batches_by_size(
     prepared: Iterable[Prepared | Unchanged | Failure], batch_size: int, aside: Callable[[Unchanged | Failure], None]
 ) -> Iterator[list[Prepared]]:
-    """Full batches of one input size each, then the rest. What needs no model goes aside."""
+    """Batches of one input size each, then the rest. What needs no model goes aside. A full batch has `batch_size` images of
+    a megapixel, or as many fewer as they are larger."""
     open_batches: dict[tuple[int, ...], list[Prepared]] = {}
     for p in prepared:
         if not isinstance(p, Prepared):
@@ -432,12 +433,14 @@ def batches_by_size(
             continue
         batch = open_batches.setdefault(tuple(p.input.shape), [])
         batch.append(p)
-        if len(batch) == batch_size:
+        if len(batch) == batch_size or (len(batch) + 1) * p.input[0].numel() > batch_size << 20:
             del open_batches[tuple(p.input.shape)]
             yield batch
-        elif sum(map(len, open_batches.values())) >= 4 * batch_size:
+            continue
+        sizes = {shape: len(waiting) * waiting[0].input.nbytes for shape, waiting in open_batches.items()}
+        if sum(map(len, open_batches.values())) >= 4 * batch_size or sum(sizes.values()) > MOST_BYTES:
             # images of many sizes: let none wait for ever, and keep memory bounded
-            yield open_batches.pop(max(open_batches, key=lambda s: len(open_batches[s])))
+            yield open_batches.pop(max(sizes, key=lambda shape: sizes[shape]))
     yield from open_batches.values()
 
 

@@ -16,8 +16,16 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageChops, ImageFile
 
-from dinov3.data.images import FORMATS, IMAGE_SUFFIXES, DecodedImage, is_image_header, open_image, upright_rgb
-from dinov3.errors import ImageError
+from dinov3.data.images import (
+    FORMATS,
+    IMAGE_SUFFIXES,
+    DecodedImage,
+    is_image_header,
+    open_image,
+    read_file,
+    upright_rgb,
+)
+from dinov3.errors import DinoError, ImageError
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -534,3 +542,47 @@ def test_a_decoder_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, col
     factory, _ = Image.OPEN["WEBP"]
     monkeypatch.setitem(Image.OPEN, "WEBP", (factory, lambda head: "WEBP support not installed"))
     assert reason(data) == "WEBP support not installed"
+
+
+# ---- limits ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_beyond_the_limit_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "sparse.jpg"
+    with open(path, "wb") as file:
+        file.write(encoded(Image.new("RGB", (8, 8)), "JPEG"))
+        file.truncate(30 << 30)
+    for read in (open_image, read_file):
+        with pytest.raises(ImageError, match=r"30,720 MB, more than the 512 MB .*DINOV3_MAX_IMAGE_MB changes it"):
+            read(path)
+    with open(path, "rb") as stream:
+        assert "30,720 MB" in reason(stream)
+    monkeypatch.setenv("DINOV3_MAX_IMAGE_MB", "1")
+    assert reason(bytes(2 << 20)).startswith("2 MB, more than the 1 MB")
+    monkeypatch.setenv("DINOV3_MAX_IMAGE_MB", "none")
+    with pytest.raises(DinoError, match="a whole number of megabytes above 0, not 'none'"):
+        open_image(path)
+
+
+def test_links_to_the_kernel_s_files_neither_block_nor_are_read(tmp_path: Path) -> None:
+    for name in ("kmsg", "self/mem", "self/pagemap", "self/status", "kcore", "self/fd/0"):
+        (tmp_path / (name.replace("/", "-") + ".jpg")).symlink_to(f"/proc/{name}")
+    (tmp_path / "log.jpg").symlink_to("/dev/kmsg")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    code = "import sys; from dinov3.data.sources import open_source; from dinov3.data.images import open_image\n"
+    code += "from dinov3.errors import DinoError, ImageError\n"
+    code += "for item in open_source(sys.argv[1]):\n"
+    code += "  for read in (lambda: open_image(item.read()), lambda: open_image(sys.argv[1] + '/' + item.path)):\n"
+    code += "    try: read()\n    except ImageError as e: print(item.path, e)\n    else: raise SystemExit(item.path)"
+    run = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=60, check=True, stdin=subprocess.DEVNULL)
+    assert len(done.stdout.splitlines()) == 14  # each item twice; "zero" has no suffix and no header
+
+
+def test_a_lack_of_memory_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    (tmp_path / "a.png").write_bytes(encoded(Image.new("RGB", (8, 8)), "PNG"))
+    monkeypatch.setattr("dinov3.data.images._to_upright_rgb", full)
+    assert reason(tmp_path / "a.png") == "not enough memory to decode this PNG"

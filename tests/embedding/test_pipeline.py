@@ -16,10 +16,20 @@ import pytest
 import torch
 from PIL import Image
 
-from dinov3.data.sources import open_source
+from dinov3.data.sources import Item, open_source
+from dinov3.data.sources.items import Unreadable
 from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.embedding import pipeline
-from dinov3.embedding.pipeline import Embedder, auto_batch, embed_source, listening, model_of, query_vector
+from dinov3.embedding.pipeline import (
+    Embedder,
+    Prepared,
+    auto_batch,
+    batches_by_size,
+    embed_source,
+    listening,
+    model_of,
+    query_vector,
+)
 from dinov3.embedding.search import search
 from dinov3.embedding.store import EmbeddingStore
 from dinov3.errors import DinoError, StoreError
@@ -402,3 +412,20 @@ def test_ctrl_c_on_the_command_says_how_to_continue(tmp_path) -> None:
     assert "run the same command to continue" in said
     assert "Traceback" not in said
     assert 0 < len(rows(store)) < N_IMAGES
+
+
+def test_batches_of_large_images_are_smaller_and_few_wait() -> None:
+    def image(height: int, width: int) -> Prepared:
+        x = torch.empty(1).expand(3, height, width)
+        return Prepared(Item("a", "", Unreadable("")), "", x, Preprocessing().plan(8, 8))
+
+    sizes = [
+        [len(b) for b in batches_by_size([image(side, side) for side in sides], 16, print)]
+        for sides in ([2048] * 12, [512] * 40)
+    ]
+    assert sizes == [[4, 4, 4], [16, 16, 8]]
+    strips = [image(4000, 3000 + i) for i in range(20)]  # 144 MB each
+    assert [len(b) for b in batches_by_size(iter(strips), 64, print)] == [1] * 20
+    read = iter(strips)
+    next(batches_by_size(read, 64, print))
+    assert len(list(read)) >= 11  # a gigabyte was waiting

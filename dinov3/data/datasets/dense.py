@@ -121,7 +121,7 @@ def read_map(path: str | os.PathLike[str]) -> np.ndarray:
                     values = np.array(image)
                 else:
                     raise ImageError(f"{path} is an image of colours ({image.mode}), not of numbers")
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
         raise ImageError(f"{path} cannot be read as a map of numbers: {error}") from None
     values = values.squeeze() if values.ndim == 3 else values
     if values.ndim != 2:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,8 @@ class NoImageColumn(DinoError):
 
 def first_bytes(path: str | Path, size: int = HEAD) -> bytes:
     try:
-        if not os.path.isfile(path):  # opening a pipe would wait for ever
+        facts = os.stat(path)
+        if not stat.S_ISREG(facts.st_mode) or not facts.st_size:  # reading a pipe or the kernel's log would wait
             return b""
         with open(path, "rb") as file:
             return file.read(size)

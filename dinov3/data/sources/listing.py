@@ -281,9 +281,9 @@ def _dataset_order(relative: str, path: Path) -> tuple[str, int, str]:
     position = 0
     if path.suffix == ".arrow":
         try:
-            state = json.loads((path.parent / "state.json").read_text("utf-8"))
+            state = json.loads(read_file(path.parent / "state.json"))
             position = [f["filename"] for f in state["_data_files"]].index(path.name)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (ImageError, ValueError, KeyError, TypeError, RecursionError):
             position = 0
     return str(PurePosixPath(relative).parent), position, relative
 
@@ -335,10 +335,7 @@ def _place(path: str) -> Place:
 
 def _read_list(path: Path, column: str | None) -> Part:
     """Paths in a text file, relative to its folder. A path that is listed twice is one item."""
-    try:
-        text = path.read_text("utf-8-sig", "surrogateescape")
-    except OSError as error:
-        raise ImageError(os_reason(error, path)) from None
+    text = read_file(path).decode("utf-8-sig", "surrogateescape")
     if path.suffix.lower() in (".csv", ".tsv"):
         entries: Iterable[str] = _csv_column(path, text, column)
     else:
