@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "load": "dinov3.hub",
     "embed": "dinov3.features",
+    "encode": "dinov3.features",
     "extract": "dinov3.features",
     "list_models": "dinov3.hub",
     "default_preprocessing": "dinov3.features",
@@ -21,12 +22,22 @@ _WHERE = {
     "Preprocessing": "dinov3.data.transforms.inputs",
     "DinoError": "dinov3.errors",
 }
-__all__ = ["DinoError", "Features", "Preprocessing", "default_preprocessing", "embed", "extract", "list_models", "load"]
+__all__ = [
+    "DinoError",
+    "Features",
+    "Preprocessing",
+    "default_preprocessing",
+    "embed",
+    "encode",
+    "extract",
+    "list_models",
+    "load",
+]
 
 if TYPE_CHECKING:
     from dinov3.data.transforms.inputs import Preprocessing
     from dinov3.errors import DinoError
-    from dinov3.features import Features, default_preprocessing, embed, extract
+    from dinov3.features import Features, default_preprocessing, embed, encode, extract
     from dinov3.hub import list_models, load
 
 

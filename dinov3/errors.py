@@ -49,7 +49,13 @@ class UnsafeFile(WeightsError):
 
 
 class ImageError(DinoError):
-    """One image that cannot be decoded; `str(error)` is the reason kept in a job's `failed` list."""
+    """One image that cannot be decoded; `str(error)` is the reason kept in a job's `failed` list.
+
+    `features.embed` sets `path` and `index`, the file and its position in the list.
+    """
+
+    path: str | None = None
+    index: int | None = None
 
 
 class IncompatibleFeatures(DinoError):

@@ -11,10 +11,13 @@ when compared or concatenated with one that differs.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, overload
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
@@ -23,7 +26,7 @@ from torch import Tensor, nn
 
 from dinov3.data.images import DecodedImage, open_image, upright_rgb
 from dinov3.data.transforms.inputs import Geometry, Preprocessing
-from dinov3.errors import DinoError, ImageError, IncompatibleFeatures
+from dinov3.errors import DinoError, ImageError, IncompatibleFeatures, UnknownName, choices_sentence, one_of
 from dinov3.threads import prefetched
 from dinov3.weights.identity import name_of
 
@@ -31,6 +34,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
     ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
+
+
+POOLINGS = ("cls", "mean", "cls+mean")
+OnError = Literal["raise", "skip"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +58,7 @@ class Features:
     preprocessing: str
     model: str
     geometry: tuple[Geometry, ...]
+    missing: Mapping[int, ImageError] = field(default_factory=dict)  # position in `embed`'s list → why it has no row
 
     def __len__(self) -> int:
         return len(self.cls)
@@ -79,6 +87,7 @@ class Features:
             registers=self.registers[rows],
             patches=self.patches[rows],
             geometry=tuple(self.geometry[i] for i in rows),
+            missing={},
         )
 
     @property
@@ -170,6 +179,7 @@ class Features:
             registers=torch.cat([p.registers for p in parts]),
             patches=torch.cat([p.patches for p in parts]),
             geometry=tuple(g for p in parts for g in p.geometry),
+            missing={},
         )
 
     def similarity(self, other: Features, *, ignore: Iterable[str] = ()) -> Tensor:
@@ -360,9 +370,14 @@ def batched(
     def make(item: Any) -> tuple[Tensor, Geometry]:
         return prepare(item if read is None else read(item), preprocessing)
 
+    yield from _stacked(prefetched(make, images, workers, 2 * batch_size), batch_size)
+
+
+def _stacked(pairs: Iterable[tuple[Tensor, Geometry]], batch_size: int) -> Iterator[tuple[Tensor, list[Geometry]]]:
+    """Batches of at most `batch_size` inputs of one size, in order."""
     inputs: list[Tensor] = []
     geometry: list[Geometry] = []
-    for x, g in prefetched(make, images, workers, 2 * batch_size):
+    for x, g in pairs:
         if inputs and inputs[0].shape != x.shape:
             yield torch.stack(inputs), geometry
             inputs, geometry = [], []
@@ -375,17 +390,73 @@ def batched(
         yield torch.stack(inputs), geometry
 
 
+def auto_workers(model: nn.Module) -> int:
+    """Decoding threads: every core where the model has a device of its own; beside a model on the CPU half of them,
+    since decoding is the smaller part and a thread too many makes the model's own threads wait for each other."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // 2) if next(model.parameters()).device.type == "cpu" else cores
+
+
+class _Given:
+    """The images of an argument as batches: decoded by threads, failures named and raised or collected, progress shown."""
+
+    def __init__(
+        self, images: Any, preprocessing: Preprocessing, workers: int | None, on_error: str, progress: bool
+    ) -> None:
+        one_of("on_error", on_error, ("raise", "skip"))
+        self.images, self.preprocessing, self.on_error, self.progress = images, preprocessing, on_error, progress
+        self.workers = workers
+        self.total: int | None = len(images) if isinstance(images, (list, tuple)) else None
+        self.missing: dict[int, ImageError] = {}
+
+    def make(self, numbered: tuple[int, Any]) -> tuple[Tensor, Geometry] | ImageError:
+        index, image = numbered
+        path = os.fspath(image) if isinstance(image, (str, os.PathLike)) else None
+        try:
+            return prepare(image, self.preprocessing)
+        except ImageError as error:
+            named = ImageError(f"{path if path is not None else f'image {index}'}: {error}")
+            named.path, named.index = path, index
+            return named
+
+    def batches(self, model: nn.Module, batch_size: int) -> Iterator[tuple[Tensor, list[Geometry]]]:
+        workers = self.workers
+        if workers is None:
+            workers = 0 if self.total in (None, 1) else auto_workers(model)
+        one_thread = partial(torch.set_num_threads, 1)  # a resize must not start a pool of threads inside each thread
+        made = prefetched(self.make, enumerate(_images(self.images)), workers, 2 * batch_size, initializer=one_thread)
+        yield from _stacked(self._readable(made), batch_size)
+
+    def _readable(self, made: Iterable[tuple[Tensor, Geometry] | ImageError]) -> Iterator[tuple[Tensor, Geometry]]:
+        start = last = time.perf_counter()
+        for done, result in enumerate(made):
+            if not isinstance(result, ImageError):
+                yield result
+            elif self.on_error == "raise":
+                raise result
+            else:
+                self.missing[done] = result
+            now = time.perf_counter()
+            if self.progress and now - last > 2:
+                last = now
+                total = f" of {self.total}" if self.total is not None else ""
+                print(
+                    f"{done + 1}{total} images, {(done + 1) / (now - start):.1f} a second", file=sys.stderr, flush=True
+                )
+
+
 @overload
 def embed(
     model: nn.Module, images: Any, *, preprocessing: Preprocessing | None = None, layer: int = -1, norm: bool = True,
-    batch_size: int = 16, **changes: Any,
+    batch_size: int = 16, workers: int | None = None, on_error: OnError = "raise", progress: bool = False, **changes: Any,
 ) -> Features: ...  # fmt: skip
 
 
 @overload
 def embed(
     model: nn.Module, images: Any, *, preprocessing: Preprocessing | None = None, layer: Sequence[int],
-    norm: bool = True, batch_size: int = 16, **changes: Any,
+    norm: bool = True, batch_size: int = 16, workers: int | None = None, on_error: OnError = "raise",
+    progress: bool = False, **changes: Any,
 ) -> list[Features]: ...  # fmt: skip
 
 
@@ -397,6 +468,9 @@ def embed(
     layer: int | Sequence[int] = -1,
     norm: bool = True,
     batch_size: int = 16,
+    workers: int | None = None,
+    on_error: OnError = "raise",
+    progress: bool = False,
     **changes: Any,
 ) -> Features | list[Features]:
     """Images to `Features`; to a list of `Features` where `layer` is a list.
@@ -405,16 +479,68 @@ def embed(
     a tensor [B, 3, h, w]. `preprocessing`: default 256 × 256, nothing cropped, with the statistics
     of the model's weights; single fields can be given by name: `embed(model, x, size=512, shape="short", fit="pad")`,
     `size=(height, width)`.
-    `layer`: 0-based block (ConvNeXt: stage), -1 the last; `norm`: apply the final norm.
+    `layer`: 0-based block (ConvNeXt: stage), -1 the last; `norm`: apply the final norm. `workers` threads decode (default:
+    by the number of cores; one image needs none). `progress`: a line on stderr every two seconds.
 
-    Raises `ImageError` for an image that cannot be decoded and `IncompatibleFeatures` where the images come out at
-    different grids (possible with shape="short", "long" or "native": then use one call per image).
+    An image that cannot be decoded raises `ImageError`, which names the file (attributes `path`, `index`); with
+    on_error="skip" it has no row in the result, and `features.missing` says which and why. Images that come out at
+    different grids raise `IncompatibleFeatures` (possible with shape="short", "long" or "native": one call per image).
     """
     preprocessing = preprocessing.with_(**changes) if preprocessing else default_preprocessing(model, **changes)
-    batches = batched(_images(images), preprocessing, batch_size)
+    given = _Given(images, preprocessing, workers, on_error, progress)
+    batches = given.batches(model, batch_size)
     layers = [layer] if isinstance(layer, int) else layer
     parts = list(extract_layers(model, batches, layers, preprocessing=preprocessing, norm=norm))
     if not parts:
-        raise DinoError("no images were given")
-    found = [Features.cat(batches_of_one_layer) for batches_of_one_layer in zip(*parts)]
+        raise next(iter(given.missing.values()), DinoError("no images were given"))
+    found = [replace(Features.cat(of_one_layer), missing=given.missing) for of_one_layer in zip(*parts)]
     return found[0] if isinstance(layer, int) else found
+
+
+def pool(features: Features, pooling: str) -> Tensor:
+    """One vector an image [B, D], or [B, 2D] for "cls+mean"."""
+    if pooling == "cls":
+        return features.cls
+    if pooling == "mean":
+        return features.mean
+    if pooling == "cls+mean":
+        return torch.cat([features.cls, features.mean], dim=-1)
+    raise UnknownName(f"pooling {choices_sentence(pooling, POOLINGS)}")
+
+
+def encode(
+    model: nn.Module,
+    images: Any,
+    *,
+    pooling: str = "cls",
+    normalize: bool = False,
+    convert_to: Literal["numpy", "tensor"] = "numpy",
+    preprocessing: Preprocessing | None = None,
+    batch_size: int = 16,
+    workers: int | None = None,
+    on_error: OnError = "raise",
+    progress: bool = False,
+    **changes: Any,
+) -> np.ndarray | Tensor:
+    """One vector an image, float32 [N, D] ([N, 2D] for pooling="cls+mean"), as sentence-transformers' `encode`.
+
+    `images` and the options are those of `embed`; images may come out at different grids. `normalize`: vectors of length
+    1. convert_to="tensor": on the model's device. With on_error="skip" the row of an unreadable image is NaN, so that
+    rows stay those of the list. A single image gives [1, D].
+    """
+    one_of("pooling", pooling, POOLINGS)
+    one_of("convert_to", convert_to, ("numpy", "tensor"))
+    preprocessing = preprocessing.with_(**changes) if preprocessing else default_preprocessing(model, **changes)
+    given = _Given(images, preprocessing, workers, on_error, progress)
+    found = extract(model, given.batches(model, batch_size), preprocessing=preprocessing)
+    parts = [pool(features, pooling).float() for features in found]
+    if not parts:
+        raise next(iter(given.missing.values()), DinoError("no images were given"))
+    vectors = torch.cat(parts)
+    if normalize:
+        vectors = F.normalize(vectors, dim=-1)
+    if given.missing:
+        rows = vectors.new_full((len(vectors) + len(given.missing), vectors.shape[1]), torch.nan)
+        rows[[i for i in range(len(rows)) if i not in given.missing]] = vectors
+        vectors = rows
+    return vectors if convert_to == "tensor" else vectors.cpu().numpy()

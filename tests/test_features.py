@@ -324,3 +324,58 @@ def test_a_side_that_is_no_multiple_of_the_patch_is_refused_with_one_that_is() -
     check_patches("size", 224, 16)
     with pytest.raises(DinoError, match=r"size=230 is no multiple of the patch \(16\); try 224"):
         check_patches("size", 230, 16)
+
+
+# ---- lists with a bad image -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path):
+    for i in range(5):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(
+            tmp_path / f"{i}.png"
+        )
+    (tmp_path / "2.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    return [tmp_path / f"{i}.png" for i in range(5)]
+
+
+@pytest.mark.parametrize("workers", [None, 0, 3])
+def test_the_error_of_a_list_names_the_file(vit, files, workers) -> None:
+    with pytest.raises(ImageError, match=r"2\.png: (broken|truncated)") as caught:
+        dinov3.embed(vit, files, size=32, workers=workers)
+    assert (caught.value.path, caught.value.index) == (str(files[2]), 2)
+    with pytest.raises(ImageError, match=r"^image 1: "):
+        dinov3.encode(vit, [files[0].read_bytes(), b"no image"], size=32, workers=workers)
+
+
+def test_bad_images_are_skipped_and_the_result_says_which(vit, files) -> None:
+    features = dinov3.embed(vit, files, size=32, on_error="skip", batch_size=2)
+    assert list(features.missing) == [2]
+    assert "2.png" in str(features.missing[2])
+    good = dinov3.embed(vit, [f for f in files if f.name != "2.png"], size=32, workers=0)
+    assert good.missing == features[:2].missing == {}
+    torch.testing.assert_close(features.cls, good.cls)
+    with pytest.raises(ImageError, match=r"2\.png"):
+        dinov3.embed(vit, [files[2]], size=32, on_error="skip")
+    with pytest.raises(dinov3.DinoError, match="on_error is one of raise, skip, not 'ignore'"):
+        dinov3.embed(vit, files, on_error="ignore")
+
+
+def test_encode_gives_an_array_whose_rows_are_those_of_the_list(vit, files) -> None:
+    vectors = dinov3.encode(vit, files, size=32, on_error="skip", normalize=True, pooling="cls+mean")
+    assert vectors.shape == (5, 2 * vit.embed_dim)
+    assert np.isnan(vectors[2]).all()
+    kept = [0, 1, 3, 4]
+    np.testing.assert_allclose(np.linalg.norm(vectors[kept], axis=1), 1, atol=1e-6)
+    found = dinov3.embed(vit, [files[i] for i in kept], size=32)
+    expected = torch.nn.functional.normalize(torch.cat([found.cls, found.mean], 1), dim=1)
+    np.testing.assert_allclose(vectors[kept], expected.numpy(), atol=1e-5)
+    one = dinov3.encode(vit, files[0], size=32, shape="short", convert_to="tensor")
+    assert isinstance(one, torch.Tensor)
+    assert one.shape == (1, vit.embed_dim)
+
+
+def test_progress_is_a_line_on_stderr(vit, files, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("dinov3.features.time.perf_counter", iter(range(0, 1000, 3)).__next__)
+    dinov3.embed(vit, files[:2], size=32, progress=True, workers=0)
+    assert "1 of 2 images" in capsys.readouterr().err

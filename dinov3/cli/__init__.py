@@ -1,7 +1,7 @@
 """The `dinov3` command. Results go to stdout, messages to stderr; every mistake is one sentence; torch is imported late.
 
-Exit codes: 0 done · 1 an error, as one sentence · 2 wrong usage · 3 done, but some images could not be read that
-could be before (they are listed; --strict: any) · 130 interrupted, run the same command to continue.
+Exit codes: 0 done · 1 an error, as one sentence · 2 wrong usage · 3 done, but images could not be read (they are
+listed; with `embed` only new ones count, unless --strict) · 130 interrupted, run the same command to continue.
 """
 
 from __future__ import annotations

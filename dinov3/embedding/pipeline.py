@@ -29,16 +29,14 @@ from dinov3.data.transforms.inputs import Geometry, Preprocessing
 from dinov3.embedding.schema import Failure, PatchPrecision, Row, StoreFacts
 from dinov3.embedding.search import EXACT_LIMIT, build_index
 from dinov3.embedding.store import Copy, EmbeddingStore
-from dinov3.errors import DinoError, ImageError, UnknownName, choices_sentence, one_of
-from dinov3.features import Features, extract, prepare
+from dinov3.errors import DinoError, ImageError, one_of
+from dinov3.features import POOLINGS, auto_workers, extract, pool, prepare
 from dinov3.threads import MOST_BYTES, prefetched
 from dinov3.weights import catalog
 from dinov3.weights.identity import name_of
 
 if TYPE_CHECKING:
     from dinov3.hub import Origin
-
-POOLINGS = ("cls", "mean", "cls+mean")
 
 
 @dataclass(frozen=True)
@@ -75,17 +73,6 @@ def prepare_item(
     except (ImageError, DinoError) as error:
         return Failure(item.path, item.stamp, str(error))
     return Prepared(item, content_hash, x, geometry)
-
-
-def pool(features: Features, pooling: str) -> Tensor:
-    """One vector an image [B, D], or [B, 2D] for "cls+mean"."""
-    if pooling == "cls":
-        return features.cls
-    if pooling == "mean":
-        return features.mean
-    if pooling == "cls+mean":
-        return torch.cat([features.cls, features.mean], dim=-1)
-    raise UnknownName(f"pooling {choices_sentence(pooling, POOLINGS)}")
 
 
 def lasting_source(origin: Origin) -> str:
@@ -212,13 +199,6 @@ def auto_batch(model: Any, preprocessing: Preprocessing) -> int:
     free, _ = torch.cuda.mem_get_info(device)
     size = int(0.5 * free / (values * next(model.parameters()).element_size()))
     return max(1, min(512, 2 ** (size.bit_length() - 1) if size else 1))
-
-
-def auto_workers(model: nn.Module) -> int:
-    """Decoding threads: every core where the model has a device of its own; beside a model on the CPU half of them,
-    since decoding is the smaller part and a thread too many makes the model's own threads wait for each other."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // 2) if next(model.parameters()).device.type == "cpu" else cores
 
 
 ASIDE = 500  # renames, copies, touches and failures that are committed together
