@@ -613,5 +613,71 @@ def test_tables_without_pyarrow_name_the_extra(tmp_path: Path, monkeypatch: pyte
     path = put(tmp_path / "a.parquet", b"PAR1" + bytes(20) + b"PAR1")
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
-    with pytest.raises(DinoError, match=r"pyarrow.*pip install 'dinov3\[search\]'"):
+    with pytest.raises(DinoError, match=r"pyarrow.*pip install .*\[search\]'"):
         open_source(path)
+
+
+# ---- limits ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DINOV3_MAX_IMAGE_MB", "1")
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_member_beyond_the_limit_is_one_failure(tmp_path: Path, small_limit: None, mode: str) -> None:
+    path = tar(tmp_path / "a.tar", {"a.png": image(1), "big.jpg": bytes(3 << 20), "b.png": image(2)}, mode)
+    first, *rest = open_source(path)
+    assert first.read() == image(1)
+    failures = [reason(item) for item in rest if item.path.endswith(("big.jpg", "end"))]
+    assert len(failures) == 1
+    assert ("3 MB, more than the 1 MB" if mode == "w" else "big.jpg has 3 MB; unpack the archive") in failures[0]
+    assert len(rest) == (2 if mode == "w" else 1)  # of a packed one, what follows is not searched for
+
+
+def test_a_header_of_a_tar_is_never_read_as_a_whole_gigabyte(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz", compresslevel=1) as archive:
+        long = tarfile.TarInfo("x")
+        long.type, long.size = tarfile.XHDTYPE, 1 << 28
+        archive.fileobj.write(long.tobuf())
+        for _ in range(8):
+            archive.fileobj.write(bytes(1 << 20))
+    (item,) = open_source(tmp_path / "a.tar.gz")
+    assert "a header of 268,435,456 bytes" in reason(item)
+
+
+def test_a_tar_of_long_names_only_does_not_recurse_for_ever(tmp_path: Path) -> None:
+    long = tarfile.TarInfo("x")
+    long.type, long.size = tarfile.GNUTYPE_LONGNAME, 1
+    (tmp_path / "a.tar").write_bytes((long.tobuf() + b"a".ljust(512, b"\0")) * 3000)
+    (item,) = open_source(tmp_path / "a.tar")
+    assert "recursion" in reason(item)
+
+
+def test_cells_beyond_the_limit_and_bombs_are_failures(tmp_path: Path, small_limit: None) -> None:
+    path = parquet(tmp_path / "one.parquet", {"image": [image(1), bytes(40 << 20), image(2)]})
+    assert reason(next(iter(open_source(path)))).startswith("13 MB, more than the 1 MB")
+    path = parquet(tmp_path / "many.parquet", {"image": [bytes([i]) * (900 << 10) for i in range(12)]}, rows=12)
+    assert "these are no images" in reason(next(iter(open_source(path))))
+    path = parquet(tmp_path / "two.parquet", {"image": [image(1), os.urandom(2 << 20), *map(image, range(9))]}, rows=11)
+    first, large, third, *_ = open_source(path)
+    assert (first.read(), third.read()) == (image(1), image(0))
+    assert reason(large).startswith("2 MB, more than the 1 MB")
+
+
+def test_more_rows_than_bytes_are_refused(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "rows.parquet", {"image": [image(1)] * 300_000}, rows=300_000)
+    (item,) = open_source(path)
+    assert "300,000 rows in" in reason(item)
+
+
+def test_one_value_in_every_row_is_not_laid_out_many_times(tmp_path: Path) -> None:
+    from dinov3.data.sources import tables
+
+    value = os.urandom(5 << 20)
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"image": [value] * 70}), tmp_path / "a.parquet", dictionary_pagesize_limit=1 << 30)
+    assert list(open_source(tmp_path / "a.parquet"))[60].read() == value
+    (group,) = [g for key, g in tables._row_groups.opened.items() if key[0] == str(tmp_path / "a.parquet")]
+    assert group.size <= 2 * tables._RowGroup.CACHED

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import os
 import re
 import tarfile
@@ -28,7 +29,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from dinov3.data.datasets.base import ImageDataset
-from dinov3.data.images import os_reason, read_file
+from dinov3.data.images import check_size, most_bytes, os_reason, read_file
 from dinov3.errors import DinoError, ImageError, one_of
 from dinov3.files import atomically
 
@@ -232,9 +233,11 @@ class ImageNet22k(ImageDataset):
             raise ImageError(f"truncated tar: {path.name} ends inside of this member")
         if data[:2] == b"\x1f\x8b":
             try:
-                return gzip.decompress(data)
+                with gzip.open(io.BytesIO(data)) as stream:
+                    data = stream.read(most_bytes() + 1)
             except (OSError, EOFError, zlib.error) as error:
                 raise ImageError(f"damaged gzip inside of {path.name}: {error}") from None
+        check_size(len(data))
         return data
 
     def dump_extra(self) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dinov3.data.images import os_reason, read_file
+from dinov3.data.images import check_size, most_bytes, os_reason, read_file
 from dinov3.data.sources.items import PATH_NAMES, Item, NoImageColumn, Unreadable
 from dinov3.errors import DinoError, ImageError, only_known, require
 
@@ -70,6 +70,7 @@ def _cell_bytes(value: Any, table: str) -> bytes:
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
+        check_size(len(value))
         return value
     if not isinstance(value, str) or not value:
         raise ImageError("empty cell (null)")
@@ -119,16 +120,31 @@ class _RowGroup:
         parquet = _pyarrow("pyarrow.parquet")
         self.file = parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
         self.group, self.column = group, column
+        self.size_of_column = self._checked_size()
         self.lock = threading.Lock()
         self._restart()
 
+    def _checked_size(self) -> int:
+        """Bytes of the column once it is decompressed. Raises `ImageError` where its cells must be larger than is read, or
+        hardly anything of it is in the file: encoded images do not compress."""
+        facts = self.file.metadata.row_group(self.group)
+        chunks = [facts.column(i) for i in range(facts.num_columns)]
+        chunks = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] == self.column]
+        size, packed = (
+            sum(getattr(chunk, f"total_{kind}_size") for chunk in chunks) for kind in ("uncompressed", "compressed")
+        )
+        check_size(size // max(1, facts.num_rows))
+        if size > most_bytes() and size > 10 * packed:
+            raise ImageError(f"{packed:,} bytes decompress to {size >> 20:,} MB: these are no images")
+        return size
+
     def _restart(self) -> None:
+        # a batch is laid out whole, and a dictionary may repeat one large value in every row
+        rows = max(1, min(self.BATCH, self.CACHED // max(1, self.size_of_column)))
         self.window: deque[tuple[int, Any]] = deque()  # (first row, values)
         self.size = self.next = 0
         self.failed: Exception | None = None
-        self.batches = self.file.iter_batches(
-            self.BATCH, row_groups=[self.group], columns=[self.column], use_threads=False
-        )
+        self.batches = self.file.iter_batches(rows, row_groups=[self.group], columns=[self.column], use_threads=False)
 
     def value(self, row: int) -> Any:
         with self.lock:
@@ -164,6 +180,8 @@ class _ParquetCell:
         try:
             group = _row_groups.get(key, lambda: _RowGroup(self.path, self.group, self.column))
             value = group.value(self.row)
+        except ImageError:
+            raise
         except Exception as error:  # pyarrow raises as many kinds as decoders do
             raise ImageError(_table_reason(error, self.path)) from None
         return _cell_bytes(value, self.path)
@@ -185,6 +203,8 @@ class Parquet:
             with parquet.ParquetFile(path) as file:
                 schema, facts = file.schema_arrow, file.metadata
                 groups = [facts.row_group(g).num_rows for g in range(facts.num_row_groups)]
+                if min(groups, default=0) < 0 or sum(groups) > os.path.getsize(path):
+                    raise ValueError(f"{sum(groups):,} rows in {os.path.getsize(path):,} bytes")
         except Exception as error:
             raise ImageError(_table_reason(error, path)) from None
         return cls(str(path), name, stamp, _image_column(path, schema, wanted), groups)

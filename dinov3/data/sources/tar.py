@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dinov3.data.images import HEAD, image_suffix, is_image_header, os_reason
+from dinov3.data.images import HEAD, check_size, image_suffix, is_image_header, most_bytes, os_reason
 from dinov3.data.sources.items import COMPANIONS, Item, Unreadable, first_bytes, storable
 from dinov3.errors import ImageError
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+MOST_HEADER = 1 << 20  # bytes of a long name or of the extended attributes of a member
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,10 @@ class _PackedSpan:
 class _EndAware(tarfile.TarInfo):
     """A member that notes whether the tar ended with its end mark; `tarfile` is silent where it does not."""
 
+    HEADERS = (
+        tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
+    )  # fmt: skip
+
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> _EndAware:
         try:
@@ -86,6 +91,11 @@ class _EndAware(tarfile.TarInfo):
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             tar.ended = True  # type: ignore[attr-defined]
             raise
+
+    def _proc_member(self, tar: tarfile.TarFile) -> Any:
+        if self.type in self.HEADERS and self.size > MOST_HEADER:  # `tarfile` would read it as a whole
+            raise tarfile.ReadError(f"a header of {self.size:,} bytes")
+        return super()._proc_member(tar)  # type: ignore[misc]
 
 
 @dataclass
@@ -111,7 +121,7 @@ class Tar:
                 tarfile.open(fileobj=stream, mode="r:", tarinfo=_EndAware) as archive,
             ):
                 tar._index(archive, None if packed else os.path.getsize(path))
-        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        except (tarfile.TarError, EOFError, OSError, zlib.error, ValueError, OverflowError, RecursionError) as error:
             tar._cut(str(error) or type(error).__name__)
         return tar
 
@@ -120,6 +130,9 @@ class Tar:
         while (member := archive.next()) is not None:
             archive.members.clear()  # type: ignore[attr-defined]  # it would hold them all
             base = PurePosixPath(member.name).name
+            if self.packed and member.size > most_bytes():  # what follows would be found by decompressing all of it
+                self._cut(f"{base} has {member.size >> 20:,} MB; unpack the archive", storable(member.name))
+                return
             if member.isdir() or base.startswith("."):
                 continue
             is_image = image_suffix(base)
@@ -134,6 +147,11 @@ class Tar:
             seen[name] = seen.get(name, 0) + 1
             if seen[name] > 1:
                 name += f"~{seen[name]}"  # a tar may hold a name twice
+            try:
+                check_size(member.size)
+            except ImageError as error:
+                self.broken.append((name, str(error)))
+                continue
             if not member.isreg() or member.issparse():
                 self.broken.append((name, "a link or a sparse file inside a tar; only plain members are read"))
             elif length is not None and member.offset_data + member.size > length:
