@@ -23,9 +23,9 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -43,6 +43,11 @@ from dinov3.optim import plain_name
 
 STATE_FILE = "state.json"
 Tensors = dict[str, Tensor]
+T = TypeVar("T")
+
+
+class Damaged(DinoError):
+    """A checkpoint that was whole once and cannot be read."""
 
 
 class Checkpoints:
@@ -73,6 +78,40 @@ class Checkpoints:
         known = self.all()
         name = distributed.gather_objects(known[-1][1].name if known else None, self.group)[0]
         return None if name is None else self.folder / name
+
+    def resume(self, read: Callable[[Path], T], log: Callable[[str], None]) -> T | None:
+        """`read(path)` of the newest checkpoint that can be read; None if there is none. All ranks call.
+
+        A newer one for which `read` raises `Damaged` on any rank is logged and renamed to <it>.damaged. Raises `Damaged`
+        where there are checkpoints and none can be read.
+        """
+        there = [p for p in self.folder.iterdir() if p.name.isdecimal()] if self.folder.is_dir() else []
+        numbers = sorted((int(p.name) for p in there if is_checkpoint(p) or (p / STATE_FILE).is_file()), reverse=True)
+        damaged: list[tuple[Path, str]] = []
+        for number in distributed.gather_objects(numbers, self.group)[0]:
+            path, value, error = self.folder / str(number), None, None
+            try:
+                value = read(path)
+            except Damaged as cause:
+                error = str(cause)
+            errors = [e for e in distributed.gather_objects(error, self.group) if e is not None]
+            if errors:
+                damaged.append((path, errors[0]))
+                continue
+            for other, why in damaged:
+                aside = other.with_name(f"{other.name}.damaged")
+                log(f"{why}; resuming from the older {path.name}, and keeping the damaged one as {aside.name}")
+                if self.writer:
+                    shutil.rmtree(aside, ignore_errors=True)
+                    other.rename(aside)
+            distributed.barrier(self.group)
+            return value
+        if damaged:
+            raise Damaged(
+                f"none of the {len(damaged)} checkpoints in {self.folder} can be read; the newest: {damaged[0][1]}. "
+                "--no-resume, or another folder, starts from scratch"
+            )
+        return None
 
     def clean(self) -> list[str]:
         """Removes what crashed saves left behind; their names."""
@@ -159,15 +198,22 @@ def is_checkpoint(path: Path) -> bool:
     return (path / ".metadata").is_file()
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """What was saved beside the tensors."""
+def read_state(path: Path, *needed: str) -> dict[str, Any]:
+    """What was saved beside the tensors. Raises `Damaged` where it cannot be read or lacks one of the `needed` keys."""
     file = path / STATE_FILE
     if not file.is_file():
-        raise DinoError(
+        raise Damaged(
             f"{path} was not written by this program (no {STATE_FILE}); a run can start from its weights "
             f"(student.resume_from_teacher_chkpt={path}) but not resume from it"
         )
-    return json.loads(file.read_text())
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        missing = [key for key in needed if key not in state]
+    except (ValueError, TypeError, OSError) as error:
+        raise Damaged(f"the checkpoint {path} is damaged: its {STATE_FILE} cannot be read ({error})") from None
+    if missing or not isinstance(state, dict):
+        raise Damaged(f"the checkpoint {path} is damaged: its {STATE_FILE} lacks {', '.join(missing) or 'everything'}")
+    return state
 
 
 # What a checkpoint's metadata consists of: descriptions of tensors, of files, and paths.
@@ -228,7 +274,7 @@ def stored(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
             f"the checkpoint {path} is not read: its .metadata is no description of tensors ({error})"
         ) from None
     except Exception as error:
-        raise DinoError(f"the checkpoint {path} cannot be read: {error}") from None
+        raise Damaged(f"the checkpoint {path} cannot be read: {first_line(error)}") from None
     return {
         name: (tuple(entry.size), entry.properties.dtype)
         for name, entry in entries.items()
@@ -251,18 +297,28 @@ def load(path: Path, tensors: Tensors, *, group: Group = None, alone: bool = Fal
             f"here{more}; use the configuration it was made with, or another --output-dir"
         )
     found = {n: t for n, t in tensors.items() if n in there}
-    with quiet():
-        dcp.load(
-            found,
-            storage_reader=SafeReader(path),
-            planner=DefaultLoadPlanner(),
-            process_group=None if alone else group,
-            no_dist=alone or not distributed.together(),
-        )
+    try:
+        with quiet():
+            dcp.load(
+                found,
+                storage_reader=SafeReader(path),
+                planner=DefaultLoadPlanner(),
+                process_group=None if alone else group,
+                no_dist=alone or not distributed.together(),
+            )
+    except (Exception, CheckpointException) as error:
+        raise Damaged(f"the checkpoint {path} cannot be read: {first_line(error)}") from None
     for name, value in found.items():
         if tensors[name] is not value:
             tensors[name].copy_(value)
     return [n for n in tensors if n not in there]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error, of one rank where several failed."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 def teacher_prefix(path: Path) -> str:

@@ -106,6 +106,65 @@ def test_a_save_that_breaks_off_leaves_the_older_checkpoint(
     assert kept.latest() == tmp_path / "19"
 
 
+def tensor_file(folder: Path) -> Path:
+    return next(folder.glob("*.distcp"))
+
+
+DAMAGES: dict[str, Any] = {
+    "no metadata": lambda path: (path / ".metadata").unlink(),
+    "empty metadata": lambda path: (path / ".metadata").write_bytes(b""),
+    "torn metadata": lambda path: os.truncate(path / ".metadata", (path / ".metadata").stat().st_size // 2),
+    "zeros for metadata": lambda path: (path / ".metadata").write_bytes(bytes((path / ".metadata").stat().st_size)),
+    "no state": lambda path: (path / "state.json").unlink(),
+    "torn state": lambda path: os.truncate(path / "state.json", 9),
+    "state of another kind": lambda path: (path / "state.json").write_text("[1]"),
+    "state without a key": lambda path: (path / "state.json").write_text("{}"),
+    "no tensors": lambda path: tensor_file(path).unlink(),
+    "empty tensors": lambda path: tensor_file(path).write_bytes(b""),
+    "torn tensors": lambda path: os.truncate(tensor_file(path), tensor_file(path).stat().st_size // 2),
+    "zeros for tensors": lambda path: tensor_file(path).write_bytes(bytes(tensor_file(path).stat().st_size)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_newest_checkpoint_gives_way_to_the_older_one(damage: str, tmp_path: Path) -> None:
+    both = Checkpoints(tmp_path)
+    for iteration in (9, 19):
+        both.save(iteration, some(iteration), {"iteration": iteration})
+    DAMAGES[damage](tmp_path / "19")
+    tensors, lines = some(0.0), []
+
+    def read(path: Path) -> int:
+        state = checkpoint.read_state(path, "iteration")
+        assert checkpoint.load(path, tensors) == []
+        return state["iteration"]
+
+    assert both.resume(read, lines.append) == 9
+    assert tensors["model.weight"][0, 0] == 9
+    (line,) = lines
+    assert "resuming from the older 9, and keeping the damaged one as 19.damaged" in line
+    assert str(tmp_path / "19") in line
+    assert names(tmp_path) == ["19.damaged", "9"]
+    both.save(19, some(19), {"iteration": 19})  # the run gets there again
+    assert both.resume(read, lines.append) == 19
+    for path in (tmp_path / "19", tmp_path / "9"):
+        DAMAGES[damage](path)
+    with pytest.raises(
+        checkpoint.Damaged, match=r"none of the 2 checkpoints in .* can be read; the newest: .*--no-resume"
+    ):
+        both.resume(read, lines.append)
+    assert names(tmp_path) == ["19", "19.damaged", "9"]
+
+
+def test_a_checkpoint_of_another_configuration_is_not_damaged(tmp_path: Path) -> None:
+    both = Checkpoints(tmp_path)
+    for iteration in (9, 19):
+        both.save(iteration, some(), {})
+    with pytest.raises(DinoError, match="was made by another configuration"):
+        both.resume(lambda path: checkpoint.load(path, {"model.weight": torch.zeros(4, 2)}), print)
+    assert names(tmp_path) == ["19", "9"]
+
+
 def test_saving_an_iteration_again_replaces_it(tmp_path: Path) -> None:
     kept = Checkpoints(tmp_path)
     kept.save(9, some(1.0), {})

@@ -31,6 +31,7 @@ Legend: B images, HW student patches, d student's width, D a teacher's width, K 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -45,6 +46,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dinov3 import distributed
+from dinov3.checkpoint import first_line
 from dinov3.config.bounds import check
 from dinov3.data.images import IMAGE_SUFFIXES
 from dinov3.data.loading import permuted
@@ -63,7 +65,7 @@ from dinov3.runlog import RunDir
 from dinov3.weights import catalog, writing
 
 STATISTICS_FROM = 1024  # images that the targets' mean and spread, and the first projections, are fitted on
-CHECKPOINT, STUDENT = "distill.pth", "student.safetensors"
+CHECKPOINT, OLDER, STUDENT = "distill.pth", "distill.older.pth", "student.safetensors"
 Prepare = Callable[["Distillation", bool], None]
 
 
@@ -93,7 +95,7 @@ class Distillation:
         self.forward: Callable[[Tensor], dict[str, Tensor]] = self.student.forward_features
         if config.compile:
             self.forward = torch.compile(self.student.forward_features, dynamic=False)
-        fresh = not (self.run.checkpoints / CHECKPOINT).is_file()
+        fresh = not any((self.run.checkpoints / name).is_file() for name in (CHECKPOINT, OLDER))
         count = min(STATISTICS_FROM if fresh else 4, len(self.images))  # a checkpoint brings its own: widths are enough
         some = permuted(np.arange(count), len(self.images), config.seed, 0)
         width = int(self.student.embed_dim)
@@ -221,14 +223,16 @@ class Distillation:
             "optimizers": [o.state_dict() for o in self.optimizers],
             "begun_with": self.begun_with(),
         }
-        with atomically(self.run.checkpoints / CHECKPOINT) as temporary:
+        path = self.run.checkpoints / CHECKPOINT
+        with atomically(path) as temporary:
             torch.save(state, temporary)
+            if path.is_file():  # read where the newest is damaged
+                os.replace(path, self.run.checkpoints / OLDER)
 
     def resume(self) -> bool:
-        path = self.run.checkpoints / CHECKPOINT
-        if not path.is_file():
+        state = self._newest()
+        if state is None:
             return False
-        state = torch.load(path, map_location=self.device, weights_only=True)
         before, now = state.get("begun_with", {}), self.begun_with()
         for name in (n for n in before if before[n] != now[n]):
             raise DinoError(
@@ -242,6 +246,27 @@ class Distillation:
             optimizer.load_state_dict(kept)
         self.step = int(state["step"])
         return True
+
+    def _newest(self) -> dict[str, Any] | None:
+        """The newest checkpoint that can be read; None if there is none."""
+        damaged = []
+        for path in (self.run.checkpoints / name for name in (CHECKPOINT, OLDER)):
+            if not path.is_file():
+                continue
+            try:
+                state = torch.load(path, map_location=self.device, weights_only=True)
+                missing = {"step", "student", "average", "projectors", "optimizers"} - set(state)
+                if missing:
+                    raise ValueError(f"it has no {min(missing)}")
+            except Exception as error:  # of zip files, pickles, tensors
+                damaged.append(f"the checkpoint {path} cannot be read: {first_line(error)}")
+                continue
+            for line in damaged:
+                self.run.log(f"{line}; resuming from the older {path.name}")
+            return state
+        if damaged:
+            raise DinoError(f"{damaged[0]}, and there is no older one that can: take another --out")
+        return None
 
     def begun_with(self) -> dict[str, Any]:
         """What must stay the same when a run resumes. Lengths, rates, sizes and the like may change."""

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -361,13 +362,12 @@ class _Fit:
         Checkpoints(self.run.checkpoints, max_to_keep=self.config.keep).save(step, self._tensors(), state)
 
     def resume(self) -> int:
-        """Resumes from the newest checkpoint; the step to begin with."""
-        path = Checkpoints(self.run.checkpoints).latest() if self.run is not None else None
-        if path is None:
+        """Resumes from the newest checkpoint that can be read; the step to begin with."""
+        if self.run is None:
             return 0
-        state = checkpoint.read_state(path)
-        if missing := checkpoint.load(path, self._tensors()):
-            raise DinoError(f"{path} was made by another head: it has no {missing[0]}; use another folder")
+        state = Checkpoints(self.run.checkpoints).resume(self._read, self.run.log)
+        if state is None:
+            return 0
         self.evaluations = [(int(done), dict(numbers)) for done, numbers in state["evaluations"]]
         self.skipped_steps = int(state["skipped_steps"])
         if state["best"] is not None:
@@ -378,6 +378,11 @@ class _Fit:
                 self.best = (int(state["best"][0]), dict(state["best"][1]))
                 self.best_tensors = {k: v.to(self.device) for k, v in tensors.items()}
         return int(state["step"]) + 1
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        if missing := checkpoint.load(path, self._tensors()):
+            raise DinoError(f"{path} was made by another head: it has no {missing[0]}; use another folder")
+        return checkpoint.read_state(path, "step", "evaluations", "best", "skipped_steps")
 
 
 # ---- batches --------------------------------------------------------------------------------------------------------

@@ -191,20 +191,15 @@ class Trainer:
         removed = self.checkpoints.clean()
         if removed:
             self.notes.append(f"removed what an interrupted save had left behind: {', '.join(removed)}")
-        path = self.checkpoints.latest()
-        if self.several:
-            path = None if iteration is None else self.checkpoints.folder / str(iteration)
-        if path is None:
+        if not self.several:
+            read = self.checkpoints.resume(self.read, self.notes.append)
+        elif iteration is None:
+            read = None
+        else:
+            read = self.read(self.checkpoints.folder / str(iteration))
+        if read is None:
             return 0
-        state = checkpoint.read_state(path)
-        missing = checkpoint.load(path, self.tensors(), group=self.group)
-        gram = [name for name in missing if name.startswith("model.gram_teacher.")]
-        if len(missing) > len(gram):
-            other = next(name for name in missing if name not in set(gram))
-            raise DinoError(
-                f"{path} has no {other} (and {len(missing) - len(gram) - 1} more): it was made by another configuration; "
-                "use that one, or another --output-dir"
-            )
+        path, state, gram = read
         if gram and not self.config.gram.ckpt and self.method.gram_teacher is not None:
             copy_weights(self.method.gram_teacher.backbone, self.method.teacher.backbone)
             self.notes.append(f"{path} has no Gram teacher: it begins as a copy of the teacher")
@@ -218,6 +213,19 @@ class Trainer:
                 "images are the same, random draws inside the network start afresh"
             )
         return first
+
+    def read(self, path: Path) -> tuple[Path, dict[str, Any], list[str]]:
+        """Fills the networks and the optimiser from a checkpoint; (path, its state, names of the Gram teacher it lacks)."""
+        missing = checkpoint.load(path, self.tensors(), group=self.group)
+        state = checkpoint.read_state(path, "iteration", "loader", "random")
+        gram = [name for name in missing if name.startswith("model.gram_teacher.")]
+        if len(missing) > len(gram):
+            other = next(name for name in missing if name not in set(gram))
+            raise DinoError(
+                f"{path} has no {other} (and {len(missing) - len(gram) - 1} more): it was made by another configuration; "
+                "use that one, or another --output-dir"
+            )
+        return path, state, gram
 
 
 def assemble(

@@ -181,6 +181,24 @@ def test_a_run_that_was_killed_gives_the_same_student(tiny_student, folder: Path
     assert [r["iteration"] for r in lines] == list(range(6))
 
 
+def test_a_damaged_newest_checkpoint_gives_way_to_the_older_one(
+    tiny_student, folder: Path, teacher_file: Path, tmp_path
+) -> None:
+    config = config_for(folder, teacher_file)
+    config.save_every = 2
+    whole = distill(config, tmp_path / "run").read_bytes()
+    checkpoints = tmp_path / "run" / "ckpt"
+    size = (checkpoints / "distill.pth").stat().st_size
+    for damage in (b"", b"\0" * size, (checkpoints / "distill.pth").read_bytes()[: size // 2]):
+        (checkpoints / "distill.pth").write_bytes(damage)
+        assert distill(config, tmp_path / "run").read_bytes() == whole
+    assert "resuming from the older distill.older.pth" in (tmp_path / "run" / "log.txt").read_text()
+    for name in ("distill.pth", "distill.older.pth"):
+        (checkpoints / name).write_bytes(b"")
+    with pytest.raises(DinoError, match=r"cannot be read: .*and there is no older one that can: take another --out"):
+        distill(config, tmp_path / "run")
+
+
 def three_steps(config: DistillConfig, out: str) -> tuple[dict[str, torch.Tensor], list[dict[str, float]], int]:
     """(the student's weights as exported, the run's records, shards of the cache this process had computed)."""
     catalog.ROWS = rows_with_a_tiny_one()  # the ranks are processes of their own

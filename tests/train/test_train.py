@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,6 +141,17 @@ def test_a_run_killed_at_random_steps_ends_bit_identical(
     assert_same(tensors(uninterrupted / "ckpt" / "11"), tensors(tmp_path / "ckpt" / "11"))
     records = [r["iteration"] for r in read_metrics(tmp_path / "metrics.jsonl")]
     assert records == list(range(12))  # every iteration once, however often it was run
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_older_one(
+    toy: str, images: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    newest = tmp_path / "run" / "ckpt" / "11"
+    os.truncate(next(newest.glob("*.distcp")), 1000)
+    run(toy, images, tmp_path / "run")
+    assert "resuming from the older 7" in (tmp_path / "run" / "log.txt").read_text()
+    assert_same(tensors(uninterrupted / "ckpt" / "11"), tensors(newest))
 
 
 @pytest.mark.slow

@@ -235,7 +235,7 @@ def test_a_classifier_leaves_a_confusion_matrix_and_a_table_of_classes(tmp_path:
     ]
     assert "the weakest: green 75% (taken for red)" in (tmp_path / "run" / "log.txt").read_text()
     image = np.asarray(Image.open(tmp_path / "run" / "confusion.png").convert("L"))
-    assert image[-80, -60] < image[-120, -60] < image[-80, -100]  # red as red, green as red, red as green
+    assert image[-70, -70] < image[-114, -70] < image[-70, -114]  # red as red, green as red, red as green
 
 
 def test_two_runs_in_one_folder_are_an_error(tmp_path: Path) -> None:
@@ -451,6 +451,20 @@ def test_a_killed_command_started_again_ends_as_if_nothing_had_happened(tmp_path
     assert done.stdout.strip() == str(tmp_path / "torn" / "head.safetensors")
     whole, torn = ((tmp_path / out / "head.safetensors").read_bytes() for out in ("whole", "torn"))
     assert whole == torn
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    wanted = config(mask_folder(tmp_path / "data"), save_every=4, steps=12)
+    whole = train_head(wanted, tmp_path / "run").head.read_bytes()
+    newest = tmp_path / "run" / "ckpt" / "11"
+    (newest / "state.json").write_bytes(b"")
+    again = train_head(wanted, tmp_path / "run")
+    assert again.report.resumed_at == 8
+    assert again.head.read_bytes() == whole
+    assert (
+        "resuming from the older 7, and keeping the damaged one as 11.damaged"
+        in (tmp_path / "run" / "log.txt").read_text()
+    )
 
 
 # ---- what is told ---------------------------------------------------------------------------------------------------
