@@ -73,14 +73,16 @@ def embed_with_ray(
     on_progress: Callable[[Report], None] | None = None,
     address: str | None = None,
 ) -> Report:
-    """As `embed_source`, on a Ray cluster: `address` (or RAY_ADDRESS) names a running one, otherwise Ray starts locally.
+    """As `embed_source`, on a Ray cluster: `address` (or RAY_ADDRESS) names a running one, otherwise Ray starts locally, and
+    is shut down at the end, its workers with it. A cluster that the program was connected to before stays connected.
 
     `workers`: actors, default one a GPU, or one for every two cores where there is none.
     """
     require("ray.data", "ray", "the ray engine")
     import ray
 
-    if not ray.is_initialized():
+    started = not ray.is_initialized()
+    if started:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, include_dashboard=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     resources = ray.cluster_resources()
@@ -123,4 +125,7 @@ def embed_with_ray(
                 embed_items(job, job.again, frozenset())
         except KeyboardInterrupt:
             interrupted = True
+        finally:
+            if started:
+                ray.shutdown()
         return job.close(interrupted)

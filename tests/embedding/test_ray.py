@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -75,3 +77,27 @@ def test_a_shard_is_a_function_of_the_path() -> None:
     shards = [shard_of(f"/photos/{i}.jpg", 4) for i in range(400)]
     assert shards == [shard_of(f"/photos/{i}.jpg", 4) for i in range(400)]
     assert min(shards.count(k) for k in range(4)) > 60
+
+
+@pytest.mark.slow  # starts a cluster of its own
+def test_a_cluster_that_the_job_started_ends_with_it(folder: Path, tmp_path: Path) -> None:
+    code = """
+import subprocess, sys, time
+from dinov3.data.sources import open_source
+from dinov3.data.transforms.inputs import Preprocessing
+from dinov3.embedding.ray_engine import embed_with_ray
+from dinov3.models.architectures import ViTConfig
+from dinov3.models.vit import VisionTransformer
+model = VisionTransformer(ViTConfig(embed_dim=32, depth=2, num_heads=2)).eval()
+model.init_weights()
+report = embed_with_ray(model, open_source(sys.argv[1]), sys.argv[2], preprocessing=Preprocessing(size=32), batch_size=8)
+for _ in range(50):  # the last ones need a moment
+    left = subprocess.run(["pgrep", "-c", "-f", "ray::_Worker|ray::MapWorker"], capture_output=True, text=True).stdout
+    if left.strip() == "0":
+        break
+    time.sleep(0.2)
+import ray
+print(report.embedded, ray.is_initialized(), left.strip())
+"""
+    done = subprocess.run([sys.executable, "-c", code, folder, tmp_path / "store"], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "150 False 0", done.stderr[-2000:]
