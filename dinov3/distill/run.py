@@ -261,8 +261,11 @@ class Distillation:
             except Exception as error:  # of zip files, pickles, tensors
                 damaged.append(f"the checkpoint {path} cannot be read: {first_line(error)}")
                 continue
-            for line in damaged:
+            for line in damaged:  # at most the newest, which must not become the older one
                 self.run.log(f"{line}; resuming from the older {path.name}")
+                if self.run.writer:
+                    path.with_name(CHECKPOINT).rename(path.with_name("distill.damaged.pth"))
+            distributed.barrier()
             return state
         if damaged:
             raise DinoError(f"{damaged[0]}, and there is no older one that can: take another --out")

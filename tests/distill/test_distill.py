@@ -186,12 +186,14 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_older_one(
 ) -> None:
     config = config_for(folder, teacher_file)
     config.save_every = 2
-    whole = distill(config, tmp_path / "run").read_bytes()
+    whole = reading.read(distill(config, tmp_path / "run"))[0]
+    whole = {name: tensor.clone() for name, tensor in whole.items()}  # the file is written again
     checkpoints = tmp_path / "run" / "ckpt"
     size = (checkpoints / "distill.pth").stat().st_size
     for damage in (b"", b"\0" * size, (checkpoints / "distill.pth").read_bytes()[: size // 2]):
         (checkpoints / "distill.pth").write_bytes(damage)
-        assert distill(config, tmp_path / "run").read_bytes() == whole
+        again = reading.read(distill(config, tmp_path / "run"))[0]
+        assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert "resuming from the older distill.older.pth" in (tmp_path / "run" / "log.txt").read_text()
     for name in ("distill.pth", "distill.older.pth"):
         (checkpoints / name).write_bytes(b"")
