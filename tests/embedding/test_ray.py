@@ -92,7 +92,7 @@ model = VisionTransformer(ViTConfig(embed_dim=32, depth=2, num_heads=2)).eval()
 model.init_weights()
 report = embed_with_ray(model, open_source(sys.argv[1]), sys.argv[2], preprocessing=Preprocessing(size=32), batch_size=8)
 for _ in range(50):  # the last ones need a moment
-    left = subprocess.run(["pgrep", "-c", "-f", "ray::_Worker|ray::MapWorker"], capture_output=True, text=True).stdout
+    left = subprocess.run(["pgrep", "-c", "-f", "ray::[_]Worker|ray::[M]apWorker"], capture_output=True, text=True).stdout
     if left.strip() == "0":
         break
     time.sleep(0.2)
