@@ -178,7 +178,9 @@ def evaluate(
 ) -> None:
     """Measure a model: k-NN, probes, retrieval, tracking, … `dinov3 eval NAME --help` lists an evaluation's keys."""
     if name in ("", "--help", "-h"):
-        print("usage: dinov3 eval NAME [--config-file FILE] [--output-dir DIR] [--sweep AXES] key.sub=value …\n")
+        from dinov3.eval.arguments import OPTIONS
+
+        print(f"usage: dinov3 eval NAME FOLDER … {OPTIONS}\n")
         for each, (_, what) in EVALUATIONS.items():
             print(f"  {each:16}{what}")
         return

@@ -739,7 +739,8 @@ def check_scale(config: TrainConfig, world_size: int) -> None:
         if group % batch or everything % group:
             wrong.append(
                 f"dino.koleo_distributed_loss_group_size: {group} images must be whole processes of {batch} and "
-                f"divide the {everything} images of a step on {world_size} processes"
+                f"divide the {everything} images of a step on {world_size} processes: start more, set a smaller group, or "
+                "dino.koleo_loss_distributed=false"
             )
         if c.dino.koleo_topk >= group:
             wrong.append(f"dino.koleo_topk: {c.dino.koleo_topk} neighbours do not exist among {group} images")

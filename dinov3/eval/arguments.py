@@ -1,14 +1,17 @@
 """Configuration of evaluations: the sections they share, and the command line.
 
 Arguments are those of the public scripts: `key.sub=value`, `config_file=FILE` or `--config-file FILE`, `output_dir=DIR` or
-`--output-dir DIR`; of our own `--sweep AXES`. Everything else is an error with suggestions.
+`--output-dir DIR`. Of our own: folders or dataset specs by their position (`POSITIONAL` of the configuration), `--model NAME`
+`--weights FILE`, `--device NAME`, `--sweep AXES`. Everything else is an error with suggestions.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Literal, TypeVar
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
 
 from dinov3.config.bounds import Problem, setting
 from dinov3.config.loading import load
@@ -69,6 +72,9 @@ class FewShotSection:
 class EvalConfig:
     """Base class of all evaluations' configurations."""
 
+    # what may stand without a key, in this order: (word for it, its key)
+    POSITIONAL: ClassVar[tuple[tuple[str, str], ...]] = ()
+
     model: ModelSection = field(default_factory=ModelSection)
     output_dir: str | None = "."  # null: here
     save_results: bool = False  # save predictions and targets as .npy
@@ -95,6 +101,9 @@ class EvalConfig:
 # ---- arguments ------------------------------------------------------------------------------------------------------
 
 FILE_NAMES = ("config_file", "config", "trainer_config_file")
+SHORT = {"output_dir": "output_dir", "model": "model.name", "weights": "model.weights", "device": "model.device"}
+OPTIONS = "[--model NAME] [--weights FILE] [--output-dir DIR] [--config-file FILE] [--sweep AXES] key.sub=value …"
+OVERRIDE = re.compile(r"[A-Za-z_][\w.\-\[\]]*=")  # a dataset spec has a colon before its first =
 
 
 @dataclass
@@ -122,23 +131,39 @@ def take_options(argv: Sequence[str], known: Sequence[str]) -> tuple[dict[str, s
     return found, others
 
 
-def split_arguments(argv: Sequence[str]) -> Arguments:
-    """Options and key=value overrides in any order, as the public scripts and the launcher write them."""
-    options, rest = take_options(argv, (*FILE_NAMES, "output_dir", "sweep"))
+def split_arguments(argv: Sequence[str], positional: Sequence[tuple[str, str]] = ()) -> Arguments:
+    """Options and key=value overrides in any order, as the public scripts and the launcher write them; what has no key is
+    given those of `positional`, in order."""
+    options, rest = take_options(argv, (*FILE_NAMES, *SHORT, "sweep"))
     file = next((options[name] for name in FILE_NAMES if name in options), None)
-    overrides = [f"output_dir={options['output_dir']}"] if "output_dir" in options else []
+    overrides = [f"{key}={options[name]}" for name, key in SHORT.items() if name in options]
+    waiting = list(positional)
     for argument in rest:
         name, _, value = argument.partition("=")
         if name in FILE_NAMES:
             file = value
+        elif name == "output-dir":  # the reference's command for dino.txt has no dashes before it
+            overrides.append(f"output_dir={value}")
+        elif positional and not OVERRIDE.match(argument):
+            key = _next_key(argument, waiting, " ".join(word for word, _ in positional))
+            overrides.append(f"{key}={argument}")
         else:
             overrides.append(argument)
     return Arguments(file, overrides, options.get("sweep"))
 
 
+def _next_key(argument: str, waiting: list[tuple[str, str]], words: str) -> str:
+    """The key of an argument without one: the next of those that are still `waiting`."""
+    if not waiting:
+        raise DinoError(f"{argument!r} is one too many: {words} may stand without a key, the rest is key=value")
+    if ":" not in argument and not Path(argument).expanduser().exists():
+        raise DinoError(f"there is no folder {argument}; write {words}, dataset specs, or key.sub=value")
+    return waiting.pop(0)[1]
+
+
 def read_arguments(cls: type[C], argv: Sequence[str]) -> tuple[C, list[str], Arguments]:
     """(configuration, notes, the arguments in parts). Raises one `DinoError` with every mistake."""
-    arguments = split_arguments(argv)
+    arguments = split_arguments(argv, cls.POSITIONAL)
     config, notes = load(cls, arguments.file, arguments.overrides)
     return config, notes, arguments
 
@@ -154,7 +179,9 @@ def help_text(name: str, cls: type[Any], doc: str | None) -> str:
             else:
                 yield f"  {prefix}{f.name}={_shown(value)}"
 
-    usage = f"usage: dinov3 eval {name} [--config-file FILE] [--output-dir DIR] [--sweep AXES] key.sub=value …"
+    verb = name.replace("_", "-").removeprefix("semantic-")  # results of segmentation have the reference's longer name
+    words = " ".join(["dinov3 eval", verb, *(word for word, _ in getattr(cls, "POSITIONAL", ()))])
+    usage = f"usage: {words} {OPTIONS}"
     return "\n".join([usage, "", (doc or "").strip(), "", "keys and defaults:", *keys(cls())])
 
 

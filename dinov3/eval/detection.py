@@ -54,6 +54,8 @@ class TtaSection:
 class DetectionConfig(EvalConfig):
     """Keys as the dense evaluations name them; no script of this task was published."""
 
+    POSITIONAL = (("DATASET", "dataset"),)
+
     # CocoDetection:root=…:split=val2017, VocDetection:root=…
     dataset: str = setting("", required="dataset=CocoDetection:root=FOLDER:split=val2017 or VocDetection:root=FOLDER")
     load_from: str = "dinov3_vit7b16_de"  # or a head file

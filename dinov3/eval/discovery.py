@@ -33,6 +33,8 @@ from dinov3.metrics.boxes import overlap
 
 @dataclass
 class DiscoveryConfig(EvalConfig):
+    POSITIONAL = (("DATASET", "data"),)
+
     # VocDetection:root=…/VOC2007:split=trainval, CocoDetection:root=…:split=train2014, …
     data: str = setting("", required="data=VocDetection:root=FOLDER:split=trainval, or CocoDetection:…")
     names: str | None = None  # a file of image names, one a line: only these (COCO20k)

@@ -43,6 +43,8 @@ from dinov3.metrics.dense import IGNORED, confusion_matrix, iou_scores
 
 @dataclass
 class GeoConfig(EvalConfig):
+    POSITIONAL = (("FOLDER", "root"),)
+
     root: str = setting("", required="root=FOLDER, with classification_v1.0 and segmentation_v1.0 or a task's folder")
     task: str = "m-eurosat"
     partition: str = "default"  # or 0.10x_train, … for a share of the training images

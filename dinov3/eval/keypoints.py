@@ -39,6 +39,8 @@ T = TypeVar("T")
 
 @dataclass
 class KeypointsConfig(EvalConfig):
+    POSITIONAL = (("FOLDER", "root"),)
+
     benchmark: Literal["navi", "spair", "frames"] = "navi"  # frames: posed RGB-D images, scored as NAVI
     root: str = setting("", required="root=FOLDER of the benchmark's files")
     size: int | None = (

@@ -46,6 +46,8 @@ class TestSection:
 
 @dataclass
 class KnnConfig(EvalConfig):
+    POSITIONAL = (("TRAIN", "train.dataset"), ("TEST", "eval.test_dataset"))
+
     train: TrainSection = field(default_factory=TrainSection)
     eval: TestSection = field(default_factory=TestSection)
     transform: TransformSection = field(default_factory=TransformSection)

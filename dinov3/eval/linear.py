@@ -96,6 +96,8 @@ class TestSection:
 
 @dataclass
 class LinearConfig(EvalConfig):
+    POSITIONAL = (("TRAIN", "train.dataset"), ("VAL", "train.val_dataset"))
+
     train: TrainSection = field(default_factory=TrainSection)
     eval: TestSection = field(default_factory=TestSection)
     transform: TransformSection = field(default_factory=TransformSection)

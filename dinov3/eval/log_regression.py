@@ -63,6 +63,8 @@ class TestSection:
 
 @dataclass
 class LogRegressionConfig(EvalConfig):
+    POSITIONAL = (("TRAIN", "train.dataset"), ("TEST", "eval.test_dataset"))
+
     train: TrainSection = field(default_factory=TrainSection)
     eval: TestSection = field(default_factory=TestSection)
     transform: TransformSection = field(default_factory=lambda: TransformSection(resize_size=224, crop_size=224))

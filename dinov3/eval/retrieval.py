@@ -34,6 +34,8 @@ MET_T = (0.01, 0.1, 1.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0, 50.0, 100.0, 500.0)
 
 @dataclass
 class RetrievalConfig(EvalConfig):
+    POSITIONAL = (("FOLDER", "root"),)
+
     benchmark: Literal["roxford5k", "rparis6k", "met", "amstertime"] = "roxford5k"
     root: str = setting("", required="root=FOLDER of the benchmark's files")
     features: FeatureSection = field(default_factory=FeatureSection)

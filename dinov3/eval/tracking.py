@@ -31,6 +31,8 @@ from dinov3.heads.encoder import step_of
 
 @dataclass
 class TrackingConfig(EvalConfig):
+    POSITIONAL = (("FOLDER", "root"),)
+
     # the folder with JPEGImages and Annotations
     root: str = setting("", required="root=FOLDER, with JPEGImages and Annotations in it")
     split: str | None = None  # a list below ImageSets, such as 2017/val; null: all sequences

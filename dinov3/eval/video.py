@@ -61,6 +61,8 @@ class ProbeSection:
 
 @dataclass
 class VideoConfig(EvalConfig):
+    POSITIONAL = (("TRAIN", "train"), ("VAL", "val"))
+
     # a folder of classes of videos (or of folders of frames), or a list of lines "path label"
     train: str = setting("", required="a folder with one sub-folder of videos per class")
     val: str = setting("", required="a folder with one sub-folder of videos per class")

@@ -99,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options, rest = parser().parse_known_args(None if argv is None else list(argv))
-    for argument in [a for a in rest if a.startswith("output_dir=")]:  # the evaluations' way to say it
+    for argument in [a for a in rest if a.startswith(("output_dir=", "output-dir="))]:  # the evaluations' way to say it
         rest.remove(argument)
         options.output_dir = argument.partition("=")[2]
     try:

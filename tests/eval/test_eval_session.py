@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 import json
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +20,7 @@ from PIL import Image
 from ranks import run_ranks
 from result_tables import read_table
 
+from dinov3.cli.training import EVALUATIONS
 from dinov3.data.datasets import make_dataset
 from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.errors import DinoError, ImageError, UnknownName
@@ -407,6 +410,54 @@ def test_the_verb_lists_and_dispatches(tmp_path: Path) -> None:
     wrong = CliRunner().invoke(app, ["eval", "kn"])
     assert isinstance(wrong.exception, UnknownName)
     assert "did you mean 'knn'" in str(wrong.exception)
+
+
+@pytest.mark.parametrize("name", list(EVALUATIONS))
+def test_every_evaluation_lists_its_folders_and_keys_with_defaults(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = importlib.import_module(EVALUATIONS[name][0])
+    assert module.main(["--help"]) == 0
+    usage, *lines = capsys.readouterr().out.splitlines()
+    assert re.match(rf"usage: dinov3 eval {name} (TRAIN (TEST|VAL)|FOLDER|DATASET) \[--model NAME\]", usage)
+    assert any(line.startswith("  model.weights=") for line in lines)
+    assert "  output_dir=." in lines
+
+
+def test_folders_need_no_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from dinov3.eval import knn
+
+    (tmp_path / "test").mkdir()
+    spec = "ImageNet:split=TRAIN:root=/data"
+    config, _, arguments = read_arguments(
+        knn.KnnConfig, [spec, "--model", "dinov3_vits16", str(tmp_path / "test"), "train.ks=[3]", "--weights=random"]
+    )
+    assert (config.train.dataset, config.eval.test_dataset) == (spec, str(tmp_path / "test"))
+    assert (config.model.name, config.model.weights, config.train.ks) == ("dinov3_vits16", "random", [3])
+    assert arguments.file is None
+    for given, sentence in (
+        (["nofolder", "x"], "there is no folder nofolder; write TRAIN TEST"),
+        ([str(tmp_path), str(tmp_path), str(tmp_path)], "is one too many: TRAIN TEST may stand without a key"),
+        ([str(tmp_path), "eval.test_dataset"], "there is no folder eval.test_dataset"),
+        ([str(tmp_path)], "eval.test_dataset (not set): must be given"),
+    ):
+        assert knn.main(given) == 1
+        assert sentence in capsys.readouterr().err
+
+
+def test_the_verb_measures_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from dinov3.cli import app
+
+    make_folder(tmp_path / "train", each=4)
+    make_folder(tmp_path / "test", each=2, seed=1)
+    weights = str(write_tiny(tmp_path / "tiny.safetensors"))
+    monkeypatch.chdir(tmp_path)
+    arguments = ["eval", "knn", "train", "test", "--weights", weights, "train.ks=[1]", "features.cache=none"]
+    result = CliRunner().invoke(app, [*arguments, "transform.resize_size=36", "transform.crop_size=32"])
+    assert result.exit_code == 0, result.output
+    assert read_table(tmp_path / "results-knn.csv")[0]["1 Top 1"] == 100
 
 
 def test_published_figures_stand_beside_ones_own() -> None:

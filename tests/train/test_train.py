@@ -21,6 +21,8 @@ from toy_training import TOY, start, write_config, write_images
 from dinov3 import checkpoint, features
 from dinov3.config.train import GramConfig, load_config
 from dinov3.errors import DinoError, WeightsMismatch
+from dinov3.eval.arguments import ModelSection
+from dinov3.eval.session import open_model
 from dinov3.export.convert import convert
 from dinov3.neighbours import knn_accuracy
 from dinov3.runlog import read_metrics
@@ -81,6 +83,14 @@ def test_metrics_have_the_fields_of_the_reference_in_its_order(uninterrupted: Pa
     assert "teacher_temp" in records[0]  # W23: the reference schedules it and does not log it
     assert records[0]["global_batch_size"] == 4
     assert records[0]["dino_global_crops_loss"] == pytest.approx(torch.tensor(32.0).log().item(), abs=0.05)
+
+
+def test_a_run_has_the_configuration_that_evaluations_of_the_reference_name(uninterrupted: Path) -> None:
+    assert (uninterrupted / "config.yaml").read_text() == (uninterrupted / "resolved.yaml").read_text()
+    weights = str(uninterrupted / "ckpt" / "11")
+    model: Any = open_model(ModelSection(config_file=str(uninterrupted / "config.yaml"), pretrained_weights=weights))
+    teacher = tensors(Path(weights))
+    assert torch.equal(model.cls_token, teacher[f"{checkpoint.teacher_prefix(Path(weights))}backbone.cls_token"])
 
 
 def test_the_last_iteration_is_always_saved(toy: str, images: Path, tmp_path: Path) -> None:

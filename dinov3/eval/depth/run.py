@@ -144,6 +144,8 @@ class ResultSection:
 
 @dataclass
 class DepthConfig(EvalConfig):
+    POSITIONAL = (("FOLDER", "datasets.root"),)
+
     bs: int = setting(2, at_least=1)
     n_gpus: int = 8  # for information; torchrun or the launcher decides
     num_workers: int = 2

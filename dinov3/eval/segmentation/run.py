@@ -120,6 +120,8 @@ class EvalSection:
 
 @dataclass
 class SegmentationConfig(EvalConfig):
+    POSITIONAL = (("FOLDER", "datasets.root"),)
+
     bs: int = setting(2, at_least=1)  # images of a process
     n_gpus: int = 8  # for information; torchrun or the launcher decides
     num_workers: int = 6

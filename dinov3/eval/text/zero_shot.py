@@ -66,6 +66,8 @@ class TextModelSection:
 
 @dataclass
 class ZeroShotConfig:
+    POSITIONAL = (("FOLDER", "dataset"),)
+
     model: TextModelSection = field(default_factory=TextModelSection)
     task: Literal["classification", "segmentation", "retrieval"] = "classification"
     dataset: str = setting("", required="dataset=ImageNet:root=…:split=VAL, or a folder of class folders")
