@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from dinov3.errors import printable
+
 LONGEST = 1600  # px
 LINE, GAP = 24, 14  # px of a legend
 TILE, BETWEEN, MARGIN, CAPTION = 220, 18, 36, 52  # px of a contact sheet: a tile's side, between, around, under tiles
@@ -99,6 +101,7 @@ def classes_over(
 def with_legend(image: Image.Image, entries: Sequence[tuple[tuple[int, ...], str]]) -> Image.Image:
     """A column of coloured squares with words at the right of an image."""
     font, line, gap = _font(15), LINE, GAP
+    entries = [(colour, printable(text)) for colour, text in entries]
     wide = int(max([font.getlength(text) for _, text in entries] or [0])) + 3 * gap + 16
     page = Image.new("RGB", (image.width + wide, max(image.height, line * len(entries) + 2 * gap)), PAPER)
     page.paste(image, (0, 0))
@@ -152,7 +155,7 @@ def boxes_over(
     """The image with boxes [n, 4], each with its label and colour [n, 3]; the first one on top."""
     base = reduced(image)
     scale = np.array([base.width / image.width, base.height / image.height] * 2)
-    draw, font = ImageDraw.Draw(base), _font(14)
+    draw, font, labels = ImageDraw.Draw(base), _font(14), [printable(label) for label in labels]
     for i in reversed(range(len(boxes_xyxy_px))):
         x0, y0, x1, y1 = (float(v) for v in np.asarray(boxes_xyxy_px[i]) * scale)
         colour = tuple(int(c) for c in colours[i])
@@ -174,7 +177,7 @@ def card(text: str, *, ink: tuple[int, int, int] = INK) -> Image.Image:
 
 def shares_beside(image: Image.Image, rows: Sequence[tuple[str, float]]) -> Image.Image:
     """The image beside words with bars as long as their shares (0 to 1)."""
-    base = reduced(image)
+    base, rows = reduced(image), [(printable(text), share) for text, share in rows]
     font, line, gap, bar = _font(15), 40, 16, 160
     wide = int(max([font.getlength(f"{text}  {share:.1%}") for text, share in rows] + [bar])) + 2 * gap
     page = Image.new("RGB", (base.width + wide, max(base.height, line * len(rows) + gap)), PAPER)
@@ -212,7 +215,7 @@ def contact_sheet(
 
     draw.text((MARGIN, MARGIN), "Query", font=large, fill=INK)
     _put(page, query_image, (MARGIN, top), big, small)
-    name = "" if isinstance(query_image, Image.Image) else Path(query_image).name
+    name = "" if isinstance(query_image, Image.Image) else printable(Path(query_image).name)
     draw.text((MARGIN, top + big + 8), _shortened(name, normal, big), font=normal, fill=FAINT)
 
     draw.line([(left, MARGIN), (left, height - MARGIN)], fill=GREY, width=1)
@@ -225,7 +228,7 @@ def contact_sheet(
         draw.text((x, y + TILE + 7), f"{hit.rank}.", font=normal, fill=INK)
         score = f"{hit.score:.3f}"
         draw.text((x + TILE - normal.getlength(score), y + TILE + 7), score, font=normal, fill=INK)
-        draw.text((x, y + TILE + 28), _shortened(Path(hit.path).name, small, TILE), font=small, fill=FAINT)
+        draw.text((x, y + TILE + 28), _shortened(printable(Path(hit.path).name), small, TILE), font=small, fill=FAINT)
     return page
 
 

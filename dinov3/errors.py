@@ -25,11 +25,24 @@ def without_secrets(text: str) -> str:
     return _URL.sub(r"\1\2", text) if "://" in text else text
 
 
+def printable(text: str, *, lines: bool = False) -> str:
+    """The text with control and invisible characters escaped (`\\x1b`, `\\n`): file names may hold them, and a terminal would
+    obey. `lines`: line breaks and tabs stay, for text that has them on purpose."""
+    if text.isprintable():
+        return text
+    stays = "\n\t" if lines else ""
+    return "".join(c if c.isprintable() or c in stays else c.encode("unicode_escape").decode() for c in text)
+
+
 class DinoError(Exception):
-    """Base of every error that is the message: `str(error)` is meant to be read by a person, and shows no secrets."""
+    """Base of every error that is the message: `str(error)` is meant to be read by a person, and shows no secrets and no
+    control characters but line breaks."""
+
+    lines = True
 
     def __init__(self, *parts: object) -> None:
-        super().__init__(*(without_secrets(part) if isinstance(part, str) else part for part in parts))
+        shown = (printable(without_secrets(p), lines=self.lines) if isinstance(p, str) else p for p in parts)
+        super().__init__(*shown)
 
 
 class UnknownName(DinoError):
@@ -49,11 +62,12 @@ class UnsafeFile(WeightsError):
 
 
 class ImageError(DinoError):
-    """One image that cannot be decoded; `str(error)` is the reason kept in a job's `failed` list.
+    """One image that cannot be decoded; `str(error)` is the reason in a job's `failed` list, one line.
 
     `features.embed` sets `path` and `index`, the file and its position in the list.
     """
 
+    lines = False
     path: str | None = None
     index: int | None = None
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from dinov3.config.loading import dump, to_dict
 from dinov3.config.train import SINKS
-from dinov3.errors import DinoError, one_of, require, without_secrets
+from dinov3.errors import DinoError, one_of, printable, require, without_secrets
 from dinov3.files import Lock, atomically
 
 Number = float | int | Tensor
@@ -157,7 +157,7 @@ class RunDir:
         """One event, one line: on the console and in log.txt."""
         if not self.writer:
             return
-        line = f"{datetime.now():%Y-%m-%d %H:%M:%S} " + without_secrets(" ".join(text.splitlines()))
+        line = f"{datetime.now():%Y-%m-%d %H:%M:%S} " + printable(without_secrets(" ".join(text.splitlines())))
         print(line, file=self.console or sys.stderr, flush=True)
         if self.path.is_dir():
             with open(self.log_file, "a", encoding="utf-8") as file:

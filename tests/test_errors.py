@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from paths import ROOT
 
-from dinov3.errors import DinoError, WeightsError, install, without_secrets
+from dinov3.errors import DinoError, ImageError, WeightsError, install, printable, without_secrets
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,23 @@ def test_logs_and_resolved_configurations_hold_no_secrets(tmp_path: Path, capsys
     for text in written:
         assert "https://host/w.pth" in text
         assert "s3cret" not in text
+
+
+def test_control_characters_are_escaped_in_messages_and_logs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dinov3.cli.shared import log, log_failures
+    from dinov3.runlog import RunDir
+
+    name = "a\n\x1b[2Jb\u202ec.jpg"
+    assert printable(name) == r"a\n\x1b[2Jb\u202ec.jpg"
+    assert printable("größer 猫 😀\udcff") == r"größer 猫 😀\udcff"
+    assert str(ImageError(name)) == printable(name)
+    assert str(DinoError("one\ntwo\x1b[2J")) == "one\ntwo" + r"\x1b[2J"
+    log("\x1b[2J")
+    log_failures([(name, "gone")])
+    RunDir(tmp_path).log(name)
+    shown = capsys.readouterr().err + (tmp_path / "log.txt").read_text()
+    assert "\x1b" not in shown
+    assert "\u202e" not in shown
+    assert len(shown.splitlines()) == 4

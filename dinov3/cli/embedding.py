@@ -27,7 +27,7 @@ from dinov3.cli.shared import (
     log_failures,
 )
 from dinov3.config.bounds import setting
-from dinov3.errors import DinoError
+from dinov3.errors import DinoError, printable
 
 if TYPE_CHECKING:
     from dinov3.data.transforms.inputs import Preprocessing
@@ -200,7 +200,7 @@ def search(
         print(json.dumps([{k: getattr(hit, k) for k in named} | hit.extra for hit in hits], default=str))
     else:
         for hit in hits:
-            print(f"{hit.rank}\t{hit.score:.4f}\t{hit.path}")
+            print(f"{hit.rank}\t{hit.score:.4f}\t{printable(hit.path)}")
     if sheet is not None:
         draw(image if image is not None else card(str(text)), hits, sheet)
         log(f"drawn: {sheet}")

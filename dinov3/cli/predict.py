@@ -27,7 +27,7 @@ from dinov3.cli.shared import (
     log_failures,
 )
 from dinov3.config.bounds import setting
-from dinov3.errors import DinoError, ImageError
+from dinov3.errors import DinoError, ImageError, printable
 from dinov3.files import atomically
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def detect(
         for path, name, found in over(images, "detecting", lambda p, _: predict_objects(net, p, **options), out):
             found.drawing().save(out / f"{name}_boxes.png")
             kept.append((path, found.without_image()))
-            print(f"{path}\t{found.summary()}")
+            print(f"{printable(path)}\t{found.summary()}")
     finally:
         if kept:
             write_coco(out / "detections.json", kept)
@@ -232,7 +232,7 @@ def save_each(images: list[str], label: str, predict: Predict, out: Path, **summ
     """Every image's result in its own files, and a line of it on stdout."""
     for path, name, found in over(images, label, predict, out):
         found.save(out, name)
-        print(f"{path}\t{found.summary(**summary)}")
+        print(f"{printable(path)}\t{found.summary(**summary)}")
 
 
 def save_classes(images: list[str], predict: Predict, out: Path | None, top: int) -> None:
@@ -241,7 +241,7 @@ def save_classes(images: list[str], predict: Predict, out: Path | None, top: int
     try:
         for path, name, found in over(images, "classifying", predict, out):
             rows += [(path, *row) for row in found.rows(top)]
-            print(f"{path}\t{found.summary(top)}")
+            print(f"{printable(path)}\t{found.summary(top)}")
             if out is not None:
                 found.drawing().save(out / f"{name}_{found.FILE}.png")
     finally:

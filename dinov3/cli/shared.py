@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
-from dinov3.errors import without_secrets
+from dinov3.errors import printable, without_secrets
 
 app = typer.Typer(
     add_completion=False,
@@ -45,13 +45,13 @@ def common(
 
 
 def log(text: str) -> None:
-    print(without_secrets(text), file=sys.stderr, flush=True)
+    print(printable(without_secrets(text), lines=True), file=sys.stderr, flush=True)
 
 
 def log_failures(failures: Sequence[tuple[str, str]], more: str = "") -> None:
     """The first twenty images that could not be read, with their reasons."""
     for path, reason in failures[:20]:
-        log(f"could not read {path}: {reason}")
+        log(f"could not read {printable(path)}: {reason}")
     if len(failures) > 20:
         log(f"… and {len(failures) - 20} more{more}")
 

@@ -362,7 +362,7 @@ def is_gone(path: str) -> bool:
     A member of a tar or a row of a table (`shard.tar#name`) exists while the container does.
     """
     for end in [len(path), *(i for i, letter in enumerate(path) if letter == "#")]:
-        name = re.sub(rb"\\x([89a-f][0-9a-f])", lambda m: bytes.fromhex(m[1].decode()), path[:end].encode())
+        name = re.sub(rb"\\x([0-9a-f]{2})", lambda m: bytes.fromhex(m[1].decode()), path[:end].encode())
         for spelling in {path[:end].encode(), name}:  # bytes that are no UTF-8 are stored escaped
             try:
                 os.lstat(spelling)

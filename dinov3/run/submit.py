@@ -27,7 +27,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from dinov3.errors import DinoError, require, without_secrets
+from dinov3.errors import DinoError, printable, require, without_secrets
 
 PACKAGE = Path(__file__).resolve().parents[1]
 SIGNAL_SECONDS = 120  # between the signal and the end
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def log(text: str) -> None:
-    print(without_secrets(text), file=sys.stderr, flush=True)
+    print(printable(without_secrets(text), lines=True), file=sys.stderr, flush=True)
 
 
 # ---- here -----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from dinov3.embedding import search as search_module
 from dinov3.embedding.schema import Row, StoreFacts
 from dinov3.embedding.search import Hit, IndexStatus, build_index, index_status, search, sheet
 from dinov3.embedding.store import EmbeddingStore
-from dinov3.errors import DinoError, StoreError, UnknownName
+from dinov3.errors import DinoError, StoreError, UnknownName, printable
 
 D = 16
 FACTS = StoreFacts(model="tiny@1", dim=D, preprocessing="s224")
@@ -257,6 +257,17 @@ def test_the_sheet_shows_the_images_and_a_grey_tile_where_there_is_none(tmp_path
     assert colours[(0, 0, 255)] == pytest.approx(side * side / 8, rel=0.05)
     assert 1.8 < colours[drawing.GREY] / side**2 < 2.05  # two tiles, less the letters, plus a hairline
     assert width > height
+
+
+def test_names_with_control_characters_are_drawn_escaped(tmp_path):
+    name = "a" + chr(10) + "b.png"
+    Image.new("RGB", (30, 10), "red").save(tmp_path / name)
+    sheet(
+        tmp_path / name, [Hit(1, name, 0.9, 1, 1)], tmp_path / "sheet.png", root=tmp_path
+    )  # a line break has no width
+    image = Image.new("RGB", (50, 50))
+    plain, control = (drawing.boxes_over(image, [[0, 0, 9, 9]], [n], [(9, 9, 9)]) for n in (printable(name), name))
+    assert plain.tobytes() == control.tobytes()
 
 
 def test_the_sheet_turns_images_upright_and_takes_open_ones(tmp_path):
