@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import socket
 import weakref
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +30,8 @@ def atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")  # the same ending: some writers go by it
+    # the same ending: some writers go by it
+    temporary = path.with_name(f".{_owner()}-{secrets.token_hex(4)}.{path.name}")
     try:
         yield temporary
         for written in [temporary, *temporary.rglob("*")]:
@@ -41,6 +44,40 @@ def atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
             shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _owner() -> str:
+    """This machine and process, as names of temporaries have them."""
+    return f"{zlib.crc32(socket.gethostname().encode()):08x}-{os.getpid()}"
+
+
+def remove_leftovers(path: str | os.PathLike[str]) -> list[str]:
+    """Removes the temporaries of `path` that killed processes of this machine left beside it; their names."""
+    path, removed = Path(path).absolute(), []
+    host = _owner().partition("-")[0]
+    for other in list(path.parent.iterdir()) if path.parent.is_dir() else ():
+        match = re.fullmatch(rf"\.{host}-(\d+)-[0-9a-f]{{8}}\.{re.escape(path.name)}", other.name)
+        if match is None or _lives(int(match[1])):
+            continue
+        if other.is_dir() and not other.is_symlink():
+            shutil.rmtree(other)
+        else:
+            other.unlink()
+        removed.append(other.name)
+    return sorted(removed)
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process of this machine runs; true where that cannot be known."""
+    if fcntl is None:  # Windows, where signal 0 is Ctrl-C
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 def sync(path: Path) -> None:

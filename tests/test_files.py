@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -42,6 +45,25 @@ def test_after_an_error_the_old_file_is_untouched(tmp_path, monkeypatch):
         new.write_text("half")
     assert path.read_text() == "old"
     assert names(tmp_path) == ["a.txt"]
+
+
+def test_temporaries_of_killed_processes_are_removed_and_no_others(tmp_path):
+    code = (
+        "import os, sys; from dinov3.files import atomically\n"
+        "with atomically(sys.argv[1]) as new:\n"
+        "    new.mkdir(); (new / 'half').write_text('x'); os.kill(os.getpid(), 9)"
+    )
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], check=False).returncode == -9
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "another")], check=False)
+    left = names(tmp_path)
+    assert len(left) == 3
+    with atomically(tmp_path / "out") as new:  # this process lives
+        new.mkdir()
+        assert files.remove_leftovers(tmp_path / "out") == [n for n in left if n.endswith(".out")]
+        assert new.is_dir()
+    assert names(tmp_path) == sorted([*(n for n in left if n.endswith(".another")), "out"])
+    assert files.remove_leftovers(tmp_path / "nowhere" / "out") == []
 
 
 def test_a_folder_takes_the_place_of_nothing_or_of_an_empty_folder_only(tmp_path):

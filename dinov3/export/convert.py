@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dinov3.errors import DinoError, one_of, without_secrets
-from dinov3.files import atomically
+from dinov3.files import atomically, remove_leftovers
 from dinov3.models.architectures import ConvNeXtConfig, ViTConfig
 from dinov3.weights import configs, formats, identity, reading, writing
 from dinov3.weights import download as cache
@@ -67,6 +67,7 @@ def convert(
     out = Path(out_dir)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DinoError(f"{out} is not an empty folder; name a new one, nothing is overwritten")
+    remove_leftovers(out)
     opened = reading.open(source, periods=periods)
     state, config, notes = opened.state_dict, opened.config, list(opened.notes)
     if dtype is not None:
