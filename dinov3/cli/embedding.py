@@ -51,7 +51,7 @@ class EmbedOptions:
     patches: Patches = setting("none", help="Also keep the patch features, in this precision.")
     batch: str = setting("auto", help="Images a batch, or auto.")
     dtype: Dtype = setting("float32", help="The model's precision.")
-    workers: int | None = setting(None, help="Decoding threads (Ray: actors). Default: chosen.")
+    workers: int | None = setting(None, at_least=0, help="Decoding threads (Ray: actors). Default: chosen.")
     column: str | None = setting(None, help="The image column of a parquet file. Default: found.")
     recursive: bool = setting(True, help="Include sub-folders.")
     retry_failed: bool = setting(False, help="Try images again that failed before.")

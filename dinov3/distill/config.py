@@ -31,12 +31,12 @@ class DistillConfig:
         "cosine", help="cosine, or flat:SHARE: the peak, then a straight line down in that last share of the steps."
     )
     projection_lr: float = setting(1.0, above=0)  # times lr
-    weight_decay: float = 0.05
+    weight_decay: float = setting(0.05, at_least=0)
     clip: float = setting(3.0, above=0)
     optimizer: Literal["adamw", "muon"] = setting("adamw", help="adamw, or muon for the blocks' matrices.")
     mix: str = setting("", help="cutmix:SHARE,mixup:SHARE of the images; for teachers with online=true.")
     momentum: float = setting(0.998, help="Of the average that is exported.", at_least=0, at_most=1)
-    rope_rescale: float | None = None
+    rope_rescale: float | None = setting(None, at_least=1)
     bf16: bool = setting(False, help="bfloat16 autocast.")
     compile: bool = setting(False, help="torch.compile: minutes at first for every size, then faster.")
     in_memory: bool = setting(False, help="Keep the images decoded.")

@@ -59,7 +59,7 @@ class FitConfig:
     beta2: float = 0.999
     # constant | cosine (to 0) | polynomial | one_cycle | steps; all after `warmup` steps
     schedule: str = setting("cosine", choices=SCHEDULES)
-    warmup: int = 0
+    warmup: int = setting(0, at_least=0)
     # polynomial: power; steps: at (list of steps), factor; one_cycle: ratio, div_factor, final_div_factor, base_momentum,
     # max_momentum (AdamW's beta1, written where both are given), late (scheduler steps behind the optimiser's)
     schedule_options: dict[str, Any] = field(default_factory=dict)
@@ -68,14 +68,16 @@ class FitConfig:
     clip: float | None = None  # L2 norm of the gradient of all that trains; null or inf: never
     batch: int = setting(1, at_least=1)  # images a step, all processes counted: for the log only
     log_every: int = setting(10, at_least=1)
-    save_every: int = 0  # 0: twenty times in all
-    keep: int = 2  # newest checkpoints that stay
-    evaluate_every: int = 0  # 0: at the end only
+    save_every: int = setting(0, at_least=0)  # 0: twenty times in all
+    keep: int = setting(2, at_least=1)  # newest checkpoints that stay
+    evaluate_every: int = setting(0, at_least=0)  # 0: at the end only
     best_by: str = ""  # the evaluation's number that says which head is best; "": the last head is
     best_is: Literal["highest", "lowest"] = "highest"
     finish_with: Literal["best", "last"] = "best"  # which head the module has in the end
     precision: Literal["float32", "bfloat16"] = "float32"  # autocast around the loss
-    workers: int = 0  # threads that make the next batches; then `batches` must draw from generators of its own
+    workers: int = setting(
+        0, at_least=0
+    )  # threads that make the next batches; then `batches` must draw from generators of its own
     seed: int = 0
 
     def problems(self) -> Iterator[tuple[str, str]]:

@@ -38,7 +38,7 @@ class HeadConfig:
     options: dict[str, Any] = setting({})  # of the head: `hub.own_heads.build_head`
     classes: list[str] = setting([])  # names; empty: from the data, or "class 0" …
     ignore: int | None = setting(None, help="A number in a folder's masks that does not count, besides 255.")
-    min_depth: float = 0.001
+    min_depth: float = setting(0.001, at_least=0)
     max_depth: float | None = setting(None, help="Metres. Default: the farthest in the data.", above=0)
     losses: dict[str, float] = setting({})  # of depth: `heads.objectives.DEPTH_LOSSES`
     size: int | None = setting(None, help="Pixels of the short side. Default: 512 (classes 256).", above=0)
@@ -51,14 +51,14 @@ class HeadConfig:
     steps: int | None = setting(None, help="Batches in all.", above=0)
     batch: int | None = setting(None, help="Images a batch and process.", above=0)
     lr: float | None = setting(None, help="Peak learning rate of AdamW.", above=0)
-    weight_decay: float | None = setting(None, help="Of AdamW.")
-    warmup: int | None = None  # steps; null: a twentieth
+    weight_decay: float | None = setting(None, help="Of AdamW.", at_least=0)
+    warmup: int | None = setting(None, at_least=0)  # steps; null: a twentieth
     evaluate_every: int | None = setting(None, help="Steps between. Default: five times in all.", at_least=1)
     save_every: int | None = setting(None, help="Steps between checkpoints. Default: twenty in all.", at_least=1)
     log_every: int = setting(10, at_least=1)
     precision: Literal["float32", "bfloat16"] = "float32"
-    workers: int = 1  # threads that prepare batches
-    memory_gb: float = 2.0  # of cached features; beyond it they go to the run's folder
+    workers: int = setting(1, at_least=0)  # threads that prepare batches
+    memory_gb: float = setting(2.0, at_least=0)  # of cached features; beyond it they go to the run's folder
     seed: int = setting(0, help="Of weights and random draws.")
     device: str = "cpu"
 
