@@ -23,6 +23,9 @@ def train(
     model: Annotated[
         str | None, typer.Option(help="vits16, vitb16, … or a recipe's own. Default: the recipe's.")
     ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="First weights: a file, URL, id or run; a model's name for the published ones.")
+    ] = None,
     recipe: Annotated[str, typer.Option(help="A YAML file, or one that comes along.")] = "vits16_one_gpu",
     steps: Annotated[int | None, typer.Option(min=1, help="Steps in all; schedules are stretched.")] = None,
     knn: Annotated[str | None, typer.Option(help="TRAIN:VAL, two labelled folders for k-NN during training.")] = None,
@@ -34,7 +37,8 @@ def train(
     from dinov3.config.train import load_config
     from dinov3.train.train import train as run
 
-    chosen = training_overrides(images, model, recipe, steps, knn, device_of(device), overrides or [])
+    first = [] if weights is None else first_weights(weights, model)
+    chosen = training_overrides(images, model, recipe, steps, knn, device_of(device), [*first, *(overrides or [])])
     config, notes = load_config(recipe if recipe.endswith((".yaml", ".yml")) else f"{recipe}.yaml", chosen)
     log("settings: " + " ".join(chosen))
     outcome = run(config, out, resume=resume, seed=seed, notes=notes)
@@ -43,6 +47,30 @@ def train(
         print(f"{iteration}\t{accuracy:.4f}")
     if outcome.signal is not None and not outcome.finished:
         raise typer.Exit(INTERRUPTED)
+
+
+def first_weights(weights: str, model: str | None) -> list[str]:
+    """Overrides to start from weights; without `model` the student becomes the model that they are of."""
+    import json
+    from dataclasses import asdict
+
+    from dinov3 import hub
+    from dinov3.config.train import load_model_config
+    from dinov3.models.architectures import PUBLISHED
+    from dinov3.weights import reading
+    from dinov3.weights.catalog import aliases
+
+    if weights.lower() in aliases():
+        weights = hub.published_source(aliases()[weights.lower()][0])
+    student: dict[str, object] = {}
+    described = Path(weights).expanduser() / "resolved.yaml"
+    if model is None and described.is_file():  # a run
+        student = asdict(load_model_config(described)[0].student)
+    elif model is None and (rows := reading.open(weights).rows):
+        sizes = {"depth": None, "embed_dim": None, "num_heads": None, "patch_size": rows[0].config.patch_size or 16}
+        student = {"arch": rows[0].arch} | sizes | PUBLISHED[rows[0].arch][1]
+    student["resume_from_teacher_chkpt"] = weights
+    return [f"student.{name}={json.dumps(value)}" for name, value in student.items()]
 
 
 def training_overrides(

@@ -101,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, rest = parser().parse_known_args(None if argv is None else list(argv))
     for argument in [a for a in rest if a.startswith(("output_dir=", "output-dir="))]:  # the evaluations' way to say it
         rest.remove(argument)
-        options.output_dir = argument.partition("=")[2]
+        value = argument.partition("=")[2]
+        options.output_dir = options.output_dir if value in ("", "null") else value
     try:
         if options.call:
             return call(options.script, options.callable_name, [f"--output-dir={options.output_dir}", *rest])

@@ -264,7 +264,7 @@ def locate(
             cache.check(cache.sha256_of(path), path.name, check_hash=check_hash, sha256=sha256)
         return path
     if path.is_dir():
-        return path
+        return newest_teacher(path) or path
     match = _HF_ID.fullmatch(source)
     if match and not source.endswith(_ENDINGS) and not source.startswith((".", "~", "/")):
         return _from_hub(match[1], match[2])
@@ -274,6 +274,22 @@ def locate(
         raise WeightsError(f"{source!r} names a model, not a file: pass a path, a URL, or {row.hf or row.file!r}")
     hint = did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
     raise WeightsError(f"no file, folder, URL or Hugging Face id: {source!r}{hint}")
+
+
+def newest_teacher(run: Path) -> Path | None:
+    """The newest network that a run of `train` or `distill` has written; None where the folder is no run's."""
+    dumps = {p.parent.name.removeprefix("training_"): p for p in run.glob("eval/training_*/backbone.safetensors")}
+    numbers = [int(number) for number in dumps if number.isdecimal()]
+    if numbers:
+        return dumps[str(max(numbers))]
+    if (run / "student.safetensors").is_file():
+        return run / "student.safetensors"
+    if any(p.parent.name.isdecimal() for p in run.glob("ckpt/*/.metadata")):
+        raise WeightsError(
+            f"{run} is a run that has not written its teacher yet; this makes a file of its newest checkpoint: "
+            f"python -m dinov3.train.teacher_files {run} teacher.safetensors"
+        )
+    return None
 
 
 _FROM_HUB = ["config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json"]

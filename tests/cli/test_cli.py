@@ -167,6 +167,10 @@ def test_info_describes_a_file_and_convert_rewrites_it(tmp_path, capsys) -> None
         (["search", "nowhere", "--image", "x.jpg"], "no embedding store"),
         (["info", "nowhere.pth"], "no file"),
         (["convert", "nowhere.pth", "out", "--to", "timm"], "no file"),
+        (["train", "nofolder", "--out", "run", "--device", "cpu"], "there is no folder, list, tar or table 'nofolder'"),
+        (["train", ".", "--out", "run", "--weights", "nowhere.pth"], "no file"),
+        (["train-head", "classification", "nofolder", "--out", "run"], "there is no folder nofolder"),
+        (["distill", ".", "--out", "run", "--teacher", "dinov3:vitt16", "--device", "meta"], "holds no numbers"),
     ],
 )
 def test_every_mistake_is_one_sentence_and_exit_code_one(
@@ -183,7 +187,13 @@ def test_every_mistake_is_one_sentence_and_exit_code_one(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["embed", ".", "--out", "s", "--batch", "many"], ["embed", ".", "--shape", "round"], ["frobnicate"]]
+    "arguments",
+    [
+        ["embed", ".", "--out", "s", "--batch", "many"],
+        ["embed", ".", "--out", "s", "--workers", "-3"],
+        ["embed", ".", "--shape", "round"],
+        ["frobnicate"],
+    ],
 )
 def test_wrong_usage_is_exit_code_two(arguments) -> None:
     assert CliRunner().invoke(cli.app, arguments).exit_code == 2
@@ -263,6 +273,25 @@ def test_train_runs_from_a_folder_to_a_loadable_model_and_goes_on_where_it_stopp
     again = dinov3(*command, capsys=capsys)
     assert again.code == 0
     assert "finished: 2 of 2 steps" in again.err
+    # the run's folder is weights: of its newest teacher for features, of all of it to start from
+    own = json.loads(dinov3("info", run, "--json", capsys=capsys).out)
+    assert own["fingerprint"] == facts["fingerprint"]
+    other = [
+        "train",
+        images,
+        "--out",
+        tmp_path / "other",
+        *command[4:],
+        "--weights",
+        run,
+        "optim.lr=0",
+        "optim.min_lr=0",
+    ]
+    result = dinov3(*(a for a in other if not str(a).startswith("student.")), capsys=capsys)
+    assert result.code == 0, result.err
+    assert "holds no dino_head" not in result.err
+    moved = json.loads(dinov3("info", tmp_path / "other", "--json", capsys=capsys).out)
+    assert moved["config"] == own["config"]
     wrong = dinov3(*command, "optim.leraning_rate=1", capsys=capsys)
     assert wrong.code == 1
     assert "did you mean" in wrong.err

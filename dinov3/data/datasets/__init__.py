@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from dinov3.errors import DinoError, one_of, only_known
+from dinov3.errors import DinoError, did_you_mean, one_of, only_known
 
 if TYPE_CHECKING:
     from dinov3.data.datasets.base import ImageDataset
@@ -78,7 +78,10 @@ def parse_dataset(text: str) -> tuple[str, dict[str, str]]:
         looks_like_path = os.sep in text or "/" in text.split(":")[0] or os.path.exists(os.path.expanduser(text))
         if looks_like_path and not re.match(r"\w+:\w+=", text):
             return "Folder", {"root": text}
-        one_of("a data set without a path (of a folder, list, tar or table)", name, KNOWN)
+        if not colon:
+            near = did_you_mean(text, KNOWN) or did_you_mean(text, os.listdir())
+            raise DinoError(f"there is no folder, list, tar or table {text!r}, and no data set of that name{near}")
+        one_of("the data set", name, KNOWN)
     form = KNOWN[name][1]
     keys, example = re.findall(r"(\w+)=", form), f"{name}:{form}"
     options: dict[str, str] = {}
