@@ -94,7 +94,7 @@ def did_you_mean(name: str, known: Iterable[str], *, most: int = 3) -> str:
 def choices_sentence(value: object, choices: Iterable[object]) -> str:
     """`"is one of a, b, c, not 'x'; did you mean …?"`, the end of a sentence that begins with what the value is for."""
     known = [str(choice) for choice in choices if choice is not None]
-    return f"is one of {', '.join(known)}, not {value!r}{did_you_mean(str(value), known)}"
+    return f"is one of {', '.join(known)}, not {value!r:.100}{did_you_mean(str(value)[:100], known)}"
 
 
 def one_of(what: str, value: T, choices: Iterable[T]) -> T:
@@ -111,7 +111,7 @@ def only_known(what: str, given: Iterable[str], known: Iterable[str]) -> None:
     for name in given:
         if name not in known:
             listed = f" (there are {', '.join(known)})" if 0 < len(known) <= 30 else ""
-            raise UnknownName(f"{what} {name!r}{did_you_mean(name, known)}{listed}")
+            raise UnknownName(f"{what} {name!r:.100}{did_you_mean(name[:100], known)}{listed}")
 
 
 def install(extra: str) -> str:

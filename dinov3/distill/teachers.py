@@ -133,7 +133,7 @@ class Teacher:
     def __call__(self, pixels: Tensor, *, bf16: bool = False) -> Targets:
         """uint8 [B, 3, side, side] → targets in float32."""
         weight = next(self.network.parameters())
-        x = normalised(pixels.to(weight.device), self.mean, self.std)
+        x = normalised(pixels.to(weight.device), self.mean, self.std).to(weight.dtype)
         with torch.autocast(weight.device.type, torch.bfloat16, enabled=bf16):
             targets = self.forward(x)
         return Targets(**{name: value.float() for name, value in targets.fields().items()})

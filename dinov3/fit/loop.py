@@ -154,12 +154,11 @@ def head_tensors(module: nn.Module) -> dict[str, Tensor]:
     several names (a detector's class heads) is there once, under the first."""
     inside = tuple(f"{name}." for name in backbones_in(module))
     found: dict[str, Tensor] = {}
-    seen: set[tuple[int, torch.Size]] = set()
-    for name, value in module.state_dict().items():
-        place = (value.data_ptr(), value.shape)
-        if name.startswith(inside) or (value.numel() and place in seen):
+    seen: set[int] = set()
+    for name, value in module.state_dict(keep_vars=True).items():  # the objects themselves: on the meta device too
+        if name.startswith(inside) or id(value) in seen:
             continue
-        seen.add(place)
+        seen.add(id(value))
         found[name] = value.detach()
     return found
 

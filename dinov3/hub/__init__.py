@@ -81,6 +81,8 @@ def load(
     the small model that ships with the package. `device`: "auto" is the accelerator if there is one. `options` change
     constructor arguments that leave the weights alone (`patch_size=16` for a ConvNeXt, `drop_path_rate=0.1`).
 
+    `dtype`: default the file's; float32 for files of float16.
+
     The model carries `model.origin`: what was loaded and from where. Raises `UnknownName`, `WeightsMismatch` (at most ten
     lines: what the file seems to be, what to call instead), `UnsafeFile` and other `WeightsError`s.
     """
@@ -113,8 +115,6 @@ def load(
 
     from dinov3.weights import reading
 
-    if weights is None and rows[0].packaged:
-        kind = kind or torch.float32  # the file is float16 to be small, not to be computed with
     if weights is None and name is not None and "/" in name and not rows[0].packaged:
         require("huggingface_hub", "hub", f"loading {name} from Hugging Face")
     source = os.fspath(weights) if weights is not None else published_source(rows[0])
@@ -185,6 +185,8 @@ def assemble(
     """The module of an opened file. `wanted` are the rows the user's name may mean; empty: whatever the file is."""
     from dinov3.weights import filling
 
+    if dtype is None and any(value.dtype == torch.float16 for value in opened.state_dict.values()):
+        dtype = torch.float32  # float16 keeps files small; nothing computes in it unless requested
     fitting = [row for row in opened.rows if not wanted or row in wanted]
     notes = list(opened.notes)
     config = fitting[0].config if fitting else wanted[0].config if wanted else opened.config

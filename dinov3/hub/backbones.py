@@ -70,10 +70,7 @@ def _make(
 def dinov3_vitt16(**kwargs: Any) -> nn.Module:
     """ViT-Ti/16, our own small model (docs/model-card-vitt16.md), which ships with the package: pretrained=True,
     weights=path | URL of another file, check_hash=False, and constructor options. Computes in float32, as all do."""
-    import torch
-
     kwargs.setdefault("weights", catalog.resolve("dinov3_vitt16")[0].packaged_path)
-    kwargs.setdefault("dtype", torch.float32)  # the file is float16 to be small
     return _make("dinov3_vitt16", **kwargs)
 
 

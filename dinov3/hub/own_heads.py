@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -50,6 +51,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 METADATA = "dinov3_head"
 FORMAT = 1
+MOST_CLASSES, MOST_LAYERS, MOST_WIDTH = 1_000_000, 1000, 1 << 20  # bounds of what a head file may state
 
 # ---- building ------------------------------------------------------------------------------------------------------
 
@@ -160,14 +162,43 @@ class HeadInfo:
 
     @classmethod
     def from_json(cls, text: str) -> HeadInfo:
-        values: dict[str, Any] = json.loads(text)
+        try:
+            return cls._of(json.loads(text))
+        except DinoError:
+            raise
+        except reading.NONSENSE as error:
+            raise WeightsError(f"the head's metadata makes no sense ({reading.first_line(error)})") from None
+
+    @classmethod
+    def _of(cls, values: dict[str, Any]) -> HeadInfo:
         known = {f.name for f in fields(cls)}
         if int(values.get("format", 0)) > FORMAT or set(values) - known:
             raise WeightsError("the head file was written by a newer version of this package; update it")
         values["preprocessing"] = Preprocessing.from_json(json.dumps(values["preprocessing"]))
         values["class_names"], values["layers"] = tuple(values["class_names"]), tuple(values["layers"])
         values["colours"] = tuple((int(r), int(g), int(b)) for r, g, b in values["colours"])
-        return cls(**values)
+        info = cls(**values)
+        info.check()
+        return info
+
+    def check(self) -> None:
+        """Raises `DinoError` for what no head has, before anything of that size is built."""
+        check_kind(self.task, self.head)
+        for dtype in (self.dtype, self.backbone_dtype):
+            one_of("the dtype in a head's metadata", dtype, ("float32", "bfloat16", "float16"))
+        n = len(self.class_names)
+        if self.task != "depth" and (self.n_classes != n or not 1 <= n <= MOST_CLASSES):
+            raise WeightsError(f"the head's metadata states {self.n_classes!r:.20} classes and {n} names")
+        texts = (*self.class_names, self.backbone, self.backbone_source, self.fingerprint)
+        if not all(isinstance(text, str) for text in texts) or not isinstance(self.backbone_options, dict):
+            raise WeightsError("the head's metadata makes no sense (a name is not text)")
+        for key, value in self.options.items():
+            if isinstance(value, dict):
+                raise WeightsError(f"the head's metadata states no value for {key}")
+            for number in value if isinstance(value, list) else [value]:
+                most = MOST_LAYERS if "layers" in key else MOST_WIDTH
+                if isinstance(number, (int, float)) and not abs(number) <= most:
+                    raise WeightsError(f"the head's metadata states {key} = {number!r:.20}, which no head has")
 
 
 def the_backbone(module: nn.Module) -> Any:
@@ -266,7 +297,10 @@ def _opened(path: str | os.PathLike[str]) -> tuple[dict[str, Any], HeadInfo]:
             f"{path} is no head file of ours: it lacks our metadata. Published heads are loaded by their functions in "
             "hubconf.py, backbones by dinov3.load"
         )
-    return tensors, HeadInfo.from_json(metadata[METADATA])
+    try:
+        return tensors, HeadInfo.from_json(metadata[METADATA])
+    except DinoError as error:
+        raise type(error)(f"{path}: {error}") from None
 
 
 def load_head(
@@ -294,9 +328,21 @@ def load_head(
             f"{path} was trained on {info.backbone_label}, and this backbone is {origin or type(under).__name__} "
             f"(fingerprint {found}): pass the weights it was trained on, or train the head again on these"
         )
-    model: Any = build_head(info.task, info.head, under, n_classes=info.n_classes, **info.options)
-    if lines := difference(head_tensors(model), tensors):
-        raise WeightsMismatch("\n".join([f"{path} does not fit the {info.head} head that it names", *lines]))
+    try:
+        reading.check_finite(tensors)
+        with torch.device("meta"):  # nothing is allocated before the file is known to fit
+            sketch = build_head(info.task, info.head, under, n_classes=info.n_classes, **info.options)
+        if lines := difference(head_tensors(sketch), tensors):
+            raise WeightsMismatch("\n".join([f"{path} does not fit the {info.head} head that it names", *lines]))
+        model: Any = build_head(info.task, info.head, under, n_classes=info.n_classes, **info.options)
+    except WeightsMismatch:
+        raise
+    except DinoError as error:
+        raise type(error)(f"{path}: {error}") from None
+    except reading.NONSENSE as error:
+        raise WeightsError(
+            f"{path}: its metadata describes no {info.head} head ({reading.first_line(error)})"
+        ) from error
     load_head_tensors(model, tensors)  # in float32, whatever the file holds
     placed(model, device, dtype)
     model.head_info, model.origin = info, getattr(under, "origin", None)
@@ -317,8 +363,8 @@ def _its_backbone(path: str | os.PathLike[str], info: HeadInfo, weights: str | o
             if foreign.is_spec(line)
             else hub.load(None, weights, dtype=dtype, **info.backbone_options)
         )
-    if info.backbone_source.startswith("random (seed ") and name is not None:
-        seed = int(info.backbone_source[13:-1])
+    if name is not None and (seeded := re.fullmatch(r"random \(seed (\d{1,18})\)", info.backbone_source)):
+        seed = int(seeded[1])
         return hub.load(name, "random", seed=seed, dtype=dtype, **info.backbone_options)
     if name is None or foreign.is_spec(info.backbone_source):
         raise WeightsError(f"{path} was trained on {info.backbone_label}; pass that file as backbone_weights")

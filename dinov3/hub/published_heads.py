@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov3.data import names
-from dinov3.errors import UnknownName, WeightsMismatch, without_secrets
+from dinov3.errors import UnknownName, WeightsError, WeightsMismatch, without_secrets
 from dinov3.heads.detr.model import build_detector
 from dinov3.heads.detr.transformer import DetrConfig
 from dinov3.heads.dpt import CHMV2, SYNTHMIX, build_depther
@@ -43,7 +43,7 @@ from dinov3.hub.backbones import Weights, _make
 from dinov3.weights import catalog
 from dinov3.weights import download as cache
 from dinov3.weights.filling import fill, some
-from dinov3.weights.reading import locate, read_all
+from dinov3.weights.reading import check_finite, locate, read_all
 
 # The data sets that published heads were trained on.
 ClassifierWeights = Enum("ClassifierWeights", {"IMAGENET1K": "IMAGENET1K"})
@@ -340,6 +340,10 @@ def read_head(row: Head, files: Files) -> tuple[str, dict[str, Tensor], list[str
 def read(source: str, *, check_hash: bool = False) -> tuple[dict[str, Tensor], list[str]]:
     """The state dict of a head's file at a path or URL, and notes on it; a wrapping that all keys share is taken off."""
     _, _, state, _ = read_all(source, check_hash=checkable(source, check_hash))
+    try:
+        check_finite(state)
+    except WeightsError as error:
+        raise WeightsError(f"{source}: {error}") from None
     notes = []
     for wrapping in WRAPPINGS:
         if state and all(key.startswith(wrapping) for key in state):

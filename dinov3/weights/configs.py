@@ -35,6 +35,8 @@ def infer_config(meta: Mapping[str, Tensor], hints: Mapping[str, Any] | None = N
         shaped = _convnext_shape(meta) if "downsample_layers.0.0.weight" in meta else _vit_shape(meta, hints)
     except (KeyError, IndexError, ZeroDivisionError) as error:
         raise WeightsError(f"the file is incomplete: {error} is missing, so its architecture cannot be read") from None
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"the shapes in the file are those of no model ({error})") from None
     known = {f.name for f in fields(shaped)}
     free = {"img_size", "drop_path_rate", "patch_size"} & known
     if isinstance(shaped, ConvNeXtConfig) and shaped.layer_scale_init_value and hints.get("layer_scale_init_value"):
@@ -43,7 +45,7 @@ def infer_config(meta: Mapping[str, Tensor], hints: Mapping[str, Any] | None = N
         free = {k for k in known if k.startswith("pos_embed_rope_")} | {"img_size", "drop_path_rate"}
         free |= {"norm_layer"} if shaped.norm_layer != "rmsnorm" else set()
         free |= {"layerscale_init"} if shaped.layerscale_init is not None else set()
-    hinted = {k: v for k, v in hints.items() if k in free}
+    hinted = {k: _checked(k, v, getattr(shaped, k)) for k, v in hints.items() if k in free}
     if isinstance(shaped, ViTConfig) and "rope_embed.periods" in meta:  # the file's own periods say the base
         hinted = {k: v for k, v in hinted.items() if k not in ROPE}
     for row in ROWS:
@@ -56,10 +58,35 @@ def infer_config(meta: Mapping[str, Tensor], hints: Mapping[str, Any] | None = N
     return replace(shaped, **hinted)
 
 
+MOST_BLOCKS = 1000  # the deepest published model has 40
+
+
+def _count(numbers: Iterable[str], what: str) -> int:
+    """How many blocks the keys number, from 0 without a gap."""
+    found = {int(number) for number in numbers}
+    if found and max(found) + 1 != len(found):
+        raise WeightsError(f"the file numbers its {what} up to {max(found)}, but holds {len(found)} of them")
+    if len(found) > MOST_BLOCKS:
+        raise WeightsError(f"a model of {len(found)} {what} is none that DINOv3 builds")
+    return len(found)
+
+
+def _checked(key: str, value: Any, default: Any) -> Any:
+    """A stated value, if it is of the kind of the default: text, a truth value, or a finite number or nothing."""
+    if isinstance(default, (str, bool)):
+        right = type(value) is type(default)
+    else:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
+        right = value is None or (number and (key not in ("img_size", "patch_size") or value >= 1))
+    if not right:
+        raise WeightsError(f"the configuration beside the weights says {key} = {value!r:.60}, which makes no sense")
+    return value
+
+
 def _convnext_shape(meta: Mapping[str, Tensor]) -> ConvNeXtConfig:
     stages = sum(1 for k in meta if k.startswith("downsample_layers.") and k.endswith(".0.weight"))
     blocks = [k.split(".") for k in meta if k.startswith("stages.") and k.endswith(".norm.weight")]
-    depths = tuple(1 + max(int(j) for _, i, j, *_ in blocks if int(i) == stage) for stage in range(stages))
+    depths = tuple(_count((j for _, i, j, *_ in blocks if int(i) == stage), "blocks") for stage in range(stages))
     dims = tuple(meta[f"stages.{i}.0.norm.weight"].shape[0] for i in range(stages))
     scale = ConvNeXtConfig.layer_scale_init_value if "stages.0.0.gamma" in meta else 0.0
     channels = meta["downsample_layers.0.0.weight"].shape[1]
@@ -68,11 +95,11 @@ def _convnext_shape(meta: Mapping[str, Tensor]) -> ConvNeXtConfig:
 
 def _vit_shape(meta: Mapping[str, Tensor], hints: Mapping[str, Any]) -> ViTConfig:
     width, in_chans, patch, _ = meta["patch_embed.proj.weight"].shape
-    depth = 1 + max((int(k.split(".")[1]) for k in meta if k.startswith("blocks.")), default=-1)
+    depth = _count((k.split(".")[1] for k in meta if k.startswith("blocks.")), "blocks")
     if not depth:
         raise WeightsError("the file holds no transformer blocks")
     heads = heads_of(width, meta, hints)
-    if not heads or width % (4 * heads):
+    if heads < 1 or width % (4 * heads):
         raise WeightsError(f"{heads} heads do not divide the width {width}: the rope periods or config.json are wrong")
     first = "blocks.0."
     gated = first + "mlp.w1.weight" in meta
@@ -106,8 +133,11 @@ def _vit_shape(meta: Mapping[str, Tensor], hints: Mapping[str, Any]) -> ViTConfi
 def heads_of(width: int, meta: Mapping[str, Tensor], hints: Mapping[str, Any]) -> int:
     if "rope_embed.periods" in meta:
         return width // (4 * len(meta["rope_embed.periods"]))
-    if hints.get("num_heads"):
-        return int(hints["num_heads"])
+    if "num_heads" in hints:
+        heads = hints["num_heads"]
+        if type(heads) is not int or not 1 <= heads <= width:
+            raise WeightsError(f"the configuration beside the weights says {heads!r:.20} heads for a width of {width}")
+        return heads
     for row in ROWS:
         if isinstance(row.config, ViTConfig) and row.config.embed_dim == width:
             return row.config.num_heads

@@ -21,7 +21,7 @@ from dinov3.weights.reading import OpenedWeights
 
 
 def difference(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], *, leftover: bool = True) -> list[str]:
-    """Up to five indented lines on keys and shapes that differ; [] where everything fits."""
+    """Up to six indented lines on keys, shapes and kinds of numbers that differ; [] where everything fits."""
     lines = []
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     for what, keys in (("missing in the file", missing), ("not in the model", extra if leftover else [])):
@@ -32,6 +32,8 @@ def difference(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], *, l
         lines.append(f"  {key}: {tuple(state[key].shape)} in the file, {tuple(expected[key].shape)} in the model")
     if len(shapes) > 2:
         lines.append(f"  and {len(shapes) - 2} more shapes differ")
+    kinds = [k for k in expected if k in state and expected[k].is_floating_point() != state[k].is_floating_point()]
+    lines += [f"  {key}: {state[key].dtype} in the file, {expected[key].dtype} in the model" for key in kinds[:1]]
     return lines
 
 

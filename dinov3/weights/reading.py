@@ -31,7 +31,7 @@ from dinov3.errors import UnsafeFile, WeightsError, did_you_mean, require, witho
 from dinov3.models.architectures import BackboneConfig
 from dinov3.weights import configs, formats
 from dinov3.weights import download as cache
-from dinov3.weights.catalog import Row, aliases
+from dinov3.weights.catalog import ROWS, Row, aliases
 from dinov3.weights.identity import main_hash
 
 RESIDUE_FILE = "dinov3_residue.safetensors"
@@ -39,6 +39,23 @@ MAIN_HASH = "dinov3_main"  # metadata key of a residue: what it belongs to
 OURS = "dinov3"  # metadata key of our own checkpoints: JSON
 
 Triple = tuple[float, float, float]
+
+# Bounds of what a file may ask for, so that a small one can neither hang nor fill the memory.
+MOST_HEADER_BYTES = 100_000_000  # of safetensors, as the library has it
+MOST_NAME = 1000  # characters of a tensor's name
+MOST_ENTRIES = 200_000  # of nested dictionaries; the largest training checkpoints have some thousand
+LARGEST = 1.25 * max(row.parameters for row in ROWS)  # values, where they are more than the file's bytes
+# What a malformed file makes torch and Python raise, where it is read and where a model is built from it.
+NONSENSE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass
@@ -83,9 +100,35 @@ def open(
     try:
         detected = formats.detect(raw)
         opened = _understand(raw, detected, metadata, source, path, files, periods)
+        check_finite(opened.state_dict)
     except WeightsError as error:
         raise type(error)(f"{without_secrets(source)}: {error}") from None
+    except NONSENSE as error:
+        raise WeightsError(f"{source}: its tensors or its configuration make no sense ({first_line(error)})") from error
     return opened
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raises `WeightsError` for the first tensor with NaN or infinity: every output would be wrong without a word."""
+    for name, value in tensors.items():
+        if value.is_floating_point() and not _finite(value):
+            raise WeightsError(f"{name} holds NaN or infinity: the file is damaged, or its training diverged")
+
+
+def _finite(value: Tensor) -> bool:
+    if 0 in value.stride() and value.numel():  # one value in the place of many
+        value = value[tuple(slice(0, 1) if step == 0 else slice(None) for step in value.stride())]
+    value = value.float() if value.element_size() == 1 else value
+    # a sum reads the values once and makes no copy; where it overflows, the values are looked at one by one
+    return bool(value.sum(dtype=torch.float64 if value.dtype == torch.float64 else torch.float32).isfinite()) or bool(
+        value.isfinite().all()
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """The kind of an error and the first 120 characters of what it says."""
+    text = (str(error).splitlines() or [""])[0][:120]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def read_all(
@@ -115,6 +158,8 @@ def read_all(
             raise type(error)(
                 str(error).replace(str(file), without_secrets(source)) if "://" in source else str(error)
             ) from None
+        if any(len(name) > MOST_NAME for name in tensors):
+            raise WeightsError(f"{without_secrets(source)}: the name of a tensor has more than {MOST_NAME} characters")
         raw |= tensors
         metadata |= meta
     return path, files, raw, metadata
@@ -129,7 +174,7 @@ def _understand(
     files: list[Path],
     periods: formats.Periods,
 ) -> OpenedWeights:
-    ours = json.loads(metadata[OURS]) if OURS in metadata else {}
+    ours = _dictionary(json.loads(metadata[OURS]), f"the metadata {OURS!r}") if OURS in metadata else {}
     beside = path if path.is_dir() else path.parent
     # A folder's config.json describes its model; beside a lone file of Meta's form it may belong to anything.
     config_json = _json(beside / "config.json") if path.is_dir() or detected.form != "meta" else {}
@@ -233,12 +278,20 @@ def _statistics(folder: Path, config_json: Mapping[str, Any], ours: Mapping[str,
 
 def _json(path: Path) -> dict[str, Any]:
     try:
+        if path.stat().st_size > MOST_HEADER_BYTES:
+            raise WeightsError(f"{path.name} has {path.stat().st_size:,} bytes: that is no configuration")
         value = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path.name} cannot be read: {error}") from None
-    return value if isinstance(value, dict) else {}
+    return _dictionary(value, path.name)
+
+
+def _dictionary(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise WeightsError(f"{what} is a {type(value).__name__} where names with values were expected")
+    return value
 
 
 # ---- where it is ---------------------------------------------------------------------------------------------------
@@ -351,7 +404,11 @@ def _files_of(folder: Path) -> list[Path]:
     for stem in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{stem}.index.json"
         if index.is_file():
-            shards = sorted(set(_json(index).get("weight_map", {}).values()))
+            names = _dictionary(_json(index).get("weight_map", {}), f"weight_map of {index.name}").values()
+            for name in names:
+                if not isinstance(name, str) or Path(name).name != name or name == ".." or len(name) > 250:
+                    raise WeightsError(f"{index}: shard {name!r:.100} is no name of a file in this folder")
+            shards = sorted(set(names))
             missing = [s for s in shards if not (folder / s).is_file()]
             if missing:
                 more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -388,12 +445,12 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
         raise WeightsError(f"{path} is a web page, not weights: the download was answered with a page (log in first?)")
     if start.startswith(b"version https://git-lfs"):
         raise WeightsError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull`")
-    if len(start) > 8 and start[8:9] == b"{" and struct.unpack("<Q", start[:8])[0] < 1 << 30:
+    if len(start) > 8 and start[8:9] == b"{" and struct.unpack("<Q", start[:8])[0] <= MOST_HEADER_BYTES:
         return _read_safetensors(path, size)
     if start.startswith(b"PK\x03\x04"):
-        return _flat(_read_zip(path)), {}
+        return _flat(_read_zip(path, size), path, size), {}
     if start[:1] == b"\x80" and len(start) > 1 and start[1] <= 5:  # a pickle's protocol mark
-        return _flat(_read_pickle(path, mmap=False)), {}
+        return _flat(_read_pickle(path, mmap=False), path, size), {}
     what = "a GGUF file" if start.startswith(b"GGUF") else "no checkpoint (neither safetensors nor a torch file)"
     raise WeightsError(f"{path} is {what}; it starts with {start[:8]!r}")
 
@@ -404,11 +461,13 @@ def _read_safetensors(path: Path, size: int) -> tuple[dict[str, Tensor], dict[st
         header_text = file.read(header_bytes)
     try:
         header = json.loads(header_text)
-        ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = (
+            8 + header_bytes + max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+        )
+        metadata = dict(header.get("__metadata__") or {})
+    except NONSENSE:
         short = len(header_text) < header_bytes
         raise WeightsError(f"{path} is {'truncated' if short else 'damaged'} (its safetensors header)") from None
-    whole = 8 + header_bytes + max(ends, default=0)
     if size != whole:
         state = "truncated" if size < whole else "damaged"
         raise WeightsError(f"{path} is {state}: it has {size} bytes, its header promises {whole}; fetch it again")
@@ -417,20 +476,26 @@ def _read_safetensors(path: Path, size: int) -> tuple[dict[str, Tensor], dict[st
     from safetensors import SafetensorError
 
     try:
-        return safetensors.load_file(path), dict(header.get("__metadata__") or {})
-    except SafetensorError as error:
-        raise WeightsError(f"{path} is damaged: {error}") from None
+        return safetensors.load_file(path), metadata
+    except (SafetensorError, *NONSENSE) as error:
+        raise WeightsError(f"{path} is damaged: {first_line(error)}") from None
 
 
-def _read_zip(path: Path) -> Any:
+def _read_zip(path: Path, size: int) -> Any:
     if not zipfile.is_zipfile(path):  # the directory of a zip is at its end
         raise WeightsError(f"{path} is truncated (a torch file without its end); fetch it again")
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, *NONSENSE) as error:
+        raise WeightsError(f"{path} is damaged ({first_line(error)}); fetch it again") from None
+    names = [entry.filename for entry in entries]
     if not any(n.endswith("/data.pkl") for n in names):
         raise WeightsError(f"{path} is a zip archive without a checkpoint in it (it holds {', '.join(names[:3])}, …)")
     if any(n.endswith("/constants.pkl") for n in names):
         raise WeightsError(f"{path} is a TorchScript program, not a file of weights: save its state_dict() instead")
+    if (unpacked := sum(entry.file_size for entry in entries)) > size:  # torch never compresses
+        raise WeightsError(f"{path} unpacks to {unpacked:,} bytes from {size:,}: torch.save does not write such a file")
     return _read_pickle(path, mmap=True)
 
 
@@ -449,17 +514,27 @@ def _read_pickle(path: Path, *, mmap: bool) -> Any:
                 "Ask its author for the bare state_dict or a safetensors file"
             ) from None
         raise WeightsError(f"{path} is no torch checkpoint: {message.splitlines()[0][:120]}") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, struct.error, OSError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise WeightsError(f"{path} is truncated or damaged ({first[:120]}); fetch it again") from None
+    except (*NONSENSE, EOFError, struct.error, OSError) as error:
+        raise WeightsError(f"{path} is truncated or damaged ({first_line(error)}); fetch it again") from None
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Tensor]:
-    """Tensors of nested dicts under dotted keys: `{"teacher": {"backbone.x": t}}` → `{"teacher.backbone.x": t}`."""
-    if isinstance(value, Tensor):
-        return {prefix: value}
+def _flat(value: Any, path: Path, size: int) -> dict[str, Tensor]:
+    """Tensors of nested dicts under dotted keys: `{"teacher": {"backbone.x": t}}` → `{"teacher.backbone.x": t}`.
+
+    Raises for dictionaries that hold each other without end, and for views of more values than the file has bytes.
+    """
     flat: dict[str, Tensor] = {}
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            flat |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    entries, stack = 0, [("", value)]
+    while stack:
+        prefix, inner = stack.pop()
+        if isinstance(inner, Tensor):
+            flat[prefix] = inner
+        elif isinstance(inner, Mapping):
+            entries += len(inner)
+            if entries > MOST_ENTRIES or len(prefix) > MOST_NAME:
+                raise WeightsError(f"{path} holds dictionaries in dictionaries without end: it is no file of weights")
+            stack += [(f"{prefix}.{k}" if prefix else str(k), v) for k, v in reversed(list(inner.items()))]
+    values = sum(tensor.numel() for tensor in flat.values())
+    if values > max(size, LARGEST):
+        raise WeightsError(f"{path} stands for {values:,} values in {size:,} bytes: it is no file of weights")
     return flat
