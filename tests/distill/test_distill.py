@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from kills import killed_until_done
 from PIL import Image
 from ranks import run_ranks
 
@@ -179,6 +181,21 @@ def test_a_run_that_was_killed_gives_the_same_student(tiny_student, folder: Path
     assert all(torch.equal(a[k], b[k]) for k in a)
     lines = [json.loads(line) for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
     assert [r["iteration"] for r in lines] == list(range(6))
+
+
+@pytest.mark.slow
+def test_a_run_killed_twenty_times_gives_the_same_student(
+    tiny_student, folder: Path, teacher_file: Path, tmp_path
+) -> None:
+    config = config_for(folder, teacher_file, steps=60, save_every=5, cache=str(tmp_path / "cache"))
+    began = time.monotonic()
+    whole = reading.read(distill(config, tmp_path / "whole"))[0]
+    killed = killed_until_done(distill, config, tmp_path / "torn", seconds=time.monotonic() - began)
+    assert killed >= 12
+    torn = reading.read(tmp_path / "torn" / "student.safetensors")[0]
+    assert all(torch.equal(whole[name], torn[name]) for name in whole)
+    lines = [json.loads(line) for line in (tmp_path / "torn" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["iteration"] for r in lines] == list(range(60))
 
 
 def test_a_damaged_newest_checkpoint_gives_way_to_the_older_one(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kills import killed_until_done
 from PIL import Image
 from torch import nn
 
@@ -451,6 +452,20 @@ def test_a_killed_command_started_again_ends_as_if_nothing_had_happened(tmp_path
     assert done.stdout.strip() == str(tmp_path / "torn" / "head.safetensors")
     whole, torn = ((tmp_path / out / "head.safetensors").read_bytes() for out in ("whole", "torn"))
     assert whole == torn
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["segmentation", "classification"])
+def test_a_run_killed_twenty_times_ends_in_the_same_head(tmp_path: Path, task: str) -> None:
+    data = (mask_folder if task == "segmentation" else class_folder)(tmp_path / "data")
+    wanted = config(data, task=task, save_every=10, evaluate_every=100, steps=300)
+    began = time.monotonic()
+    whole = train_head(wanted, tmp_path / "whole")
+    killed = killed_until_done(train_head, wanted, tmp_path / "torn", seconds=time.monotonic() - began)
+    assert killed >= 12
+    assert (tmp_path / "torn" / "head.safetensors").read_bytes() == whole.head.read_bytes()
+    steps = [r["iteration"] for r in read_metrics(tmp_path / "torn" / "metrics.jsonl") if "total_loss" in r]
+    assert steps == sorted(set(steps))
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path) -> None:
