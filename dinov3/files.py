@@ -80,6 +80,12 @@ def _lives(pid: int) -> bool:
     return True
 
 
+def check_free(path: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """Raises where a result would replace a file, unless `overwrite`."""
+    if os.path.lexists(path) and not overwrite:
+        raise DinoError(f"{os.fspath(path)} exists already: give another name, or --overwrite to replace it")
+
+
 def sync(path: Path) -> None:
     """Waits until a file's content, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -9,7 +9,7 @@ Legend: Q queries, N rows of the bank, D width, K kept neighbours, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,6 +80,69 @@ def _search(q: Tensor, bank: Rows, first: int, last: int, k: int, chunk: int) ->
             best[here], order = joined.topk(k, dim=1)
             where[here] = torch.cat([where[here], index + start], 1).gather(1, order)
     return best, where
+
+
+@torch.inference_mode()
+def components(rows: Rows, threshold: float, on_progress: Callable[[int], object] | None = None) -> Tensor:
+    """Labels [N]: the smallest row number in each group of rows that are linked by cosines ≥ threshold, directly or not."""
+    x = unit_rows(rows)
+    parent = torch.arange(len(x))
+
+    def join(a: Tensor, b: Tensor) -> None:
+        """Puts the groups of rows a[i] and b[i] together."""
+        nonlocal parent
+        while bool((differ := parent[a] != parent[b]).any()):
+            a, b = a[differ], b[differ]
+            low, high = torch.minimum(parent[a], parent[b]), torch.maximum(parent[a], parent[b])
+            parent = parent.scatter_reduce(0, high, low, "amin")
+            while bool((parent[parent] != parent).any()):
+                parent = parent[parent]
+
+    for i in range(0, len(x), BLOCK):
+        block = x[i : i + BLOCK]
+        for c in range(i, len(x), CHUNK):
+            linked = block @ x[c : c + CHUNK].T >= threshold
+            # one link of each row and column first: of a thousand copies the other half million links are then inside
+            for sides, dim in ((linked, 0), (linked, 1)):
+                line = sides.any(dim).nonzero()[:, 0]
+                first = sides.int().argmax(dim)[line]
+                join(*((i + first, c + line) if dim == 0 else (i + line, c + first)))
+            outside = linked & (parent[i : i + BLOCK, None] != parent[None, c : c + CHUNK])
+            if bool(outside.any()):
+                a, b = outside.nonzero().T
+                join(i + a, c + b)
+        if on_progress:
+            on_progress(min(i + BLOCK, len(x)))
+    return parent
+
+
+@torch.inference_mode()
+def k_means(
+    rows: Rows, k: int, *, seed: int = 0, iterations: int = 30, on_progress: Callable[[int], object] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Spherical k-means (k-means++ start): (cluster [N], cosine to its centre [N]). Deterministic for a seed."""
+    x, draw = unit_rows(rows), torch.Generator().manual_seed(seed)
+    centres = x[torch.randint(len(x), (1,), generator=draw)]
+    best = x @ centres[0]
+    while len(centres) < k:
+        distance = (1 - best).clamp(min=0) + 1e-12
+        new = x[torch.multinomial(distance, 1, generator=draw)] if len(x) < 1 << 24 else x[distance.argmax()][None]
+        centres, best = torch.cat([centres, new]), torch.maximum(best, x @ new[0])
+    labels = torch.full((len(x),), -1)
+    for iteration in range(iterations):
+        cosines, found = nearest(x, centres, 1)
+        cosines, found = cosines[:, 0], found[:, 0]
+        if on_progress:
+            on_progress(len(x) * (iteration + 1) // iterations)
+        if torch.equal(found, labels):
+            break
+        labels = found
+        sums = torch.zeros_like(centres).index_add_(0, labels, x)
+        empty = sums.norm(dim=1) < 1e-6  # such a centre goes where an image is farthest from its own
+        sums[empty] = x[cosines.argsort()[: int(empty.sum())]]
+        centres = F.normalize(sums, dim=1)
+    cosines, found = nearest(x, centres, 1)
+    return found[:, 0].numpy(), cosines[:, 0].numpy()
 
 
 def votes(cosines: Tensor, labels: Tensor, k: int, n_classes: int, temperature: float = 0.07) -> Tensor:

@@ -21,7 +21,18 @@ def info(
     """Describe a weights file or a store."""
     path = Path(what)
     is_store = ("://" in what and not what.startswith(("http", "file:"))) or (path / "images.lance").is_dir()
-    facts = _store_facts(what, failed) if is_store else _weights_facts(what)
+    if is_store:
+        from dinov3.embedding.manage import describe
+        from dinov3.embedding.store import EmbeddingStore
+
+        facts = describe(EmbeddingStore.open(what), failed)
+    else:
+        facts = _weights_facts(what)
+    print_facts(facts, as_json)
+
+
+def print_facts(facts: dict[str, Any], as_json: bool) -> None:
+    """Names and values, a line each, or JSON."""
     if as_json:
         print(json.dumps(facts, default=str))
         return
@@ -30,20 +41,6 @@ def info(
             print(f"{name}:" + "".join(f"\n  {v}" for v in value))
         else:
             print(f"{name}: {value}")
-
-
-def _store_facts(uri: str, failed: bool) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    from dinov3.embedding.store import EmbeddingStore
-
-    store = EmbeddingStore.open(uri)
-    failures = store.failures()
-    facts = {"kind": "embedding store", "images": len(store), "unreadable": len(failures)} | asdict(store.facts)
-    facts["columns"] = ", ".join(store.columns)
-    if failed:
-        facts["failed"] = [f"{f.path}: {f.reason}" for f in failures]
-    return facts
 
 
 def _weights_facts(source: str) -> dict[str, Any]:

@@ -62,6 +62,10 @@ def saying(what: str, columns: Callable[[], Sequence[str]] = tuple) -> Iterator[
         if unknown:
             only_known(f"{what}: there is no column", [unknown[1].strip("`\"'")], columns())
         raise StoreError(f"{what}: {first_line(error)}") from error
+    except BaseException as error:
+        if type(error).__name__ not in ("PanicException", "RustPanic"):  # for some damaged files
+            raise
+        raise StoreError(f"{what}, it may be damaged: {first_line(error)}") from None
 
 
 def first_line(error: BaseException) -> str:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 2
 FACTS_KEY = b"dinov3.store"  # in the table's schema metadata: schema version and StoreFacts as JSON
 ROOT_KEY = b"dinov3.root"  # in the metadata of the column `path`: the folder that relative paths start from
+CHECKSUM_KEY = b"dinov3.checksum"  # of either of them, beside it
 PatchPrecision = Literal["none", "float16", "float32", "int8"]
 _ALL_PATCH_COLUMNS = ("patches", "grid_h", "grid_w", "patches_scale")
 
@@ -100,14 +101,30 @@ def arrow_schema(facts: StoreFacts, root: str = "") -> pa.Schema:
     }
     names = [name for name in types if name not in _ALL_PATCH_COLUMNS or name in patch_columns(facts)]
     about = json.dumps({"schema_version": SCHEMA_VERSION, **dataclasses.asdict(facts)}).encode()
-    on_path = {"metadata": {ROOT_KEY: root.encode()}}
+    on_path = {"metadata": root_metadata(root)}
     fields = [pa.field(n, types[n], nullable=False, **(on_path if n == "path" else {})) for n in names]
-    return pa.schema(fields, metadata={FACTS_KEY: about})
+    return pa.schema(fields, metadata=_with_checksum(FACTS_KEY, about))
 
 
-def root_of(schema: pa.Schema) -> str:
+def root_metadata(root: str) -> dict[bytes, bytes]:
+    """What the column `path` says about the root."""
+    return _with_checksum(ROOT_KEY, root.encode())
+
+
+def root_of(schema: pa.Schema, uri: str) -> str:
     """The folder that relative paths of a store start from, "" if there is none."""
-    return ((schema.field("path").metadata or {}).get(ROOT_KEY) or b"").decode()
+    return _checked(schema.field("path").metadata or {}, ROOT_KEY, uri).decode()
+
+
+def _with_checksum(key: bytes, value: bytes) -> dict[bytes, bytes]:
+    return {key: value, CHECKSUM_KEY: str(_signed64(value)).encode()}
+
+
+def _checked(metadata: Mapping[bytes, bytes], key: bytes, uri: str) -> bytes:
+    value = metadata.get(key, b"")
+    if metadata.get(CHECKSUM_KEY) != str(_signed64(value)).encode():
+        raise StoreError(f"the store at {uri} is damaged: its metadata {key.decode()} is not what was written")
+    return value
 
 
 def new_id() -> int:
@@ -162,7 +179,12 @@ def facts_of(schema: pa.Schema, uri: str) -> StoreFacts:
                 f"the store at {uri} has schema version {version}, made by an older dinov3 that kept neither checksums "
                 "nor a root for its paths: embed into another --out"
             )
-        return StoreFacts(**about)
+        _checked(schema.metadata, FACTS_KEY, uri)
+        facts = StoreFacts(**about)
+        lost = [field.name for field in arrow_schema(facts) if field.name not in schema.names]
+        if lost:
+            raise StoreError(f"the store at {uri} is damaged: its column {lost[0]!r} is lost")
+        return facts
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"the store at {uri} is damaged: its metadata cannot be read ({error})") from error
 

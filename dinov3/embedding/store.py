@@ -23,6 +23,7 @@ Shapes: D width of the vector, h × w grid of patches, P width of a patch's feat
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -47,7 +48,6 @@ from dinov3.embedding.place import (
     saying,
 )
 from dinov3.embedding.schema import (
-    ROOT_KEY,
     Failure,
     Row,
     StoreFacts,
@@ -61,6 +61,7 @@ from dinov3.embedding.schema import (
     new_id,
     patch_columns,
     path_checksum,
+    root_metadata,
     root_of,
 )
 from dinov3.errors import StoreError, only_known
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
 # of D = 384.
 MANIFEST_BYTES_PER_FRAGMENT = 80
 FEWEST_FRAGMENTS = 256
+HIDDEN = ("id", "checksum", "vector", "patches")  # columns that are read only by name
 KEEP_OLD_VERSIONS = timedelta(minutes=1)  # during a job: a reader in the middle of a scan still finds its files
 
 # What two runs must share to write into one store, and the option a person would change.
@@ -105,7 +107,7 @@ class EmbeddingStore:
 
     def __init__(self, uri: str, database: Any, table: Any, facts: StoreFacts, lock: Lock | None) -> None:
         self.uri, self.facts = uri, facts
-        self.root = root_of(table.schema)
+        self.root = root_of(table.schema, uri)
         self._database, self._table, self._failed_table, self._lock = database, table, None, lock
         self._pen: Any = None  # the writer's handle on the table, see _claim
         self._pid = os.getpid()
@@ -188,15 +190,19 @@ class EmbeddingStore:
         if not has_table(connect(uri), uri):
             return cls.create(uri, about, root)
         store = cls.open(uri)
-        for name, way_out in _IDENTITY.items():
-            here, given = getattr(store.facts, name), getattr(about, name)
-            if here != given:
-                raise StoreError(
-                    f"the store at {uri} holds embeddings with {name.replace('_', ' ')} {here!r}, not {given!r}; "
-                    f"give another --out, or {way_out}"
-                )
+        store.check_same(about)
         store._claim()
         return store
+
+    def check_same(self, about: StoreFacts) -> None:
+        """`StoreError` if the store holds another kind of embeddings."""
+        for name, way_out in _IDENTITY.items():
+            here, given = getattr(self.facts, name), getattr(about, name)
+            if here != given:
+                raise StoreError(
+                    f"the store at {self.uri} holds embeddings with {name.replace('_', ' ')} {here!r}, not {given!r}; "
+                    f"give another --out, or {way_out}"
+                )
 
     def close(self) -> None:
         """Gives the writer's lock back; the store can still be read."""
@@ -230,7 +236,8 @@ class EmbeddingStore:
         """The folder of the images has moved: relative paths start from `root` now. One commit, no row is rewritten."""
         pen = self._claim()
         with saying(f"cannot write to the store at {self.uri}"):
-            pen.update_field_metadata({"path": "path", "metadata": {ROOT_KEY.decode(): root}})
+            metadata = {key.decode(): value.decode() for key, value in root_metadata(root).items()}
+            pen.update_field_metadata({"path": "path", "metadata": metadata})
         self.root, self._paths = root, None
 
     # ----------------------------------------------------------------------------------------------------- reading
@@ -274,7 +281,7 @@ class EmbeddingStore:
         import pyarrow as pa
 
         if columns is None:
-            columns = [c for c in self.columns if c not in ("id", "checksum", "vector", "patches")]
+            columns = [c for c in self.columns if c not in HIDDEN]
         self.check_columns(columns)
         found = self._stored_rows(columns, where)
         if self.root and "path" in columns:
@@ -324,6 +331,12 @@ class EmbeddingStore:
                     raise
                 self.table.checkout_latest()
                 return ask(self.table)
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """For loops over the table: errors as sentences."""
+        with saying(f"cannot read the store at {self.uri}"):
+            yield
 
     def check_columns(self, names: Iterable[str]) -> None:
         """`UnknownName` with the columns that exist, if one of `names` does not."""
@@ -393,26 +406,37 @@ class EmbeddingStore:
 
     def copy(self, copies: Sequence[Copy]) -> list[Copy]:
         """Images with the content of stored ones: rows with the same features, one commit. Returns as `rename` does."""
-        import pyarrow as pa
 
-        pen = self._claim()
+        self._claim()
         schema = arrow_schema(self.facts)
         found = self._rows_of({self.stored(c.old) for c in copies}, [n for n in schema.names if n != "path"])
         old = {c: found.get(self.stored(c.old), {}) for c in copies}
         done = [c for c in copies if old[c].get("content_hash") == c.content_hash]
         if done:
-            self._refuse_stored(self.stored(c.new) for c in done)
-            rows = [old[c] | {"id": new_id(), "path": self.stored(c.new), "stamp": c.stamp} for c in done]
-            table = self._summed(pa.Table.from_pylist(rows, schema=schema))
-            with saying(f"cannot write to the store at {self.uri}"):
-                pen.add(table)
-            self._added(table)
+            self.append_stored([old[c] | {"path": c.new, "stamp": c.stamp} for c in done])
         return [c for c in copies if c not in done]
+
+    def append_stored(self, rows: Sequence[dict[str, Any]]) -> None:
+        """New images from rows of a store like this one, {column: value} with all columns but added ones; one commit."""
+        import pyarrow as pa
+
+        if not rows:
+            return
+        pen = self._claim()
+        rows = [row | {"id": new_id(), "path": self.stored(row["path"])} for row in rows]
+        table = self._summed(pa.Table.from_pylist(rows, schema=arrow_schema(self.facts)))
+        self._refuse_stored(table["path"].to_pylist())
+        with saying(f"cannot write to the store at {self.uri}"):
+            pen.add(table)
+        self._added(table)
 
     def remove(self, paths: Iterable[str]) -> int:
         """Deletes these images (unknown paths are no mistake); the number that were there. One commit per 1,000."""
-        pen = self._claim()
-        paths, removed = [self.stored(path) for path in paths], 0
+        return self.remove_stored([self.stored(path) for path in paths])
+
+    def remove_stored(self, paths: list[str]) -> int:
+        """As `remove`, for paths as they are stored."""
+        pen, removed = self._claim(), 0
         for some in _chunks(paths, 1000):
             with saying(f"cannot remove rows from the store at {self.uri}"):
                 removed += int(pen.delete(f"path IN ({_quoted(some)})").num_deleted_rows)

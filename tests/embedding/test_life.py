@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import os
+import random
 import shutil
 from pathlib import Path
 
@@ -13,11 +16,16 @@ from PIL import Image
 
 pytest.importorskip("lancedb")
 
+from typer.testing import CliRunner
+
+from dinov3 import cli, neighbours
 from dinov3.data.sources import open_source
 from dinov3.data.transforms.inputs import Preprocessing
-from dinov3.embedding import pipeline
+from dinov3.embedding import manage, pipeline
 from dinov3.embedding.pipeline import Report, embed_source, is_gone
+from dinov3.embedding.schema import Row, StoreFacts
 from dinov3.embedding.store import EmbeddingStore
+from dinov3.errors import DinoError, StoreError
 from dinov3.models.architectures import ViTConfig
 from dinov3.models.vit import VisionTransformer
 
@@ -189,3 +197,201 @@ def test_many_moves_are_committed_together(life, photos, monkeypatch) -> None:
     report = life.embed(photos)
     assert counts(report) == {"moved": N}
     assert len(life.vectors()) == N
+
+
+# ---- upkeep ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_pruned_exported_verified_life(life, photos, tmp_path) -> None:
+    """Deleted images are pruned, a duplicate is found, the export holds what the store holds, and it is whole."""
+    shutil.copy(photos / "01.jpg", photos / "again.jpg")
+    (photos / "02.jpg").unlink()
+    (photos / "04.jpg").unlink()
+    life.embed(photos)
+    with EmbeddingStore.open(life.uri) as store:
+        gone = [str(photos / "02.jpg"), str(photos / "04.jpg")]
+        assert sorted(manage.prune(store, dry_run=True)) == gone
+        assert len(store) == N + 1
+        assert sorted(manage.prune(store)) == gone
+        assert manage.duplicates(store, 1) == [[str(photos / "01.jpg"), str(photos / "again.jpg")]]
+        assert manage.remove(store, [str(photos / "again.jpg")]) == 1
+        store.add_column("label", {str(photos / "01.jpg"): "=cat"})
+        for ending in ("parquet", "csv", "npy", "safetensors"):
+            assert manage.export(store, tmp_path / f"{ending}.{ending}") == N - 2
+        assert manage.verify(store).whole
+        paths, vectors = store.vectors()
+    import pyarrow.parquet as pq
+    from safetensors.numpy import load_file
+
+    table = pq.read_table(tmp_path / "parquet.parquet")
+    assert table["path"].to_pylist() == paths
+    np.testing.assert_array_equal(np.stack(table["vector"].to_pylist()), vectors)
+    np.testing.assert_array_equal(np.load(tmp_path / "npy.npy"), vectors)
+    tensors = load_file(tmp_path / "safetensors.safetensors")
+    np.testing.assert_array_equal(tensors["vectors"], vectors)
+    assert json.loads(tensors["path"].tobytes()) == paths
+    with open(tmp_path / "csv.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows] == paths
+    np.testing.assert_array_equal([[np.float32(row[f"v{i}"]) for i in range(32)] for row in rows], vectors)
+    assert {row["label"] for row in rows} == {"", "'=cat"}  # no formula in a spreadsheet
+    with open(tmp_path / "npy.csv", newline="") as file:
+        assert [row["path"] for row in csv.DictReader(file)] == paths
+
+
+def test_an_export_replaces_no_file_unless_overwrite(life, photos) -> None:
+    store, photo = EmbeddingStore.open(life.uri), photos / "table.csv"
+    photo.write_text("mine")
+    with pytest.raises(DinoError, match=r"table.csv exists already: give another name, or --overwrite"):
+        manage.export(store, photo)
+    with pytest.raises(DinoError, match="exists already"):
+        manage.export(store, photos / "table.npy")  # the table beside it
+    assert photo.read_text() == "mine"
+    manage.export(store, photo, overwrite=True)
+    with pytest.raises(DinoError, match=r"the ending of an export is one of .parquet, .*, not '.xlsx'"):
+        manage.export(store, photos / "a.xlsx")
+
+
+def test_prune_refuses_while_the_root_is_away(life, photos, tmp_path) -> None:
+    photos.rename(tmp_path / "away")
+    with EmbeddingStore.open(life.uri) as store, pytest.raises(StoreError, match="does not exist: mount its disk"):
+        manage.prune(store)
+
+
+def test_clusters_and_outliers_of_known_vectors(tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    centres = np.eye(3, 8)
+    facts = StoreFacts(model="tiny@1", dim=8, preprocessing="s")
+    vectors = [centres[i % 3 if i < 24 else 0] + 0.05 * rng.standard_normal(8) for i in range(30)]
+    vectors.append(np.eye(8)[7])
+    with EmbeddingStore.create(tmp_path / "s", facts) as store:
+        store.append([Row(f"{i:02}", f"{i}", "1", 1, 1, v) for i, v in enumerate(vectors)])
+        found = manage.clusters(store, 4)
+        assert [list(found.values()).count(c) for c in range(4)] == [14, 8, 8, 1]
+        assert found["30"] == 3
+        for start in range(3):
+            assert len({found[f"{i:02}"] for i in range(start, 24, 3)}) == 1
+        assert manage.clusters(store, 4) == found
+        ((path, score),) = manage.outliers(store, 1)
+        assert path == "30"
+        assert score < 0.2
+        with pytest.raises(StoreError, match="40 clusters of 31 images"):
+            manage.clusters(store, 40)
+        groups = manage.duplicates(store, 0.8)
+        assert [len(group) for group in groups] == [14, 8, 8]
+
+
+def test_components_are_those_of_the_plain_loop(monkeypatch) -> None:
+    monkeypatch.setattr(neighbours, "BLOCK", 7)
+    monkeypatch.setattr(neighbours, "CHUNK", 11)
+    x = np.random.default_rng(0).standard_normal((60, 3)).astype(np.float32)
+    x[40:50] = x[3]  # copies
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    for threshold in (0.9, 0.98, 0.999):
+        linked = unit @ unit.T >= threshold
+        expected = np.arange(60)
+        for _ in range(60):
+            expected = np.array([expected[linked[i]].min() for i in range(60)])
+        assert neighbours.components(x, threshold).tolist() == expected.tolist()
+
+
+def test_stores_are_merged_with_columns_and_failures(model, life, photos, tmp_path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    draw(other / "x.jpg", 400)
+    (other / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    second = Life(model, tmp_path / "store2")
+    second.embed(other)
+    second.embed(photos)
+    with EmbeddingStore.open(second.uri) as store:
+        store.add_column("label", {str(other / "x.jpg"): "new", str(photos / "01.jpg"): "old"})
+        vectors = dict(zip(*store.vectors()))
+        patches = store.patches([str(other / "x.jpg")])[0]
+    with EmbeddingStore.open(life.uri) as store, EmbeddingStore.open(second.uri) as added:
+        assert manage.merge(store, added) == 1
+        assert manage.merge(store, added) == 0
+        assert manage.verify(store).whole
+        merged = dict(zip(*store.vectors()))
+        np.testing.assert_array_equal(merged[str(other / "x.jpg")], vectors[str(other / "x.jpg")])
+        np.testing.assert_array_equal(store.patches([str(other / "x.jpg")])[0], patches)
+        assert store.count("label = 'new'") == 1
+        assert [Path(f.path).name for f in store.failures()] == ["broken.jpg"]
+    facts = StoreFacts(model="tiny@1", dim=8, preprocessing="s")
+    with EmbeddingStore.create(tmp_path / "third", facts) as third, EmbeddingStore.open(life.uri) as store:
+        assert len(third) == 0
+        with pytest.raises(StoreError, match="holds embeddings with model"):
+            manage.merge(store, third)
+
+
+def test_changed_bytes_are_found_and_mended(life, photos) -> None:
+    """One flipped bit in each of the places that hold features; none goes unnoticed."""
+    with EmbeddingStore.open(life.uri) as store:
+        _, vectors = store.vectors()
+    (data,) = (life.uri / "images.lance" / "data").iterdir()
+    whole = data.read_bytes()
+    vector = vectors[5].tobytes()
+    at = whole.find(vector[:16])
+    assert at > 0
+    data.write_bytes(whole[: at + 3] + bytes([whole[at + 3] ^ 64]) + whole[at + 4 :])
+    with EmbeddingStore.open(life.uri) as store:
+        found = manage.verify(store)
+        assert (found.rows, len(found.damaged), found.problems) == (N, 1, [])
+        manage.verify(store, repair=True)
+        assert manage.verify(store).whole
+    assert counts(life.embed(photos)) == {"embedded": 1, "skipped": N - 1}
+    assert manage.verify(EmbeddingStore.open(life.uri)).whole
+
+
+@pytest.mark.slow
+def test_a_hundred_damaged_files_are_errors_or_found(life, tmp_path) -> None:
+    reference = dict(zip(*EmbeddingStore.open(life.uri).vectors()))
+    rng = random.Random(0)
+    silent = []
+    for n in range(100):
+        copy = tmp_path / f"damaged{n}"
+        shutil.copytree(life.uri, copy)
+        file = rng.choice([f for f in sorted((copy / "images.lance").rglob("*")) if f.is_file()])
+        content = bytearray(file.read_bytes())
+        for _ in range(rng.choice([1, 4, 64])):
+            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        file.write_bytes(content)
+        try:
+            store = EmbeddingStore.open(copy)
+            same = {p: v.tobytes() for p, v in zip(*store.vectors())} == {p: v.tobytes() for p, v in reference.items()}
+            if not same and manage.verify(store).whole:
+                silent.append(file.relative_to(copy))
+        except DinoError:
+            pass
+        shutil.rmtree(copy)
+    assert silent == []
+
+
+def test_a_lost_table_of_failures_is_noticed_and_mended(life, photos) -> None:
+    shutil.rmtree(life.uri / "failed.lance")
+    with pytest.raises(StoreError, match=r"table 'failed' of unreadable images is lost; .*store verify .* --repair"):
+        life.embed(photos)
+    with EmbeddingStore.open(life.uri) as store:
+        assert not manage.verify(store, repair=True).whole
+        assert manage.verify(store).whole
+    assert counts(life.embed(photos)) == {"skipped": N}
+
+
+def test_the_verbs_of_store_are_commands(life, photos, tmp_path, capsys) -> None:
+    def run(*arguments: object) -> str:
+        done = CliRunner().invoke(cli.app, ["store", *map(str, arguments)], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    assert json.loads(run("info", life.uri, "--json"))["images"] == N
+    assert json.loads(run("duplicates", life.uri, "--threshold", 1, "--json")) == []
+    assert len(run("clusters", life.uri, "-k", 3, "--column", "group").splitlines()) == N
+    assert len(run("outliers", life.uri, "--top", 4).splitlines()) == 4
+    run("export", life.uri, tmp_path / "out.parquet", "--where", "width > 50")
+    run("remove", life.uri, photos / "01.jpg")
+    (photos / "02.jpg").rename(photos / "\n.txt")
+    assert run("prune", life.uri).strip() == str(photos / "02.jpg")
+    run("compact", life.uri)
+    shutil.copytree(life.uri, tmp_path / "copy")
+    run("merge", life.uri, tmp_path / "copy")
+    assert json.loads(run("verify", life.uri, "--json"))["whole"]
+    assert json.loads(run("info", life.uri, "--json"))["images"] == N - 2
