@@ -28,11 +28,12 @@ from dinov3.data.datasets.dense import DenseDataset, DenseFolder
 from dinov3.data.transforms import dense as dense_transforms
 from dinov3.errors import DinoError, choices_sentence
 from dinov3.eval import session as common
-from dinov3.eval.arguments import take_options
+from dinov3.eval.arguments import EvalConfig, take_options
 from dinov3.files import atomically
-from dinov3.fit.loop import SCHEDULES, FitConfig, shuffled
+from dinov3.fit.loop import SCHEDULES, Evaluate, FitConfig, FitReport, Loss, fit, shuffled
 from dinov3.hub import HEADS
-from dinov3.hub.open_task_model import open_task_model
+from dinov3.hub.open_task_model import is_head_file, open_task_model
+from dinov3.runlog import RunDir
 from dinov3.weights.filling import fill
 
 Rule = Callable[..., tuple[Tensor, Tensor]]
@@ -69,6 +70,39 @@ ONE_CYCLE = (
     "use_beta1", "base_momentum", "max_momentum",
     "update_momentum",  # in the published files; means nothing
 )  # fmt: skip
+
+
+ModelDtype = Literal["FLOAT32", "BFLOAT16"]
+
+
+@dataclass
+class DatasetsSection:
+    root: str | None = None  # appended to the lines below as :root=
+    train: str = ""
+    val: str = ""
+
+
+@dataclass
+class DenseConfig(EvalConfig):
+    """The keys that segmentation and depth share."""
+
+    POSITIONAL = (("FOLDER", "datasets.root"),)
+
+    bs: int = setting(2, at_least=1)  # images of a process
+    n_gpus: int = 8  # for information; torchrun or the launcher decides
+    num_workers: int = 6
+    model_dtype: ModelDtype | None = None  # null: as FLOAT32
+    seed: int = 100
+    datasets: DatasetsSection = field(default_factory=DatasetsSection)
+    scheduler: SchedulerSection = field(default_factory=SchedulerSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    load_from: str | None = None  # a published head's name, or the file of a head
+    head_weights: str | None = None  # ours: where the published head of load_from lies
+    backbone_weights: str | None = None  # ours: and its backbone
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from super().problems()
+        yield from scheduler_problems(self.scheduler)
 
 
 def scheduler_problems(section: SchedulerSection) -> Iterator[tuple[str, str]]:
@@ -110,9 +144,6 @@ def fit_config(
         schedule=schedule, warmup=warmup, schedule_options=options, batch=images * distributed.world(),
         evaluate_every=evaluate_every, **others,
     )  # fmt: skip
-
-
-ModelDtype = Literal["FLOAT32", "BFLOAT16"]
 
 
 def autocast(dtype: str | None, device: torch.device) -> AbstractContextManager[Any]:
@@ -215,6 +246,22 @@ def folder_specs(folder: str | os.PathLike[str], kind: str, extra: str = "") -> 
     return f"{base}:select=:{cut}", f"{base}:select={cut}:"
 
 
+def fit_head(
+    config: Any, session: Any, model: nn.Module, train: DenseDataset, transform: Rule, loss: Loss, validate: Evaluate,
+    **options: Any,
+) -> FitReport:  # fmt: skip
+    """Fits the head of `model` on the training images; options: of `fit_config`."""
+    c, augment = config, config.transforms.train.augment
+    chosen = fit_config(
+        c.optimizer, c.scheduler, images=c.bs, evaluate_every=c.eval.eval_interval, seed=c.seed,
+        precision="bfloat16" if c.model_dtype == "BFLOAT16" else "float32", workers=workers(c.num_workers), **options,
+    )  # fmt: skip
+    made = batches(train, transform, c.bs, c.seed, augment=augment)
+    run = RunDir(session.output, writer=distributed.is_main())
+    with feature_cache(model, session.output, augment=augment):
+        return fit(model, made, loss, chosen, run, evaluate=validate, about=c)
+
+
 # ---- heads ---------------------------------------------------------------------------------------------------------
 
 
@@ -223,6 +270,28 @@ def write_head(path: Path, tensors: Mapping[str, Tensor], iteration: int) -> Non
     if distributed.is_main():
         with atomically(path) as temporary:
             torch.save({"model": {k: v.cpu() for k, v in tensors.items()}, "iteration": iteration}, temporary)
+
+
+def task_model(
+    task: str, config: Any, session: Any, build: Callable[[Any], Any], head: str, **options: Any
+) -> Any:  # fmt: skip
+    """The model of a configuration: that of `load_from` (a published head, whose function takes `options`; an own head file;
+    a file of the reference for the submodule `head`), else `build(backbone)`, drawn with the configuration's seed."""
+    c = config
+    if c.load_from in HEADS:
+        dtype = torch.bfloat16 if c.model_dtype == "BFLOAT16" else torch.float32
+        return existing_model(task, c, session, autocast_dtype=dtype, **options)
+    if c.load_from is not None and is_head_file(c.load_from):
+        return existing_model(task, c, session)
+    backbone: Any = session.model(c.model)
+    torch.manual_seed(c.seed)
+    model = build(backbone)
+    model.origin = backbone.origin
+    model.to(session.device)
+    if c.load_from is not None:
+        fill_head(model.get_submodule(head), c.load_from, f"{head}.")
+        model.eval()
+    return model
 
 
 def existing_model(task: str, config: Any, session: Any, **options: Any) -> Any:
@@ -261,6 +330,15 @@ def statistics(model: nn.Module) -> tuple[list[float], list[float]]:
     origin: Any = getattr(model, "origin", None)
     mean, std = getattr(origin, "mean", None), getattr(origin, "std", None)
     return list(mean or LVD_MEAN), list(std or LVD_STD)
+
+
+def normalisation(config: Any, model: nn.Module, scale: float) -> dict[str, tuple[float, ...]]:
+    """{"mean", "std"} of `transforms`, on a scale from 0 to `scale`; by default those of the weights."""
+    keys = zip(("mean", "std"), statistics(model))
+    return {
+        key: as_numbers(getattr(config.transforms, key), [scale * v for v in own], f"transforms.{key}")
+        for key, own in keys
+    }
 
 
 def as_numbers(values: Sequence[float] | None, otherwise: Sequence[float], key: str) -> tuple[float, ...]:

@@ -24,6 +24,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,15 +40,13 @@ from dinov3.data.transforms.dense import FIXED_CROPS, DepthTransform
 from dinov3.errors import UnknownName, choices_sentence
 from dinov3.eval import dense
 from dinov3.eval import session as common
-from dinov3.eval.arguments import EvalConfig
-from dinov3.fit.loop import fit, head_tensors
+from dinov3.fit.loop import head_tensors
 from dinov3.heads.dpt import Depther, build_depther
 from dinov3.heads.encoder import LAYER_SETS, resized
 from dinov3.heads.objectives import DEPTH_LOSSES, DepthLoss
-from dinov3.hub.open_task_model import is_head_file
 from dinov3.losses import LossTerms
 from dinov3.metrics.dense import DEPTH_SCORES, REGIONS, CanopySums, canopy_scores, depth_scores, mean_scores
-from dinov3.runlog import RunDir, silent, ticked
+from dinov3.runlog import silent, ticked
 
 NAME = "depth"
 HEIGHT_SCORES = ("mae", "rmse", "bias", "r2", "block_r2")
@@ -73,10 +72,7 @@ class DepthScheduler(dense.SchedulerSection):
 
 
 @dataclass
-class DatasetsSection:
-    root: str | None = None  # appended to the lines below as :root=
-    train: str = ""
-    val: str = ""
+class DatasetsSection(dense.DatasetsSection):
     test: str = ""  # "": val
 
 
@@ -143,30 +139,21 @@ class ResultSection:
 
 
 @dataclass
-class DepthConfig(EvalConfig):
-    POSITIONAL = (("FOLDER", "datasets.root"),)
-
-    bs: int = setting(2, at_least=1)
-    n_gpus: int = 8  # for information; torchrun or the launcher decides
+class DepthConfig(dense.DenseConfig):
     num_workers: int = 2
     seed: int = 321
     scheduler: DepthScheduler = field(default_factory=DepthScheduler)
     optimizer: DepthOptimizer = field(default_factory=DepthOptimizer)
     datasets: DatasetsSection = field(default_factory=DatasetsSection)
     decoder_head: DecoderSection = field(default_factory=DecoderSection)
-    model_dtype: dense.ModelDtype | None = None
     losses: dict[str, float] | None = setting(None, choices=DEPTH_LOSSES)  # and their weights; null: SIGLOSS alone
     transforms: TransformsSection = field(default_factory=TransformsSection)
     eval: EvalSection = field(default_factory=EvalSection)
     metrics: list[str] = setting(["rmse", "abs_rel", "a1"], choices=(*DEPTH_SCORES, *HEIGHT_SCORES))
     result_config: ResultSection = field(default_factory=ResultSection)
-    load_from: str | None = None  # dinov3_vit7b16_dd, dinov3_vitl16_chmv2, or the file of a head
-    head_weights: str | None = None  # ours: where the published head of load_from lies
-    backbone_weights: str | None = None  # ours: and its backbone
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
-        yield from dense.scheduler_problems(self.scheduler)
         if self.save_results:
             yield "save_results", "belongs to classification; depth maps are kept by result_config.save_results=true"
         layers = self.decoder_head.backbone_out_layers
@@ -263,7 +250,6 @@ def fitted(
         opened(c, line, f"datasets.{key}") for line, key in ((c.datasets.train, "train"), (c.datasets.val, "val"))
     )
     session.log(f"datasets.train: {len(train)} images; datasets.val: {len(val)} images")
-    batches = dense.batches(train, transforms["train" if t.augment else "eval"], c.bs, c.seed, augment=t.augment)
     weights = c.losses if c.losses is not None else {"SIGLOSS": 1.0}
     loss = DepthLoss(weights, min_depth=c.decoder_head.min_depth, max_depth=c.decoder_head.max_depth)
     unmirrored = replace(protocol, flip=False)
@@ -273,14 +259,10 @@ def fitted(
         with dense.autocast(c.model_dtype, session.device):
             return evaluate_model(module, val, transforms["eval"], unmirrored, device=session.device)[0]
 
-    fc = dense.fit_config(
-        c.optimizer, c.scheduler, images=c.bs, late=0, evaluate_every=c.eval.eval_interval, seed=c.seed, finish_with="last",
-        precision="bfloat16" if c.model_dtype == "BFLOAT16" else "float32",
-        workers=dense.workers(c.num_workers),
+    report = dense.fit_head(
+        c, session, model, train, transforms["train" if t.augment else "eval"], lambda m, b: depth_loss(m, b, loss), validate,
+        late=0, finish_with="last",
     )  # fmt: skip
-    run = RunDir(session.output, writer=distributed.is_main())
-    with dense.feature_cache(model, session.output, augment=t.augment):
-        report = fit(model, batches, lambda m, b: depth_loss(m, b, loss), fc, run, evaluate=validate, about=c)
     decoder = {k.removeprefix("decoder."): v for k, v in head_tensors(model).items()}
     dense.write_head(session.output / "model_final.pth", decoder, report.steps)
 
@@ -329,12 +311,10 @@ def head_options(config: DepthConfig) -> dict[str, Any]:
     return options | {"adapt_to_patch_size": d.adapt_to_patch_size.value} | dict(d.head_kwargs)
 
 
-def fresh_model(config: DepthConfig, session: common.Session) -> Depther:
-    """The frozen backbone with a fresh head, drawn with the configuration's seed."""
-    backbone: Any = session.model(config.model)
-    torch.manual_seed(config.seed)
+def fresh(config: DepthConfig, backbone: Any) -> Depther:
+    """The frozen backbone with a fresh head."""
     try:
-        model = build_depther(backbone, head_type=config.decoder_head.type, **head_options(config))
+        return build_depther(backbone, head_type=config.decoder_head.type, **head_options(config))
     except TypeError as error:
         odd = [k for k in config.decoder_head.head_kwargs if f"'{k}'" in str(error)]
         if not odd:
@@ -342,24 +322,6 @@ def fresh_model(config: DepthConfig, session: common.Session) -> Depther:
         raise UnknownName(
             f"decoder_head.head_kwargs: a {config.decoder_head.type} head has no option {odd[0]!r}"
         ) from None
-    model.origin = backbone.origin
-    return model.to(session.device)
-
-
-def existing_model(config: DepthConfig, session: common.Session) -> Depther:
-    """The model of `load_from`."""
-    from dinov3.hub import HEADS
-
-    c = config
-    assert c.load_from is not None
-    if c.load_from in HEADS:
-        dtype = torch.bfloat16 if c.model_dtype == "BFLOAT16" else torch.float32
-        return dense.existing_model("depth", c, session, autocast_dtype=dtype)
-    if is_head_file(c.load_from):
-        return dense.existing_model("depth", c, session)
-    fresh = fresh_model(c, session)
-    dense.fill_head(fresh.decoder, c.load_from, "decoder.")
-    return fresh.eval()
 
 
 def evaluate(config: DepthConfig, session: common.Session) -> dict[str, Any]:
@@ -367,18 +329,16 @@ def evaluate(config: DepthConfig, session: common.Session) -> dict[str, Any]:
     c = config
     line = c.datasets.test or c.datasets.val
     test = opened(c, line, "datasets.test")
-    model = fresh_model(c, session) if c.load_from is None else existing_model(c, session)
-    mean, std = dense.statistics(model)
-    mean = list(dense.as_numbers(c.transforms.mean, mean, "transforms.mean"))
-    std = list(dense.as_numbers(c.transforms.std, std, "transforms.std"))
+    model = dense.task_model("depth", c, session, partial(fresh, c), "decoder")
+    mean, std = dense.normalisation(c, model, 1).values()
     t, e = c.transforms.train, c.transforms.eval
     transforms = {
         "train": DepthTransform(
             t.img_size, t.fixed_crop, t.eval_mask,
             dense.pair(t.random_crop, "transforms.train.random_crop") if t.random_crop is not None else None,
-            t.rotation_angle, (t.brightness_range[0], t.brightness_range[1]), tuple(mean), tuple(std),
+            t.rotation_angle, (t.brightness_range[0], t.brightness_range[1]), mean, std,
         ),
-        "eval": DepthTransform(e.img_size, e.fixed_crop, e.eval_mask, mean=tuple(mean), std=tuple(std)),
+        "eval": DepthTransform(e.img_size, e.fixed_crop, e.eval_mask, mean=mean, std=std),
     }  # fmt: skip
     v = c.eval
     protocol = Protocol(v.min_depth, v.max_depth, v.ignored_value, v.align_least_squares, v.use_tta)

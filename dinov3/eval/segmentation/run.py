@@ -35,13 +35,12 @@ from dinov3.data.transforms.pixels import resized, standardised, to_pixels
 from dinov3.errors import DinoError
 from dinov3.eval import dense
 from dinov3.eval import session as common
-from dinov3.eval.arguments import EvalConfig
 from dinov3.eval.segmentation.inference import make_inference
-from dinov3.fit.loop import fit, head_tensors
+from dinov3.fit.loop import head_tensors
 from dinov3.heads.encoder import FrozenLayers
 from dinov3.heads.linear import LinearSegmentor, build_linear_segmentor
 from dinov3.heads.objectives import segmentation_terms
-from dinov3.hub.open_task_model import is_head_file
+from dinov3.hub import HEADS
 from dinov3.losses import LossTerms
 from dinov3.metrics.dense import (
     IGNORED,
@@ -51,19 +50,12 @@ from dinov3.metrics.dense import (
     percentages,
     reduce_zero_label,
 )
-from dinov3.runlog import RunDir, silent, ticked
+from dinov3.runlog import silent, ticked
 
 NAME = "semantic_segmentation"
 
 
 # ---- configuration -------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class DatasetsSection:
-    root: str | None = None  # appended to the lines below as :root=
-    train: str = ""
-    val: str = ""
 
 
 @dataclass
@@ -119,29 +111,16 @@ class EvalSection:
 
 
 @dataclass
-class SegmentationConfig(EvalConfig):
-    POSITIONAL = (("FOLDER", "datasets.root"),)
-
-    bs: int = setting(2, at_least=1)  # images of a process
-    n_gpus: int = 8  # for information; torchrun or the launcher decides
-    num_workers: int = 6
-    model_dtype: dense.ModelDtype = "FLOAT32"
-    seed: int = 100
-    datasets: DatasetsSection = field(default_factory=DatasetsSection)
+class SegmentationConfig(dense.DenseConfig):
+    model_dtype: dense.ModelDtype | None = "FLOAT32"
     metric_to_save: str = setting("mIoU", choices=SEGMENTATION_COLUMNS)
     decoder_head: DecoderSection = field(default_factory=DecoderSection)
-    scheduler: dense.SchedulerSection = field(default_factory=dense.SchedulerSection)
-    optimizer: dense.OptimizerSection = field(default_factory=dense.OptimizerSection)
     transforms: TransformsSection = field(default_factory=TransformsSection)
     train: LossSection = field(default_factory=LossSection)
     eval: EvalSection = field(default_factory=EvalSection)
-    load_from: str | None = None  # dinov3_vit7b16_ms, or the file of a head
-    head_weights: str | None = None  # ours: where the published head of load_from lies
-    backbone_weights: str | None = None  # ours: and its backbone
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
-        yield from dense.scheduler_problems(self.scheduler)
         if self.load_from is None and self.decoder_head.type == "m2f":
             yield (
                 "decoder_head.type",
@@ -278,7 +257,6 @@ def fitted(
         mean=protocol.mean,
         std=protocol.std,
     )  # fmt: skip
-    batches = dense.batches(train, transform, c.bs, c.seed, augment=t.augment)
     best: list[dict[str, Any]] = []
 
     def validate(module: nn.Module) -> dict[str, float]:
@@ -296,18 +274,12 @@ def fitted(
             best[:] = [scores]
         return percentages(scores)
 
-    fc = dense.fit_config(
-        c.optimizer, c.scheduler, images=c.bs, late=1, evaluate_every=c.eval.eval_interval, seed=c.seed,
-        best_by=c.metric_to_save, precision="bfloat16" if c.model_dtype == "BFLOAT16" else "float32",
-        workers=dense.workers(c.num_workers),
-    )  # fmt: skip
-    run = RunDir(session.output, writer=distributed.is_main())
-
     def loss(module: nn.Module, batch: dict[str, Any]) -> LossTerms:
         return segmentation_loss(module, batch, c.train.celoss_weight, c.train.diceloss_weight)
 
-    with dense.feature_cache(model, session.output, augment=t.augment):
-        report = fit(model, batches, loss, fc, run, evaluate=validate, about=config)
+    report = dense.fit_head(
+        c, session, model, train, transform, loss, validate, late=1, best_by=c.metric_to_save
+    )  # fmt: skip
     assert report.best is not None, "mIoU is a number as soon as a mask holds a class"
     session.log(f"best {c.metric_to_save} {report.best[1][c.metric_to_save]} after {report.best[0]} iterations")
     dense.write_head(session.output / "model_final.pth", head_tensors(model), report.best[0])
@@ -356,47 +328,31 @@ def _save_head(
 # ---- the evaluation ------------------------------------------------------------------------------------------------
 
 
-def existing_model(config: SegmentationConfig, session: common.Session) -> tuple[Any, str]:
-    """(the model of `load_from`, kind of its head)."""
-    from dinov3.hub import HEADS
-
-    c = config
-    assert c.load_from is not None
-    if c.load_from in HEADS:
-        dtype = torch.bfloat16 if c.model_dtype == "BFLOAT16" else torch.float32
-        sizes = {"n_classes": c.decoder_head.num_classes, "hidden_dim": c.decoder_head.hidden_dim}
-        return dense.existing_model("segment", c, session, autocast_dtype=dtype, **sizes), "m2f"
-    if is_head_file(c.load_from):
-        model = dense.existing_model("segment", c, session)
-        return model, "m2f" if model.head_info.head == "mask2former" else "linear"
-    if c.decoder_head.type == "m2f":
-        raise DinoError(
-            f"load_from={c.load_from}: Meta's file of a Mask2Former head is loaded by load_from=dinov3_vit7b16_ms "
-            f"head_weights={c.load_from}"
-        )
-    model = fresh_model(c, session)
-    dense.fill_head(model.segmentation_model[1], c.load_from, "segmentation_model.1.")
-    return model.eval(), "linear"
-
-
-def fresh_model(config: SegmentationConfig, session: common.Session) -> LinearSegmentor:
-    """The frozen backbone with a fresh linear head, drawn with the configuration's seed."""
+def opened(config: SegmentationConfig, session: common.Session) -> tuple[Any, str]:
+    """(the model, kind of its head): of `load_from`, or the frozen backbone with a fresh linear head."""
     d = config.decoder_head
-    backbone: Any = session.model(config.model)
-    torch.manual_seed(config.seed)
-    model = build_linear_segmentor(
-        backbone, backbone_out_layers=d.backbone_out_layers, num_classes=d.num_classes, dropout=d.dropout,
-        use_batchnorm=d.use_batchnorm, use_backbone_norm=d.use_backbone_norm,
-    )  # fmt: skip
-    model.origin = backbone.origin
-    return model.to(session.device)
+
+    def build(backbone: Any) -> LinearSegmentor:
+        if d.type == "m2f":
+            raise DinoError(
+                f"load_from={config.load_from}: Meta's file of a Mask2Former head is loaded by "
+                f"load_from=dinov3_vit7b16_ms head_weights={config.load_from}"
+            )
+        return build_linear_segmentor(
+            backbone, backbone_out_layers=d.backbone_out_layers, num_classes=d.num_classes, dropout=d.dropout,
+            use_batchnorm=d.use_batchnorm, use_backbone_norm=d.use_backbone_norm,
+        )  # fmt: skip
+
+    sizes = {"n_classes": d.num_classes, "hidden_dim": d.hidden_dim}
+    model = dense.task_model("segment", config, session, build, "segmentation_model.1", **sizes)
+    own = getattr(getattr(model, "head_info", None), "head", "")
+    return model, "m2f" if config.load_from in HEADS or own == "mask2former" else "linear"
 
 
 def evaluate(config: SegmentationConfig, session: common.Session) -> dict[str, Any]:
     """One row of the documented columns, in percent."""
     c = config
-    model, head = (fresh_model(c, session), "linear") if c.load_from is None else existing_model(c, session)
-    mean, std = dense.statistics(model)
+    model, head = opened(c, session)
     size = c.transforms.eval.img_size
     protocol = Protocol(
         n_classes=c.decoder_head.num_classes,
@@ -407,8 +363,7 @@ def evaluate(config: SegmentationConfig, session: common.Session) -> dict[str, A
         ratios=tuple(c.transforms.eval.tta_ratios) if c.eval.use_tta else (1.0,),
         flip=c.eval.use_tta,
         head=head,
-        mean=dense.as_numbers(c.transforms.mean, [255 * v for v in mean], "transforms.mean"),
-        std=dense.as_numbers(c.transforms.std, [255 * v for v in std], "transforms.std"),
+        **dense.normalisation(c, model, 255),
     )
     val = dense.open_dense(c.datasets.val, c.datasets.root, ("classes",), "datasets.val")
     if c.load_from is None:
