@@ -120,7 +120,7 @@ def convert(
 def preprocessor_config(mean: tuple[float, float, float], std: tuple[float, float, float]) -> dict[str, Any]:
     """transformers' image processor for DINOv3: 224×224 bilinear after division by 255, then these statistics."""
     return {
-        "image_processor_type": "DINOv3ViTImageProcessor",
+        "image_processor_type": "DINOv3ViTImageProcessorFast",  # transformers 4.56 knows this name only, 5 knows both
         "do_resize": True,
         "size": {"height": 224, "width": 224},
         "resample": 2,

@@ -170,6 +170,8 @@ def test_statistics_of_the_source_are_written(tmp_path, oracles):
     sat = {"mean": [0.43, 0.411, 0.296], "std": [0.213, 0.156, 0.143]}
     writing.save(model, tmp_path / "w.safetensors", sat)
     convert(tmp_path / "w.safetensors", tmp_path / "tf", "transformers")
+    written = json.loads((tmp_path / "tf" / "preprocessor_config.json").read_text())
+    assert written["image_processor_type"] == "DINOv3ViTImageProcessorFast"  # opens in transformers 4.56 and 5
     processor = AutoImageProcessor.from_pretrained(tmp_path / "tf")
     assert (list(processor.image_mean), list(processor.image_std)) == (sat["mean"], sat["std"])
     convert(tmp_path / "tf", tmp_path / "timm", "timm")
