@@ -93,8 +93,19 @@ class EvalConfig:
                 "model.pretrained_weights",
                 "needs model.config_file; a file that describes itself goes to model.weights",
             )
-        shots: FewShotSection | None = getattr(self, "few_shot", None)
-        if shots is not None and shots.enable and shots.k_or_percent is None:
+
+
+@dataclass
+class ClassifierConfig(EvalConfig):
+    """The keys that k-NN, logistic regression and linear share; each has sections `train` and `eval` of its own."""
+
+    transform: TransformSection = field(default_factory=TransformSection)
+    features: FeatureSection = field(default_factory=FeatureSection)
+    few_shot: FewShotSection = field(default_factory=FewShotSection)
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        if self.few_shot.enable and self.few_shot.k_or_percent is None:
             yield "few_shot.k_or_percent", "must be given with few_shot.enable: 5 images of each class, or 0.1 of them"
 
 

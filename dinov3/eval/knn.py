@@ -18,7 +18,7 @@ import torch
 
 from dinov3.config.bounds import setting
 from dinov3.eval import session as common
-from dinov3.eval.arguments import EvalConfig, FeatureSection, FewShotSection, TransformSection
+from dinov3.eval.arguments import ClassifierConfig
 from dinov3.eval.features import class_count, over_tries, training_rows
 from dinov3.eval.session import Session
 from dinov3.metrics.classification import Metric, Numbers
@@ -45,24 +45,16 @@ class TestSection:
 
 
 @dataclass
-class KnnConfig(EvalConfig):
+class KnnConfig(ClassifierConfig):
     POSITIONAL = (("TRAIN", "train.dataset"), ("TEST", "eval.test_dataset"))
 
     train: TrainSection = field(default_factory=TrainSection)
     eval: TestSection = field(default_factory=TestSection)
-    transform: TransformSection = field(default_factory=TransformSection)
-    features: FeatureSection = field(default_factory=FeatureSection)
-    few_shot: FewShotSection = field(default_factory=FewShotSection)
 
 
 def evaluate(config: KnnConfig, session: Session) -> Numbers:
     c = config
-    model = session.model(c.model)
-    preprocessing = session.preprocessing(model, c.transform)
-    batch = {"batch_size": c.train.batch_size, "workers": c.train.num_workers}
-    train, train_labels, train_set = session.labelled(c.train.dataset, model, preprocessing, c.features, **batch)
-    batch = {"batch_size": c.eval.batch_size or c.train.batch_size, "workers": c.eval.num_workers}
-    test, targets = session.test_set(c.eval.test_dataset, train_set, model, preprocessing, c.features, **batch)
+    train, train_labels, ((test, targets),) = session.sets(c, c.train.dataset, c.eval.test_dataset)
     shots = c.few_shot
     tries: list[Numbers] = []
     for number, rows in enumerate(training_rows(shots, train_labels)):

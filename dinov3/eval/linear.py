@@ -38,7 +38,7 @@ from dinov3.data.loading import Order
 from dinov3.data.transforms.pixels import normalised, to_pixels
 from dinov3.errors import DinoError
 from dinov3.eval import session as common
-from dinov3.eval.arguments import EvalConfig, FeatureSection, FewShotSection, TransformSection
+from dinov3.eval.arguments import ClassifierConfig
 from dinov3.eval.features import (
     Column,
     Targets,
@@ -95,18 +95,15 @@ class TestSection:
 
 
 @dataclass
-class LinearConfig(EvalConfig):
+class LinearConfig(ClassifierConfig):
     POSITIONAL = (("TRAIN", "train.dataset"), ("VAL", "train.val_dataset"))
 
     train: TrainSection = field(default_factory=TrainSection)
     eval: TestSection = field(default_factory=TestSection)
-    transform: TransformSection = field(default_factory=TransformSection)
-    features: FeatureSection = field(default_factory=FeatureSection)  # only dtype and cache have a meaning here
-    few_shot: FewShotSection = field(default_factory=FewShotSection)
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
-        f = self.features
+        f = self.features  # only dtype and cache have a meaning here
         if (list(f.layers), f.pool, f.norm) != ([-1], "cls", True):
             yield "features", "what heads see is set by train.n_last_blocks_list and train.avgpool_list"
         if self.eval.test_metric_types and len(self.eval.test_metric_types) != len(self.eval.test_datasets):

@@ -30,7 +30,7 @@ from dinov3 import distributed
 from dinov3.config.bounds import Problem, setting
 from dinov3.errors import DinoError, require
 from dinov3.eval import session as common
-from dinov3.eval.arguments import EvalConfig, FeatureSection, FewShotSection, TransformSection
+from dinov3.eval.arguments import ClassifierConfig, TransformSection
 from dinov3.eval.features import Targets, class_count, over_tries, training_rows
 from dinov3.eval.session import Session
 from dinov3.metrics.classification import Link, Metric, Numbers
@@ -62,14 +62,12 @@ class TestSection:
 
 
 @dataclass
-class LogRegressionConfig(EvalConfig):
+class LogRegressionConfig(ClassifierConfig):
     POSITIONAL = (("TRAIN", "train.dataset"), ("TEST", "eval.test_dataset"))
 
     train: TrainSection = field(default_factory=TrainSection)
     eval: TestSection = field(default_factory=TestSection)
     transform: TransformSection = field(default_factory=lambda: TransformSection(resize_size=224, crop_size=224))
-    features: FeatureSection = field(default_factory=FeatureSection)
-    few_shot: FewShotSection = field(default_factory=FewShotSection)
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
@@ -237,18 +235,14 @@ def select(
 
 def evaluate(config: LogRegressionConfig, session: Session) -> Numbers:
     c = config
-    model = session.model(c.model)
-    preprocessing = session.preprocessing(model, c.transform)
-    batch = {"batch_size": c.train.batch_size, "workers": c.train.num_workers}
-    train, labels, train_set = session.labelled(c.train.dataset, model, preprocessing, c.features, **batch)
-    if c.train.val_dataset is not None:
-        val, val_targets = session.test_set(c.train.val_dataset, train_set, model, preprocessing, c.features, **batch)
+    specs = [spec for spec in (c.eval.test_dataset, c.train.val_dataset) if spec is not None]
+    train, labels, ((test, targets), *others) = session.sets(c, c.train.dataset, *specs)
+    if others:
+        ((val, val_targets),) = others
         pool = np.arange(len(labels))
     else:
         pool, apart = validation_rows(labels, 0.01 if c.few_shot.enable else 0.1)
         val, val_targets = np.asarray(train[apart]), Targets(labels[apart])
-    batch = {"batch_size": c.eval.batch_size or c.train.batch_size, "workers": c.eval.num_workers}
-    test, targets = session.test_set(c.eval.test_dataset, train_set, model, preprocessing, c.features, **batch)
     metric = c.eval.test_metric_type or c.train.val_metric_type
     n_classes = class_count(labels)
     options: dict[str, Any] = {"tol": c.train.tol, "max_iter": c.train.max_train_iters, "solver": solver_of(c)}

@@ -230,27 +230,27 @@ class Session:
             return self.output / ".features"
         return Path(chosen).expanduser() if chosen else cache.root() / "features"
 
-    def labelled(
-        self, spec: str, model: nn.Module, preprocessing: Preprocessing, section: FeatureSection, **batch: int
-    ) -> tuple[np.ndarray, np.ndarray, ImageDataset]:
-        """(features [N, D], labels, the data set) of a dataset spec; `batch`: batch_size and workers."""
-        dataset = make_dataset(spec)
-        labels = labels_of(dataset, spec)
-        return self.features(model, dataset, preprocessing, section, **batch), labels, dataset
+    def sets(
+        self, config: Any, train: str, *tests: str
+    ) -> tuple[np.ndarray, np.ndarray, list[tuple[np.ndarray, Targets]]]:
+        """(features [N, D], labels, [(features, targets) of each test set]) of a `ClassifierConfig`'s dataset specs.
 
-    def test_set(
-        self,
-        spec: str,
-        train_set: ImageDataset,
-        model: nn.Module,
-        preprocessing: Preprocessing,
-        section: FeatureSection,
-        **batch: int,
-    ) -> tuple[np.ndarray, Targets]:
-        """(features [N, D], targets) of a dataset spec; its classes must be those of the training images."""
-        dataset = make_dataset(spec)
-        check_classes(train_set, dataset)
-        return self.features(model, dataset, preprocessing, section, **batch), test_targets(dataset, spec)
+        The classes of a test set must be those of the training images.
+        """
+        model, t, e = self.model(config.model), config.train, config.eval
+        preprocessing = self.preprocessing(model, config.transform)
+        train_set = make_dataset(train)
+        labels = labels_of(train_set, train)
+        options: dict[str, Any] = {"batch_size": t.batch_size, "workers": t.num_workers}
+        features = self.features(model, train_set, preprocessing, config.features, **options)
+        options = {"batch_size": e.batch_size or t.batch_size, "workers": e.num_workers}
+        found = []
+        for spec in tests:
+            dataset = make_dataset(spec)
+            check_classes(train_set, dataset)
+            x = self.features(model, dataset, preprocessing, config.features, **options)
+            found.append((x, test_targets(dataset, spec)))
+        return features, labels, found
 
     # -- results
 
