@@ -202,6 +202,12 @@ def test_mutated_containers_give_images_or_reasons(kind: str, tmp_path: Path) ->
         assert opened(kind, path)
 
 
+def test_arrow_files_that_crash_their_reader_are_failures(tmp_path: Path) -> None:
+    for seed in (5, 19, 349):  # a segmentation fault, an abort and a bus error, without the check in a child process
+        (tmp_path / f"{seed}.arrow").write_bytes(case("arrow", seed))
+    assert run_child("arrow", [tmp_path]) == ""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FORMATS)
 def test_70_mutated_images_in_fresh_processes(kind: str, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from dinov3.data.sources.items import (
     stamp_of,
     storable,
 )
-from dinov3.data.sources.tables import Arrow, Parquet
+from dinov3.data.sources.tables import Arrow, Parquet, arrow_damage
 from dinov3.data.sources.tar import TAR_SUFFIXES, Tar, is_tar
 from dinov3.errors import DinoError, ImageError, did_you_mean, only_known
 
@@ -106,6 +106,7 @@ class _Listing:
     used_column: bool = False
     hints: list[str] = field(default_factory=list)
     whole_folder: bool = False
+    damage: dict[str, str] = field(default_factory=dict)  # of Arrow files
 
     def close(self, name: str, root: str) -> Source:
         kinds = [] if not self.files else ["folder" if self.whole_folder or len(self.files) > 1 else "image"]
@@ -150,6 +151,8 @@ class _Listing:
                 self.skipped += 1
                 if lower.endswith(LIST_SUFFIXES) and len(self.hints) < 3:
                     self.hints.append(f"if {path} is a list of images, name that file")
+        if arrow := [str(path) for _, path in containers if path.suffix.lower() == ".arrow"]:
+            self.damage |= arrow_damage(arrow)
         for relative, container in sorted(containers, key=lambda c: _dataset_order(*c)):
             self.named(container, relative, on_its_own=False)
 
@@ -193,6 +196,10 @@ class _Listing:
             if head[:4] == b"PAR1":
                 self._table(path, lambda: Parquet.open(path, name, stamp, self.column), on_its_own)
             elif head[:6] == b"ARROW1" or (head[:4] == b"\xff\xff\xff\xff" and lower.endswith(".arrow")):
+                if on_its_own:
+                    self.damage |= arrow_damage([str(path)])
+                if reason := self.damage.get(str(path)):
+                    raise ImageError(reason)
                 self._table(path, lambda: Arrow.open(path, name, stamp, self.column), on_its_own)
             elif head[257:262] == b"ustar" or (head and lower.endswith(TAR_SUFFIXES) and is_tar(path, head)):
                 tar = Tar.open(path, name, stamp)

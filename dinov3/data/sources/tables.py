@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,9 +208,12 @@ class Parquet:
                 groups = [facts.row_group(g).num_rows for g in range(facts.num_row_groups)]
                 if min(groups, default=0) < 0 or sum(groups) > os.path.getsize(path):
                     raise ValueError(f"{sum(groups):,} rows in {os.path.getsize(path):,} bytes")
+                image_column = _image_column(path, schema, wanted)
+        except DinoError:
+            raise
         except Exception as error:
             raise ImageError(_table_reason(error, path)) from None
-        return cls(str(path), name, stamp, _image_column(path, schema, wanted), groups)
+        return cls(str(path), name, stamp, image_column, groups)
 
     def __len__(self) -> int:
         return sum(self.groups)
@@ -236,6 +242,48 @@ def _arrow_batches(path: str) -> tuple[list[Any], Any, str]:
     except Exception as error:
         return batches, stream.schema, _table_reason(error, path)
     return batches, stream.schema, ""
+
+
+def arrow_damage(paths: Sequence[str]) -> dict[str, str]:
+    """{path: reason} of the Arrow files that do not hold what they describe. A damaged one may end the process that reads
+    it, so a child process reads them first, with a bound on memory; files that pass are read here."""
+    _pyarrow("pyarrow")
+    damage: dict[str, str] = {}
+    rest = list(paths)
+    code = "import sys; from dinov3.data.sources.tables import _validate; _validate(sys.argv[1:])"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    while rest:
+        command = [sys.executable, "-P", "-c", code, *rest[:500]]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        lines = done.stdout.splitlines()
+        damage |= {path: json.loads(line) for path, line in zip(rest, lines) if line != "null"}
+        rest = rest[len(lines) :]
+        if done.returncode < 0:
+            path = rest.pop(0)
+            damage[path] = f"{os.path.basename(path)} cannot be read: it is damaged, a process that read it crashed"
+        elif done.returncode:
+            raise DinoError(f"Arrow files cannot be checked: {done.stderr[-300:]}")
+    return damage
+
+
+def _validate(paths: Sequence[str]) -> None:
+    """In a child process: a line for each file, null or what is wrong with it."""
+    for path in paths:
+        try:
+            import resource
+
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            most = used + 4 * most_bytes() + 2 * os.path.getsize(path)  # its mapping, and what decompresses from it
+            resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        except (ImportError, OSError, ValueError):
+            pass  # no such limits on this system
+        reason = None
+        try:
+            for batch in _arrow_batches(path)[0]:
+                batch.validate(full=True)
+        except Exception as error:
+            reason = _table_reason(error, path)
+        print(json.dumps(reason), flush=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,9 +320,11 @@ class Arrow:
         _pyarrow("pyarrow")
         try:
             batches, schema, broken = _arrow_batches(str(path))
+            column = _image_column(path, schema, wanted)
+        except DinoError:
+            raise
         except Exception as error:
             raise ImageError(_table_reason(error, path)) from None
-        column = _image_column(path, schema, wanted)
         return cls(str(path), name, stamp, column, [b.num_rows for b in batches], broken)
 
     def __len__(self) -> int:
