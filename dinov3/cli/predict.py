@@ -7,6 +7,7 @@ named, counted, and the exit code is 3. Results of different images never share 
 from __future__ import annotations
 
 import csv
+import errno
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from dinov3.cli.shared import (
 )
 from dinov3.config.bounds import setting
 from dinov3.errors import DinoError, ImageError, printable
-from dinov3.files import atomically
+from dinov3.files import Lock, atomically
 
 if TYPE_CHECKING:
     from dinov3.data.images import DecodedImage
@@ -136,15 +137,18 @@ def detect(
     names = names_given(labels)
     net = model_for("detect", config, n_classes=len(names or ()))
     options: dict[str, Any] = {"size": size, "threshold": threshold, "most": most, "names": names}
-    kept = []
-    try:
-        for path, name, found in over(images, "detecting", lambda p, _: predict_objects(net, p, **options), out):
-            found.drawing().save(out / f"{name}_boxes.png")
-            kept.append((path, found.without_image()))
-            print(f"{printable(path)}\t{found.summary()}")
-    finally:
-        if kept:
-            write_coco(out / "detections.json", kept)
+    results = []
+
+    def save(path: str, name: str, found: Any) -> str:
+        found.drawing().save(out / f"{name}_boxes.png")
+        results.append((path, found.without_image()))
+        return found.summary()
+
+    def finish() -> None:
+        if results:
+            write_coco(out / "detections.json", results)
+
+    predict_each(images, "detecting", lambda p, _: predict_objects(net, p, **options), out, save, finish)
 
 
 @app.command()
@@ -230,36 +234,64 @@ Predict = Callable[["DecodedImage", bytes], Any]
 
 def save_each(images: list[str], label: str, predict: Predict, out: Path, **summary: int) -> None:
     """Every image's result in its own files, and a line of it on stdout."""
-    for path, name, found in over(images, label, predict, out):
+
+    def save(path: str, name: str, found: Any) -> str:
         found.save(out, name)
-        print(f"{printable(path)}\t{found.summary(**summary)}")
+        return found.summary(**summary)
+
+    predict_each(images, label, predict, out, save)
 
 
 def save_classes(images: list[str], predict: Predict, out: Path | None, top: int) -> None:
     """The best classes of every image on stdout; with `out` in one table for all images, and drawn."""
     rows: list[tuple[Any, ...]] = []
-    try:
-        for path, name, found in over(images, "classifying", predict, out):
-            rows += [(path, *row) for row in found.rows(top)]
-            print(f"{printable(path)}\t{found.summary(top)}")
-            if out is not None:
-                found.drawing().save(out / f"{name}_{found.FILE}.png")
-    finally:
-        if out is not None and rows:
-            write_csv(out / f"{found.FILE}.csv", ("image", *found.COLUMNS), rows)
+    tables: dict[str, tuple[str, ...]] = {}
+
+    def save(path: str, name: str, found: Any) -> str:
+        if out is not None:
+            file = out / f"{name}_{found.FILE}.png"
+            if file.with_suffix(".json").exists():  # the mask of a segmentation has this name
+                file = file.with_stem(f"{file.stem}_drawing")
+            found.drawing().save(file)
+        rows.extend((path, *row) for row in found.rows(top))
+        tables[f"{found.FILE}.csv"] = ("image", *found.COLUMNS)
+        return found.summary(top)
+
+    def finish() -> None:
+        for file, columns in tables.items() if out is not None else ():
+            write_csv(out / file, columns, rows)  # type: ignore[operator]
+
+    predict_each(images, "classifying", predict, out, save, finish)
 
 
-def over(images: list[str], label: str, predict: Predict, out: Path | None) -> Iterator[tuple[str, str, Any]]:
-    """(path, name for files, result) of every image that can be read; the others are named at the end, exit code 3."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)  # of the folder, not of one image
+
+
+def predict_each(
+    images: list[str],
+    label: str,
+    predict: Predict,
+    out: Path | None,
+    save: Callable[[str, str, Any], str],
+    finish: Callable[[], None] = lambda: None,
+) -> None:
+    """Predicts and saves image by image; prints what `save` (path, name for files, result) gives.
+
+    An image that cannot be read, predicted or saved is named at the end, with exit code 3, and stops nothing. Mistakes that
+    concern all images (`DinoError`, a full disk) are raised. `finish` runs at the end, however it comes.
+    """
     from dinov3.data.images import open_image
     from dinov3.data.sources import open_source
-    from dinov3.predict.common import OutputNames
+    from dinov3.predict.common import OutputNames, make_folder
 
     sources = [open_source(p) for p in images]
     folders = [os.path.abspath(p) for p in images if os.path.isdir(p)]
     if out is not None and os.path.abspath(out) in folders:
         raise DinoError(f"--out {out} is the images' own folder: results would be taken for images; name another")
     items = list(_each(sources, out if folders else None))
+    if out is not None:
+        make_folder(out)
+    lock = Lock(out / ".running.lock", str(out)) if out is not None else None
     names = OutputNames(out) if out is not None else None
     failures: list[tuple[str, str]] = []
     total = len(items)
@@ -270,15 +302,24 @@ def over(images: list[str], label: str, predict: Predict, out: Path | None) -> I
                 try:
                     data = item.read()
                     result = predict(open_image(data), data)
+                    text = save(path, names(path) if names is not None else Path(path).stem, result)
                 except ImageError as error:
                     failures.append((path, str(error)))
+                except (ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, ValueError) as error:
+                    if getattr(error, "errno", None) in FULL:
+                        raise
+                    failures.append((path, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"))
                 else:
-                    yield path, names(path) if names is not None else Path(path).stem, result
+                    print(f"{printable(path)}\t{text}")
                     done += 1
                 progress(done + len(failures))
     except KeyboardInterrupt:
         log(f"interrupted after {done} of {total} images; what is done is saved")
         raise typer.Exit(INTERRUPTED) from None
+    finally:
+        finish()
+        if lock is not None:
+            lock.release()
     log_failures(failures)
     log(f"{done} images, {len(failures)} unreadable" + (f"; {out}" if out is not None else ""))
     if failures:
@@ -302,10 +343,14 @@ def write_csv(path: Path, head: tuple[str, ...], rows: list[tuple[Any, ...]]) ->
     new = {str(row[0]) for row in rows}
     kept: list[list[str]] = []
     if path.is_file():
+        from dinov3.predict.common import set_aside
+
         with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
             there = csv.reader(file)
             if next(there, None) == list(head):
                 kept = [row for row in there if row and row[0] not in new]
+            else:
+                log(f"note: {path} was another table; it is now {set_aside(path)}")
     with (
         atomically(path) as temporary,
         temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,

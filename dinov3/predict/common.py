@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -191,28 +192,31 @@ class OutputNames:
     """One name per image in a folder of results; a name once given to an image is never given to another.
 
     `images.csv` in the folder keeps the names, so that a second run with other images of the same names overwrites nothing.
+    One process at a time, which is the caller's to see to. Raises `DinoError` where `images.csv` is something else.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DinoError(f"cannot make the folder {self.folder}: {error.strerror or error}") from None
+        self.folder = make_folder(folder)
         self.table = self.folder / "images.csv"
         self.name_of: dict[str, str] = {}
         if self.table.is_file():
-            with self.table.open(newline="", encoding="utf-8") as file:
-                self.name_of = {row["image"]: row["name"] for row in csv.DictReader(file)}
+            with self.table.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+                rows = csv.DictReader(file)
+                if rows.fieldnames != ["name", "image"]:
+                    raise DinoError(f"{self.table} is a table of something else: give another folder for the results")
+                self.name_of = {row["image"]: row["name"] for row in rows}
 
     def __call__(self, path: str) -> str:
-        """The name for an image's path: its stem; with its folder, or a few digits, where that is another's."""
+        """The name for an image's path: its stem, of at most `LONGEST` bytes; with its folder, or digits, where that is
+        another image's."""
         if path in self.name_of:
             return self.name_of[path]
         taken = {name.casefold() for name in self.name_of.values()}
-        stem, folder = Path(path).stem or "image", Path(path).parent.name
+        stem, folder = _cut(Path(path).stem or "image"), Path(path).parent.name
         digits = hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()[:8]
-        name = next(n for n in (stem, f"{folder}-{stem}", f"{stem}-{digits}") if n.casefold() not in taken)
+        numbered = (f"{stem}-{digits}-{n}" for n in itertools.count(2))
+        candidates = itertools.chain((stem, _cut(f"{folder}-{stem}"), f"{stem}-{digits}"), numbered)
+        name = next(n for n in candidates if n.casefold() not in taken)
         new = not self.table.exists()
         with self.table.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.writer(file)
@@ -223,7 +227,30 @@ class OutputNames:
         return name
 
 
+LONGEST = 200  # bytes of a name; most file systems take 255, and an ending follows
+
+
+def _cut(text: str) -> str:
+    data = os.fsencode(text)
+    return text if len(data) <= LONGEST else data[:LONGEST].decode("utf-8", "ignore")
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a file to NAME.1, NAME.2, … before its ending, so that another can take its place. Returns the new path."""
+    free = next(p for n in itertools.count(1) if not (p := path.with_name(f"{path.stem}.{n}{path.suffix}")).exists())
+    path.rename(free)
+    return free
+
+
+def make_folder(folder: str | os.PathLike[str]) -> Path:
+    """The folder, made if need be. Raises `DinoError`."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DinoError(f"cannot make the folder {folder}: {error.strerror or error}") from None
+    return Path(folder)
+
+
 def result_files(folder: str | os.PathLike[str], name: str, *endings: str) -> list[Path]:
     """`NAME_ENDING` for each ending, in a folder that is made if need be."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    return [Path(folder) / f"{name}_{ending}" for ending in endings]
+    return [make_folder(folder) / f"{name}_{ending}" for ending in endings]

@@ -17,7 +17,8 @@ from torch import nn
 from dinov3 import drawing
 from dinov3.data import names as known_names
 from dinov3.errors import DinoError
-from dinov3.predict.common import chosen_preprocessing, colours_of, names_of, result_files, see
+from dinov3.files import atomically
+from dinov3.predict.common import chosen_preprocessing, colours_of, names_of, result_files, see, set_aside
 
 SIZE = 768  # short side; the published evaluation's 2048 costs seven times as much and finds smaller things
 THRESHOLD = 0.5
@@ -63,13 +64,15 @@ class Objects:
 
 
 def write_coco(path: Path, detections: Iterable[tuple[str, Objects]]) -> None:
-    """One file in COCO's form: images, annotations (bbox x, y, width, height in pixels, with a score), categories."""
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    categories: dict[int, dict[str, Any]] = {}
-    for number, (file_name, found) in enumerate(detections, 1):
+    """One file in COCO's form: images, annotations (bbox x, y, width, height in pixels, with a score), categories.
+
+    The images of an earlier file stay, unless they are among these; one with other categories is set aside.
+    """
+    detections = list(detections)
+    categories = {i: {"id": i, "name": n} for _, found in detections for i, n in enumerate(found.categories) if n}
+    images, annotations = _earlier(path, {name for name, _ in detections}, categories)
+    for number, (file_name, found) in enumerate(detections, 1 + max((image["id"] for image in images), default=0)):
         images.append({"id": number, "file_name": file_name, "width": found.size_wh[0], "height": found.size_wh[1]})
-        categories |= {i: {"id": i, "name": n} for i, n in enumerate(found.categories) if n}
         for (x0, y0, x1, y1), score, label in zip(found.boxes_xyxy_px.tolist(), found.scores, found.labels):
             box = [round(v, 2) for v in (x0, y0, x1 - x0, y1 - y0)]
             annotations.append(
@@ -84,7 +87,27 @@ def write_coco(path: Path, detections: Iterable[tuple[str, Objects]]) -> None:
                 }
             )
     facts = {"images": images, "annotations": annotations, "categories": list(categories.values())}
-    path.write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
+    with atomically(path) as temporary:
+        temporary.write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
+
+
+def _earlier(
+    path: Path, new: set[str], categories: dict[int, dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(images, annotations) of a file that `write_coco` wrote before, without those of the `new` images."""
+    if not path.is_file():
+        return [], []
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if facts["categories"] != list(categories.values()):
+            raise ValueError("other categories")
+        images = [image for image in facts["images"] if image["file_name"] not in new]
+        stay = {image["id"] for image in images}
+        annotations = [box for box in facts["annotations"] if box["image_id"] in stay]
+    except (ValueError, KeyError, TypeError):
+        set_aside(path)
+        return [], []
+    return images, [box | {"id": number} for number, box in enumerate(annotations, 1)]
 
 
 @torch.inference_mode()

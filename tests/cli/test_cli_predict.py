@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
+import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,9 +23,12 @@ from typer.testing import CliRunner
 from dinov3 import cli, hub
 from dinov3.data.tokenizer import Tokenizer
 from dinov3.errors import DinoError
+from dinov3.files import Lock
 from dinov3.heads.dinotxt import DinoTxtConfig, TextConfig
 from dinov3.hub import dinotxt
 from dinov3.hub.own_heads import build_head, save_head
+from dinov3.predict.common import OutputNames
+from dinov3.predict.depth import DepthMap
 from dinov3.weights.writing import write_safetensors
 
 VOCABULARY = GOLDEN / "tiny_bpe.txt.gz"
@@ -344,6 +350,78 @@ def test_images_of_one_name_do_not_overwrite_each_other(photos: list[Path], tmp_
     assert np.load(out / "b-x_depth.npy").shape == (12, 21)
     with (out / "images.csv").open() as file:
         assert {r["name"]: Path(r["image"]).parent.name for r in csv.DictReader(file)} == {"x": "a", "b-x": "b"}
+
+
+def test_one_bad_image_stops_no_verb(photos: list[Path], tmp_path: Path, monkeypatch) -> None:
+    folder, out = tmp_path / "a", tmp_path / "out"
+    folder.mkdir()
+    small = Image.open(photos[0]).convert("RGB").resize((20, 12))
+    for name in ("first", "n" * 251, "unlucky", "z"):
+        small.save(folder / f"{name}.png")
+    Image.new("RGB", (100_000, 1)).save(folder / "strip.png")
+    saved = DepthMap.save
+
+    def save(self: DepthMap, where: Path, name: str = "image") -> list[Path]:
+        if name == "unlucky":
+            raise ValueError("no place for it")
+        return saved(self, where, name)
+
+    monkeypatch.setattr(DepthMap, "save", save)
+    result = run("depth", folder, "--weights", "random", "--out", out, "--size", 32, code=3)
+    assert len(result.stdout.splitlines()) == 3
+    assert "strip.png: an image of 100000×1 would be enlarged" in result.stderr
+    assert "unlucky.png: ValueError: no place for it" in result.stderr
+    assert "3 images, 2 unreadable" in result.stderr
+    assert {f"{name}_depth.npy" for name in ("first", "n" * 200, "z")} == {p.name for p in out.glob("*.npy")}
+
+    def full(self: DepthMap, where: Path, name: str = "image") -> list[Path]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(DepthMap, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        run("depth", folder, "--weights", "random", "--out", out, "--size", 32)
+
+
+def test_a_second_run_overwrites_nothing_of_the_first(photos: list[Path], tmp_path: Path) -> None:
+    out, more = tmp_path / "out", ("--weights", "random", "--size", 32, "--device", "cpu")
+    run("detect", photos[0], "--out", out, "--threshold", 0, "--most", 3, *more)
+    run("detect", photos[1], "--out", out, "--threshold", 0, "--most", 2, *more)
+    run("detect", photos[1], "--out", out, "--threshold", 0, "--most", 2, *more)
+    coco = json.loads((out / "detections.json").read_text())
+    assert [Path(i["file_name"]).name for i in coco["images"]] == ["chelsea.png", "rocket.jpg"]
+    numbers = [i["id"] for i in coco["images"]]
+    assert [a["image_id"] for a in coco["annotations"]] == [numbers[0]] * 3 + [numbers[1]] * 2
+    assert [a["id"] for a in coco["annotations"]] == [1, 2, 3, 4, 5]
+    run("detect", photos[1], "--out", out, "--labels", "a,b", *more)  # other classes: another file
+    assert json.loads((out / "detections.1.json").read_text()) == coco
+    (out / "classes.csv").write_text("mine,too\n1,2\n")
+    run("classify", photos[0], "--labels", "cat,rocket", "--out", out, *more)
+    assert (out / "classes.1.csv").read_text() == "mine,too\n1,2\n"
+    run("segment", photos[0], "--out", out, "--labels", "a,b", *more)
+    mask = (out / "chelsea_classes.png").read_bytes()
+    run("classify", photos[0], "--labels", "cat,rocket", "--out", out, *more)
+    assert (out / "chelsea_classes.png").read_bytes() == mask
+    assert (out / "chelsea_classes_drawing.png").is_file()
+    lock = Lock(out / ".running.lock", "a test")
+    with pytest.raises(DinoError, match=r"process \d+ on .* is writing to .*; wait for it, or give another --out"):
+        run("depth", photos[0], "--out", out, *more)
+    lock.release()
+    run("depth", photos[0], "--out", out, *more)
+
+
+def test_every_name_that_is_taken_gives_another_one(tmp_path: Path) -> None:
+    digits = hashlib.sha256(b"/b/x.png").hexdigest()[:8]
+    taken = ["x", "b-x", f"x-{digits}", f"x-{digits}-2"]
+    rows = "".join(f"{name},/other/{i}\n" for i, name in enumerate(taken))
+    (tmp_path / "images.csv").write_text("name,image\n" + rows)
+    names = OutputNames(tmp_path)
+    assert names("/b/x.png") == f"x-{digits}-3"
+    long = [names(f"/{folder}/{'ä' * 120}.png") for folder in "abc"]
+    assert len(set(long)) == 3
+    assert max(len(os.fsencode(name)) for name in long) < 230
+    (tmp_path / "images.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(DinoError, match="is a table of something else"):
+        OutputNames(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov3.data.transforms.pixels import resized, standardised, to_pixels
-from dinov3.errors import DinoError, UnknownName, one_of, only_known
+from dinov3.errors import DinoError, ImageError, UnknownName, one_of, only_known
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -193,7 +193,7 @@ class Preprocessing:
         """What will happen to an image of width × height pixels."""
         w, h = self._scaled(width, height)
         if w * h > max(LARGEST_ENLARGED, 4 * width * height):
-            raise DinoError(
+            raise ImageError(
                 f"an image of {width}×{height} would be enlarged to {w}×{h} pixels; leave it out, or shape='square'"
             )
         m = self.multiple
