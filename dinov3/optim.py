@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3.config.train import OptimConfig, ScheduleConfig, TrainConfig
@@ -418,3 +419,45 @@ def ema_update(ema: Iterable[Tensor], student: Iterable[Tensor], momentum: float
     if averages:
         torch._foreach_mul_(averages, momentum)
         torch._foreach_add_(averages, sources, alpha=1 - momentum)
+
+
+# ---- logistic regression --------------------------------------------------------------------------------------------
+
+
+def logistic_regression(
+    x: Tensor, target: Tensor, strength: float, rows: int, *, start: Tensor | None = None, tol: float = 1e-12,
+    max_iter: int = 1000,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(weight [rows, D], bias [rows]) that minimise ½‖weight‖² + strength · Σ error, scikit-learn's objective, by L-BFGS.
+
+    x [N, D]; target: classes int [N] (cross-entropy), or float [N, rows] (as many yes-or-no regressions). start: weight and
+    bias [rows, D + 1] to begin from. The problem is convex, so where it ends does not depend on the solver.
+    """
+    D, N = x.shape[1], len(x)
+    parameters = (start if start is not None else x.new_zeros(rows, D + 1)).clone().requires_grad_()
+    solver = torch.optim.LBFGS(
+        [parameters],
+        max_iter=max_iter,
+        max_eval=2 * max_iter,
+        tolerance_grad=tol,
+        tolerance_change=1e-16 if x.dtype == torch.float64 else 1e-9,
+        history_size=10,
+        line_search_fn="strong_wolfe",
+    )
+
+    def objective() -> Tensor:
+        solver.zero_grad()
+        logits = F.linear(x, parameters[:, :D], parameters[:, D])
+        if target.is_floating_point():
+            error = F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / N
+        else:
+            error = F.cross_entropy(logits, target)
+        # the objective divided by strength · N, as scikit-learn scales it, so that `tol` means the same for every strength
+        loss = error + parameters[:, :D].square().sum() / (2 * strength * N)  # the bias is free
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        solver.step(objective)
+    found = parameters.detach()
+    return found[:, :D], found[:, D]

@@ -23,6 +23,7 @@ from dinov3.dense.matching import coverage, maps
 from dinov3.errors import DinoError
 from dinov3.features import Features
 from dinov3.metrics.classification import average_precision
+from dinov3.optim import logistic_regression
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -157,31 +158,11 @@ def logistic(x: Tensor, y: Tensor, C: float, *, max_iter: int = 1000) -> tuple[T
     """
     if not 0 < int(y.sum()) < len(y):
         raise DinoError("the patches are all object or all background: there is nothing to separate")
-    x64, target = x.double(), y.double()
+    x64 = x.double()
     # centred and scaled as a whole, the same problem is much rounder: the bias takes up the shift
     shift = x64.mean(0)
-    x64 = x64 - shift
-    weight = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device, requires_grad=True)
-    bias = torch.zeros((), dtype=torch.float64, device=x.device, requires_grad=True)
-    solver = torch.optim.LBFGS(
-        [weight, bias], max_iter=max_iter, tolerance_grad=1e-9, tolerance_change=1e-14, history_size=20,
-        line_search_fn="strong_wolfe",
-    )  # fmt: skip
-    scale = 1 / (C * len(x))  # of the sum: keeps tolerances meaningful whatever N and C
-
-    def loss() -> Tensor:
-        solver.zero_grad()
-        value = scale * (
-            C * F.binary_cross_entropy_with_logits(x64 @ weight + bias, target, reduction="sum")
-            + weight.square().sum() / 2
-        )
-        value.backward()
-        return value
-
-    with torch.enable_grad():
-        solver.step(loss)
-    w = weight.detach()
-    return w.float(), (bias.detach() - shift @ w).float()
+    weight, bias = logistic_regression(x64 - shift, y.double()[:, None], C, 1, tol=1e-9, max_iter=max_iter)
+    return weight[0].float(), (bias[0] - shift @ weight[0]).float()
 
 
 def median3(x: Tensor) -> Tensor:

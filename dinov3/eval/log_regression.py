@@ -35,6 +35,7 @@ from dinov3.eval.features import Targets, class_count, over_tries, training_rows
 from dinov3.eval.session import Session
 from dinov3.metrics.classification import Link, Metric, Numbers
 from dinov3.metrics.classification import evaluate as measure
+from dinov3.optim import logistic_regression
 
 STRENGTHS: tuple[float, ...] = tuple(10 ** (e / 4) for e in range(-24, 21))  # 1e-6, 1.7783e-6, …, 1e5
 
@@ -119,45 +120,15 @@ def fit(
     if solver == "sklearn":
         return _fit_sklearn(x, labels, strength, n_classes, classes, tol, max_iter)
     two = not multi and len(classes) == 2  # one row of weights, as scikit-learn: two would halve the penalty
-    yes_no = multi or two
     target = labels.to(x.dtype) if multi else torch.searchsorted(classes, labels)
+    begin = None if start is None else torch.cat([start.weight, start.bias[:, None]], 1)
     if two:
-        target = target[:, None].to(x.dtype)
-    rows, D, N = 1 if two else len(classes), x.shape[1], len(x)
-    parameters = x.new_zeros(rows, D + 1)
-    if start is not None:
-        parameters = torch.cat([start.weight, start.bias[:, None]], 1)
-        parameters = 2 * parameters[1:] if two else parameters
-    parameters.requires_grad_()
-    # the objective divided by C·N, as scikit-learn scales it, so that `tol` means the same for every strength
-    decay = 1 / (strength * N)
-    optimiser = torch.optim.LBFGS(
-        [parameters],
-        max_iter=max_iter,
-        max_eval=2 * max_iter,
-        tolerance_grad=tol,
-        tolerance_change=1e-16 if x.dtype == torch.float64 else 1e-9,
-        history_size=10,
-        line_search_fn="strong_wolfe",
-    )
-
-    def objective() -> Tensor:
-        optimiser.zero_grad()
-        logits = F.linear(x, parameters[:, :D], parameters[:, D])
-        if yes_no:
-            error = F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / N
-        else:
-            error = F.cross_entropy(logits, target)
-        loss = error + 0.5 * decay * parameters[:, :D].square().sum()  # the bias is free
-        loss.backward()
-        return loss
-
-    with torch.enable_grad():
-        optimiser.step(objective)
-    found = parameters.detach()
+        target, begin = target[:, None].to(x.dtype), None if begin is None else 2 * begin[1:]
+    rows = 1 if two else len(classes)
+    weight, bias = logistic_regression(x, target, strength, rows, start=begin, tol=tol, max_iter=max_iter)
     if two:
-        found = torch.cat([-found, found]) / 2
-    return Fitted(found[:, :D], found[:, D], classes, n_classes)
+        weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+    return Fitted(weight, bias, classes, n_classes)
 
 
 def _fit_sklearn(
