@@ -7,6 +7,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import weakref
 import zlib
 from collections.abc import Iterator
@@ -98,7 +99,8 @@ def sync(path: Path) -> None:
 class Lock:
     """The right to write, held until `release` or the end of the process, however it ends.
 
-    Raises `error`, with `what` in its message, if another process has it. A file system without locks grants it to all.
+    Raises `error`, with `what` in its message, if another process has it. A file system without locks grants it to all. A
+    link, or a file that is no lock, in the lock's place is an error: it is neither followed nor written to.
     """
 
     def __init__(self, path: Path, what: str, error: type[DinoError] = DinoError) -> None:
@@ -107,9 +109,16 @@ class Lock:
         if fcntl is None:
             return
         try:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+            facts = os.fstat(self._file)
+            own = stat.S_ISREG(facts.st_mode) and (not facts.st_size or os.pread(self._file, 8, 0) == b"process ")
         except OSError as cause:
+            if os.path.islink(path):
+                raise error(f"cannot write to {what}: {path} is a link, not a lock file; delete it") from cause
             raise error(f"cannot write to {what}: {cause.strerror}") from cause
+        if not own:
+            self.release()
+            raise error(f"cannot write to {what}: {path} is no lock file of ours; move it away")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from dinov3 import files
-from dinov3.files import atomically
+from dinov3.errors import DinoError
+from dinov3.files import Lock, atomically, check_free
 from dinov3.weights.writing import write_safetensors
 
 
@@ -94,3 +95,32 @@ def test_permissions_are_the_usual_ones(tmp_path):
         new.touch()
     write_safetensors({"x": torch.zeros(2)}, tmp_path / "tensors")
     assert {p.stat().st_mode for p in tmp_path.iterdir()} == {(tmp_path / "usual").stat().st_mode}
+
+
+@pytest.mark.skipif(files.fcntl is None, reason="no locks on this system")
+@pytest.mark.parametrize("link", ["symlink", "hard link", "copy"])
+def test_a_lock_neither_follows_a_link_nor_writes_over_another_file(tmp_path, link):
+    precious, lock = tmp_path / "precious", tmp_path / ".writer.lock"
+    precious.write_text("years of work")
+    if link == "symlink":
+        lock.symlink_to(precious)
+    elif link == "hard link":
+        lock.hardlink_to(precious)
+    else:
+        lock.write_text("years of work")
+    with pytest.raises(DinoError, match=r"cannot write to the store: .*\.writer\.lock is (a link|no lock file)"):
+        Lock(lock, "the store")
+    assert precious.read_text() == lock.read_text() == "years of work"
+    lock.unlink()
+    for _ in range(2):  # the lock of a process that is gone is taken over
+        held = Lock(lock, "the store")
+        assert lock.read_text().startswith("process ")
+        held.release()
+
+
+def test_a_result_replaces_no_file_without_overwrite(tmp_path):
+    check_free(tmp_path / "new")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DinoError, match="dangling exists already"):
+        check_free(tmp_path / "dangling")
+    check_free(tmp_path / "dangling", overwrite=True)

@@ -166,6 +166,7 @@ def search(
     where: Annotated[str | None, typer.Option(help='SQL filter on columns, for example "width > 500".')] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Compare with every row even in a large store.")] = False,
     sheet: Annotated[Path | None, typer.Option(help="Also draw the query and its neighbours into this PNG.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Let --sheet replace any file.")] = False,
     weights: Annotated[str | None, typer.Option(help="Where the store's weights lie now, if they moved.")] = None,
     backbone_weights: Annotated[str | None, typer.Option(help="The same for dino.txt's backbone.")] = None,
     vocabulary: Annotated[
@@ -177,12 +178,15 @@ def search(
     """Find the images of a store that are most similar to an image or a text (cosine similarity)."""
     from dinov3.drawing import card
     from dinov3.embedding.pipeline import model_of, query_vector, text_query
+    from dinov3.embedding.search import check_sheet
     from dinov3.embedding.search import search as neighbours
     from dinov3.embedding.search import sheet as draw
     from dinov3.embedding.store import EmbeddingStore
 
     if (image is None) == (text is None):
         raise DinoError("give either --image, a query image, or --text, a query text")
+    if sheet is not None:
+        check_sheet(sheet, overwrite)
     opened = EmbeddingStore.open(store)
     place = device_of(device)
     if text is not None:
@@ -194,7 +198,7 @@ def search(
         if net.origin.random:  # type: ignore[union-attr]
             log("The store was filled with RANDOM weights: neighbours share colours and layout, not meaning.")
         vector = query_vector(opened, image, net, preprocessing)
-    (hits,) = neighbours(opened, vector, top=top, where=where, exact=True if exact else None)
+    hits = neighbours(opened, vector, top=top, where=where, exact=True if exact else None)
     if as_json:
         named = ("rank", "path", "score", "width", "height")
         print(json.dumps([{k: getattr(hit, k) for k in named} | hit.extra for hit in hits], default=str))
@@ -202,5 +206,5 @@ def search(
         for hit in hits:
             print(f"{hit.rank}\t{hit.score:.4f}\t{printable(hit.path)}")
     if sheet is not None:
-        draw(image if image is not None else card(str(text)), hits, sheet)
+        draw(image if image is not None else card(str(text)), hits, sheet, overwrite=overwrite)
         log(f"drawn: {sheet}")

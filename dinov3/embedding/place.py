@@ -68,6 +68,48 @@ def saying(what: str, columns: Callable[[], Sequence[str]] = tuple) -> Iterator[
         raise StoreError(f"{what}, it may be damaged: {first_line(error)}") from None
 
 
+_TOKEN = re.compile(
+    r"""\s*(?:(?P<text>'(?:[^']|'')*')|(?P<number>-?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)
+    |(?P<name>[A-Za-z_]\w*|`[^`]*`|"[^"]*")|(?P<sign><>|<=|>=|!=|=+|<|>|,|[+*%]|-(?!-)|/(?!\*))|(?P<open>\()|(?P<close>\)))\s*""",
+    re.VERBOSE,
+)
+_WORDS = frozenset(["and", "or", "not", "in", "like", "ilike", "is", "null", "between", "true", "false", "escape"])
+DEEPEST = 50  # brackets within brackets
+
+
+def check_filter(where: str, columns: Callable[[], Sequence[str]]) -> None:
+    """Raises unless an SQL filter is one expression of columns, values and comparisons: no function, no second statement."""
+
+    def refuse(reason: str) -> StoreError:
+        return StoreError(
+            f"the filter {where[:200]!r} cannot be used: {reason}; it compares columns with values by =, <, >, IN, LIKE, "
+            "BETWEEN and IS NULL, joined by AND, OR, NOT, as in \"width > 500 AND label = 'cat'\""
+        )
+
+    at = depth = 0
+    known: list[str] | None = None
+    while at < len(where):
+        token = _TOKEN.match(where, at)
+        if token is None:
+            raise refuse(f"{where[at : at + 20].strip()!r} is no part of one")
+        at = token.end()
+        depth += (token["open"] is not None) - (token["close"] is not None)
+        if not 0 <= depth <= DEEPEST:
+            raise refuse(
+                "its brackets do not match" if depth < 0 else f"more than {DEEPEST} brackets within each other"
+            )
+        name = token["name"]
+        if name is not None and name.lower() not in _WORDS:
+            if where[at : at + 1] == "(":
+                raise refuse(f"{name} is a function")
+            known = known if known is not None else [*columns()]
+            plain = name.strip('`"')
+            if plain not in known and plain.lower() not in known:
+                only_known(f"the filter {where[:200]!r} cannot be used: there is no column", [plain], known)
+    if depth:
+        raise refuse("its brackets do not match")
+
+
 def first_line(error: BaseException) -> str:
     """The part of a LanceDB message that says something: no source locations, no second line."""
     text = str(error).split("\n")[0]

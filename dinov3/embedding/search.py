@@ -27,11 +27,13 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from dinov3.drawing import contact_sheet
 from dinov3.embedding.schema import as_matrix
 from dinov3.embedding.store import EmbeddingStore
 from dinov3.errors import StoreError
+from dinov3.files import check_free
 
 EXACT_LIMIT = 200_000  # rows; about 0.2 s for one query of D = 384
 QUERIES_AT_ONCE = 64
@@ -40,6 +42,7 @@ FEWEST_INDEXED = 256  # rows; what one cell's k-means is trained on
 FEWEST_CELLS, CELLS_SHARE = 16, 0.15  # how many cells of the index a query looks into
 REFINE = 25  # candidates re-ranked by full vectors, as a multiple of `top`
 SLACK = 10  # more candidates than requested: LanceDB's float32 distances may swap what float64 tells apart
+SHEET = "dinov3 contact sheet"  # what a PNG of ours says of itself
 TIE = 1e-6  # distances closer than this may be a tie, which paths decide
 
 
@@ -75,10 +78,10 @@ def search(
     where: str | None = None,
     columns: Sequence[str] | None = None,
     exact: bool | None = None,
-) -> list[list[Hit]]:
-    """The `top` nearest images to each query, best first, equal scores by path.
+) -> Any:
+    """The `top` nearest images to each query, best first, equal scores by path: a list of `Hit`, or a list of such lists.
 
-    `vectors` is [Q, D] or [D]; the result has one list per query. `where` is an SQL filter on the store's columns,
+    `vectors` is [D], one query and one list, or [Q, D], a list of lists. `where` is an SQL filter on the store's columns,
     applied before ranking, e.g. `"width > 640 AND label = 'cat'"`. `exact=True` scans whatever the size, `exact=False`
     insists on the index, None decides by the number of rows. A wrong query, filter or column is a `DinoError`.
     """
@@ -89,7 +92,7 @@ def search(
     store.check_columns(wanted)
     rows = store.count(where)
     if rows == 0:
-        return [[] for _ in queries]
+        return [] if np.ndim(vectors) == 1 else [[] for _ in queries]
     status = index_status(store)
     if exact is False and status is None:
         raise StoreError(f"the store at {store.uri} has no index; build it with build_index, or search exactly")
@@ -99,7 +102,7 @@ def search(
     results: list[list[Hit]] = []
     for start in range(0, len(queries), QUERIES_AT_ONCE):
         results += _search_some(store, queries[start : start + QUERIES_AT_ONCE], top, where, wanted, rows, cells)
-    return results
+    return results[0] if np.ndim(vectors) == 1 else results
 
 
 def build_index(store: EmbeddingStore) -> IndexStatus:
@@ -236,9 +239,27 @@ def sheet(
     hits: Sequence[Hit],
     out_png: str | os.PathLike[str],
     root: str | os.PathLike[str] = "",
+    *,
+    overwrite: bool = False,
 ) -> None:
-    """Writes `drawing.contact_sheet` of the query and its neighbours as a PNG; paths of hits are relative to `root`."""
+    """Writes `drawing.contact_sheet` of the query and its neighbours as a PNG; paths of hits are relative to `root`.
+
+    An earlier sheet is replaced, another file only with `overwrite`.
+    """
+    check_sheet(out_png, overwrite)
+    about = PngInfo()
+    about.add_text("Software", SHEET)
     try:
-        contact_sheet(query_image, hits, root).save(out_png, format="PNG")
+        contact_sheet(query_image, hits, root).save(out_png, format="PNG", pnginfo=about)
     except OSError as error:
         raise StoreError(f"cannot write the contact sheet {os.fspath(out_png)}: {error.strerror or error}") from error
+
+
+def check_sheet(out_png: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """Raises where a sheet would replace a file that is no sheet of ours, unless `overwrite`."""
+    try:
+        with Image.open(out_png, formats=["PNG"]) as image:
+            ours = image.info.get("Software") == SHEET
+    except (OSError, ValueError, SyntaxError):
+        ours = False
+    check_free(out_png, overwrite or ours)

@@ -40,6 +40,7 @@ from dinov3.embedding.place import (
     FAILED,
     IMAGES,
     LOCK,
+    check_filter,
     connect,
     first_line,
     has_table,
@@ -322,6 +323,8 @@ class EmbeddingStore:
 
     def read(self, ask: Callable[[Any], Any], where: str | None = None) -> Any:
         """`ask(table)`, once more if it fails on files that a compaction deleted meanwhile; errors are sentences."""
+        if where is not None:
+            check_filter(where, self._names_for_errors)
         what = f"the filter {where!r} cannot be used" if where else f"cannot read the store at {self.uri}"
         with saying(what, self._names_for_errors):
             try:

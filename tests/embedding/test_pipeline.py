@@ -264,7 +264,7 @@ def test_a_search_finds_the_image_itself_and_needs_the_same_weights(folder, tmp_
     again, preprocessing = model_of(store)
     assert preprocessing == RULE
     vector = query_vector(store, folder / "4.png", again, preprocessing)
-    (hits,) = search(store, vector, top=3)
+    hits = search(store, vector, top=3)
     assert hits[0].path == str(folder / "4.png")
     assert hits[0].score == pytest.approx(1, abs=1e-5)
     from dinov3.weights.writing import save

@@ -72,7 +72,7 @@ def test_exact_search_is_the_brute_force_over_all_rows(tmp_path, dtype, length):
 
 def test_one_query_may_come_as_a_vector_and_a_stored_one_finds_itself(small):
     store, vectors, _ = small
-    (hits,) = search(store, vectors[17])
+    hits = search(store, vectors[17])
     assert len(hits) == 10
     assert hits[0].path == "00017.jpg"
     assert hits[0].score == pytest.approx(1.0, abs=1e-12)
@@ -83,17 +83,17 @@ def test_many_queries_are_answered_as_each_alone(small):
     queries = np.concatenate([queries, queries])  # 80: more than are asked at once
     together = search(store, queries, top=3)
     assert len(together) == 80
-    assert together[70] == search(store, queries[70], top=3)[0]
+    assert together[70] == search(store, queries[70], top=3)
     assert together[:40] == together[40:]
 
 
 def test_a_filter_is_applied_before_ranking(small):
     store, vectors, queries = small
     odd = np.arange(300) % 2 == 1
-    (hits,) = search(store, queries[0], top=20, where="label = 'odd'", columns=["label", "stamp"])
+    hits = search(store, queries[0], top=20, where="label = 'odd'", columns=["label", "stamp"])
     assert [hit.path for hit in hits] == [path for path, _ in by_hand(vectors, queries[0], 20, odd)]
     assert hits[0].extra == {"label": "odd", "stamp": "1"}
-    assert len(search(store, queries[0], top=20, where="width <= 3")[0]) == 3
+    assert len(search(store, queries[0], top=20, where="width <= 3")) == 3
     assert search(store, queries[:2], where="width > 9999") == [[], []]
 
 
@@ -104,7 +104,7 @@ def test_ties_are_broken_by_path_also_when_they_reach_beyond_the_last_place(tmp_
     rest = [Row(f"other{n}.jpg", "h", "1", 1, 1, vector) for n, vector in enumerate(others)]
     with EmbeddingStore.create(tmp_path / "s", FACTS) as store:
         store.append([*reversed(copies), *rest])  # the store's own order is not the paths'
-        (hits,) = search(store, image, top=4)
+        hits = search(store, image, top=4)
         ((first, *_), *_) = search(store, np.stack([image, others[0]]), top=4)
     assert [hit.path for hit in hits] == ["00000.jpg", "00001.jpg", "00002.jpg", "00003.jpg"]
     assert len({hit.score for hit in hits}) == 1
@@ -113,7 +113,7 @@ def test_ties_are_broken_by_path_also_when_they_reach_beyond_the_last_place(tmp_
 
 def test_asking_for_more_than_there_is_gives_all(small):
     store, _, queries = small
-    assert len(search(store, queries[0], top=1000)[0]) == 300
+    assert len(search(store, queries[0], top=1000)) == 300
 
 
 def test_an_empty_store_has_no_neighbours(tmp_path):
@@ -201,10 +201,10 @@ def test_the_index_does_less_than_a_scan(indexed):
 def test_few_rows_behind_a_filter_and_exact_on_demand_are_scanned(indexed, monkeypatch):
     store, vectors, queries = indexed
     few = np.arange(5000) < 400
-    (hits,), used = found_by(monkeypatch, store, queries[0], where="width <= 400")
+    hits, used = found_by(monkeypatch, store, queries[0], where="width <= 400")
     assert not used
     assert [hit.path for hit in hits] == [path for path, _ in by_hand(vectors, queries[0], 10, few)]
-    (hits,), used = found_by(monkeypatch, store, queries[1], exact=True)
+    hits, used = found_by(monkeypatch, store, queries[1], exact=True)
     assert not used
     assert [hit.path for hit in hits] == [path for path, _ in by_hand(vectors, queries[1], 10)]
 
@@ -224,15 +224,15 @@ def test_images_newer_than_the_index_are_found_and_compaction_takes_them_in(tmp_
         status = index_status(store)
         assert status == IndexStatus(600, 1)
         assert status.stale
-        (hits,), used = found_by(monkeypatch, store, new, top=1)
+        hits, used = found_by(monkeypatch, store, new, top=1)
         assert used
         assert hits[0].path == "new.jpg"
         store.remove(["00000.jpg"])
-        assert "00000.jpg" not in {hit.path for hit in search(store, vectors[0])[0]}
+        assert "00000.jpg" not in {hit.path for hit in search(store, vectors[0])}
         store.compact()
         assert not index_status(store).stale
-        assert search(store, new, top=1)[0][0].path == "new.jpg"
-        assert "00000.jpg" not in {hit.path for hit in search(store, vectors[0])[0]}
+        assert search(store, new, top=1)[0].path == "new.jpg"
+        assert "00000.jpg" not in {hit.path for hit in search(store, vectors[0])}
 
 
 def test_a_store_too_small_for_an_index_is_told_so(tmp_path):
@@ -306,3 +306,50 @@ def test_long_names_are_shortened_in_the_middle():
     assert short.startswith("holiday")
     assert short.endswith("0042.jpg")
     assert drawing._shortened("a.jpg", font, 220) == "a.jpg"
+
+
+def test_a_sheet_replaces_a_sheet_but_no_photograph(tmp_path):
+    photo, drawn = tmp_path / "a.png", tmp_path / "sheet.png"
+    Image.new("RGB", (10, 10), "red").save(photo)
+    before = photo.read_bytes()
+    for _ in range(2):
+        sheet(photo, [], drawn)
+    with pytest.raises(DinoError, match=r"a.png exists already: give another name, or --overwrite"):
+        sheet(photo, [], photo)
+    assert photo.read_bytes() == before
+    sheet(photo, [], photo, overwrite=True)
+    assert photo.read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    "where, reason",
+    [
+        ("width > 3; DROP TABLE images", "'; DROP TABLE images' is no part"),
+        ("repeat('a', 1000000000) = 'a'", "repeat is a function"),
+        ("label = repeat ('a', 9)", "repeat is a function"),
+        ("width > 3 -- or not", "'-- or not' is no part"),
+        ("width > 3 /* all */", r"'/\* all \*/' is no part"),
+        ("(" * 60 + "width > 3" + ")" * 60, "more than 50 brackets"),
+        ("(width > 3", "brackets do not match"),
+        ("width > 3)", "brackets do not match"),
+        ("label = 'it", "is no part"),
+        ("CAST(width AS STRING) = '3'", "CAST is a function"),
+    ],
+)
+def test_a_filter_is_one_comparison_of_columns(small, where, reason):
+    with pytest.raises(StoreError, match=reason) as caught:
+        small[0].count(where)
+    assert "it compares columns with values" in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "width > -5 AND NOT (label = 'even' OR label IN ('x', 'it''s (;)'))",
+        "label LIKE 'o%' AND width BETWEEN 1 AND 1000 AND stamp IS NOT NULL AND label <> 'a--b'",
+        'width + 2 * 3 >= 1 and `label` != "path" and true',
+    ],
+)
+def test_a_filter_may_use_every_comparison(small, where):
+    assert small[0].count(where) > 0
