@@ -21,6 +21,8 @@ _WHERE = {
     "Features": "dinov3.features",
     "Preprocessing": "dinov3.data.transforms.inputs",
     "DinoError": "dinov3.errors",
+    "push_to_hub": "dinov3.export.convert",
+    "save_pretrained": "dinov3.export.convert",
 }
 __all__ = [
     "DinoError",
@@ -32,11 +34,14 @@ __all__ = [
     "extract",
     "list_models",
     "load",
+    "push_to_hub",
+    "save_pretrained",
 ]
 
 if TYPE_CHECKING:
     from dinov3.data.transforms.inputs import Preprocessing
     from dinov3.errors import DinoError
+    from dinov3.export.convert import push_to_hub, save_pretrained
     from dinov3.features import Features, default_preprocessing, embed, encode, extract
     from dinov3.hub import list_models, load
 

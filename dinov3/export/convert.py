@@ -2,6 +2,7 @@
 
     convert("dinov3_vits16_pretrain_lvd1689m-08c60483.pth", "out", "transformers")
     convert("facebook/dinov3-vits16-pretrain-lvd1689m", "out", "timm")      # timm.create_model("local-dir:out", …)
+    save_pretrained(model, "out")                                           # what is in memory; push_to_hub(model, "me/it")
 
 Beside the model lies what its form cannot hold (`dinov3_residue.safetensors`, see `dinov3.weights.formats`), which this
 package merges back on loading, so that a detour through another library's files is lossless bit for bit; and the licence
@@ -15,20 +16,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dinov3.errors import DinoError, one_of, without_secrets
+from dinov3.errors import DinoError, one_of, require, without_secrets
 from dinov3.files import atomically, remove_leftovers
 from dinov3.models.architectures import ConvNeXtConfig, ViTConfig
+from dinov3.models.convnext import ConvNeXt
+from dinov3.models.vit import VisionTransformer
 from dinov3.weights import configs, formats, identity, reading, writing
 from dinov3.weights import download as cache
-from dinov3.weights.catalog import STATISTICS, Row
+from dinov3.weights.catalog import ROWS, STATISTICS, Row
 
 LICENCE_URL = "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"
 
@@ -64,11 +68,57 @@ def convert(
     is there and not empty.
     """
     one_of("the form", to, formats.FORMS)
-    out = Path(out_dir)
+    out = _empty(out_dir)
+    return _write(reading.open(source, periods=periods), out, to, dtype, max_shard_bytes)
+
+
+def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], to: formats.Form = "transformers") -> Report:
+    """Writes a backbone of this package, as it is in memory, to a folder that `load` and the library of the form open.
+
+    Raises `DinoError` for another library's model, and as `convert` does.
+    """
+    if not isinstance(model, (VisionTransformer, ConvNeXt)):
+        raise DinoError(
+            f"a {type(model).__name__} is no backbone of this package; heads have `hub.own_heads.save_head`"
+        )
+    origin: Any = getattr(model, "origin", None)
+    rows = tuple(row for row in ROWS if origin is not None and row.id == origin.name)
+    source = origin.source if origin is not None else "a model in memory"
+    statistics = {"mean": origin.mean, "std": origin.std} if origin is not None else {}
+    state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
+    opened = reading.OpenedWeights(state, "meta", model.config, rows, source, Path(source), **statistics)
+    return _write(opened, _empty(folder), to)
+
+
+def push_to_hub(model: nn.Module, repository: str, *, private: bool = False, token: str | None = None) -> str:
+    """Uploads `save_pretrained`'s folder to a Hugging Face repository `name/model`, made if need be; its URL.
+
+    `load(weights="name/model")` opens it again. Raises `MissingExtra` without huggingface_hub, whose errors pass through.
+    """
+    hub = require("huggingface_hub", "hub", "uploading to Hugging Face")
+    api = hub.HfApi(token=token)
+    with tempfile.TemporaryDirectory() as temporary:
+        save_pretrained(model, Path(temporary) / "model")
+        url = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=Path(temporary) / "model")
+    return str(url)
+
+
+def _empty(folder: str | os.PathLike[str]) -> Path:
+    out = Path(folder)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DinoError(f"{out} is not an empty folder; name a new one, nothing is overwritten")
     remove_leftovers(out)
-    opened = reading.open(source, periods=periods)
+    return out
+
+
+def _write(
+    opened: reading.OpenedWeights,
+    out: Path,
+    to: formats.Form,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: float = 5e9,
+) -> Report:
     state, config, notes = opened.state_dict, opened.config, list(opened.notes)
     if dtype is not None:
         state = {k: v if k == "rope_embed.periods" else v.to(dtype) for k, v in state.items()}
@@ -118,11 +168,15 @@ def convert(
 
 
 def preprocessor_config(mean: tuple[float, float, float], std: tuple[float, float, float]) -> dict[str, Any]:
-    """transformers' image processor for DINOv3: 224×224 bilinear after division by 255, then these statistics."""
+    """transformers' image processor for DINOv3 at the size of `dinov3.embed` (Meta's files say 224): 256×256, bilinear, then
+    these statistics. It divides by 255 before it resizes, which moves features by about 1e-4 of a cosine.
+
+    The name with "Fast" opens in transformers 4.56 and 5, the one without only in 5.
+    """
     return {
         "image_processor_type": "DINOv3ViTImageProcessorFast",  # transformers 4.56 knows this name only, 5 knows both
         "do_resize": True,
-        "size": {"height": 224, "width": 224},
+        "size": {"height": 256, "width": 256},
         "resample": 2,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
@@ -186,10 +240,19 @@ def _dtype_name(tensors: Mapping[str, Tensor]) -> str:
 def _write_licence(work: Path, opened: reading.OpenedWeights, row: Row | None) -> None:
     """The licence and notice files found beside the input; without any, a NOTICE that says whose terms apply."""
     folder = opened.path if opened.path.is_dir() else opened.path.parent
-    found = [p for pattern in ("LICEN[SC]E*", "NOTICE*") for p in sorted(folder.glob(pattern)) if p.is_file()]
+    patterns = ("LICEN[SC]E*", "NOTICE*") if opened.path.exists() else ()
+    found = [p for pattern in patterns for p in sorted(folder.glob(pattern)) if p.is_file()]
     for path in found:
         shutil.copyfile(path, work / path.name)
     if found:
+        return
+    if opened.rows and opened.rows[0].packaged:
+        text = (
+            "These weights are the small model of the dinov3 package, under the Apache License 2.0. Its card there,\n"
+        )
+        (work / "NOTICE").write_text(
+            text + "docs/model-card-vitt16.md, holds the attributions of what it was trained on.\n"
+        )
         return
     name = opened.path.name if opened.path.exists() and "://" not in opened.source else without_secrets(opened.source)
     text = f"These weights are a conversion of {name}; the terms of that source go with them.\n"

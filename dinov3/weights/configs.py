@@ -328,7 +328,7 @@ def timm_config(
             "pool_size": None if isinstance(config, ViTConfig) else [7, 7],
             "first_conv": "patch_embed.proj" if isinstance(config, ViTConfig) else "stem.0",
             "classifier": "head" if isinstance(config, ViTConfig) else "head.fc",
-            "license": "dinov3-license",
+            "license": "apache-2.0" if row is not None and row.packaged else "dinov3-license",
         },
     }
 

@@ -179,6 +179,76 @@ def test_statistics_of_the_source_are_written(tmp_path, oracles):
     assert their_model("timm", tmp_path / "timm").pretrained_cfg["std"] == sat["std"]
 
 
+def test_transformers_sees_an_image_as_embed_does(tmp_path, oracles, skimage_images):
+    from PIL import Image
+    from transformers import AutoImageProcessor, AutoModel
+
+    import dinov3
+
+    model = dinov3.load()
+    convert(model.origin.source, tmp_path / "tf", "transformers")
+    assert json.loads((tmp_path / "tf" / "preprocessor_config.json").read_text())["image_processor_type"].endswith(
+        "Fast"
+    )
+    image = Image.open(skimage_images / "coffee.png")
+    inputs = AutoImageProcessor.from_pretrained(tmp_path / "tf")(images=image, return_tensors="pt")
+    with torch.no_grad():
+        theirs = AutoModel.from_pretrained(tmp_path / "tf", dtype=torch.float32).eval()(**inputs).pooler_output
+    assert torch.cosine_similarity(theirs, dinov3.embed(model, image).cls).item() > 0.9995  # 0.992 at 224
+
+
+@pytest.mark.parametrize("form", formats.FORMS)
+def test_a_model_in_memory_is_saved_and_loaded_again(form, tmp_path):
+    import dinov3
+
+    model = dinov3.load("dinov3_vits16", "random")
+    with torch.no_grad():
+        model.norm.weight.mul_(2)  # trained since
+    dinov3.save_pretrained(model, tmp_path / "out", form)
+    again = dinov3.load(None, tmp_path / "out")
+    assert identity.fingerprint(again) == identity.fingerprint(model)
+    with pytest.raises(DinoError, match="is not an empty folder"):
+        dinov3.save_pretrained(model, tmp_path / "out", form)
+    with pytest.raises(DinoError, match="a Linear is no backbone"):
+        dinov3.save_pretrained(torch.nn.Linear(1, 1), tmp_path / "x")
+
+
+def test_what_is_pushed_is_the_saved_folder(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    import dinov3
+
+    calls = {}
+
+    class Api:
+        def __init__(self, token):
+            calls["token"] = token
+
+        def create_repo(self, repository, *, private, exist_ok):
+            calls["repository"] = (repository, private, exist_ok)
+            return f"https://huggingface.co/{repository}"
+
+        def upload_folder(self, *, repo_id, folder_path):
+            calls["files"] = sorted(p.name for p in folder_path.iterdir())
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    assert dinov3.push_to_hub(dinov3.load(), "me/small", private=True, token="t") == "https://huggingface.co/me/small"
+    assert (calls["token"], calls["repository"]) == ("t", ("me/small", True, True))
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "NOTICE"} <= set(calls["files"])
+
+
+def test_our_own_model_keeps_its_licence(tmp_path):
+    import dinov3
+
+    source = dinov3.load().origin.source
+    for form in ("transformers", "timm"):
+        convert(source, tmp_path / form, form)
+        notice = (tmp_path / form / "NOTICE").read_text()
+        assert "Apache License 2.0" in notice
+        assert "DINOv3 License" not in notice
+    assert json.loads((tmp_path / "timm" / "config.json").read_text())["pretrained_cfg"]["license"] == "apache-2.0"
+
+
 def test_timm_takes_the_file_as_a_checkpoint_path_too(tmp_path, oracles):
     import timm
 
