@@ -64,7 +64,9 @@ class EmbedOptions:
 @config_options(EmbedOptions)
 def embed(
     config: EmbedOptions,
-    source: Annotated[str, typer.Argument(help="Folder, image, list file, tar shards or parquet.")],
+    sources: Annotated[
+        list[str], typer.Argument(metavar="SOURCE…", help="Folders, images, list files, tar shards, parquet, videos.")
+    ],
     out: Annotated[str, typer.Option(help="The store: a folder, or s3://, gs://, az://.")],
     model: Annotated[
         str | None, typer.Option(help="A name from `dinov3 models`. Default: what the weights are.")
@@ -76,11 +78,11 @@ def embed(
     c, batch_size = config, batch_of(config.batch)
     import torch
 
-    from dinov3.data.sources import open_source
+    from dinov3.data.sources import open_sources
     from dinov3.features import default_preprocessing
     from dinov3.hub import HEADS, load
 
-    images = open_source(source, column=c.column, recursive=c.recursive)
+    images = open_sources(sources, column=c.column, recursive=c.recursive)
     is_text = model in HEADS and HEADS[model].task == "text"
     if is_text:
         from dinov3.hub.dinotxt import ImageSide, open_towers

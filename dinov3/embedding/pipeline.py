@@ -384,7 +384,9 @@ def follow_root(store: EmbeddingStore, source: Source) -> bool:
     table = store.rows(["path", "stamp"])
     names = map(store.stored, table["path"].to_pylist())
     sizes = {n: s.partition("-")[0] for n, s in zip(names, table["stamp"].to_pylist()) if not os.path.isabs(n)}
-    same = sum(sizes.get(item.path) == item.stamp.partition("-")[0] for item in source)
+    base = source.root.rstrip(os.sep) + os.sep
+    found = ((os.path.join(base, item.path).removeprefix(base), item.stamp.partition("-")[0]) for item in source)
+    same = sum(sizes.get(name) == size for name, size in found)
     if 2 * same <= min(len(sizes), len(source)):
         return False
     store.set_root(source.root)

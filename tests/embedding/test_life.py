@@ -199,6 +199,32 @@ def test_many_moves_are_committed_together(life, photos, monkeypatch) -> None:
     assert len(life.vectors()) == N
 
 
+def test_several_folders_and_images_on_one_command(life, photos, tmp_path, capsys) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for i in range(3):
+        draw(other / f"{i}.jpg", 500 + i)
+    options = ["--model", "dinov3_vits16", "--weights", "random", "--size", "32", "--device", "cpu", "--json"]
+
+    def embed(*sources: Path) -> dict:
+        arguments = ["embed", *map(str, sources), "--out", str(tmp_path / "many"), *options]
+        done = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)
+
+    assert embed(photos / "01.jpg", photos / "02.jpg", other)["embedded"] == 5
+    report = embed(photos, other)
+    assert (report["found"], report["embedded"], report["skipped"]) == (N + 3, N - 2, 5)
+    (other / "1.jpg").unlink()
+    assert embed(photos, other, other / "0.jpg")["deleted"] == [str(other / "1.jpg")]
+    gathered = tmp_path / "gathered"
+    gathered.mkdir()
+    photos.rename(gathered / "photos")
+    other.rename(gathered / "other")
+    report = embed(gathered / "photos", gathered / "other")
+    assert (report["moved"], report["embedded"]) == (N + 2, 0)
+
+
 # ---- upkeep ---------------------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,6 @@ Left out: remote addresses (mount or copy first), zip and other archives, and wh
 """
 
 from dinov3.data.sources.items import Item, Place
-from dinov3.data.sources.listing import Source, open_source
+from dinov3.data.sources.listing import Source, open_source, open_sources
 
-__all__ = ["Item", "Place", "Source", "open_source"]
+__all__ = ["Item", "Place", "Source", "open_source", "open_sources"]

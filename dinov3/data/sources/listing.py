@@ -10,10 +10,10 @@ import json
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import Any, Protocol
 
 from dinov3.data.images import IMAGE_SUFFIXES, image_suffix, is_image_header, os_reason, read_file
 from dinov3.data.sources.items import (
@@ -75,6 +75,37 @@ def open_source(spec: str | os.PathLike[str], *, column: str | None = None, recu
     else:
         raise DinoError(_nonexistent(Path(text)))
     return listing.close(text, str(root))
+
+
+def open_sources(specs: Sequence[str | os.PathLike[str]], **options: Any) -> Source:
+    """Several sources as one, with absolute paths; its root is the folder that holds them all. Options: `open_source`'s."""
+    sources = [open_source(spec, **options) for spec in specs]
+    if len(sources) == 1:
+        return sources[0]
+    try:
+        root = os.path.commonpath([source.root for source in sources])
+    except ValueError:  # none at all, or two drives
+        raise DinoError("give at least one source, and all of them on one drive") from None
+    return _Several(f"{len(sources)} sources", "mixed", sum(source.skipped for source in sources), root, sources)
+
+
+@dataclass
+class _Several:
+    """Sources, one after the other."""
+
+    name: str
+    kind: str
+    skipped: int
+    root: str
+    sources: list[Source]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.sources))
+
+    def __iter__(self) -> Iterator[Item]:
+        for source in self.sources:
+            for item in source:
+                yield replace(item, path=os.path.join(source.root, item.path))
 
 
 @dataclass
