@@ -175,15 +175,15 @@ class Checkpoints:
         return target
 
     def _keep(self, target: Path) -> None:
-        kept, partial = target.with_name(f"{target.name}_keep"), target.with_name(f".{target.name}_keep.partial")
+        copy, partial = target.with_name(f"{target.name}_keep"), target.with_name(f".{target.name}_keep.partial")
         shutil.rmtree(partial, ignore_errors=True)
         try:
             shutil.copytree(target, partial, copy_function=os.link)
         except OSError:  # a file system without hard links
             shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(target, partial)
-        shutil.rmtree(kept, ignore_errors=True)
-        partial.rename(kept)
+        shutil.rmtree(copy, ignore_errors=True)
+        partial.rename(copy)
 
     def _prune(self) -> None:
         if self.max_to_keep is not None:
@@ -315,7 +315,7 @@ def load(path: Path, tensors: Tensors, *, group: Group = None, alone: bool = Fal
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error, of one rank where several failed."""
+    """The first line of an error, of one rank where more failed."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return (str(error) or type(error).__name__).splitlines()[0][:200]
@@ -374,32 +374,32 @@ def random_states(group: Group = None) -> list[dict[str, Any]]:
         return base64.b64encode(x).decode()
 
     numpy_state: Any = np.random.get_state(legacy=True)
-    mine: dict[str, Any] = {
+    own: dict[str, Any] = {
         "torch": text(torch.get_rng_state().numpy().tobytes()),
         "python": random.getstate(),
         "numpy": [numpy_state[0], text(numpy_state[1].tobytes()), *numpy_state[2:]],
     }
     if torch.cuda.is_available():
-        mine["cuda"] = text(torch.cuda.get_rng_state().numpy().tobytes())
-    return distributed.gather_objects(mine, group)
+        own["cuda"] = text(torch.cuda.get_rng_state().numpy().tobytes())
+    return distributed.gather_objects(own, group)
 
 
 def restore_random_states(states: list[dict[str, Any]], group: Group = None) -> bool:
     """Sets this rank's generators; False if so many ranks were not saved, and they stay as they are."""
     if len(states) != distributed.world(group):
         return False
-    mine = states[distributed.rank(group)]
+    own = states[distributed.rank(group)]
 
     def tensor(text: str) -> Tensor:
         return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
 
-    torch.set_rng_state(tensor(mine["torch"]))
-    version, numbers, gauss = mine["python"]
+    torch.set_rng_state(tensor(own["torch"]))
+    version, numbers, gauss = own["python"]
     random.setstate((version, tuple(numbers), gauss))
-    kind, keys, *rest = mine["numpy"]
+    kind, keys, *rest = own["numpy"]
     np.random.set_state((kind, np.frombuffer(base64.b64decode(keys), np.uint32), *rest))
-    if "cuda" in mine and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensor(mine["cuda"]))
+    if "cuda" in own and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensor(own["cuda"]))
     return True
 
 

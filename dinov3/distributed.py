@@ -1,11 +1,11 @@
-"""Who am I among how many, and how do we add things up: ranks, subgroups, gather and reduce.
+"""Ranks, process groups, gather and reduce.
 
 Everything here works alone: with no process group every reduction is the identity, every gather returns what came in,
 and `rank()` is 0 of `world()` 1. So the losses and the training loop are written once, for any number of processes,
 and run in a plain `python` on a laptop. Where a function takes `group`, None means all processes.
 
 Collectives run over NCCL for CUDA tensors and gloo for CPU tensors. Nothing is silenced: a process that must not
-speak asks `is_main()`.
+log checks `is_main()`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from dinov3.errors import DinoError
 Group = Any  # a torch.distributed.ProcessGroup, or None for all processes; the class is absent from some torch builds
 T = TypeVar("T")
 
-# ---- who started us ------------------------------------------------------------------------------------------------
+# ---- the launcher --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Launch:
-    """This process's place, as its launcher tells it through the environment."""
+    """This process's place, from the environment that its launcher set."""
 
-    how: str  # "torchrun" (or whoever sets the same variables) | "slurm" | "single"
+    how: str  # "torchrun" (or another launcher with the same variables) | "slurm" | "single"
     rank: int = 0
     world: int = 1
     local_rank: int = 0  # on this machine
@@ -46,7 +46,7 @@ def detect(environ: Mapping[str, str] | None = None) -> Launch:
     """The first that applies: torchrun's variables, a SLURM step's variables, a single process.
 
     RANK and WORLD_SIZE without torchrun count as torchrun: Kubernetes operators and Ray set them. SLURM needs
-    SLURM_PROCID, so that `python` typed inside an allocation is one process and waits for nobody.
+    SLURM_PROCID, so that `python` typed inside an allocation is one process without a group.
     """
     env = os.environ if environ is None else environ
 
@@ -86,7 +86,7 @@ def detect(environ: Mapping[str, str] | None = None) -> Launch:
     else:
         return Launch(how="single")
     if launch.rank >= launch.world:
-        raise DinoError(f"{launch.how} says rank {launch.rank} of {launch.world} processes; ranks count from 0")
+        raise DinoError(f"{launch.how} gives rank {launch.rank} of {launch.world} processes; ranks count from 0")
     return launch
 
 
@@ -135,7 +135,7 @@ def _device(device: str | torch.device | None, launch: Launch) -> torch.device:
     if chosen.index is not None:
         if launch.local_world > 1:
             raise DinoError(
-                f"{launch.local_world} processes on this machine cannot all use {chosen}; say cuda, each takes its own"
+                f"{launch.local_world} processes on this machine cannot all use {chosen}; pass cuda, each takes its own"
             )
         return chosen
     if 1 < there < launch.local_world:
@@ -149,7 +149,7 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-# ---- who am I ------------------------------------------------------------------------------------------------------
+# ---- ranks ---------------------------------------------------------------------------------------------------------
 
 
 def together() -> bool:
@@ -198,15 +198,15 @@ def subgroup(parts: Sequence[Sequence[int]]) -> Group:
         raise DinoError(f"the groups name ranks {named}, but must name each of 0 to {world() - 1} exactly once")
     if len(parts) == 1 or not together():
         return dist.group.WORLD if together() else None
-    mine = None
+    own = None
     for part in parts:  # creating a group is itself collective: every rank creates all of them, in the same order
         group = dist.new_group(list(part))
         if rank() in part:
-            mine = group
-    return mine
+            own = group
+    return own
 
 
-# ---- adding up -----------------------------------------------------------------------------------------------------
+# ---- reductions ----------------------------------------------------------------------------------------------------
 
 
 def barrier(group: Group = None) -> None:
@@ -237,7 +237,7 @@ def average(values: Mapping[str, Tensor | float], group: Group = None) -> dict[s
     return dict(zip(values, all_reduce(stacked, "mean", group).tolist()))
 
 
-# ---- bringing together ---------------------------------------------------------------------------------------------
+# ---- gathering -----------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -255,7 +255,7 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
 
 @torch.no_grad()
 def all_gather(x: Tensor, group: Group = None) -> Tensor:
-    """Everybody's rows in rank order, [n_r, …] → [Σ n_r, …]; n_r may differ between ranks and be 0. No gradient."""
+    """All ranks' rows in rank order, [n_r, …] → [Σ n_r, …]; n_r may differ between ranks and be 0. No gradient."""
     x = x.detach()
     if world(group) == 1:
         return x
@@ -285,7 +285,7 @@ class _AllGather(torch.autograd.Function):
 
 
 def all_gather_with_gradient(x: Tensor, group: Group = None) -> Tensor:
-    """Everybody's rows in rank order, [n, …] → [W·n, …], n the same on every rank; the gradient comes back.
+    """All ranks' rows in rank order, [n, …] → [W·n, …], n the same on every rank; the gradient comes back.
 
     A rank's rows receive the sum of the gradients of *all* ranks' losses, so every rank must run backward. After the
     average over ranks that data parallelism takes, this is the gradient of the mean of the ranks' losses.
@@ -311,7 +311,7 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 
 
 def broadcast_object(item: Any) -> Any:
-    """What the main process brought; the others' `item` is ignored."""
+    """The object of the main process; the others' `item` is ignored."""
     if not together():
         return item
     box = [item]

@@ -41,7 +41,7 @@ def parallelize(
 ) -> None:
     """Prepares {"backbone": …, "dino_head": …, …}, in place and on `device`, holding the values they are to begin with.
 
-    `trained`: activations are kept for a backward pass; only then is there anything to checkpoint. `checkpointing`:
+    `trained`: activations are stored for a backward pass; only then is there anything to checkpoint. `checkpointing`:
     "none" | "selective" (keep the results of matrix products and attention, recompute the rest) | "full". `param_dtype`
     is what sharded weights are gathered and computed in (a single process uses `precision`); parameters stay float32.
     """
@@ -64,8 +64,8 @@ def units(backbone: nn.Module) -> list[nn.ModuleList | nn.Sequential]:
 
 # ---- 1: activation checkpointing ------------------------------------------------------------------------------------
 
-# What is dear to compute and small to keep.
-KEPT = (
+# Expensive to compute and small to store.
+SAVED_OPS = (
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
@@ -83,7 +83,7 @@ def checkpoint_activations(backbone: nn.Module, *, selective: bool) -> None:
     from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
     def policy(_context: Any, op: Any, *_args: Any, **_options: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if op in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
 
     options: dict[str, Any] = {"checkpoint_impl": CheckpointImpl.NO_REENTRANT, "preserve_rng_state": True}
     if selective:
@@ -183,7 +183,7 @@ def precision(device: torch.device, param_dtype: str, group: Group = None) -> It
 
 
 def whole(x: Tensor) -> Tensor:
-    """A sharded tensor's full value, on every rank (all of them must ask); a plain one as it is."""
+    """A sharded tensor's full value, on every rank (all of them must call); a plain one as it is."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 

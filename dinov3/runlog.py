@@ -1,4 +1,4 @@
-"""What a run leaves behind and what it says while it runs.
+"""The folder of a run, its metrics file, its log and its progress line.
 
     <output>/resolved.yaml     the configuration with every value      resolved.1.yaml …: earlier ones, if it changed
              metrics.jsonl     one JSON object per record, `iteration` first
@@ -143,15 +143,15 @@ class RunDir:
             sink.config(to_dict(config))
 
     def _save_config(self, config: Any) -> None:
-        """An earlier configuration that differs is kept under a number: a resumed run may change its mind."""
+        """An earlier configuration that differs is renamed with a number: a resumed run may have another configuration."""
         with atomically(self.config_file) as temporary:
             dump(config, temporary)
             if self.config_file.exists() and self.config_file.read_bytes() != temporary.read_bytes():
                 n = 1
-                while (kept := self.path / f"resolved.{n}.yaml").exists():
+                while (earlier := self.path / f"resolved.{n}.yaml").exists():
                     n += 1
-                os.replace(self.config_file, kept)
-                self.log(f"the configuration differs from that of the last start, which is kept as {kept.name}")
+                os.replace(self.config_file, earlier)
+                self.log(f"the configuration differs from that of the last start, which is kept as {earlier.name}")
 
     def log(self, text: str) -> None:
         """One event, one line: on the console and in log.txt."""
@@ -205,19 +205,19 @@ def cut_metrics(file: str | os.PathLike[str], iteration: int) -> int:
     if not path.exists():
         return 0
     records = list(read_metrics(path))
-    kept = [r for r in records if r.get("iteration", -1) < iteration]
-    text = "".join(json.dumps(r) + "\n" for r in kept)
+    remaining = [r for r in records if r.get("iteration", -1) < iteration]
+    text = "".join(json.dumps(r) + "\n" for r in remaining)
     if text != path.read_text(encoding="utf-8", errors="replace"):
         with atomically(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    return len(records) - len(kept)
+    return len(records) - len(remaining)
 
 
-# ---- the line that says how it goes ---------------------------------------------------------------------------------
+# ---- progress -------------------------------------------------------------------------------------------------------
 
 
 class Progress:
-    """Times the loop and says, every so often, how far it is: one line, one record, one wait for the device.
+    """Times the loop and logs its progress at intervals: one line, one record, one wait for the device.
 
         progress = Progress(run, total=1000, images_per_step=64)
         for it, batch in …:
@@ -356,11 +356,11 @@ def peak_memory_gb(device: torch.device) -> float:
     return peak / (1e9 if sys.platform == "darwin" else 1e6)  # bytes there, kilobytes elsewhere
 
 
-# ---- an image of it ------------------------------------------------------------------------------------------------
+# ---- curves --------------------------------------------------------------------------------------------------------
 
 
 def plot(metrics: str | os.PathLike[str], out: str | os.PathLike[str]) -> str:
-    """Loss terms above, k-NN accuracy below, over iterations; the sentence says what became of it.
+    """Loss terms above, k-NN accuracy below, over iterations; returns a log line.
 
     Without matplotlib nothing is drawn and that is no error: a run does not die of a missing image.
     """

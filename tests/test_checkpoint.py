@@ -40,7 +40,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
     assert checkpoint.read_tensors(path, "model.")["weight"].shape == (3, 2)
 
 
-def test_only_the_newest_are_kept_and_every_nth_for_ever(tmp_path: Path) -> None:
+def test_only_the_newest_and_every_nth_checkpoint_stay(tmp_path: Path) -> None:
     kept = Checkpoints(tmp_path, max_to_keep=2, keep_every=20)
     for iteration in (9, 19, 29, 39, 49):
         kept.save(iteration, some(iteration), {})
@@ -181,7 +181,7 @@ def test_a_tensor_that_is_not_finite_is_refused(value: float, tmp_path: Path) ->
     assert names(tmp_path) == []
 
 
-def test_a_checkpoint_of_other_shapes_is_refused_in_words(tmp_path: Path) -> None:
+def test_a_checkpoint_of_other_shapes_is_an_error(tmp_path: Path) -> None:
     path = Checkpoints(tmp_path).save(9, some(), {})
     with pytest.raises(DinoError, match=r"another configuration: model.weight is \[3, 2\] there and \[4, 2\] here"):
         checkpoint.load(path, {"model.weight": torch.zeros(4, 2)})
@@ -275,7 +275,7 @@ def test_metadata_may_not_change_classes_or_leave_the_folder(tmp_path: Path) -> 
     assert checkpoint.load(path, some(0.0)) == []
 
 
-def test_all_generators_go_on_where_they_were() -> None:
+def test_all_generators_are_restored() -> None:
     def draw() -> list[float]:
         return [random.random(), float(np.random.standard_normal()), float(torch.rand(())), random.gauss(0, 1)]
 
@@ -290,7 +290,7 @@ def test_all_generators_go_on_where_they_were() -> None:
     assert not checkpoint.restore_random_states(states * 2)  # saved by two processes: this one has no share
 
 
-def test_the_optimiser_goes_on_bit_identical(tmp_path: Path) -> None:
+def test_the_optimiser_resumes_bit_identical(tmp_path: Path) -> None:
     def fresh() -> tuple[nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)
         model = nn.Linear(3, 2)

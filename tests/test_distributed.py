@@ -110,7 +110,7 @@ def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None
         distributed._device("cuda", launch)
 
 
-def test_a_machine_without_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_without_a_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(DinoError, match="device=cpu"):
         distributed._device("cuda", Launch("single"))

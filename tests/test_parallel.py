@@ -207,7 +207,7 @@ def whole_run(config_file: str, images: str, out: str, overrides: list[str]) -> 
     return train(config, out, notes=notes)
 
 
-def test_a_run_of_one_process_goes_on_with_two_and_ends_as_with_one(tmp_path: Path) -> None:
+def test_a_run_of_one_process_resumes_with_two_and_ends_as_with_one(tmp_path: Path) -> None:
     """Everything is resharded; k-NN, dumps and checkpoints work sharded; the global batch stays 4."""
     config, images = write_config(tmp_path), str(write_images(tmp_path / "images"))
     knn = [f"evaluation.knn_train_dataset={images}", f"evaluation.knn_val_dataset={images}", "evaluation.knn_k=3"]
@@ -271,7 +271,7 @@ def test_two_ranks_train_with_a_head_of_weight_zero_and_fail_together(tmp_path: 
     assert len(checkpoint.Checkpoints(tmp_path / "run" / "stop" / "ckpt").all()) > 0
 
 
-def test_settings_that_do_not_fit_the_number_of_processes_are_refused_in_words() -> None:
+def test_settings_that_do_not_fit_the_number_of_processes_are_errors() -> None:
     from dinov3.config.train import TrainConfig, check_scale
 
     config = TrainConfig(dino=DinoConfig(koleo_loss_distributed=True, koleo_distributed_loss_group_size=48))

@@ -56,7 +56,7 @@ def test_the_folder_holds_the_configuration_that_reads_back(tmp_path):
     assert sorted(p.name for p in run.path.iterdir()) == ["ckpt", "eval", "plots", "resolved.yaml"]
 
 
-def test_an_earlier_configuration_that_differs_is_kept(tmp_path):
+def test_an_earlier_configuration_that_differs_is_renamed(tmp_path):
     run, console = started(tmp_path)
     first = run.config_file.read_text()
     run.start(TrainConfig())
@@ -244,7 +244,7 @@ def test_losses_and_knn_are_plotted(tmp_path):
     assert len(list(run.plots.iterdir())) == 2
 
 
-def test_without_matplotlib_or_losses_a_sentence_says_why(tmp_path, monkeypatch):
+def test_without_matplotlib_or_losses_the_log_line_has_the_reason(tmp_path, monkeypatch):
     run, _ = started(tmp_path)
     assert "holds no losses" in runlog.plot(run.metrics_file, tmp_path / "x.png")
     run.record(0, {"total_loss": 1.0})

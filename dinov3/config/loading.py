@@ -138,8 +138,8 @@ class _Loader:
                 self.set(key, _member(_floats(value, hint), hint))
             except Exception as error:
                 first = str(error).splitlines()[0]
-                near = did_you_mean(str(value), map(str, literals(hint)))
-                nested = first if "Key '" in first else f"expected {_type_name(hint)}, not {value!r}{near}"
+                hint_text = did_you_mean(str(value), map(str, literals(hint)))
+                nested = first if "Key '" in first else f"expected {_type_name(hint)}, not {value!r}{hint_text}"
                 self.reject(key, source, nested)
                 continue
             if self.origin.get(key) not in (None, source, "command line") and source != "command line":
@@ -258,7 +258,7 @@ def _leaves(tree: Mapping[Any, Any], cls: type[Any] | None, prefix: str = "") ->
 
 
 def _floats(value: Any, hint: Any) -> Any:
-    """Whole numbers as floats where a union asks for floats: OmegaConf converts them elsewhere, but not in unions."""
+    """Whole numbers as floats where a union takes floats: OmegaConf converts them elsewhere, but not in unions."""
     options = alternatives(hint)
     if isinstance(value, bool) or int in options:
         return value

@@ -514,7 +514,7 @@ def _loop_problems(c: TrainConfig) -> Iterator[Problem]:
 def student_problems(s: StudentConfig) -> Iterator[Problem]:
     """Conditions on the model alone; also those of a configuration that only describes a model."""
     if s.arch not in NAMES:
-        return  # as the field's choices say
+        return  # an error of the field's choices
     if isinstance(size_of(s.arch), ConvNeXtConfig):
         for name in ("embed_dim", "depth", "num_heads"):
             if getattr(s, name) is not None:
@@ -720,7 +720,7 @@ def _distillation_problems(c: TrainConfig) -> Iterator[Problem]:
         if last <= first:
             yield "multidistillation.students", f"{s.name}: ranks [{first}, {last}) are none"
         elif first != end:
-            what = "belong to nobody" if first > end else "belong to two students"
+            what = "belong to no student" if first > end else "belong to two students"
             yield ("multidistillation.students", f"{s.name}: ranks begin at {first} where {end} is next; some {what}")
         elif G % (last - first):
             yield (

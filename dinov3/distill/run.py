@@ -12,13 +12,13 @@ each teacher's width by a linear layer that is thrown away afterwards, and compa
 
 Teacher and student see the same box of the image. There are two ways to teach:
 
-    from a cache    a teacher's outputs for a few views are computed once and kept on disk (`cache`). Colours change and
+    from a cache    a teacher's outputs for a few views are computed once and cached on disk (`cache`). Colours change and
                     images are mirrored for the student only (the map of targets is mirrored with it). Cheap, but the
                     student sees the same boxes again and again and learns them by heart.
     online=true     the teacher sees the very pixels of the student, mirrored, recoloured and mixed with another
                     image (`mix`): a patient and consistent teacher (Beyer et al., arXiv 2106.05237), whose images
-                    never come again. Few images go a long way (Asano and Saeed, arXiv 2112.00725). `share=0.25` asks a
-                    costly teacher about the first quarter of every batch only.
+                    never come again. Few images go a long way (Asano and Saeed, arXiv 2112.00725). `share=0.25` gives a
+                    costly teacher the first quarter of every batch only.
 
 Every random number is a function of (seed, step), so that a run that was killed and started again gives the same weights.
 Under torchrun each process takes its share of every batch and runs the teachers on that; gradients are averaged, and
@@ -210,7 +210,7 @@ class Distillation:
         self.step += 1
         return terms
 
-    # ---- what is kept --------------------------------------------------------------------------------------------
+    # ---- checkpoints ----------------------------------------------------------------------------------------------
 
     def save(self) -> None:
         if not distributed.is_main():
@@ -221,7 +221,7 @@ class Distillation:
             "average": self.average.state_dict(),
             "projectors": self.projectors.state_dict(),
             "optimizers": [o.state_dict() for o in self.optimizers],
-            "begun_with": self.begun_with(),
+            "started_with": self.started_with(),
         }
         path = self.run.checkpoints / CHECKPOINT
         with atomically(path) as temporary:
@@ -233,17 +233,17 @@ class Distillation:
         state = self._newest()
         if state is None:
             return False
-        before, now = state.get("begun_with", {}), self.begun_with()
+        before, now = state.get("started_with", {}), self.started_with()
         for name in (n for n in before if before[n] != now[n]):
             raise DinoError(
-                f"{self.run.path} was begun with {name} {before[name]}, not {now[name]}; give the same to go on, or "
+                f"{self.run.path} was started with {name} {before[name]}, not {now[name]}; give the same to resume, or "
                 f"another --out (and --weights {self.run.path / STUDENT} to begin with what it learned)"
             )
         self.student.load_state_dict(state["student"])
         self.average.load_state_dict(state["average"])
         self.projectors.load_state_dict(state["projectors"])
-        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.step = int(state["step"])
         return True
 
@@ -271,7 +271,7 @@ class Distillation:
             raise DinoError(f"{damaged[0]}, and there is no older one that can: take another --out")
         return None
 
-    def begun_with(self) -> dict[str, Any]:
+    def started_with(self) -> dict[str, Any]:
         """What must stay the same when a run resumes. Lengths, rates, sizes and the like may change."""
         c = self.config
         same = ("student", "batch", "views", "optimizer", "seed")

@@ -62,9 +62,9 @@ class FeatureCache:
 def cached_features(
     module: nn.Module, *, most_bytes: int = 2 << 30, folder: str | os.PathLike[str] | None = None
 ) -> Iterator[FeatureCache]:
-    """Within, the backbones inside `module` remember what they out. The folder is removed in the end.
+    """A context in which the backbones inside `module` cache their outputs. The folder is removed at the end.
 
-    Of `forward_features` only what a classifier takes is kept: the patches as their mean (of one).
+    Of `forward_features` only the input of a classifier is cached: the patches as their mean (of one).
     """
     cache = FeatureCache(most_bytes, Path(folder) if folder is not None else None)
     backbones = list(backbones_in(module).values())
@@ -84,7 +84,7 @@ def cached_features(
 
 def _cached(method: Callable[..., Any], name: str, cache: FeatureCache) -> Callable[..., Any]:
     @torch.no_grad()
-    def ask(x: Tensor, *args: Any, **options: Any) -> Any:
+    def cached_call(x: Tensor, *args: Any, **options: Any) -> Any:
         call = f"{name} {args!r} {sorted(options.items())!r} {x.dtype} {tuple(x.shape[1:])}"
 
         def output(one: Tensor) -> Any:
@@ -96,7 +96,7 @@ def _cached(method: Callable[..., Any], name: str, cache: FeatureCache) -> Calla
 
         return _joined([cache(_key(call, one), partial(output, one), x.device) for one in x.split(1)])
 
-    return ask
+    return cached_call
 
 
 def _key(call: str, one: Tensor) -> str:

@@ -71,7 +71,7 @@ class FitConfig:
     save_every: int = setting(0, at_least=0)  # 0: twenty times in all
     keep: int = setting(2, at_least=1)  # newest checkpoints that stay
     evaluate_every: int = setting(0, at_least=0)  # 0: at the end only
-    best_by: str = ""  # the evaluation's number that says which head is best; "": the last head is
+    best_by: str = ""  # the evaluation's number that chooses the best head; "": the last head is
     best_is: Literal["highest", "lowest"] = "highest"
     finish_with: Literal["best", "last"] = "best"  # which head the module has in the end
     precision: Literal["float32", "bfloat16"] = "float32"  # autocast around the loss
@@ -165,11 +165,11 @@ def head_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def load_head_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Fills what `head_tensors` gives, in place; the names must be the same."""
-    mine = head_tensors(module)
-    assert mine.keys() == tensors.keys(), f"{sorted(mine.keys() ^ tensors.keys())[:4]} differ"
+    own = head_tensors(module)
+    assert own.keys() == tensors.keys(), f"{sorted(own.keys() ^ tensors.keys())[:4]} differ"
     with torch.no_grad():
         for name, value in tensors.items():
-            mine[name].copy_(value)
+            own[name].copy_(value)
 
 
 def freeze(module: nn.Module) -> nn.Module:
@@ -204,7 +204,7 @@ def fit(
 
     `batches(step)` → anything that `loss(module, batch)` → `LossTerms` takes; tensors in it (in dicts, lists and tuples)
     are moved to the module's device. `evaluate(module)` → numbers, called in evaluation mode without gradients, on all
-    processes. `run`: its folder; None leaves nothing behind and says nothing. `about`: the configuration to keep as
+    processes. `run`: its folder; None writes and logs nothing. `about`: the configuration to keep as
     resolved.yaml, default `config`. Raises `DinoError`: a wrong configuration, nothing to train, a loss that stays NaN.
     """
     check(config, "fitting")
@@ -253,13 +253,13 @@ def fit(
 
 
 class _Fit:
-    """What changes from step to step, and what of it is kept."""
+    """State of a fit: module, optimiser, evaluations, best head; and its checkpoints."""
 
     def __init__(self, module: nn.Module, config: FitConfig, run: RunDir | None) -> None:
         self.module, self.config, self.run = module, config, run
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         if not self.parameters:
-            raise DinoError("nothing to fit: no parameter outside the backbone wants a gradient")
+            raise DinoError("nothing to fit: no parameter outside the backbone requires a gradient")
         self.device = self.parameters[0].device
         self.optimizer = torch.optim.AdamW(self._groups(), lr=0.0, betas=(config.beta1, config.beta2))
         self.evaluations: list[tuple[int, dict[str, float]]] = []
@@ -317,11 +317,11 @@ class _Fit:
         if self.bad_in_a_row >= MAX_BAD_STEPS:
             raise DinoError(
                 f"the fit stopped at step {step}: {names} not finite {MAX_BAD_STEPS} times in a row; lower the learning "
-                f"rate ({self.config.lr:g}), set clip, or look at the data (the checkpoints are from before)"
+                f"rate ({self.config.lr:g}), set clip, or check the data (the checkpoints are from before)"
             )
 
     def evaluated(self, done: int, evaluate: Evaluate) -> None:
-        """Asks, tells, and keeps the head if it is the best so far."""
+        """Evaluates, logs, and stores the head if it is the best so far."""
         self.module.eval()
         with torch.no_grad():
             numbers = {k: float(v) for k, v in evaluate(self.module).items()}
@@ -351,7 +351,7 @@ class _Fit:
             return False
         return self.best is None or sign * value > sign * self.best[1][name]
 
-    # ---- what is kept --------------------------------------------------------------------------------------------
+    # ---- checkpoints ----------------------------------------------------------------------------------------------
 
     def _tensors(self) -> dict[str, Tensor]:
         head = {f"head.{k}": v for k, v in self._head().items()}

@@ -1,4 +1,4 @@
-"""Self-supervised training: `method` says what is learned, `train` when things happen, the rest is where weights go.
+"""Self-supervised training: `method` is what is learned, `loop` the algorithm, `assembly` its parts, `train` the command.
 
     python dinov3/train/train.py --config-file toy_cpu.yaml --output-dir OUT train.dataset_path=/folder/of/images
 

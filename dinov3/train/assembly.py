@@ -48,7 +48,7 @@ class Trainer:
     checkpoints: Checkpoints
     seed: int
     group: Group = None  # the ranks of this student
-    several: bool = False  # whether other students run beside it
+    multi_student: bool = False  # other students are trained beside it
     batch: int = 0  # images of all ranks of this student in a batch
     notes: list[str] = field(default_factory=list)
     reported: int = 0
@@ -81,7 +81,7 @@ class Trainer:
         return batch.to(self.device, DTYPES[self.config.compute_precision.param_dtype])
 
     def report_unreadable(self) -> str | None:
-        """Says how many images could not be read and were replaced; why to stop, if they are too many.
+        """Logs how many images could not be read and were replaced; the error message if they are too many, else None.
 
         Each counts once, however many passes meet it.
         """
@@ -111,7 +111,7 @@ class Trainer:
         mean = torch.stack([torch.stack([log[n].float() for n in names]) for log in logs]).mean(0)
         stopping = mean.new_tensor([float(stop.requested())])
         mean, stopping = distributed.all_reduce(torch.cat([mean, stopping]), "mean", self.group).split([len(names), 1])
-        if self.several:
+        if self.multi_student:
             stopping = distributed.all_reduce(stopping, "max")  # students stop together
         finite = torch.isfinite(torch.stack([mean[0], *(n.float() for n in norms.values())])).all().float()
         ok, stop_all = torch.stack([finite, stopping[0]]).tolist()
@@ -191,7 +191,7 @@ class Trainer:
         removed = self.checkpoints.clean()
         if removed:
             self.notes.append(f"removed what an interrupted save had left behind: {', '.join(removed)}")
-        if not self.several:
+        if not self.multi_student:
             read = self.checkpoints.resume(self.read, self.notes.append)
         elif iteration is None:
             read = None
@@ -275,7 +275,7 @@ def assemble(
         ),
         seed=seed,
         group=group,
-        several=global_batch is not None,
+        multi_student=global_batch is not None,
         batch=global_batch or loader.global_batch,
         notes=notes,
     )
@@ -290,7 +290,7 @@ def build_loader(
     batch_size: int | None = None,
     masked_images: int | None = None,
 ) -> CropLoader:
-    """Images, crops and masks as `train`, `crops`, `ibot` and `data` say."""
+    """Images, crops and masks from the sections `train`, `crops`, `ibot` and `data`."""
     c = config.crops
     assert config.train.dataset_path is not None
     shared = {

@@ -52,7 +52,7 @@ def loop(trainer: Trainer, first: int) -> Outcome:
     total = t.schedules.total
     outcome = Outcome(first, total, "finished", checkpoint=t.checkpoints.latest())
     if first >= total:
-        run.log(f"nothing to do: {first} of {total} iterations are done (optim.epochs says how many)")
+        run.log(f"nothing to do: {first} of {total} iterations are done (optim.epochs sets the total)")
         return outcome
     run.log(t.introduction(first))
     progress = Progress(
@@ -81,7 +81,9 @@ def loop(trainer: Trainer, first: int) -> Outcome:
                 run.log(f"iteration {it}: {not_finite_names(log, norms)}; step skipped ({bad})")
             if has_error(outcome, t, it, bool(logged)) and not last:
                 stop.reason = "an error"
-                stopping = stopping or distributed.world() == 1  # among several ranks the next step tells the others
+                stopping = (
+                    stopping or distributed.world() == 1
+                )  # with several ranks the others learn it in the next step
             if due(it, c.evaluation.eval_period_iterations) or (last and c.evaluation.eval_period_iterations > 0):
                 t.dump(it)
             if t.knn_due(it, last):
@@ -155,7 +157,7 @@ def has_error(outcome: Outcome, t: Trainer, it: int, logged: bool) -> bool:
             f"The newest checkpoint is sound ({outcome.checkpoint or 'none yet'}). Try a lower learning rate (optim.lr), a "
             "longer warm-up, smaller optim.clip_grad, or compute_precision.param_dtype=fp32"
         )
-        if not t.several:
+        if not t.multi_student:
             raise DinoError(error)
     if error is not None and outcome.iterations < outcome.total:
         outcome.error = error
@@ -165,7 +167,7 @@ def has_error(outcome: Outcome, t: Trainer, it: int, logged: bool) -> bool:
 def conclude(outcome: Outcome, t: Trainer, first: int, stop: StopRequest) -> None:
     """A run that stops early saves what it has; errors of other ranks are exchanged."""
     if outcome.iterations >= outcome.total:
-        outcome.error = None  # the step in which the others would have heard of it was the last
+        outcome.error = None  # it would have been exchanged in the next step, and this was the last
         return
     outcome.reason, outcome.signal = stop.reason or "another process requested a stop", stop.signal
     if outcome.iterations > first and not t.saved_at(outcome.iterations - 1):

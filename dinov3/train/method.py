@@ -7,7 +7,7 @@
     method.update_ema(values.momentum)
     method.refresh_gram(iteration)
 
-Four networks with four names. `student` learns by gradients. `ema` is its moving average, and what is kept in the end.
+Four networks with four names. `student` learns by gradients. `ema` is its moving average, and the result of a run.
 `teacher` gives the targets: it is the ema itself, unless one distils, then a frozen network that may be wider.
 `gram_teacher` is an earlier teacher whose patch similarities the student keeps; backbone only.
 
@@ -81,8 +81,8 @@ def build_network(config: TrainConfig, *, heads: bool = True) -> Network:
 @torch.no_grad()
 def copy_weights(to: nn.Module, source: nn.Module) -> None:
     """to ← source, parameters and buffers; both plain, or sharded alike."""
-    for mine, theirs in zip([*to.parameters(), *to.buffers()], [*source.parameters(), *source.buffers()], strict=True):
-        mine.copy_(theirs)
+    for own, theirs in zip([*to.parameters(), *to.buffers()], [*source.parameters(), *source.buffers()], strict=True):
+        own.copy_(theirs)
 
 
 # ---- the method -----------------------------------------------------------------------------------------------------

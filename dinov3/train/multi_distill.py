@@ -10,7 +10,7 @@ the unit vectors before the prototypes (hundreds of numbers), and the prototypes
 Losses, optimiser, average, checkpoints and metrics are each student's own, in <OUT>/<name>. All students stop and
 resume together, from the newest iteration that all of them have saved.
 
-Left out: Gram anchoring, and KoLeo with neighbours on other ranks (the configuration says so).
+Left out: Gram anchoring, and KoLeo with neighbours on other ranks (the configuration rejects them).
 Legend: G images of a step, L loaded by a rank, b = G/n_s of a student's rank, P patches, w width of a bottleneck.
 """
 
@@ -43,11 +43,11 @@ def redistributed(x: Tensor, global_batch: int, group: Group, axis: int = 0) -> 
 
     [.., L, ..] → [.., G/n, ..]. A student's ranks together hold all G images, whatever the sizes of the groups.
     """
-    everybody = distributed.all_gather(x.movedim(axis, 0).contiguous())[:global_batch]
+    gathered = distributed.all_gather(x.movedim(axis, 0).contiguous())[:global_batch]
     n = distributed.world(group)
-    if len(everybody) < global_batch or global_batch % n:
-        raise DinoError(f"{len(everybody)} images were loaded for a global batch of {global_batch}, for {n} ranks")
-    return everybody.chunk(n)[distributed.rank(group)].movedim(0, axis)
+    if len(gathered) < global_batch or global_batch % n:
+        raise DinoError(f"{len(gathered)} images were loaded for a global batch of {global_batch}, for {n} ranks")
+    return gathered.chunk(n)[distributed.rank(group)].movedim(0, axis)
 
 
 @dataclass
@@ -147,19 +147,19 @@ def check_alike(name: str, config: TrainConfig) -> None:
     keys = ["optim.epochs", "optim.iterations", "optim.accumulation_steps", "train.OFFICIAL_EPOCH_LENGTH"]
     keys += ["train.dataset_path", "train.seed", "student.patch_size"]
     keys += [f"crops.{f.name}" for f in fields(config.crops) if f.name != "teacher_to_student_resolution_scale"]
-    mine = {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in keys}
-    everybody = dict(distributed.gather_objects((name, mine)))
+    own = {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in keys}
+    students = dict(distributed.gather_objects((name, own)))
     wrong = []
     for key in keys:
-        values = {student: values[key] for student, values in everybody.items()}
-        if any(value != mine[key] for value in values.values()):
+        values = {student: values[key] for student, values in students.items()}
+        if any(value != own[key] for value in values.values()):
             wrong.append(f"{key}: {', '.join(f'{value} for {student}' for student, value in values.items())}")
     if wrong:
-        raise DinoError(report([f"{line}; say it once, in the shared file" for line in wrong]))
+        raise DinoError(report([f"{line}; set it in the shared file only" for line in wrong]))
 
 
-def common_iteration(mine: list[int]) -> int | None:
+def common_iteration(own: list[int]) -> int | None:
     """The newest iteration of which all students have a checkpoint: a crash may fall between two students' saves."""
-    everybody = distributed.gather_objects(mine)
-    common = set(everybody[0]).intersection(*everybody[1:])
+    saved = distributed.gather_objects(own)
+    common = set(saved[0]).intersection(*saved[1:])
     return max(common, default=None)

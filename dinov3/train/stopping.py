@@ -43,6 +43,6 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-        # whoever waited for the signal before us hears of it now that all is saved: SLURM's launcher queues the job again
+        # handlers installed before ours run now that all is saved: SLURM's launcher queues the job again
         if self.signal not in (None, signal.SIGINT) and callable(self.before.get(signal.Signals(self.signal))):
             signal.raise_signal(self.signal)

@@ -2,7 +2,7 @@
 
 In: `read_network` takes whatever holds a trained network: a dump of an evaluation (file or folder, consolidated or
 sharded), a training checkpoint, a run's folder, or a backbone in any published form (`reading.open`). `fill` puts it into
-a network and says what it did not hold. Published files hold no heads; that is a sentence, not a KeyError.
+a network and returns notes on what was missing. Published files hold no heads: a note, not an error.
 
 Out: `write_teacher` writes the average as the reference does (`teacher_checkpoint.pth`: {"teacher": {"backbone.…",
 "dino_head.…", "ibot_head.…"}}) and, beside it, the backbone alone as our own safetensors, which `dinov3.load`, embedding
@@ -46,7 +46,7 @@ State = dict[str, Tensor]
 
 
 @dataclass
-class Found:
+class TrainedNetwork:
     """A trained network, as a file holds it."""
 
     parts: dict[str, State]  # "backbone", and "dino_head" and "ibot_head" where they are
@@ -61,7 +61,7 @@ class Found:
 # ---- in -------------------------------------------------------------------------------------------------------------
 
 
-def read_network(source: str | os.PathLike[str]) -> Found:
+def read_network(source: str | os.PathLike[str]) -> TrainedNetwork:
     """Opens a file, folder, URL or Hugging Face id that holds a trained network. Raises `WeightsError`."""
     path = Path(source)
     if path.is_dir():
@@ -80,14 +80,14 @@ def read_network(source: str | os.PathLike[str]) -> Found:
     if opened.form == "meta" and opened.path.is_file():
         tensors, _ = read(opened.path)
         parts |= _heads({formats.unwrapped(k): v for k, v in tensors.items()})
-    return Found(parts, opened, str(source))
+    return TrainedNetwork(parts, opened, str(source))
 
 
-def _from_checkpoint(path: Path) -> Found:
+def _from_checkpoint(path: Path) -> TrainedNetwork:
     """A training checkpoint's average (ours or the reference's), or a sharded dump of the reference's evaluation."""
     tensors = checkpoint.read_tensors(path, checkpoint.teacher_prefix(path))
     backbone = {k.removeprefix("backbone."): v for k, v in tensors.items() if k.startswith("backbone.")}
-    return Found({"backbone": backbone} | _heads(tensors), None, str(path))
+    return TrainedNetwork({"backbone": backbone} | _heads(tensors), None, str(path))
 
 
 def _heads(tensors: Mapping[str, Tensor]) -> dict[str, State]:
@@ -103,7 +103,7 @@ def _heads(tensors: Mapping[str, Tensor]) -> dict[str, State]:
     return heads
 
 
-def fill(network: Network, found: Found, config: BackboneConfig, *, needs_heads: bool = False) -> list[str]:
+def fill(network: Network, found: TrainedNetwork, config: BackboneConfig, *, needs_heads: bool = False) -> list[str]:
     """Puts weights into a network (not yet sharded); what is worth saying. Raises `WeightsMismatch`.
 
     The backbone must fit in every key and shape. Heads that the file lacks, or that have other sizes, stay as they are;
@@ -137,7 +137,7 @@ def fill(network: Network, found: Found, config: BackboneConfig, *, needs_heads:
         elif difference(module.state_dict(), there):
             if needs_heads:
                 raise WeightsMismatch(
-                    f"{found.source}: its {head} has other sizes than distillation.full_cfg_path says; give the "
+                    f"{found.source}: its {head} has other sizes than distillation.full_cfg_path; give the "
                     "configuration that the teacher was trained with (a run keeps it as resolved.yaml)"
                 )
             notes.append(
@@ -157,7 +157,7 @@ def fill(network: Network, found: Found, config: BackboneConfig, *, needs_heads:
 
 
 def describe(config: TrainConfig) -> dict[str, Any]:
-    """What our own files say about the backbone in them: enough to build it, and its input's statistics."""
+    """Metadata of our own files: the backbone's configuration and the statistics of its input."""
     shape = dataclasses.replace(vit_config(config.student), drop_path_rate=0.0)
     about: dict[str, Any] = {"config": dataclasses.asdict(shape)}
     return about | {"mean": list(config.crops.rgb_mean), "std": list(config.crops.rgb_std)}
@@ -203,7 +203,7 @@ def consolidate(source: str | os.PathLike[str], out: str | os.PathLike[str], con
     """A training checkpoint (or a sharded dump) to one file: `.pth` with heads, or `.safetensors` with the backbone alone.
 
     Needs no process group and no model, so a checkpoint of 256 ranks becomes a file on one machine. Without `config`,
-    the file's shapes say what model it is (not the LayerNorm's epsilon and the statistics of its input).
+    the model is inferred from the file's shapes (not the LayerNorm's epsilon and the statistics of its input).
     """
     found, out = read_network(source), Path(out)
     state = {f"{part}.{k}": v for part, values in found.parts.items() for k, v in values.items()}
@@ -213,7 +213,7 @@ def consolidate(source: str | os.PathLike[str], out: str | os.PathLike[str], con
         shape = configs.infer_config(found.parts["backbone"])
         save_backbone(state, out, describe(config) if config is not None else {"config": dataclasses.asdict(shape)})
     else:
-        raise DinoError(f"{out.name}: the ending says the form, .pth (with heads) or .safetensors (backbone alone)")
+        raise DinoError(f"{out.name}: the ending chooses the form, .pth (with heads) or .safetensors (backbone alone)")
     return out
 
 

@@ -67,7 +67,7 @@ def open_data(task: str, text: str, split: str | None = None, *, ignore: int | N
         kind = kind_of(dataset)
         if kind != task:
             raise DinoError(f"{text} is a data set for {kind}: a head for {task} cannot learn from it")
-        dataset = Labelled(dataset) if task == "classification" else dataset
+        dataset = labelled(dataset) if task == "classification" else dataset
     else:
         root = Path(text).expanduser()
         if not root.exists():
@@ -101,7 +101,7 @@ def _of_folder(task: str, root: Path, split: str | None, ignore: int | None) -> 
         return CocoDetection(root, split=split)
     from dinov3.data.datasets.folder import Folder
 
-    return Labelled(Folder(root / split if split else root))
+    return labelled(Folder(root / split if split else root))
 
 
 def kind_of(dataset: Any) -> str:
@@ -111,55 +111,16 @@ def kind_of(dataset: Any) -> str:
     return "detection" if hasattr(dataset, "category_ids") else "classification"
 
 
-class Labelled:
+def labelled(data: Any) -> tasks.Selected:
     """The images of a data set that have a class; in a folder, what lies beside the class folders has none."""
-
-    def __init__(self, data: Any) -> None:
-        self.data = data
-        labels = [data.label(i) for i in range(len(data))]
-        self.kept = [i for i, label in enumerate(labels) if label is not None]
-        if not self.kept:
-            raise DinoError("no image has a class: a classifier needs one folder of images for each class")
-        names = getattr(data, "class_names", None)
-        self.class_names = list(names or (f"class {i}" for i in range(1 + max(labels[i] for i in self.kept))))
-        self.labels = labels
-
-    def __len__(self) -> int:
-        return len(self.kept)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.data[self.kept[index]]
-
-    def name(self, index: int) -> str:
-        return self.data.name(self.kept[index])
-
-    def label(self, index: int) -> int:
-        return int(self.labels[self.kept[index]])
-
-    def read(self, index: int) -> bytes:
-        return self.data.read(self.kept[index])
-
-
-class Relabelled:
-    """A data set whose classes are numbered as another's are."""
-
-    def __init__(self, data: Any, numbers: Sequence[int]) -> None:
-        self.data, self.numbers = data, torch.tensor(numbers)
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.data, name)
-
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
-        image, target = self.data[index]
-        if isinstance(target, dict):
-            return image, target | {"labels": self.numbers[target["labels"]]}
-        return image, int(self.numbers[target])
-
-    def label(self, index: int) -> int:
-        return int(self.numbers[self.data.label(index)])
+    labels = [data.label(i) for i in range(len(data))]
+    chosen = [i for i, label in enumerate(labels) if label is not None]
+    if not chosen:
+        raise DinoError("no image has a class: a classifier needs one folder of images for each class")
+    selected = tasks.Selected(data, chosen)
+    names = getattr(data, "class_names", None)
+    selected.class_names = list(names or (f"class {i}" for i in range(1 + max(labels[i] for i in chosen))))
+    return selected
 
 
 def same_classes(data: Any, val: Any) -> Any:
@@ -171,7 +132,7 @@ def same_classes(data: Any, val: Any) -> Any:
         raise DinoError(f"the validation data have classes that the training data lack: {_names(new)}")
     if hasattr(val, "pairs"):
         raise DinoError("the masks of training and validation data number their classes differently; name them alike")
-    return Relabelled(val, [known.index(name) for name in names])
+    return tasks.Selected(val, range(len(val)), numbers=[known.index(name) for name in names])
 
 
 def both_sides(config: HeadConfig) -> tuple[Any, Any | None]:
@@ -300,7 +261,7 @@ def build_task(config: HeadConfig, data: Any, val: Any | None, preprocessing: Pr
         if config.head == "mask2former":
             from dinov3.heads.mask2former.loss import Mask2FormerCriterion
 
-            # masks have a sixteenth of the image's pixels: more points than that say nothing new
+            # masks have a sixteenth of the image's pixels: more points than that add nothing
             criterion = Mask2FormerCriterion(len(names), n_points=min(12544, preprocessing.size**2 // 16))
         task = tasks.Segmentation(
             *given, head=config.head, criterion=criterion, colours=drawing.palette(len(names)), **options
@@ -336,7 +297,7 @@ def class_names(config: HeadConfig, data: Any) -> list[str]:
         if known is not None and highest >= known:
             raise DinoError(
                 f"a mask holds class {highest}, but there are {known} classes (0 to {known - 1}): name all of "
-                f"them, or say what should not count (--ignore {highest}; ignore={highest} in a dataset spec)"
+                f"them, or name what should not count (--ignore {highest}; ignore={highest} in a dataset spec)"
             )
         known = known if known is not None else highest + 1
     return names or [f"class {i}" for i in range(known)]
@@ -471,7 +432,7 @@ def data_name(text: str) -> str:
 
 
 def figure(task: tasks.Task, model: nn.Module, run: RunDir, device: torch.device, rows: int = 4) -> str:
-    """Draws result.png; the sentence says what became of it. Without matplotlib nothing is drawn, which is no error."""
+    """Draws result.png; returns a log line. Without matplotlib nothing is drawn, which is no error."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:

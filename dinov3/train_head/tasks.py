@@ -1,4 +1,4 @@
-"""The four tasks a head can be fitted to: what an example is, what the loss is, how good the head is, how that looks.
+"""The four tasks a head can be fitted to: examples, loss, scores and drawings.
 
 Each task holds the data and knows nothing of the loop (`fit.loop`) nor of folders of runs (`train_head.run`). An example is
 (image [3, h, w], target) with an image of one size for all, unless the task takes lists (detection). What is drawn at
@@ -42,14 +42,14 @@ from dinov3.metrics.boxes import average_precision
 from dinov3.metrics.classification import accuracy
 from dinov3.metrics.dense import IGNORED, confusion_matrix, depth_scores, iou_scores, mean_scores, reduce_zero_label
 
-KEPT_BYTES = 1 << 29  # of prepared examples: reading and resizing an image costs more than a linear head
+CACHED_BYTES = 1 << 29  # of prepared examples: reading and resizing an image costs more than a linear head
 
 
 class Task(ABC):
     """`data` and `val` are data sets of (image, target); `preprocessing` is how images become inputs."""
 
     name: str
-    score: str  # the evaluation's number that says which head is best …
+    score: str  # the evaluation's number that chooses the best head …
     score_is: Literal["highest", "lowest"] = "highest"
     stacked: ClassVar[bool] = True  # whether a batch is one tensor
 
@@ -59,8 +59,8 @@ class Task(ABC):
         self.data, self.val, self.preprocessing = data, val, preprocessing
         self.augment, self.batch_size, self.seed = augment, batch, seed
         self.class_names: list[str] = []
-        self._kept: dict[tuple[int, bool], tuple[Tensor, Any]] = {}
-        self._kept_bytes = 0
+        self._cached: dict[tuple[int, bool], tuple[Tensor, Any]] = {}
+        self._cached_bytes = 0
 
     @property
     def n_classes(self) -> int | None:
@@ -85,15 +85,15 @@ class Task(ABC):
 
     def prepared(self, index: int, flip: bool) -> tuple[Tensor, Any]:
         """The training example of an image, or of the mirrored image; cached."""
-        if (index, flip) not in self._kept:
+        if (index, flip) not in self._cached:
             x, target = self.example(index, None)
             made = (x.flip(-1).contiguous(), self.flipped(target, x.shape[-1])) if flip else (x, target)
             size = x.numel() * x.element_size()
-            if self._kept_bytes + size > KEPT_BYTES:
+            if self._cached_bytes + size > CACHED_BYTES:
                 return made
-            self._kept[index, flip] = made
-            self._kept_bytes += size
-        return self._kept[index, flip]
+            self._cached[index, flip] = made
+            self._cached_bytes += size
+        return self._cached[index, flip]
 
     def batches(self, rank: int, world: int) -> Callable[[int], dict[str, Any]]:
         """What a rank's batch of a step is."""
@@ -117,7 +117,7 @@ class Task(ABC):
     @abstractmethod
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> LossTerms: ...
 
-    # ---- how good it is ------------------------------------------------------------------------------------------
+    # ---- evaluation ----------------------------------------------------------------------------------------------
 
     def seen(self, dataset: Any, index: int) -> tuple[Image.Image, Any, Tensor]:
         """(image, target, input [1, 3, h, w]) of an evaluation."""
@@ -133,27 +133,45 @@ class Task(ABC):
 
     def evaluated(self, most: int = 200) -> Any:
         """The data of an evaluation: those to validate with, or the first training images."""
-        return self.val if self.val is not None else First(self.data, most)
+        return self.val if self.val is not None else Selected(self.data, range(min(most, len(self.data))))
 
     @abstractmethod
     def panels(self, model: nn.Module, dataset: Any, index: int, device: torch.device) -> list[np.ndarray]:
-        """[image, truth, prediction] to look at, uint8 [h, w, 3]."""
+        """[image, truth, prediction] for a drawing, uint8 [h, w, 3]."""
 
 
-class First:
-    """The first n items of a data set."""
+class Selected:
+    """Some images of a data set, with their classes renumbered where `numbers` are given: class c becomes numbers[c]."""
 
-    def __init__(self, data: Any, n: int) -> None:
-        self.data, self.n = data, min(n, len(data))
+    class_names: list[str]  # the data set's own, unless set
+
+    def __init__(self, data: Any, indices: Sequence[int], numbers: Sequence[int] | None = None) -> None:
+        self.data, self.indices = data, indices
+        self.numbers = None if numbers is None else torch.tensor(numbers)
 
     def __len__(self) -> int:
-        return self.n
+        return len(self.indices)
 
-    def __getitem__(self, index: int) -> Any:
-        return self.data[index]
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.data, name)
 
-    def label(self, index: int) -> Any:
-        return self.data.label(index)
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        image, target = self.data[self.indices[index]]
+        if self.numbers is None:
+            return image, target
+        if isinstance(target, dict):
+            return image, target | {"labels": self.numbers[target["labels"]]}
+        return image, int(self.numbers[target])
+
+    def label(self, index: int) -> int:
+        label = self.data.label(self.indices[index])
+        return int(label if self.numbers is None else self.numbers[label])
+
+    def name(self, index: int) -> str:
+        return self.data.name(self.indices[index])
+
+    def read(self, index: int) -> bytes:
+        return self.data.read(self.indices[index])
 
 
 # ---- segmentation --------------------------------------------------------------------------------------------------
@@ -336,12 +354,8 @@ class Classification(Task):
                 if time.monotonic() > due:
                     log(f"features of {what} images: {sum(map(len, parts[0]))} of {len(share)}")
                     due = time.monotonic() + 5
-            own = [torch.cat(part) if part else torch.zeros(0, weight.shape[1], dtype=weight.dtype) for part in parts]
-            found = [own[0].new_empty(len(dataset), weight.shape[1]) for _ in flips]
-            for rank, theirs in enumerate(distributed.gather_objects(own)):
-                for whole, part in zip(found, theirs):
-                    whole[rank :: distributed.world()] = part
-            return found
+            gathered = (distributed.gather_shares([row for rows in part for row in rows]) for part in parts)
+            return [torch.stack(part) for part in gathered]
 
         with evaluating(model):
             self.pooled = dict(zip(flips, rows(self.data, "training", flips)))

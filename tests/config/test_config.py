@@ -321,7 +321,7 @@ def test_a_recipe_is_found_from_any_folder(tmp_path, monkeypatch):
     assert find_file("dinov3/configs/train/toy_cpu.yaml") == find_file("toy_cpu.yaml")
 
 
-def test_empty_sections_say_nothing(tmp_path):
+def test_empty_sections_set_nothing(tmp_path):
     config, _ = load_config(yaml(tmp_path, "optim:\ncrops: {}\nschedules:\n"), [IMAGES])
     assert config.optim == TrainConfig().optim
 
@@ -405,7 +405,7 @@ multidistillation:
 
 @pytest.mark.parametrize(
     "ranks, expected",
-    [("2, 4", "belong to nobody"), ("0, 2", "belong to two"), ("1, 4", "does not divide"), ("1, 1", "none")],
+    [("2, 4", "belong to no student"), ("0, 2", "belong to two"), ("1, 4", "does not divide"), ("1, 1", "none")],
 )
 def test_students_must_share_the_processes_without_gap_or_overlap(tmp_path, ranks, expected):
     (line,) = mistakes(file=yaml(tmp_path, STUDENTS.replace("RANGE", ranks)))

@@ -334,7 +334,7 @@ def test_knn_reads_a_labelled_folder(teacher_file: Path, tmp_path: Path) -> None
     assert module.knn(student, tmp_path / "labelled", size=32, k=3) == 1.0
 
 
-def test_the_distill_command_trains_and_goes_on(tiny_student, folder, teacher_file, tmp_path, capsys) -> None:
+def test_the_distill_command_trains_and_resumes(tiny_student, folder, teacher_file, tmp_path, capsys) -> None:
     from dinov3.cli import app
 
     typer = pytest.importorskip("typer.testing")
@@ -357,7 +357,7 @@ def test_the_distill_command_trains_and_goes_on(tiny_student, folder, teacher_fi
     model = dinov3.load(weights=tmp_path / "run" / "student.safetensors")
     assert dinov3.embed(model, folder / "0.png", size=32).cls.shape == (1, 32)
     for change in (["--seed", "1"], ["--teacher", f"dinov3:{teacher_file},layer=0"]):
-        with pytest.raises(DinoError, match="was begun with"):
+        with pytest.raises(DinoError, match="was started with"):
             typer.CliRunner().invoke(app, [*line, *change], catch_exceptions=False)
     with pytest.raises(DinoError, match="is no folder"):
         typer.CliRunner().invoke(app, [*line, "--knn", str(tmp_path / "nowhere")], catch_exceptions=False)
@@ -366,7 +366,7 @@ def test_the_distill_command_trains_and_goes_on(tiny_student, folder, teacher_fi
 # ---- the model that ships -------------------------------------------------------------------------------------------
 
 
-def test_the_packaged_model_loads_without_a_network_and_knows_a_image_by_its_part(skimage_images: Path) -> None:
+def test_the_packaged_model_loads_without_a_network_and_recognises_an_image_by_its_part(skimage_images: Path) -> None:
     row = catalog.resolve("dinov3_vitt16")[0]
     assert row.packaged_path.stat().st_size < 12e6
     model = dinov3.load("dinov3_vitt16")

@@ -218,7 +218,7 @@ def test_a_wrong_configuration_is_a_sentence(wrong: dict[str, Any], says: str) -
         fit(segmentor(), drawn, loss, FitConfig(**wrong))
 
 
-def test_a_best_number_that_no_evaluation_gives_is_told() -> None:
+def test_a_best_number_that_no_evaluation_gives_is_an_error() -> None:
     with pytest.raises(DinoError, match="best_by is one of mIoU, not 'miou'; did you mean 'mIoU'"):
         fit(segmentor(), drawn, loss, FitConfig(steps=1, best_by="miou"), None, lambda _: {"mIoU": 1.0})
 
@@ -320,7 +320,7 @@ def random_map(seed: int = 0) -> tuple[Tensor, Tensor]:
     return logits, target
 
 
-def test_cross_entropy_counts_void_pixels_in_its_mean_only_where_asked() -> None:
+def test_cross_entropy_counts_void_pixels_in_its_mean_only_where_configured() -> None:
     logits, target = random_map()
     total = valid = 0.0
     for b in range(2):
@@ -351,7 +351,7 @@ def test_dice_is_its_plain_restatement() -> None:
 
 
 @pytest.mark.parametrize("odd, says", [(4, "class 4, but the head has 4"), (-1, "class -1")])
-def test_a_class_without_an_output_is_told(odd: int, says: str) -> None:
+def test_a_class_without_an_output_is_an_error(odd: int, says: str) -> None:
     logits, target = random_map()
     target[0, 0, 0] = odd
     for objective in (objectives.cross_entropy_map, objectives.dice_map):
@@ -434,6 +434,6 @@ def test_pixels_without_truth_have_no_gradient_and_a_image_without_any_no_loss()
     assert float(empty.total().detach()) == 0
 
 
-def test_an_unknown_depth_loss_is_told() -> None:
+def test_an_unknown_depth_loss_is_an_error() -> None:
     with pytest.raises(DinoError, match="no depth loss 'SIGLOS'; did you mean 'SIGLOSS'"):
         objectives.DepthLoss({"SIGLOS": 1.0})

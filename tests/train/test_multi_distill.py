@@ -149,7 +149,7 @@ multidistillation:
 
 
 @pytest.mark.slow
-def test_two_students_of_different_width_train_stop_and_go_on_together(files: tuple[str, list[str], Path]) -> None:
+def test_two_students_of_different_width_train_stop_and_resume_together(files: tuple[str, list[str], Path]) -> None:
     file, overrides, out = files
     knn = [overrides[0], "evaluation.eval_period_iterations=12"]
     first = run_ranks(three_ranks, 3, file, [*knn, "run.time_limit_minutes=0.0001"], str(out), timeout_s=120)
@@ -180,11 +180,11 @@ def test_students_that_would_not_step_together_are_refused(monkeypatch: pytest.M
         return [("narrow", {**mine[1], "optim.epochs": 100}), mine]
 
     monkeypatch.setattr(distributed, "gather_objects", two)
-    with pytest.raises(DinoError, match=r"optim\.epochs: 100 for narrow, 7 for wide; say it once, in the shared file"):
+    with pytest.raises(DinoError, match=r"optim\.epochs: 100 for narrow, 7 for wide; set it in the shared file only"):
         check_alike("wide", longer)
 
 
-def test_the_iteration_to_go_on_with_is_one_that_all_students_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_students_resume_from_an_iteration_that_all_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     assert common_iteration([]) is None
     monkeypatch.setattr(distributed, "gather_objects", lambda mine: [[4, 9, 14], [4, 9], mine])
     assert common_iteration([9, 14]) == 9

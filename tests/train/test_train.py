@@ -99,7 +99,7 @@ def test_the_last_iteration_is_always_saved(toy: str, images: Path, tmp_path: Pa
     assert checkpoint.read_state(tmp_path / "ckpt" / "7")["iteration"] == 7
 
 
-def test_a_finished_run_started_again_says_so_and_changes_nothing(toy: str, images: Path, uninterrupted: Path) -> None:
+def test_a_finished_run_started_again_changes_nothing(toy: str, images: Path, uninterrupted: Path) -> None:
     before = tensors(uninterrupted / "ckpt" / "11")
     outcome = run(toy, images, uninterrupted)
     assert outcome.finished
@@ -174,7 +174,7 @@ def test_a_run_killed_twenty_times_ends_bit_identical(
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", *(pytest.param(n, marks=pytest.mark.slow) for n in ("SIGUSR1", "SIGINT"))])
-def test_a_signal_ends_the_run_with_a_checkpoint_and_it_goes_on_bit_identical(
+def test_a_signal_ends_the_run_with_a_checkpoint_and_it_resumes_bit_identical(
     name: str, toy: str, images: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
     command = ["--config-file", toy, "--output-dir", str(tmp_path), f"train.dataset_path={images}"]
@@ -441,9 +441,7 @@ def test_a_new_run_begins_with_the_teacher_of_another(form: str, toy: str, image
     assert not notes
 
 
-def test_a_backbone_without_heads_begins_a_run_and_a_sentence_says_what_is_missing(
-    toy: str, images: Path, tmp_path: Path
-) -> None:
+def test_a_run_starts_from_a_backbone_without_heads_with_a_note(toy: str, images: Path, tmp_path: Path) -> None:
     run(toy, images, tmp_path, "optim.epochs=1", "evaluation.eval_period_iterations=4")
     source = tmp_path / "eval" / "training_3" / "backbone.safetensors"
     config, _ = load_config(toy, [f"train.dataset_path={images}", f"student.resume_from_teacher_chkpt={source}"])
@@ -477,7 +475,7 @@ def test_a_folder_of_another_library_begins_a_run(form: Any, toy: str, images: P
     assert "holds no dino_head and no ibot_head: what is missing begins with random weights" in log
 
 
-def test_weights_of_another_model_are_refused_in_words(toy: str, images: Path, tmp_path: Path) -> None:
+def test_weights_of_another_model_are_an_error(toy: str, images: Path, tmp_path: Path) -> None:
     run(toy, images, tmp_path, "optim.epochs=1", "evaluation.eval_period_iterations=4")
     config, _ = load_config(
         toy,
@@ -495,7 +493,7 @@ def test_a_checkpoint_becomes_one_file(uninterrupted: Path, tmp_path: Path) -> N
     assert len(state) == sum(k.startswith("model.model_ema.") for k in ema)
     opened = reading.open(teacher_files.consolidate(uninterrupted, tmp_path / "backbone.safetensors"))
     assert torch.equal(opened.state_dict["norm.bias"], ema["model.model_ema.backbone.norm.bias"])
-    with pytest.raises(DinoError, match="the ending says the form"):
+    with pytest.raises(DinoError, match="the ending chooses the form"):
         teacher_files.consolidate(uninterrupted, tmp_path / "teacher.bin")
 
 
@@ -514,7 +512,7 @@ def test_the_command_that_makes_one_file_takes_the_model_from_the_run(
 GRAM = ("gram.use_loss=true", "gram.img_level=true", "gram.update_frequency=4", "crops.gram_teacher_crops_size=64")
 
 
-def test_a_run_without_gram_goes_on_with_it(toy: str, images: Path, tmp_path: Path) -> None:
+def test_a_run_without_gram_resumes_with_it(toy: str, images: Path, tmp_path: Path) -> None:
     """The Gram stage resumes the pre-training run, as the 7B recipe does: the Gram teacher begins as the teacher."""
     run(toy, images, tmp_path, "optim.epochs=1")
     run(toy, images, tmp_path, "optim.epochs=2", *GRAM, "gram.it_load_ema_teacher=0", "gram.it_first_update=8")

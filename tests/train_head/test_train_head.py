@@ -376,10 +376,10 @@ def test_a_crop_keeps_boxes_that_are_still_there() -> None:
     assert labels.tolist() == [0, 2]
 
 
-# ---- remembered features --------------------------------------------------------------------------------------------
+# ---- cached features ------------------------------------------------------------------------------------------------
 
 
-def test_remembered_features_are_those_of_the_backbone_and_are_computed_once(tmp_path: Path) -> None:
+def test_cached_features_are_those_of_the_backbone_and_are_computed_once(tmp_path: Path) -> None:
     backbone = head_module.load_backbone(HeadConfig())
     model: Any = build_head("segmentation", "linear", backbone, n_classes=3)
     x = torch.randn(3, 3, 48, 64)
@@ -406,7 +406,7 @@ def test_remembered_features_are_those_of_the_backbone_and_are_computed_once(tmp
 # ---- stopping and resuming ------------------------------------------------------------------------------------------
 
 
-def test_a_stopped_run_goes_on_to_the_same_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_resumes_to_the_same_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = config(mask_folder(tmp_path / "data"), save_every=4, evaluate_every=5, steps=16)
     whole = train_head(wanted, tmp_path / "whole")
     step = fitting._Fit.train_step
