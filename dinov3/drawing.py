@@ -9,7 +9,7 @@ import colorsys
 import math
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -195,11 +195,15 @@ def shares_beside(image: Image.Image, rows: Sequence[tuple[str, float]]) -> Imag
 
 
 def contact_sheet(
-    query_image: str | os.PathLike[str] | Image.Image, hits: Sequence[Any], root: str | os.PathLike[str] = ""
+    query_image: str | os.PathLike[str] | Image.Image,
+    hits: Sequence[Any],
+    root: str | os.PathLike[str],
+    opened: Callable[[str | os.PathLike[str]], Image.Image],
 ) -> Image.Image:
     """The query and its neighbours (`rank`, `path`, `score`), each image over its rank, score and file name.
 
-    Paths of hits are relative to `root`. An image that is missing or unreadable is a grey tile with the reason.
+    Paths of hits are relative to `root`; `opened` gives the image of a path. One that is missing or unreadable is a
+    grey tile with the reason.
     """
     across = max(1, min(PER_ROW, len(hits)))
     down = max(1, math.ceil(len(hits) / PER_ROW))
@@ -214,7 +218,7 @@ def contact_sheet(
     top = MARGIN + title
 
     draw.text((MARGIN, MARGIN), "Query", font=large, fill=INK)
-    _put(page, query_image, (MARGIN, top), big, small)
+    _put(page, query_image, opened, (MARGIN, top), big, small)
     name = "" if isinstance(query_image, Image.Image) else printable(Path(query_image).name)
     draw.text((MARGIN, top + big + 8), _shortened(name, normal, big), font=normal, fill=FAINT)
 
@@ -224,7 +228,7 @@ def contact_sheet(
     draw.text((left, MARGIN), heading, font=large, fill=INK)
     for n, hit in enumerate(hits):
         x, y = left + n % PER_ROW * (TILE + BETWEEN), top + n // PER_ROW * (TILE + CAPTION + BETWEEN)
-        _put(page, Path(root) / hit.path, (x, y), TILE, small)
+        _put(page, Path(root) / hit.path, opened, (x, y), TILE, small)
         draw.text((x, y + TILE + 7), f"{hit.rank}.", font=normal, fill=INK)
         score = f"{hit.score:.3f}"
         draw.text((x + TILE - normal.getlength(score), y + TILE + 7), score, font=normal, fill=INK)
@@ -232,21 +236,18 @@ def contact_sheet(
     return page
 
 
-def _put(page: Image.Image, image: Any, corner: tuple[int, int], side: int, font: Any) -> None:
+def _put(
+    page: Image.Image, image: Any, opened: Callable[..., Image.Image], corner: tuple[int, int], side: int, font: Any
+) -> None:
     """The whole image, as large as fits, in the middle of a square; a grey square with the reason if it cannot."""
     x, y = corner
     draw = ImageDraw.Draw(page)
     draw.rectangle([x, y, x + side - 1, y + side - 1], fill=MAT)
     try:
-        if isinstance(image, Image.Image):
-            opened = image
-        else:
-            opened = Image.open(image)
-            opened.draft("RGB", (2 * side, 2 * side))  # a JPEG decoder's cheap way to a small image
-        upright = ImageOps.exif_transpose(opened).convert("RGBA")
+        upright = ImageOps.exif_transpose(image if isinstance(image, Image.Image) else opened(image)).convert("RGBA")
         fitted = ImageOps.contain(upright, (side, side), Image.Resampling.LANCZOS)
-    except Exception as error:  # whatever a broken file makes a decoder do, the sheet is drawn
-        reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
+    except Exception:  # whatever a broken file makes a decoder do, the sheet is drawn
+        reason = "unreadable" if os.path.exists(image) else "missing"
         draw.rectangle([x, y, x + side - 1, y + side - 1], fill=GREY)
         draw.text((x + side / 2, y + side / 2), reason, font=font, fill=FAINT, anchor="mm")
         return

@@ -27,7 +27,9 @@ import os
 import re
 import stat
 import struct
+import threading
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -72,6 +74,19 @@ _SIGNATURES = (
 )
 _BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")
 HEAD = 32  # bytes that `is_image_header` wants
+LARGE = (
+    1 << 25
+)  # pixels; larger images are decoded one at a time, whatever the number of threads: the largest take 2.3 GB
+_one_large = threading.Lock()
+
+
+def _new_lock() -> None:
+    global _one_large
+    _one_large = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # a thread of the parent may hold it
+    os.register_at_fork(after_in_child=_new_lock)
 
 
 def most_bytes() -> int:
@@ -224,7 +239,8 @@ def _decode_opened(image: ImageFile.ImageFile, target_short_side: int | None, ma
             factor = round(max(width, height) / max(image.size))
             assert min(image.size) >= 2 * target_short_side, (image.size, target_short_side)
     sideways = _orientation(image) if image.format == "TIFF" else 1  # Pillow turns a TIFF while loading it
-    rgb = _to_upright_rgb(image, notes)
+    with _one_large if image.width * image.height > LARGE else nullcontext():
+        rgb = _to_upright_rgb(image, notes)
     if sideways != 1:
         notes.append("EXIF rotated")
     if factor > 1:

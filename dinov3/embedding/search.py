@@ -29,7 +29,8 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from dinov3.drawing import contact_sheet
+from dinov3.data.images import open_image
+from dinov3.drawing import TILE, contact_sheet
 from dinov3.embedding.schema import as_matrix
 from dinov3.embedding.store import EmbeddingStore
 from dinov3.errors import StoreError
@@ -250,7 +251,8 @@ def sheet(
     about = PngInfo()
     about.add_text("Software", SHEET)
     try:
-        contact_sheet(query_image, hits, root).save(out_png, format="PNG", pnginfo=about)
+        page = contact_sheet(query_image, hits, root, lambda path: open_image(path, target_short_side=2 * TILE).image)
+        page.save(out_png, format="PNG", pnginfo=about)
     except OSError as error:
         raise StoreError(f"cannot write the contact sheet {os.fspath(out_png)}: {error.strerror or error}") from error
 

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -586,3 +587,24 @@ def test_a_lack_of_memory_is_a_reason(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "a.png").write_bytes(encoded(Image.new("RGB", (8, 8)), "PNG"))
     monkeypatch.setattr("dinov3.data.images._to_upright_rgb", full)
     assert reason(tmp_path / "a.png") == "not enough memory to decode this PNG"
+
+
+def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    running, most = 0, 0
+
+    def convert(image: Image.Image, notes: list[str]) -> Image.Image:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        time.sleep(0.02)
+        running -= 1
+        return image
+
+    data = encoded(Image.new("RGB", (40, 40)), "PNG")
+    monkeypatch.setattr("dinov3.data.images._to_upright_rgb", convert)
+    for large, expected in ((1599, 1), (1600, 4)):
+        most = 0
+        monkeypatch.setattr("dinov3.data.images.LARGE", large)
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(open_image, [data] * 8))
+        assert most == expected
