@@ -447,7 +447,7 @@ def main(
             f"{name} took {time_text(time.perf_counter() - session.began)}, {peak_memory_gb(session.device):.1f} GB; "
             f"results in {session.output}"
         )
-    except DinoError as error:
+    except (DinoError, OSError) as error:
         who = "" if distributed.is_main() else f"[rank {distributed.rank()}] "
         print(f"{who}{error}", file=sys.stderr)
         return 1

@@ -227,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         known = next((file for file in beside if file.is_file()), None)
         config = load_model_config(known)[0] if known is not None else None
         print(consolidate(options.source, options.out, config))
-    except DinoError as error:
+    except (DinoError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0

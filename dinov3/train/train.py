@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_intermixed_args(None if argv is None else list(argv))
     try:
         run_command(options)
-    except DinoError as error:  # the process group stays: others may be waiting in it, and are ended from outside
+    except (DinoError, OSError) as error:  # the process group stays: others may wait in it, and are ended from outside
         who = "" if distributed.is_main() else f"[rank {distributed.rank()}] "
         print(f"{who}{error}", file=sys.stderr)
         return 1

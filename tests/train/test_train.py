@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -618,7 +619,7 @@ def test_options_may_follow_settings() -> None:
     assert options.overrides == ["optim.epochs=1", "train.seed=3"]
 
 
-def test_a_misspelt_option_is_met_with_a_proposal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_misspelt_option_is_an_error_with_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         parser().parse_intermixed_args(["--config-file", "c.yaml", "--no-resum"[:-1] + "ne", "a.b=1"])
     assert exit_.value.code == 2
@@ -629,10 +630,24 @@ def test_a_mistake_is_one_sentence_and_exit_status_one(
     toy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--config-file", toy, "--output-dir", str(tmp_path / "out"), "optim.epoch=3"]) == 1
-    told = capsys.readouterr().err
-    assert "optim.epoch (command line): unknown key; did you mean 'optim.epochs'" in told
-    assert "Traceback" not in told
+    printed = capsys.readouterr().err
+    assert "optim.epoch (command line): unknown key; did you mean 'optim.epochs'" in printed
+    assert "Traceback" not in printed
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_one_sentence(
+    toy: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "out" / "metrics.jsonl"))
+
+    monkeypatch.setattr("dinov3.runlog.RunDir.record", full)
+    command = ["--config-file", toy, "--output-dir", str(tmp_path / "out"), f"train.dataset_path={images}"]
+    assert main(command) == 1
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"No space left on device: '{tmp_path}/out/metrics.jsonl'")
+    monkeypatch.undo()
+    assert main(command) == 0  # with space again, the same command resumes
 
 
 def test_the_file_runs_as_a_script_from_any_folder(toy: str, images: Path, tmp_path: Path) -> None:
