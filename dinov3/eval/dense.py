@@ -2,7 +2,7 @@
 
 Both scripts take the reference's keys with its defaults; keys of ours are marked so. A head is fitted by
 `fit.loop.fit` on images that are transformed anew in every epoch or, with `transforms.train.augment=false` (ours),
-as they are: then their features are computed once and kept, which takes minutes on a CPU for some hundred images.
+as they are: then their features are computed once and cached, which takes minutes on a CPU for some hundred images.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def open_dense(line: str, root: str | None, kinds: Sequence[str], key: str) -> D
         raise DinoError(f"{key}={line} has no map for each image; data sets that have: {', '.join(dense)}")
     if dataset.kind not in kinds:
         raise DinoError(
-            f"{key}={line} holds {dataset.kind}, this evaluation needs {' or '.join(kinds)} (a folder's key kind=… says it)"
+            f"{key}={line} holds {dataset.kind}, this evaluation needs {' or '.join(kinds)} (set it by a folder's key kind=…)"
         )
     if len(dataset) == 0:
         raise DinoError(f"{key}={line} is empty")
@@ -200,7 +200,7 @@ def batches(
 
 
 def feature_cache(model: nn.Module, folder: Path, *, augment: bool) -> AbstractContextManager[Any]:
-    """Features are kept while a head is fitted to images that do not change."""
+    """Caches features while a head is fitted to images that do not change."""
     from dinov3.fit.features import cached_features
 
     return nullcontext() if augment else cached_features(model, folder=folder / f"features-{distributed.rank()}")
@@ -304,7 +304,7 @@ def existing_model(task: str, config: Any, session: Any, **options: Any) -> Any:
 
 
 def chosen_backbone(section: Any, session: Any) -> nn.Module | None:
-    """The backbone of the `model` section, or None where it names none: then a head file says which one it wants."""
+    """The backbone of the `model` section, or None if it names none: a head file then names its own."""
     requested = (section.config_file, section.dino_hub, section.name, section.weights)
     return session.model(section) if any(requested) else None
 

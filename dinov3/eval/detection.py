@@ -64,7 +64,7 @@ class DetectionConfig(EvalConfig):
     # pixels; null: what a head file was trained at, 2048 for the published head
     short_side: int | None = setting(None, at_least=16)
     long_at_most: int | None = None  # pixels; null: nothing bounds the long side
-    most: int = setting(300, at_least=1)  # detections of one image that are kept
+    most: int = setting(300, at_least=1)  # detections per image
     tta: TtaSection = field(default_factory=TtaSection)
     limit: int = setting(0, at_least=0)  # only the first images; 0: all
 
@@ -78,7 +78,7 @@ class DetectionConfig(EvalConfig):
 
 
 @torch.inference_mode()
-def look(
+def detect_view(
     model: Any, transform: DetectionTransform, image: Any, device: Any, *, mirrored: bool = False, most: int = 300
 ) -> Found:
     """One view of one image: `boxes_xyxy_px` in its own pixels, `scores`, `labels`, best first."""
@@ -90,13 +90,13 @@ def look(
     return flipped(result, size_hw[1]) if mirrored else result
 
 
-def looks(
+def detect_views(
     model: Any, transforms: Sequence[DetectionTransform], image: Any, device: Any, config: DetectionConfig
 ) -> Found:
     """All views of one image, merged where there are several."""
     mirrored = (False, True) if config.tta.enable and config.tta.flip else (False,)
     every = [
-        look(model, transform, image, device, mirrored=m, most=config.most)
+        detect_view(model, transform, image, device, mirrored=m, most=config.most)
         for transform in transforms
         for m in mirrored
     ]
@@ -179,7 +179,7 @@ def evaluate(config: DetectionConfig, session: Session) -> Mapping[str, float | 
     scored: list[tuple[Found, dict[str, Tensor]]] = []
     for number in session.shared(range(total), "images"):
         image, target = data[number]
-        scored.append((in_classes_of(looks(model, transforms, image, session.device, config), mapped), target))
+        scored.append((in_classes_of(detect_views(model, transforms, image, session.device, config), mapped), target))
     every = distributed.gather_shares(scored)
     results, per_class = average_precision([f for f, _ in every], [t for _, t in every], data.class_names)
     if session.run.writer:

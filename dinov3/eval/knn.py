@@ -5,7 +5,7 @@
 
 The normalised CLS token of every training image is the bank; a test image's neighbours by cosine vote with weights
 softmax(cosine / 0.07). Nothing is trained. Results are per cent, one column for each k. Published check of the training
-recipe: ViT-L on ImageNet-1k, 82.0. Legend: Q test images, K kept neighbours, C classes.
+recipe: ViT-L on ImageNet-1k, 82.0. Legend: Q test images, K neighbours, C classes.
 """
 
 from __future__ import annotations

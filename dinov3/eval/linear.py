@@ -5,8 +5,8 @@
         eval.test_datasets=[ImageNetV2:root=…,ImageNetReaL:root=…:labels=real.json]
 
 Every batch of random crops goes through the backbone once and then through all heads: one for each learning rate, number
-of last blocks, pooling and weight decay. Their losses are added, so no head knows of the others. The head that is best on
-the validation images at the end is measured on the test sets. Validation and test images are always seen the same
+of last blocks, pooling and weight decay. Their losses are added, so heads train independently. The head that is best on the
+validation images at the end is measured on the test sets. Validation and test images are always seen the same
 way, so their features are computed once. A stopped run resumes exactly where it was: crops are functions of (seed,
 epoch, image) and the schedule's state is in the checkpoint.
 
@@ -115,7 +115,7 @@ class LinearConfig(ClassifierConfig):
 
 @dataclass(frozen=True)
 class HeadKind:
-    """What a head sees and how it learns; `lr` after scaling with the batch."""
+    """A head's input and optimiser settings; `lr` after scaling with the batch."""
 
     blocks: int
     avgpool: bool
@@ -242,7 +242,7 @@ class Augmented:
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 
-class Kept:
+class SavedHeads:
     """`<folder>/{<iteration>, best, final}/checkpoint.pth`: iteration, linear_classifiers, optimizer, best_accuracy, and
     (ours) scheduler, so that a resumed run resumes with the same learning rates."""
 
@@ -274,7 +274,7 @@ class Kept:
                     shutil.rmtree(path)
 
 
-def kept_by(policy: str, numbers: Sequence[int]) -> set[str]:
+def retained(policy: str, numbers: Sequence[int]) -> set[str]:
     """The folders that stay after a run."""
     return {
         "none": set(),
@@ -321,7 +321,7 @@ def best_head(accuracies: Mapping[str, float]) -> str:
 
 
 class LinearEvaluation:
-    """What `evaluate` has in hand; `one_try` is the algorithm."""
+    """Model, data sets and metrics of an evaluation; `one_try` is the algorithm."""
 
     def __init__(self, config: LinearConfig, session: Session) -> None:
         c, t = config, config.train
@@ -331,7 +331,7 @@ class LinearEvaluation:
         self.blocks: int = max(t.n_last_blocks_list)
         n_blocks: Any = self.model.n_blocks
         if self.blocks > n_blocks:
-            raise DinoError(f"train.n_last_blocks_list asks for {self.blocks} blocks; this model has {n_blocks}")
+            raise DinoError(f"train.n_last_blocks_list holds {self.blocks} blocks; this model has {n_blocks}")
         if len(set(getattr(self.model, "embed_dims", [self.model.embed_dim])[-self.blocks :])) > 1:
             raise DinoError("the last stages of a ConvNeXt differ in width; take train.n_last_blocks_list=[1]")
         self.train_set = make_dataset(t.dataset)
@@ -359,7 +359,7 @@ class LinearEvaluation:
         return TestSet(line, columns[:-1], columns[-1], targets, metric, link)
 
     def metric_of(self, dataset: ImageDataset) -> Metric:
-        """What a data set says it is measured by (ReaL, ImageNet-C), else the validation's metric."""
+        """The data set's own metric (ReaL, ImageNet-C), else the validation's."""
         own = getattr(dataset, "metric", "mean_accuracy")
         return Metric(own) if own != "mean_accuracy" else self.config.train.val_metric_type
 
@@ -383,8 +383,8 @@ class LinearEvaluation:
         n_classes = class_count(self.labels)
         heads = Heads(kinds, self.model.embed_dim, n_classes).to(session.device)
         optimiser, schedule = make_optimizer(heads, t, total)
-        kept = Kept(session.output / f"checkpoints{suffix}")
-        first, best = self.resume(heads, optimiser, schedule, kept)
+        saved = SavedHeads(session.output / f"checkpoints{suffix}")
+        first, best = self.resume(heads, optimiser, schedule, saved)
         data = Augmented(self.train_set, rows, self.config.transform.crop_size, t.seed)
         labels = torch.from_numpy(self.labels)
 
@@ -417,19 +417,19 @@ class LinearEvaluation:
                 _, accuracy = self.validate(heads, done)
                 if accuracy > best:
                     best = accuracy
-                    kept.save("best", state(done))
+                    saved.save("best", state(done))
             if done % save_every == 0:
-                older = kept.numbered()
-                kept.save(str(done), state(done))
+                older = saved.numbered()
+                saved.save(str(done), state(done))
                 if t.checkpoint_retention_policy != "all":
-                    kept.keep_only({str(done), "best", "final"} - {str(n) for n in older if n != done})
+                    saved.keep_only({str(done), "best", "final"} - {str(n) for n in older if n != done})
         winner, accuracy = self.validate(heads, total)
         if accuracy >= best:
             best = accuracy
-            kept.save("best", state(total))
-        kept.save("final", state(total))
+            saved.save("best", state(total))
+        saved.save("final", state(total))
         distributed.barrier()
-        kept.keep_only(kept_by(t.checkpoint_retention_policy, kept.numbered()))
+        saved.keep_only(retained(t.checkpoint_retention_policy, saved.numbered()))
         results: Numbers = {}
         for test in [self.val, *self.tests]:
             for key, value in test.numbers(heads, winner).items():
@@ -441,18 +441,18 @@ class LinearEvaluation:
                 session.save_arrays(test.line.replace("/", "_") + suffix, predictions, test.targets.labels)
         return results, winner, heads
 
-    def resume(self, heads: Heads, optimiser: Any, schedule: Any, kept: Kept) -> tuple[int, float]:
+    def resume(self, heads: Heads, optimiser: Any, schedule: Any, saved: SavedHeads) -> tuple[int, float]:
         """(first iteration, best accuracy so far): from this run's checkpoints, or heads from another's."""
         t = self.config.train
-        if t.resume and (newest := kept.newest()) is not None:
-            state = kept.load(newest)
+        if t.resume and (newest := saved.newest()) is not None:
+            state = saved.load(newest)
             heads.load_state_dict(state["linear_classifiers"])
             optimiser.load_state_dict(state["optimizer"])
             schedule.load_state_dict(state["scheduler"])
-            self.session.log(f"resuming from iteration {state['iteration']} ({kept.folder / newest})")
+            self.session.log(f"resuming from iteration {state['iteration']} ({saved.folder / newest})")
             return int(state["iteration"]), float(state["best_accuracy"])
         if t.classifier_fpath is not None:
-            other = Kept(Path(t.classifier_fpath))
+            other = SavedHeads(Path(t.classifier_fpath))
             name = "final" if (other.folder / "final").is_dir() else other.newest()
             if name is None:
                 raise DinoError(

@@ -64,7 +64,7 @@ def boundary(mask: np.ndarray) -> np.ndarray:
     # beyond the last row and column every pixel is its own neighbour
     padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
     contour: np.ndarray = (mask ^ padded[:-1, 1:]) | (mask ^ padded[1:, :-1]) | (mask ^ padded[1:, 1:])
-    # there the diagonal neighbour is the right (or lower) one again, and the corner has none: padding says it all
+    # there the diagonal neighbour is the right (or lower) one again, and the corner has none: edge padding covers both
     return contour
 
 

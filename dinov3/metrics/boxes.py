@@ -64,7 +64,7 @@ def average_precision(
     rows = coco_results(found)
     if not facts["annotations"]:
         raise DinoError("there is no true box in any of the images, so nothing can be scored")
-    # the library draws nothing and says nothing: its tables go to a function that drops them
+    # the library prints nothing: its tables go to a function that drops them
     reference = library.COCO(facts, print_function=_quiet)
     if rows:
         evaluation = library.COCOeval_faster(reference, reference.loadRes(rows), iouType="bbox", print_function=_quiet)
@@ -147,16 +147,16 @@ def soft_nms(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(boxes, scores, labels), best first, after SoftNMS (arXiv 1704.04503): the best box stays, all others of its class
     lose exp(−IoU²/σ), and so on until `most` boxes stand or none scores `least`."""
-    scores, kept = scores.float().clone(), []
+    scores, chosen = scores.float().clone(), []
     values = []
     for _ in range(min(most, len(scores))):
         best = int(scores.argmax())
         if scores[best] < least:
             break
-        kept.append(best)
+        chosen.append(best)
         values.append(scores[best].clone())
         iou, _giou = overlap(boxes_xyxy_px[best], boxes_xyxy_px)
         scores = torch.where(labels == labels[best], scores * torch.exp(-(iou**2) / sigma), scores)
         scores[best] = -1.0
-    rows = torch.tensor(kept, dtype=torch.int64, device=scores.device)
+    rows = torch.tensor(chosen, dtype=torch.int64, device=scores.device)
     return boxes_xyxy_px[rows], torch.stack(values) if values else scores[:0], labels[rows]

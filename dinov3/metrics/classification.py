@@ -1,4 +1,4 @@
-"""Scores → numbers: the metrics of image classification, each a pure function on arrays (spec names kept).
+"""Scores → numbers: the metrics of image classification, each a pure function on arrays (named as in the specification).
 
 Legend: N images, C classes. `scores` float [N, C], any monotone quantity; `target` int [N], multi-hot [N, C], or sets of
 labels as int [N, L] padded with −1. Numbers are fractions; the evaluations print per cent. `accuracy`, `multilabel_f1`

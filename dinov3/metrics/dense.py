@@ -124,7 +124,7 @@ def align_least_squares(prediction: Array, target: Array, mask: Array | None = N
         return 1.0, 0.0
     mean_p, mean_t = p.mean(), t.mean()
     spread = ((p - mean_p) ** 2).sum()
-    if spread == 0:  # a flat prediction says nothing about the scale
+    if spread == 0:  # a flat prediction does not determine the scale
         return 0.0, float(mean_t)
     a = ((p - mean_p) * (t - mean_t)).sum() / spread
     return float(a), float(mean_t - a * mean_p)

@@ -48,7 +48,7 @@ def test_cells_wholly_in_or_out_are_labelled() -> None:
     assert patch_labels(mask, (3, 3)).tolist() == [[1, 0, 0], [-1, 0, 0], [0, 0, 0]]
 
 
-def test_two_clear_kinds_are_told_apart_and_mixed_patches_left_out() -> None:
+def test_two_clear_kinds_are_separated_and_mixed_patches_left_out() -> None:
     parts = [image(i) for i in range(3)]
     classifier, table = fit([p[0] for p in parts], [p[1] for p in parts])
     assert max(table.values()) == pytest.approx(1)
@@ -121,7 +121,7 @@ def test_a_classifier_survives_its_file_and_refuses_other_features(tmp_path: Pat
         Foreground.load(tmp_path / "nothing.safetensors")
 
 
-def test_what_cannot_be_learnt_is_said() -> None:
+def test_data_that_cannot_be_learnt_is_an_error() -> None:
     one, labels = image(0)
     with pytest.raises(DinoError, match="needs two images"):
         fit([one], [labels])

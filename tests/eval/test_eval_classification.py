@@ -124,7 +124,7 @@ def test_votes_are_the_recorded_ones() -> None:
         torch.testing.assert_close(found[k], torch.tensor(expected, dtype=torch.float64), atol=1e-6, rtol=0)
 
 
-def test_a_image_is_not_its_own_neighbour() -> None:
+def test_an_image_is_not_its_own_neighbour() -> None:
     found = dict(knn_scores(BANK, BANK_LABELS, BANK[:1], [1, 3], skip_first=True))
     torch.testing.assert_close(found[1][0], torch.tensor([0.655770, 0, 0]).double(), atol=1e-6, rtol=0)
     torch.testing.assert_close(found[3][0], torch.tensor([0.655770, 0.344230, 0]).double(), atol=1e-6, rtol=0)
@@ -336,7 +336,7 @@ def test_f1_of_a_linear_head_takes_probabilities() -> None:
     assert len(set(found.values())) == 3
 
 
-def test_each_class_can_be_told_apart() -> None:
+def test_accuracy_of_each_class_is_reported() -> None:
     results = evaluate(Metric.PER_CLASS_ACCURACY, np.eye(3)[[0, 1, 1]], np.array([0, 1, 2]))
     assert results == {"top-1": pytest.approx(2 / 3), "top-1 class 0": 1, "top-1 class 1": 1, "top-1 class 2": 0}
 
@@ -400,7 +400,7 @@ def test_regression_is_the_minimum_of_its_objective() -> None:
     assert max(weight.grad.abs().max(), bias.grad.abs().max()) < 1e-5
 
 
-def test_a_class_without_training_images_is_never_said() -> None:
+def test_a_class_without_training_images_is_never_predicted() -> None:
     x, labels = blobs(3)
     kept = labels != 1
     found = log_regression.fit(x[kept], labels[kept], 1.0, 3)
@@ -467,7 +467,7 @@ def trained(kinds: dict[str, HeadKind], section: linear.TrainSection, steps: int
 
 @pytest.mark.parametrize("scheduler", ["cosine_annealing", "one_cycle"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_heads_do_not_know_of_each_other(optimizer: str, scheduler: str) -> None:
+def test_heads_train_independently(optimizer: str, scheduler: str) -> None:
     section = train_section(optimizer_type=optimizer, scheduler_type=scheduler)
     kinds = {"a": HeadKind(1, True, 0.1), "b": HeadKind(1, True, 0.5), "c": HeadKind(1, False, 0.1)}
     together = trained(kinds, section)
@@ -483,8 +483,8 @@ def test_the_first_of_the_best_heads_wins_even_at_zero() -> None:
     assert linear.best_head({"a": 0.1, "b": 0.3, "c": 0.3}) == "b"
 
 
-def test_policies_keep_what_they_say() -> None:
-    keep = {p: linear.kept_by(p, [10, 20]) for p in ("none", "all", "best", "last", "last_and_best")}
+def test_retention_policies_leave_the_named_checkpoints() -> None:
+    keep = {p: linear.retained(p, [10, 20]) for p in ("none", "all", "best", "last", "last_and_best")}
     assert keep == {
         "none": set(), "all": {"10", "20", "best", "final"}, "best": {"best"}, "last": {"final"},
         "last_and_best": {"final", "best"},
@@ -556,7 +556,7 @@ def test_linear_heads_from_images_to_files(toy: Path, tmp_path: Path) -> None:
     assert list(row) == [f"{toy / 'val'}_accuracy", f"{toy / 'train'}_accuracy", "best_classifier"]
     assert row[f"{toy / 'val'}_accuracy"] == 100
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["best", "final"]
-    state = linear.Kept(tmp_path / "checkpoints").load("final")
+    state = linear.SavedHeads(tmp_path / "checkpoints").load("final")
     assert set(state) == {"iteration", "linear_classifiers", "optimizer", "scheduler", "best_accuracy"}
     lines = (tmp_path / "results_eval_linear.json").read_text().split("\n")
     assert lines[0] == "iter: 6"
@@ -564,7 +564,7 @@ def test_linear_heads_from_images_to_files(toy: Path, tmp_path: Path) -> None:
     assert lines[2] == ""
 
 
-def test_a_stopped_linear_run_goes_on_exactly(toy: Path, tmp_path: Path) -> None:
+def test_a_stopped_linear_run_resumes_exactly(toy: Path, tmp_path: Path) -> None:
     base = (
         f"train.val_dataset={toy / 'val'}",
         *LINEAR,
@@ -572,8 +572,8 @@ def test_a_stopped_linear_run_goes_on_exactly(toy: Path, tmp_path: Path) -> None
         "train.save_checkpoint_iterations=5",
     )
     assert linear.main(words(toy, tmp_path / "whole", *base)) == 0
-    whole = linear.Kept(tmp_path / "whole" / "checkpoints")
-    half = linear.Kept(tmp_path / "half" / "checkpoints")
+    whole = linear.SavedHeads(tmp_path / "whole" / "checkpoints")
+    half = linear.SavedHeads(tmp_path / "half" / "checkpoints")
     half.save("5", whole.load("5"))
     assert linear.main(words(toy, tmp_path / "half", *base)) == 0
     assert "resuming from iteration 5" in (tmp_path / "half" / "log.txt").read_text()
@@ -584,12 +584,14 @@ def test_a_stopped_linear_run_goes_on_exactly(toy: Path, tmp_path: Path) -> None
 def test_two_processes_train_the_same_heads_as_one(toy: Path, two: list[Together], tmp_path: Path) -> None:
     assert [rank["linear"] for rank in two] == [0, 0]
     assert linear.main(words(toy, tmp_path, f"train.val_dataset={toy / 'val'}", *LINEAR)) == 0
-    one, both = (linear.Kept(d / "checkpoints").load("final")["linear_classifiers"] for d in (tmp_path, toy / "two"))
+    one, both = (
+        linear.SavedHeads(d / "checkpoints").load("final")["linear_classifiers"] for d in (tmp_path, toy / "two")
+    )
     for key in one:
         torch.testing.assert_close(one[key], both[key], atol=1e-5, rtol=1e-4)
 
 
-def test_mistakes_in_a_linear_configuration_are_all_told(
+def test_all_mistakes_in_a_linear_configuration_are_reported(
     toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = words(
@@ -639,7 +641,7 @@ def test_v2_counts_its_folders_as_numbers(tmp_path: Path) -> None:
         make_dataset(f"ImageNetV2:root={tmp_path}")
 
 
-def test_subsets_number_their_own_classes_and_know_the_columns(tmp_path: Path) -> None:
+def test_subsets_number_their_own_classes_and_map_to_columns(tmp_path: Path) -> None:
     for wnid in ("n01498041", "n01440764", "n15075141"):
         image(tmp_path / wnid / "0.jpg")
     (tmp_path / "README.txt").write_text("")
@@ -680,7 +682,7 @@ def test_corruptions_are_grouped_and_extra_ones_left_out(tmp_path: Path) -> None
     assert results["top-1"] == results["mCE"] == pytest.approx(0.1 / 0.819324)
 
 
-def test_objectnet_loses_its_frame_and_knows_several_columns(tmp_path: Path) -> None:
+def test_objectnet_loses_its_frame_and_maps_to_several_columns(tmp_path: Path) -> None:
     frame = Image.new("RGB", (20, 16), (255, 0, 0))
     frame.paste((1, 2, 3), (2, 2, 18, 14))
     for folder in ("alarm_clock", "toy"):

@@ -59,7 +59,7 @@ def test_the_nyu_recipe_has_the_published_rates_and_momenta():
     assert list(fit.problems()) == []
 
 
-def test_the_recipes_say_what_was_published():
+def test_recipes_hold_the_published_values():
     c = configured("datasets.root=/data", recipe=NYU)
     t = c.transforms
     assert (t.train.fixed_crop, t.train.random_crop, t.train.rotation_angle) == ("NYU", [416, 544], 2.5)
@@ -239,7 +239,7 @@ def test_a_run_that_was_cut_ends_with_the_same_head(rooms, monkeypatch):
     assert results(rooms / "cut") == results(rooms / "whole")
 
 
-def test_a_dpt_head_is_fitted_on_kept_features(rooms, capsys):
+def test_a_dpt_head_is_fitted_on_cached_features(rooms, capsys):
     words = words_for(
         rooms, "dpt", "decoder_head.type=dpt", "decoder_head.backbone_out_layers=FOUR_EVEN_INTERVALS",
         "scheduler.total_iter=4",
@@ -256,7 +256,7 @@ def test_a_dpt_head_is_fitted_on_kept_features(rooms, capsys):
 
 
 @pytest.mark.parametrize("extension", ["PNG", "PTH"])
-def test_images_of_the_results_are_written_where_asked(rooms, capsys, extension):
+def test_images_of_the_results_are_written_on_request(rooms, capsys, extension):
     if extension == "PNG":
         pytest.importorskip("matplotlib")
     words = words_for(

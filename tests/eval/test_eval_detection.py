@@ -218,7 +218,7 @@ def test_an_oracle_scores_all_and_a_worse_one_less(lights: Path, tmp_path: Path,
     assert json.loads((out / "results-detection.json").read_text())["results"]["AP"] == pytest.approx(50)
 
 
-def test_test_time_augmentation_looks_at_every_size_and_mirrored(
+def test_test_time_augmentation_uses_every_size_and_its_mirror_image(
     lights: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     oracle = Oracle()

@@ -89,7 +89,7 @@ def test_ratio_weights() -> None:
     torch.testing.assert_close(got, torch.tensor([0.75, 0.047619, 1.0]), atol=1e-6, rtol=0)
 
 
-def test_only_cells_with_depth_count_and_only_the_best_are_kept() -> None:
+def test_only_the_best_matches_of_cells_with_depth_count() -> None:
     points, x = plane(), one_hot_cells()
     holes = points.clone()
     holes[:4] = 0
@@ -345,7 +345,7 @@ def test_the_same_image_has_its_keypoints_where_they_are(tmp_path: Path) -> None
     assert {"viewpoint 0", "viewpoint 1", "recall with norm"} <= set(results)
 
 
-def test_what_cannot_be_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_impossible_requests_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         main([f"output_dir={tmp_path}", "benchmark=frames", f"root={rgbd_folder(tmp_path / 'w')}", "min_overlap=1.1"])
         == 1

@@ -75,7 +75,7 @@ def test_what_a_recipe_leaves_out_is_as_in_the_reference():
     assert (fit.lr_at(0), fit.beta1_at(0), fit.beta1_at(9)) == (pytest.approx(0.1 * silent.optimizer.lr), 0, 0)
 
 
-def test_the_recipes_say_what_was_published():
+def test_recipes_hold_the_published_values():
     c = configured("datasets.root=/data", recipe=TRAINING)
     assert c.transforms.train.random_img_size_ratio_range == [0.5, 2.0]
     assert (c.transforms.train.crop_size, c.transforms.train.flip_prob) == ([512, 512], 0.5)
@@ -242,7 +242,7 @@ def test_scores_equal_a_plain_loop_with_and_without_zero_reduction(tmp_path, ade
         assert scores["mIoU"] > 0.99  # the boxes are pure colours
 
 
-def test_scores_of_single_images_are_averaged_where_asked(tmp_path):
+def test_scores_of_single_images_are_averaged_on_request(tmp_path):
     write_scenes(tmp_path, {"val": 3})
     data = make_dataset(f"DenseFolder:root={tmp_path}:split=val:ignore=3")
     whole = evaluate_model(Colours(), data, Protocol(3), reduce_zero=False)
@@ -515,7 +515,7 @@ def test_a_head_for_another_task_is_refused(tmp_path, capsys):
     assert "neither a published head nor a file" in capsys.readouterr().err
 
 
-def test_a_mask_with_more_classes_than_the_head_is_told(scenes, capsys):
+def test_a_mask_with_more_classes_than_the_head_is_an_error(scenes, capsys):
     assert segmentation.main(words_for(scenes, "out", "decoder_head.num_classes=2")) == 1
     err = capsys.readouterr().err
     assert "class 3" in err

@@ -494,7 +494,7 @@ def results_script() -> Any:
     return module
 
 
-def test_rows_of_results_name_evaluations_that_exist_and_keys_they_know() -> None:
+def test_rows_of_results_name_existing_evaluations_and_keys() -> None:
     from dinov3.cli.training import EVALUATIONS
     from dinov3.eval.knn import KnnConfig
     from dinov3.eval.linear import LinearConfig

@@ -227,7 +227,7 @@ def test_frames_before_the_first_mask_are_empty(gliding_square: Path) -> None:
     assert found[1].any()
 
 
-def test_the_command_says_what_is_missing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_missing_keys_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main([f"output_dir={tmp_path}"]) == 1
     assert "root=FOLDER" in capsys.readouterr().err
     assert main([f"output_dir={tmp_path}", f"root={tmp_path}", "propagation.shape=round"]) == 1

@@ -191,7 +191,7 @@ def write_video(path: Path, frames: int = 20, rate: int = 10, size: tuple[int, i
     return path
 
 
-def test_frames_of_a_video_file_are_those_asked_for(tmp_path: Path) -> None:
+def test_frames_of_a_video_file_are_the_requested_ones(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4")
     assert n_frames(path) == 20
     clip = read_frames(path, [3, 19, 0])
@@ -249,7 +249,7 @@ WORDS = [
 ]  # fmt: skip
 
 
-def test_clips_of_files_end_to_end_and_a_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_clips_of_files_end_to_end_and_a_run_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train, val = write_clips(tmp_path / "train", 5), write_clips(tmp_path / "val", 2, seed=1)
     out = tmp_path / "out"
     words = [f"train={train}", f"val={val}", f"output_dir={out}", *WORDS]
@@ -265,7 +265,7 @@ def test_clips_of_files_end_to_end_and_a_run_goes_on(tmp_path: Path, capsys: pyt
     assert "another length" in capsys.readouterr().err
 
 
-def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_keys_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([f"output_dir={tmp_path}"]) == 1
     assert "one sub-folder of videos per class" in capsys.readouterr().err
 

@@ -99,7 +99,7 @@ def test_it_learns_colours_by_their_names_and_its_file_loads_again(
     assert sizes["embed_dim"] == 64
 
 
-def test_a_stopped_run_goes_on_to_the_same_numbers(files: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_to_the_same_numbers(files: Path, tmp_path: Path) -> None:
     short = ["max_iteration=12", "checkpointing_period=6", "vision_model_use_gram_loss=true",
              "vision_model_patch_sampling_rate_for_gram_loss=0.5"]  # fmt: skip
     train(settings(files, tmp_path / "whole", *short))
@@ -158,7 +158,7 @@ def test_an_unreadable_image_is_replaced_and_named(files: Path, tmp_path: Path) 
         (["train_dataset_str=/nowhere/at/all"], "nowhere"),
     ],
 )
-def test_mistakes_are_told_before_anything_runs(
+def test_mistakes_are_reported_before_anything_runs(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], sentence: str
 ) -> None:
     assert main(words(files, tmp_path / "out", *more)) == 1
@@ -167,7 +167,7 @@ def test_mistakes_are_told_before_anything_runs(
     assert "Traceback" not in told
 
 
-def test_a_folder_without_captions_is_told(files: Path, tmp_path: Path) -> None:
+def test_a_folder_without_captions_is_an_error(files: Path, tmp_path: Path) -> None:
     with pytest.raises(DinoError, match="has no captions; CocoCaptions"):
         captioned(f"Folder:root={files}/photos")
     (tmp_path / "a").mkdir()
@@ -248,7 +248,7 @@ def test_orthogonal_words_classify_perfectly_and_equal_prompts_average_to_themse
     assert torch.allclose(averaged(prompts), prompts[:, 0])
 
 
-def test_the_recipe_that_comes_along_is_read_strictly_and_says_what_the_reference_says() -> None:
+def test_the_shipped_recipe_is_read_strictly_and_holds_the_references_values() -> None:
     line = ["train_dataset_str=CocoCaptions:root=/data/coco:split=TRAIN"]
     config, _ = load(TextTrainConfig, "dinov3_vitl_text.yaml", line)
     assert config == load(TextTrainConfig, None, line)[0]

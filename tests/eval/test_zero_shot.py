@@ -66,7 +66,7 @@ def words(trained: Path, out: Path, *more: str) -> list[str]:
     return [f"output_dir={out}", *model, "templates=none", *more]
 
 
-def test_folders_are_told_apart_by_their_names(trained: Path, tmp_path: Path) -> None:
+def test_class_folders_are_recognised_by_their_names(trained: Path, tmp_path: Path) -> None:
     assert main(words(trained, tmp_path, f"dataset={trained}/photos", "size=32")) == 0
     (row,) = read_table(tmp_path / "results-zero-shot.csv")
     assert row["top-1"] == 100

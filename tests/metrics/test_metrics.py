@@ -48,7 +48,7 @@ def test_zero_reduction_keeps_the_ignored_label():
     assert reduce_zero_label(torch.tensor([0, 1, 150, 255], dtype=torch.uint8)).tolist() == [255, 0, 149, 255]
 
 
-def test_random_maps_score_as_torchmetrics_says(oracles):
+def test_random_maps_score_as_in_torchmetrics(oracles):
     classification = pytest.importorskip("torchmetrics.classification")
     torch.manual_seed(0)
     prediction, target = torch.randint(0, 6, (2, 40, 30)), torch.randint(0, 6, (2, 40, 30))
@@ -79,7 +79,7 @@ def test_the_matrix_of_two_images_is_the_sum_and_equals_a_plain_loop():
     assert torch.equal(confusion_matrix(both[0], both[1], 4), slow)
 
 
-def test_a_class_out_of_range_is_told_with_its_number():
+def test_the_error_of_a_class_out_of_range_names_it():
     with pytest.raises(DinoError, match="target holds class 7, but there are 3 classes"):
         confusion_matrix(torch.zeros(2, dtype=torch.long), torch.tensor([0, 7]), 3)
     with pytest.raises(DinoError, match="prediction holds class 3"):

@@ -116,7 +116,7 @@ class TransformsSection:
     eval: EvalTransform = field(default_factory=EvalTransform)
     mean: list[float] | None = None  # of values in [0, 1]; null: the weights' own (ImageNet's for the web models)
     std: list[float] | None = None
-    normalization_constant: float | None = None  # integers per metre of depth files; null: as the data set says (1000)
+    normalization_constant: float | None = None  # integers per metre of depth files; null: the data set's (1000)
 
 
 @dataclass
@@ -155,7 +155,7 @@ class DepthConfig(dense.DenseConfig):
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
         if self.save_results:
-            yield "save_results", "belongs to classification; depth maps are kept by result_config.save_results=true"
+            yield "save_results", "belongs to classification; depth maps are saved by result_config.save_results=true"
         layers = self.decoder_head.backbone_out_layers
         if isinstance(layers, str) and layers not in LAYER_SETS:
             yield "decoder_head.backbone_out_layers", choices_sentence(layers, (*LAYER_SETS, "a list of blocks"))

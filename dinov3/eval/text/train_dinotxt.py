@@ -8,7 +8,7 @@
 The keys are the reference's (its example recipe ships as configs/eval/dinov3_vitl_text.yaml) and a few of ours, at the end
 of `TextTrainConfig`. The loop is `fit.loop.fit`: batches are functions of (seed, step), so that a run that was killed
 resumes exactly where it was, on one process or on many; each has its own share of every batch, negatives come
-from all of them, and gradients are averaged over whole copies of the towers (no sharding: `use_fsdp` says nothing here).
+from all of them, and gradients are averaged over whole copies of the towers (no sharding: `use_fsdp` has no effect).
 A loss that is not finite is left out on all processes together. What the reference lacks and this has: shuffling, an
 `output_dir` that is honoured, an evaluation that runs (retrieval among held-out captions, zero-shot classes of a folder).
 
@@ -282,48 +282,48 @@ def objective(
 
 
 @dataclass
-class Held:
-    """What is measured now and then, prepared once: held-out images with captions, a folder of classes."""
+class HeldOut:
+    """Data of the periodic evaluation, prepared once: held-out images with captions, a folder of classes."""
 
     retrieval: tuple[Captioned, list[int]] | None = None
     classes: tuple[Any, list[str]] | None = None
     numbers: dict[str, float] = field(default_factory=dict)
 
 
-def held_out(config: TextTrainConfig) -> Held:
-    held = Held()
+def held_out(config: TextTrainConfig) -> HeldOut:
+    held_out_data = HeldOut()
     if config.val_dataset_str:
         data = captioned(config.val_dataset_str)
         n = min(len(data), config.val_max_images)
-        held.retrieval = data, np.linspace(0, len(data) - 1, n).round().astype(int).tolist()
+        held_out_data.retrieval = data, np.linspace(0, len(data) - 1, n).round().astype(int).tolist()
     if config.zero_shot_dataset_str:
         folder: Any = make_dataset(config.zero_shot_dataset_str)
         names = list(getattr(folder, "class_names", []))
         if not names:
             raise DinoError(f"zero_shot_dataset_str={config.zero_shot_dataset_str} has no class folders to name")
-        held.classes = folder, [name.replace("_", " ").replace("-", " ") for name in names]
-    return held
+        held_out_data.classes = folder, [name.replace("_", " ").replace("-", " ") for name in names]
+    return held_out_data
 
 
 def evaluation(
-    config: TextTrainConfig, held: Held, tokenizer: Tokenizer, context: int
+    config: TextTrainConfig, held_out_data: HeldOut, tokenizer: Tokenizer, context: int
 ) -> Callable[[nn.Module], dict[str, float]] | None:
     """module → recall of images and captions, top-1 of classes by their names; every process computes all of it."""
-    if held.retrieval is None and held.classes is None:
+    if held_out_data.retrieval is None and held_out_data.classes is None:
         return None
 
     def evaluate(module: nn.Module) -> dict[str, float]:
         model = cast(DinoTxt, module)
         size = config.vision_model_train_img_size
         numbers: dict[str, float] = {}
-        if held.retrieval is not None:
-            data, rows = held.retrieval
+        if held_out_data.retrieval is not None:
+            data, rows = held_out_data.retrieval
             images = zero_shot.image_features(model, data, rows, size=size)
             captions = [(i, caption) for i, row in enumerate(rows) for caption in data.captions[row]]
             texts = F.normalize(text_features(model, tokenizer, [c for _, c in captions], context), dim=-1)
             numbers |= zero_shot.retrieval(images, texts, torch.tensor([i for i, _ in captions]))
-        if held.classes is not None:
-            folder, names = held.classes
+        if held_out_data.classes is not None:
+            folder, names = held_out_data.classes
             rows = [i for i in range(len(folder)) if folder.label(i) is not None]
             images = zero_shot.image_features(model, folder, rows, size=size)
             words = class_vectors(model, tokenizer, names, [config.zero_shot_template], context)
@@ -349,7 +349,7 @@ def train(config: TextTrainConfig, *, notes: Sequence[str] = ()) -> FitReport:
     model, tokenizer = build(config, device)
     origin: Any = model.origin
     context = model.text_config.context_length
-    data, held = captioned(config.train_dataset_str), held_out(config)
+    data, held_out_data = captioned(config.train_dataset_str), held_out(config)
     out = Path(config.output_dir or ".")
     run = RunDir(out, writer=distributed.is_main())
     for note in [*notes, *origin.notes]:
@@ -382,7 +382,7 @@ def train(config: TextTrainConfig, *, notes: Sequence[str] = ()) -> FitReport:
             workers=config.workers, seed=config.seed,
         ),
         run,
-        evaluation(config, held, tokenizer, context),
+        evaluation(config, held_out_data, tokenizer, context),
         resume=not config.no_resume,
         about=config,
     )  # fmt: skip
