@@ -53,6 +53,7 @@ class EmbedOptions:
     dtype: Dtype = setting("float32", help="The model's precision.")
     workers: int | None = setting(None, at_least=0, help="Decoding threads (Ray: actors). Default: chosen.")
     column: str | None = setting(None, help="The image column of a parquet file. Default: found.")
+    fps: float = setting(1.0, help="Frames a second that are taken of a video file.")
     recursive: bool = setting(True, help="Include sub-folders.")
     retry_failed: bool = setting(False, help="Try images again that failed before.")
     prune: bool = setting(False, help="Remove images from the store whose files were deleted.", flag="--prune")
@@ -82,7 +83,7 @@ def embed(
     from dinov3.features import default_preprocessing
     from dinov3.hub import HEADS, load
 
-    images = open_sources(sources, column=c.column, recursive=c.recursive)
+    images = open_sources(sources, column=c.column, recursive=c.recursive, fps=c.fps)
     is_text = model in HEADS and HEADS[model].task == "text"
     if is_text:
         from dinov3.hub.dinotxt import ImageSide, open_towers
@@ -159,8 +160,20 @@ def _log_report(report: Report, out: str, preprocessing: Preprocessing, as_json:
         raise typer.Exit(UNREADABLE)
 
 
+@dataclass
+class SearchOptions:
+    overwrite: bool = setting(False, help="Let --sheet replace any file.")
+    weights: str | None = setting(None, help="Where the store's weights lie now, if they moved.")
+    backbone_weights: str | None = setting(None, help="The same for dino.txt's backbone.")
+    vocabulary: str | None = setting(
+        None, help="For --text: CLIP's bpe_simple_vocab_16e6.txt.gz. Default: the published one."
+    )
+
+
 @app.command()
+@config_options(SearchOptions)
 def search(
+    config: SearchOptions,
     store: Annotated[str, typer.Argument(help="A store made by `dinov3 embed`.")],
     image: Annotated[str | None, typer.Option(help="The query image.")] = None,
     text: Annotated[str | None, typer.Option(help="The query text, for a store filled with dino.txt.")] = None,
@@ -168,12 +181,6 @@ def search(
     where: Annotated[str | None, typer.Option(help='SQL filter on columns, for example "width > 500".')] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Compare with every row even in a large store.")] = False,
     sheet: Annotated[Path | None, typer.Option(help="Also draw the query and its neighbours into this PNG.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Let --sheet replace any file.")] = False,
-    weights: Annotated[str | None, typer.Option(help="Where the store's weights lie now, if they moved.")] = None,
-    backbone_weights: Annotated[str | None, typer.Option(help="The same for dino.txt's backbone.")] = None,
-    vocabulary: Annotated[
-        str | None, typer.Option(help="For --text: CLIP's bpe_simple_vocab_16e6.txt.gz. Default: the published one.")
-    ] = None,
     device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
 ) -> None:
@@ -188,15 +195,14 @@ def search(
     if (image is None) == (text is None):
         raise DinoError("give either --image, a query image, or --text, a query text")
     if sheet is not None:
-        check_sheet(sheet, overwrite)
+        check_sheet(sheet, config.overwrite)
     opened = EmbeddingStore.open(store)
     place = device_of(device)
+    where_weights = {"weights": config.weights, "backbone_weights": config.backbone_weights}
     if text is not None:
-        vector = text_query(
-            opened, text, device=place, weights=weights, backbone_weights=backbone_weights, vocabulary=vocabulary
-        )
+        vector = text_query(opened, text, device=place, vocabulary=config.vocabulary, **where_weights)
     else:
-        net, preprocessing = model_of(opened, device=place, weights=weights, backbone_weights=backbone_weights)
+        net, preprocessing = model_of(opened, device=place, **where_weights)
         if net.origin.random:  # type: ignore[union-attr]
             log("The store was filled with RANDOM weights: neighbours share colours and layout, not meaning.")
         vector = query_vector(opened, image, net, preprocessing)
@@ -208,5 +214,5 @@ def search(
         for hit in hits:
             print(f"{hit.rank}\t{hit.score:.4f}\t{printable(hit.path)}")
     if sheet is not None:
-        draw(image if image is not None else card(str(text)), hits, sheet, overwrite=overwrite)
+        draw(image if image is not None else card(str(text)), hits, sheet, overwrite=config.overwrite)
         log(f"drawn: {sheet}")

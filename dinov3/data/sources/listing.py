@@ -30,6 +30,7 @@ from dinov3.data.sources.items import (
 )
 from dinov3.data.sources.tables import Arrow, Parquet, arrow_damage
 from dinov3.data.sources.tar import TAR_SUFFIXES, Tar, is_tar
+from dinov3.data.sources.video import VIDEOS, Video
 from dinov3.errors import DinoError, ImageError, did_you_mean, only_known
 
 LIST_SUFFIXES = (".txt", ".lst", ".list", ".csv", ".tsv")
@@ -48,16 +49,21 @@ class Source(Protocol):
     def __iter__(self) -> Iterator[Item]: ...
 
 
-def open_source(spec: str | os.PathLike[str], *, column: str | None = None, recursive: bool = True) -> Source:
+def open_source(
+    spec: str | os.PathLike[str], *, column: str | None = None, recursive: bool = True, fps: float = 1.0
+) -> Source:
     """List the images of a folder, image, list file (.txt, .csv, .tsv), tar, Parquet file, or saved `datasets` folder.
 
     A text may also be a glob ("shards/*.tar") or hold braces ("shard-{000..010}.tar", "{train,val}.parquet").
     `column` names the column of a table that holds images or their paths; found by type and name otherwise.
+    A video file that is named gives `fps` frames a second; those in a folder are skipped.
     """
     text = os.path.expanduser(os.fspath(spec))
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
         raise DinoError(f"remote addresses are not read ({text}): mount it or copy it here, and give the path")
-    listing = _Listing(column, recursive)
+    if not 0 < fps <= 1000:
+        raise DinoError(f"{fps} frames a second cannot be taken of a video: give a rate above 0, up to 1000")
+    listing = _Listing(column, recursive, fps)
     if os.path.lexists(text):
         path = Path(os.path.abspath(text))  # items are read by processes that may stand elsewhere
         root = path if path.is_dir() else path.parent
@@ -131,6 +137,7 @@ class _Listing:
 
     column: str | None
     recursive: bool
+    fps: float
     skipped: int = 0
     files: list[tuple[str, str]] = field(default_factory=list)  # (id, real path)
     containers: list[Part] = field(default_factory=list)
@@ -241,6 +248,8 @@ class _Listing:
                     raise ImageError("empty file (0 bytes)" if not read_file(path) else "unreadable")
                 kind = "Parquet" if lower.endswith(".parquet") else "Arrow" if lower.endswith(".arrow") else "tar"
                 raise ImageError(f"not a{'n' * (kind == 'Arrow')} {kind} file (begins with bytes {head[:6].hex(' ')})")
+            elif on_its_own and lower.endswith(VIDEOS):
+                self.containers.append(Video.open(path, name, stamp, self.fps))
             elif is_image_header(head) or image_suffix(lower):
                 self.files.append((name, str(path)))
             elif lower.endswith(LIST_SUFFIXES):

@@ -1,0 +1,69 @@
+"""Frames of a video file as items of a source."""
+
+from __future__ import annotations
+
+import io
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinov3.data.sources import open_source
+from dinov3.errors import DinoError, ImageError
+
+av = pytest.importorskip("av")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> Path:
+    """Three seconds at 10 frames a second; the grey of a frame is 8 times its number."""
+    path = tmp_path_factory.mktemp("video") / "clip.avi"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+        for n in range(30):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 8 * n, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = n, Fraction(1, 10)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def number(data: bytes) -> int:
+    return round(np.asarray(Image.open(io.BytesIO(data))).mean() / 8)
+
+
+@pytest.mark.parametrize("fps, frames", [(1, [0, 10, 20]), (2, [0, 5, 10, 15, 20, 25]), (0.5, [0, 20])])
+def test_frames_are_taken_at_the_rate(clip, fps, frames) -> None:
+    source = open_source(clip, fps=fps)
+    assert source.kind == "video"
+    assert [item.path for item in source] == [f"clip.avi#{k / fps:.3f}s" for k in range(len(frames))]
+    assert [number(item.read()) for item in source] == frames
+    assert [number(item.read()) for item in reversed(list(source))] == frames[::-1]
+
+
+def test_threads_get_the_frames_of_one_reader(clip) -> None:
+    items = list(open_source(clip, fps=10))
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda item: number(item.read()), items)) == list(range(30))
+
+
+def test_a_broken_video_is_an_item_with_its_reason(clip, tmp_path) -> None:
+    (tmp_path / "bad.mp4").write_bytes(b"no video at all")
+    (item,) = open_source(tmp_path / "bad.mp4")
+    with pytest.raises(ImageError, match="broken video"):
+        item.read()
+    (tmp_path / "cut.avi").write_bytes(clip.read_bytes()[: clip.stat().st_size // 3])
+    results = []
+    for item in open_source(tmp_path / "cut.avi", fps=5):
+        try:
+            results.append(number(item.read()))
+        except ImageError as error:
+            results.append(str(error))
+    assert results[0] == 0
+    assert all(isinstance(result, int) or "video" in result for result in results)
+    with pytest.raises(DinoError, match="0 frames a second"):
+        open_source(clip, fps=0)
