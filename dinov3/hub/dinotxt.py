@@ -29,6 +29,7 @@ from dinov3.hub.backbones import Weights, dinov3_vitl16
 from dinov3.models.vit import VisionTransformer
 from dinov3.weights import catalog
 from dinov3.weights.filling import fill, some
+from dinov3.weights.reading import MOST_LAYERS, MOST_WIDTH, NONSENSE, first_line
 
 NAME = "dinov3_vitl16_dinotxt_tet1280d20h24l"
 OWN = "dinotxt"  # one of other sizes
@@ -196,13 +197,16 @@ def _read_sizes(file: str | os.PathLike[str]) -> _Sizes:
         theirs = [own.pop(key, None) for key in ("vision_backbone_config", "vision_backbone_pretrained_weights")]
         if names[0] is None and theirs[0] is not None and names[1] is None:
             names[1] = theirs[1]
-        return _Sizes(DinoTxtConfig.of(**own), text, *names)
+        sizes = _Sizes(DinoTxtConfig.of(**own), text, *names)
+        for key, value in [*vars(sizes.text).items(), *vars(sizes.joint).items()]:
+            most = MOST_LAYERS if "layers" in key or "blocks" in key else MOST_WIDTH
+            if isinstance(value, (int, float)) and not abs(value) <= most:
+                raise ValueError(f"{key} is {value!r:.20}")
+        return sizes
     except OSError as error:
         raise DinoError(f"{file} cannot be read: {error.strerror}") from None
-    except (TypeError, ValueError, KeyError, yaml.YAMLError) as error:
-        raise DinoError(
-            f"{file} is no clip_model_config.yaml of a dino.txt training ({type(error).__name__}: {error})"
-        ) from None
+    except (*NONSENSE, yaml.YAMLError) as error:
+        raise DinoError(f"{file} is no clip_model_config.yaml of a dino.txt training ({first_line(error)})") from None
 
 
 def vocabulary(path_or_url: str | os.PathLike[str] | None, size: int) -> Tokenizer:

@@ -51,7 +51,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 METADATA = "dinov3_head"
 FORMAT = 1
-MOST_CLASSES, MOST_LAYERS, MOST_WIDTH = 1_000_000, 1000, 1 << 20  # bounds of what a head file may state
+MOST_CLASSES = 1_000_000
 
 # ---- building ------------------------------------------------------------------------------------------------------
 
@@ -196,7 +196,7 @@ class HeadInfo:
             if isinstance(value, dict):
                 raise WeightsError(f"the head's metadata states no value for {key}")
             for number in value if isinstance(value, list) else [value]:
-                most = MOST_LAYERS if "layers" in key else MOST_WIDTH
+                most = reading.MOST_LAYERS if "layers" in key else reading.MOST_WIDTH
                 if isinstance(number, (int, float)) and not abs(number) <= most:
                     raise WeightsError(f"the head's metadata states {key} = {number!r:.20}, which no head has")
 

@@ -58,15 +58,12 @@ def infer_config(meta: Mapping[str, Tensor], hints: Mapping[str, Any] | None = N
     return replace(shaped, **hinted)
 
 
-MOST_BLOCKS = 1000  # the deepest published model has 40
-
-
 def _count(numbers: Iterable[str], what: str) -> int:
     """How many blocks the keys number, from 0 without a gap."""
     found = {int(number) for number in numbers}
     if found and max(found) + 1 != len(found):
         raise WeightsError(f"the file numbers its {what} up to {max(found)}, but holds {len(found)} of them")
-    if len(found) > MOST_BLOCKS:
+    if len(found) > 1000:  # the deepest published model has 40
         raise WeightsError(f"a model of {len(found)} {what} is none that DINOv3 builds")
     return len(found)
 
@@ -377,4 +374,6 @@ def config_from_json(json: Mapping[str, Any]) -> dict[str, Any]:
 def _expect(json: Mapping[str, Any], key: str, allowed: tuple[Any, ...]) -> None:
     value = json.get(key, allowed[0])
     if not any(value == a or (isinstance(a, float) and abs(float(value) - a) < 1e-9) for a in allowed):
-        raise WeightsError(f"config.json says {key} = {value!r}; DINOv3 models have {' or '.join(map(str, allowed))}")
+        raise WeightsError(
+            f"config.json says {key} = {value!r:.60}; DINOv3 models have {' or '.join(map(str, allowed))}"
+        )

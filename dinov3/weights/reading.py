@@ -42,6 +42,7 @@ Triple = tuple[float, float, float]
 
 # Bounds of what a file may ask for, so that a small one can neither hang nor fill the memory.
 MOST_HEADER_BYTES = 100_000_000  # of safetensors, as the library has it
+MOST_LAYERS, MOST_WIDTH = 1000, 1 << 20  # of a head, where its metadata states them
 MOST_NAME = 1000  # characters of a tensor's name
 MOST_ENTRIES = 200_000  # of nested dictionaries; the largest training checkpoints have some thousand
 LARGEST = 1.25 * max(row.parameters for row in ROWS)  # values, where they are more than the file's bytes

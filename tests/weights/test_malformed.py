@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import resource
 import signal
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from dinov3 import hub
 from dinov3.distill.teachers import open_teacher
 from dinov3.errors import DinoError, WeightsError
-from dinov3.hub import own_heads
+from dinov3.hub import dinotxt, own_heads
 from dinov3.hub.own_heads import build_head, load_head, save_head
 from dinov3.models.architectures import ViTConfig
 from dinov3.models.vit import VisionTransformer
@@ -199,6 +200,24 @@ def test_head_metadata_that_makes_no_sense_is_one_sentence(tmp_path: Path, chang
         load_head(head_with(tmp_path, **changes), backbone=tiny_vit())
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        "text_backbone: {num_layers: 1000000000}",
+        "text_backbone: {dim: .nan}",
+        "text_backbone: 3",
+        "[]",
+        "a: &a [*a]",
+        "{",
+    ],
+)
+def test_sizes_of_dino_txt_that_make_no_sense_are_one_sentence(tmp_path: Path, sizes: str) -> None:
+    (tmp_path / "clip_model_config.yaml").write_text(sizes)
+    torch.save({}, tmp_path / "head.pth")
+    with pytest.raises(DinoError, match=r"is no clip_model_config\.yaml of a dino\.txt training"):
+        dinotxt.open_towers(tmp_path / "head.pth")
+
+
 # ---- the fuzzer ----------------------------------------------------------------------------------------------------
 
 ODD: tuple[Any, ...] = (
@@ -346,7 +365,7 @@ def malformed(folder: Path, rng: random.Random) -> tuple[str, Callable[[], Any]]
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_thousand_malformed_files_are_opened_or_refused_in_one_sentence(tmp_path: Path) -> None:
-    rng, outcomes, wrong = random.Random(0), Counter(), []
+    rng, outcomes, wrong = random.Random(int(os.environ.get("DINOV3_SEED", "0"))), Counter(), []
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def too_long(*_: Any) -> None:
