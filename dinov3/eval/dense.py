@@ -27,6 +27,7 @@ from dinov3.data.datasets import KNOWN, make_dataset
 from dinov3.data.datasets.dense import DenseDataset, DenseFolder
 from dinov3.data.transforms import dense as dense_transforms
 from dinov3.errors import DinoError, choices_sentence
+from dinov3.eval import arguments
 from dinov3.eval import session as common
 from dinov3.eval.arguments import EvalConfig, take_options
 from dinov3.files import atomically
@@ -351,7 +352,7 @@ def as_numbers(values: Sequence[float] | None, otherwise: Sequence[float], key: 
 # ---- the short form ------------------------------------------------------------------------------------------------
 
 
-SHORT = {"model": "model.name", "weights": "model.weights", "output_dir": "output_dir", "steps": "scheduler.total_iter"}
+SHORT = arguments.SHORT | {"steps": "scheduler.total_iter"}
 
 
 @dataclass(frozen=True)
@@ -403,10 +404,10 @@ def main(
     doc: str | None,
 ) -> int:
     """Entry point of both: `common.main`, where a folder may stand for a configuration."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    given = list(sys.argv[1:] if argv is None else argv)
     try:
-        arguments = folder_form.read(arguments) or arguments
+        given = folder_form.read(given) or given
     except DinoError as error:
         print(error, file=sys.stderr)
         return 1
-    return common.main(name, cls, evaluate, arguments, saved_as=saved_as, doc=doc)
+    return common.main(name, cls, evaluate, given, saved_as=saved_as, doc=doc)

@@ -530,3 +530,8 @@ def test_losses_have_the_recorded_values():
     assert float(cross_entropy_map(torch.zeros(1, 2, 2, 2), target)) == pytest.approx(np.log(2) / 2)  # over all pixels
     one_hot = torch.tensor([[[[1.0, 0], [0, 1]], [[0, 1], [1, 0]]]])
     assert float(multilabel_dice(torch.zeros(1, 2, 2, 2).sigmoid(), one_hot)) == pytest.approx(0.25)
+
+
+def test_options_of_a_folder_are_those_of_every_evaluation(scenes):
+    read = segmentation.FOLDER.read([str(scenes / "scenes"), "--device", "cpu", "--weights=random", "--size", "64"])
+    assert {"model.device=cpu", "model.weights=random", "eval.crop_size=64"} <= set(read)
