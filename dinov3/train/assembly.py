@@ -196,7 +196,11 @@ class Trainer:
         elif iteration is None:
             read = None
         else:
-            read = self.read(self.checkpoints.folder / str(iteration))
+            path = self.checkpoints.folder / str(iteration)
+            try:
+                read = self.read(path)
+            except checkpoint.Damaged as error:
+                raise DinoError(f"{error}; rename {path}, and all students resume from an older checkpoint") from None
         if read is None:
             return 0
         path, state, gram = read

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from dinov3.data.masking import summary
 from dinov3.errors import DinoError
 from dinov3.parallel import parallelize
 from dinov3.runlog import read_metrics
+from dinov3.train.assembly import Trainer
 from dinov3.train.loop import Outcome
 from dinov3.train.method import SelfDistillation
 from dinov3.train.multi_distill import MultiDistillation, check_alike, common_iteration, redistributed, train_students
@@ -182,6 +184,16 @@ def test_students_that_would_not_step_together_are_refused(monkeypatch: pytest.M
     monkeypatch.setattr(distributed, "gather_objects", two)
     with pytest.raises(DinoError, match=r"optim\.epochs: 100 for narrow, 7 for wide; set it in the shared file only"):
         check_alike("wide", longer)
+
+
+def test_a_damaged_checkpoint_of_one_student_is_an_error_with_a_way_out(tmp_path: Path) -> None:
+    def damaged(path: Path) -> None:
+        raise checkpoint.Damaged(f"the checkpoint {path} cannot be read: torn")
+
+    folder = checkpoint.Checkpoints(tmp_path)
+    trainer: Any = SimpleNamespace(checkpoints=folder, multi_student=True, notes=[], read=damaged)
+    with pytest.raises(DinoError, match=r"torn; rename .*/7, and all students resume from an older checkpoint"):
+        Trainer.resume(trainer, 7)
 
 
 def test_students_resume_from_an_iteration_that_all_saved(monkeypatch: pytest.MonkeyPatch) -> None:
