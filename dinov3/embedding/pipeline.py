@@ -339,7 +339,10 @@ class Job:
 
         def gone(path: str) -> bool:
             below = path.startswith(base) and path not in self.seen
-            return (below or path in unreadable) and (path.partition("#")[0] in containers or is_gone(path))
+            if not (below or path in unreadable):
+                return False
+            listed = path.partition("#")[0] in containers and not os.path.lexists(path)  # its container was read anew
+            return listed or is_gone(path)
 
         self.report.deleted = sorted(path for path in self.stamps if gone(path))
         if self.prune and self.report.deleted:

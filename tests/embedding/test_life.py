@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -223,6 +224,25 @@ def test_several_folders_and_images_on_one_command(life, photos, tmp_path, capsy
     other.rename(gathered / "other")
     report = embed(gathered / "photos", gathered / "other")
     assert (report["moved"], report["embedded"]) == (N + 2, 0)
+
+
+def test_a_member_that_left_its_tar_is_deleted_and_a_file_with_a_hash_sign_is_not(model, photos, tmp_path) -> None:
+    life = Life(model, tmp_path / "tars")
+
+    def pack(*names: str) -> Path:
+        with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+            for name in names:
+                tar.add(photos / name, name)
+        return tmp_path / "shard.tar"
+
+    assert counts(life.embed(pack("01.jpg", "02.jpg"))) == {"embedded": 2}
+    report = life.embed(pack("02.jpg"))
+    assert report.deleted == [str(tmp_path / "shard.tar#01.jpg")]
+    for n in (1, 2):
+        shutil.copy(photos / f"0{n}.jpg", photos / f"a#{n}.jpg")
+    second = Life(model, tmp_path / "hashes")
+    second.embed(photos)
+    assert second.embed(photos / "a#1.jpg", prune=True).deleted == []
 
 
 # ---- upkeep ---------------------------------------------------------------------------------------------------------
