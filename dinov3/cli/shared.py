@@ -112,7 +112,7 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
 
 
 class Progress:
-    """A bar with rate and time left on a terminal, a line every half minute elsewhere."""
+    """A bar with rate and time left on a terminal; elsewhere a line after two seconds and every half minute."""
 
     def __init__(self, label: str, total: int) -> None:
         from rich.console import Console
@@ -130,6 +130,7 @@ class Progress:
             disable=not self.console.is_terminal,
         )
         self.last = self.start = time.monotonic()
+        self.wait = 2  # s until the next line
 
     def __enter__(self) -> Progress:
         self.bar.start()
@@ -145,7 +146,7 @@ class Progress:
         if rate is None:
             rate = done / max(now - self.start, 1e-9)
         self.bar.update(self.task, completed=done, rate=f"{rate:.1f} images/s")
-        if not self.console.is_terminal and now - self.last > 30:
-            self.last = now
+        if not self.console.is_terminal and now - self.last > self.wait:
+            self.last, self.wait = now, 30
             left = (self.total - done) / rate if rate else float("nan")
             log(f"{done} of {self.total} · {rate:.1f} images/s · {left / 60:.0f} min left")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -14,7 +15,7 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from dinov3 import cli
-from dinov3.cli.shared import config_options
+from dinov3.cli.shared import Progress, config_options
 from dinov3.config.bounds import setting
 from dinov3.errors import DinoError, install
 from dinov3.weights.catalog import ROWS
@@ -340,3 +341,12 @@ def test_options_of_a_command_are_the_fields_of_its_configuration() -> None:
     assert seen == [(Config(), "photos", "auto"), (Config(9, ["a", "b"], True, False), "photos", "cpu")]
     assert runner.invoke(app, ["photos", "--steps", "0"]).exit_code == 2
     assert runner.invoke(app, ["photos", "--hidden", "1"]).exit_code == 2
+
+
+def test_progress_without_a_terminal_is_a_line_after_two_seconds_and_then_every_thirty(monkeypatch, capsys) -> None:
+    now = iter([0.0, 1.0, 3.0, 10.0, 34.0])
+    monkeypatch.setattr("dinov3.cli.shared.time", SimpleNamespace(monotonic=lambda: next(now)))
+    with Progress("comparing", 100) as bar:
+        for done in (10, 30, 40, 60):
+            bar(done)
+    assert [line.split(" · ")[0] for line in capsys.readouterr().err.splitlines()] == ["30 of 100", "60 of 100"]
