@@ -78,7 +78,7 @@ def segment(
     from dinov3.predict.segment import predict_segments
 
     names = names_given(labels)
-    net = model_for("segment", config, n_classes=len(names or ()))
+    net = model_for("segment", config, size, n_classes=len(names or ()))
     options: dict[str, Any] = {"size": size, "window": window, "stride": stride, "whole": whole, "names": names}
     save_each(images, "segmenting", lambda p, _: predict_segments(net, p, **options), out)
 
@@ -97,7 +97,7 @@ def depth(
     """Metres from the camera for every pixel: a float32 .npy and a drawing for each image."""
     from dinov3.predict.depth import predict_depth
 
-    net = model_for("depth", config)
+    net = model_for("depth", config, size)
     options: dict[str, Any] = {"size": size, "window": window, "stride": stride, "flip": flip}
     save_each(images, "measuring", lambda p, _: predict_depth(net, p, **options), out)
 
@@ -135,7 +135,7 @@ def detect(
     from dinov3.predict.detect import predict_objects, write_coco
 
     names = names_given(labels)
-    net = model_for("detect", config, n_classes=len(names or ()))
+    net = model_for("detect", config, size, n_classes=len(names or ()))
     options: dict[str, Any] = {"size": size, "threshold": threshold, "most": most, "names": names}
     results = []
 
@@ -165,7 +165,7 @@ def classify(
     from dinov3.predict.classify import predict_classes
 
     names = names_given(labels)
-    net = model_for("classify", config, n_classes=len(names or ()))
+    net = model_for("classify", config, size, n_classes=len(names or ()))
     save_classes(images, lambda p, _: predict_classes(net, p, size=size, names=names), out, top)
 
 
@@ -380,7 +380,7 @@ def names_given(labels: str | None) -> list[str] | None:
 # ---- the model -----------------------------------------------------------------------------------------------------
 
 
-def model_for(verb: str, config: ModelOptions, n_classes: int = 0) -> Any:
+def model_for(verb: str, config: ModelOptions, size: int | None = None, n_classes: int = 0) -> Any:
     """The model of a verb's options, logged on stderr; an untrained one only where "random" requests it, with a warning."""
     import torch
 
@@ -398,6 +398,9 @@ def model_for(verb: str, config: ModelOptions, n_classes: int = 0) -> Any:
         )
         info = net.head_info
         log(f"{info.head} head {config.head} over {info.backbone_label}, {config.dtype or info.dtype} on {place}")
+        trained = info.preprocessing.center_crop or info.preprocessing.size
+        if size is not None and size != trained:
+            log(f"note: the head was trained at {trained} pixels, not at --size {size}")
         return net
     precision = precision or torch.float32
     if config.weights == "random" and config.model is None:

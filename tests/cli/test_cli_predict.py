@@ -131,7 +131,9 @@ def test_a_cat_is_classified_and_found_by_the_heads_that_ship(photos: list[Path]
     assert done.returncode == 0, done.stderr
     assert "cat" in done.stdout.split("\t")[1].split(", ")[0]  # tabby cat, Egyptian cat
     assert "small model that ships" in done.stderr
-    run("segment", photos[0], "--out", tmp_path)
+    assert "trained at" not in run("segment", photos[0], "--out", tmp_path).stderr
+    other = run("segment", photos[0], "--out", tmp_path / "other", "--size", 128).stderr
+    assert "note: the head was trained at 256 pixels, not at --size 128" in other
     classes = np.asarray(Image.open(tmp_path / "chelsea_classes.png"))
     legend = json.loads((tmp_path / "chelsea_classes.json").read_text())
     assert "foreground" in str(legend)
