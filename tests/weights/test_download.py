@@ -242,16 +242,20 @@ def test_servers_without_ranges_or_validators_give_whole_files(server, ranges, v
 def test_a_process_killed_in_the_middle_leaves_nothing_half(server):
     server.files["w.pth"] = BODY
     server.slow_s = 0.05
-    code = f"from dinov3.weights import cache; cache.fetch({server.url('w.pth')!r})"
+    code = f"from dinov3.weights import download; download.fetch({server.url('w.pth')!r})"
     child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=dict(os.environ))
     partial = cache.root() / "partial"
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not any(
-        p.stat().st_size for p in partial.glob("*") if not p.suffix and p.is_file()
-    ):
+
+    def begun() -> bool:
+        return any(p.stat().st_size for p in partial.glob("*") if not p.suffix and p.is_file())
+
+    while not begun() and time.monotonic() < deadline:
+        assert child.poll() is None
         time.sleep(0.01)
+    assert begun()
     child.kill()
-    child.wait()
+    assert child.wait() != 0
     assert not list((cache.root() / "blobs").glob("*"))
     server.slow_s = 0.0
     assert cache.fetch(server.url("w.pth")).read_bytes() == BODY
