@@ -63,6 +63,7 @@ from dinov3.losses import LossTerms
 from dinov3.optim import ema_update, multipliers
 from dinov3.runlog import RunDir
 from dinov3.weights import catalog, writing
+from dinov3.weights.writing import save_torch
 
 STATISTICS_FROM = 1024  # images that the targets' mean and spread, and the first projections, are fitted on
 CHECKPOINT, OLDER, STUDENT = "distill.pth", "distill.older.pth", "student.safetensors"
@@ -225,7 +226,7 @@ class Distillation:
         }
         path = self.run.checkpoints / CHECKPOINT
         with atomically(path) as temporary:
-            torch.save(state, temporary)
+            save_torch(state, temporary)
             if path.is_file():  # read where the newest is damaged
                 os.replace(path, self.run.checkpoints / OLDER)
 

@@ -30,12 +30,12 @@ from dinov3.errors import DinoError, choices_sentence
 from dinov3.eval import arguments
 from dinov3.eval import session as common
 from dinov3.eval.arguments import EvalConfig, take_options
-from dinov3.files import atomically
 from dinov3.fit.loop import SCHEDULES, Evaluate, FitConfig, FitReport, Loss, fit, shuffled
 from dinov3.hub import HEADS
 from dinov3.hub.open_task_model import is_head_file, open_task_model
 from dinov3.runlog import RunDir
 from dinov3.weights.filling import fill
+from dinov3.weights.writing import write_torch
 
 Rule = Callable[..., tuple[Tensor, Tensor]]
 
@@ -269,8 +269,7 @@ def fit_head(
 def write_head(path: Path, tensors: Mapping[str, Tensor], iteration: int) -> None:
     """`model_final.pth` as the reference writes it: {"model": head's state, "iteration"}; moments stay in ckpt/."""
     if distributed.is_main():
-        with atomically(path) as temporary:
-            torch.save({"model": {k: v.cpu() for k, v in tensors.items()}, "iteration": iteration}, temporary)
+        write_torch({"model": {k: v.cpu() for k, v in tensors.items()}, "iteration": iteration}, path)
 
 
 def task_model(

@@ -52,11 +52,11 @@ from dinov3.eval.features import (
 )
 from dinov3.eval.session import Session
 from dinov3.features import outputs
-from dinov3.files import atomically
 from dinov3.metrics.classification import Link, Metric, Numbers
 from dinov3.metrics.classification import evaluate as measure
 from dinov3.runlog import Ticker
 from dinov3.threads import prefetched
+from dinov3.weights.writing import write_torch
 
 RATES = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1]
 
@@ -257,8 +257,7 @@ class SavedHeads:
 
     def save(self, name: str, state: Mapping[str, Any]) -> None:
         if distributed.is_main():
-            with atomically(self.folder / name / "checkpoint.pth") as temporary:
-                torch.save(dict(state), temporary)
+            write_torch(dict(state), self.folder / name / "checkpoint.pth")
 
     def load(self, name: str) -> dict[str, Any]:
         return torch.load(self.folder / name / "checkpoint.pth", map_location="cpu", weights_only=True)

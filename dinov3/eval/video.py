@@ -39,13 +39,13 @@ from dinov3.eval import session as common
 from dinov3.eval.arguments import EvalConfig
 from dinov3.eval.session import Session
 from dinov3.features import default_preprocessing, layer_numbers, outputs
-from dinov3.files import atomically
 from dinov3.fit.loop import shuffled
 from dinov3.heads.attentive import AttentiveProbe, clip_coordinates
 from dinov3.heads.encoder import step_of, widths_of
 from dinov3.metrics.classification import accuracy
 from dinov3.optim import warmup_cosine_v2
 from dinov3.threads import prefetched
+from dinov3.weights.writing import write_torch
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 Batch = tuple[Tensor, Tensor, Tensor]  # tokens [B, N, D], coordinates [B, N, 3], labels [B]
@@ -304,8 +304,7 @@ def _save(path: Path, every: Sequence[Candidate], step: int, total: int) -> None
             "step": step, "total": total, "names": [c.name for c in every],
             "probes": [c.probe.state_dict() for c in every], "optimizers": [c.optimizer.state_dict() for c in every],
         }  # fmt: skip
-        with atomically(path) as temporary:
-            torch.save(state, temporary)
+        write_torch(state, path)
     distributed.barrier()
 
 

@@ -201,7 +201,7 @@ def _write_meta(work: Path, tensors: Mapping[str, Tensor], label: str) -> None:
     arch, _, dataset = label.rpartition("_")
     name = f"{arch}_pretrain_{dataset}" if dataset in STATISTICS else f"{label}_pretrain"
     path = work / f"{name}.pth"
-    torch.save(state, path)
+    writing.save_torch(state, path)
     path.rename(work / f"{name}-{cache.sha256_of(path)[:8]}.pth")
 
 

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinov3.files import atomically
 from dinov3.fit.loop import backbones_in
+from dinov3.weights.writing import write_torch
 
 METHODS = ("get_intermediate_layers", "forward_features")
 
@@ -53,8 +53,7 @@ class FeatureCache:
             self.cached[key] = _each(output, lambda t: t.to("cpu").clone())
             self.bytes += size
         elif file is not None:
-            with atomically(file) as temporary:
-                torch.save(_each(output, lambda t: t.to("cpu").clone()), temporary)
+            write_torch(_each(output, lambda t: t.to("cpu").clone()), file)
         return output
 
 

@@ -24,19 +24,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dinov3 import checkpoint
 from dinov3.config.train import TrainConfig, load_model_config, vit_config
 from dinov3.errors import DinoError, WeightsError, WeightsMismatch
-from dinov3.files import atomically
 from dinov3.models.architectures import BackboneConfig
 from dinov3.parallel import full_state
 from dinov3.train.method import Network
 from dinov3.weights import configs, filling, formats, reading, writing
 from dinov3.weights.filling import difference
 from dinov3.weights.reading import OpenedWeights, read
+from dinov3.weights.writing import write_torch
 
 HEADS = ("dino_head", "ibot_head")
 TEACHER_FILE = "teacher_checkpoint.pth"
@@ -190,8 +189,7 @@ def adopt_sharded(saved: Path) -> Path:
 
 def save_pth(state: State, path: Path) -> None:
     """{"teacher": state}, atomically."""
-    with atomically(path) as temporary:
-        torch.save({"teacher": state}, temporary)
+    write_torch({"teacher": state}, path)
 
 
 def save_backbone(state: State, path: Path, about: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dinov3.errors import WeightsError
@@ -48,6 +49,21 @@ def write_safetensors(state: Mapping[str, Tensor], path: Path, metadata: dict[st
             temporary.chmod(usual)  # safetensors makes files that only their owner can read
     except SafetensorError as error:
         raise WeightsError(f"{path} could not be written: {error}") from None
+
+
+def write_torch(value: Any, path: Path) -> None:
+    """One file of `torch.save`, which appears whole or not at all."""
+    with atomically(path) as temporary:
+        save_torch(value, temporary)
+
+
+def save_torch(value: Any, path: Path) -> None:
+    """`torch.save`, whose error on a full disk is a sentence."""
+    try:
+        torch.save(value, path)
+    except RuntimeError as error:  # of the archive writer, where a write fell short
+        reason = str(error).splitlines()[0]
+        raise WeightsError(f"{path} could not be written, perhaps because the disk is full ({reason})") from None
 
 
 def owned(value: Tensor) -> Tensor:

@@ -407,3 +407,21 @@ def test_unusual_architectures_are_inferred_from_shapes():
     found = configs.infer_config(state)
     assert configs.signature(found) == configs.signature(config)
     backbone(found).load_state_dict(state, strict=True)
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_the_old_file(tmp_path, monkeypatch):
+    from dinov3.errors import WeightsError
+    from dinov3.weights import writing
+
+    path = tmp_path / "w.pth"
+    writing.write_torch({"x": torch.ones(3)}, path)
+
+    def full(value, file):
+        file.write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 758784 vs 758672\nmore")
+
+    monkeypatch.setattr("torch.save", full)
+    with pytest.raises(WeightsError, match=r"could not be written, perhaps because the disk is full .*758672\)$"):
+        writing.write_torch({"x": torch.zeros(3)}, path)
+    assert torch.load(path, weights_only=True)["x"].sum() == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["w.pth"]
