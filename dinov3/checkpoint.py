@@ -16,6 +16,7 @@ What is saved is handed in. What is not here: from what weights a fresh run star
 from __future__ import annotations
 
 import base64
+import enum
 import json
 import os
 import pickle
@@ -229,6 +230,12 @@ _ALLOWED = {
 _PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
 
 
+def _enum_member(kind: Any, name: str) -> Any:
+    if not (isinstance(kind, type) and issubclass(kind, enum.Enum)):
+        raise UnsafeFile("it would run builtins.getattr")
+    return kind[name]
+
+
 class _MetadataUnpickler(pickle._Unpickler):  # the one in Python: its opcodes can be overridden
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
@@ -237,6 +244,8 @@ class _MetadataUnpickler(pickle._Unpickler):  # the one in Python: its opcodes c
             return PurePosixPath  # of any system; nothing is opened by it
         if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)):
             return getattr(torch, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member  # how some versions of Python write the member of an enum
         if name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
         raise UnsafeFile(f"it would run {module}.{name}")

@@ -257,6 +257,15 @@ def test_code_in_a_checkpoints_metadata_is_never_run(
     assert not pwned.exists()
 
 
+def test_members_of_enums_are_read_as_every_python_writes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING as Format
+
+    for written in (lambda self, _: (getattr, (Format, self.name)), lambda self, _: (Format, (self.value,))):
+        monkeypatch.setattr(Format, "__reduce_ex__", written)  # 3.11.0 to 3.11.3, and the others
+        path = Checkpoints(tmp_path).save(0, some(), {})
+        assert checkpoint.load(path, some(0.0)) == []
+
+
 def test_metadata_may_not_change_classes_or_leave_the_folder(tmp_path: Path) -> None:
     path = Checkpoints(tmp_path).save(0, some(), {})
     raw = (path / ".metadata").read_bytes()
@@ -266,6 +275,10 @@ def test_metadata_may_not_change_classes_or_leave_the_folder(tmp_path: Path) -> 
         checkpoint.stored(path)
     (path / ".metadata").write_bytes(pickle.dumps(7))
     with pytest.raises(UnsafeFile, match="it holds a int"):
+        checkpoint.stored(path)
+    attribute = b"\x80\x02cbuiltins\ngetattr\nctorch\nSize\nX\x05\x00\x00\x00numel\x86R."
+    (path / ".metadata").write_bytes(attribute)  # getattr of anything but an enum
+    with pytest.raises(UnsafeFile, match=r"would run builtins\.getattr"):
         checkpoint.stored(path)
     assert b"__0_0.distcp" in raw
     (path / ".metadata").write_bytes(raw.replace(b"__0_0.distcp", b"../../a.disc"))
