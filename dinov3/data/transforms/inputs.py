@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -112,8 +113,8 @@ class Preprocessing:
         )
         for name, known in choices:
             one_of(name, getattr(self, name), known)
-        if self.shape != "native" and self.size < 1:
-            raise DinoError(f"size must be a positive number of pixels, not {self.size}")
+        if self.shape != "native" and (not isinstance(self.size, Integral) or self.size < 1):
+            raise DinoError(f"size must be a positive number of pixels, not {self.size!r}")
 
     @classmethod
     def named(cls, name: str, **changes: Any) -> Preprocessing:
