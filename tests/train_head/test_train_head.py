@@ -607,6 +607,7 @@ def test_the_verb_reads_options_and_prints_the_file(tmp_path: Path, monkeypatch:
 
 @pytest.mark.data
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "task, head, line, least",
     [
