@@ -148,5 +148,5 @@ class Progress:
         self.bar.update(self.task, completed=done, rate=f"{rate:.1f} images/s")
         if not self.console.is_terminal and now - self.last > self.wait:
             self.last, self.wait = now, 30
-            left = (self.total - done) / rate if rate else float("nan")
-            log(f"{done} of {self.total} · {rate:.1f} images/s · {left / 60:.0f} min left")
+            ahead = f" · {rate:.1f} images/s · {(self.total - done) / rate / 60:.0f} min left" if rate > 0 else ""
+            log(f"{done} of {self.total}{ahead}")
