@@ -7,7 +7,6 @@ named, counted, and the exit code is 3. Results of different images never share 
 from __future__ import annotations
 
 import csv
-import errno
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ from dinov3.cli.shared import (
 )
 from dinov3.config.bounds import setting
 from dinov3.errors import DinoError, ImageError, printable
-from dinov3.files import Lock, atomically
+from dinov3.files import DISK_ERRORS, Lock, atomically
 
 if TYPE_CHECKING:
     from dinov3.data.images import DecodedImage
@@ -264,9 +263,6 @@ def save_classes(images: list[str], predict: Predict, out: Path | None, top: int
     predict_each(images, "classifying", predict, out, save, finish)
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)  # of the folder, not of one image
-
-
 def predict_each(
     images: list[str],
     label: str,
@@ -306,7 +302,7 @@ def predict_each(
                 except ImageError as error:
                     failures.append((path, str(error)))
                 except (ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, ValueError) as error:
-                    if getattr(error, "errno", None) in FULL:
+                    if getattr(error, "errno", None) in DISK_ERRORS:
                         raise
                     failures.append((path, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"))
                 else:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -34,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov3.errors import WeightsError, without_secrets
-from dinov3.files import atomically
+from dinov3.files import DISK_ERRORS, atomically
 from dinov3.weights.catalog import DOWNLOAD_PAGE
 
 Progress = Callable[[int, int | None], None]  # (bytes so far, bytes in all if known)
@@ -42,7 +41,6 @@ Progress = Callable[[int, int | None], None]  # (bytes so far, bytes in all if k
 TIMEOUT_S = 30.0
 ATTEMPTS = 3  # a cut connection is resumed this often before giving up
 CHUNK_BYTES = 1 << 20
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}  # our side's fault, not the network's
 
 
 def root() -> Path:
@@ -170,7 +168,7 @@ def _download(
                 continue
             raise WeightsError(_refusal(error.code, name, url)) from None
         except (urllib.error.URLError, OSError, HTTPException) as error:
-            if getattr(error, "errno", None) in _DISK:
+            if getattr(error, "errno", None) in DISK_ERRORS:
                 raise WeightsError(f"cannot write the download of {name!r} to {root()}: {error}") from None
             if cached is not None:
                 return cached

@@ -304,19 +304,7 @@ def changed_state(state: dict[str, torch.Tensor], rng: random.Random) -> dict[An
 def malformed(folder: Path, rng: random.Random) -> tuple[str, Callable[[], Any]]:
     """(kind, what opens it) of one malformed file, written into an empty folder."""
     name = rng.choice(list(TINY))
-    kind = rng.choice(
-        (
-            "bytes of .pth",
-            "bytes of safetensors",
-            "tensors",
-            "header",
-            "config",
-            "index",
-            "metadata",
-            "head",
-            "head bytes",
-        )
-    )
+    kind = rng.choice(KINDS)
     if kind in ("head", "head bytes"):
         path = head_with(folder.parent)
         tensors, metadata = reading.read(path)

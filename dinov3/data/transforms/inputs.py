@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 SHAPES = ("square", "short", "long", "native")
 FITS = ("resize", "pad", "crop")
 INTERPOLATIONS = ("bilinear", "bicubic")
+# Fields that came after the first stores: left out of the JSON at their defaults, so that ids stay.
+LATER = ("size_hw", "rounding")
 # What other libraries call things, and where they are here.
 ELSEWHERE = {
     "image_size": "write size=",
@@ -148,10 +150,9 @@ class Preprocessing:
 
     def to_json(self) -> str:
         values = asdict(self)
-        if self.size_hw is None:
-            del values["size_hw"]
-        if self.rounding == "nearest":  # ids of before stay
-            del values["rounding"]
+        for field in fields(self):
+            if field.name in LATER and values[field.name] == field.default:
+                del values[field.name]
         return json.dumps(values, sort_keys=True)
 
     @classmethod
