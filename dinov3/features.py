@@ -10,6 +10,7 @@ when compared or concatenated with one that differs.
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import time
@@ -70,10 +71,15 @@ class Features:
         return f"Features({B} images, grid {h}×{w}, width {D}, {where}, {self.preprocessing}, {self.model})"
 
     def __getitem__(self, index: Any) -> Features:
-        """The features of some of the images: an integer (the batch dimension stays), a slice, integers, or a mask [B]."""
-        B = len(self)
+        """The features of some of the images: an integer (the batch dimension stays), a slice, integers, or a mask [B].
+
+        A slice without steps keeps the `missing` images between its rows, and before its first row; the others have none.
+        """
+        B, missing = len(self), {}
         if isinstance(index, slice):
             rows = list(range(B)[index])
+            if rows and index.step in (None, 1):
+                missing = self._missing_among(rows[0], rows[-1])
         else:
             chosen = torch.as_tensor(index)
             if chosen.dtype == torch.bool:
@@ -87,8 +93,19 @@ class Features:
             registers=self.registers[rows],
             patches=self.patches[rows],
             geometry=tuple(self.geometry[i] for i in rows),
-            missing={},
+            missing=missing,
         )
+
+    def _missing_among(self, first: int, last: int) -> dict[int, ImageError]:
+        """The images without a row that belong to rows first … last: those before each of them, after the very last row too.
+
+        Positions count from the first image that belongs to them.
+        """
+        total = len(self) + len(self.missing)
+        places = [position for position in range(total) if position not in self.missing]  # of the rows
+        start = places[first - 1] + 1 if first else 0
+        stop = places[last] + 1 if last < len(self) - 1 else total
+        return {position - start: error for position, error in self.missing.items() if start <= position < stop}
 
     @property
     def grid_hw(self) -> tuple[int, int]:
@@ -163,7 +180,10 @@ class Features:
 
     @staticmethod
     def cat(parts: Sequence[Features]) -> Features:
-        """The concatenation of batches, which must agree in model, layer, norm, preprocessing and grid."""
+        """The concatenation of batches, which must agree in model, layer, norm, preprocessing and grid.
+
+        `missing` is that of the lists of images one after the other.
+        """
         if not parts:
             raise DinoError("nothing to concatenate: the list of features is empty")
         for other in parts[1:]:
@@ -173,13 +193,14 @@ class Features:
                     f"patch grids {parts[0].grid_hw} and {other.grid_hw} differ: give the images one size "
                     "(shape='square'), or keep the features apart"
                 )
+        starts = itertools.accumulate((len(p) + len(p.missing) for p in parts), initial=0)
         return replace(
             parts[0],
             cls=torch.cat([p.cls for p in parts]),
             registers=torch.cat([p.registers for p in parts]),
             patches=torch.cat([p.patches for p in parts]),
             geometry=tuple(g for p in parts for g in p.geometry),
-            missing={},
+            missing={start + i: error for start, p in zip(starts, parts) for i, error in p.missing.items()},
         )
 
     def similarity(self, other: Features, *, ignore: Iterable[str] = ()) -> Tensor:

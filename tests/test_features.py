@@ -361,6 +361,21 @@ def test_bad_images_are_skipped_and_the_result_says_which(vit, files) -> None:
         dinov3.embed(vit, files, on_error="ignore")
 
 
+def test_slices_and_concatenations_say_which_images_are_missing(vit, files) -> None:
+    (files[4]).write_bytes(b"")
+    features = dinov3.embed(vit, files, size=32, on_error="skip")  # rows of images 0, 1, 3; 2 and 4 are missing
+    assert [list(features[s].missing) for s in (slice(None), slice(2), slice(1, 2), slice(2, None))] == [
+        [2, 4], [], [], [0, 2],
+    ]  # fmt: skip
+    assert features[2:].missing[0] is features.missing[2]
+    for k in range(1, 3):
+        joined = dinov3.Features.cat([features[:k], features[k:]])
+        assert joined.missing == features.missing
+    assert list(dinov3.Features.cat([features, features]).missing) == [2, 4, 7, 9]
+    assert [dict(features[i].missing) for i in (0, -1, [0, 2], slice(None, None, 2), slice(0, 0))] == [{}] * 5
+    assert features.to(torch.float64).missing == features.missing
+
+
 def test_encode_gives_an_array_whose_rows_are_those_of_the_list(vit, files) -> None:
     vectors = dinov3.encode(vit, files, size=32, on_error="skip", normalize=True, pooling="cls+mean")
     assert vectors.shape == (5, 2 * vit.embed_dim)
