@@ -24,6 +24,7 @@ from dinov3.cli.shared import (
     config_options,
     device_of,
     log,
+    log_away,
     log_failures,
 )
 from dinov3.config.bounds import setting
@@ -137,6 +138,7 @@ def _log_model(net: Any) -> None:
 def _log_report(report: Report, out: str, preprocessing: Preprocessing, as_json: bool, strict: bool) -> None:
     failures = [(f.path, f.reason) for f in report.failures]
     log_failures(failures, f"; `dinov3 store info {out} --failed` lists all")
+    log_away(report.away, out)
     counts = [f"{report.embedded} embedded ({report.rate:.1f} images/s)", f"{report.skipped} already there"]
     for name in ("replaced", "moved", "copied", "touched"):
         if getattr(report, name):
@@ -148,7 +150,7 @@ def _log_report(report: Report, out: str, preprocessing: Preprocessing, as_json:
     counts.append(f"{len(failures)} unreadable" + (f" ({old} of an earlier run)" if old else ""))
     log(f"{', '.join(counts)}; {out} ({preprocessing.id})")
     if as_json:
-        names = ("found", "embedded", "replaced", "skipped", "moved", "copied", "touched", "deleted", "pruned")
+        names = ("found", "embedded", "replaced", "skipped", "moved", "copied", "touched", "deleted", "pruned", "away")
         facts = {name: getattr(report, name) for name in names}
         facts["failed"] = [{"path": path, "reason": reason} for path, reason in failures]
         facts |= {"new_failures": report.new_failures, "seconds": round(report.seconds, 3)}

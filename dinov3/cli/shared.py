@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
@@ -54,6 +55,16 @@ def log_failures(failures: Sequence[tuple[str, str]], more: str = "") -> None:
         log(f"could not read {printable(path)}: {reason}")
     if len(failures) > 20:
         log(f"… and {len(failures) - 20} more{more}")
+
+
+def log_away(folders: Mapping[str, int], store: str) -> None:
+    """The source folders that are not there, whose images stay in the store."""
+    for folder, count in folders.items():
+        state = "empty" if os.path.isdir(folder) else "not there"
+        log(
+            f"{count} images are under {printable(folder)}, which is {state}: kept. Mount its disk, or embed the folder from "
+            f"where it is now; `dinov3 store prune {store} --missing-sources` removes them"
+        )
 
 
 def device_of(name: str) -> str:

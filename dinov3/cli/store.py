@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dinov3.cli.models import print_facts
-from dinov3.cli.shared import Progress, app, log
+from dinov3.cli.shared import Progress, app, log, log_away
 from dinov3.errors import DinoError, printable
 
 if TYPE_CHECKING:
@@ -45,6 +45,9 @@ def info(
 @store_app.command()
 def prune(
     store: Store,
+    missing_sources: Annotated[
+        bool, typer.Option("--missing-sources", help="Also images of source folders that are not there or empty.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List them only.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -52,8 +55,9 @@ def prune(
     from dinov3.embedding import manage
 
     with _open(store) as opened, Progress("looking for files", len(opened)) as bar:
-        gone = manage.prune(opened, dry_run=dry_run, on_progress=bar)
+        gone, away = manage.prune(opened, missing_sources=missing_sources, dry_run=dry_run, on_progress=bar)
     _print_lines([json.dumps(gone)] if as_json else map(printable, gone))
+    log_away(away, store)
     log(f"{len(gone)} images {'would be removed' if dry_run else 'removed'}")
 
 

@@ -13,6 +13,7 @@ import csv
 import dataclasses
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 
 from dinov3 import neighbours
-from dinov3.embedding.pipeline import is_gone
+from dinov3.embedding.pipeline import away, is_gone
 from dinov3.embedding.place import place_of
 from dinov3.embedding.schema import arrow_schema, as_matrix, checksums
 from dinov3.embedding.store import EmbeddingStore
@@ -44,6 +45,7 @@ def describe(store: EmbeddingStore, failed: bool = False) -> dict[str, Any]:
     """What a store holds: counts, root, metadata, columns; with `failed` the unreadable images and why."""
     failures = store.failures()
     facts = {"kind": "embedding store", "images": len(store), "unreadable": len(failures), "root": store.root}
+    facts["sources"] = store.sources
     facts |= dataclasses.asdict(store.facts) | {"columns": ", ".join(store.columns), "bytes": size_of(store)}
     if failed:
         facts["failed"] = [f"{f.path}: {f.reason}" for f in failures]
@@ -61,24 +63,24 @@ def size_of(store: EmbeddingStore) -> int:
 # ---- fewer and more rows --------------------------------------------------------------------------------------------
 
 
-def prune(store: EmbeddingStore, *, dry_run: bool = False, on_progress: Done = _quiet) -> list[str]:
-    """Removes images whose files no longer exist; their paths. `dry_run` only lists them.
+def prune(
+    store: EmbeddingStore, *, missing_sources: bool = False, dry_run: bool = False, on_progress: Done = _quiet
+) -> tuple[list[str], dict[str, int]]:
+    """Removes images whose files no longer exist; their paths, and {folder: number of its images that were kept}.
 
-    Raises `StoreError` while the root itself is gone: a disk may not be mounted, or the folder has moved.
+    Kept are the images of source folders that do not exist or are empty: a disk may not be mounted, or the folder has moved.
+    With `missing_sources` they are removed too. `dry_run` only lists.
     """
-    if store.root and is_gone(store.root):
-        raise StoreError(
-            f"the folder of the store's images, {store.root}, does not exist: mount its disk, or embed it from where it is "
-            "now (its images are then renamed); `dinov3 store remove` removes images by path or filter"
-        )
     gone = []
     for done, path in enumerate(store.known(), 1):
         if is_gone(path):
             gone.append(path)
         on_progress(done)
+    kept = {} if missing_sources else away(store, gone)
+    gone = [path for path in gone if path not in kept]
     if gone and not dry_run:
         store.remove(gone)
-    return gone
+    return gone, dict(Counter(kept.values()))
 
 
 def remove(store: EmbeddingStore, paths: Iterable[str] = (), where: str | None = None) -> int:
@@ -95,6 +97,7 @@ def merge(target: EmbeddingStore, other: EmbeddingStore, on_progress: Done = _qu
     Raises `StoreError` where the stores hold different features, or where rows of the other one are damaged.
     """
     target.check_same(other.facts)
+    target.add_sources(other.sources)
     own = arrow_schema(other.facts).names
     extra = [name for name in other.columns if name not in own]
     there, added, done = set(target.known()), 0, 0

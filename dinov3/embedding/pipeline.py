@@ -11,20 +11,21 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Container, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from dinov3.data.sources import Item, Source
+from dinov3.data.sources.items import spellings
 from dinov3.data.transforms.inputs import Geometry, Preprocessing
 from dinov3.embedding.schema import Failure, PatchPrecision, Row, StoreFacts
 from dinov3.embedding.search import EXACT_LIMIT, build_index
@@ -147,6 +148,7 @@ class Report:
     touched: int = 0  # a new time of modification, the same content
     deleted: list[str] = field(default_factory=list)  # stored, but gone from the source
     pruned: int = 0  # of these, removed from the store
+    away: dict[str, int] = field(default_factory=dict)  # folder that is not there → its images, which are kept
     failures: list[Failure] = field(default_factory=list)
     new_failures: int = 0
     seconds: float = 0.0
@@ -222,6 +224,7 @@ class Job:
         self.store, self.source, self.retry_failed, self.prune = store, source, retry_failed, prune
         self.on_progress, self.report, self.start = on_progress, Report(), time.perf_counter()
         self.root_moved = follow_root(store, source)
+        store.add_sources(source.folders)
         table = store.rows(["path", "stamp", "content_hash"])
         self.stamps = dict(zip(table["path"].to_pylist(), table["stamp"].to_pylist()))
         self.hashes = dict(zip(table["path"].to_pylist(), table["content_hash"].to_pylist()))
@@ -332,7 +335,8 @@ class Job:
         return report
 
     def _sweep(self) -> None:
-        """Stored images of this source that are gone; their failures are dropped, their rows only with `prune`."""
+        """Stored images of this source that are gone; their failures are dropped, their rows only with `prune`. Those of a
+        source that is away are kept."""
         base = self.source.root.rstrip(os.sep) + os.sep
         containers = {path.partition("#")[0] for path in self.seen if "#" in path}
         unreadable = {failure.path for failure in self.report.failures}
@@ -344,10 +348,14 @@ class Job:
             listed = path.partition("#")[0] in containers and not os.path.lexists(path)  # its container was read anew
             return listed or is_gone(path)
 
-        self.report.deleted = sorted(path for path in self.stamps if gone(path))
+        lost = {path for path in [*self.stamps, *self.failed] if gone(path)}
+        kept = away(self.store, lost)
+        self.report.away = dict(Counter(folder for path, folder in kept.items() if path in self.stamps))
+        lost -= kept.keys()
+        self.report.deleted = sorted(lost & self.stamps.keys())
         if self.prune and self.report.deleted:
             self.report.pruned = self.store.remove(self.report.deleted)
-        self.store.clear_failures(path for path in self.failed if path not in self.seen and gone(path))
+        self.store.clear_failures(lost & self.failed.keys() - self.seen)
 
     def _mended(self, paths: Iterable[str]) -> None:
         if self.failed:
@@ -365,8 +373,7 @@ def is_gone(path: str) -> bool:
     A member of a tar or a row of a table (`shard.tar#name`) exists while the container does.
     """
     for end in [len(path), *(i for i, letter in enumerate(path) if letter == "#")]:
-        name = re.sub(rb"\\x([0-9a-f]{2})", lambda m: bytes.fromhex(m[1].decode()), path[:end].encode())
-        for spelling in {path[:end].encode(), name}:  # bytes that are no UTF-8 are stored escaped
+        for spelling in spellings(path[:end]):
             try:
                 os.lstat(spelling)
                 return False
@@ -375,6 +382,42 @@ def is_gone(path: str) -> bool:
             except (OSError, ValueError):
                 return False
     return True
+
+
+def away(store: EmbeddingStore, gone: Iterable[str]) -> dict[str, str]:
+    """{path: folder} of those of these paths without a file whose source folder is away: it does not exist, or is empty as
+    the mount point of a disk that is not mounted. Nobody knows then whether the image was deleted.
+
+    A path below none of the store's sources (from a list file, say) goes by its own folder; any goes by a link above it.
+    """
+    sources, found = store.sources, {}
+    is_away, existing = cache(_is_away), cache(_nearest_existing)
+    for path in gone:
+        folder = os.path.dirname(path.partition("#")[0]) or "."
+        above = [s for s in sources if path.startswith(s.rstrip(os.sep) + os.sep)] or [folder]
+        if os.path.islink(existing(folder)):
+            above.append(existing(folder))
+        if (missing := next(filter(is_away, above), None)) is not None:
+            found[path] = missing
+    return found
+
+
+def _is_away(folder: str) -> bool:
+    for spelling in spellings(folder):
+        try:
+            with os.scandir(spelling) as entries:
+                return next(entries, None) is None
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError):
+            break
+    return True
+
+
+def _nearest_existing(folder: str) -> str:
+    while not os.path.lexists(folder) and folder != os.path.dirname(folder):
+        folder = os.path.dirname(folder)
+    return folder
 
 
 def follow_root(store: EmbeddingStore, source: Source) -> bool:

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +26,10 @@ SCHEMA_VERSION = 2
 FACTS_KEY = b"dinov3.store"  # in the table's schema metadata: schema version and StoreFacts as JSON
 ROOT_KEY = b"dinov3.root"  # in the metadata of the column `path`: the folder that relative paths start from
 CHECKSUM_KEY = b"dinov3.checksum"  # of either of them, beside it
+SOURCES_KEY = (
+    b"dinov3.sources"  # beside the root, as JSON: the folders that were embedded, below the root relative to it
+)
+SOURCES_CHECKSUM_KEY = b"dinov3.sources.checksum"
 PatchPrecision = Literal["none", "float16", "float32", "int8"]
 _ALL_PATCH_COLUMNS = ("patches", "grid_h", "grid_w", "patches_scale")
 
@@ -116,13 +120,24 @@ def root_of(schema: pa.Schema, uri: str) -> str:
     return _checked(schema.field("path").metadata or {}, ROOT_KEY, uri).decode()
 
 
-def _with_checksum(key: bytes, value: bytes) -> dict[bytes, bytes]:
-    return {key: value, CHECKSUM_KEY: str(_signed64(value)).encode()}
+def sources_metadata(sources: Sequence[str]) -> dict[bytes, bytes]:
+    """What the column `path` says about the sources."""
+    return _with_checksum(SOURCES_KEY, json.dumps(sources).encode(), SOURCES_CHECKSUM_KEY)
 
 
-def _checked(metadata: Mapping[bytes, bytes], key: bytes, uri: str) -> bytes:
+def sources_of(schema: pa.Schema, uri: str) -> list[str]:
+    """The folders that were embedded into a store, as they are stored; none where the store does not say."""
+    metadata = schema.field("path").metadata or {}
+    return json.loads(_checked(metadata, SOURCES_KEY, uri, SOURCES_CHECKSUM_KEY)) if SOURCES_KEY in metadata else []
+
+
+def _with_checksum(key: bytes, value: bytes, checksum_key: bytes = CHECKSUM_KEY) -> dict[bytes, bytes]:
+    return {key: value, checksum_key: str(_signed64(value)).encode()}
+
+
+def _checked(metadata: Mapping[bytes, bytes], key: bytes, uri: str, checksum_key: bytes = CHECKSUM_KEY) -> bytes:
     value = metadata.get(key, b"")
-    if metadata.get(CHECKSUM_KEY) != str(_signed64(value)).encode():
+    if metadata.get(checksum_key) != str(_signed64(value)).encode():
         raise StoreError(f"the store at {uri} is damaged: its metadata {key.decode()} is not what was written")
     return value
 

@@ -11,7 +11,8 @@ One writer at a time: `create` and `open_or_create` take the folder's lock, `ope
 once. On object storage, and where there is no `flock` (Windows), nobody checks: two writers may store a path twice.
 
 A store has a root, the folder of its first source. Paths below it are stored relative to it, others absolute; methods
-take and return absolute paths, SQL filters see what is stored. A moved folder is one commit (`set_root`).
+take and return absolute paths, SQL filters see what is stored. A moved folder is one commit (`set_root`). The folders
+that were embedded are kept too (`sources`): while one is not there, its images do not count as deleted.
 
 LanceDB runs threads that do not survive `fork`: open the store in the process that uses it, and start workers with
 `spawn` or before the store is opened. A store that notices it was carried through a fork raises.
@@ -64,6 +65,8 @@ from dinov3.embedding.schema import (
     path_checksum,
     root_metadata,
     root_of,
+    sources_metadata,
+    sources_of,
 )
 from dinov3.errors import StoreError, only_known
 from dinov3.files import Lock
@@ -108,7 +111,7 @@ class EmbeddingStore:
 
     def __init__(self, uri: str, database: Any, table: Any, facts: StoreFacts, lock: Lock | None) -> None:
         self.uri, self.facts = uri, facts
-        self.root = root_of(table.schema, uri)
+        self.root, self._sources = root_of(table.schema, uri), sources_of(table.schema, uri)
         self._database, self._table, self._failed_table, self._lock = database, table, None, lock
         self._pen: Any = None  # the writer's handle on the table, see _claim
         self._pid = os.getpid()
@@ -235,11 +238,27 @@ class EmbeddingStore:
 
     def set_root(self, root: str) -> None:
         """The folder of the images has moved: relative paths start from `root` now. One commit, no row is rewritten."""
+        self._describe_paths(root_metadata(root))
+        self.root, self._paths = root, None
+
+    @property
+    def sources(self) -> list[str]:
+        """The folders that were embedded, absolute; those below the root move with it."""
+        return [os.path.normpath(self.full(folder)) for folder in self._sources]
+
+    def add_sources(self, folders: Iterable[str]) -> None:
+        """Keeps the names of folders that are embedded; one commit if any is new."""
+        stored = ("." if folder == self.root else self.stored(folder) for folder in folders)
+        sources = list(dict.fromkeys([*self._sources, *stored]))
+        if sources != self._sources:
+            self._describe_paths(sources_metadata(sources))
+            self._sources = sources
+
+    def _describe_paths(self, metadata: Mapping[bytes, bytes]) -> None:
         pen = self._claim()
         with saying(f"cannot write to the store at {self.uri}"):
-            metadata = {key.decode(): value.decode() for key, value in root_metadata(root).items()}
-            pen.update_field_metadata({"path": "path", "metadata": metadata})
-        self.root, self._paths = root, None
+            text = {key.decode(): value.decode() for key, value in metadata.items()}
+            pen.update_field_metadata({"path": "path", "metadata": text})
 
     # ----------------------------------------------------------------------------------------------------- reading
 

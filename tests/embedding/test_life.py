@@ -20,7 +20,7 @@ pytest.importorskip("lancedb")
 from typer.testing import CliRunner
 
 from dinov3 import cli, neighbours
-from dinov3.data.sources import open_source
+from dinov3.data.sources import open_sources
 from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.embedding import manage, pipeline
 from dinov3.embedding.pipeline import Report, embed_source, is_gone
@@ -65,9 +65,9 @@ class Life:
     def __init__(self, model: VisionTransformer, uri: Path) -> None:
         self.model, self.uri = model, uri
 
-    def embed(self, folder: Path, **options: object) -> Report:
+    def embed(self, *sources: Path, **options: object) -> Report:
         options = {"preprocessing": Preprocessing(size=32), "patches": "int8", "batch_size": 4} | options
-        return embed_source(self.model, open_source(folder), self.uri, **options)
+        return embed_source(self.model, open_sources(sources), self.uri, **options)
 
     def vectors(self) -> dict[str, np.ndarray]:
         paths, vectors = EmbeddingStore.open(self.uri).vectors()
@@ -256,9 +256,9 @@ def test_a_pruned_exported_verified_life(life, photos, tmp_path) -> None:
     life.embed(photos)
     with EmbeddingStore.open(life.uri) as store:
         gone = [str(photos / "02.jpg"), str(photos / "04.jpg")]
-        assert sorted(manage.prune(store, dry_run=True)) == gone
+        assert manage.prune(store, dry_run=True) == (gone, {})
         assert len(store) == N + 1
-        assert sorted(manage.prune(store)) == gone
+        assert manage.prune(store) == (gone, {})
         assert manage.duplicates(store, 1) == [[str(photos / "01.jpg"), str(photos / "again.jpg")]]
         assert manage.remove(store, [str(photos / "again.jpg")]) == 1
         store.add_column("label", {str(photos / "01.jpg"): "=cat"})
@@ -298,10 +298,108 @@ def test_an_export_replaces_no_file_unless_overwrite(life, photos) -> None:
         manage.export(store, photos / "a.xlsx")
 
 
-def test_prune_refuses_while_the_root_is_away(life, photos, tmp_path) -> None:
+@pytest.fixture
+def disk(tmp_path) -> Path:
+    """A second folder of three images beside `photos`."""
+    folder = tmp_path / "disk" / "album"
+    folder.mkdir(parents=True)
+    for i in range(3):
+        draw(folder / f"{i}.jpg", 500 + i)
+    return folder
+
+
+@pytest.mark.parametrize("mount_point", [False, True])
+@pytest.mark.parametrize("together", [False, True])
+def test_images_of_a_source_that_is_away_are_never_pruned(model, photos, disk, tmp_path, mount_point, together) -> None:
+    life = Life(model, tmp_path / "store")
+    for sources in [[photos, disk]] if together else [[photos], [disk]]:
+        life.embed(*sources)
+    disk.rename(tmp_path / "away")
+    if mount_point:
+        disk.mkdir()
+    (photos / "01.jpg").unlink()
+    shutil.rmtree(photos / "holiday")  # a folder inside a source is deleted, not away
+    with EmbeddingStore.open(life.uri) as store:
+        gone, kept = manage.prune(store)
+        assert (len(gone), kept, len(store)) == (N // 3 + 1, {str(disk): 3}, N - N // 3 - 1 + 3)
+    prune = ["store", "prune", str(life.uri)]
+    done = CliRunner().invoke(cli.app, prune, catch_exceptions=False)
+    state = "empty" if mount_point else "not there"
+    assert f"3 images are under {disk}, which is {state}: kept. Mount its disk" in done.stderr
+    assert "0 images removed" in done.stderr
+    done = CliRunner().invoke(cli.app, [*prune, "--missing-sources"], catch_exceptions=False)
+    assert done.stdout.splitlines() == [str(disk / f"{i}.jpg") for i in range(3)]
+
+
+def test_all_images_of_a_root_that_is_away_are_kept(life, photos, tmp_path) -> None:
     photos.rename(tmp_path / "away")
-    with EmbeddingStore.open(life.uri) as store, pytest.raises(StoreError, match="does not exist: mount its disk"):
-        manage.prune(store)
+    with EmbeddingStore.open(life.uri) as store:
+        assert manage.prune(store) == ([], {str(photos): N})
+
+
+def test_embed_with_prune_keeps_a_source_that_is_away(model, photos, disk, tmp_path) -> None:
+    life = Life(model, tmp_path / "store")
+    other = tmp_path / "other"
+    shutil.copytree(disk, other)
+    life.embed(photos, disk.parent, other)
+    life.embed(disk)  # now a source of its own below another one
+    disk.rename(tmp_path / "away")
+    other.rename(tmp_path / "away2")
+    draw(disk.parent / "new.jpg", 600)
+    (photos / "01.jpg").unlink()
+    report = life.embed(photos, disk.parent, prune=True)
+    assert (report.deleted, report.pruned) == ([str(photos / "01.jpg")], 1)
+    assert report.away == {str(disk): 3, str(other): 3}
+    (tmp_path / "away").rename(disk)
+    assert counts(life.embed(disk)) == {"skipped": 3}
+
+
+def test_a_list_of_files_on_a_missing_disk_deletes_nothing(model, photos, disk, tmp_path) -> None:
+    life = Life(model, tmp_path / "store")
+    (tmp_path / "list.txt").write_text("disk/album/0.jpg\ndisk/album/1.jpg\nphotos/01.jpg\n")
+    life.embed(tmp_path / "list.txt")
+    disk.rename(tmp_path / "away")
+    (photos / "01.jpg").unlink()
+    report = life.embed(tmp_path / "list.txt", prune=True)
+    assert (report.deleted, report.away) == ([str(photos / "01.jpg")], {str(disk): 2})
+
+
+def test_a_link_that_leads_nowhere_deletes_nothing(life, model, photos, disk, tmp_path) -> None:
+    (photos / "linked").symlink_to(disk)
+    life.embed(photos)
+    disk.rename(tmp_path / "away")
+    report = life.embed(photos, prune=True)
+    assert (report.deleted, report.away) == ([], {str(photos / "linked"): 3})
+    (tmp_path / "elsewhere").mkdir()
+    source = tmp_path / "link"
+    source.symlink_to(photos)
+    second = Life(model, tmp_path / "store2")
+    second.embed(source)
+    photos.rename(tmp_path / "photos2")
+    with EmbeddingStore.open(second.uri) as store:
+        assert manage.prune(store) == ([], {str(source): N})
+
+
+def test_a_store_that_names_no_sources_goes_by_the_folders_of_its_images(life, photos, tmp_path) -> None:
+    with EmbeddingStore.open(life.uri) as store:
+        assert store.sources == [str(photos)]
+        store._sources = []
+        (photos / "holiday").rename(tmp_path / "away")
+        (photos / "01.jpg").unlink()
+        assert manage.prune(store) == ([str(photos / "01.jpg")], {str(photos / "holiday"): N // 3})
+
+
+def test_the_sources_move_with_the_root_and_are_merged(life, photos, disk, model, tmp_path) -> None:
+    life.embed(disk)
+    assert EmbeddingStore.open(life.uri).sources == [str(photos), str(disk)]
+    elsewhere = photos.rename(tmp_path / "elsewhere")
+    life.embed(elsewhere)
+    assert EmbeddingStore.open(life.uri).sources == [str(elsewhere), str(disk)]
+    second = Life(model, tmp_path / "store2")
+    second.embed(disk)
+    with EmbeddingStore.open(second.uri) as store:
+        manage.merge(store, EmbeddingStore.open(life.uri))
+        assert store.sources == [str(disk), str(elsewhere)]
 
 
 def test_clusters_and_outliers_of_known_vectors(tmp_path) -> None:

@@ -95,3 +95,9 @@ def storable(text: str) -> str:
     spells such an escape has its backslash escaped (`\\x5cxff`), so that two names never become one."""
     escaped = re.sub(r"\\(?=x[0-9a-f]{2})", r"\\x5c", text)
     return escaped.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def spellings(path: str) -> list[bytes]:
+    """The names that a stored path may stand for: itself, and with the escapes of `storable` undone."""
+    name = os.fsencode(path)
+    return list(dict.fromkeys([name, re.sub(rb"\\x([0-9a-f]{2})", lambda m: bytes.fromhex(m[1].decode()), name)]))

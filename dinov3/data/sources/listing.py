@@ -44,6 +44,11 @@ class Source(Protocol):
     skipped: int  # files and members that are no images
     root: str  # absolute folder that items' paths are relative to
 
+    @property
+    def folders(self) -> list[str]:
+        """The absolute folders that were listed; none for files that were named."""
+        ...
+
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Iterator[Item]: ...
@@ -105,6 +110,10 @@ class _Several:
     root: str
     sources: list[Source]
 
+    @property
+    def folders(self) -> list[str]:
+        return [folder for source in self.sources for folder in source.folders]
+
     def __len__(self) -> int:
         return sum(map(len, self.sources))
 
@@ -123,6 +132,7 @@ class _Listed:
     skipped: int
     root: str
     parts: list[Part]
+    folders: list[str]
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
@@ -143,16 +153,16 @@ class _Listing:
     containers: list[Part] = field(default_factory=list)
     used_column: bool = False
     hints: list[str] = field(default_factory=list)
-    whole_folder: bool = False
+    folders: list[str] = field(default_factory=list)
     damage: dict[str, str] = field(default_factory=dict)  # of Arrow files
 
     def close(self, name: str, root: str) -> Source:
-        kinds = [] if not self.files else ["folder" if self.whole_folder or len(self.files) > 1 else "image"]
+        kinds = [] if not self.files else ["folder" if self.folders or len(self.files) > 1 else "image"]
         parts: list[Part] = [_Files(sorted(self.files))] if self.files else []
         parts += self.containers
         kinds += dict.fromkeys(p.kind for p in self.containers)
         whole = [k for k in kinds if k != "broken"] or kinds
-        source = _Listed(name, whole[0] if len(whole) == 1 else "mixed", self.skipped, root, parts)
+        source = _Listed(name, whole[0] if len(whole) == 1 else "mixed", self.skipped, root, parts, self.folders)
         if len(source) == 0:
             raise DinoError(self._emptiness(name))
         if self.column is not None and not self.used_column:
@@ -174,7 +184,7 @@ class _Listing:
         return "; ".join([sentence, *self.hints[:3]])
 
     def folder(self, root: Path, prefix: str = "") -> None:
-        self.whole_folder = True
+        self.folders.append(str(root))
         containers: list[tuple[str, Path]] = []
         for path, relative in self._walk(str(root), prefix):
             lower = os.path.basename(path).lower()
