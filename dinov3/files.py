@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dinov3.errors import DinoError
+from dinov3.errors import DinoError, did_you_mean
 
 try:
     import fcntl
@@ -84,6 +84,20 @@ def _lives(pid: int) -> bool:
     except OSError:  # another user's
         return True
     return True
+
+
+def nonexistent(path: str | os.PathLike[str]) -> str:
+    """The message about a path that does not exist: which part of it is missing, and the nearest names there."""
+    first = Path(path).expanduser().absolute()
+    whole = first
+    while not os.path.lexists(first.parent):
+        first = first.parent
+    try:
+        hint = did_you_mean(first.name, os.listdir(first.parent))
+    except OSError:
+        hint = ""
+    missing = "" if first == whole else f" (there is no {first})"
+    return f"no such file or folder: {os.fspath(path)}{missing}{hint}"
 
 
 def check_free(path: str | os.PathLike[str], overwrite: bool = False) -> None:

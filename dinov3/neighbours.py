@@ -174,7 +174,7 @@ def knn_scores(
     train_labels: int [N] or multi-hot [N, C]. The neighbours are found once; scores are made one k at a time, because
     50,000 × 1,000 of them are 200 MB. split: processes share the search.
     """
-    ks = sorted({min(k, len(train)) for k in ks})
+    ks = sorted({min(k, len(train) - skip_first) for k in ks})
     classes = n_classes or (train_labels.shape[1] if train_labels.ndim == 2 else int(train_labels.max()) + 1)
     cosines, where = nearest(test, train, max(ks) + skip_first, device=device, split=split)
     if skip_first:

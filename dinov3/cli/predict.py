@@ -25,6 +25,7 @@ from dinov3.cli.shared import (
     device_of,
     log,
     log_failures,
+    result_folder,
 )
 from dinov3.config.bounds import setting
 from dinov3.errors import DinoError, ImageError, printable
@@ -35,8 +36,10 @@ if TYPE_CHECKING:
     from dinov3.data.sources import Item
 
 Images = Annotated[list[str], typer.Argument(help="Images, folders, list files, tar shards or parquet.")]
-Out = Annotated[Path, typer.Option(help="Folder for the results; made if need be.")]
-OutIfAny = Annotated[Path | None, typer.Option(help="Folder for the results. Default: none, only stdout.")]
+Out = Annotated[Path, typer.Option(help="Folder for the results; made if need be.", callback=result_folder)]
+OutIfAny = Annotated[
+    Path | None, typer.Option(help="Folder for the results. Default: none, only stdout.", callback=result_folder)
+]
 Size = Annotated[int | None, typer.Option(min=1, help="Pixels of the short side that the model sees.")]
 Window = Annotated[int | None, typer.Option(min=1, help="Sliding windows of so many pixels (after --size).")]
 Stride = Annotated[int | None, typer.Option(min=1, help="Pixels between windows. Default: 2/3 of a window.")]
@@ -76,10 +79,10 @@ def segment(
     """The class of every pixel: an indexed PNG, its legend as JSON, and a drawing, for each image."""
     from dinov3.predict.segment import predict_segments
 
-    names = names_given(labels)
+    names, listed = names_given(labels), list_images(images, out)
     net = model_for("segment", config, size, n_classes=len(names or ()))
     options: dict[str, Any] = {"size": size, "window": window, "stride": stride, "whole": whole, "names": names}
-    save_each(images, "segmenting", lambda p, _: predict_segments(net, p, **options), out)
+    save_each(listed, "segmenting", lambda p, _: predict_segments(net, p, **options), out)
 
 
 @app.command()
@@ -96,9 +99,10 @@ def depth(
     """Metres from the camera for every pixel: a float32 .npy and a drawing for each image."""
     from dinov3.predict.depth import predict_depth
 
+    listed = list_images(images, out)
     net = model_for("depth", config, size)
     options: dict[str, Any] = {"size": size, "window": window, "stride": stride, "flip": flip}
-    save_each(images, "measuring", lambda p, _: predict_depth(net, p, **options), out)
+    save_each(listed, "measuring", lambda p, _: predict_depth(net, p, **options), out)
 
 
 @app.command()
@@ -114,9 +118,10 @@ def canopy(
     """Height of trees in metres from aerial images: GeoTIFF for GeoTIFFs, else .npy, and a drawing for each."""
     from dinov3.predict.canopy import predict_canopy
 
+    listed = list_images(images, out)
     net = model_for("canopy", config)
     options: dict[str, Any] = {"size": size, "window": window, "stride": stride}
-    save_each(images, "measuring", lambda p, data: predict_canopy(net, p, file=data, **options), out)
+    save_each(listed, "measuring", lambda p, data: predict_canopy(net, p, file=data, **options), out)
 
 
 @app.command()
@@ -133,7 +138,7 @@ def detect(
     """Boxes around objects: one detections.json in COCO's form, and a drawing for each image."""
     from dinov3.predict.detect import predict_objects, write_coco
 
-    names = names_given(labels)
+    names, listed = names_given(labels), list_images(images, out)
     net = model_for("detect", config, size, n_classes=len(names or ()))
     options: dict[str, Any] = {"size": size, "threshold": threshold, "most": most, "names": names}
     results = []
@@ -147,7 +152,7 @@ def detect(
         if results:
             write_coco(out / "detections.json", results)
 
-    predict_each(images, "detecting", lambda p, _: predict_objects(net, p, **options), out, save, finish)
+    predict_each(listed, "detecting", lambda p, _: predict_objects(net, p, **options), out, save, finish)
 
 
 @app.command()
@@ -163,9 +168,9 @@ def classify(
     """What images show: classes with probabilities on stdout, in classes.csv and, with --out, drawn."""
     from dinov3.predict.classify import predict_classes
 
-    names = names_given(labels)
+    names, listed = names_given(labels), list_images(images, out)
     net = model_for("classify", config, size, n_classes=len(names or ()))
-    save_classes(images, lambda p, _: predict_classes(net, p, size=size, names=names), out, top)
+    save_classes(listed, lambda p, _: predict_classes(net, p, size=size, names=names), out, top)
 
 
 @dataclass
@@ -209,6 +214,7 @@ def zero_shot(
         raise DinoError("--dense writes a mask for each image: name a folder with --out")
     if not dense and (window or stride):
         raise DinoError("--window and --stride are for --dense")
+    listed = list_images(images, out)
     sentences = ("{}",) if templates == "none" else known.read_names(templates, "templates") if templates else None
     model, tokenizer = text_model(config)
     with warnings.catch_warnings(record=True) as caught:
@@ -219,39 +225,51 @@ def zero_shot(
     if dense:
         assert out is not None
         options = {k: v for k, v in {"size": size, "window": window, "stride": stride}.items() if v is not None}
-        save_each(images, "segmenting", lambda p, _: predict_places(model, p, classes, **options), out, most=top)
+        save_each(
+            listed, "segmenting", lambda p, _: predict_places(model, p, classes, **options), out, "_words", most=top
+        )
     else:
         square = {"size": size} if size is not None else {}
-        save_classes(images, lambda p, _: predict_words(model, p, classes, **square), out, top)
+        save_classes(listed, lambda p, _: predict_words(model, p, classes, **square), out, top)
 
 
 # ---- the loop over images ------------------------------------------------------------------------------------------
 
 
 Predict = Callable[["DecodedImage", bytes], Any]
+Listed = list[tuple[str, "Item"]]  # absolute paths, and where their bytes are
 
 
-def save_each(images: list[str], label: str, predict: Predict, out: Path, **summary: int) -> None:
+def list_images(images: list[str], out: Path | None) -> Listed:
+    """Every image once, however often it was named; results of earlier runs in `out` are left out. Raises before a model is
+    opened where a file is missing."""
+    from dinov3.data.sources import open_source
+
+    sources = [open_source(p) for p in images]
+    folders = [os.path.abspath(p) for p in images if os.path.isdir(p)]
+    if out is not None and os.path.abspath(out) in folders:
+        raise DinoError(f"--out {out} is the images' own folder: results would be taken for images; name another")
+    return list(_each(sources, out if folders else None))
+
+
+def save_each(images: Listed, label: str, predict: Predict, out: Path, suffix: str = "", **summary: int) -> None:
     """Every image's result in its own files, and a line of it on stdout."""
 
     def save(path: str, name: str, found: Any) -> str:
-        found.save(out, name)
+        found.save(out, name + suffix)
         return found.summary(**summary)
 
     predict_each(images, label, predict, out, save)
 
 
-def save_classes(images: list[str], predict: Predict, out: Path | None, top: int) -> None:
+def save_classes(images: Listed, predict: Predict, out: Path | None, top: int) -> None:
     """The best classes of every image on stdout; with `out` in one table for all images, and drawn."""
     rows: list[tuple[Any, ...]] = []
     tables: dict[str, tuple[str, ...]] = {}
 
     def save(path: str, name: str, found: Any) -> str:
         if out is not None:
-            file = out / f"{name}_{found.FILE}.png"
-            if file.with_suffix(".json").exists():  # the mask of a segmentation has this name
-                file = file.with_stem(f"{file.stem}_drawing")
-            found.drawing().save(file)
+            found.drawing().save(out / f"{name}_{found.DRAWN}.png")
         rows.extend((path, *row) for row in found.rows(top))
         tables[f"{found.FILE}.csv"] = ("image", *found.COLUMNS)
         return found.summary(top)
@@ -264,7 +282,7 @@ def save_classes(images: list[str], predict: Predict, out: Path | None, top: int
 
 
 def predict_each(
-    images: list[str],
+    images: Listed,
     label: str,
     predict: Predict,
     out: Path | None,
@@ -277,24 +295,18 @@ def predict_each(
     concern all images (`DinoError`, a full disk) are raised. `finish` runs at the end, however it comes.
     """
     from dinov3.data.images import open_image
-    from dinov3.data.sources import open_source
     from dinov3.predict.common import OutputNames, make_folder
 
-    sources = [open_source(p) for p in images]
-    folders = [os.path.abspath(p) for p in images if os.path.isdir(p)]
-    if out is not None and os.path.abspath(out) in folders:
-        raise DinoError(f"--out {out} is the images' own folder: results would be taken for images; name another")
-    items = list(_each(sources, out if folders else None))
     if out is not None:
         make_folder(out)
     lock = Lock(out / ".running.lock", str(out)) if out is not None else None
     names = OutputNames(out) if out is not None else None
     failures: list[tuple[str, str]] = []
-    total = len(items)
+    total = len(images)
     done = 0
     try:
         with Progress(label, total) as progress:
-            for path, item in items:
+            for path, item in images:
                 try:
                     data = item.read()
                     result = predict(open_image(data), data)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
-from dinov3.errors import printable, without_secrets
+from dinov3.errors import DinoError, printable, without_secrets
 
 app = typer.Typer(
     add_completion=False,
@@ -22,6 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 UNREADABLE, INTERRUPTED = 3, 130
+FILE = re.compile(r".+\.(csv|tsv|txt|json|yaml|png|jpe?g|tiff?|npy|npz|pth?|safetensors)", re.IGNORECASE)
 
 Shape = Literal["square", "short", "long", "native"]
 Fit = Literal["resize", "pad", "crop"]
@@ -40,7 +43,9 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def common(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_print_version)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", "-V", help="Print the version.", callback=_print_version)
+    ] = False,
 ) -> None:
     """DINOv3: embed and search images; segment, measure, fit heads, train, distil."""
 
@@ -81,6 +86,16 @@ def batch_of(text: str) -> int | None:
     return int(text)
 
 
+def result_folder(path: Path | None) -> Path | None:
+    """Callback of options for a folder of results. Raises for a file's name: who writes `--out c.csv` expects a table."""
+    if path is not None and FILE.fullmatch(path.name) and not path.is_dir():
+        raise DinoError(
+            f"{path} is the name of a file, but results go into a folder: name one, such as {path.with_suffix('')}"
+        )
+    return path
+
+
+RunFolder = Annotated[Path, typer.Option(help="The run's folder. Run again to resume.", callback=result_folder)]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto.")]
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dinov3.cli.shared import INTERRUPTED, Device, app, config_options, device_of, log
+from dinov3.cli.shared import INTERRUPTED, Device, RunFolder, app, config_options, device_of, log
 from dinov3.distill.config import DistillConfig
 from dinov3.errors import DinoError, one_of
 from dinov3.train_head.config import HeadConfig
@@ -18,7 +18,7 @@ from dinov3.train_head.config import HeadConfig
 @app.command(context_settings={"allow_interspersed_args": True})
 def train(
     images: Annotated[str, typer.Argument(help="Folder, list file, tar shards, parquet, or a dataset spec.")],
-    out: Annotated[Path, typer.Option(help="The run's folder. Run again to resume.")],
+    out: RunFolder,
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings that win: key.sub=value …")] = None,
     model: Annotated[
         str | None, typer.Option(help="vits16, vitb16, … or a recipe's own. Default: the recipe's.")
@@ -108,7 +108,7 @@ def training_overrides(
 def distill(
     config: DistillConfig,
     images: Annotated[str, typer.Argument(help="Folder, list file, tar shards or parquet.")],
-    out: Annotated[Path, typer.Option(help="The run's folder. Run again to resume.")],
+    out: RunFolder,
     device: Device = "auto",
 ) -> None:
     """Train a small model on the outputs of larger ones. Under torchrun: on several devices."""
@@ -133,7 +133,7 @@ def train_head(
             "dataset spec, NAME:key=value…"
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The run's folder. Run again to resume.")],
+    out: RunFolder,
     options: Annotated[list[str] | None, typer.Argument(help="Options of the head: name=value …")] = None,
     head: Annotated[
         str | None, typer.Option(help="linear, mask2former (segmentation), dpt (depth) or detr (detection).")

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from dinov3.config.bounds import Problem, setting
 from dinov3.config.loading import load
 from dinov3.errors import DinoError, only_known
+from dinov3.files import nonexistent
 
 C = TypeVar("C", bound="EvalConfig")
 Pool = Literal["cls", "mean", "cls+mean"]
@@ -168,7 +169,7 @@ def _next_key(argument: str, waiting: list[tuple[str, str]], words: str) -> str:
     if not waiting:
         raise DinoError(f"{argument!r} is one too many: {words} may stand without a key, the rest is key=value")
     if ":" not in argument and not Path(argument).expanduser().exists():
-        raise DinoError(f"there is no folder {argument}; write {words}, dataset specs, or key.sub=value")
+        raise DinoError(f"{nonexistent(argument)} (write {words}, dataset specs, or key.sub=value)")
     return waiting.pop(0)[1]
 
 

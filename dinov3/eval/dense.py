@@ -30,6 +30,7 @@ from dinov3.errors import DinoError, choices_sentence
 from dinov3.eval import arguments
 from dinov3.eval import session as common
 from dinov3.eval.arguments import EvalConfig, take_options
+from dinov3.files import nonexistent
 from dinov3.fit.loop import SCHEDULES, Evaluate, FitConfig, FitReport, Loss, fit, shuffled
 from dinov3.hub import HEADS
 from dinov3.hub.open_task_model import is_head_file, open_task_model
@@ -368,13 +369,14 @@ class FolderForm:
 
     def read(self, argv: Sequence[str]) -> list[str] | None:
         """Overrides of the configuration, those of the arguments last; None where no folder comes first."""
-        if not argv or argv[0].startswith("-") or "=" in argv[0]:
+        if not argv:
+            raise DinoError("a folder is needed: FOLDER [--model NAME] [--size PIXELS] …, or key=value overrides")
+        if argv[0].startswith("-") or "=" in argv[0]:
             return None
         folder = Path(argv[0])
         if not folder.expanduser().is_dir():
-            raise DinoError(
-                f"{folder} is no folder; write FOLDER [--model NAME] [--size PIXELS] …, or key=value overrides"
-            )
+            what = f"{folder} is no folder" if folder.exists() else nonexistent(folder)
+            raise DinoError(f"{what} (write FOLDER [--model NAME] [--size PIXELS] …, or key=value overrides)")
         own = [p.name for p in inspect.signature(self.overrides).parameters.values() if p.kind is p.KEYWORD_ONLY]
         numbers = ("steps", self.key, *own)
         given, last = take_options(argv[1:], (*SHORT, self.key, *own))
@@ -407,6 +409,6 @@ def main(
     try:
         given = folder_form.read(given) or given
     except DinoError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     return common.main(name, cls, evaluate, given, saved_as=saved_as, doc=doc)

@@ -28,7 +28,7 @@ from dinov3.neighbours import knn_scores
 
 @dataclass
 class TrainSection:
-    dataset: str = "???"
+    dataset: str = setting("", required="a folder or dataset spec, as in dinov3 eval knn TRAIN TEST")
     batch_size: int = 256
     num_workers: int = 5
     ks: list[int] = setting([10, 20, 100, 200], at_least=1, required="numbers of neighbours")
@@ -38,7 +38,7 @@ class TrainSection:
 
 @dataclass
 class TestSection:
-    test_dataset: str = "???"
+    test_dataset: str = setting("", required="a second folder or dataset spec, as in dinov3 eval knn TRAIN TEST")
     test_metric_type: Metric = Metric.MEAN_ACCURACY
     batch_size: int | None = None
     num_workers: int = 5
@@ -59,6 +59,9 @@ def evaluate(config: KnnConfig, session: Session) -> Numbers:
     tries: list[Numbers] = []
     for number, rows in enumerate(training_rows(shots, train_labels)):
         row: Numbers = {}
+        bank = len(train_labels[rows]) - c.train.skip_first_nn
+        if number == 0 and (large := [k for k in c.train.ks if k > bank]):
+            session.log(f"warning: only {bank} training images: k = {bank} instead of {', '.join(map(str, large))}")
         found = knn_scores(
             train[rows],
             torch.from_numpy(train_labels[rows]),

@@ -63,8 +63,8 @@ RATES = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2,
 
 @dataclass
 class TrainSection:
-    dataset: str = "???"
-    val_dataset: str = "???"
+    dataset: str = setting("", required="a folder or dataset spec, as in dinov3 eval linear TRAIN VAL")
+    val_dataset: str = setting("", required="a second folder or dataset spec, as in dinov3 eval linear TRAIN VAL")
     val_metric_type: Metric = Metric.MEAN_ACCURACY
     batch_size: int = setting(128, at_least=1)  # of each process
     num_workers: int = 8
@@ -325,7 +325,10 @@ class LinearEvaluation:
     def __init__(self, config: LinearConfig, session: Session) -> None:
         c, t = config, config.train
         self.config, self.session = config, session
-        self.model: Any = session.model(c.model)
+        self.train_set = make_dataset(t.dataset)
+        self.labels = labels_of(self.train_set, t.dataset)
+        val, *tests = [self.opened(line) for line in (t.val_dataset, *c.eval.test_datasets)]
+        self.model: Any = session.model(c.model)  # after the data: mistakes in them are found first
         self.preprocessing = session.preprocessing(self.model, c.transform)
         self.blocks: int = max(t.n_last_blocks_list)
         n_blocks: Any = self.model.n_blocks
@@ -333,17 +336,18 @@ class LinearEvaluation:
             raise DinoError(f"train.n_last_blocks_list holds {self.blocks} blocks; this model has {n_blocks}")
         if len(set(getattr(self.model, "embed_dims", [self.model.embed_dim])[-self.blocks :])) > 1:
             raise DinoError("the last stages of a ConvNeXt differ in width; take train.n_last_blocks_list=[1]")
-        self.train_set = make_dataset(t.dataset)
-        self.labels = labels_of(self.train_set, t.dataset)
-        self.val = self.test_set(t.val_dataset, t.val_metric_type)
-        metrics: list[Any] = c.eval.test_metric_types or [None] * len(c.eval.test_datasets)
-        self.tests = [self.test_set(line, metric) for line, metric in zip(c.eval.test_datasets, metrics)]
+        self.val = self.test_set(t.val_dataset, val, t.val_metric_type)
+        lines, metrics = c.eval.test_datasets, c.eval.test_metric_types or [None] * len(tests)
+        self.tests = [self.test_set(*given) for given in zip(lines, tests, metrics)]
 
-    def test_set(self, line: str, metric: Metric | None) -> TestSet:
-        c, n = self.config, self.model.n_blocks
+    def opened(self, line: str) -> ImageDataset:
         dataset = make_dataset(line)
         if not hasattr(dataset, "get_imagenet_class_mapping"):
             check_classes(self.train_set, dataset)
+        return dataset
+
+    def test_set(self, line: str, dataset: ImageDataset, metric: Metric | None) -> TestSet:
+        c, n = self.config, self.model.n_blocks
         batch = {"batch_size": c.eval.batch_size, "workers": c.eval.num_workers}
         columns: list[Tensor] = []
         wanted: list[tuple[Any, int]] = [*(("cls", i) for i in range(n - self.blocks, n)), ("mean", n - 1)]

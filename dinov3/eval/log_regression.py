@@ -42,7 +42,7 @@ STRENGTHS: tuple[float, ...] = tuple(10 ** (e / 4) for e in range(-24, 21))  # 1
 
 @dataclass
 class TrainSection:
-    dataset: str = "???"
+    dataset: str = setting("", required="a folder or dataset spec, as in dinov3 eval log-regression TRAIN TEST")
     val_dataset: str | None = None  # null: a tenth of each class of `dataset` (few shots: a hundredth)
     val_metric_type: Metric = Metric.MEAN_ACCURACY
     batch_size: int = 256
@@ -56,7 +56,9 @@ class TrainSection:
 
 @dataclass
 class TestSection:
-    test_dataset: str = "???"
+    test_dataset: str = setting(
+        "", required="a second folder or dataset spec, as in dinov3 eval log-regression TRAIN TEST"
+    )
     test_metric_type: Metric | None = None  # null: as for validation
     batch_size: int | None = None
     num_workers: int = 5

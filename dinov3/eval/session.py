@@ -237,17 +237,18 @@ class Session:
 
         The classes of a test set must be those of the training images.
         """
-        model, t, e = self.model(config.model), config.train, config.eval
-        preprocessing = self.preprocessing(model, config.transform)
-        train_set = make_dataset(train)
+        train_set, t, e = make_dataset(train), config.train, config.eval
         labels = labels_of(train_set, train)
+        sets = [make_dataset(spec) for spec in tests]
+        for dataset in sets:
+            check_classes(train_set, dataset)
+        model = self.model(config.model)  # after the data: mistakes in them are found first
+        preprocessing = self.preprocessing(model, config.transform)
         options: dict[str, Any] = {"batch_size": t.batch_size, "workers": t.num_workers}
         features = self.features(model, train_set, preprocessing, config.features, **options)
         options = {"batch_size": e.batch_size or t.batch_size, "workers": e.num_workers}
         found = []
-        for spec in tests:
-            dataset = make_dataset(spec)
-            check_classes(train_set, dataset)
+        for spec, dataset in zip(tests, sets):
             x = self.features(model, dataset, preprocessing, config.features, **options)
             found.append((x, test_targets(dataset, spec)))
         return features, labels, found
@@ -449,7 +450,7 @@ def main(
         )
     except (DinoError, OSError) as error:
         who = "" if distributed.is_main() else f"[rank {distributed.rank()}] "
-        print(f"{who}{error}", file=sys.stderr)
+        print(f"error: {who}{error}", file=sys.stderr)
         return 1
     if not joined_before:
         distributed.shutdown()

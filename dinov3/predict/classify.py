@@ -31,7 +31,8 @@ class Classification:
     names: tuple[str, ...]
     image: Image.Image
 
-    FILE: ClassVar[str] = "classes"
+    FILE: ClassVar[str] = "classes"  # a table's name
+    DRAWN: ClassVar[str] = "probabilities"  # a drawing's; NAME_classes.png is the mask of a segmentation
     COLUMNS: ClassVar[tuple[str, ...]] = ("rank", "class", "name", "probability")
     LISTED: ClassVar[int | None] = 100  # in a saved table
 
@@ -55,8 +56,8 @@ class Classification:
         return drawing.shares_beside(self.image, [(name, p) for _, name, p in self.best()])
 
     def save(self, folder: str | os.PathLike[str], name: str = "image") -> list[Path]:
-        """`NAME_classes.csv` (rank, class, name, probability; the likeliest 100) and `NAME_classes.png`."""
-        data, seen = result_files(folder, name, f"{self.FILE}.csv", f"{self.FILE}.png")
+        """`NAME_classes.csv` (rank, class, name, probability; the likeliest 100) and `NAME_probabilities.png`."""
+        data, seen = result_files(folder, name, f"{self.FILE}.csv", f"{self.DRAWN}.png")
         with data.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([self.COLUMNS, *self.rows(self.LISTED)])
         self.drawing().save(seen)

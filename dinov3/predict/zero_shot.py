@@ -56,6 +56,7 @@ class ZeroShot(Classification):
 
     cosines: np.ndarray
     FILE: ClassVar[str] = "words"
+    DRAWN: ClassVar[str] = "words"
     COLUMNS: ClassVar[tuple[str, ...]] = (*Classification.COLUMNS, "cosine")
     LISTED: ClassVar[int | None] = None
 

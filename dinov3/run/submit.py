@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return call(options.script, options.callable_name, [f"--output-dir={options.output_dir}", *rest])
         return submit(options, rest) if shutil.which("sbatch") else run_here(options, rest)
     except DinoError as error:
-        print(error, file=sys.stderr)
+        log(f"error: {error}")
         return 1
 
 

@@ -226,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_model_config(known)[0] if known is not None else None
         print(consolidate(options.source, options.out, config))
     except (DinoError, OSError) as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 

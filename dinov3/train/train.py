@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_command(options)
     except (DinoError, OSError) as error:  # the process group stays: others may wait in it, and are ended from outside
         who = "" if distributed.is_main() else f"[rank {distributed.rank()}] "
-        print(f"{who}{error}", file=sys.stderr)
+        print(f"error: {who}{error}", file=sys.stderr)
         return 1
     distributed.shutdown()
     return 0

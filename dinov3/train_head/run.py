@@ -34,7 +34,7 @@ from dinov3.data.images import open_image
 from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.errors import DinoError, ImageError, install
 from dinov3.features import default_preprocessing
-from dinov3.files import atomically
+from dinov3.files import atomically, nonexistent
 from dinov3.fit.features import cached_features
 from dinov3.fit.loop import FitReport, fit, seed_of
 from dinov3.hub.own_heads import build_head, check_kind, save_head
@@ -71,7 +71,7 @@ def open_data(task: str, text: str, split: str | None = None, *, ignore: int | N
     else:
         root = Path(text).expanduser()
         if not root.exists():
-            raise DinoError(f"there is no folder {text}")
+            raise DinoError(nonexistent(text))
         dataset = _of_folder(task, root, split, ignore)
     if len(dataset) == 0:
         raise DinoError(f"{text} holds no images a head for {task} could learn from")

@@ -242,5 +242,6 @@ def resolve(name: str) -> tuple[Row, ...]:
     if rows is None:
         hub = [row.arch for row in ROWS] + [n for row in ROWS for n in (*row.timm, row.hf or row.arch)]
         hint = did_you_mean(str(name), hub) or did_you_mean(re.sub(r"[-_ ]", "_", str(name)), ARCHITECTURES)
+        hint = hint or did_you_mean(str(name), [row.arch.removeprefix("dinov3_") for row in ROWS])
         raise UnknownName(f"unknown model {name!r}{hint or '; `dinov3 models` lists them'}")
     return rows

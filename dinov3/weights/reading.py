@@ -326,7 +326,8 @@ def locate(
     if source.lower() in known:
         row = known[source.lower()][0]
         raise WeightsError(f"{source!r} names a model, not a file: pass a path, a URL, or {row.hf or row.file!r}")
-    hint = did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
+    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    hint = did_you_mean(path.name, [*known, *beside])
     raise WeightsError(f"no file, folder, URL or Hugging Face id: {source!r}{hint}")
 
 

@@ -170,14 +170,25 @@ def test_info_describes_a_file_and_convert_rewrites_it(tmp_path, capsys) -> None
         (["convert", "nowhere.pth", "out", "--to", "timm"], "no file"),
         (["train", "nofolder", "--out", "run", "--device", "cpu"], "there is no folder, list, tar or table 'nofolder'"),
         (["train", ".", "--out", "run", "--weights", "nowhere.pth"], "no file"),
-        (["train-head", "classification", "nofolder", "--out", "run"], "there is no folder nofolder"),
+        (["train-head", "classification", "nofolder", "--out", "run"], "no such file or folder: nofolder"),
         (["distill", ".", "--out", "run", "--teacher", "dinov3:vitt16", "--device", "meta"], "holds no numbers"),
+        (["train", "phtos", "--out", "run", "--device", "cpu"], "did you mean 'photos'"),
+        (["train-head", "classification", "phtos", "--out", "run"], "did you mean 'photos'"),
+        (["eval", "knn", "photos", "phtos"], "did you mean 'photos'"),
+        (["embed", ".", "--out", "s", "--model", "vits61"], "did you mean 'vits16'"),
+        (["distill", ".", "--out", "run", "--teacher", "dinov3:dinov3_vits61"], "did you mean 'dinov3_vits16'"),
+        (["train-head", "classification", ".", "--out", "h.safetensors"], "is the name of a file, but results go into"),
+        (
+            ["train", ".", "--out", "model.pth"],
+            "is the name of a file, but results go into a folder: name one, such as model",
+        ),
     ],
 )
 def test_every_mistake_is_one_sentence_and_exit_code_one(
     arguments, message, capsys, tmp_path, monkeypatch, images
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
     (tmp_path / "a.jpg").write_bytes((images / "coffee.jpg").read_bytes())
     result = dinov3(*arguments, capsys=capsys)
     assert result.code == 1
@@ -305,6 +316,7 @@ def test_train_runs_from_a_folder_to_a_loadable_model_and_goes_on_where_it_stopp
     "arguments, expected",
     [
         (["--version"], "0.1.0"),
+        (["-V"], "0.1.0"),
         (["-h"], "embed"),
         (["embed", "-h"], "--weights"),
         (["eval", "-h"], "log-regression"),

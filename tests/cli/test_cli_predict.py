@@ -255,7 +255,7 @@ def test_zero_shot_places(dino_txt: dict[str, Path], photos: list[Path], tmp_pat
     (tmp_path / "templates.txt").write_text("a {}.\nmany {}\n")
     run("zero-shot", *photos, "--labels", "cat,sky", "--dense", "--templates", tmp_path / "templates.txt", *more)
     for name, (height, width) in SIZES.items():
-        mask = Image.open(tmp_path / f"{name}_classes.png")
+        mask = Image.open(tmp_path / f"{name}_words_classes.png")
         assert (mask.mode, mask.size) == ("P", (width, height))
     from dinov3.heads.dinotxt import OpenVocabulary
     from dinov3.predict.zero_shot import predict_places, words
@@ -399,16 +399,53 @@ def test_a_second_run_overwrites_nothing_of_the_first(photos: list[Path], tmp_pa
     (out / "classes.csv").write_text("mine,too\n1,2\n")
     run("classify", photos[0], "--labels", "cat,rocket", "--out", out, *more)
     assert (out / "classes.1.csv").read_text() == "mine,too\n1,2\n"
-    run("segment", photos[0], "--out", out, "--labels", "a,b", *more)
-    mask = (out / "chelsea_classes.png").read_bytes()
-    run("classify", photos[0], "--labels", "cat,rocket", "--out", out, *more)
-    assert (out / "chelsea_classes.png").read_bytes() == mask
-    assert (out / "chelsea_classes_drawing.png").is_file()
     lock = Lock(out / ".running.lock", "a test")
     with pytest.raises(DinoError, match=r"process \d+ on .* is writing to .*; wait for it, or give another --out"):
         run("depth", photos[0], "--out", out, *more)
     lock.release()
     run("depth", photos[0], "--out", out, *more)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_verbs_that_share_a_folder_share_no_file(
+    order: tuple[int, ...], dino_txt: dict[str, Path], photos: list[Path], tmp_path: Path
+) -> None:
+    random, text = ["--weights", "random", "--size", 32], ["--weights", dino_txt["head"], "--vocabulary", VOCABULARY]
+    commands: list[list[Any]] = [
+        ["classify", "--labels", "cat,rocket", *random],
+        ["segment", "--labels", "a,b", *random],
+        ["zero-shot", "--labels", "cat,sky", "--dense", "--templates", "none", "--size", 64, *text],
+    ]
+    written: dict[str, bytes] = {}
+    for i in order:
+        run(commands[i][0], photos[0], *commands[i][1:], "--out", tmp_path, "--device", "cpu")
+        assert {name: (tmp_path / name).read_bytes() for name in written} == written
+        written |= {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.suffix in (".png", ".json")}
+    pictures = {"chelsea_probabilities.png", "chelsea_classes.png", "chelsea_words_classes.png"}
+    assert pictures < written.keys()
+    assert len(written) == 7
+
+
+VERBS = ("segment", "depth", "canopy", "detect", "classify", "zero-shot")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_mistakes_in_the_images_and_the_folder_are_found_before_a_model_is_opened(
+    verb: str, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(*given: Any) -> Any:
+        raise AssertionError("a model was opened")
+
+    monkeypatch.setattr("dinov3.cli.predict.model_for", opened)
+    monkeypatch.setattr("dinov3.cli.predict.text_model", opened)
+    more = ["--labels", "a,b"] if verb == "zero-shot" else []
+    with pytest.raises(DinoError, match=r"no such file or folder: .*chelsea\.pgn; did you mean 'chelsea\.png'"):
+        run(verb, photos[0].with_suffix(".pgn"), "--out", tmp_path / "out", *more)
+    with pytest.raises(
+        DinoError, match=r"c\.csv is the name of a file, but results go into a folder: .* such as .*/c$"
+    ):
+        run(verb, photos[0], "--out", tmp_path / "c.csv", *more)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_name_that_is_taken_gives_another_one(tmp_path: Path) -> None:

@@ -145,9 +145,11 @@ def test_palette_and_grey_rgb_masks_are_numbers_and_colours_are_refused(tmp_path
 
 
 def test_errors_of_a_folder_name_the_cause(tmp_path):
-    with pytest.raises(DinoError, match="is not a folder"):
-        make_dataset(f"DenseFolder:root={tmp_path / 'no'}")
     image(tmp_path / "train" / "a.jpg")
+    with pytest.raises(DinoError, match="is not a folder"):
+        make_dataset(f"DenseFolder:root={tmp_path / 'train' / 'a.jpg'}")
+    with pytest.raises(DinoError, match=r"no such file or folder: .*trian; did you mean 'train'"):
+        make_dataset(f"DenseFolder:root={tmp_path / 'trian'}")
     with pytest.raises(DinoError, match="did you mean 'train'"):
         make_dataset(f"DenseFolder:root={tmp_path}:split=trian")
     with pytest.raises(DinoError, match="targets="):

@@ -170,6 +170,7 @@ def test_one_positive_label_of_several_is_the_single_label() -> None:
 
 def test_numbers_of_neighbours_are_capped_at_the_bank() -> None:
     assert [k for k, _ in knn_scores(BANK, BANK_LABELS, unit(5), [20, 3, 10])] == [3, 6]
+    assert [k for k, _ in knn_scores(BANK, BANK_LABELS, BANK, [3, 10], skip_first=True)] == [3, 5]
     with pytest.raises(DinoError, match="at least one"):
         nearest(unit(5), BANK[:0], 1)
 

@@ -420,7 +420,7 @@ def test_a_plain_folder_needs_no_configuration(scenes, monkeypatch, capsys):
     row = results(scenes / "segmentation-scenes")
     assert row["mIoU"] > 50
     assert segmentation.main(["nowhere"]) == 1
-    assert "nowhere is no folder" in capsys.readouterr().err
+    assert "no such file or folder: nowhere" in capsys.readouterr().err
     assert segmentation.main(["scenes", "--sise", "3"]) == 1
     assert "did you mean '--size'" in capsys.readouterr().err
     assert segmentation.main(["scenes", "--size", "big"]) == 1

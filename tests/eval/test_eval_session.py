@@ -436,13 +436,42 @@ def test_folders_need_no_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert (config.model.name, config.model.weights, config.train.ks) == ("dinov3_vits16", "random", [3])
     assert arguments.file is None
     for given, sentence in (
-        (["nofolder", "x"], "there is no folder nofolder; write TRAIN TEST"),
+        (["nofolder", "x"], "no such file or folder: nofolder (write TRAIN TEST"),
+        ([f"{tmp_path}/tset", "x"], "tset; did you mean 'test'? (write TRAIN TEST"),
         ([str(tmp_path), str(tmp_path), str(tmp_path)], "is one too many: TRAIN TEST may stand without a key"),
-        ([str(tmp_path), "eval.test_dataset"], "there is no folder eval.test_dataset"),
-        ([str(tmp_path)], "eval.test_dataset (not set): must be given"),
+        ([str(tmp_path), "eval.test_dataset"], "no such file or folder: eval.test_dataset"),
+        ([str(tmp_path)], "must be given: a second folder or dataset spec, as in dinov3 eval knn TRAIN TEST"),
     ):
         assert knn.main(given) == 1
-        assert sentence in capsys.readouterr().err
+        printed = capsys.readouterr().err
+        assert sentence in printed
+        assert printed.startswith("error: ")
+
+
+@pytest.mark.parametrize("name", ["segmentation", "depth"])
+def test_an_evaluation_without_its_folder_says_that_one_is_needed(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = importlib.import_module(EVALUATIONS[name][0]).main
+    assert main([]) == 1
+    assert capsys.readouterr().err.startswith("error: a folder is needed: FOLDER [--model NAME]")
+    (tmp_path / "scenes").mkdir()
+    assert main([f"{tmp_path}/scnes"]) == 1
+    assert "scnes; did you mean 'scenes'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["knn", "log-regression", "linear"])
+def test_data_are_read_before_a_model_is_opened(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def opened(*given: Any) -> Any:
+        raise AssertionError("a model was opened")
+
+    monkeypatch.setattr(common, "open_model", opened)
+    folder = make_folder(tmp_path / "train")
+    main = importlib.import_module(EVALUATIONS[name][0]).main
+    assert main([f"{folder}", f"Folder:root={tmp_path}/trian", f"--output-dir={tmp_path}/out", "--device=cpu"]) == 1
+    assert "trian; did you mean 'train'?" in capsys.readouterr().err
 
 
 def test_the_verb_measures_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -454,10 +483,13 @@ def test_the_verb_measures_two_folders(tmp_path: Path, monkeypatch: pytest.Monke
     make_folder(tmp_path / "test", each=2, seed=1)
     weights = str(write_tiny(tmp_path / "tiny.safetensors"))
     monkeypatch.chdir(tmp_path)
-    arguments = ["eval", "knn", "train", "test", "--weights", weights, "train.ks=[1]", "features.cache=none"]
+    arguments = ["eval", "knn", "train", "test", "--weights", weights, "train.ks=[1,9,20]", "features.cache=none"]
     result = CliRunner().invoke(app, [*arguments, "transform.resize_size=36", "transform.crop_size=32"])
     assert result.exit_code == 0, result.output
-    assert read_table(tmp_path / "results-knn.csv")[0]["1 Top 1"] == 100
+    results = read_table(tmp_path / "results-knn.csv")[0]
+    assert results["1 Top 1"] == 100
+    assert [name.split()[0] for name in results if "Top 1" in name] == ["1", "8"]
+    assert "warning: only 8 training images: k = 8 instead of 9, 20" in result.stderr
 
 
 def test_published_figures_stand_beside_ones_own() -> None:

@@ -495,7 +495,7 @@ def test_an_empty_or_missing_folder_is_an_error(tmp_path: Path) -> None:
     ):
         with pytest.raises(DinoError):
             train_head(HeadConfig(task=task, head=head, data=str(tmp_path / "empty")), tmp_path / "run")
-        with pytest.raises(DinoError, match="there is no folder"):
+        with pytest.raises(DinoError, match="no such file or folder"):
             train_head(HeadConfig(task=task, head=head, data=str(tmp_path / "nowhere")), tmp_path / "run")
 
 

@@ -79,7 +79,7 @@ def parse_dataset(text: str) -> tuple[str, dict[str, str]]:
         if looks_like_path and not re.match(r"\w+:\w+=", text):
             return "Folder", {"root": text}
         if not colon:
-            near = did_you_mean(text, KNOWN) or did_you_mean(text, os.listdir())
+            near = did_you_mean(text, [*KNOWN, *os.listdir()])
             raise DinoError(f"there is no folder, list, tar or table {text!r}, and no data set of that name{near}")
         one_of("the data set", name, KNOWN)
     form = KNOWN[name][1]

@@ -29,6 +29,7 @@ from PIL import Image
 from dinov3.data.datasets.base import FileDataset
 from dinov3.data.images import IMAGE_SUFFIXES, read_file
 from dinov3.errors import DinoError, ImageError, did_you_mean, one_of
+from dinov3.files import nonexistent
 
 KINDS = ("classes", "depth", "height")
 UNKNOWN_DEPTH = 65535  # what depth cameras write into 16 bits where they saw nothing
@@ -329,7 +330,7 @@ class DenseFolder(DenseDataset):
     ) -> None:
         self.root, self.ignored = Path(root).expanduser(), ignore
         if not self.root.is_dir():
-            raise DinoError(f"{self.root} is not a folder")
+            raise DinoError(f"{self.root} is not a folder" if self.root.exists() else nonexistent(self.root))
         one_of("kind", kind, (*KINDS, None))
         images, maps = _find(self.root, split, targets)
         pairs, self.left_out = _paired(images, maps)

@@ -31,7 +31,8 @@ from dinov3.data.sources.items import (
 from dinov3.data.sources.tables import Arrow, Parquet, arrow_damage
 from dinov3.data.sources.tar import TAR_SUFFIXES, Tar, is_tar
 from dinov3.data.sources.video import VIDEOS, Video
-from dinov3.errors import DinoError, ImageError, did_you_mean, only_known
+from dinov3.errors import DinoError, ImageError, only_known
+from dinov3.files import nonexistent
 
 LIST_SUFFIXES = (".txt", ".lst", ".list", ".csv", ".tsv")
 
@@ -84,7 +85,7 @@ def open_source(
             else:
                 listing.named(found, _relative(found, base))
     else:
-        raise DinoError(_nonexistent(Path(text)))
+        raise DinoError(nonexistent(text))
     return listing.close(text, str(root))
 
 
@@ -279,18 +280,6 @@ class _Listing:
                 raise
             self.skipped += 1  # a table beside images: labels, most likely
             self.hints.append(str(error))
-
-
-def _nonexistent(path: Path) -> str:
-    existing = path.absolute()
-    while not os.path.lexists(existing.parent):
-        existing = existing.parent
-    try:
-        hint = did_you_mean(existing.name, os.listdir(existing.parent))
-    except OSError:
-        hint = ""
-    missing = "" if existing == path.absolute() else f" (there is no {existing})"
-    return f"no such file or folder: {path}{missing}{hint}"
 
 
 def _fixed_part(text: str) -> Path:

@@ -421,7 +421,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = train(config, notes=notes)
     except DinoError as error:
         who = "" if distributed.is_main() else f"[rank {distributed.rank()}] "
-        print(f"{who}{error}", file=sys.stderr)
+        print(f"error: {who}{error}", file=sys.stderr)
         return 1
     finally:
         if argv is None:
