@@ -337,8 +337,8 @@ class LinearEvaluation:
         if len(set(getattr(self.model, "embed_dims", [self.model.embed_dim])[-self.blocks :])) > 1:
             raise DinoError("the last stages of a ConvNeXt differ in width; take train.n_last_blocks_list=[1]")
         self.val = self.test_set(t.val_dataset, val, t.val_metric_type)
-        lines, metrics = c.eval.test_datasets, c.eval.test_metric_types or [None] * len(tests)
-        self.tests = [self.test_set(*given) for given in zip(lines, tests, metrics)]
+        metrics: list[Any] = c.eval.test_metric_types or [None] * len(tests)
+        self.tests = [self.test_set(*given) for given in zip(c.eval.test_datasets, tests, metrics)]
 
     def opened(self, line: str) -> ImageDataset:
         dataset = make_dataset(line)
