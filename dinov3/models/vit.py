@@ -23,6 +23,7 @@ from dinov3.models.architectures import ViTConfig
 from dinov3.models.base import TokenModel, chosen_layers, named_features
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+Rows = list[list[Tensor]]  # of a block's two branches: for each crop group the indices [m] of the rows computed
 
 
 # ---- position ------------------------------------------------------------------------------------------------------
@@ -77,23 +78,13 @@ class RopeEmbedding(nn.Module):
         self.periods.copy_(periods)
 
     def coordinates(self, height: int, width: int) -> Tensor:
-        """Patch centres as (y, x) in [-1, 1], row-major [HW, 2]; freshly augmented at each call in training mode."""
+        """Patch centres as (y, x) in [-1, 1], row-major [HW, 2]."""
         options: dict[str, Any] = {"device": self.periods.device, "dtype": self.dtype}
         over = {"separate": (height, width), "max": (max(height, width),) * 2, "min": (min(height, width),) * 2}
         over_y, over_x = over[self.normalize_coords]
         y = torch.arange(0.5, height, **options) / over_y
         x = torch.arange(0.5, width, **options) / over_x
-        coords = 2.0 * torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1) - 1.0  # [HW, 2]
-        if self.training:  # the order of draws is part of the recorded numbers
-            if self.shift_coords is not None:
-                coords = coords + torch.empty(2, **options).uniform_(-self.shift_coords, self.shift_coords)
-            if self.jitter_coords is not None:
-                bound = math.log(self.jitter_coords)
-                coords = coords * torch.empty(2, **options).uniform_(-bound, bound).exp()
-            if self.rescale_coords is not None:
-                bound = math.log(self.rescale_coords)
-                coords = coords * torch.empty(1, **options).uniform_(-bound, bound).exp()
-        return coords
+        return 2.0 * torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1) - 1.0
 
     @property
     def draws(self) -> bool:
@@ -102,21 +93,46 @@ class RopeEmbedding(nn.Module):
             v is not None for v in (self.shift_coords, self.jitter_coords, self.rescale_coords)
         )
 
-    def forward(self, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """(sin, cos), each [HW, d], for a grid of height × width patches."""
-        angles = 2 * math.pi * self.coordinates(height, width)[:, :, None] / self.periods  # [HW, 2, d/4]
-        angles = angles.flatten(1, 2).tile(2)  # [HW, d]
+    def draw(self) -> list[Tensor]:
+        """A fresh draw of each augmentation configured: shift [2], logarithms of the jitter [2] and of the scale [1]."""
+        options: dict[str, Any] = {"device": self.periods.device, "dtype": self.dtype}
+        drawn = []  # in this order, which is part of the recorded numbers
+        if self.shift_coords is not None:
+            drawn.append(torch.empty(2, **options).uniform_(-self.shift_coords, self.shift_coords))
+        for factor, n in ((self.jitter_coords, 2), (self.rescale_coords, 1)):
+            if factor is not None:
+                drawn.append(torch.empty(n, **options).uniform_(-math.log(factor), math.log(factor)))
+        return drawn
+
+    def forward(self, height: int, width: int, draws: Sequence[list[Tensor]] | None = None) -> tuple[Tensor, Tensor]:
+        """(sin, cos), each [HW, d], for a grid of height × width patches, freshly augmented in training mode.
+
+        With L `draws`, each [L, HW, d]: the tables of all of them at once, in as many operations as one table takes.
+        """
+        coords = self.coordinates(height, width)
+        if draws is None:
+            sin, cos = self(height, width, [self.draw() if self.draws else []])
+            return sin[0], cos[0]
+        coords = coords.expand(len(draws), -1, -1)  # [L, HW, 2]
+        drawn = [torch.stack(kind)[:, None] for kind in zip(*draws, strict=True)]  # [L, 1, 2 or 1] each
+        if drawn and self.shift_coords is not None:
+            coords = coords + drawn.pop(0)
+        for logarithm in drawn:
+            coords = coords * logarithm.exp()
+        angles = 2 * math.pi * coords[..., None] / self.periods  # [L, HW, 2, d/4]
+        angles = angles.flatten(2).tile(2)  # [L, HW, d]
         return angles.sin(), angles.cos()
 
 
 def rotation(sin: Tensor, cos: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
-    """Tables [HW, d] as `rotate` wants them, [prefix + HW, 1, 1, d]: CLS and registers are turned by nothing, and the
-    sign of rotate-half's first half is folded into the sines."""
+    """Tables [..., HW, d] as `rotate` wants them, [..., prefix + HW, 1, 1, d]: CLS and registers are turned by nothing,
+    and the sign of rotate-half's first half is folded into the sines."""
     half = sin.shape[-1] // 2
-    sin = torch.cat([-sin[:, :half], sin[:, half:]], dim=-1)
-    sin = torch.cat([sin.new_zeros(prefix, 2 * half), sin])
-    cos = torch.cat([cos.new_ones(prefix, 2 * half), cos])
-    return sin[:, None, None], cos[:, None, None]
+    sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+    upright = (*sin.shape[:-2], prefix, 2 * half)
+    sin = torch.cat([sin.new_zeros(upright), sin], dim=-2)
+    cos = torch.cat([cos.new_ones(upright), cos], dim=-2)
+    return sin[..., None, None, :], cos[..., None, None, :]
 
 
 def rotate(z: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
@@ -260,25 +276,38 @@ class Block(nn.Module):
         self.mlp = FFNS[c.ffn_layer](c)
         self.ls2 = scale()
 
-    def forward(self, groups: list[Tensor], ropes: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    def draw(self, groups: list[Tensor]) -> Rows | None:
+        """The rows of each group that each branch is computed for: a random part in training, else (None) all."""
+        if not self.training or self.drop_path_rate == 0:
+            return None
+        kept = [max(int(len(x) * (1 - self.drop_path_rate)), 1) for x in groups]
+        return [[torch.randperm(len(x), device=x.device)[:m] for x, m in zip(groups, kept)] for _branch in range(2)]
+
+    def forward(
+        self, groups: list[Tensor], ropes: list[tuple[Tensor, Tensor]], rows: Rows | None = None
+    ) -> list[Tensor]:
+        """Groups [B, N, D] and their rotations → groups. `rows`: what `draw` gave, where it was called before."""
+
         def attention(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
             return self.attn(self.norm1(x), rope)
 
         def ffn(x: Tensor, _rope: tuple[Tensor, Tensor]) -> Tensor:
             return self.mlp(self.norm2(x))
 
-        for branch, scale in ((attention, self.ls1), (ffn, self.ls2)):
-            groups = [self._add(x, branch, scale, rope) for x, rope in zip(groups, ropes)]
+        rows = self.draw(groups) if rows is None else rows
+        for i, (branch, scale) in enumerate(((attention, self.ls1), (ffn, self.ls2))):
+            chosen = [None] * len(groups) if rows is None else rows[i]
+            groups = [self._add(x, branch, scale, rope, c) for x, rope, c in zip(groups, ropes, chosen)]
         return groups
 
-    def _add(self, x: Tensor, branch: Callable[..., Tensor], scale: nn.Module, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """The residual sum; with stochastic depth only over a random subset of the batch, scaled up by b/m."""
-        if not self.training or self.drop_path_rate == 0:
+    def _add(
+        self, x: Tensor, branch: Callable[..., Tensor], scale: nn.Module, rope: Any, chosen: Tensor | None
+    ) -> Tensor:
+        """The residual sum; with stochastic depth only over the m `chosen` of b rows, scaled up by b/m."""
+        if chosen is None:
             return residual(x, branch(x, rope), scale)
-        b = len(x)
-        m = max(int(b * (1 - self.drop_path_rate)), 1)
-        chosen = torch.randperm(b, device=x.device)[:m]
-        return torch.index_add(x, 0, chosen, scale(branch(x[chosen], rope)).to(x.dtype), alpha=b / m)
+        added = scale(branch(x[chosen], rope)).to(x.dtype)
+        return torch.index_add(x, 0, chosen, added, alpha=len(x) / len(chosen))
 
 
 # ---- the whole -----------------------------------------------------------------------------------------------------
@@ -372,15 +401,22 @@ class VisionTransformer(TokenModel):
     def _run(self, groups: list[Tensor], grids: list[tuple[int, int]], keep: Sequence[int] = ()) -> list[list[Tensor]]:
         """All blocks over all groups; the outputs after the blocks in `keep`, or after the last one."""
         prefix = 1 + self.n_storage_tokens
-
-        def tables() -> list[tuple[Tensor, Tensor]]:
-            return [rotation(sin, cos, prefix) for sin, cos in (self.rope_embed(*grid) for grid in grids)]
-
-        ropes = tables() if not self.rope_embed.draws else []
+        # in training every block sees fresh coordinates, one draw per group, and other rows. All is drawn first, in the
+        # order in which the blocks would: tables of all blocks then cost what those of one do, and blocks draw nothing
+        fresh = len(self.blocks) if self.rope_embed.draws else 1
+        draws: list[list[list[Tensor]]] = []
+        rows = []
+        for i, block in enumerate(self.blocks):
+            if i < fresh:
+                draws.append([self.rope_embed.draw() if self.rope_embed.draws else [] for _ in grids])
+            rows.append(block.draw(groups))  # type: ignore[operator]
+        tables = []  # of each group, (sin, cos) of each block
+        for grid, of_group in zip(grids, zip(*draws)):
+            sin, cos = self.rope_embed(*grid, of_group)
+            tables.append(list(zip(*(t.unbind() for t in rotation(sin, cos, prefix)))))
         kept = []
         for i, block in enumerate(self.blocks):
-            # in training every block sees a fresh draw of the coordinates, one per group
-            groups = block(groups, ropes or tables())
+            groups = block(groups, [of_block[i % fresh] for of_block in tables], rows[i])
             if i in keep:
                 kept.append(groups)
         return kept if keep else [groups]

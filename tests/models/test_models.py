@@ -216,16 +216,40 @@ def test_every_parameter_gets_a_gradient_in_training() -> None:
     assert without == []
 
 
+RESCALE = {"pos_embed_rope_rescale_coords": 2.0}
+
+
 def test_rope_augmentation_is_drawn_anew_for_every_block_and_group_and_only_in_training() -> None:
     model, calls = tiny(pos_embed_rope_rescale_coords=2.0), []
     model.rope_embed.register_forward_hook(lambda m, args, out: calls.append(out[0].clone()))
     x = torch.randn(2, 3, 32, 32)
     model.train().forward_features([x, x])
-    assert len(calls) == 2 * 2
-    assert len({c[0].sum().item() for c in calls}) == 4
+    assert [len(c) for c in calls] == [2, 2]  # the tables of both blocks at once, for each group
+    assert len({table[0].sum().item() for c in calls for table in c}) == 4
     calls.clear()
     model.eval().forward_features([x, x])
-    assert len(calls) == 2  # one table per group, shared by all blocks
+    assert [len(c) for c in calls] == [1, 1]  # one table per group, shared by all blocks
+
+
+def test_tables_of_positions_of_all_blocks_are_computed_at_once() -> None:
+    """Tables of all blocks are computed at once; a block adds the draws of its coordinates only, one per group."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        operations = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.operations += not func.is_view
+            return func(*args, **(kwargs or {}))
+
+    def operations(depth: int, **options) -> int:
+        model = tiny(depth=depth, **options).train()
+        with Count() as count:
+            model.forward_features([torch.zeros(2, 3, 32, 32), torch.zeros(2, 3, 16, 16)])
+        return count.operations
+
+    plain, drawn = ([operations(depth, **options) for depth in (2, 6)] for options in ({}, RESCALE))
+    assert (drawn[1] - plain[1]) - (drawn[0] - plain[0]) == 2 * (6 - 2) * 2  # empty and uniform, of two groups
 
 
 def test_casting_the_model_keeps_float32_tables() -> None:
