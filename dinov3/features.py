@@ -494,7 +494,8 @@ def embed(
     progress: bool = False,
     **changes: Any,
 ) -> Features | list[Features]:
-    """Images to `Features`; to a list of `Features` where `layer` is a list.
+    """Images to `Features`; to a list of `Features` where `layer` is a list. With on_error="skip" an unreadable image has no
+    row (`encode`: a row of NaN).
 
     `images`: a path, PIL image, array [h, w, 3], tensor [3, h, w] (uint8, or floats in [0, 1]), or a list of those, or
     a tensor [B, 3, h, w]. `preprocessing`: default 256 × 256, nothing cropped, with the statistics
@@ -537,23 +538,26 @@ def encode(
     normalize: bool = False,
     convert_to: Literal["numpy", "tensor"] = "numpy",
     preprocessing: Preprocessing | None = None,
+    layer: int = -1,
     batch_size: int = 16,
     workers: int | None = None,
     on_error: OnError = "raise",
     progress: bool = False,
     **changes: Any,
 ) -> np.ndarray | Tensor:
-    """One vector an image, float32 [N, D] ([N, 2D] for pooling="cls+mean"), as sentence-transformers' `encode`.
+    """One vector an image, float32 [N, D] ([N, 2D] for pooling="cls+mean"), as sentence-transformers' `encode`. With
+    on_error="skip" the row of an unreadable image is NaN, so that rows stay those of the list (`embed`: no row).
 
-    `images` and the options are those of `embed`; images may come out at different grids. `normalize`: vectors of length
-    1. convert_to="tensor": on the model's device. With on_error="skip" the row of an unreadable image is NaN, so that
-    rows stay those of the list. A single image gives [1, D].
+    `images` and the options are those of `embed`, but one `layer`, with the final norm; images may come out at different
+    grids. `normalize`: vectors of length 1. convert_to="tensor": on the model's device. A single image gives [1, D].
     """
+    if not isinstance(layer, int):
+        raise DinoError(f"encode takes one layer, not {layer!r}: embed takes a list, and features.cls are its vectors")
     one_of("pooling", pooling, POOLINGS)
     one_of("convert_to", convert_to, ("numpy", "tensor"))
     preprocessing = preprocessing.with_(**changes) if preprocessing else default_preprocessing(model, **changes)
     given = _Given(images, preprocessing, workers, on_error, progress)
-    found = extract(model, given.batches(model, batch_size), preprocessing=preprocessing)
+    found = extract(model, given.batches(model, batch_size), preprocessing=preprocessing, layer=layer)
     parts = [pool(features, pooling).float() for features in found]
     if not parts:
         raise next(iter(given.missing.values()), DinoError("no images were given"))

@@ -390,6 +390,22 @@ def test_encode_gives_an_array_whose_rows_are_those_of_the_list(vit, files) -> N
     assert one.shape == (1, vit.embed_dim)
 
 
+def test_encode_takes_one_layer(vit, photo) -> None:
+    vectors = dinov3.encode(vit, photo, size=32, layer=-2)
+    np.testing.assert_allclose(vectors, dinov3.embed(vit, photo, size=32, layer=-2).cls.numpy(), atol=1e-5)
+    with pytest.raises(dinov3.DinoError, match=r"encode takes one layer, not \[0, 1\]: embed takes a list"):
+        dinov3.encode(vit, photo, size=32, layer=[0, 1])  # type: ignore[arg-type]
+    with pytest.raises(dinov3.DinoError, match=r"encode's vectors are normed; embed\(…, norm=False\)"):
+        dinov3.encode(vit, photo, size=32, norm=False)
+
+
+def test_both_docstrings_say_at_once_what_becomes_of_a_skipped_image() -> None:
+    for function in (dinov3.embed, dinov3.encode):
+        first = (function.__doc__ or "").split("\n\n")[0]
+        assert "no\n    row" in first or "no row" in first
+        assert "NaN" in first
+
+
 def test_progress_is_a_line_on_stderr(vit, files, capsys, monkeypatch) -> None:
     monkeypatch.setattr("dinov3.features.time.perf_counter", iter(range(0, 1000, 3)).__next__)
     dinov3.embed(vit, files[:2], size=32, progress=True, workers=0)

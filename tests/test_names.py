@@ -44,6 +44,8 @@ def test_size_may_be_height_and_width() -> None:
     rule = dinov3.default_preprocessing(MODEL, size=(32, 64))
     assert dinov3.Preprocessing.from_json(rule.to_json()) == rule
     assert rule.with_(size=32).size_hw is None
+    with pytest.raises(DinoError, match="leave shape out, or give size as one number"):
+        dinov3.embed(MODEL, image(), size=(32, 64), shape="short")
     with pytest.raises(DinoError, match="a positive number of pixels, not 'big'"):
         rule.with_(size="big")
     with pytest.raises(DinoError, match=r"a number of pixels or \(height, width\), not \(3, 4, 5\)"):

@@ -85,6 +85,7 @@ class Distillation:
         self.images = Images(open_source(config.images), target_short_side=largest, keep=config.in_memory)
         if not config.teachers:
             raise DinoError("distillation needs a teacher: --teacher KIND:WHAT (see `dinov3 distill --help`)")
+        catalog.resolve(config.student)  # a misspelt name is noticed before the teachers are opened
         self.teachers = [open_teacher(spec, device=self.device) for spec in config.teachers]
         clean = [t.id for t in self.teachers if not t.spec.online]
         if config.mixing() and clean:

@@ -41,7 +41,7 @@ from dinov3.data.images import open_image
 from dinov3.data.sources import Source
 from dinov3.data.transforms.inputs import LVD_MEAN, LVD_STD
 from dinov3.data.transforms.pixels import cropped, normalised, to_pixels
-from dinov3.errors import DinoError, ImageError, require
+from dinov3.errors import DinoError, ImageError, WeightsError, require
 from dinov3.features import run
 from dinov3.hub import foreign, load
 from dinov3.weights import catalog
@@ -151,12 +151,15 @@ def open_teacher(spec: str | TeacherSpec, *, device: str | torch.device = "cpu")
 
 
 def _backbone(spec: TeacherSpec) -> Teacher:
-    if spec.kind != "dinov3":
-        network: Any = load(f"{spec.kind}:{spec.what}")
-    elif spec.what.lower() in catalog.aliases():
-        network = load(spec.what)
-    else:
-        network = load(weights=spec.what)
+    try:
+        if spec.kind != "dinov3":
+            network: Any = load(f"{spec.kind}:{spec.what}")
+        elif spec.what.lower() in catalog.aliases():
+            network = load(spec.what)
+        else:
+            network = load(weights=spec.what)
+    except WeightsError as error:
+        raise type(error)(f"the teacher {spec.kind}:{spec.what} cannot be opened: {error}") from None
     if spec.layer not in range(-network.n_blocks, network.n_blocks):
         raise DinoError(f"layer {spec.layer} does not exist: {spec.what} has {network.n_blocks} blocks")
 

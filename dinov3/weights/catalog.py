@@ -35,6 +35,11 @@ STATISTICS: dict[str, tuple[tuple[float, float, float], tuple[float, float, floa
 FILES = Path(__file__).parent / "files"  # weights of our own, in the package
 DOWNLOAD_BASE = "https://dl.fbaipublicfiles.com/dinov3"  # DINOV3_DOWNLOAD_BASE in the environment overrides it
 DOWNLOAD_PAGE = "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/"
+# How people come by Meta's files: the end of every message about one that is not here.
+ACCESS = (
+    f"Meta's files are gated: request access at {DOWNLOAD_PAGE}, then pass as weights the link from the e-mail or what you "
+    "downloaded (Meta's .pth, a .safetensors file, a folder of transformers or timm)"
+)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from typing import Any
 
 from dinov3.errors import WeightsError, without_secrets
 from dinov3.files import DISK_ERRORS, atomically
-from dinov3.weights.catalog import DOWNLOAD_PAGE
+from dinov3.weights.catalog import ACCESS
 
 Progress = Callable[[int, int | None], None]  # (bytes so far, bytes in all if known)
 
@@ -174,9 +174,12 @@ def _download(
                 return cached
             if attempt == ATTEMPTS:
                 reason = getattr(error, "reason", None) or error
-                raise WeightsError(
-                    f"cannot fetch {url}: {reason}; call again to resume, or pass a file's path"
-                ) from None
+                way_out = (
+                    f"call again to resume. {ACCESS}"
+                    if _is_meta(url)
+                    else "call again to resume, or pass a file's path"
+                )
+                raise WeightsError(f"cannot fetch {url}: {reason}; {way_out}") from None
             continue
         size = partial.stat().st_size
         if total is not None and size != total:
@@ -264,27 +267,22 @@ def _refuse_html(content_type: str, start: bytes, name: str, url: str, partial: 
     if content_type.startswith("text/html") or start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
         if partial is not None:
             _forget(partial)
-        raise WeightsError(f"{url} gave a web page instead of {name!r}{_GATED if _is_meta(url) else ''}")
-
-
-_GATED = (
-    f": Meta's files are gated; request access at {DOWNLOAD_PAGE}, "
-    'then pass the URL from the e-mail or the downloaded file\'s path, or use weights="facebook/…" from Hugging Face'
-)
+        raise WeightsError(f"{url} gave a web page instead of {name!r}" + (f". {ACCESS}" if _is_meta(url) else ""))
 
 
 def _is_meta(url: str) -> bool:
-    host = urllib.parse.urlsplit(url).hostname or ""
-    return (
-        host.endswith((".fbaipublicfiles.com", ".meta.com")) or "dinov3" in Path(urllib.parse.urlsplit(url).path).name
-    )
+    """Whether the file is one of Meta's gated ones; CLIP's vocabulary on the same host is open."""
+    parts = urllib.parse.urlsplit(url)
+    return (parts.hostname or "").endswith(".meta.com") or "dinov3" in Path(parts.path).name
 
 
 def _refusal(code: int, name: str, url: str) -> str:
     if code in (401, 403):
-        return f"the server refuses {name!r} (HTTP {code})" + (_GATED if _is_meta(url) else "; it needs a valid link")
+        return f"the server refuses {name!r} (HTTP {code})" + (
+            f". {ACCESS}" if _is_meta(url) else "; it needs a valid link"
+        )
     if code in (404, 410):
-        return f"there is no {name!r} at {url} (HTTP {code})" + (_GATED if _is_meta(url) else "")
+        return f"there is no {name!r} at {url} (HTTP {code})" + (f". {ACCESS}" if _is_meta(url) else "")
     return f"cannot fetch {url}: the server answered HTTP {code}; try again later"
 
 

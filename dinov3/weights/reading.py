@@ -31,7 +31,7 @@ from dinov3.errors import UnsafeFile, WeightsError, did_you_mean, require, witho
 from dinov3.models.architectures import BackboneConfig
 from dinov3.weights import configs, formats
 from dinov3.weights import download as cache
-from dinov3.weights.catalog import ROWS, Row, aliases
+from dinov3.weights.catalog import ACCESS, ROWS, Row, aliases
 from dinov3.weights.identity import main_hash
 
 RESIDUE_FILE = "dinov3_residue.safetensors"
@@ -359,14 +359,14 @@ def _from_hub(repository: str, revision: str | None) -> Path:
 
     at = repository + (f"@{revision}" if revision else "")
     page = f"https://huggingface.co/{repository}"
+    otherwise = f". {ACCESS}" if repository.startswith("facebook/dinov3") else "; a downloaded file's path works too"
 
     def snapshot(patterns: list[str]) -> Path:
         try:
             return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=patterns))
         except errors.GatedRepoError:
             raise WeightsError(
-                f"{at} is gated: accept its terms at {page}, then run `hf auth login` (or set HF_TOKEN); "
-                "a downloaded file's path works too"
+                f"{at} is gated: accept its terms at {page}, then run `hf auth login` (or set HF_TOKEN){otherwise}"
             ) from None
         except errors.RevisionNotFoundError:
             raise WeightsError(f"{repository} has no revision {revision!r} on Hugging Face") from None
@@ -382,14 +382,13 @@ def _from_hub(repository: str, revision: str | None) -> Path:
                 else "the hub is out of reach"
             )
             raise WeightsError(
-                f"{at} is not in the local Hugging Face cache and {why}; go online once, or pass a file's path"
+                f"{at} is not in the local Hugging Face cache and {why}: go online once{otherwise}"
             ) from None
         except errors.HfHubHTTPError as error:
             code = getattr(error.response, "status_code", "?")
             if code in (401, 403):
                 raise WeightsError(
-                    f"Hugging Face refuses {at} (HTTP {code}): accept the terms at {page} and run `hf auth login`, "
-                    "or pass a downloaded file's path"
+                    f"Hugging Face refuses {at} (HTTP {code}): accept the terms at {page} and run `hf auth login`{otherwise}"
                 ) from None
             raise WeightsError(f"Hugging Face answered HTTP {code} for {at}; try again later") from None
         except errors.HFValidationError as error:

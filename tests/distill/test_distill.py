@@ -323,6 +323,22 @@ def test_a_run_without_teachers_is_an_error(folder: Path, tmp_path: Path) -> Non
         distill(DistillConfig(images=str(folder)), tmp_path / "run")
 
 
+def test_a_teacher_that_is_not_here_is_one_sentence_with_the_way_to_it(
+    folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    given = DistillConfig(images=str(folder), teachers=["dinov3:dinov3_vits16"], student="dinov3_vitt16")
+    with pytest.raises(
+        DinoError, match=r"the teacher dinov3:dinov3_vits16 cannot be opened: .*request access at"
+    ) as caught:
+        distill(given, tmp_path / "run")
+    assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(DinoError, match="did you mean 'dinov3_vits16'"):
+        distill(replace(given, teachers=["dinov3:dinov3_vits61"]), tmp_path / "run")
+    with pytest.raises(UnknownName, match="did you mean 'dinov3_vitt16'"):  # before the teacher
+        distill(replace(given, student="dinov3_vitt61"), tmp_path / "run")
+
+
 def test_knn_reads_a_labelled_folder(teacher_file: Path, tmp_path: Path) -> None:
     for label, colour in enumerate(((250, 20, 20), (20, 20, 250))):
         (tmp_path / "labelled" / str(label)).mkdir(parents=True)

@@ -118,6 +118,8 @@ def test_published_weights_that_cannot_be_reached_say_what_to_do(monkeypatch, tm
     with pytest.raises(WeightsError, match="cache") as caught:
         dinov3.load("dinov3_vits16")
     assert len(str(caught.value).splitlines()) == 1
+    assert "request access at https://ai.meta.com/" in str(caught.value)
+    assert "(Meta's .pth, a .safetensors file, a folder of transformers or timm)" in str(caught.value)
 
 
 def test_torch_hub_loads_a_local_file_and_gives_eval_mode(vits, tmp_path) -> None:

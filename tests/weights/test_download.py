@@ -301,6 +301,20 @@ def test_refusals_are_one_sentence_with_the_way_out(server, code, words):
     assert "\n" not in str(caught.value)
 
 
+def test_without_a_network_the_way_to_metas_files_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(cache, "ATTEMPTS", 1)
+    address = "http://127.0.0.1:9/dinov3_vits16/dinov3_vits16_pretrain_lvd1689m-08c60483.pth"
+    with pytest.raises(
+        WeightsError, match=r"call again to resume\. Meta's files are gated: request access at https"
+    ) as caught:
+        cache.fetch(address)
+    assert "as weights" in str(caught.value)
+    assert "a folder of transformers or timm" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(WeightsError, match=r"or pass a file's path$"):  # CLIP's vocabulary on the same host is open
+        cache.fetch("http://127.0.0.1:9/thirdparty/bpe_simple_vocab_16e6.txt.gz")
+
+
 @pytest.mark.parametrize("content_type", ["text/html; charset=utf-8", "application/octet-stream"])
 def test_a_web_page_is_not_accepted_as_weights(server, content_type):
     server.content_type = content_type

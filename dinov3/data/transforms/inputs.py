@@ -43,6 +43,7 @@ ELSEWHERE = {
     "pooling": "Features has .cls, .mean (of the patches) and .patches",
     "normalize": "torch.nn.functional.normalize(features.cls, dim=-1); .similarity does it itself",
     "layers": "write layer=[3, 11]",
+    "norm": "encode's vectors are normed; embed(…, norm=False) gives features before the norm",
 }
 LVD_MEAN, LVD_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LARGEST_ENLARGED = 1 << 24  # pixels: a strip of 20000 × 3 at a short side of 256 would have 437 million
@@ -143,6 +144,11 @@ class Preprocessing:
         if isinstance(size := changes.get("size"), (tuple, list)):
             if len(size) != 2 or min(size) < 1:
                 raise DinoError(f"size is a number of pixels or (height, width), not {size!r}")
+            if "shape" in changes:
+                raise DinoError(
+                    f"size=(height, width) is the size of every input, so shape={changes['shape']!r} has nothing to say: "
+                    "leave shape out, or give size as one number"
+                )
             changes |= {"size": int(min(size)), "size_hw": (int(size[0]), int(size[1]))}
         elif "size" in changes or "shape" in changes:
             changes = {"size_hw": None, **changes}
