@@ -78,17 +78,17 @@ def test_the_initializer_runs_first_in_every_thread():
 
 def test_large_results_are_made_ahead_by_their_bytes():
     class Large:
-        alive, most = 0, 0
         nbytes = MOST_BYTES // 4
 
-        def __init__(self, _):
-            time.sleep(0.002)
-            Large.alive += 1
-            Large.most = max(Large.most, Large.alive)
-
-    for _ in prefetched(Large, range(40), workers=2, ahead=30):
-        Large.alive -= 1
-    assert 2 <= Large.most <= 6  # four that wait, one in use, one more that was begun; 31 without the bound
+    made = []
+    results = prefetched(lambda i: made.append(i) or Large(), range(40), workers=2, ahead=30)
+    for used in range(1, 33):  # the last ones have fewer to come
+        next(results)
+        deadline = time.monotonic() + 30
+        while len(made) < used + 4 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert len(made) == used + 4  # four wait, however slow the threads; 30 without the bound
+    results.close()
 
 
 def test_the_size_of_a_result_counts_arrays_tensors_images_and_bytes_in_its_parts():
