@@ -37,9 +37,10 @@ def train(
     from dinov3.config.train import load_config
     from dinov3.train.train import train as run
 
+    recipe = recipe if recipe.endswith((".yaml", ".yml")) else f"{recipe}.yaml"
     first = [] if weights is None else first_weights(weights, model)
     chosen = training_overrides(images, model, recipe, steps, knn, device_of(device), [*first, *(overrides or [])])
-    config, notes = load_config(recipe if recipe.endswith((".yaml", ".yml")) else f"{recipe}.yaml", chosen)
+    config, notes = load_config(recipe, chosen)
     log("settings: " + " ".join(chosen))
     outcome = run(config, out, resume=resume, seed=seed, notes=notes)
     log(f"{outcome.reason}: {outcome.iterations} of {outcome.total} steps; {out}")
@@ -79,13 +80,14 @@ def training_overrides(
     """Configuration overrides for the command's options; `given` come last and win."""
     import os
 
+    from dinov3.config.train import load_config
     from dinov3.weights.catalog import resolve
 
     overrides = [f"train.dataset_path={images}", f"run.device={device}"]
     if model is not None:
         overrides.append(f"student.arch={model if model.startswith(('vit_', 'convnext_')) else resolve(model)[0].arch}")
-    if device == "cpu" and not recipe.startswith("toy"):
-        # the recipes are for GPUs: a CPU gets a small batch, exact numbers, and no minutes of compilation
+    if device == "cpu" and load_config(recipe, overrides[:1])[0].run.device != "cpu":
+        # a recipe for GPUs: a CPU gets a small batch, exact numbers, and no minutes of compilation
         workers = max(1, (os.cpu_count() or 2) // 2)
         overrides += ["compute_precision.param_dtype=fp32", "train.compile=false", "train.batch_size_per_gpu=16"]
         overrides.append(f"train.num_workers={workers}")

@@ -257,13 +257,28 @@ def test_steps_are_the_steps_that_are_run(recipe: str, steps: int) -> None:
     from dinov3.config.train import load_config
     from dinov3.optim import build_schedules
 
-    chosen = training_overrides("photos", None, recipe, steps, None, "cpu", [])
+    chosen = training_overrides("photos", None, f"{recipe}.yaml", steps, None, "cpu", [])
     config, _ = load_config(f"{recipe}.yaml", chosen)
     schedules = build_schedules(config, 1)
     assert config.iterations == schedules.total == steps
     usual = build_schedules(load_config(f"{recipe}.yaml", ["train.dataset_path=photos"])[0], 1)
     warm = max(range(usual.total), key=lambda it: usual.lr(it)) / usual.total
     assert max(range(steps), key=lambda it: schedules.lr(it)) == pytest.approx(warm * steps, abs=3)
+
+
+def test_only_a_recipe_for_gpus_is_made_smaller_on_a_cpu(tmp_path) -> None:
+    pytest.importorskip("omegaconf")
+    from dinov3.cli.training import training_overrides
+
+    own = tmp_path / "own.yaml"
+    own.write_text("train: {batch_size_per_gpu: 48}\nrun: {device: cpu}\n")
+    assert "compute_precision.param_dtype=fp32" in training_overrides(
+        "p", None, "vits16_one_gpu.yaml", 1, None, "cpu", []
+    )
+    for recipe in (str(own), "toy_cpu.yaml"):
+        chosen = " ".join(training_overrides("p", None, recipe, 1, None, "cpu", []))
+        assert "batch_size" not in chosen
+        assert "param_dtype" not in chosen
 
 
 def test_train_runs_from_a_folder_to_a_loadable_model_and_goes_on_where_it_stopped(images, tmp_path, capsys) -> None:
