@@ -291,7 +291,7 @@ class Progress:
         return (
             f"[{done:>{len(str(self.total))}}/{self.total}]  eta {time_text(each * (self.total - done))}  {losses}  "
             f"lr {record.get('lr', 0):.3g}  {record['iter_time']:.3g} s/step ({record['data_share']:.0%} waiting for "
-            f"data)  {record['images_per_second']:.0f} images/s  {record['memory_gb']:.1f} GB"
+            f"data)  {rate_text(record['images_per_second'])} images/s  {record['memory_gb']:.1f} GB"
         )
 
     def close(self) -> None:
@@ -320,7 +320,7 @@ class Ticker:
         self.last = time.perf_counter()
         rate = (done - self.first) / max(self.last - self.began, 1e-9)
         left = time_text((self.total - done) / max(rate, 1e-9))
-        self.log(f"{self.what} {done}/{self.total}  eta {left}  {rate * self.each:.1f} {self.unit}/s{more}")
+        self.log(f"{self.what} {done}/{self.total}  eta {left}  {rate_text(rate * self.each)} {self.unit}/s{more}")
 
 
 def silent(text: str) -> None:
@@ -333,6 +333,11 @@ def ticked(items: Sequence[T], log: Callable[[str], None], unit: str) -> Iterato
     for done, item in enumerate(items, 1):
         yield item
         ticker(done)
+
+
+def rate_text(rate: float) -> str:
+    """Two digits and all before the point: 0.31, 4.2, 128."""
+    return f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
 def time_text(seconds: float) -> str:

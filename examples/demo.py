@@ -7,7 +7,6 @@ downloaded. Every command it runs is printed, and is what you would type for a f
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import subprocess
@@ -50,20 +49,21 @@ def photographs(folder: Path) -> None:
 
 
 def run(*command: str) -> str:
-    """Runs a `dinov3` command as printed."""
+    """Runs a `dinov3` command as printed; what it writes to stdout, which is shown too."""
     print(f"\n$ dinov3 {shlex.join(command)}", flush=True)
     done = subprocess.run([sys.executable, "-m", "dinov3", *command], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(done.returncode)
+    print(done.stdout, end="", flush=True)
     return done.stdout
 
 
-def draw(query: Path, hits: list[dict], colours: Image.Image, random: bool, out: Path) -> None:
+def draw(query: Path, hits: list[list[str]], colours: Image.Image, random: bool, out: Path) -> None:
     """One image: the query, the rainbow of its patches, and its neighbours."""
     side, gap, label = 224, 16, 44
     font, small = ImageFont.load_default(size=17), ImageFont.load_default(size=14)
     tiles = [("query", query.stem, Image.open(query)), ("its patches", "first three principal directions", colours)]
-    tiles += [(f"{h['rank']} · cosine {h['score']:.3f}", Path(h["path"]).stem, Image.open(h["path"])) for h in hits]
+    tiles += [(f"{rank} · cosine {float(score):.3f}", Path(path).stem, Image.open(path)) for rank, score, path in hits]
     columns = 4
     rows = -(-len(tiles) // columns)
     head = 60
@@ -92,10 +92,9 @@ def main() -> None:
     weights = ["--weights", args.weights] if args.weights else []
     run("embed", str(images), "--out", str(store), *weights)
     query = images / "chelsea-middle.jpg"
-    hits = json.loads(run("search", str(store), "--image", str(query), "--top", "7", "--json"))
-    hits = [h for h in hits if Path(h["path"]).name != query.name][:6]
-    for h in hits:
-        print(f"{h['score']:.4f}  {h['path']}")
+    printed = run("search", str(store), "--image", str(query), "--top", "7")
+    hits = [line.split("\t") for line in printed.splitlines()]  # rank, cosine, path
+    hits = [hit for hit in hits if Path(hit[2]).name != query.name][:6]
 
     model = dinov3.load(weights=args.weights) if args.weights else dinov3.load()
     features = dinov3.embed(model, query, size=448)

@@ -120,7 +120,12 @@ def test_the_shapes_printed_beside_the_snippet_are_right(place: Path, monkeypatc
 
 
 def test_the_demo_draws_its_image(tmp_path: Path) -> None:
-    run(f"{sys.executable} {ROOT / 'examples' / 'demo.py'} --out {tmp_path / 'out'}", ROOT)
+    shown = run(f"{sys.executable} {ROOT / 'examples' / 'demo.py'} --out {tmp_path / 'out'}", ROOT)
+    command = next(line for line in shown.splitlines() if line.startswith("$ dinov3 search"))
+    again = run(command.removeprefix("$ "), ROOT)  # what stands below a command is what it prints
+    lines = [line for line in again.splitlines() if "\t" in line]
+    assert len(lines) == 7
+    assert "\n".join([command, *lines, ""]) in shown
     from PIL import Image
 
     assert Image.open(tmp_path / "out" / "demo.png").size[0] > 900

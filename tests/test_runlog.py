@@ -208,6 +208,17 @@ def test_time_is_divided_between_waiting_and_working(tmp_path, monkeypatch):
     assert "3 iterations in 0:00:16, 5.33 s each" in console.getvalue()
 
 
+@pytest.mark.parametrize(("seconds", "shown"), [(5.0, "0.4 images/s"), (0.4, "5 images/s"), (0.005, "400 images/s")])
+def test_a_slow_first_step_is_not_nought_images_a_second(seconds, shown, tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(runlog.time, "perf_counter", lambda: clock[0])
+    run, console = started(tmp_path)
+    progress = Progress(run, total=9, images_per_step=2)
+    clock[0] += seconds
+    progress.stepped(0, SCHEDULES, {"total_loss": 1.0})
+    assert f"  {shown}  " in console.getvalue()
+
+
 def test_the_estimate_leaves_the_first_step_out(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(runlog.time, "perf_counter", lambda: clock[0])

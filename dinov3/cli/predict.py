@@ -405,7 +405,8 @@ def model_for(verb: str, config: ModelOptions, size: int | None = None, n_classe
             verb, config.head, backbone_weights=config.backbone_weights, device=place, dtype=precision
         )
         info = net.head_info
-        log(f"{info.head} head {config.head} over {info.backbone_label}, {config.dtype or info.dtype} on {place}")
+        computes = str(next(net.parameters()).dtype).removeprefix("torch.")  # info.dtype is that of the file
+        log(f"{info.head} head {config.head} over {info.backbone_label}, {computes} on {place}")
         trained = info.preprocessing.center_crop or info.preprocessing.size
         if size is not None and size != trained:
             log(f"note: the head was trained at {trained} pixels, not at --size {size}")

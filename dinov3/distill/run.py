@@ -61,7 +61,7 @@ from dinov3.errors import DinoError
 from dinov3.files import atomically
 from dinov3.losses import LossTerms
 from dinov3.optim import ema_update, multipliers
-from dinov3.runlog import RunDir
+from dinov3.runlog import RunDir, rate_text
 from dinov3.weights import catalog, writing
 from dinov3.weights.writing import save_torch
 
@@ -350,7 +350,7 @@ def _distill(config: DistillConfig, run: RunDir, prepare: Prepare | None) -> Pat
                 facts = {"lr": lr, "side": c.side(work.step - 1), "images_per_s": rate}
                 run.record(work.step - 1, facts | numbers)
                 shown = ", ".join(f"{k} {v:.3f}" for k, v in numbers.items())
-                run.log(f"step {work.step}/{total}, {rate:.0f} images/s, {shown}")
+                run.log(f"step {work.step}/{total}, {rate_text(rate)} images/s, {shown}")
             if work.step % c.save_every == 0 or work.step == total:
                 work.save()
             if c.knn and run.writer and (work.step % c.knn_every == 0 or work.step == total):

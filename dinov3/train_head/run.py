@@ -32,7 +32,7 @@ from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.dense import ONE_CLASS
 from dinov3.data.images import open_image
 from dinov3.data.transforms.inputs import Preprocessing
-from dinov3.errors import DinoError, ImageError, install
+from dinov3.errors import DinoError, ImageError, install, printable
 from dinov3.features import default_preprocessing
 from dinov3.files import atomically, nonexistent
 from dinov3.fit.features import cached_features
@@ -450,6 +450,8 @@ def figure(task: tasks.Task, model: nn.Module, run: RunDir, device: torch.device
             axes.set_axis_off()
             if row == 0:
                 axes.set_title(title, fontsize=10)
+    if isinstance(task, tasks.Segmentation):
+        add_legend(page, task, drawn)
     records = list(read_metrics(run.metrics_file))
     axes = page.add_subplot(grid[len(chosen), :])
     for name, side in (("total_loss", axes), (task.score, axes.twinx())):
@@ -464,6 +466,21 @@ def figure(task: tasks.Task, model: nn.Module, run: RunDir, device: torch.device
     with atomically(path) as temporary:
         page.savefig(temporary, dpi=110)
     return f"result drawn: {path}"
+
+
+def add_legend(page: Any, task: tasks.Segmentation, drawn: Sequence[Sequence[np.ndarray]], most: int = 40) -> None:
+    """Colours and names, below the page, of the classes that occur in the drawn truths and predictions."""
+    from matplotlib.patches import Patch
+
+    def codes(colours: np.ndarray) -> np.ndarray:
+        return colours.reshape(-1, 3).astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
+
+    occur = np.unique(np.concatenate([np.unique(codes(panel)) for _, *painted in drawn for panel in painted]))
+    shown = np.flatnonzero(np.isin(codes(task.colours), occur))[:most]
+    # with their numbers: matplotlib leaves out names that begin with _
+    labels = [f"{i} {printable(task.class_names[i])}".replace("$", r"\$") for i in shown]
+    squares = [Patch(facecolor=task.colours[i] / 255, edgecolor="0.5") for i in shown]
+    page.legend(squares, labels, loc="outside lower center", ncols=min(6, max(1, len(shown))), fontsize=8)
 
 
 def write_confusion(task: tasks.Classification, model: nn.Module, run: RunDir, device: torch.device) -> None:

@@ -131,6 +131,7 @@ def test_a_cat_is_classified_and_found_by_the_heads_that_ship(photos: list[Path]
     assert done.returncode == 0, done.stderr
     assert "cat" in done.stdout.split("\t")[1].split(", ")[0]  # tabby cat, Egyptian cat
     assert "small model that ships" in done.stderr
+    assert "float32 on cpu" in done.stderr  # the file holds float16, which nothing computes in
     assert "trained at" not in run("segment", photos[0], "--out", tmp_path).stderr
     other = run("segment", photos[0], "--out", tmp_path / "other", "--size", 128).stderr
     assert "note: the head was trained at 256 pixels, not at --size 128" in other

@@ -18,6 +18,7 @@ from kills import killed_until_done
 from PIL import Image
 from torch import nn
 
+from dinov3.drawing import palette
 from dinov3.errors import DinoError
 from dinov3.fit import loop as fitting
 from dinov3.fit.features import cached_features
@@ -27,7 +28,7 @@ from dinov3.models.vit import VisionTransformer
 from dinov3.runlog import read_metrics
 from dinov3.train_head import run as head_module
 from dinov3.train_head.run import HeadConfig, open_data, preprocessing_for, train_head
-from dinov3.train_head.tasks import cropped
+from dinov3.train_head.tasks import Segmentation, cropped
 
 COLOURS = np.array([(220, 40, 40), (40, 200, 60), (50, 60, 230)], np.uint8)
 
@@ -152,6 +153,18 @@ def test_a_segmentation_head_learns_a_folder_and_is_found_again(tmp_path: Path, 
     else:
         assert "it needs matplotlib" in (tmp_path / "run" / "log.txt").read_text()
     assert str(tmp_path) not in Path(outcome.head).read_bytes().decode("latin-1")
+
+
+def test_the_drawing_names_the_classes_that_it_shows() -> None:
+    matplotlib = pytest.importorskip("matplotlib.figure")
+    page, task = matplotlib.Figure(), object.__new__(Segmentation)
+    task.class_names, task.colours = ["_sky", "never", "cost $ and $"], np.array(palette(3), np.uint8)
+    truth, found = task.painted(np.array([[0, 0], [255, 0]])), task.painted(np.array([[0, 2], [2, 0]]))
+    head_module.add_legend(page, task, [[truth, truth, found]])
+    (legend,) = page.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["0 _sky", r"2 cost \$ and \$"]
+    colours = [patch.get_facecolor()[:3] for patch in legend.get_patches()]
+    np.testing.assert_allclose(colours, task.colours[[0, 2]] / 255)
 
 
 def test_a_mask2former_head_is_fitted(tmp_path: Path) -> None:
