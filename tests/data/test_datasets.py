@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import pickle
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +134,37 @@ def test_a_plain_folder_has_no_classes_and_a_bare_path_is_a_data_set(tmp_path: P
     assert isinstance(data, Folder)
     assert data.class_names == []
     assert data[0][1] is None
+
+
+def test_a_listing_takes_at_most_64_bytes_an_image_and_no_stat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for n in range(20):
+        (tmp_path / f"n{n:08d}").mkdir()
+        for i in range(250):
+            (tmp_path / f"n{n:08d}" / f"n{n:08d}_{i}.JPEG").touch()
+    Folder(tmp_path / "n00000000")  # what is imported and compiled at first use
+    stats: list[object] = []
+    real = os.stat
+    monkeypatch.setattr(os, "stat", lambda *a, **k: (stats.append(a), real(*a, **k))[1])
+    tracemalloc.start()
+    data = Folder(tmp_path)
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(data) == 5000
+    assert size / len(data) <= 64  # 560 with an object for each image
+    assert len(stats) < 40  # of folders only
+    assert data.name(4999) == "n00000019/n00000019_99.JPEG"
+    assert (data.label(4999), data.get_targets().dtype) == (19, np.int32)
+
+
+def test_a_split_names_reads_and_labels_its_own_images(tmp_path: Path) -> None:
+    for name in ("a/1.jpg", "a/2.jpg", "b/3.jpg", "b/4.jpg"):
+        write(tmp_path / name, jpeg(int(name[2])))
+    line = f"FolderSplit:root={tmp_path}:train_per_class=1:split="
+    parts = [make_dataset(line + split) for split in ("train", "test")]
+    assert [len(part) for part in parts] == [2, 2]
+    found = {part.name(i): part.label(i) for part in parts for i in range(2)}
+    assert found == {"a/1.jpg": 0, "a/2.jpg": 0, "b/3.jpg": 1, "b/4.jpg": 1}
+    assert all(part.read(i) == jpeg(int(part.name(i)[2])) for part in parts for i in range(2))
 
 
 def test_in_tar_shards_the_classes_are_the_members_first_folders(tmp_path: Path) -> None:

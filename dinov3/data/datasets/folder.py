@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from dinov3.data.datasets.base import ImageDataset
-from dinov3.data.sources import Item, open_source
+from dinov3.data.sources import open_source
 from dinov3.errors import DinoError, one_of, only_known
 
 
@@ -23,20 +23,21 @@ class Folder(ImageDataset):
 
     def __init__(self, root: str | os.PathLike[str], *, column: str | None = None):
         self.source = open_source(root, column=column)
-        self.items: list[Item] = list(self.source)
-        firsts = [_first_folder(item.path) for item in self.items]
-        self.class_names: list[str] = sorted({f for f in firsts if f is not None})
-        number = {name: i for i, name in enumerate(self.class_names)}
-        self.labels = np.array([-1 if f is None else number[f] for f in firsts], np.int32)
+        met: dict[str | None, int] = {}  # first folders, in the order they are met
+        paths = map(self.source.path_of, range(len(self.source)))
+        numbers = np.fromiter((met.setdefault(_first_folder(path), len(met)) for path in paths), np.int32)
+        self.class_names: list[str] = sorted(name for name in met if name is not None)
+        label = {name: i for i, name in enumerate(self.class_names)}
+        self.labels = np.array([-1 if name is None else label[name] for name in met], np.int32)[numbers]
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.labels)
 
     def read(self, index: int) -> bytes:
-        return self.items[index].read()
+        return self.source.place_of(index).read()
 
     def name(self, index: int) -> str:
-        return self.items[index].path
+        return self.source.path_of(index)
 
     def label(self, index: int) -> int | None:
         return int(self.labels[index]) if self.labels[index] >= 0 else None
@@ -107,6 +108,12 @@ class FolderSplit(Folder):
                 raise DinoError(f"class {name} has {len(members)} images: none is left for split={split}")
             rows += sorted(members[rows_of_class].tolist())
             labels += [number] * len(rows_of_class)
-        self.items = [self.items[i] for i in rows]
+        self.rows = np.array(rows, np.int64)
         self.labels = np.array(labels, np.int32)
         self.class_names = chosen
+
+    def read(self, index: int) -> bytes:
+        return super().read(int(self.rows[index]))
+
+    def name(self, index: int) -> str:
+        return super().name(int(self.rows[index]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,13 +46,66 @@ class Item:
         return self.place.read()
 
 
-class Part(Protocol):
-    @property
-    def kind(self) -> str: ...
+class Part:
+    """The images of one container by number. Items are made at need: an image costs the numbers that find it."""
 
-    def __len__(self) -> int: ...
+    kind: str
 
-    def __iter__(self) -> Iterator[Item]: ...
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def path_of(self, i: int) -> str:
+        """`Item.path`."""
+        raise NotImplementedError
+
+    def stamp_of(self, i: int) -> str:
+        """`Item.stamp`, as it is now."""
+        raise NotImplementedError
+
+    def place_of(self, i: int) -> Place:
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[Item]:
+        for i in range(len(self)):
+            yield Item(self.path_of(i), self.stamp_of(i), self.place_of(i))
+
+
+class Names:
+    """A list of file names in little memory: their last parts in one buffer, each folder once (a string costs 50 bytes
+    beside its text)."""
+
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        self.folders: list[str] = []
+        self.numbers: dict[str, int] = {}
+        self.folder, self.end, self.text = array("I"), array("Q", [0]), bytearray()
+        for name in names:
+            self.append(name)
+
+    def append(self, name: str) -> None:
+        folder, slash, last = name.rpartition("/")
+        number = self.numbers.setdefault(folder + slash, len(self.folders))
+        if number == len(self.folders):
+            self.folders.append(folder + slash)
+        self.folder.append(number)
+        self.text += last.encode("utf-8", "surrogateescape")
+        self.end.append(len(self.text))
+
+    def pop(self) -> str:
+        last = self[len(self) - 1]
+        self.folder.pop()
+        self.end.pop()
+        del self.text[self.end[-1] :]
+        return last
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    def __getitem__(self, i: int) -> str:
+        last = self.text[self.end[i] : self.end[i + 1]].decode("utf-8", "surrogateescape")
+        return self.folders[self.folder[i]] + last
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self.__getitem__, range(len(self)))
 
 
 @dataclass(frozen=True, slots=True)

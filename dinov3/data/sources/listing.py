@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from dinov3.data.sources.items import (
     COMPANIONS,
     PATH_NAMES,
     Item,
+    Names,
     NoImageColumn,
     Part,
     Place,
@@ -55,9 +57,17 @@ class Source(Protocol):
     def __iter__(self) -> Iterator[Item]: ...
 
 
+class Indexed(Source, Protocol):
+    """What `open_source` returns: also by number, without an object for each image."""
+
+    def path_of(self, i: int) -> str: ...
+
+    def place_of(self, i: int) -> Place: ...
+
+
 def open_source(
     spec: str | os.PathLike[str], *, column: str | None = None, recursive: bool = True, fps: float = 1.0
-) -> Source:
+) -> Indexed:
     """List the images of a folder, image, list file (.txt, .csv, .tsv), tar, Parquet file, or saved `datasets` folder.
 
     A text may also be a glob ("shards/*.tar") or hold braces ("shard-{000..010}.tar", "{train,val}.parquet").
@@ -69,24 +79,24 @@ def open_source(
         raise DinoError(f"remote addresses are not read ({text}): mount it or copy it here, and give the path")
     if not 0 < fps <= 1000:
         raise DinoError(f"{fps} frames a second cannot be taken of a video: give a rate above 0, up to 1000")
-    listing = _Listing(column, recursive, fps)
     if os.path.lexists(text):
         path = Path(os.path.abspath(text))  # items are read by processes that may stand elsewhere
-        root = path if path.is_dir() else path.parent
+        listing = _Listing(str(path if path.is_dir() else path.parent), column, recursive, fps)
         if path.is_dir():
-            listing.folder(path)
+            listing.folder()
         else:
             listing.named(path, path.name)
     elif re.search(r"[*?\[{]", text):
-        root = base = _fixed_part(os.path.abspath(text))
+        base = _fixed_part(os.path.abspath(text))
+        listing = _Listing(str(base), column, recursive, fps)
         for found in _expand(os.path.abspath(text)):
             if found.is_dir():
-                listing.folder(found, prefix=_relative(found, base) + "/")
+                listing.folder(prefix=_relative(found, base) + "/")
             else:
                 listing.named(found, _relative(found, base))
     else:
         raise DinoError(nonexistent(text))
-    return listing.close(text, str(root))
+    return listing.close(text)
 
 
 def open_sources(specs: Sequence[str | os.PathLike[str]], **options: Any) -> Source:
@@ -109,7 +119,7 @@ class _Several:
     kind: str
     skipped: int
     root: str
-    sources: list[Source]
+    sources: Sequence[Source]
 
     @property
     def folders(self) -> list[str]:
@@ -126,7 +136,7 @@ class _Several:
 
 @dataclass
 class _Listed:
-    """The one implementation of `Source`: parts, one after the other."""
+    """The one implementation of `Indexed`: parts, one after the other."""
 
     name: str
     kind: str
@@ -135,35 +145,57 @@ class _Listed:
     parts: list[Part]
     folders: list[str]
 
+    def __post_init__(self) -> None:
+        self.starts = list(itertools.accumulate(map(len, self.parts), initial=0))
+
     def __len__(self) -> int:
-        return sum(map(len, self.parts))
+        return self.starts[-1]
 
     def __iter__(self) -> Iterator[Item]:
         return itertools.chain.from_iterable(self.parts)
+
+    def _part(self, i: int) -> tuple[Part, int]:
+        k = bisect_right(self.starts, i) - 1
+        return self.parts[k], i - self.starts[k]
+
+    def path_of(self, i: int) -> str:
+        part, at = self._part(i)
+        return part.path_of(at)
+
+    def place_of(self, i: int) -> Place:
+        part, at = self._part(i)
+        return part.place_of(at)
 
 
 @dataclass
 class _Listing:
     """Gathers parts while paths are listed."""
 
+    root: str
     column: str | None
     recursive: bool
     fps: float
     skipped: int = 0
-    files: list[tuple[str, str]] = field(default_factory=list)  # (id, real path)
+    files: Names = field(default_factory=Names)  # relative to the root
+    in_order: bool = True
     containers: list[Part] = field(default_factory=list)
     used_column: bool = False
     hints: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
     damage: dict[str, str] = field(default_factory=dict)  # of Arrow files
 
-    def close(self, name: str, root: str) -> Source:
+    def file(self, name: str) -> None:
+        self.in_order = self.in_order and (not len(self.files) or self.files[len(self.files) - 1] <= name)
+        self.files.append(name)
+
+    def close(self, name: str) -> Indexed:
         kinds = [] if not self.files else ["folder" if self.folders or len(self.files) > 1 else "image"]
-        parts: list[Part] = [_Files(sorted(self.files))] if self.files else []
+        files = self.files if self.in_order else Names(sorted(self.files))
+        parts: list[Part] = [_Files(self.root, files)] if self.files else []
         parts += self.containers
         kinds += dict.fromkeys(p.kind for p in self.containers)
         whole = [k for k in kinds if k != "broken"] or kinds
-        source = _Listed(name, whole[0] if len(whole) == 1 else "mixed", self.skipped, root, parts, self.folders)
+        source = _Listed(name, whole[0] if len(whole) == 1 else "mixed", self.skipped, self.root, parts, self.folders)
         if len(source) == 0:
             raise DinoError(self._emptiness(name))
         if self.column is not None and not self.used_column:
@@ -184,18 +216,21 @@ class _Listing:
         )
         return "; ".join([sentence, *self.hints[:3]])
 
-    def folder(self, root: Path, prefix: str = "") -> None:
-        self.folders.append(str(root))
+    def folder(self, prefix: str = "") -> None:
+        """The folder `prefix` ("" or ending in a slash) of the root."""
+        self.folders.append(os.path.normpath(os.path.join(self.root, prefix)))
         containers: list[tuple[str, Path]] = []
-        for path, relative in self._walk(str(root), prefix):
-            lower = os.path.basename(path).lower()
+        for relative in self._walk(prefix):
+            lower = os.path.basename(relative).lower()
             suffix = os.path.splitext(lower)[1]
             if suffix in IMAGE_SUFFIXES:
-                self.files.append((relative, path))
-            elif lower.endswith((*TAR_SUFFIXES, ".parquet")) or (suffix == ".arrow" and not lower.startswith("cache-")):
+                self.file(relative)
+                continue
+            path = os.path.join(self.root, relative)
+            if lower.endswith((*TAR_SUFFIXES, ".parquet")) or (suffix == ".arrow" and not lower.startswith("cache-")):
                 containers.append((relative, Path(path)))
             elif suffix not in COMPANIONS and is_image_header(first_bytes(path)):
-                self.files.append((relative, path))
+                self.file(relative)
             else:
                 self.skipped += 1
                 if lower.endswith(LIST_SUFFIXES) and len(self.hints) < 3:
@@ -205,39 +240,40 @@ class _Listing:
         for relative, container in sorted(containers, key=lambda c: _dataset_order(*c)):
             self.named(container, relative, on_its_own=False)
 
-    def _walk(self, root: str, prefix: str) -> Iterator[tuple[str, str]]:
-        """Files below a folder, each real folder once: links to folders are followed after all that lies below the root
-        itself, and only to folders that were not visited."""
+    def _walk(self, prefix: str) -> Iterator[str]:
+        """Names of the files below a folder of the root, in the order of the names, each real folder once: links to folders
+        are followed after all that lies below the root itself, and only to folders that were not visited."""
         visited: set[tuple[int, int]] = set()
-        folders, links = [(root, prefix)], deque[tuple[str, str]]()
-        while folders or links:
-            folder, prefix = folders.pop() if folders else links.popleft()
+        ahead, links = [prefix], deque[str]()  # folders end in a slash
+        while ahead or links:
+            name = ahead.pop() if ahead else links.popleft()
+            if name != prefix and not name.endswith("/"):
+                yield name
+                continue
+            folder = os.path.join(self.root, name.rstrip("/"))
+            found: list[str] = []
+            linked: list[str] = []
             try:
                 facts = os.stat(folder)
                 if (facts.st_dev, facts.st_ino) in visited:
                     continue
                 visited.add((facts.st_dev, facts.st_ino))
                 with os.scandir(folder) as scan:
-                    entries = sorted(scan, key=lambda e: e.name)
+                    for entry in scan:
+                        if not entry.name.startswith("."):
+                            end, link = ("/", entry.is_symlink()) if _is_folder(entry) else ("", False)
+                            (linked if link else found).append(name + entry.name + end)
             except OSError as error:
                 reason = f"this folder cannot be listed: {os_reason(error, folder)}"
-                self.containers.append(_Broken(storable(prefix or "."), reason))
+                self.containers.append(_Broken(storable(name or "."), reason))
                 continue
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                try:
-                    deeper = entry.is_dir()
-                except OSError:  # a link that leads to itself
-                    deeper = False
-                if not deeper:
-                    yield entry.path, prefix + entry.name
-                elif self.recursive:
-                    (links if entry.is_symlink() else folders).append((entry.path, f"{prefix}{entry.name}/"))
+            found.sort(reverse=True)
+            ahead += found if self.recursive else (n for n in found if not n.endswith("/"))
+            links += sorted(linked) if self.recursive else ()
 
     def named(self, path: Path, name: str, *, on_its_own: bool = True) -> None:
         """One file that was named, or a container met in a folder. Its content decides what it is."""
-        name = storable(name)
+        raw, name = name, storable(name)
         head = first_bytes(path, 512)
         lower = path.name.lower()
         stamp = stamp_of(path)
@@ -262,7 +298,7 @@ class _Listing:
             elif on_its_own and lower.endswith(VIDEOS):
                 self.containers.append(Video.open(path, name, stamp, self.fps))
             elif is_image_header(head) or image_suffix(lower):
-                self.files.append((name, str(path)))
+                self.file(raw)
             elif lower.endswith(LIST_SUFFIXES):
                 self.used_column |= lower.endswith((".csv", ".tsv"))
                 self.containers.append(_read_list(path, self.column))
@@ -280,6 +316,13 @@ class _Listing:
                 raise
             self.skipped += 1  # a table beside images: labels, most likely
             self.hints.append(str(error))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def _fixed_part(text: str) -> Path:
@@ -343,22 +386,31 @@ class _File:
 
 
 @dataclass
-class _Files:
-    """Names and paths; each file's stamp is taken when its item is made, so listing a million files stays cheap."""
+class _Files(Part):
+    """Names relative to a folder; a file's stamp is taken when its item is made, so listing a million files stays cheap."""
 
-    files: list[tuple[str, str]]
+    root: str
+    names: Names
     kind: str = "folder"
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.names)
 
-    def __iter__(self) -> Iterator[Item]:
-        for name, path in self.files:
-            yield Item(storable(name), stamp_of(path), _place(path))
+    def path_of(self, i: int) -> str:
+        return storable(self.names[i])
+
+    def stamp_of(self, i: int) -> str:
+        return stamp_of(os.path.join(self.root, self.names[i]))
+
+    def place_of(self, i: int) -> Place:
+        name = self.names[i]
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", name):
+            return Unreadable("a remote address; only files are read")
+        return _File(os.path.join(self.root, name))
 
 
 @dataclass
-class _Broken:
+class _Broken(Part):
     """Something that cannot be opened at all: one item that fails."""
 
     name: str
@@ -369,14 +421,14 @@ class _Broken:
     def __len__(self) -> int:
         return 1
 
-    def __iter__(self) -> Iterator[Item]:
-        yield Item(self.name, self.stamp, Unreadable(self.reason))
+    def path_of(self, i: int) -> str:
+        return self.name
 
+    def stamp_of(self, i: int) -> str:
+        return self.stamp
 
-def _place(path: str) -> Place:
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path):
-        return Unreadable("a remote address; only files are read")
-    return _File(path)
+    def place_of(self, i: int) -> Place:
+        return Unreadable(self.reason)
 
 
 def _read_list(path: Path, column: str | None) -> Part:
@@ -389,7 +441,7 @@ def _read_list(path: Path, column: str | None) -> Part:
     names = dict.fromkeys(
         PurePosixPath(e.strip()).as_posix() if "://" not in e else e.strip() for e in entries if e.strip()
     )
-    return _Files([(n, n if "://" in n else os.path.join(path.parent, n)) for n in names], "list")
+    return _Files(str(path.parent), Names(names), "list")
 
 
 def _csv_column(path: Path, text: str, column: str | None) -> Iterator[str]:

@@ -7,14 +7,16 @@ import os
 import subprocess
 import sys
 import threading
+from bisect import bisect_right
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from dinov3.data.images import check_size, most_bytes, os_reason, read_file
-from dinov3.data.sources.items import PATH_NAMES, Item, NoImageColumn, Unreadable
+from dinov3.data.sources.items import PATH_NAMES, NoImageColumn, Part, Place, Unreadable
 from dinov3.errors import DinoError, ImageError, only_known, require
 
 # A table's column is found by its type; where several would do, one with the likeliest name.
@@ -191,12 +193,33 @@ class _ParquetCell:
 
 
 @dataclass
-class Parquet:
+class _Table(Part):
     path: str
     name: str
     stamp: str
     column: str
-    groups: list[int]  # rows in each
+    rows: list[int]  # of each row group or record batch
+
+    def __post_init__(self) -> None:
+        self.starts = list(accumulate(self.rows, initial=0))
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def path_of(self, i: int) -> str:
+        return f"{self.name}#{i}"
+
+    def stamp_of(self, i: int) -> str:
+        return f"{self.stamp}@{i}"
+
+    def _group(self, i: int) -> tuple[int, int]:
+        """(number of the group, row in it)"""
+        group = bisect_right(self.starts, i) - 1
+        return group, i - self.starts[group]
+
+
+@dataclass
+class Parquet(_Table):
     kind: str = "parquet"
 
     @classmethod
@@ -215,16 +238,8 @@ class Parquet:
             raise ImageError(_table_reason(error, path)) from None
         return cls(str(path), name, stamp, image_column, groups)
 
-    def __len__(self) -> int:
-        return sum(self.groups)
-
-    def __iter__(self) -> Iterator[Item]:
-        number = 0
-        for group, rows in enumerate(self.groups):
-            for row in range(rows):
-                place = _ParquetCell(self.path, self.stamp, self.column, group, row)
-                yield Item(f"{self.name}#{number}", f"{self.stamp}@{number}", place)
-                number += 1
+    def place_of(self, i: int) -> Place:
+        return _ParquetCell(self.path, self.stamp, self.column, *self._group(i))
 
 
 def _arrow_batches(path: str) -> tuple[list[Any], Any, str]:
@@ -304,15 +319,10 @@ class _ArrowCell:
 
 
 @dataclass
-class Arrow:
+class Arrow(_Table):
     """One Arrow file, as `datasets.save_to_disk` writes them (a stream) or as Feather does (a file)."""
 
-    path: str
-    name: str
-    stamp: str
-    column: str
-    batches: list[int]  # rows in each
-    broken: str
+    broken: str  # why it ends early, if it does: one more item
     kind: str = "datasets"
 
     @classmethod
@@ -328,17 +338,18 @@ class Arrow:
         return cls(str(path), name, stamp, column, [b.num_rows for b in batches], broken)
 
     def __len__(self) -> int:
-        return sum(self.batches) + bool(self.broken)
+        return super().__len__() + bool(self.broken)
 
-    def __iter__(self) -> Iterator[Item]:
-        number = 0
-        for batch, rows in enumerate(self.batches):
-            for row in range(rows):
-                place = _ArrowCell(self.path, self.stamp, self.column, batch, row)
-                yield Item(f"{self.name}#{number}", f"{self.stamp}@{number}", place)
-                number += 1
-        if self.broken:
-            yield Item(f"{self.name}#end", self.stamp, Unreadable(f"truncated after {number} rows: {self.broken}"))
+    def path_of(self, i: int) -> str:
+        return super().path_of(i) if i < self.starts[-1] else f"{self.name}#end"
+
+    def stamp_of(self, i: int) -> str:
+        return super().stamp_of(i) if i < self.starts[-1] else self.stamp
+
+    def place_of(self, i: int) -> Place:
+        if i < self.starts[-1]:
+            return _ArrowCell(self.path, self.stamp, self.column, *self._group(i))
+        return Unreadable(f"truncated after {i} rows: {self.broken}")
 
 
 def _table_reason(error: Exception, path: str | os.PathLike[str]) -> str:

@@ -7,13 +7,13 @@ import os
 import tarfile
 import threading
 import zlib
-from collections.abc import Iterator
+from array import array
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dinov3.data.images import HEAD, check_size, image_suffix, is_image_header, most_bytes, os_reason
-from dinov3.data.sources.items import COMPANIONS, Item, Unreadable, first_bytes, storable
+from dinov3.data.sources.items import COMPANIONS, Names, Part, Place, Unreadable, first_bytes, storable
 from dinov3.errors import ImageError
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -99,14 +99,16 @@ class _EndAware(tarfile.TarInfo):
 
 
 @dataclass
-class Tar:
+class Tar(Part):
     """The images of one shard: the headers are walked once, for names and offsets."""
 
     path: str
     name: str
     stamp: str
     packed: bool
-    members: list[tuple[str, int, int]] = field(default_factory=list)
+    members: Names = field(default_factory=Names)
+    offsets: array[int] = field(default_factory=lambda: array("Q"))
+    sizes: array[int] = field(default_factory=lambda: array("Q"))
     skipped: int = 0
     broken: list[tuple[str, str]] = field(default_factory=list)  # (name, reason)
     kind: str = "tar"
@@ -158,30 +160,40 @@ class Tar:
                 self._cut("ends inside of this member", name)
                 return
             else:
-                self.members.append((name, member.offset_data, member.size))
+                self.members.append(name)
+                self.offsets.append(member.offset_data)
+                self.sizes.append(member.size)
         if not getattr(archive, "ended", False):
             self._cut("there is no end mark; members may be missing")
 
     def _cut(self, reason: str, name: str = "end") -> None:
         """Notes that the shard is not whole. Of a compressed one, the last member may be a half: that is tried."""
         if self.packed and self.members:
-            last, offset, size = self.members[-1]
             try:
-                _PackedSpan(self.path, offset, size, self.stamp).read()
+                self.place_of(len(self.members) - 1).read()
             except ImageError:
-                self.members.pop()
-                name = last
+                name = self.members.pop()
+                self.offsets.pop()
+                self.sizes.pop()
         self.broken.append((name, f"truncated or damaged tar, after {len(self.members)} images: {reason}"))
 
     def __len__(self) -> int:
         return len(self.members) + len(self.broken)
 
-    def __iter__(self) -> Iterator[Item]:
-        for name, offset, size in self.members:
-            place = _PackedSpan(self.path, offset, size, self.stamp) if self.packed else _Span(self.path, offset, size)
-            yield Item(f"{self.name}#{name}", f"{self.stamp}@{offset}", place)
-        for name, reason in self.broken:
-            yield Item(f"{self.name}#{name}", self.stamp, Unreadable(reason))
+    def path_of(self, i: int) -> str:
+        n = len(self.members)
+        return f"{self.name}#{self.members[i] if i < n else self.broken[i - n][0]}"
+
+    def stamp_of(self, i: int) -> str:
+        return f"{self.stamp}@{self.offsets[i]}" if i < len(self.members) else self.stamp
+
+    def place_of(self, i: int) -> Place:
+        n = len(self.members)
+        if i >= n:
+            return Unreadable(self.broken[i - n][1])
+        if self.packed:
+            return _PackedSpan(self.path, self.offsets[i], self.sizes[i], self.stamp)
+        return _Span(self.path, self.offsets[i], self.sizes[i])
 
 
 def is_tar(path: Path, head: bytes) -> bool:

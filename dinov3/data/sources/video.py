@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dinov3.data.sources.items import Item
+from dinov3.data.sources.items import Part, Place
 from dinov3.errors import DinoError, ImageError, require
 
 VIDEOS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg")
@@ -96,7 +95,7 @@ class _Frame:
 
 
 @dataclass
-class Video:
+class Video(Part):
     """One video file; `frames` of it are taken, `fps` a second."""
 
     path: str
@@ -122,7 +121,11 @@ class Video:
     def __len__(self) -> int:
         return self.frames
 
-    def __iter__(self) -> Iterator[Item]:
-        for k in range(self.frames):
-            place = _Frame(self.path, self.stamp, self.fps, k)
-            yield Item(f"{self.name}#{k / self.fps:.3f}s", f"{self.stamp}@{k / self.fps:.3f}", place)
+    def path_of(self, i: int) -> str:
+        return f"{self.name}#{i / self.fps:.3f}s"
+
+    def stamp_of(self, i: int) -> str:
+        return f"{self.stamp}@{i / self.fps:.3f}"
+
+    def place_of(self, i: int) -> Place:
+        return _Frame(self.path, self.stamp, self.fps, i)
