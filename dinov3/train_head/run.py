@@ -29,8 +29,9 @@ from torch import nn
 from dinov3 import distributed, drawing, hub
 from dinov3.config.bounds import check
 from dinov3.data.datasets import make_dataset
-from dinov3.data.datasets.dense import ONE_CLASS
-from dinov3.data.images import open_image
+from dinov3.data.datasets.dense import ONE_CLASS, files_of
+from dinov3.data.images import IMAGE_SUFFIXES, open_image
+from dinov3.data.sources import files_below
 from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.errors import DinoError, ImageError, install, printable
 from dinov3.features import default_preprocessing
@@ -86,10 +87,10 @@ def _of_folder(task: str, root: Path, split: str | None, ignore: int | None) -> 
         try:
             return DenseFolder(root=root, split=split, kind=kind, ignore=ignore)
         except DinoError as error:
-            files = sorted(p for p in root.rglob("*") if p.is_file()) if "of the same name" in str(error) else []
-            if not files:
+            names = sorted(files_below(root)) if "of the same name" in str(error) else []
+            if not names:
                 raise
-            raise DinoError(f"{error} (it holds {_names([str(p.relative_to(root)) for p in files])})") from None
+            raise DinoError(f"{error} (it holds {_names(names)})") from None
     if task == "detection":
         from dinov3.data.datasets.detection import CocoDetection, VocDetection
 
@@ -213,11 +214,10 @@ def target_size(path: Path) -> tuple[int, int] | None:
 
 
 def without_target(data: Any) -> list[str]:
-    from dinov3.data.images import IMAGE_SUFFIXES
-
+    """Names of the images beside the pairs of a `DenseFolder` that are part of none."""
     have = {path for pair in data.pairs for path in pair}
     folder = Path(os.path.commonpath([pair[0].parent for pair in data.pairs]))
-    return sorted(p.name for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p not in have)
+    return sorted(path.name for path in files_of(folder, IMAGE_SUFFIXES) if path not in have)
 
 
 # ---- putting it together -------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import random
 from collections import Counter
@@ -77,6 +78,37 @@ def test_images_without_a_target_are_left_out_and_counted(tmp_path):
     mask(tmp_path / "masks" / "b.png")
     data = make_dataset(f"DenseFolder:root={tmp_path}")
     assert (len(data), data.left_out) == (1, 2)
+
+
+def test_links_between_folders_give_every_pair_once_and_deep_folders_are_listed(tmp_path):
+    for folder in ("images", "masks"):
+        for part in ("a", "b"):
+            (tmp_path / "elsewhere" / folder / part).mkdir(parents=True)
+    for part in ("a", "b"):
+        image(tmp_path / "elsewhere" / "images" / part / "x.jpg")
+        mask(tmp_path / "elsewhere" / "masks" / part / "x.png")
+        for folder in ("images", "masks"):  # into each other, and back to the top
+            (tmp_path / "elsewhere" / folder / part / "up").symlink_to(tmp_path / "elsewhere" / folder)
+    (tmp_path / "data").mkdir()
+    for folder in ("images", "masks"):
+        (tmp_path / "data" / folder).mkdir()
+        (tmp_path / "data" / folder / "part").symlink_to(tmp_path / "elsewhere" / folder)
+    data = make_dataset(f"DenseFolder:root={tmp_path / 'data'}")
+    assert [p.relative_to(tmp_path).as_posix() for p in data.paths] == [
+        f"data/images/part/{part}/x.jpg" for part in ("a", "b")
+    ]
+    assert data.left_out == 0
+
+    deepest = tmp_path / "data" / "images"
+    folder = os.open(deepest, os.O_RDONLY)
+    for _ in range(1500):
+        os.mkdir("d", dir_fd=folder)
+        deeper = os.open("d", os.O_RDONLY, dir_fd=folder)
+        os.close(folder)
+        folder = deeper
+    os.close(folder)
+    assert len(make_dataset(f"DenseFolder:root={tmp_path / 'data'}")) == 2
+    os.removedirs(deepest / ("d/" * 1500))  # pytest's own cleaning recurses
 
 
 def test_names_and_numbers_of_classes(tmp_path):

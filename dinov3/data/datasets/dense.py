@@ -18,7 +18,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,6 +28,7 @@ from PIL import Image
 
 from dinov3.data.datasets.base import FileDataset
 from dinov3.data.images import IMAGE_SUFFIXES, read_file
+from dinov3.data.sources import files_below
 from dinov3.errors import DinoError, ImageError, did_you_mean, one_of
 from dinov3.files import nonexistent
 
@@ -181,7 +182,7 @@ class ADE20K(DenseDataset):
         if listed.is_file():
             names = sorted(line.strip() for line in listed.read_text().splitlines() if line.strip())
         else:
-            names = sorted(str(p.relative_to(images)) for p in folder.rglob("*.jpg")) if folder.is_dir() else []
+            names = [str(p.relative_to(images)) for p in files_of(folder, (".jpg",))] if folder.is_dir() else []
         if not names:
             raise DinoError(f"no images of ADE20K {split} in {self.root}: expected {listed.name}, or {folder}")
         annotations = self.root / "annotations"
@@ -380,6 +381,11 @@ def _find(root: Path, split: str | None, targets: str | None) -> tuple[Path, Pat
     return images, next((m for m in maps if m.is_dir()), images)
 
 
+def files_of(folder: Path, suffixes: Container[str]) -> list[Path]:
+    """The files below a folder with these endings (in lower case), sorted."""
+    return sorted(folder / name for name in files_below(folder) if os.path.splitext(name)[1].lower() in suffixes)
+
+
 def _paired(images: Path, maps: Path) -> tuple[list[tuple[Path, Path]], int]:
     """Pairs sorted by name, and how many images have no target."""
 
@@ -388,7 +394,7 @@ def _paired(images: Path, maps: Path) -> tuple[list[tuple[Path, Path]], int]:
 
     together = images == maps
     found: dict[str, Path] = {}
-    for path in sorted(p for p in maps.rglob("*") if p.suffix.lower() in _MAP_SUFFIXES):
+    for path in files_of(maps, _MAP_SUFFIXES):
         bare = _TARGET_ROLE.sub("", stem(path, maps))
         if together and bare == stem(path, maps):
             continue  # an image, not a target
@@ -398,7 +404,7 @@ def _paired(images: Path, maps: Path) -> tuple[list[tuple[Path, Path]], int]:
             )
         found[bare] = path
     pairs, alone = [], 0
-    for path in sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES):
+    for path in files_of(images, IMAGE_SUFFIXES):
         name = stem(path, images)
         if _TARGET_ROLE.search(name) if together else maps in path.parents:
             continue

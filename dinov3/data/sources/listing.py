@@ -111,6 +111,50 @@ def open_sources(specs: Sequence[str | os.PathLike[str]], **options: Any) -> Sou
     return _Several(f"{len(sources)} sources", "mixed", sum(source.skipped for source in sources), root, sources)
 
 
+def files_below(
+    root: str | os.PathLike[str],
+    prefix: str = "",
+    *,
+    recursive: bool = True,
+    unlisted: Callable[[str, str], object] | None = None,
+) -> Iterator[str]:
+    """Names, relative to the root, of the files below a folder of it (`prefix`, "" or ending in a slash), in the order of
+    the names, each real folder once: links to folders are followed after all that lies below the folder itself, and only
+    to folders that were not visited. Hidden files and folders are left alone.
+
+    `unlisted(name, reason)` is called for a folder that cannot be listed; without it that is a `DinoError`.
+    """
+    visited: set[tuple[int, int]] = set()
+    ahead, links = [prefix], deque[str]()  # folders end in a slash
+    while ahead or links:
+        name = ahead.pop() if ahead else links.popleft()
+        if name != prefix and not name.endswith("/"):
+            yield name
+            continue
+        folder = os.path.join(root, name.rstrip("/"))
+        found: list[str] = []
+        linked: list[str] = []
+        try:
+            facts = os.stat(folder)
+            if (facts.st_dev, facts.st_ino) in visited:
+                continue
+            visited.add((facts.st_dev, facts.st_ino))
+            with os.scandir(folder) as scan:
+                for entry in scan:
+                    if not entry.name.startswith("."):
+                        end, link = ("/", entry.is_symlink()) if _is_folder(entry) else ("", False)
+                        (linked if link else found).append(name + entry.name + end)
+        except OSError as error:
+            reason = f"this folder cannot be listed: {os_reason(error, folder)}"
+            if unlisted is None:
+                raise DinoError(f"{folder}: {reason}") from None
+            unlisted(name or ".", reason)
+            continue
+        found.sort(reverse=True)
+        ahead += found if recursive else (n for n in found if not n.endswith("/"))
+        links += sorted(linked) if recursive else ()
+
+
 @dataclass
 class _Several:
     """Sources, one after the other."""
@@ -220,7 +264,11 @@ class _Listing:
         """The folder `prefix` ("" or ending in a slash) of the root."""
         self.folders.append(os.path.normpath(os.path.join(self.root, prefix)))
         containers: list[tuple[str, Path]] = []
-        for relative in self._walk(prefix):
+
+        def unlisted(folder: str, reason: str) -> None:
+            self.containers.append(_Broken(storable(folder), reason))
+
+        for relative in files_below(self.root, prefix, recursive=self.recursive, unlisted=unlisted):
             lower = os.path.basename(relative).lower()
             suffix = os.path.splitext(lower)[1]
             if suffix in IMAGE_SUFFIXES:
@@ -239,37 +287,6 @@ class _Listing:
             self.damage |= arrow_damage(arrow)
         for relative, container in sorted(containers, key=lambda c: _dataset_order(*c)):
             self.named(container, relative, on_its_own=False)
-
-    def _walk(self, prefix: str) -> Iterator[str]:
-        """Names of the files below a folder of the root, in the order of the names, each real folder once: links to folders
-        are followed after all that lies below the root itself, and only to folders that were not visited."""
-        visited: set[tuple[int, int]] = set()
-        ahead, links = [prefix], deque[str]()  # folders end in a slash
-        while ahead or links:
-            name = ahead.pop() if ahead else links.popleft()
-            if name != prefix and not name.endswith("/"):
-                yield name
-                continue
-            folder = os.path.join(self.root, name.rstrip("/"))
-            found: list[str] = []
-            linked: list[str] = []
-            try:
-                facts = os.stat(folder)
-                if (facts.st_dev, facts.st_ino) in visited:
-                    continue
-                visited.add((facts.st_dev, facts.st_ino))
-                with os.scandir(folder) as scan:
-                    for entry in scan:
-                        if not entry.name.startswith("."):
-                            end, link = ("/", entry.is_symlink()) if _is_folder(entry) else ("", False)
-                            (linked if link else found).append(name + entry.name + end)
-            except OSError as error:
-                reason = f"this folder cannot be listed: {os_reason(error, folder)}"
-                self.containers.append(_Broken(storable(name or "."), reason))
-                continue
-            found.sort(reverse=True)
-            ahead += found if self.recursive else (n for n in found if not n.endswith("/"))
-            links += sorted(linked) if self.recursive else ()
 
     def named(self, path: Path, name: str, *, on_its_own: bool = True) -> None:
         """One file that was named, or a container met in a folder. Its content decides what it is."""
