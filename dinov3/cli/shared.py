@@ -21,6 +21,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     help="DINOv3: embed and search images; segment, measure, fit heads, train, distil.",
+    epilog="Environment: DINOV3_MAX_IMAGE_MB, the largest image file that is read (512); DINOV3_CACHE, folder of downloads.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 UNREADABLE, INTERRUPTED = 3, 130

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov3.errors import DinoError, printable, require, without_secrets
+from dinov3.files import nonexistent
 
 PACKAGE = Path(__file__).resolve().parents[1]
 SIGNAL_SECONDS = 120  # between the signal and the end
@@ -53,11 +54,17 @@ class Job:
         return DelayedSubmission(self)
 
 
+def script_path(script: str) -> Path:
+    """A script's file: as named from here, or one of the package's (`dinov3/train/train.py`) from any folder."""
+    for path in (Path(script), PACKAGE.parent / script):
+        if path.is_file():
+            return path.resolve()
+    raise DinoError(nonexistent(script))
+
+
 def call(script: str, function: str, arguments: Sequence[str]) -> int:
     """Imports a script by its path and calls a function of it with a list of arguments; its exit status."""
-    path = Path(script).resolve()
-    if not path.is_file():
-        raise DinoError(f"there is no script {script}")
+    path = script_path(script)
     if path.is_relative_to(PACKAGE):  # one of ours: under its real name, so that it exists once
         module = importlib.import_module(".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts))
     else:
@@ -126,6 +133,7 @@ def run_here(options: argparse.Namespace, rest: list[str]) -> int:
             f"{options.nodes} nodes need a cluster, and there is no SLURM here (no sbatch). On machines without it, start "
             f"torchrun --nnodes {options.nodes} … {options.script} on each of them"
         )
+    script_path(options.script)  # a misspelt one is noticed before anything is announced
     processes = options.ngpus or 1
     output = options.output_dir.replace("%j", f"local-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}")
     what = "one process" if processes == 1 else f"{processes} processes of one run"
@@ -146,9 +154,7 @@ def submit(options: argparse.Namespace, rest: list[str]) -> int:
     """Queues one job and returns; logs its number and folder."""
     submitit = require("submitit", "slurm", "submitting to SLURM")
     ours: Any = importlib.import_module("dinov3.run.submit")  # not __main__: the job finds its class by this name
-    script = Path(options.script).resolve()
-    if not script.is_file():
-        raise DinoError(f"there is no script {options.script}")
+    script = script_path(options.script)
     folder = Path(options.output_dir).absolute()
     before_number = Path(str(folder).split("%j")[0])
     (before_number if "%j" in str(folder) else folder).mkdir(parents=True, exist_ok=True)

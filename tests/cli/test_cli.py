@@ -333,6 +333,7 @@ def test_train_runs_from_a_folder_to_a_loadable_model_and_goes_on_where_it_stopp
         (["--version"], "0.1.0"),
         (["-V"], "0.1.0"),
         (["-h"], "embed"),
+        (["-h"], "DINOV3_MAX_IMAGE_MB, the largest image file that is read (512)"),
         (["embed", "-h"], "--weights"),
         (["eval", "-h"], "log-regression"),
         (["eval", "knn", "-h"], "train.ks=[10,20,100,200]"),

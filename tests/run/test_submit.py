@@ -90,7 +90,22 @@ def test_what_cannot_be_done_here_is_an_error(
 
 def test_a_missing_script_is_named(no_slurm: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert submit.main(["dinov3/train/trian.py"]) == 1
-    assert "there is no script dinov3/train/trian.py" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: no such file or folder: dinov3/train/trian.py; did you mean 'train.py'")
+
+
+def test_an_evaluation_runs_from_any_folder_and_null_is_no_name_of_a_folder(
+    tmp_path: Path, no_slurm: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DINOV3_CACHE", str(tmp_path / "cache"))
+    write_images(tmp_path / "images")
+    data = ["train.dataset=images", "eval.test_dataset=images", "train.ks=[1]", "model.device=cpu"]
+    assert submit.main(["dinov3/eval/knn.py", *data, "output_dir=null"]) == 0
+    (out,) = (tmp_path / "experiments").iterdir()
+    assert (out / "results-knn.csv").is_file()
+    assert not (tmp_path / "null").exists()
+    assert f"results go to experiments/{out.name}" in capsys.readouterr().err
 
 
 def test_several_local_processes_are_ranks_of_one_run(script: Path, tmp_path: Path) -> None:
