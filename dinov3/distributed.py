@@ -143,6 +143,13 @@ def _device(device: str | torch.device | None, launch: Launch) -> torch.device:
     return torch.device("cuda", launch.local_rank % there)  # one visible GPU per process is then number 0
 
 
+def join_alone(device: torch.device) -> None:
+    """A group of this process only, where there is none: for what is written for many processes and needs a group."""
+    if not together():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
 def shutdown() -> None:
     """Leaves the group, if there is one; the last thing a program does."""
     if together():
@@ -170,6 +177,11 @@ def world(group: Group = None) -> int:
 def local_rank() -> int:
     """This process's number on its machine, from 0."""
     return detect().local_rank
+
+
+def local_world() -> int:
+    """How many of all processes run on this machine."""
+    return detect().local_world
 
 
 def is_main() -> bool:

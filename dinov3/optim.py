@@ -22,7 +22,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
+from dinov3 import distributed
 from dinov3.config.train import OptimConfig, ScheduleConfig, TrainConfig
 from dinov3.errors import DinoError
 
@@ -358,20 +360,34 @@ def param_groups(modules: Mapping[str, nn.Module], optim: OptimConfig) -> list[d
     return groups
 
 
-def build_optimizer(modules: Mapping[str, nn.Module], optim: OptimConfig) -> torch.optim.AdamW:
-    """AdamW, eps 1e-8, over the groups; rates and decays are 0 until `apply_schedules` writes them.
+def local(x: Tensor) -> Tensor:
+    """This rank's shard of a sharded tensor, sharing its memory; a plain tensor as it is."""
+    return x.to_local() if hasattr(x, "to_local") else x
 
-    The fused kernel is used where all parameters are on CUDA, or plain tensors on the CPU; elsewhere the default.
+
+class AdamW(torch.optim.AdamW):
+    """AdamW over this rank's shards: it works element by element, so the kernel may run on them without DTensor's dispatch.
+
+    Its state is sharded as the parameters are, for checkpoints.
+    """
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        has_complex = super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = map(local, tensors)
+        return has_complex
+
+
+def build_optimizer(modules: Mapping[str, nn.Module], optim: OptimConfig) -> AdamW:
+    """AdamW, eps 1e-8, with the fused kernel; rates and decays are 0 until `apply_schedules` writes them.
+
+    `optimizer.found_inf`, a float tensor, leaves everything as it is in a step where it is 1: no one waits to know.
     """
     groups = param_groups(modules, optim)
     if not groups:
         raise DinoError("no parameter needs a gradient: there is nothing to train")
-    parameters = [p for group in groups for p in group["params"]]
-    devices = {p.device.type for p in parameters}
-    plain = all(type(p) is nn.Parameter for p in parameters)
-    fused = optim.multi_tensor_optim and (devices == {"cuda"} or (devices == {"cpu"} and plain))
     betas = (optim.adamw_beta1, optim.adamw_beta2)
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, weight_decay=0.0, fused=fused or None)
+    return AdamW(groups, lr=0.0, betas=betas, eps=1e-8, weight_decay=0.0, fused=True)
 
 
 def apply_schedules(optimizer: torch.optim.Optimizer, values: StepValues) -> None:
@@ -389,36 +405,40 @@ def apply_schedules(optimizer: torch.optim.Optimizer, values: StepValues) -> Non
 def clip_per_module(modules: Mapping[str, nn.Module], max_norm: float | None) -> dict[str, Tensor]:
     """Clip each sub-module's gradients to an L2 norm of its own; the norms before clipping, as 0-dimensional tensors.
 
-    The factor is min(1, max_norm / (norm + 1e-6)). 0 or None only measures. Sharded gradients are measured whole.
+    The factor is min(1, max_norm / (norm + 1e-6)). 0 or None only measures. Of sharded gradients each rank measures its
+    shards, and one reduction adds the squares of all sub-modules.
     """
-    norms = {}
+    gradients: dict[str, list[Tensor]] = {}
+    norms, mesh = [], None
     for name, module in modules.items():
-        parameters = [p for p in module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if not parameters:  # a head whose loss has weight 0: the norm of nothing is on the CPU
-            norm = norm.to(next(module.parameters()).device)
-        if hasattr(norm, "full_tensor"):  # a DTensor holding this process's share
-            norm = norm.full_tensor()
-        if max_norm and parameters:
-            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-        norms[name] = norm
-    return norms
+        found = [p.grad for p in module.parameters() if p.grad is not None]
+        gradients[name] = [local(g) for g in found]
+        # a head whose loss has weight 0 has none, and the norm of nothing would be on the CPU
+        norms.append(get_total_norm(gradients[name]) if found else local(next(module.parameters())).new_zeros(()))
+        mesh = next((g.device_mesh for g in found if hasattr(g, "device_mesh")), mesh)
+    total = torch.stack(norms)
+    if mesh is not None:  # sharded over its last dimension; over another there are copies, with equal gradients
+        total = distributed.all_reduce(total.square(), "sum", mesh.get_group(mesh.ndim - 1)).sqrt()
+    results = dict(zip(gradients, total.unbind()))
+    for name, norm in results.items():
+        if max_norm and gradients[name]:
+            torch._foreach_mul_(gradients[name], (max_norm / (norm + 1e-6)).clamp(max=1))
+    return results
 
 
 @torch.no_grad()
 def ema_update(ema: Iterable[Tensor], student: Iterable[Tensor], momentum: float) -> None:
-    """ema ← momentum·ema + (1 − momentum)·student, in place, over parameters in the same order (not buffers).
+    """ema ← ema + (1 − momentum)·(student − ema), in place, over parameters in the same order (not buffers).
 
-    Give `model.parameters()` of both. The slow version:
+    Give `model.parameters()` of both, which are sharded alike or not at all. The slow version:
 
-        for e, s in zip(ema, student): e.mul_(momentum).add_(s, alpha=1 - momentum)
+        for e, s in zip(ema, student): e.lerp_(s, 1 - momentum)
     """
-    averages, sources = list(ema), list(student)
+    averages, sources = [local(e) for e in ema], [local(s) for s in student]
     if [e.shape for e in averages] != [s.shape for s in sources]:
         raise DinoError(f"the average has {len(averages)} tensors and the student {len(sources)}, or shapes differ")
     if averages:
-        torch._foreach_mul_(averages, momentum)
-        torch._foreach_add_(averages, sources, alpha=1 - momentum)
+        torch._foreach_lerp_(averages, sources, 1 - momentum)
 
 
 # ---- logistic regression --------------------------------------------------------------------------------------------

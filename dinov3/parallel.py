@@ -4,26 +4,36 @@ The order is not free. Checkpointing wraps a block, so that what is compiled inc
 before sharding, so that gathering weights stays outside the compiled graph. The model knows nothing of any of it: names in
 state dicts stay the plain ones (`optim.plain_name` removes what checkpointing puts in).
 
-Sharding is full (weights, gradients, optimiser state), over a one-dimensional mesh. Units: every transformer block (or
-ConvNeXt stage and down-sampling), the rest of the backbone, each head. One process alone is not sharded.
+Sharding is full (weights, gradients, optimiser state), over all ranks or over those of one machine, or there is none and
+only gradients travel. Units: every transformer block (or ConvNeXt stage and down-sampling), the rest of the backbone, each
+head. One process takes the same path wherever it does not compute in float32, as a mesh of one: weights, residual stream
+and gradients then have the types they have on many.
 
-Left out: tensor and pipeline parallelism, hybrid sharding.
+Left out: tensor and pipeline parallelism.
 """
 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dinov3 import distributed
 from dinov3.distributed import Group
-from dinov3.errors import DinoError
+from dinov3.errors import DinoError, one_of
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+SHARDED_OVER = ("all", "machine", "none")
+WITHOUT_COLLECTIVES = ("mps",)  # devices of one process, which cannot be a mesh
+KEPT_BYTES = 2**30  # weights of a trained network that stay whole between forward and backward pass: ViT-L has 0.6 GiB
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -38,12 +48,14 @@ def parallelize(
     cudagraphs: bool = False,
     param_dtype: str = "fp32",
     reduce_dtype: str = "fp32",
+    over: str = "all",
 ) -> None:
     """Prepares {"backbone": …, "dino_head": …, …}, in place and on `device`, holding the values they are to begin with.
 
     `trained`: activations are stored for a backward pass; only then is there anything to checkpoint. `checkpointing`:
     "none" | "selective" (keep the results of matrix products and attention, recompute the rest) | "full". `param_dtype`
-    is what sharded weights are gathered and computed in (a single process uses `precision`); parameters stay float32.
+    is what weights are gathered and computed in; parameters stay float32. `over`: the ranks that share one copy of weights
+    and optimiser state: "all" | "machine" (copies on several machines are kept alike by reducing gradients) | "none".
     """
     if checkpointing not in ("none", "selective", "full"):
         raise DinoError(f"checkpointing is none, selective or full, not {checkpointing!r}")
@@ -52,8 +64,9 @@ def parallelize(
         checkpoint_activations(backbone, selective=checkpointing == "selective")
     if compile:
         compile_units(parts, cudagraphs=cudagraphs)
-    if distributed.world(group) > 1:
-        shard(parts, device, group, param_dtype=param_dtype, reduce_dtype=reduce_dtype, trained=trained)
+    if distributed.world(group) > 1 or (param_dtype != "fp32" and device.type not in WITHOUT_COLLECTIVES):
+        mesh = device_mesh(device, group, over)
+        shard(parts, mesh, param_dtype=param_dtype, reduce_dtype=reduce_dtype, trained=trained)
 
 
 def units(backbone: nn.Module) -> list[nn.ModuleList | nn.Sequential]:
@@ -115,35 +128,48 @@ def compile_units(parts: dict[str, nn.Module], *, cudagraphs: bool = False) -> N
 # ---- 3: sharding ----------------------------------------------------------------------------------------------------
 
 
-def shard(
-    parts: dict[str, nn.Module],
-    device: torch.device,
-    group: Group,
-    *,
-    param_dtype: str,
-    reduce_dtype: str,
-    trained: bool,
-) -> None:
-    """FSDP2 over `group`: gradients come back averaged over its ranks."""
+def device_mesh(device: torch.device, group: Group, over: str) -> DeviceMesh:
+    """The ranks of `group`, [W], or [W/n, n]: n neighbours share one copy, W/n copies are trained alike."""
     from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+    one_of("sharding over", over, SHARDED_OVER)
+    distributed.join_alone(device)
+    if group is not None and over == "all":
+        return DeviceMesh.from_group(group, device.type)
+    world, n = distributed.world(), {"all": distributed.world(), "machine": distributed.local_world(), "none": 1}[over]
+    if group is not None and distributed.world(group) != world:
+        raise DinoError(
+            f"one of several students is sharded over all of its ranks; run.shard_over={over} is for one model"
+        )
+    if world % n:
+        raise DinoError(f"{world} processes are not a multiple of the {n} of this machine; use run.shard_over=all")
+    if n == world:
+        return init_device_mesh(device.type, (world,))
+    return init_device_mesh(device.type, (world // n, n), mesh_dim_names=("replicate", "shard"))
+
+
+def shard(parts: dict[str, nn.Module], mesh: DeviceMesh, *, param_dtype: str, reduce_dtype: str, trained: bool) -> None:
+    """FSDP2 over `mesh`: gradients come back averaged over its ranks."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    if group is None:
-        mesh = init_device_mesh(device.type, (distributed.world(),))
-    else:
-        mesh = DeviceMesh.from_group(group, device.type)
+    # outputs are views, and none is changed in place
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     policy = MixedPrecisionPolicy(param_dtype=DTYPES[param_dtype], reduce_dtype=DTYPES[reduce_dtype])
-    options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": True}
+    size = sum(p.numel() for part in parts.values() for p in part.parameters()) * DTYPES[param_dtype].itemsize
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
+    options["reshard_after_forward"] = not trained or size > KEPT_BYTES
     backbone = parts["backbone"]
     members: list[Any] = [module for unit in units(backbone) for module in unit]
+    # what comes in has the type of the root's weights; only tables of positions may have another, and keep it
+    inside = options | {"mp_policy": replace(policy, cast_forward_inputs=False)}
     for module in members:
-        fully_shard(module, **options)
+        fully_shard(module, **inside)
     for before, after in pairwise(members):
         before.set_modules_to_forward_prefetch([after])
         after.set_modules_to_backward_prefetch([before])
     for module in parts.values():
         # a backbone that runs forward only gives its root's weights back too; a trained one needs them again at once
-        fully_shard(module, **(options | ({} if not trained else {"reshard_after_forward": None})))
+        fully_shard(module, **(options | {"reshard_after_forward": not trained}))
     for method in ("forward_features", "get_intermediate_layers"):
         register_fsdp_forward_method(backbone, method)  # features.extract calls them
 
@@ -169,13 +195,10 @@ def reshard(parts: dict[str, nn.Module]) -> None:
 
 
 @contextlib.contextmanager
-def precision(device: torch.device, param_dtype: str, group: Group = None) -> Iterator[None]:
-    """For one process alone: matrix products in `param_dtype`, norms and residual sums in float32 (autocast).
-
-    Sharded models bring their own precision, and nothing happens here.
-    """
-    alone = distributed.world(group) == 1
-    with torch.autocast(device.type, DTYPES[param_dtype], enabled=alone and param_dtype != "fp32"):
+def precision(device: torch.device, param_dtype: str) -> Iterator[None]:
+    """Matrix products in `param_dtype` by autocast, on devices that cannot be a mesh; elsewhere sharding brings the types."""
+    wanted = device.type in WITHOUT_COLLECTIVES and param_dtype != "fp32"
+    with torch.autocast(device.type, DTYPES[param_dtype], enabled=wanted):
         yield
 
 

@@ -14,19 +14,20 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 
-def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout_s: float = 60) -> list[Any]:
-    """What `fn(*args)` returns on each rank; an exception on any rank is raised here with that rank's traceback."""
+def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout_s: float = 60, **options: Any) -> list[Any]:
+    """What `fn(*args, **options)` returns on each rank; an exception on a rank is raised here with its traceback."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed", "numpy"])
     with tempfile.TemporaryDirectory() as folder:
         ranks, pipes = [], []
         for rank in range(world):
             ours, theirs = context.Pipe(duplex=False)
-            packed = pickle.dumps((fn, args))  # by value: tensors need no shared memory
+            packed = pickle.dumps((partial(fn, **options), args))  # by value: tensors need no shared memory
             target = (os.path.join(folder, "store"), rank, world, timeout_s, packed, theirs)
             process = context.Process(target=_one_rank, args=target, daemon=True)
             process.start()

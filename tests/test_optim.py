@@ -280,7 +280,7 @@ def test_the_average_is_the_plain_loop():
     O.ema_update(ema.parameters(), student.parameters(), 0.9)
     with torch.no_grad():
         for e, s in zip(slow.parameters(), student.parameters()):
-            e.mul_(0.9).add_(s, alpha=1 - 0.9)
+            e.lerp_(s, 1 - 0.9)
     assert all(torch.equal(a, b) for a, b in zip(ema.parameters(), slow.parameters()))
     before = [p.clone() for p in ema.parameters()]
     O.ema_update(ema.parameters(), student.parameters(), 1.0)
@@ -303,10 +303,18 @@ def one_process():
     dist.destroy_process_group()
 
 
-def test_sharded_tensors_give_the_same_as_plain_ones(one_process):
+def test_sharded_tensors_give_the_same_as_plain_ones_without_dispatch(one_process, monkeypatch):
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
+    kernels, types = ("_fused_adamw_", "_foreach_mul_", "_foreach_lerp_"), set()
+
+    def spy(kernel, tensors, *args, **options):
+        types.update((kernel.__name__, type(t)) for t in tensors)
+        return kernel(tensors, *args, **options)
+
+    for name in kernels:
+        monkeypatch.setattr(torch, name, partial(spy, getattr(torch, name)))
     torch.manual_seed(0)
     plain = {"dino_head": Head()}
     sharded = copy.deepcopy(plain)
@@ -329,6 +337,22 @@ def test_sharded_tensors_give_the_same_as_plain_ones(one_process):
         results.append([norm, *(t.detach() for t in whole)])
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    assert {name for name, _ in types} == set(kernels)
+    assert not [t for _, t in types if issubclass(t, DTensor)]
+
+
+def test_a_step_found_infinite_changes_nothing():
+    head = with_gradients(0, 1.0)
+    optimizer = O.build_optimizer({"dino_head": head}, OptimConfig())
+    O.apply_schedules(optimizer, O.StepValues(0.1, 0.1, 0.04, 1, 1, 1, 1))
+    optimizer.step()
+    before = copy.deepcopy(head.state_dict()), copy.deepcopy(optimizer.state_dict()["state"])
+    next(head.parameters()).grad.fill_(math.nan)
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    assert all(torch.equal(v, before[0][k]) for k, v in head.state_dict().items())
+    for i, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(v, before[1][i][k]) for k, v in state.items())
 
 
 def test_the_default_configuration_has_the_defaults_of_the_optimiser():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,12 +64,12 @@ def share(batch: CropBatch, rank: int, world: int) -> CropBatch:
     )
 
 
-def two_steps(setting: Variant = SETTING, *, checkpointing: str = "none", compile: bool = False) -> dict[str, Any]:
+def two_steps(setting: Variant = SETTING, **options: Any) -> dict[str, Any]:
     """Losses, first gradients, norms and final weights of two steps on this process's share of the recorded batch."""
     method = setting.build()
     for network, trained in ((method.student, True), (method.ema, False), (method.gram_teacher, False)):
         assert network is not None
-        parallelize(network.parts(), device=CPU, trained=trained, checkpointing=checkpointing, compile=compile)
+        parallelize(network.parts(), device=CPU, trained=trained, **options)
     parts = method.student.parts()
     optimizer = build_optimizer(parts, OptimConfig())
     rank, world = distributed.rank(), distributed.world()
@@ -112,6 +114,49 @@ def test_two_ranks_compute_what_one_computes_on_the_whole_batch() -> None:
     alone = two_steps()
     for rank in run_ranks(two_steps, 2):
         assert_equal_runs(alone, rank, 2e-4)
+
+
+def on_machines_of(ranks: int, over: str) -> dict[str, Any]:
+    os.environ["LOCAL_WORLD_SIZE"] = str(ranks)
+    result = two_steps(over=over)
+    os.environ["LOCAL_WORLD_SIZE"] = "3"
+    with pytest.raises(DinoError, match="4 processes are not a multiple of the 3 of this machine"):
+        two_steps(over="machine")
+    return result
+
+
+@pytest.mark.parametrize("over", ["machine", "none"])
+def test_copies_on_several_machines_compute_what_one_process_computes(over: str) -> None:
+    """Four ranks, two a machine: weights sharded over a machine, or not at all; gradients reduced over all."""
+    alone = two_steps()
+    for rank in run_ranks(on_machines_of, 4, 2, over):
+        assert_equal_runs(alone, rank, 2e-4)
+
+
+def objects_after_steps(counts: tuple[int, ...]) -> list[int]:
+    """Tensors that exist after so many steps, the last batch and its graph being gone."""
+    method = SETTING.build()
+    for network, trained in ((method.student, True), (method.ema, False), (method.gram_teacher, False)):
+        assert network is not None
+        parallelize(network.parts(), device=CPU, trained=trained, param_dtype="bf16")
+    optimizer, values, found = build_optimizer(method.student.parts(), OptimConfig()), step_values(ROW), []
+    batch = share(recorded_batch(0, gram=True), distributed.rank(), distributed.world())
+    for step in range(1, max(counts) + 1):
+        optimizer.zero_grad()
+        method.predict(batch, method.targets(batch, values), values).total().backward()
+        clip_per_module(method.student.parts(), 3.0)
+        optimizer.step()
+        method.update_ema(0.9)
+        if step in counts:
+            gc.collect()
+            found.append(sum(isinstance(o, torch.Tensor) for o in gc.get_objects()))
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_sharded_steps_leave_no_tensors_behind(world: int) -> None:
+    for after_two, after_six in run_ranks(objects_after_steps, world, (2, 6)):
+        assert after_six == after_two
 
 
 def accumulated() -> tuple[bool, dict[str, Tensor]]:
@@ -173,28 +218,58 @@ def test_checkpointing_saves_only_where_something_is_trained() -> None:
         parallelize(network.parts(), device=CPU, trained=True, checkpointing="some")
 
 
-def bf16_step() -> dict[str, str]:
-    method: SelfDistillation = Variant(dino={"koleo_loss_distributed": True}).build()
-    for network, trained in ((method.student, True), (method.ema, False)):
-        parallelize(network.parts(), device=CPU, trained=trained, param_dtype="bf16", reduce_dtype="fp32")
+BF16 = {"param_dtype": "bf16", "reduce_dtype": "fp32"}
+MIXED = replace(SETTING, vit={"pos_embed_rope_dtype": "fp32"})
+
+
+def bf16_types() -> dict[str, str]:
+    method: SelfDistillation = MIXED.build()
+    for network, trained in ((method.student, True), (method.ema, False), (method.gram_teacher, False)):
+        assert network is not None
+        parallelize(network.parts(), device=CPU, trained=trained, **BF16)
     batch = share(recorded_batch(0), distributed.rank(), distributed.world())
-    values = step_values(ROW)
+    values, inside = step_values(ROW), {}
+    block = method.student.backbone.blocks[1]
+    block.norm1.register_forward_pre_hook(lambda _, args: inside.update(residual=args[0].dtype))
+    block.attn.register_forward_pre_hook(lambda _, args: inside.update(positions=args[1][0].dtype))
     terms = method.predict(batch, method.targets(batch, values), values)
     terms.total().backward()
-    weight = method.student.backbone.blocks[0].mlp.fc1.weight
+    weight = block.mlp.fc1.weight
     seen = method.student.backbone(batch.local_crops)
-    return {
-        "parameter": str(weight.dtype),
-        "gradient": str(weight.grad.dtype),
-        "output": str(seen.dtype),
-        "loss": str(terms.total().dtype),
-        "finite": str(bool(torch.isfinite(terms.total()))),
-    }
+    types = inside | {"weight": weight.dtype, "gradient": weight.grad.dtype, "output": seen.dtype}
+    return {name: str(dtype) for name, dtype in (types | {"loss": terms.total().dtype}).items()}
 
 
-def test_sharded_bf16_keeps_parameters_gradients_and_losses_in_float32() -> None:
-    expected = {"parameter": "torch.float32", "gradient": "torch.float32", "output": "torch.bfloat16"}
-    assert run_ranks(bf16_step, 2) == [expected | {"loss": "torch.float32", "finite": "True"}] * 2
+def test_types_in_bf16_are_the_same_on_one_process_and_on_two() -> None:
+    """Weights, gradients and losses stay in float32; tables of positions in the type that they were configured with."""
+    expected = dict.fromkeys(("positions", "weight", "gradient", "loss"), "torch.float32")
+    expected |= dict.fromkeys(("residual", "output"), "torch.bfloat16")
+    assert run_ranks(bf16_types, 2) == [expected] * 2
+    try:
+        assert bf16_types() == expected  # without a launcher: no group exists before
+    finally:
+        distributed.shutdown()
+
+
+def test_two_ranks_compute_in_bf16_what_one_computes() -> None:
+    """Up to the order of sums in bf16: where gradients of images are added before or after rounding."""
+    try:
+        alone = two_steps(MIXED, **BF16)
+    finally:
+        distributed.shutdown()
+    for rank in run_ranks(two_steps, 2, MIXED, **BF16):
+        assert alone["losses"][0] == pytest.approx(rank["losses"][0], rel=1e-6)  # forward passes are the same
+        assert alone["norms"][0] == pytest.approx(rank["norms"][0], rel=1e-2)
+        for name, value in alone["gradients"].items():
+            assert (rank["gradients"][name] - value).abs().max() <= 0.03 * value.abs().max(), name
+
+
+def test_a_run_in_bf16_on_one_process_leaves_no_group_behind(tmp_path: Path) -> None:
+    config, images = write_config(tmp_path), str(write_images(tmp_path / "images"))
+    outcome = whole_run(config, images, str(tmp_path / "run"), ["compute_precision.param_dtype=bf16", "optim.epochs=1"])
+    assert outcome.finished
+    assert not distributed.together()
+    assert read_network(tmp_path / "run" / "ckpt" / "3").has_heads
 
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------

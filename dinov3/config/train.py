@@ -291,6 +291,8 @@ class RunConfig:
     deterministic: bool = False  # same numbers twice on the same machine, at the price of speed
     time_limit_minutes: float | None = setting(None, above=0)  # then a checkpoint, and a clean end
     log_every: int = setting(10, above=0)  # iterations between two log lines
+    # the processes that share one copy of weights and optimiser state; with "none" each has its own
+    shard_over: Literal["all", "machine", "none"] = "all"
     sinks: list[str] = setting([], choices=SINKS)  # beside metrics.jsonl
     note: str = ""  # free text, written to resolved.yaml
 
@@ -365,7 +367,10 @@ class TrainConfig:
             "",
             "only read on a path that never worked; first weights: student.resume_from_teacher_chkpt",
         ),
-        "compute_precision.sharding_strategy": ("SHARD_GRAD_OP", "sharding is always full, whatever the value"),
+        "compute_precision.sharding_strategy": (
+            "SHARD_GRAD_OP",
+            "the reference shards over all processes whatever the value; see run.shard_over",
+        ),
         "dino.head_norm_last_layer": (False, "the last layer has no weight normalisation"),
         "dino.force_weight_norm": (False, "the last layer has no weight normalisation"),
         "dino.koleo_distributed_replicas": (0, "replicas do not exist"),

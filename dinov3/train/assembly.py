@@ -371,18 +371,19 @@ def build_networks(
             notes.extend(teacher_files.fill(made, found, vit_config(described.student), needs_heads=needs_heads))
         return made
 
-    def spread(made: Network, *, trained: bool = False, over: Group = group) -> Network:
+    def spread(made: Network, *, trained: bool = False, ranks: Group = group) -> Network:
         checkpointing = "full" if c.train.checkpointing_full else "selective" if c.train.checkpointing else "none"
         parallelize(
             made.parts(),
             device=device,
             trained=trained,
-            group=over,
+            group=ranks,
             checkpointing=checkpointing,
             compile=c.train.compile,
             cudagraphs=c.train.cudagraphs,
             param_dtype=c.compute_precision.param_dtype,
             reduce_dtype=c.compute_precision.reduce_dtype,
+            over=c.run.shard_over,
         )
         return made
 
@@ -399,7 +400,7 @@ def build_networks(
         source = c.distillation.checkpoint_path
         teacher = spread(
             network(None if source == "ignore" else source, described, needs_heads=True),
-            over=None,  # all ranks, also those that train other students
+            ranks=None,  # all ranks, also those that train other students
         )
         if source == "ignore":
             notes.append("distillation.checkpoint_path is 'ignore': the teacher has random weights, which is for tests")

@@ -129,7 +129,7 @@ def gradients(
             if before is not None:  # what the abandoned step's first batches drew is drawn again
                 checkpoint.restore_random_states(before)
             return None
-        with precision(t.device, t.config.compute_precision.param_dtype, t.group):
+        with precision(t.device, t.config.compute_precision.param_dtype):
             batch = method.receive(batch)
             targets = method.targets(batch, values)
             terms = method.predict(batch, targets, values)

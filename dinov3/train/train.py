@@ -53,6 +53,7 @@ def train(
     `seed`: of weights, and (plus the rank) of random draws in the network; the order of the images is
     `config.train.seed`. `notes`: lines for the log. `base_dir`: the folder that relative paths in the configuration refer to.
     """
+    joined = distributed.together()
     device = distributed.setup(None if config.run.device == "auto" else config.run.device)
     check_scale(config, distributed.world())
     config = replace(config, train=replace(config.train, output_dir=str(Path(out).absolute())))
@@ -71,6 +72,8 @@ def train(
             return loop(trainer, first)
         finally:
             run.close()
+            if not joined and distributed.world() == 1:
+                distributed.shutdown()  # a group of one, which sharding made
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
