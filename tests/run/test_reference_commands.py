@@ -1,16 +1,26 @@
-"""Every command of the reference's README, through the launcher, with its outcome; and the keys that its files hold."""
+"""Every command of the reference's README, through the launcher, with its outcome; those that one machine can carry also
+to their end, with a toy's sizes; and the keys that its files hold."""
 
 from __future__ import annotations
 
+import json
 import shlex
+import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from paths import GOLDEN
+from PIL import Image
+from toy_dense import write_depths, write_scenes
+from toy_training import PATTERNS, write_images
 
 from dinov3.config.loading import load
 from dinov3.config.train import check_scale, load_config
+from dinov3.data.datasets import ImageNet, ImageNet22k
+from dinov3.data.tokenizer import Tokenizer
 from dinov3.errors import DinoError
 from dinov3.eval.arguments import read_arguments, split_arguments
 from dinov3.eval.depth.run import DepthConfig
@@ -161,6 +171,123 @@ def test_a_command_of_the_reference_has_the_recorded_outcome(
             found = getattr(found, part)
         assert found == value, key
     assert "results go to OUT\n" in said  # where they do go
+
+
+# ---- to the end -----------------------------------------------------------------------------------------------------
+
+SMALL = (
+    "student.arch=vit_tiny student.embed_dim=64 student.depth=2 student.num_heads=2 student.patch_size=8 "
+    "student.layerscale=0.1 dino.head_n_prototypes=32 dino.head_bottleneck_dim=16 dino.head_hidden_dim=32 "
+    "ibot.head_n_prototypes=32 ibot.head_bottleneck_dim=16 ibot.head_hidden_dim=32 compute_precision.param_dtype=fp32 "
+    "train.batch_size_per_gpu=4 train.num_workers=0 train.compile=false run.device=cpu crops.local_crops_number=2 "
+)
+CROPS = "crops.global_crops_size=32 crops.local_crops_size=16 crops.gram_teacher_crops_size=64"
+SHORT = (  # of the recipes with `schedules`
+    "student.fp8_enabled=false train.OFFICIAL_EPOCH_LENGTH=1 schedules.lr.warmup_epochs=1 "
+    "schedules.lr.freeze_last_layer_epochs=0 schedules.teacher_temp.warmup_epochs=1 "
+    "dino.local_loss_weight_schedule.warmup_epochs=1 evaluation.eval_period_iterations=2 "
+)
+FEATURES = "transform.resize_size=36 transform.crop_size=32 model.device=cpu"
+HEAD = (
+    "model.dino_hub=dinov3_vitt16 model.device=cpu num_workers=0 scheduler.total_iter=4 eval.eval_interval=4 "
+    "scheduler.constructor_kwargs.warmup_iters=1"
+)
+FIRST, SECOND = (f"../stages/OUT/eval/training_{n}/teacher_checkpoint.pth" for n in (1, 5))
+
+# (part of the command, the folder where it runs, what makes it small, a file that it leaves)
+RUNS: list[tuple[str, str, str, str]] = [
+    (
+        "vitl_im1k_lin834", "one", f"{SMALL} {CROPS} train.OFFICIAL_EPOCH_LENGTH=2 optim.epochs=5 optim.warmup_epochs=1 "
+        "teacher.warmup_teacher_temp_epochs=1 evaluation.eval_period_iterations=10",
+        "eval/training_9/teacher_checkpoint.pth",
+    ),
+    ("dinov3/eval/knn.py", "one", FEATURES, "results-knn.csv"),
+    ("dinov3/eval/log_regression.py", "one", f"{FEATURES} train.max_train_iters=20", "results-log-regression.csv"),
+    (
+        "dinov3/eval/linear.py", "one", f"{FEATURES} train.epochs=1 train.epoch_length=3 train.batch_size=4 "
+        "train.n_last_blocks_list=[1] train.num_workers=0", "results-linear.csv",
+    ),
+    ("7b16_pretrain", "stages", f"{SMALL} {CROPS} {SHORT} optim.epochs=4", "eval/training_3/teacher_checkpoint.pth"),
+    (  # resumes it
+        "gram_anchor", "stages", f"{SMALL} {CROPS} {SHORT} optim.epochs=6 gram.ckpt={FIRST} gram.it_first_update=5 "
+        "gram.update_frequency=1 gram.loss_weight_schedule.warmup_epochs=1", "eval/training_5/teacher_checkpoint.pth",
+    ),
+    (
+        "high_res_adapt", "third", f"{SMALL} {SHORT} optim.epochs=2 "
+        f"schedules.lr.warmup_epochs=0 schedules.lr.cosine_epochs=1 gram.ckpt={SECOND} student.resume_from_teacher_chkpt={SECOND} crops.global_crops_size=[32,48,48,48,48] "
+        "crops.local_crops_size=[16,16,24,24,32] crops.gram_teacher_crops_size=[48,64,64,64,64]",
+        "eval/training_1/teacher_checkpoint.pth",
+    ),
+    (
+        "ade20k-linear-training", "classes", f"{HEAD} transforms.train.img_size=64 transforms.train.crop_size=[64,64] "
+        "transforms.eval.img_size=64 eval.crop_size=64 eval.stride=48", "results-semantic-segmentation.csv",
+    ),
+    ("config-nyu.yaml", "metres", HEAD, "results-depth.csv"),
+    (
+        "train_dinotxt", "text", "vision_backbone=dinov3_vitt16 text_backbone_config=../text.yaml embed_dim=384 "
+        f"text_vocab_path_or_url={GOLDEN / 'tiny_bpe.txt.gz'} vision_model_train_img_size=32 vision_model_num_head_blocks=1 "
+        "batch_size=4 max_iteration=3 warmup_length=1 eval_freq=3 checkpointing_period=3 workers=0 device=cpu",
+        "head.safetensors",
+    ),
+]  # fmt: skip
+
+
+def write_data(root: Path, extra: Path) -> None:
+    """One folder that is ImageNet-1k, ImageNet-22k, ADE20K, NYU and COCO captions, with a dozen images of each."""
+    images = write_images(root / "patterns")
+    captions: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": []}
+    coco = root / "train2014" / "train2014", root / "annotations_trainval2014" / "annotations"
+    for folder in coco:
+        folder.mkdir(parents=True)
+    for number, pattern in enumerate(PATTERNS):
+        name = f"n{number:08}"
+        for i in range(3):
+            image = Image.open(images / pattern / f"{i}.png")
+            k = 3 * number + i
+            for place in (f"train/{name}/{name}_{i}.JPEG", f"val/{name}/ILSVRC2012_val_{k + 1:08}.JPEG"):
+                (root / place).parent.mkdir(parents=True, exist_ok=True)
+                image.save(root / place)
+            image.save(coco[0] / f"{k}.jpg")
+            captions["images"].append({"id": k, "file_name": f"{k}.jpg"})
+            captions["annotations"].append({"image_id": k, "caption": f"a photo of {pattern}"})
+        with tarfile.open(root / f"{name}.tar", "w") as tar:
+            for file in sorted((root / "train" / name).iterdir()):
+                tar.add(file, file.name)
+    (coco[1] / "captions_train2014.json").write_text(json.dumps(captions))
+    (root / "labels.txt").write_text("".join(f"n{i:08},{pattern}\n" for i, pattern in enumerate(PATTERNS)))
+    for split in (ImageNet.Split.TRAIN, ImageNet.Split.VAL):
+        ImageNet(split=split, root=root, extra=extra).dump_extra()
+    ImageNet22k(root=root, extra=extra).dump_extra()
+    write_scenes(root, {"training": 4, "validation": 2}, ade=True)
+    for file in write_depths(root / "nyu", 4).iterdir():
+        Image.open(file).resize((640, 480), Image.Resampling.NEAREST).save(file)
+    for split in ("train", "test"):
+        lines = (f"/nyu/{i:03}.color.png /nyu/{i:03}.depth.png 518.8\n" for i in range(4))
+        (root / f"nyu_{split}.txt").write_text("".join(lines))
+
+
+@pytest.mark.slow
+def test_the_commands_of_one_machine_run_to_the_end_at_a_toys_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(submit.shutil, "which", lambda name: None)
+    monkeypatch.setenv("DINOV3_CACHE", str(tmp_path / "cache"))
+    write_data(tmp_path / "R", tmp_path / "E")
+    vocabulary = Tokenizer.from_file(GOLDEN / "tiny_bpe.txt.gz").vocab_size
+    sizes = {"context_length": 20, "vocab_size": vocabulary, "dim": 32, "num_heads": 2, "num_layers": 2}
+    (tmp_path / "text.yaml").write_text(yaml.safe_dump(sizes))
+    for part, where, small, left in RUNS:
+        command = next(c for c, outcome in COMMANDS if part in c and not isinstance(outcome, str))
+        folder = tmp_path / where
+        folder.mkdir(exist_ok=True)
+        monkeypatch.chdir(folder)
+        for name in ("R", "E"):
+            if not (folder / name).exists():
+                (folder / name).symlink_to(tmp_path / name)
+        assert not (folder / "OUT" / left).exists()
+        status = submit.main(shlex.split(f"{command} {small}"))
+        assert status == 0, f"{command}\n{capsys.readouterr().err}"
+        assert (folder / "OUT" / left).is_file(), command
 
 
 def test_keys_of_the_references_files_that_nothing_reads_are_accepted(tmp_path: Path) -> None:
