@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -80,8 +80,9 @@ def detect(environ: Mapping[str, str] | None = None) -> Launch:
             local_rank=number("SLURM_LOCALID"),
             local_world=max(world // number("SLURM_JOB_NUM_NODES", 1), 1),
             address=env.get("MASTER_ADDR") or first_host(env.get("SLURM_JOB_NODELIST", "127.0.0.1")),
-            # every rank must arrive at the same port without talking; two jobs on one machine should differ
-            port=number("MASTER_PORT", 20_000 + number("SLURM_JOB_ID") % 40_000),
+            # every rank must arrive at the same port without talking; two jobs on one machine should differ; the system
+            # gives ports from 32768 on to whoever connects
+            port=number("MASTER_PORT", 10_000 + number("SLURM_JOB_ID") % 20_000),
         )
     else:
         return Launch(how="single")
@@ -315,17 +316,38 @@ def gather_objects(item: Any, group: Group = None) -> list[Any]:
 
 
 @torch.no_grad()
-def broadcast(tensors: Iterable[Tensor]) -> None:
-    """Every process gets the main one's values, in place."""
+def broadcast(tensors: Iterable[Tensor], group: Group = None) -> None:
+    """Every process of `group` gets the first one's values, in place."""
     if together():
         for x in tensors:
-            dist.broadcast(x, src=0)
+            dist.broadcast(x, group=group, group_src=0)
 
 
-def broadcast_object(item: Any) -> Any:
-    """The object of the main process; the others' `item` is ignored."""
+def broadcast_object(item: Any, group: Group = None) -> Any:
+    """The object of the first process of `group`; the others' `item` is ignored."""
     if not together():
         return item
     box = [item]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, group=group, group_src=0)
     return box[0]
+
+
+class ErrorElsewhere(DinoError):
+    """What another process raised: it reports the error itself."""
+
+
+def once(make: Callable[[], T], group: Group = None) -> T:
+    """`make()` of the first process of `group`, on all of them; what it raises, all raise. The others wait."""
+    result: T | None = None
+    error: Exception | None = None
+    if rank(group) == 0:
+        try:
+            result = make()
+        except (DinoError, OSError) as raised:
+            error = raised
+    result, message = broadcast_object((result, None if error is None else str(error)), group)
+    if error is not None:
+        raise error
+    if message is not None:
+        raise ErrorElsewhere(message)
+    return result

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from dinov3 import distributed
 from dinov3.distributed import Launch
-from dinov3.errors import DinoError
+from dinov3.errors import DinoError, WeightsError
 
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "none",
@@ -50,10 +51,16 @@ def test_other_launchers_that_set_rank_and_world_size_count_as_torchrun() -> Non
 
 
 def test_a_slurm_step_is_recognised() -> None:
-    port = 20_000 + 123_456 % 40_000
+    port = 10_000 + 123_456 % 20_000
     expected = Launch("slurm", rank=9, world=16, local_rank=1, local_world=8, address="gpu012", port=port)
     assert distributed.detect(SLURM) == expected
     assert distributed.detect(SLURM | {"MASTER_PORT": "1234"}).port == 1234
+
+
+def test_the_port_of_a_slurm_job_is_none_that_the_system_gives_away() -> None:
+    ports = [distributed.detect(SLURM | {"SLURM_JOB_ID": str(job)}).port for job in range(0, 100_000, 7)]
+    assert min(ports) >= 1024
+    assert max(ports) < 32_768  # ephemeral ports of Linux begin here
 
 
 def test_python_typed_inside_an_allocation_is_a_single_process() -> None:
@@ -175,6 +182,33 @@ def test_two_ranks_add_up() -> None:
         assert results["objects"] == [{"rank": 0}, {"rank": 1}]
         assert results["broadcast"] == "main"
         assert results["who"] == (rank, 2, rank, rank == 0)
+
+
+def made_once(folder: str) -> tuple[object, str, list[float]]:
+    def make() -> int:
+        with open(f"{folder}/read", "a") as file:
+            file.write("x")
+        return 7
+
+    def fail() -> int:
+        raise WeightsError("no such weights")
+
+    value, error = distributed.once(make), ""
+    try:
+        distributed.once(fail)
+    except DinoError as raised:
+        error = f"{type(raised).__name__}: {raised}"
+    x = torch.full((2,), float(distributed.rank()))
+    distributed.broadcast([x])
+    return value, error, x.tolist()
+
+
+def test_what_is_made_once_reaches_all_and_so_does_its_error(tmp_path: Path) -> None:
+    first, second = run_ranks(made_once, 2, str(tmp_path))
+    assert first == (7, "WeightsError: no such weights", [0, 0])
+    assert second == (7, "ErrorElsewhere: no such weights", [0, 0])
+    assert (tmp_path / "read").read_text() == "x"
+    assert distributed.once(lambda: 3) == 3
 
 
 def gathers(uneven: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:

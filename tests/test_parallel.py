@@ -21,7 +21,9 @@ from dinov3.data.masking import summary
 from dinov3.errors import DinoError
 from dinov3.optim import apply_schedules, build_optimizer, clip_per_module, plain_name
 from dinov3.parallel import full_state, parallelize, reduce_gradients, whole
-from dinov3.runlog import read_metrics
+from dinov3.runlog import RunDir, read_metrics
+from dinov3.train import teacher_files
+from dinov3.train.assembly import assemble
 from dinov3.train.loop import Outcome
 from dinov3.train.method import SelfDistillation
 from dinov3.train.teacher_files import read_network
@@ -322,6 +324,36 @@ def test_a_run_of_one_process_resumes_with_two_and_ends_as_with_one(tmp_path: Pa
     # and back again: two ranks' checkpoint on one process
     last = whole_run(config, images, str(out), [*knn, "optim.epochs=4"])
     assert last.iterations == 16
+
+
+def readings(config_file: str, images: str, out: str, source: str) -> tuple[int, list[str], dict[str, Tensor]]:
+    """How often this rank read the file, the notes, and the weights it begins with."""
+    read, count = teacher_files.read_network, []
+    teacher_files.read_network = lambda *a: (count.append(a), read(*a))[1]
+    try:
+        config, _ = load_config(
+            config_file, [f"train.dataset_path={images}", f"student.resume_from_teacher_chkpt={source}"]
+        )
+        trainer = assemble(config, RunDir(out, writer=distributed.is_main()), CPU)
+    finally:
+        teacher_files.read_network = read
+    state = full_state(trainer.method.student, keep=True)
+    return len(count), trainer.notes, state
+
+
+def test_a_file_of_weights_is_read_by_one_rank(tmp_path: Path) -> None:
+    config, images = write_config(tmp_path), str(write_images(tmp_path / "images"))
+    whole_run(config, images, str(tmp_path / "first"), ["optim.epochs=1", "evaluation.eval_period_iterations=4"])
+    source = str(tmp_path / "first" / "eval" / "training_3" / "teacher_checkpoint.pth")
+    (count, notes, state), (other_count, other_notes, other) = run_ranks(
+        readings, 2, config, images, str(tmp_path / "both"), source
+    )
+    assert (count, other_count) == (1, 0)
+    assert notes == other_notes
+    parts = read_network(source).parts
+    expected = {f"{part}.{k}": v for part, values in parts.items() for k, v in values.items()}
+    for found in (state, other):
+        assert all(torch.equal(found[k], v) for k, v in expected.items())
 
 
 def silent_head(config_file: str, images: str, out: str) -> list[str]:

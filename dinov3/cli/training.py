@@ -94,7 +94,7 @@ def training_overrides(
     if steps is not None:
         overrides += [
             f"optim.iterations={steps}",
-            f"checkpointing.period={max(1, steps // 20)}",
+            f"checkpointing.period={max(100, steps // 20)}",  # the last step is saved in any case
             f"evaluation.eval_period_iterations={max(1, steps // 4)}",
         ]
     if knn is not None:

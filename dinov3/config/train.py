@@ -290,6 +290,7 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     deterministic: bool = False  # same numbers twice on the same machine, at the price of speed
     time_limit_minutes: float | None = setting(None, above=0)  # then a checkpoint, and a clean end
+    collective_timeout_minutes: float = setting(10, above=0)  # how long a process waits for the slowest (NCCL, gloo)
     log_every: int = setting(10, above=0)  # iterations between two log lines
     # the processes that share one copy of weights and optimiser state; with "none" each has its own
     shard_over: Literal["all", "machine", "none"] = "all"

@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,12 @@ class Trainer:
         return path, state, gram
 
 
+def setup(config: TrainConfig) -> torch.device:
+    """The device of this process, once it has joined the others."""
+    r = config.run
+    return distributed.setup(None if r.device == "auto" else r.device, timedelta(minutes=r.collective_timeout_minutes))
+
+
 def assemble(
     config: TrainConfig,
     run: RunDir,
@@ -359,7 +366,12 @@ def build_networks(
     seed_everything(seed)
 
     def network(
-        source: str | None, described: TrainConfig, *, heads: bool = True, needs_heads: bool = False
+        source: str | None,
+        described: TrainConfig,
+        *,
+        heads: bool = True,
+        needs_heads: bool = False,
+        ranks: Group = group,
     ) -> Network:
         with torch.device(device):
             made = build_network(described, heads=heads)
@@ -367,8 +379,7 @@ def build_networks(
             convert_to_fp8(made.backbone, described.student.fp8_filter)
         made.init_weights()
         if source:
-            found = teacher_files.read_network(source)
-            notes.extend(teacher_files.fill(made, found, vit_config(described.student), needs_heads=needs_heads))
+            notes.extend(fill(made, source, described, needs_heads=needs_heads, group=ranks))
         return made
 
     def spread(made: Network, *, trained: bool = False, ranks: Group = group) -> Network:
@@ -399,7 +410,7 @@ def build_networks(
         described = load_teacher(c, base_dir=base_dir)
         source = c.distillation.checkpoint_path
         teacher = spread(
-            network(None if source == "ignore" else source, described, needs_heads=True),
+            network(None if source == "ignore" else source, described, needs_heads=True, ranks=None),
             ranks=None,  # all ranks, also those that train other students
         )
         if source == "ignore":
@@ -412,6 +423,19 @@ def build_networks(
                 "gram.rep_update=false and name a file in gram.ckpt"
             )
     return {"student": student, "ema": ema, "gram_teacher": gram_teacher, "teacher": teacher}
+
+
+def fill(network: Network, source: str, config: TrainConfig, *, needs_heads: bool, group: Group) -> list[str]:
+    """Puts weights into a network that is not sharded yet; notes. The first rank reads the file, of up to 27 GB, and sends
+    the values to the others."""
+
+    def read() -> list[str]:
+        found = teacher_files.read_network(source)
+        return teacher_files.fill(network, found, vit_config(config.student), needs_heads=needs_heads)
+
+    notes = distributed.once(read, group)
+    distributed.broadcast([*network.parameters(), *network.buffers()], group)
+    return notes
 
 
 def due(iteration: int, period: int | None) -> bool:

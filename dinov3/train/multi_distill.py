@@ -33,7 +33,7 @@ from dinov3.distributed import Group
 from dinov3.errors import DinoError
 from dinov3.optim import StepValues
 from dinov3.runlog import RunDir
-from dinov3.train.assembly import assemble, deterministic
+from dinov3.train.assembly import assemble, deterministic, setup
 from dinov3.train.loop import Outcome, archive, loop
 from dinov3.train.method import SelfDistillation, Targets
 
@@ -106,7 +106,7 @@ def train_students(
     """Trains this rank's student, together with the ranks of all others; how its part ended."""
     overrides = [*overrides, f"train.output_dir={Path(out).absolute()}"]
     shared, notes = load_config(file, overrides)
-    device = distributed.setup(None if shared.run.device == "auto" else shared.run.device)
+    device = setup(shared)
     world = distributed.world()
     check_scale(shared, world)
     if not shared.multidistillation.enabled:

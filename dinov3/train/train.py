@@ -33,7 +33,7 @@ from dinov3.config.loading import dump
 from dinov3.config.train import TrainConfig, check_scale, load_config
 from dinov3.errors import DinoError, did_you_mean
 from dinov3.runlog import RunDir
-from dinov3.train.assembly import assemble, deterministic
+from dinov3.train.assembly import assemble, deterministic, setup
 from dinov3.train.loop import Outcome, archive, loop
 
 # ---- a run ---------------------------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ def train(
     `config.train.seed`. `notes`: lines for the log. `base_dir`: the folder that relative paths in the configuration refer to.
     """
     joined = distributed.together()
-    device = distributed.setup(None if config.run.device == "auto" else config.run.device)
+    device = setup(config)
     check_scale(config, distributed.world())
     config = replace(config, train=replace(config.train, output_dir=str(Path(out).absolute())))
     run = RunDir(out, writer=distributed.is_main())
@@ -107,11 +107,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run_command(options)
     except (DinoError, OSError) as error:  # the process group stays: others may wait in it, and are ended from outside
-        who = "" if distributed.is_main() else f"[rank {distributed.rank()}] "
-        print(f"error: {who}{error}", file=sys.stderr)
+        report(error)
         return 1
     distributed.shutdown()
     return 0
+
+
+def report(error: Exception) -> None:
+    """One line on stderr. Before processes meet all make the same mistakes, which the first reports."""
+    try:
+        number = distributed.detect().rank
+    except DinoError:
+        number = 0
+    if number == 0 or (distributed.together() and not isinstance(error, distributed.ErrorElsewhere)):
+        who = "" if number == 0 else f"[rank {number}] "
+        print(f"error: {who}{error}", file=sys.stderr)
 
 
 def run_command(options: argparse.Namespace) -> Outcome:

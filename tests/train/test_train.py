@@ -636,6 +636,20 @@ def test_a_mistake_is_one_sentence_and_exit_status_one(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_mistake_that_all_processes_make_is_reported_by_the_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    printed = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["--config-file", "nowhere.yaml"]) == 1
+        printed.append(capsys.readouterr().err)
+    assert "nowhere.yaml" in printed[0]
+    assert printed[1] == ""
+
+
 def test_a_full_disk_is_one_sentence(
     toy: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
