@@ -172,6 +172,18 @@ class MaskedKeyBiasLinear(nn.Linear):
         return F.linear(x, self.weight, self.bias * self.bias_mask.to(self.bias.dtype))
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention of q, k, v [B, h, N, d] → [B, h, N, d].
+
+    Training in bfloat16 on a CPU takes plain products: forward and backward take a fifth of torch's fused kernel's
+    time at 67 tokens, half of it at 201.
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
+        with torch.autocast("cpu", enabled=False):
+            return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class Attention(nn.Module):
     def __init__(self, c: ViTConfig) -> None:
         super().__init__()
@@ -187,8 +199,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
         q, k = rotate(qkv[:, :, :2], *rope).transpose(1, 3).unbind(2)  # [B, h, N, d] each
         v = qkv[:, :, 2].transpose(1, 2)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+        return self.proj(attend(q, k, v).transpose(1, 2).reshape(B, N, D))
 
 
 class MLP(nn.Module):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from golden_cases import Case
 from paths import KEYS
 from PIL import Image
@@ -17,7 +18,7 @@ from dinov3.models.architectures import ConvNeXtConfig, ViTConfig
 from dinov3.models.base import Backbone
 from dinov3.models.build import backbone, with_channels
 from dinov3.models.convnext import ConvNeXt
-from dinov3.models.vit import RopeEmbedding, VisionTransformer, rotate, rotation
+from dinov3.models.vit import RopeEmbedding, VisionTransformer, attend, rotate, rotation
 
 
 def vit(case: Case) -> VisionTransformer:
@@ -373,3 +374,25 @@ def test_a_convnext_without_layer_scale_has_no_gamma_and_is_found_so_in_a_file()
     hint = {"layer_scale_init_value": 1e-6}
     for file, hints, found in ((keys, {}, 0), (keys, hint, 0), (ones.state_dict(), hint, 1e-6)):
         assert infer_config(file, hints).layer_scale_init_value == found  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("tokens", [7, 67])
+def test_attention_of_a_training_step_in_bfloat16_on_a_cpu_is_as_exact_as_the_fused_kernel(tokens: int) -> None:
+    torch.manual_seed(0)
+    exact = [torch.randn(2, 3, tokens, 16).bfloat16().float().requires_grad_() for _ in range(3)]
+    low = [x.detach().bfloat16().requires_grad_() for x in exact]
+    seed = torch.randn(2, 3, tokens, 16).bfloat16()
+
+    def results(function, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        y = function(*inputs)
+        return [y.detach(), *torch.autograd.grad(y, inputs, seed.to(y.dtype))]
+
+    truth = results(F.scaled_dot_product_attention, exact)
+    fused, plain = results(F.scaled_dot_product_attention, low), results(attend, low)
+    for t, f, p in zip(truth, fused, plain, strict=True):
+        assert p.dtype == torch.bfloat16
+        assert (p - t).norm() < 3 * (f - t).norm()
+    assert torch.equal(attend(*exact), truth[0])  # other precisions and forward passes alone: the fused kernel
+    with torch.no_grad():
+        frozen = [x.detach() for x in low]
+        assert torch.equal(attend(*frozen), F.scaled_dot_product_attention(*frozen))
