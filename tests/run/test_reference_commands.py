@@ -214,7 +214,8 @@ RUNS: list[tuple[str, str, str, str]] = [
     ),
     (
         "high_res_adapt", "third", f"{SMALL} {SHORT} optim.epochs=2 "
-        f"schedules.lr.warmup_epochs=0 schedules.lr.cosine_epochs=1 gram.ckpt={SECOND} student.resume_from_teacher_chkpt={SECOND} crops.global_crops_size=[32,48,48,48,48] "
+        f"schedules.lr.warmup_epochs=0 schedules.lr.cosine_epochs=1 gram.ckpt={SECOND} "
+        f"student.resume_from_teacher_chkpt={SECOND} crops.global_crops_size=[32,48,48,48,48] "
         "crops.local_crops_size=[16,16,24,24,32] crops.gram_teacher_crops_size=[48,64,64,64,64]",
         "eval/training_1/teacher_checkpoint.pth",
     ),
