@@ -21,6 +21,7 @@ from dinov3.optim import StepValues, apply_schedules, clip_per_module
 from dinov3.parallel import precision, reduce_gradients, reshard
 from dinov3.runlog import Progress, RunDir, plot
 from dinov3.train.assembly import Trainer, due
+from dinov3.train.health import Health
 from dinov3.train.method import gram_active
 from dinov3.train.stopping import StopRequest
 
@@ -55,6 +56,9 @@ def loop(trainer: Trainer, first: int) -> Outcome:
         run.log(f"nothing to do: {first} of {total} iterations are done (optim.epochs sets the total)")
         return outcome
     run.log(t.introduction(first))
+    health = Health(c, t.schedules)
+    for warning in health.at_start():
+        run.log(warning)
     progress = Progress(
         run, total=total, images_per_step=t.global_batch, first=first, every=c.run.log_every, device=t.device
     )
@@ -76,6 +80,8 @@ def loop(trainer: Trainer, first: int) -> Outcome:
                 run.log(f"iteration {it}: the Gram teacher is now a copy of the teacher")
             count(outcome, t, it, finite)
             logged = progress.stepped(it, values.fields(), t.fields(log, norms, values) if finite else {})
+            for warning in health.of(it, logged):
+                run.log(warning)
             if not finite:
                 bad = f"{outcome.bad_steps} of {MAX_BAD_STEPS} in a row"
                 run.log(f"iteration {it}: {not_finite_names(log, norms)}; step skipped ({bad})")
