@@ -54,6 +54,6 @@ class Health:
         if means.get("koleo_loss", 0.0) > ALIKE and "koleo_loss" not in self.said:
             self.said.add("koleo_loss")
             yield (
-                f"warning: the CLS tokens of different images are nearly equal (KoLeo {means['koleo_loss']:.3g}): the network "
-                "collapses; try a lower learning rate (optim.lr) or a larger dino.koleo_loss_weight"
+                f"warning: the CLS tokens of different images are nearly equal (KoLeo {means['koleo_loss']:.3g}), a "
+                "collapse; try a lower learning rate (optim.lr) or a larger dino.koleo_loss_weight"
             )
