@@ -302,7 +302,8 @@ def test_train_runs_from_a_folder_to_a_loadable_model_and_goes_on_where_it_stopp
     assert "finished: 2 of 2 steps" in again.err
     # the run's folder is weights: of its newest teacher for features, of all of it to start from
     own = json.loads(dinov3("info", run, "--json", capsys=capsys).out)
-    assert own["fingerprint"] == facts["fingerprint"]
+    dump = json.loads(dinov3("info", teacher.parent, "--json", capsys=capsys).out)
+    assert own["fingerprint"] == dump["fingerprint"] == facts["fingerprint"]
     other = [
         "train",
         images,
