@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from dinov3.cli.shared import Dtype, app, log
+from dinov3.cli.shared import Dtype, app, log, result_folder
 
 
 @app.command()
@@ -129,7 +129,7 @@ def convert(
     source: Annotated[
         str, typer.Argument(metavar="IN", help="Weights in any form: file, folder, URL, Hugging Face id.")
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.", callback=result_folder)],
     to: Annotated[Literal["meta", "transformers", "timm"], typer.Option(help="Whose library shall load it.")],
     dtype: Annotated[Dtype | None, typer.Option(help="Cast the weights. Default: as they are.")] = None,
 ) -> None:

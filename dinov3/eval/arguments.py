@@ -94,6 +94,9 @@ class EvalConfig:
                 "model.pretrained_weights",
                 "needs model.config_file; a file that describes itself goes to model.weights",
             )
+        root = getattr(self, "root", None)  # of a benchmark: noticed before a model is opened
+        if root and not Path(root).expanduser().exists():
+            yield "root", nonexistent(root)
 
 
 @dataclass

@@ -179,6 +179,10 @@ def test_info_describes_a_file_and_convert_rewrites_it(tmp_path, capsys) -> None
         (["distill", ".", "--out", "run", "--teacher", "dinov3:dinov3_vits61"], "did you mean 'dinov3_vits16'"),
         (["train-head", "classification", ".", "--out", "h.safetensors"], "is the name of a file, but results go into"),
         (
+            ["convert", "vits16.pth", "out.safetensors", "--to", "timm"],
+            "is the name of a file, but results go into a folder: name one, such as out",
+        ),
+        (
             ["train", ".", "--out", "model.pth"],
             "is the name of a file, but results go into a folder: name one, such as model",
         ),

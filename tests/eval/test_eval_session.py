@@ -474,6 +474,24 @@ def test_data_are_read_before_a_model_is_opened(
     assert "trian; did you mean 'train'?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["segmentation", "depth", "keypoints", "retrieval", "tracking", "geobench"])
+def test_a_root_that_does_not_exist_is_noticed_before_a_model_is_opened(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def opened(*given: Any) -> Any:
+        raise AssertionError("a model was opened")
+
+    monkeypatch.setattr(common, "open_model", opened)
+    (tmp_path / "navi").mkdir()
+    given = [f"root={tmp_path}/nvai"]
+    if name in ("segmentation", "depth"):
+        given = [f"datasets.root={tmp_path}/nvai", "datasets.train=DenseFolder", "datasets.val=DenseFolder"]
+        given.append("decoder_head.type=linear")
+    main = importlib.import_module(EVALUATIONS[name][0]).main
+    assert main([*given, f"--output-dir={tmp_path}/out", "--device=cpu"]) == 1
+    assert "nvai; did you mean 'navi'?" in capsys.readouterr().err
+
+
 def test_the_verb_measures_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 

@@ -352,6 +352,7 @@ def opened(config: SegmentationConfig, session: common.Session) -> tuple[Any, st
 def evaluate(config: SegmentationConfig, session: common.Session) -> dict[str, Any]:
     """One row of the documented columns, in percent."""
     c = config
+    val = dense.open_dense(c.datasets.val, c.datasets.root, ("classes",), "datasets.val")
     model, head = opened(c, session)
     size = c.transforms.eval.img_size
     protocol = Protocol(
@@ -365,7 +366,6 @@ def evaluate(config: SegmentationConfig, session: common.Session) -> dict[str, A
         head=head,
         **dense.normalisation(c, model, 255),
     )
-    val = dense.open_dense(c.datasets.val, c.datasets.root, ("classes",), "datasets.val")
     if c.load_from is None:
         scores = fitted(c, session, protocol, model)
     if c.load_from is not None or c.save_results:
