@@ -247,7 +247,7 @@ def _put(
         upright = ImageOps.exif_transpose(image if isinstance(image, Image.Image) else opened(image)).convert("RGBA")
         fitted = ImageOps.contain(upright, (side, side), Image.Resampling.LANCZOS)
     except Exception:  # whatever a broken file makes a decoder do, the sheet is drawn
-        reason = "unreadable" if os.path.exists(image) else "missing"
+        reason = "unreadable" if os.path.exists(str(image).partition("#")[0]) else "missing"
         draw.rectangle([x, y, x + side - 1, y + side - 1], fill=GREY)
         draw.text((x + side / 2, y + side / 2), reason, font=font, fill=FAINT, anchor="mm")
         return

@@ -100,10 +100,10 @@ def nonexistent(path: str | os.PathLike[str]) -> str:
     return f"no such file or folder: {os.fspath(path)}{missing}{hint}"
 
 
-def check_free(path: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Raises where a result would replace a file, unless `overwrite`."""
+def check_free(path: str | os.PathLike[str], overwrite: bool = False, what: str = "") -> None:
+    """Raises where a result would replace a file, unless `overwrite`. what: more about the file, for the sentence."""
     if os.path.lexists(path) and not overwrite:
-        raise DinoError(f"{os.fspath(path)} exists already: give another name, or --overwrite to replace it")
+        raise DinoError(f"{os.fspath(path)}{what} exists already: give another name, or --overwrite to replace it")
 
 
 def sync(path: Path) -> None:

@@ -84,7 +84,8 @@ def embed(
     from dinov3.features import default_preprocessing
     from dinov3.hub import HEADS, load
 
-    images = open_sources(sources, column=c.column, recursive=c.recursive, fps=c.fps)
+    with Progress("listing images"):
+        images = open_sources(sources, column=c.column, recursive=c.recursive, fps=c.fps)
     is_text = model in HEADS and HEADS[model].task == "text"
     if is_text:
         from dinov3.hub.dinotxt import ImageSide, open_towers
@@ -177,7 +178,9 @@ class SearchOptions:
 def search(
     config: SearchOptions,
     store: Annotated[str, typer.Argument(help="A store made by `dinov3 embed`.")],
-    image: Annotated[str | None, typer.Option(help="The query image.")] = None,
+    image: Annotated[
+        str | None, typer.Option(help="The query image; a hit's name too, such as clip.mp4#12.500s or a.tar#1.jpg.")
+    ] = None,
     text: Annotated[str | None, typer.Option(help="The query text, for a store filled with dino.txt.")] = None,
     top: Annotated[int, typer.Option(min=1, help="How many neighbours.")] = 10,
     where: Annotated[str | None, typer.Option(help='SQL filter on columns, for example "width > 500".')] = None,
@@ -201,14 +204,15 @@ def search(
     opened = EmbeddingStore.open(store)
     place = device_of(device)
     where_weights = {"weights": config.weights, "backbone_weights": config.backbone_weights}
-    if text is not None:
-        vector = text_query(opened, text, device=place, vocabulary=config.vocabulary, **where_weights)
-    else:
-        net, preprocessing = model_of(opened, device=place, **where_weights)
-        if net.origin.random:  # type: ignore[union-attr]
-            log("The store was filled with RANDOM weights: neighbours share colours and layout, not meaning.")
-        vector = query_vector(opened, image, net, preprocessing)
-    hits = neighbours(opened, vector, top=top, where=where, exact=True if exact else None)
+    with Progress("searching"):
+        if text is not None:
+            vector = text_query(opened, text, device=place, vocabulary=config.vocabulary, **where_weights)
+        else:
+            net, preprocessing = model_of(opened, device=place, **where_weights)
+            if net.origin.random:  # type: ignore[union-attr]
+                log("The store was filled with RANDOM weights: neighbours share colours and layout, not meaning.")
+            vector = query_vector(opened, image, net, preprocessing)
+        hits = neighbours(opened, vector, top=top, where=where, exact=True if exact else None)
     if as_json:
         named = ("rank", "path", "score", "width", "height")
         print(json.dumps([{k: getattr(hit, k) for k in named} | hit.extra for hit in hits], default=str))

@@ -20,7 +20,7 @@ def info(
 ) -> None:
     """Describe a weights file or a store."""
     path = Path(what)
-    is_store = ("://" in what and not what.startswith(("http", "file:"))) or (path / "images.lance").is_dir()
+    is_store = ("://" in what and not what.startswith(("http", "file:"))) or any(path.glob("*.lance"))
     if is_store:
         from dinov3.embedding.manage import describe
         from dinov3.embedding.store import EmbeddingStore
@@ -37,6 +37,8 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(facts, default=str))
         return
     for name, value in facts.items():
+        if name == "preprocessing_json":  # the line "input" says the same
+            continue
         if isinstance(value, list):
             print(f"{name}:" + "".join(f"\n  {v}" for v in value))
         else:

@@ -7,6 +7,7 @@ import inspect
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -139,32 +140,55 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
 
 
 class Progress:
-    """A bar with rate and time left on a terminal; elsewhere a line after two seconds and every half minute."""
+    """A bar with rate and time left on a terminal; elsewhere a line after two seconds and every half minute.
 
-    def __init__(self, label: str, total: int) -> None:
+    A step that reports nothing (without `total`, or at the end of the others) shows the seconds that have passed.
+    """
+
+    wait = 2.0  # s until the next line
+
+    def __init__(self, label: str, total: int | None = None) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         self.total, self.label = total, label
         self.console = Console(stderr=True)
         self.bar = Progress(
             TextColumn(label),
             BarColumn(),
-            MofNCompleteColumn(),
+            *([MofNCompleteColumn()] if total is not None else []),
             TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
+            TimeElapsedColumn() if total is None else TimeRemainingColumn(),
             console=self.console,
             disable=not self.console.is_terminal,
+            transient=total is None,
         )
         self.last = self.start = time.monotonic()
-        self.wait = 2  # s until the next line
+        self.ended = threading.Event()
 
     def __enter__(self) -> Progress:
         self.bar.start()
         self.task = self.bar.add_task(self.label, total=self.total, rate="")
+        if not self.console.is_terminal:
+            threading.Thread(target=self._silent_steps, daemon=True).start()
         return self
 
+    def _silent_steps(self) -> None:
+        while not self.ended.wait(self.wait + 0.5):  # later than a line that is due
+            now = time.monotonic()
+            if now - self.last > self.wait:
+                self.last, self.wait = now, 30.0
+                log(f"{self.label} · {now - self.start:.0f} s")
+
     def __exit__(self, *error: object) -> None:
+        self.ended.set()
         self.bar.stop()
 
     def __call__(self, done: int, rate: float | None = None) -> None:
@@ -173,7 +197,7 @@ class Progress:
         if rate is None:
             rate = done / max(now - self.start, 1e-9)
         self.bar.update(self.task, completed=done, rate=f"{rate:.1f} images/s")
-        if not self.console.is_terminal and now - self.last > self.wait:
-            self.last, self.wait = now, 30
+        if self.total is not None and not self.console.is_terminal and now - self.last > self.wait:
+            self.last, self.wait = now, 30.0
             ahead = f" · {rate:.1f} images/s · {(self.total - done) / rate / 60:.0f} min left" if rate > 0 else ""
             log(f"{done} of {self.total}{ahead}")

@@ -72,14 +72,17 @@ def remove(
 
     if not paths and where is None:
         raise DinoError('give paths of images, or --where "…"; all of a store goes by deleting its folder')
-    with _open(store) as opened:
-        log(f"{manage.remove(opened, paths or (), where)} images removed")
+    with _open(store) as opened, Progress("removing"):
+        removed = manage.remove(opened, paths or (), where)
+    log(f"{removed} images removed")
 
 
 @store_app.command()
 def export(
     store: Store,
-    out: Annotated[Path, typer.Argument(help="A file that ends in .parquet, .csv, .npy or .safetensors.")],
+    out: Annotated[
+        Path, typer.Argument(help="A .parquet, .csv, .npy (the columns beside it, as .csv) or .safetensors.")
+    ],
     where: Where = None,
     column: Annotated[list[str] | None, typer.Option(help="Only these columns (repeatable).")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file of that name.")] = False,
@@ -87,7 +90,9 @@ def export(
     """Write vectors and columns to a file."""
     from dinov3.embedding import manage
 
-    count = manage.export(_open(store), out, columns=column, where=where, overwrite=overwrite)
+    opened = _open(store)
+    with Progress("exporting", opened.count(where)) as bar:
+        count = manage.export(opened, out, columns=column, where=where, overwrite=overwrite, on_progress=bar)
     log(f"{count} images: {out}")
 
 
@@ -123,9 +128,8 @@ def clusters(
     """k-means: cluster number and path, a line each; large clusters first, the most typical image first."""
     from dinov3.embedding import manage
 
-    with _open(store) as opened:
-        with Progress("clustering", opened.count(where)) as bar:
-            found = manage.clusters(opened, k, seed=seed, where=where, on_progress=bar)
+    with _open(store) as opened, Progress("clustering", opened.count(where)) as bar:
+        found = manage.clusters(opened, k, seed=seed, where=where, on_progress=bar)
         if column is not None and column in opened.columns:
             opened.set_metadata({path: {column: number} for path, number in found.items()})
         elif column is not None:
@@ -157,18 +161,24 @@ def outliers(
 
 @store_app.command()
 def merge(
-    store: Store, others: Annotated[list[str], typer.Argument(metavar="OTHER…", help="Stores whose images are added.")]
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The store they are added to; made if there is none.")],
+    others: Annotated[list[str], typer.Argument(metavar="OTHER…", help="Stores whose images are added.")],
 ) -> None:
-    """Add the images of other stores with the same model and preprocessing; a path that is there already stays."""
+    """Add the images of stores with the same model and preprocessing to one; a path that is there already stays."""
     from dinov3.embedding import manage
+    from dinov3.embedding.store import EmbeddingStore
 
-    with _open(store) as opened:
-        for uri in others:
-            other = _open(uri)
+    sources = [_open(uri) for uri in others]
+    for other in sources[1:]:  # before anything is made
+        sources[0].check_same(other.facts)
+    with EmbeddingStore.open_or_create(out, sources[0].facts, sources[0].root) as opened:
+        for uri, other in zip(others, sources):
             with Progress(f"adding {uri}", len(other)) as bar:
                 added = manage.merge(opened, other, on_progress=bar)
             log(f"{added} of {len(other)} images of {uri} added")
-        opened.compact()
+        with Progress("compacting"):
+            opened.compact()
+        log(f"{out}: {len(opened)} images")
 
 
 @store_app.command()
@@ -176,7 +186,7 @@ def compact(store: Store) -> None:
     """Merge small files and delete older versions; `embed` does so at its end."""
     from dinov3.embedding import manage
 
-    with _open(store) as opened:
+    with _open(store) as opened, Progress("compacting"):
         before, after = manage.compact(opened)
     log(f"{before / 1e6:.1f} MB before, {after / 1e6:.1f} MB after")
 

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from dinov3 import neighbours
+from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.embedding.pipeline import away, is_gone
 from dinov3.embedding.place import place_of
 from dinov3.embedding.schema import arrow_schema, as_matrix, checksums
@@ -42,10 +43,14 @@ def _quiet(done: int) -> None:
 
 
 def describe(store: EmbeddingStore, failed: bool = False) -> dict[str, Any]:
-    """What a store holds: counts, root, metadata, columns; with `failed` the unreadable images and why."""
+    """What a store holds: counts, root, sources, metadata, columns; with `failed` the unreadable images and why.
+
+    `input` says in words what `preprocessing_json` rebuilds.
+    """
     failures = store.failures()
     facts = {"kind": "embedding store", "images": len(store), "unreadable": len(failures), "root": store.root}
     facts["sources"] = store.sources
+    facts["input"] = str(Preprocessing.from_json(store.facts.preprocessing_json))
     facts |= dataclasses.asdict(store.facts) | {"columns": ", ".join(store.columns), "bytes": size_of(store)}
     if failed:
         facts["failed"] = [f"{f.path}: {f.reason}" for f in failures]
@@ -254,6 +259,7 @@ def export(
     columns: Sequence[str] | None = None,
     where: str | None = None,
     overwrite: bool = False,
+    on_progress: Done = _quiet,
 ) -> int:
     """Writes vectors and columns to a file by its ending; the number of rows.
 
@@ -264,9 +270,9 @@ def export(
     out = Path(out)
     kind = one_of("the ending of an export", out.suffix, (".parquet", ".csv", ".npy", ".safetensors"))
     beside = out.with_suffix(".csv") if kind == ".npy" else None
-    for path in (out, beside):
-        if path is not None:
-            check_free(path, overwrite)
+    check_free(out, overwrite)
+    if beside is not None:
+        check_free(beside, overwrite, f", where the columns of {out.name} would be written,")
     names = (
         [c for c in store.columns if c not in ("id", "checksum", "vector", "patches")]
         if columns is None
@@ -279,7 +285,7 @@ def export(
         if kind == ".parquet":
             require("pyarrow.parquet", "search", "an export to Parquet").write_table(table, temporary)
         elif kind == ".csv":
-            _write_csv(temporary, plain, vectors)
+            _write_csv(temporary, plain, vectors, on_progress)
         elif kind == ".npy":
             np.save(temporary, vectors)
         else:
@@ -290,7 +296,7 @@ def export(
             )
     if beside is not None:
         with atomically(beside) as temporary:
-            _write_csv(temporary, plain, None)
+            _write_csv(temporary, plain, None, on_progress)
     return len(table)
 
 
@@ -305,7 +311,7 @@ def _columns_as_arrays(table: Any) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _write_csv(path: Path, table: Any, vectors: np.ndarray | None) -> None:
+def _write_csv(path: Path, table: Any, vectors: np.ndarray | None, on_progress: Done) -> None:
     names = table.column_names + [f"v{i}" for i in range(vectors.shape[1] if vectors is not None else 0)]
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
@@ -313,6 +319,7 @@ def _write_csv(path: Path, table: Any, vectors: np.ndarray | None) -> None:
         for n, row in enumerate(table.to_pylist()):
             numbers = [f"{v:.9g}" for v in vectors[n]] if vectors is not None else []
             writer.writerow([_cell(value) for value in row.values()] + numbers)
+            on_progress(n + 1)
 
 
 def _cell(value: Any) -> Any:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dinov3.data.sources import Item, Source
+from dinov3.data.sources import Item, Source, read_stored
 from dinov3.data.sources.items import spellings
 from dinov3.data.transforms.inputs import Geometry, Preprocessing
 from dinov3.embedding.schema import Failure, PatchPrecision, Row, StoreFacts
@@ -616,8 +616,14 @@ def text_query(
 
 
 def query_vector(store: EmbeddingStore, image: Any, model: nn.Module, preprocessing: Preprocessing) -> Any:
-    """The vector [D] of one image (path, bytes, PIL, array), made exactly as the store's rows were."""
-    from dinov3.features import embed
+    """The vector [D] of one image (path, bytes, PIL, array), made exactly as the store's rows were.
 
-    features = embed(model, image, preprocessing=preprocessing)
+    A path may be one of a store's: a member of a container, a frame of a video (`clip.mp4#12.500s`).
+    """
+    name = f"{os.fspath(image)}: " if isinstance(image, (str, os.PathLike)) else ""
+    try:
+        x, geometry = prepare(read_stored(image) if name else image, preprocessing)
+    except ImageError as error:
+        raise ImageError(f"{name}{error}") from None
+    (features,) = extract(model, [(x[None], [geometry])], preprocessing=preprocessing)
     return pool(features, store.facts.pooling)[0].float().cpu().numpy()

@@ -23,12 +23,19 @@ def place_of(uri: str | os.PathLike[str]) -> tuple[str, Path | None]:
     return text, (None if "://" in text else Path(text))
 
 
+TOO_OLD = "made by an older dinov3: embed its images again into a new folder (`dinov3 embed SOURCE… --out NEW`)"
+
+
 def refuse_damaged(uri: str, folder: Path) -> None:
-    """Data without any version is a table that lost its manifests: LanceDB calls it absent and would write over it.
+    """Raises for a folder that holds a store of version 1 (another table), or a table without versions.
+
+    Data without any version is a table that lost its manifests: LanceDB calls it absent and would write over it.
 
     A store whose creation was cut short has no data, for it is created empty; its remains are left to LanceDB.
     """
     table = folder / f"{IMAGES}.lance"
+    if (folder / "pictures.lance").is_dir():
+        raise StoreError(f"the store at {uri} has another form, {TOO_OLD}")
     if not any((table / "_versions").glob("*.manifest")) and any((table / "data").glob("*")):
         raise StoreError(
             f"the store at {uri} is damaged: it has data but no version of its table; restore it or delete it"

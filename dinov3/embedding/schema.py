@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from dinov3.config.bounds import check
-from dinov3.embedding.place import IMAGES
+from dinov3.embedding.place import IMAGES, TOO_OLD
 from dinov3.errors import StoreError
 
 if TYPE_CHECKING:
@@ -191,8 +191,7 @@ def facts_of(schema: pa.Schema, uri: str) -> StoreFacts:
             )
         if version < SCHEMA_VERSION:
             raise StoreError(
-                f"the store at {uri} has schema version {version}, made by an older dinov3 that kept neither checksums "
-                "nor a root for its paths: embed into another --out"
+                f"the store at {uri} has schema version {version}, without checksums and a root, {TOO_OLD}"
             )
         _checked(schema.metadata, FACTS_KEY, uri)
         facts = StoreFacts(**about)

@@ -30,6 +30,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from dinov3.data.images import open_image
+from dinov3.data.sources import read_stored
 from dinov3.drawing import TILE, contact_sheet
 from dinov3.embedding.schema import as_matrix
 from dinov3.embedding.store import EmbeddingStore
@@ -251,10 +252,14 @@ def sheet(
     about = PngInfo()
     about.add_text("Software", SHEET)
     try:
-        page = contact_sheet(query_image, hits, root, lambda path: open_image(path, target_short_side=2 * TILE).image)
+        page = contact_sheet(query_image, hits, root, _opened)
         page.save(out_png, format="PNG", pnginfo=about)
     except OSError as error:
         raise StoreError(f"cannot write the contact sheet {os.fspath(out_png)}: {error.strerror or error}") from error
+
+
+def _opened(path: str | os.PathLike[str]) -> Image.Image:
+    return open_image(read_stored(path), target_short_side=2 * TILE).image
 
 
 def check_sheet(out_png: str | os.PathLike[str], overwrite: bool = False) -> None:

@@ -69,7 +69,7 @@ from dinov3.embedding.schema import (
     sources_of,
 )
 from dinov3.errors import StoreError, only_known
-from dinov3.files import Lock
+from dinov3.files import Lock, nonexistent
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -164,12 +164,10 @@ class EmbeddingStore:
         uri, folder = place_of(uri)
         if folder is not None:
             if not folder.exists():
-                raise StoreError(
-                    f"there is no embedding store at {uri}: no such folder; embed some images into it first"
-                )
+                raise StoreError(f"no embedding store (`dinov3 embed` makes one): {nonexistent(uri)}")
+            refuse_damaged(uri, folder)
             if not (folder / f"{IMAGES}.lance").is_dir():
                 raise StoreError(f"{uri} is not an embedding store (it has no table {IMAGES!r})")
-            refuse_damaged(uri, folder)
         database = connect(uri)
         if not has_table(database, uri):
             raise StoreError(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from PIL import Image
 from typer import Typer
@@ -17,6 +19,7 @@ from typer.testing import CliRunner
 from dinov3 import cli
 from dinov3.cli.shared import Progress, config_options
 from dinov3.config.bounds import setting
+from dinov3.drawing import TILE
 from dinov3.errors import DinoError, install
 from dinov3.weights.catalog import ROWS
 
@@ -100,6 +103,43 @@ def test_search_as_json_with_a_filter(store, images, capsys) -> None:
     assert [h["rank"] for h in hits] == [1, 2, 3]
     assert all("coffee" not in h["path"] for h in hits)
     assert hits[0]["width"] == 96
+
+
+def test_frames_of_a_video_are_drawn_and_are_queries(tmp_path, capsys) -> None:
+    av = pytest.importorskip("av")
+    clip = tmp_path / "demo.mp4"
+    with av.open(str(clip), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for colour in ("red", "lime", "blue"):
+            for _ in range(10):
+                frame = av.VideoFrame.from_image(Image.new("RGB", (64, 48), colour))
+                container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    options = ["--model", "vitt16", "--size", 32, "--device", "cpu"]
+    assert dinov3("embed", clip, "--out", tmp_path / "store", *options, capsys=capsys).code == 0
+    query, sheet = f"{clip}#2.000s", tmp_path / "sheet.png"
+    found = dinov3("search", tmp_path / "store", "--image", query, "--sheet", sheet, capsys=capsys)
+    assert found.out.splitlines()[0] == f"1\t1.0000\t{query}"
+    pixels = np.asarray(Image.open(sheet).convert("RGB")).astype(int)
+    for channel in range(3):
+        area = (pixels[..., channel] - np.delete(pixels, channel, 2).max(2) > 150).sum()
+        assert area > 0.7 * TILE**2
+    wrong = dinov3("search", tmp_path / "store", "--image", tmp_path / "dmeo.mp4", capsys=capsys)
+    assert wrong.code == 1
+    assert wrong.err.splitlines()[-1].endswith("dmeo.mp4; did you mean 'demo.mp4'?")
+
+
+def test_info_says_the_preprocessing_in_words(store, capsys) -> None:
+    for verb in (["store", "info"], ["info"]):
+        lines = dinov3(*verb, store, capsys=capsys).out.splitlines()
+        assert [line for line in lines if "{" in line] == []
+        assert (
+            "input: 32 × 32 px, bilinear on 8-bit values, sides resized to multiples of 16, "
+            "mean 0.485 0.456 0.406, std 0.229 0.224 0.225"
+        ) in lines
+        facts = json.loads(dinov3(*verb, store, "--json", capsys=capsys).out)
+        assert json.loads(facts["preprocessing_json"])["size"] == 32
 
 
 def test_embedding_again_adds_nothing_and_reports_as_json(store, images, capsys) -> None:
@@ -383,3 +423,11 @@ def test_progress_without_a_terminal_is_a_line_after_two_seconds_and_then_every_
         for done in (10, 30, 40, 60):
             bar(done)
     assert [line.split(" · ")[0] for line in capsys.readouterr().err.splitlines()] == ["30 of 100", "60 of 100"]
+
+
+def test_a_step_that_reports_nothing_shows_its_seconds(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(Progress, "wait", 0.1)
+    with Progress("compacting"):
+        time.sleep(1.0)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["compacting · 1 s"]  # and the next one after half a minute

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov3.data.sources import open_source
+from dinov3.data.sources import open_source, read_stored
 from dinov3.errors import DinoError, ImageError
 
 av = pytest.importorskip("av")
@@ -49,6 +49,27 @@ def test_threads_get_the_frames_of_one_reader(clip) -> None:
     items = list(open_source(clip, fps=10))
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(lambda item: number(item.read()), items)) == list(range(30))
+
+
+@pytest.mark.parametrize("codec, suffix, fps", [("mjpeg", "avi", 10), ("mpeg4", "mp4", 30), ("mpeg4", "mkv", 7)])
+def test_a_frame_is_read_again_by_its_name(tmp_path, codec, suffix, fps) -> None:
+    path = tmp_path / f"clip.{suffix}"
+    rng = np.random.default_rng(0)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=30)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        stream.gop_size = 12  # key frames in between
+        for n in range(60):
+            pixels = rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = n, Fraction(1, 30)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    for item in open_source(path, fps=fps):
+        assert read_stored(tmp_path / item.path) == item.read()
+    for name in ("clip.{}#9.000s", "clip.{}#1.jpg"):
+        with pytest.raises(DinoError, match=r"it ends before 9.000 s|no image"):
+            read_stored(tmp_path / name.format(suffix))
 
 
 def test_a_broken_video_is_an_item_with_its_reason(clip, tmp_path) -> None:

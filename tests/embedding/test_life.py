@@ -263,7 +263,9 @@ def test_a_pruned_exported_verified_life(life, photos, tmp_path) -> None:
         assert manage.remove(store, [str(photos / "again.jpg")]) == 1
         store.add_column("label", {str(photos / "01.jpg"): "=cat"})
         for ending in ("parquet", "csv", "npy", "safetensors"):
-            assert manage.export(store, tmp_path / f"{ending}.{ending}") == N - 2
+            done = [0]
+            assert manage.export(store, tmp_path / f"{ending}.{ending}", on_progress=done.append) == N - 2
+            assert done == [*range(N - 1 if ending in ("csv", "npy") else 1)]  # the slow ones tell every row
         assert manage.verify(store).whole
         paths, vectors = store.vectors()
     import pyarrow.parquet as pq
@@ -290,8 +292,8 @@ def test_an_export_replaces_no_file_unless_overwrite(life, photos) -> None:
     photo.write_text("mine")
     with pytest.raises(DinoError, match=r"table.csv exists already: give another name, or --overwrite"):
         manage.export(store, photo)
-    with pytest.raises(DinoError, match="exists already"):
-        manage.export(store, photos / "table.npy")  # the table beside it
+    with pytest.raises(DinoError, match=r"table.csv, where the columns of table.npy would be written, exists already"):
+        manage.export(store, photos / "table.npy")
     assert photo.read_text() == "mine"
     manage.export(store, photo, overwrite=True)
     with pytest.raises(DinoError, match=r"the ending of an export is one of .parquet, .*, not '.xlsx'"):
@@ -537,5 +539,8 @@ def test_the_verbs_of_store_are_commands(life, photos, tmp_path, capsys) -> None
     run("compact", life.uri)
     shutil.copytree(life.uri, tmp_path / "copy")
     run("merge", life.uri, tmp_path / "copy")
+    run("merge", tmp_path / "all", life.uri, tmp_path / "copy")
+    merged = EmbeddingStore.open(tmp_path / "all")
+    assert (len(merged), merged.root, merged.sources) == (N - 2, str(photos), [str(photos)])
     assert json.loads(run("verify", life.uri, "--json"))["whole"]
     assert json.loads(run("info", life.uri, "--json"))["images"] == N - 2

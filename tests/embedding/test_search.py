@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tarfile
 
 import numpy as np
 import pytest
@@ -260,6 +261,27 @@ def test_the_sheet_shows_the_images_and_a_grey_tile_where_there_is_none(tmp_path
     assert colours[(0, 0, 255)] == pytest.approx(side * side / 8, rel=0.05)
     assert 2.7 < colours[drawing.GREY] / side**2 < 3.05  # three tiles, less the letters, plus a hairline
     assert width > height
+
+
+def test_the_sheet_draws_members_of_containers_and_escaped_names(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    Image.new("RGB", (30, 30), "red").save(tmp_path / "red.png")
+    Image.new("RGB", (30, 30), "lime").save(tmp_path / "lime.png")
+    Image.new("RGB", (30, 30), "blue").save(tmp_path / "blue.png")
+    with tarfile.open(tmp_path / "a#1.tar", "w") as tar:
+        tar.add(tmp_path / "red.png", "sub/red.png")
+    images = [None, (tmp_path / "lime.png").read_bytes()]
+    parquet.write_table(pa.table({"image": images}), tmp_path / "b.parquet")
+    (tmp_path / "blue.png").rename(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
+    names = ["a#1.tar#sub/red.png", "b.parquet#1", r"caf\xe9.png", "a#1.tar#gone.png"]
+    hits = [Hit(n, name, 0.9, 1, 1) for n, name in enumerate(names, start=1)]
+    sheet(Image.new("RGB", (9, 9)), hits, tmp_path / "sheet.png", root=tmp_path)
+    with Image.open(tmp_path / "sheet.png") as drawn:
+        colours = {colour: count for count, colour in drawn.convert("RGB").getcolors(1 << 24)}
+    assert [colours.get(c) for c in ((255, 0, 0), (0, 255, 0), (0, 0, 255))] == [drawing.TILE**2] * 3
+    assert colours[drawing.GREY] < 1.05 * drawing.TILE**2  # the one that is gone
 
 
 def test_names_with_control_characters_are_drawn_escaped(tmp_path):

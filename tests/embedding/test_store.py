@@ -287,7 +287,7 @@ def test_what_is_no_store_is_said_so(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("x")
-    with pytest.raises(StoreError, match="no such folder"):
+    with pytest.raises(StoreError, match=r"no such file or folder: .*missing"):
         EmbeddingStore.open(tmp_path / "missing")
     assert not (tmp_path / "missing").exists()
     with pytest.raises(StoreError, match="is not an embedding store"):
@@ -313,6 +313,25 @@ def test_a_table_of_somebody_else_and_a_newer_store_are_refused(tmp_path):
     lancedb.connect(tmp_path / "newer").create_table("images", schema=schema)
     with pytest.raises(StoreError, match="schema version 99, made by a newer dinov3"):
         EmbeddingStore.open(tmp_path / "newer")
+
+
+def test_stores_of_older_versions_say_to_embed_again(tmp_path):
+    import lancedb
+
+    about = dataclasses.asdict(FACTS) | {"schema_version": 1}
+    schema = schema_module.arrow_schema(FACTS).with_metadata({schema_module.FACTS_KEY: json.dumps(about)})
+    for table, reason in (("images", "schema version 1"), ("pictures", "another form")):
+        folder = tmp_path / table
+        lancedb.connect(folder).create_table(table, schema=schema)
+        for opening in (EmbeddingStore.open, lambda uri: EmbeddingStore.open_or_create(uri, FACTS)):
+            with pytest.raises(StoreError, match=rf"{reason}.*older dinov3: embed its images again into a new folder"):
+                opening(folder)
+
+
+def test_a_mistyped_store_is_given_the_nearest_name(tmp_path):
+    EmbeddingStore.create(tmp_path / "store", FACTS).close()
+    with pytest.raises(StoreError, match=r"no such file or folder: .*stroe; did you mean 'store'\?"):
+        EmbeddingStore.open(tmp_path / "stroe")
 
 
 def test_damage_is_said_and_never_written_over(store):

@@ -19,6 +19,6 @@ Left out: remote addresses (mount or copy first), zip and other archives, and wh
 """
 
 from dinov3.data.sources.items import Item, Place
-from dinov3.data.sources.listing import Source, files_below, open_source, open_sources
+from dinov3.data.sources.listing import Source, files_below, open_source, open_sources, read_stored
 
-__all__ = ["Item", "Place", "Source", "files_below", "open_source", "open_sources"]
+__all__ = ["Item", "Place", "Source", "files_below", "open_source", "open_sources", "read_stored"]

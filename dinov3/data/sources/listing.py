@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -27,12 +28,13 @@ from dinov3.data.sources.items import (
     Place,
     Unreadable,
     first_bytes,
+    spellings,
     stamp_of,
     storable,
 )
 from dinov3.data.sources.tables import Arrow, Parquet, arrow_damage
 from dinov3.data.sources.tar import TAR_SUFFIXES, Tar, is_tar
-from dinov3.data.sources.video import VIDEOS, Video
+from dinov3.data.sources.video import VIDEOS, Video, frame_at
 from dinov3.errors import DinoError, ImageError, only_known
 from dinov3.files import nonexistent
 
@@ -153,6 +155,39 @@ def files_below(
         found.sort(reverse=True)
         ahead += found if recursive else (n for n in found if not n.endswith("/"))
         links += sorted(linked) if recursive else ()
+
+
+def read_stored(path: str | os.PathLike[str]) -> bytes:
+    """The encoded image of a path as stores have them: a file, a member or row (`a.tar#1.jpg`, `b.parquet#17`), or a video's
+    frame (`clip.mp4#12.500s`).
+
+    Raises `ImageError` where it cannot be read, `DinoError` where there is nothing of that name.
+    """
+    text = os.fspath(path)
+    for end in [len(text), *(at for at, letter in enumerate(text) if letter == "#")]:
+        for name in map(os.fsdecode, spellings(text[:end])):
+            if end == len(text) and os.path.lexists(name):
+                return read_file(name)
+            if end < len(text) and os.path.isfile(name):
+                return _read_member(name, text[end + 1 :])
+    raise DinoError(nonexistent(text))
+
+
+def _read_member(container: str, member: str) -> bytes:
+    if container.lower().endswith(VIDEOS) and re.fullmatch(r"\d+(\.\d+)?s", member):
+        return frame_at(container, float(member[:-1]))
+    name = f"{storable(os.path.basename(container))}#{member}"
+    source = _container(container, stamp_of(container))
+    for i in range(len(source)):
+        if source.path_of(i) == name:
+            return source.place_of(i).read()
+    raise ImageError(f"{container} holds no image {member!r}")
+
+
+@lru_cache(maxsize=1)
+def _container(path: str, stamp: str) -> Indexed:
+    """The images of a tar or a table; the last one is kept, for a sheet of many of its images."""
+    return open_source(path)
 
 
 @dataclass

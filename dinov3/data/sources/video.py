@@ -91,7 +91,31 @@ class _Frame:
         except DinoError:
             raise
         except Exception as error:  # a decoder raises anything
-            raise ImageError(f"broken video: {' '.join(str(error).split())[:160]}") from None
+            raise _broken(error) from None
+
+
+def frame_at(path: str, seconds: float) -> bytes:
+    """The frame that `Video` names `{path}#{seconds}s`, as a PPM: the first at or after that time. Raises `ImageError`."""
+    after = max(0.0, seconds - 0.0005 + 1e-9)  # names are rounded to milliseconds
+    try:
+        with require("av", "video", "reading video files").open(path) as container:
+            stream = container.streams.video[0]
+            container.seek(int(after / stream.time_base), stream=stream)  # the key frame before
+            for number, frame in enumerate(container.decode(stream)):
+                if frame.time is None or (number == 0 and frame.time > seconds + 0.0005):
+                    break  # no times, or not before: from the beginning
+                if frame.time >= after - 1e-6:
+                    return _ppm(frame)
+        return _Reader(path, 1 / after if after else 1.0).frame(int(after > 0))
+    except DinoError:
+        raise
+    except Exception as error:
+        raise _broken(error) from None
+
+
+def _broken(error: Exception) -> ImageError:
+    reason = "it holds no video" if isinstance(error, IndexError) else " ".join(str(error).split())[:160]
+    return ImageError(f"broken video: {reason}")
 
 
 @dataclass
@@ -114,8 +138,7 @@ class Video(Part):
                 seconds = float(stream.duration * stream.time_base) if stream.duration else 0.0
                 seconds = seconds or (container.duration or 0) / 1e6 or stream.frames / float(stream.average_rate or 25)
         except Exception as error:
-            reason = "it holds no video" if isinstance(error, IndexError) else " ".join(str(error).split())[:160]
-            raise ImageError(f"broken video: {reason}") from None
+            raise _broken(error) from None
         return cls(str(path), name, stamp, fps, max(1, math.ceil(seconds * fps - 1e-6)))
 
     def __len__(self) -> int:

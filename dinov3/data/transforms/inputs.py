@@ -182,6 +182,23 @@ class Preprocessing:
         crop = f"-crop{self.center_crop}" if self.center_crop else ""
         return f"{size}{crop}-{self.interpolation}-{self.fit}{self.multiple}-{digest}"
 
+    def __str__(self) -> str:
+        """One line for people: every field that matters."""
+        side = f"center crop {self.center_crop} of " if self.center_crop else ""
+        if self.size_hw is not None:
+            side += "{} × {} px (height × width)".format(*self.size_hw)
+        elif self.shape == "native":
+            side += "the image's own size"
+        elif self.shape == "square":
+            side += f"{self.size} × {self.size} px"
+        else:
+            side += f"{self.shape} side {self.size} px"
+        fit = {"resize": "resized", "pad": "padded", "crop": "cropped"}[self.fit]
+        mean, std = (" ".join(f"{v:.3g}" for v in values) for values in (self.mean, self.std))
+        values = "8-bit values" if self.order == "uint8" else "floats"
+        fitted = f"sides {fit} to multiples of {self.multiple}"
+        return f"{side}, {self.interpolation} on {values}, {fitted}, mean {mean}, std {std}"
+
     @property
     def target_short_side(self) -> int | None:
         """The short side needed at most, for decoders that can decode smaller; None: the full image is needed."""
