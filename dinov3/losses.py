@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dinov3 import distributed
 from dinov3.distributed import Group
@@ -44,6 +45,46 @@ def _float32(loss: Loss) -> Loss:
 
 def _shape(x: Tensor) -> str:
     return "[" + ", ".join(map(str, x.shape)) + "]"
+
+
+# Logits over prototypes are the largest tensors of a step (15,000 × 65,536 at batch 256): what is computed of them in
+# float32 is computed for a few rows at a time, which stay in the cache between operations.
+CHUNK = {"cpu": 2**17, "cuda": 2**23}  # entries
+
+
+def _chunks(x: Tensor, axis: int = 0) -> list[slice]:
+    """Consecutive parts of an axis of x, of about CHUNK entries each."""
+    n = x.shape[axis]
+    step = max(CHUNK.get(x.device.type, 2**23) * n // max(x.numel(), 1), 1)
+    return [slice(i, i + step) for i in range(0, n, step)]
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """−Σ_k targets · log softmax(logits / temperature), [C, n], for logits [C, n, K] and targets [C or 1, n, K].
+
+    Keeps the two inputs for the gradient, targets − softmax, and nothing else. No gradient for targets.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        ctx.save_for_backward(logits, targets)
+        ctx.temperature = temperature
+        values = torch.empty(logits.shape[:2], device=logits.device)
+        for rows in _chunks(logits, 1):
+            log_p = F.log_softmax(logits[:, rows].float() / temperature, dim=-1)
+            values[:, rows] = -log_p.mul_(targets[:, rows]).sum(-1)
+        return values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        logits, targets = ctx.saved_tensors
+        scale = (grads[0] / ctx.temperature).unsqueeze(-1)  # [C, n, 1]
+        gradient = torch.empty_like(logits)
+        for rows in _chunks(logits, 1):
+            p, t = (logits[:, rows].float() / ctx.temperature).softmax(-1), targets[:, rows]
+            gradient[:, rows] = p.mul_(t.sum(-1, keepdim=True)).sub_(t).mul_(scale[:, rows])
+        return gradient, None, None
 
 
 # ---- targets -------------------------------------------------------------------------------------------------------
@@ -75,15 +116,31 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, *, n_iterations: int = 3,
         raise DinoError(
             f"Sinkhorn-Knopp needs at least 1 iteration and a temperature above 0, not {n_iterations} and {temperature}"
         )
-    logits = logits.float()
-    highest = logits.amax(0) if len(logits) else logits.new_full(logits.shape[1:], -math.inf)
+    K = logits.shape[1]
+    highest = logits.amax(0).float() if len(logits) else logits.new_full((K,), -math.inf, dtype=torch.float32)
     highest = distributed.all_reduce(highest, "max", group)  # [K]
-    log_q = (logits - highest) / temperature  # [n, K], at most 0
-    log_q -= distributed.all_reduce(log_q.exp().sum(0), "sum", group).log()
-    q = log_q.softmax(1)
-    for _ in range(n_iterations - 1):
-        q /= distributed.all_reduce(q.sum(0), "sum", group)
-        q /= q.sum(1, keepdim=True)
+    q = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+    mass = highest.new_zeros(K)
+    for rows in _chunks(logits):
+        mass += (logits[rows].float() - highest).div_(temperature).exp_().sum(0)  # of numbers that are at most 1
+    log_mass = distributed.all_reduce(mass, "sum", group).log()
+    mass = torch.zeros_like(mass)
+    for rows in _chunks(logits):
+        log_q = (logits[rows].float() - highest).div_(temperature).sub_(log_mass)
+        torch.softmax(log_q, 1, out=q[rows])
+        mass += q[rows].sum(0)
+    if n_iterations == 1:
+        return q
+    # further rounds only change a factor for each row and one for each prototype, Q = of_row · q · of_prototype, and
+    # those come from products of a matrix and a vector
+    of_row = q.new_ones(len(q))
+    for round_ in range(1, n_iterations):
+        mass = mass if round_ == 1 else of_row @ q
+        of_prototype = 1 / distributed.all_reduce(mass, "sum", group)
+        of_row = 1 / (q @ of_prototype)
+    for rows in _chunks(q):
+        q[rows] *= of_prototype
+        q[rows] *= of_row[rows, None]
     return q
 
 
@@ -139,14 +196,12 @@ def dino_loss(
     pairs = C * C_teacher - (min(C, C_teacher) if ignore_diagonal else 0)
     if pairs == 0 or B == 0:
         raise DinoError(f"no pair of crops to compare: {C} student and {C_teacher} teacher crops of {B} images")
-    log_p = F.log_softmax(student_logits.float() / student_temperature, dim=-1)  # [C, B, K]
     targets = teacher_probs.float()
-    if ignore_diagonal:
-        different = 1 - torch.eye(C, C_teacher, device=targets.device)
-        targets = (different @ targets.flatten(1)).view_as(log_p)  # the other crops' targets, summed
+    if ignore_diagonal:  # the other crops' targets, summed
+        targets = torch.stack([torch.cat([targets[:c], targets[c + 1 :]]).sum(0) for c in range(C)])  # [C, B, K]
     else:
         targets = targets.sum(0, keepdim=True)  # [1, B, K]
-    return -(targets * log_p).sum() / (B * pairs)
+    return _CrossEntropy.apply(student_logits, targets, student_temperature).sum() / (B * pairs)
 
 
 def dino_scales(n_global: int, n_local: int, *, ignore_diagonal: bool = True) -> tuple[float, float]:
@@ -191,8 +246,7 @@ def ibot_patch_loss(
             "the iBOT loss takes student logits and teacher probabilities [masked patches, prototypes] and one weight per "
             f"patch, not {_shape(student_logits)}, {_shape(teacher_probs)} and {_shape(weights)}"
         )
-    log_p = F.log_softmax(student_logits.float() / student_temperature, dim=-1)
-    cross_entropy = -(teacher_probs.float() * log_p).sum(-1)  # [n]
+    cross_entropy = _CrossEntropy.apply(student_logits[None], teacher_probs[None], student_temperature)[0]  # [n]
     return (cross_entropy * weights.float()).sum() / n_crops
 
 

@@ -14,7 +14,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dinov3 import distributed
+from dinov3 import distributed, losses
 from dinov3.errors import DinoError, UnknownName
 from dinov3.losses import (
     GRAM_NEGATIVES,
@@ -312,6 +312,55 @@ def test_ibot_is_its_plain_loop() -> None:
             total += cross_entropy(teacher[crop, p], student[crop, p], 0.1) / len(masked)
     value = ibot_patch_loss(student[masks], teacher[masks], masked_patch_weights(masks), 3)
     assert close(value, total / 3)
+
+
+def whole_sinkhorn(logits: Tensor, temperature: float) -> Tensor:
+    q = (logits.double() / temperature).exp()
+    for _ in range(3):
+        q /= q.sum(0)
+        q /= q.sum(1, keepdim=True)
+    return q.float()
+
+
+@pytest.mark.parametrize("entries", [1, 20, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_computed_a_few_rows_at_a_time_are_the_whole_ones(
+    entries: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(losses.CHUNK, "cpu", entries)
+    teacher, student = normal(50, 11, 7).to(dtype), normal(51, 11, 7).to(dtype)
+    before = teacher.clone(), student.clone()
+    targets, weights = sinkhorn_knopp(teacher, 0.1), normal(52, 11).abs()
+    assert close(targets, whole_sinkhorn(teacher, 0.1), 1e-6)
+    found = value_and_gradient(ibot_patch_loss, student, targets, weights, 3)
+
+    def whole(x: Tensor) -> Tensor:
+        return -((targets * (x.float() / 0.1).log_softmax(-1)).sum(-1) * weights).sum() / 3
+
+    for a, b in zip(found, value_and_gradient(whole, student)):
+        assert a.dtype == b.dtype
+        assert close(a, b, 1e-6 if dtype == torch.float32 else 1e-2)
+    found = value_and_gradient(dino_loss, student[:10].view(2, 5, 7), targets[:10].view(2, 5, 7), ignore_diagonal=True)
+
+    def crosswise(x: Tensor) -> Tensor:
+        return -(targets[:10].view(2, 5, 7).flip(0) * (x.float() / 0.1).log_softmax(-1)).sum() / 10
+
+    for a, b in zip(found, value_and_gradient(crosswise, student[:10].view(2, 5, 7))):
+        assert close(a, b, 1e-6 if dtype == torch.float32 else 1e-2)
+    assert torch.equal(teacher, before[0])
+    assert torch.equal(student, before[1])
+
+
+def test_cross_entropies_keep_their_inputs_and_nothing_else_for_the_gradient() -> None:
+    """Logits of a step have billions of entries; a copy in float32 is gigabytes."""
+    student, targets = normal(53, 12, 64).bfloat16().requires_grad_(), normal(54, 12, 64).softmax(-1)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        ibot_patch_loss(student, targets, torch.ones(12), 3)
+        dino_loss(student.view(4, 3, 64), targets.view(4, 3, 64)[:2])
+    inputs = {t.untyped_storage().data_ptr() for t in (student, targets)}
+    other = [t for t in saved if t.untyped_storage().data_ptr() not in inputs]
+    assert all(t.numel() <= 3 * 64 for t in other)  # the sum of the targets of an image's crops
 
 
 @pytest.mark.parametrize("topk", [1, 2])
