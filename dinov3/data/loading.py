@@ -39,6 +39,7 @@ from torch.utils.data import DataLoader, Dataset
 from dinov3.data.crops import CropBatch, CropConfig, Sample, collate, generator, render
 from dinov3.data.images import open_image
 from dinov3.data.masking import MaskConfig, batch_masks, mask_grid
+from dinov3.data.sources.items import Runs
 from dinov3.errors import DinoError, ImageError
 
 ROUNDS = 8
@@ -55,6 +56,8 @@ class Images(Protocol):
 
     def name(self, index: int) -> str: ...
 
+    # `runs`, where there is such an attribute: how its images should be read forwards (`sources.items.Runs`)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The order
@@ -65,25 +68,28 @@ def _round_keys(seed: int, epoch: int) -> tuple[np.ndarray, ...]:
     return tuple(np.random.SeedSequence((seed, epoch)).generate_state(ROUNDS, np.uint64)[:, None])
 
 
-def permuted(offsets: np.ndarray, length: int, seed: int, epoch: int) -> np.ndarray:
-    """Where a permutation of 0 … length−1 sends `offsets`, without building the permutation.
+def permuted(offsets: np.ndarray, length: int | np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """Where a permutation of 0 … length−1 sends `offsets`, without building the permutation. `length` may differ between
+    offsets.
 
     A Feistel network on the smallest even number of bits that holds `length` is a bijection of that larger range; what
     lands outside goes through again until it is inside ("cycle walking"), which keeps it a bijection of the smaller one.
     """
-    half = np.uint64(max(1, ((length - 1).bit_length() + 1) // 2))
-    low = np.uint64((1 << int(half)) - 1)
+    x, lengths = np.broadcast_arrays(np.asarray(offsets, np.uint64), np.asarray(length, np.int64))
+    bits = np.frexp(lengths - 1)[1]  # bit_length
+    half = np.maximum(1, (bits + 1) // 2).astype(np.uint64)
     keys = _round_keys(seed, epoch)
 
-    def once(x: np.ndarray) -> np.ndarray:
+    def once(x: np.ndarray, half: np.ndarray) -> np.ndarray:
+        low = (np.uint64(1) << half) - np.uint64(1)
         left, right = x >> half, x & low
         for key in keys:
             left, right = right, left ^ (_mixed(right ^ key) & low)
         return (left << half) | right
 
-    x = once(np.asarray(offsets, np.uint64))
-    while (outside := x >= length).any():
-        x[outside] = once(x[outside])
+    x = once(x, half)
+    while (outside := x >= lengths).any():
+        x[outside] = once(x[outside], half[outside])
     return x.astype(np.int64)
 
 
@@ -94,12 +100,46 @@ def _mixed(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+@lru_cache(maxsize=4)
+def _shuffled(runs: Runs, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """(the runs' first images in the order of an epoch, where each run ends in that order, where the first lane begins)"""
+    rng = np.random.default_rng((seed, epoch, 1))
+    order = rng.permutation(len(runs.lengths))
+    firsts = (np.cumsum(runs.lengths) - runs.lengths)[order]
+    ends = np.cumsum(runs.lengths[order])
+    return firsts, ends, int(rng.integers(ends[-1]))
+
+
+def along(runs: Runs, offsets: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of 0 … N−1 as `permuted`, which goes forwards through `runs` in several places at once.
+
+    The runs are put in a random order, and this row is cut into lanes of equal length. Offset p belongs to lane p mod
+    their number; in a lane images come in their order, but for neighbours within a window, which are permuted. So images of a
+    batch come from all lanes, and one rank of 2, 4, … reads its own share of the lanes.
+    """
+    firsts, ends, start = _shuffled(runs, seed, epoch)
+    length = int(ends[-1])
+    lane, step = offsets % runs.lanes, offsets // runs.lanes
+    lane_length = (length - lane + runs.lanes - 1) // runs.lanes
+    lane_start = lane * (length // runs.lanes) + np.minimum(lane, length % runs.lanes)
+    windows = np.maximum(
+        1, lane_length // runs.window
+    )  # of nearly equal size: step s is in window s·windows // lane_length
+    window = step * windows // lane_length
+    begin, end = (-(-w * lane_length // windows) for w in (window, window + 1))
+    step = begin + permuted(step - begin, end - begin, seed, epoch)
+    place = (start + lane_start + step) % length
+    run = np.searchsorted(ends, place, side="right")
+    return firsts[run] + place - np.concatenate([[0], ends])[run]
+
+
 @dataclass(frozen=True)
 class Order:
-    """The endless stream over a data set of `length` images."""
+    """The endless stream over a data set of `length` images; forwards along `runs` where it has some."""
 
     length: int
     seed: int = 0
+    runs: Runs | None = None
 
     def __post_init__(self) -> None:
         if self.length < 1:
@@ -111,7 +151,10 @@ class Order:
         indices = np.empty_like(offsets)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
-            indices[here] = permuted(offsets[here], self.length, self.seed, epoch)
+            if self.runs is None:
+                indices[here] = permuted(offsets[here], self.length, self.seed, epoch)
+            else:
+                indices[here] = along(self.runs, offsets[here], self.seed, epoch)
         return epochs, indices
 
     def replacement(self, position: int, attempt: int) -> int:
@@ -256,7 +299,7 @@ class CropLoader:
             raise DinoError(
                 f"batch size {batch_size}, rank {rank} of {world}: need a positive size and 0 ≤ rank < world"
             )
-        self.order = Order(len(images), seed)
+        self.order = Order(len(images), seed, getattr(images, "runs", None))
         self.batch_size, self.rank, self.world = batch_size, rank, world
         self.consumed = 0
         self.wait_s = self.waited_s = 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -20,8 +21,10 @@ from reference_orders import reference_epoch, reference_infinite, reference_shar
 
 from dinov3.data.crops import CropBatch, CropConfig
 from dinov3.data.datasets import Folder
-from dinov3.data.loading import CropLoader, Order, chosen_resolution, permuted
+from dinov3.data.loading import CropLoader, Order, along, chosen_resolution, permuted
 from dinov3.data.masking import MaskConfig
+from dinov3.data.sources import tables, tar
+from dinov3.data.sources.items import FORWARD, Runs
 from dinov3.errors import DinoError, ImageError
 
 GOLDEN = json.loads((GOLDEN_LOSSES / "samplers.json").read_text())
@@ -216,6 +219,88 @@ def test_masks_can_be_drawn_for_another_number_of_images_than_are_loaded() -> No
     (batch,) = first(1, loader(batch_size=3, masked_images=2))
     assert batch.masks.shape == (4, 16)
     assert batch.global_crops.shape[0] == 6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources that are read forwards
+
+
+def runs(*lengths: int, lanes: int = 8, window: int = 5) -> Runs:
+    return Runs(np.array(lengths, np.int64), lanes, window)
+
+
+@pytest.mark.parametrize(
+    "made", [runs(1), runs(3, 0, 40, 7), runs(*[13] * 30), runs(500, lanes=1), runs(2, 2, lanes=32)]
+)
+def test_an_epoch_along_runs_meets_every_image_once(made: Runs) -> None:
+    n = int(made.lengths.sum())
+    epochs = [along(made, np.arange(n), 3, epoch).tolist() for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    assert n < 10 or epochs[0] != epochs[1] != epochs[2]
+    assert [int(along(made, np.array([p]), 3, 1)[0]) for p in range(n)] == epochs[1]  # a function of the position
+
+
+def test_a_batch_along_runs_comes_from_all_lanes_and_a_rank_reads_its_own() -> None:
+    order = Order(3200, 0, runs(*[100] * 32, lanes=8, window=10))
+    _, indices = order.at(np.arange(0, 64))
+    assert len(set((indices // 100).tolist())) >= 8
+    _, own = order.at(np.arange(3, 800, 8))  # rank 3 of 8
+    assert len(set((own // 100).tolist())) <= 3
+
+
+def test_a_loader_along_runs_resumes_exactly_and_with_other_ranks() -> None:
+    images = Toy(60)
+    images.runs = runs(20, 25, 15, lanes=2)  # type: ignore[attr-defined]
+    whole = first(6, loader(images, batch_size=4))
+    assert all(same(a, b) for a, b in zip(first(3, loader(images, batch_size=4, consumed=12)), whole[3:], strict=True))
+    halves = [first(6, loader(images, batch_size=2, rank=r, world=2)) for r in range(2)]
+    for step, batch in enumerate(whole):
+        assert sorted(batch.indices) == sorted([*halves[0][step].indices, *halves[1][step].indices])
+
+
+@pytest.mark.parametrize("form", ["tar.gz", "parquet", "one tar.gz"])
+def test_training_reads_packed_sources_forwards(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = list(np.random.default_rng(0).integers(0, 256, (1920, 1000), np.uint8))
+    data = [row.tobytes() for row in data]
+    if form == "parquet":
+        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        pq.write_table(pa.table({"image": data}), tmp_path / "a.parquet", row_group_size=96)
+    for shard in range(0 if form == "parquet" else 1 if form.startswith("one") else 8):
+        with tarfile.open(tmp_path / f"{shard}.tar.gz", "w:gz") as archive:
+            for i in range(1920 if form.startswith("one") else 240):
+                member = tarfile.TarInfo(f"{shard}-{i:03}.jpg")
+                member.size = 1000
+                archive.addfile(member, io.BytesIO(data[240 * shard + i]))
+    monkeypatch.setattr(FORWARD, "CACHED", 400_000)  # a fifth of it
+    monkeypatch.setattr(tar, "PACKED_BLOCK", 1000)
+    monkeypatch.setattr(tables, "BATCH", 1)
+    decoded: list[int] = []
+    for module, name in ((tar, "_unpacked"), (tables, "_row_blocks")):
+        real = getattr(module, name)
+
+        def counted(*place: Any, real: Any = real) -> Iterator[Any]:
+            for block in real(*place):
+                decoded.append(block[1])
+                yield block
+
+        monkeypatch.setattr(module, name, counted)
+    images = Folder(tmp_path)
+    sizes = []
+    for order in (CropLoader(images, CONFIG, patch=8, batch_size=8).order, Order(1920)):
+        FORWARD.forget()
+        decoded.clear()
+        _, indices = order.at(np.arange(1920))
+        assert sorted(images.read(i) for i in indices.tolist()) == sorted(data)
+        sizes.append(sum(decoded))
+    whole = 1920 * (1000 if form == "parquet" else 1536)
+    assert sizes[0] < {"parquet": 2, "tar.gz": 4, "one tar.gz": 12}[form] * whole  # 1.4, 3.2, 9.2 times the source
+    assert sizes[1] > 4 * sizes[0]  # a random order: 14, 22, 47 times
+
+
+def test_a_small_packed_source_is_cached_and_read_in_any_order(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
+        archive.addfile(tarfile.TarInfo("a.jpg"))
+    assert Folder(tmp_path).runs is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from dinov3.data.images import open_image
-from dinov3.data.sources import Item, Source, open_source
+from dinov3.data.sources import Item, Source, open_source, tables
+from dinov3.data.sources.items import FORWARD
 from dinov3.errors import DinoError, ImageError, UnknownName
 
 
@@ -526,17 +527,14 @@ def test_a_damaged_parquet_file_is_a_failure_with_its_name(tmp_path: Path) -> No
     assert reason(items[30]) == "no such file"
 
 
-def test_a_window_smaller_than_the_row_group_serves_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dinov3.data.sources import tables
-
-    monkeypatch.setattr(tables._RowGroup, "BATCH", 4)
-    monkeypatch.setattr(tables._RowGroup, "CACHED", 1000)
+def test_a_cache_smaller_than_the_row_group_serves_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "BATCH", 4)
+    monkeypatch.setattr(FORWARD, "CACHED", 1000)
     path = parquet(tmp_path / "a.parquet", {"image": structs(60)}, rows=60)
     items = list(open_source(path))
     order = [0, 59, 3, 30, 31, 2, 58, 0]
     assert [items[n].read() for n in order] == [image(n) for n in order]
-    (group,) = [g for key, g in tables._row_groups.opened.items() if key[0] == str(path)]
-    assert len(group.window) < 60 / 4
+    assert sum(size for _, size in FORWARD.cached.values()) == FORWARD.size <= 1000
 
 
 def arrow(path: Path, n: int, first: int = 0, rows: int = 2, stream: bool = True) -> Path:
@@ -673,12 +671,10 @@ def test_more_rows_than_bytes_are_refused(tmp_path: Path) -> None:
 
 
 def test_one_value_in_every_row_is_not_laid_out_many_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dinov3.data.sources import tables
-
-    monkeypatch.setattr(tables._RowGroup, "CACHED", 1 << 20)
+    monkeypatch.setattr(tables, "MOST_BATCH", 1 << 20)
     value = os.urandom(200 << 10)  # without the bound the first batch of 64 rows has 13 MB
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     pq.write_table(pa.table({"image": [value] * 70}), tmp_path / "a.parquet", dictionary_pagesize_limit=1 << 30)
     assert list(open_source(tmp_path / "a.parquet"))[60].read() == value
-    (group,) = [g for key, g in tables._row_groups.opened.items() if key[0] == str(tmp_path / "a.parquet")]
-    assert group.size <= 2 * tables._RowGroup.CACHED
+    sizes = [size for (key, _), (_, size) in FORWARD.cached.items() if key[0] == str(tmp_path / "a.parquet")]
+    assert max(sizes) <= 2 << 20

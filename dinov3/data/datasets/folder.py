@@ -15,6 +15,7 @@ import numpy as np
 
 from dinov3.data.datasets.base import ImageDataset
 from dinov3.data.sources import open_source
+from dinov3.data.sources.items import Runs
 from dinov3.errors import DinoError, one_of, only_known
 
 
@@ -32,6 +33,10 @@ class Folder(ImageDataset):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def runs(self) -> Runs | None:
+        return self.source.runs
 
     def read(self, index: int) -> bytes:
         return self.source.place_of(index).read()
@@ -117,3 +122,7 @@ class FolderSplit(Folder):
 
     def name(self, index: int) -> str:
         return super().name(int(self.rows[index]))
+
+    @property
+    def runs(self) -> None:
+        return None

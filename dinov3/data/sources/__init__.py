@@ -12,8 +12,9 @@ shard, an empty cell) is an item whose `read` fails with the reason, so that it 
 is no image is counted in `source.skipped`. Hidden files and folders (".name") are left alone, as `ls` does.
 
 What random access costs: a file or a member of a plain tar is one read at an offset. A member of a .tar.gz is found by
-decompressing up to it, so each reading thread decompresses the shard once when it moves forwards; many threads want plain
-tars. A Parquet row is found by decoding its row group up to it; the last 128 MB of two row groups are cached per process.
+decompressing up to it, a Parquet row by decoding its row group up to it: 8 to 2,400 ms an image in random order where 0.3 ms
+is usual. Each process keeps the last 256 MB of what it decompressed and the places where it stopped (`items.Forward`), and
+`runs` tells the training loader which images lie in a row.
 
 Left out: remote addresses (mount or copy first), zip and other archives, and what accompanies an image (captions, labels).
 """

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import re
 import stat
+import threading
 from array import array
-from collections.abc import Iterable, Iterator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+import numpy as np
 
 from dinov3.data.images import HEAD
 from dinov3.errors import DinoError, ImageError
@@ -65,6 +69,10 @@ class Part:
     def place_of(self, i: int) -> Place:
         raise NotImplementedError
 
+    def forward_runs(self) -> list[tuple[int, int]]:
+        """(images, bytes) of the runs, in order, that can only be read forwards; none where any image is one read."""
+        return []
+
     def __iter__(self) -> Iterator[Item]:
         for i in range(len(self)):
             yield Item(self.path_of(i), self.stamp_of(i), self.place_of(i))
@@ -106,6 +114,89 @@ class Names:
 
     def __iter__(self) -> Iterator[str]:
         return map(self.__getitem__, range(len(self)))
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """Images that should be read forwards: how many lie in each run, in how many places they are read in turn, and among how
+    many neighbours the order is free there."""
+
+    lengths: np.ndarray  # int64, their sum is the number of images
+    lanes: int
+    window: int
+
+
+@dataclass
+class _Reader:
+    key: Any
+    blocks: Iterator[tuple[Any, int]]
+    next: int = 0
+    failed: Exception | None = None
+
+
+class Forward:
+    """Containers that are read forwards only, in blocks: the last ones are cached, and readers wait where they stopped.
+
+    A block that is not cached is fetched by the reader that is nearest before it. So several places of a file can be read
+    in turn, as the order of training does, and threads that read forwards find each other's blocks. Shared by threads;
+    emptied in forked children, which would move their parent's files.
+    """
+
+    CACHED, READERS = 256 << 20, 64  # bytes of blocks
+
+    def __init__(self) -> None:
+        self.forget()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.forget)
+
+    @property
+    def window(self) -> int:
+        """Bytes around a place that stay cached while dozens of places are read in turn."""
+        return self.CACHED // 64
+
+    def forget(self) -> None:
+        self.lock = threading.Lock()
+        self.cached: OrderedDict[tuple[Any, int], tuple[Any, int]] = OrderedDict()  # value, bytes
+        self.readers: list[_Reader] = []  # the one that was used last at the end
+        self.size = 0
+
+    def block(self, key: Any, number: int, read: Callable[[], Iterator[tuple[Any, int]]]) -> Any:
+        """Block `number` of the container `key`, whose blocks and their bytes `read()` yields from the first on; what it
+        raises is raised for that block and all later ones. `StopIteration` after the last."""
+        with self.lock:
+            if (key, number) not in self.cached:
+                self._fetch(key, number, read)
+            self.cached.move_to_end((key, number))
+            return self.cached[key, number][0]
+
+    def _fetch(self, key: Any, number: int, read: Callable[[], Iterator[tuple[Any, int]]]) -> None:
+        before = [r for r in self.readers if r.key == key and r.next <= number]
+        reader = max(before, key=lambda r: r.next) if before else _Reader(key, read())
+        self.readers = [*(r for r in self.readers if r is not reader), reader][-self.READERS :]
+        passed, size = deque[tuple[int, int]](), 0  # a long way to the block must not evict what other places need
+        while reader.next <= number:
+            if reader.failed is not None:
+                raise reader.failed
+            try:
+                block = next(reader.blocks)
+            except Exception as error:
+                reader.failed = error
+                raise
+            self.size += block[1] - self.cached.pop((key, reader.next), (None, 0))[1]
+            self.cached[key, reader.next] = block
+            passed.append((reader.next, block[1]))
+            size += block[1]
+            while size > self.window and len(passed) > 1:
+                far, bytes_of = passed.popleft()
+                size -= bytes_of
+                if (key, far) in self.cached:
+                    self.cached.move_to_end((key, far), last=False)
+            reader.next += 1
+            while self.size > self.CACHED and len(self.cached) > 1:
+                self.size -= self.cached.popitem(last=False)[1][1]
+
+
+FORWARD = Forward()
 
 
 @dataclass(frozen=True, slots=True)

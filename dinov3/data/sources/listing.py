@@ -17,15 +17,19 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
+import numpy as np
+
 from dinov3.data.images import IMAGE_SUFFIXES, image_suffix, is_image_header, os_reason, read_file
 from dinov3.data.sources.items import (
     COMPANIONS,
+    FORWARD,
     PATH_NAMES,
     Item,
     Names,
     NoImageColumn,
     Part,
     Place,
+    Runs,
     Unreadable,
     first_bytes,
     spellings,
@@ -65,6 +69,9 @@ class Indexed(Source, Protocol):
     def path_of(self, i: int) -> str: ...
 
     def place_of(self, i: int) -> Place: ...
+
+    @property
+    def runs(self) -> Runs | None: ...
 
 
 def open_source(
@@ -237,6 +244,19 @@ class _Listed:
         k = bisect_right(self.starts, i) - 1
         return self.parts[k], i - self.starts[k]
 
+    @property
+    def runs(self) -> Runs | None:
+        """What can only be read forwards, in runs; None where all of it is cached, or any image is one read."""
+        forward = [part.forward_runs() for part in self.parts]
+        images, size = (sum(run[n] for runs in forward for run in runs) for n in (0, 1))
+        if size <= FORWARD.CACHED:
+            return None
+        lengths = [n for part, runs in zip(self.parts, forward) for n in ([n for n, _ in runs] or _cut(len(part)))]
+        # each lane begins somewhere in a run, which is read up to there: not many more lanes than runs; a power of two, so
+        # that each of so many ranks reads its own
+        lanes = min(32, max(8, 1 << len(lengths).bit_length() - 1))
+        return Runs(np.array(lengths, np.int64), lanes, max(1, FORWARD.window * images // size))
+
     def path_of(self, i: int) -> str:
         part, at = self._part(i)
         return part.path_of(at)
@@ -244,6 +264,10 @@ class _Listed:
     def place_of(self, i: int) -> Place:
         part, at = self._part(i)
         return part.place_of(at)
+
+
+def _cut(length: int, most: int = 1000) -> list[int]:
+    return [min(most, length - start) for start in range(0, length, most)]
 
 
 @dataclass

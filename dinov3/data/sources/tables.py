@@ -8,15 +8,15 @@ import subprocess
 import sys
 import threading
 from bisect import bisect_right
-from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from dinov3.data.images import check_size, most_bytes, os_reason, read_file
-from dinov3.data.sources.items import PATH_NAMES, NoImageColumn, Part, Place, Unreadable
+from dinov3.data.sources.items import FORWARD, PATH_NAMES, NoImageColumn, Part, Place, Unreadable
 from dinov3.errors import DinoError, ImageError, only_known, require
 
 # A table's column is found by its type; where several would do, one with the likeliest name.
@@ -108,68 +108,37 @@ class _Cache:
             return self.opened[key]
 
 
-_row_groups = _Cache(2)
 _arrow_tables = _Cache(16)
 
 
-class _RowGroup:
-    """A window on one column of one row group: batches are decoded forwards and the last 128 MB of them are cached.
+BATCH, MOST_BATCH = 64, 128 << 20  # rows and bytes that are decoded at once
 
-    A writer may have put a whole file into one row group, so it is never decoded at once; readers that go forwards,
-    several threads among them, find their rows in the window, and one that goes far back starts the group again.
-    """
 
-    BATCH, CACHED = 64, 128 << 20  # rows, bytes
+def _column_bytes(group: Any, column: str) -> tuple[int, int]:
+    """Bytes of a column of a row group, decompressed and in the file."""
+    chunks = [group.column(i) for i in range(group.num_columns)]
+    chunks = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] == column]
+    return sum(c.total_uncompressed_size for c in chunks), sum(c.total_compressed_size for c in chunks)
 
-    def __init__(self, path: str, group: int, column: str) -> None:
-        parquet = _pyarrow("pyarrow.parquet")
-        self.file = parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
-        self.group, self.column = group, column
-        self.size_of_column = self._checked_size()
-        self.lock = threading.Lock()
-        self._restart()
 
-    def _checked_size(self) -> int:
-        """Bytes of the column once it is decompressed. Raises `ImageError` where its cells must be larger than is read, or
-        hardly anything of it is in the file: encoded images do not compress."""
-        facts = self.file.metadata.row_group(self.group)
-        chunks = [facts.column(i) for i in range(facts.num_columns)]
-        chunks = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] == self.column]
-        size, packed = (
-            sum(getattr(chunk, f"total_{kind}_size") for chunk in chunks) for kind in ("uncompressed", "compressed")
-        )
-        check_size(size // max(1, facts.num_rows))
-        if size > most_bytes() and size > 10 * packed:
-            raise ImageError(f"{packed:,} bytes decompress to {size >> 20:,} MB: these are no images")
-        return size
+def _rows_at_once(size: int) -> int:
+    """Rows of a block of a row group whose column has `size` bytes: a batch is laid out whole, and a dictionary may repeat
+    one large value in every row."""
+    return max(1, min(BATCH, MOST_BATCH // max(1, size)))
 
-    def _restart(self) -> None:
-        # a batch is laid out whole, and a dictionary may repeat one large value in every row
-        rows = max(1, min(self.BATCH, self.CACHED // max(1, self.size_of_column)))
-        self.window: deque[tuple[int, Any]] = deque()  # (first row, values)
-        self.size = self.next = 0
-        self.failed: Exception | None = None
-        self.batches = self.file.iter_batches(rows, row_groups=[self.group], columns=[self.column], use_threads=False)
 
-    def value(self, row: int) -> Any:
-        with self.lock:
-            if self.window and row < self.window[0][0]:
-                self._restart()
-            while row >= self.next:
-                if self.failed is not None:
-                    raise self.failed
-                try:
-                    values = next(self.batches).column(0)
-                except Exception as error:
-                    self.failed = error  # and every later row with it
-                    raise
-                self.window.append((self.next, values))
-                self.next += len(values)
-                self.size += values.nbytes
-                while self.size > self.CACHED and len(self.window) > 1:
-                    self.size -= self.window.popleft()[1].nbytes
-            values_at = next((first, values) for first, values in reversed(self.window) if first <= row)
-        return values_at[1][row - values_at[0]].as_py()
+def _row_blocks(path: str, group: int, column: str) -> Iterator[tuple[Any, int]]:
+    """The column of a row group in blocks of rows: a writer may have put a whole file into one group, so it is never
+    decoded at once. Raises `ImageError` where its cells must be larger than is read, or hardly anything of it is in the
+    file: encoded images do not compress."""
+    file = _pyarrow("pyarrow.parquet").ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
+    facts = file.metadata.row_group(group)
+    size, packed = _column_bytes(facts, column)
+    check_size(size // max(1, facts.num_rows))
+    if size > most_bytes() and size > 10 * packed:
+        raise ImageError(f"{packed:,} bytes decompress to {size >> 20:,} MB: these are no images")
+    for batch in file.iter_batches(_rows_at_once(size), row_groups=[group], columns=[column], use_threads=False):
+        yield batch.column(0), batch.column(0).nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,12 +148,14 @@ class _ParquetCell:
     column: str
     group: int
     row: int  # in its group
+    at_once: int  # rows of a block
 
     def read(self) -> bytes:
         key = (self.path, self.stamp, self.column, self.group)
+        number, row = divmod(self.row, self.at_once)
         try:
-            group = _row_groups.get(key, lambda: _RowGroup(self.path, self.group, self.column))
-            value = group.value(self.row)
+            values = FORWARD.block(key, number, lambda: _row_blocks(self.path, self.group, self.column))
+            value = values[row].as_py()
         except ImageError:
             raise
         except Exception as error:  # pyarrow raises as many kinds as decoders do
@@ -220,6 +191,7 @@ class _Table(Part):
 
 @dataclass
 class Parquet(_Table):
+    sizes: list[int]  # bytes of the column in each row group
     kind: str = "parquet"
 
     @classmethod
@@ -232,14 +204,19 @@ class Parquet(_Table):
                 if min(groups, default=0) < 0 or sum(groups) > os.path.getsize(path):
                     raise ValueError(f"{sum(groups):,} rows in {os.path.getsize(path):,} bytes")
                 image_column = _image_column(path, schema, wanted)
+                sizes = [_column_bytes(facts.row_group(g), image_column)[0] for g in range(facts.num_row_groups)]
         except DinoError:
             raise
         except Exception as error:
             raise ImageError(_table_reason(error, path)) from None
-        return cls(str(path), name, stamp, image_column, groups)
+        return cls(str(path), name, stamp, image_column, groups, sizes)
 
     def place_of(self, i: int) -> Place:
-        return _ParquetCell(self.path, self.stamp, self.column, *self._group(i))
+        group, row = self._group(i)
+        return _ParquetCell(self.path, self.stamp, self.column, group, row, _rows_at_once(self.sizes[group]))
+
+    def forward_runs(self) -> list[tuple[int, int]]:
+        return list(zip(self.rows, self.sizes))
 
 
 def _arrow_batches(path: str) -> tuple[list[Any], Any, str]:

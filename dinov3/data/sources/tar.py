@@ -5,15 +5,15 @@ from __future__ import annotations
 import gzip
 import os
 import tarfile
-import threading
 import zlib
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dinov3.data.images import HEAD, check_size, image_suffix, is_image_header, most_bytes, os_reason
-from dinov3.data.sources.items import COMPANIONS, Names, Part, Place, Unreadable, first_bytes, storable
+from dinov3.data.sources.items import COMPANIONS, FORWARD, Names, Part, Place, Unreadable, first_bytes, storable
 from dinov3.errors import ImageError
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -46,12 +46,28 @@ class _Span:
         return data
 
 
-_here = threading.local()  # the compressed tar that this thread is reading
+PACKED_BLOCK = 1 << 20  # bytes of what a .tar.gz decompresses to
+
+
+def _unpacked(path: str) -> Iterator[tuple[bytes, int]]:
+    """Blocks of what a .tar.gz decompresses to, the last one shorter; what comes before damage is in the last."""
+    with gzip.open(path, "rb") as stream:
+        while True:
+            block = bytearray()
+            try:
+                while len(block) < PACKED_BLOCK and (more := stream.read1(PACKED_BLOCK - len(block))):
+                    block += more
+            except (OSError, EOFError, zlib.error):
+                yield bytes(block), len(block)
+                raise
+            yield bytes(block), len(block)
+            if len(block) < PACKED_BLOCK:
+                return
 
 
 @dataclass(frozen=True, slots=True)
 class _PackedSpan:
-    """Bytes inside what a .tar.gz decompresses to. The thread's stream stays open, so reading forwards decompresses once."""
+    """Bytes inside what a .tar.gz decompresses to."""
 
     path: str
     offset: int
@@ -59,16 +75,15 @@ class _PackedSpan:
     stamp: str
 
     def read(self) -> bytes:
-        key = (os.getpid(), self.path, self.stamp)  # a forked child shares the file's position: it must open its own
+        data, number, start = b"", self.offset // PACKED_BLOCK, self.offset % PACKED_BLOCK
         try:
-            if getattr(_here, "key", None) != key:
-                _here.key, _here.stream = None, None
-                _here.stream = gzip.open(self.path, "rb")  # noqa: SIM115  (kept open between calls)
-                _here.key = key
-            _here.stream.seek(self.offset)
-            data = _here.stream.read(self.size)
+            while len(data) < self.size:
+                block = FORWARD.block((self.path, self.stamp), number, lambda: _unpacked(self.path))
+                data += block[start : start + self.size - len(data)]
+                number, start = number + 1, 0
+        except StopIteration:
+            pass
         except (OSError, EOFError, zlib.error) as error:
-            _here.key = None
             if isinstance(error, OSError) and error.errno is not None:
                 raise ImageError(os_reason(error, self.path)) from None
             raise ImageError(f"truncated or damaged tar.gz: {error}") from None
@@ -179,6 +194,9 @@ class Tar(Part):
 
     def __len__(self) -> int:
         return len(self.members) + len(self.broken)
+
+    def forward_runs(self) -> list[tuple[int, int]]:
+        return [(len(self), sum(self.sizes))] if self.packed else []
 
     def path_of(self, i: int) -> str:
         n = len(self.members)
