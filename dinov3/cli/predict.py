@@ -336,8 +336,10 @@ def predict_each(
 
 def _each(sources: list[Any], results: Path | None) -> Iterator[tuple[str, Item]]:
     """Every image once, by its absolute path, however often it was named; none of an earlier run's `results`."""
+    from dinov3.data.sources.items import storable
+
     seen: set[str] = set()
-    inside = None if results is None else os.path.join(os.path.abspath(results), "")
+    inside = None if results is None else storable(os.path.join(os.path.abspath(results), ""))
     for source in sources:
         for item in source:
             path = os.path.join(source.root, item.path)

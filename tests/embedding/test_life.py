@@ -191,6 +191,18 @@ def test_a_member_of_a_container_is_gone_with_it_and_an_escaped_name_is_not(tmp_
         assert not is_gone(str(tmp_path / "caf\\xe9.jpg"))
 
 
+def test_a_folder_whose_name_is_no_utf8_is_embedded_and_moved(model, photos, tmp_path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    shutil.copytree(photos, folder)
+    life = Life(model, tmp_path / "store")
+    assert counts(life.embed(folder)) == {"embedded": N}
+    assert counts(life.embed(folder)) == {"skipped": N}
+    folder.rename(tmp_path / "elsewhere")
+    with EmbeddingStore.open(life.uri) as store:
+        assert manage.prune(store) == ([], {str(tmp_path / "caf\\xe9"): N})
+    assert counts(life.embed(tmp_path / "elsewhere")) == {"moved": N}
+
+
 def test_many_moves_are_committed_together(life, photos, monkeypatch) -> None:
     monkeypatch.setattr(pipeline, "ASIDE", 5)
     for path in sorted(photos.rglob("*.jpg")):

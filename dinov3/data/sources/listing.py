@@ -51,7 +51,7 @@ class Source(Protocol):
     name: str
     kind: str
     skipped: int  # files and members that are no images
-    root: str  # absolute folder that items' paths are relative to
+    root: str  # absolute folder that items' paths are relative to, `storable` as they are
 
     @property
     def folders(self) -> list[str]:
@@ -298,7 +298,8 @@ class _Listing:
         parts += self.containers
         kinds += dict.fromkeys(p.kind for p in self.containers)
         whole = [k for k in kinds if k != "broken"] or kinds
-        source = _Listed(name, whole[0] if len(whole) == 1 else "mixed", self.skipped, self.root, parts, self.folders)
+        kind, root = whole[0] if len(whole) == 1 else "mixed", storable(self.root)
+        source = _Listed(name, kind, self.skipped, root, parts, self.folders)
         if len(source) == 0:
             raise DinoError(self._emptiness(name))
         if self.column is not None and not self.used_column:
@@ -321,7 +322,7 @@ class _Listing:
 
     def folder(self, prefix: str = "") -> None:
         """The folder `prefix` ("" or ending in a slash) of the root."""
-        self.folders.append(os.path.normpath(os.path.join(self.root, prefix)))
+        self.folders.append(storable(os.path.normpath(os.path.join(self.root, prefix))))
         containers: list[tuple[str, Path]] = []
 
         def unlisted(folder: str, reason: str) -> None:
