@@ -5,7 +5,8 @@
     ckpt/.<it>.partial/    one being written, or left behind by a crash: removed at the next start
 
 `<it>` is the number of the finished iteration, counted from 0. A checkpoint is written under its temporary name by all
-ranks, reaches the disk, and is renamed by one: a directory with a number for a name is whole. The tensors are one flat
+ranks, reaches the disk, and is renamed by one: a directory with a number for a name is whole. Where training goes on, the
+tensors are copied and written in the background, one checkpoint at a time. The tensors are one flat
 dictionary of plain names, so a checkpoint does not depend on how many ranks wrote it, nor on wrapping.
 
 torch reads `.metadata` with plain pickle, which runs any code in it; here only the few classes that it needs are allowed.
@@ -24,7 +25,9 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, TypeVar
 
@@ -41,6 +44,9 @@ from dinov3 import distributed, files
 from dinov3.distributed import Group
 from dinov3.errors import DinoError, UnsafeFile, WeightsError
 from dinov3.optim import plain_name
+
+# from the thread that writes, where `quiet` does not reach
+warnings.filterwarnings("ignore", "torch.distributed is disabled", module=r"torch\.distributed\.checkpoint")
 
 STATE_FILE = "state.json"
 Tensors = dict[str, Tensor]
@@ -66,6 +72,18 @@ class Checkpoints:
         self.folder, self.group = Path(folder), group
         self.max_to_keep, self.keep_every = max_to_keep, keep_every
         self.writer = distributed.rank(group) == 0
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: tuple[int, Future[None]] | None = None
+        self._background_group: Group = None
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.finish()
+        else:  # perhaps on this rank alone: the others are not waited for
+            self._wait()
 
     def all(self) -> list[tuple[int, Path]]:
         """(iteration, path) of every whole checkpoint, oldest first."""
@@ -76,6 +94,7 @@ class Checkpoints:
 
     def latest(self) -> Path | None:
         """The one to resume from; the same on every rank, whatever their file systems show."""
+        self.finish()
         known = self.all()
         name = distributed.gather_objects(known[-1][1].name if known else None, self.group)[0]
         return None if name is None else self.folder / name
@@ -129,12 +148,14 @@ class Checkpoints:
         distributed.barrier(self.group)
         return sorted(removed)
 
-    def save(self, iteration: int, tensors: Tensors, state: Mapping[str, Any]) -> Path:
+    def save(self, iteration: int, tensors: Tensors, state: Mapping[str, Any], *, wait: bool = True) -> Path:
         """Writes a checkpoint, then deletes those that are too many. All ranks call; returns its path.
 
         `tensors`: parameters, buffers, optimiser state; sharded ones each rank its part. `state`: JSON, of rank 0.
-        Tensors that are not finite are refused: what is on the disk stays better than what is in memory.
+        Tensors that are not finite are refused: what is on the disk stays better than what is in memory. Without `wait`
+        the tensors are copied to the CPU's memory, and it is there only after `finish` (or the next `save`).
         """
+        self.finish()
         bad = not_finite(tensors, self.group)
         if bad:
             more = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
@@ -146,34 +167,62 @@ class Checkpoints:
             with files.atomically(partial / STATE_FILE) as file:
                 file.write_text(json.dumps(dict(state)), encoding="utf-8")
         distributed.barrier(self.group)
+        writing: dict[str, Any] = {
+            "storage_writer": FileSystemWriter(partial, overwrite=True),
+            "no_dist": not distributed.together(),
+        }
+        with quiet():
+            if wait:
+                with self._sentence(iteration):
+                    dcp.save(tensors, process_group=self.group, **writing)
+                self._complete(target, partial)
+            else:
+                if self._background_group is None:  # collectives of two threads must not meet in one group
+                    self._background_group = distributed.twin(self.group)
+                written: Any = dcp.async_save(tensors, process_group=self._background_group, **writing)
+                self._pending = iteration, self._pool.submit(lambda: self._complete(target, partial, written.result()))
+        if wait:
+            distributed.barrier(self.group)
+        return target
+
+    def finish(self) -> None:
+        """Waits until a checkpoint that is written in the background is there. All ranks call."""
+        if self._wait():
+            distributed.barrier(self.group)
+
+    def _wait(self) -> bool:
+        """Waits for this rank's part; whether there was one."""
+        if self._pending is None:
+            return False
+        (iteration, written), self._pending = self._pending, None
+        with self._sentence(iteration):
+            written.result()
+        return True
+
+    @contextmanager
+    def _sentence(self, iteration: int) -> Iterator[None]:
         try:
-            with quiet():
-                dcp.save(
-                    tensors,
-                    storage_writer=FileSystemWriter(partial, overwrite=True),
-                    process_group=self.group,
-                    no_dist=not distributed.together(),
-                )
+            yield
         except CheckpointException as error:  # the same one on all ranks
             rank, (cause, _) = next(iter(error.failures.items()))
             raise DinoError(
                 f"the checkpoint of iteration {iteration} could not be written (rank {rank}: {cause!r}); "
                 f"older ones in {self.folder} are as they were"
             ) from error
-        distributed.barrier(self.group)
+
+    def _complete(self, target: Path, partial: Path, _: object = None) -> None:
+        """All ranks have written: the checkpoint gets its name, and those that are too many go."""
         if self.writer:
-            old = self.folder / f".{iteration}.old"
+            old = self.folder / f".{target.name}.old"
             shutil.rmtree(old, ignore_errors=True)
             if target.exists():
                 target.rename(old)
             partial.rename(target)
             files.sync(self.folder)
             shutil.rmtree(old, ignore_errors=True)
-            if self.keep_every is not None and (iteration + 1) % self.keep_every == 0:
+            if self.keep_every is not None and (int(target.name) + 1) % self.keep_every == 0:
                 self._keep(target)
             self._prune()
-        distributed.barrier(self.group)
-        return target
 
     def _keep(self, target: Path) -> None:
         copy, partial = target.with_name(f"{target.name}_keep"), target.with_name(f".{target.name}_keep.partial")

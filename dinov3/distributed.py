@@ -219,6 +219,13 @@ def subgroup(parts: Sequence[Sequence[int]]) -> Group:
     return own
 
 
+def twin(group: Group = None) -> Group:
+    """The processes of `group` once more, for collectives on the CPU in another thread; None for a single process."""
+    if not together():
+        return None
+    return dist.new_group(dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True)
+
+
 # ---- reductions ----------------------------------------------------------------------------------------------------
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
 import random
+import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from ranks import run_ranks
 from torch import Tensor, nn
 from toy_training import write_config, write_images
 
-from dinov3 import checkpoint
+from dinov3 import checkpoint, distributed
 from dinov3.checkpoint import Checkpoints
 from dinov3.errors import DinoError, UnsafeFile
 
@@ -327,6 +330,48 @@ def test_the_optimiser_resumes_bit_identical(tmp_path: Path) -> None:
     assert torch.equal(model.weight, again.weight)
 
 
+def test_a_checkpoint_in_the_background_counts_when_it_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, write = threading.Event(), checkpoint.FileSystemWriter.write_data
+
+    def slow(*arguments: Any) -> Any:
+        assert go_on.wait(30)
+        return write(*arguments)
+
+    kept, tensors = Checkpoints(tmp_path, max_to_keep=2), some(1.0)
+    kept.save(1, tensors, {})
+    monkeypatch.setattr(checkpoint.FileSystemWriter, "write_data", slow)
+    assert kept.save(2, tensors, {"iteration": 2}, wait=False) == tmp_path / "2"
+    tensors["model.weight"].fill_(7)  # training goes on
+    assert names(tmp_path) == [".2.partial", "1"]
+    assert [it for it, _ in Checkpoints(tmp_path).all()] == [1]
+    shutil.copytree(tmp_path, crashed := tmp_path.with_name("crashed"))
+    assert Checkpoints(crashed).clean() == [".2.partial"]
+    go_on.set()
+    assert kept.latest() == tmp_path / "2"
+    assert names(tmp_path) == ["1", "2"]
+    assert checkpoint.read_tensors(tmp_path / "2")["model.weight"][0, 0] == 1
+    with kept:
+        kept.save(3, tensors, {}, wait=False)
+    assert names(tmp_path) == ["2", "3"]
+
+
+def test_a_failure_in_the_background_is_raised_at_the_next_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    kept = Checkpoints(tmp_path)
+    kept.save(1, some(1.0), {})
+    monkeypatch.setattr(checkpoint.FileSystemWriter, "write_data", full)
+    kept.save(2, some(2.0), {}, wait=False)
+    with pytest.raises(DinoError, match=r"checkpoint of iteration 2 could not be written.*No space left"):
+        kept.save(3, some(3.0), {}, wait=False)
+    assert kept.latest() == tmp_path / "1"
+
+
 def _save_sharded(folder: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
@@ -336,6 +381,11 @@ def _save_sharded(folder: str) -> None:
     tiny = distribute_tensor(torch.ones(1, 4), mesh, [Shard(0)])  # fewer rows than ranks
     kept = Checkpoints(folder)
     kept.save(3, {"odd": odd, "tiny": tiny}, {"random": checkpoint.random_states()})
+    kept.save(2, {"odd": odd + 1}, {}, wait=False)
+    distributed.all_reduce(torch.ones(3))  # training goes on meanwhile
+    kept.finish()
+    checkpoint.load(Path(folder) / "2", {"odd": (later := distribute_tensor(torch.zeros(5, 3), mesh, [Shard(0)]))})
+    assert torch.equal(later.full_tensor(), torch.arange(15.0).view(5, 3) + 1)
     bad = distribute_tensor(torch.tensor([1.0, 2.0, float("nan"), 4.0]), mesh, [Shard(0)])  # on the second rank only
     with pytest.raises(DinoError, match="bad hold"):
         kept.save(4, {"bad": bad}, {})

@@ -171,15 +171,16 @@ class Trainer:
             tensors |= checkpoint.module_tensors(m.gram_teacher, "model.gram_teacher.")
         return tensors | checkpoint.optimizer_tensors(self.optimizer, m.student)
 
-    def save(self, iteration: int) -> Path:
+    def save(self, iteration: int, *, wait: bool = True) -> Path:
         state = {
             "iteration": iteration,
             "loader": {"consumed": self.consumed},
             "random": checkpoint.random_states(self.group),
         }
         began = time.perf_counter()
-        path = self.checkpoints.save(iteration, self.tensors(), state)
-        self.run.log(f"iteration {iteration}: saved {path} ({time.perf_counter() - began:.1f} s)")
+        path = self.checkpoints.save(iteration, self.tensors(), state, wait=wait)
+        what = "saved" if wait else "saving"  # in the background
+        self.run.log(f"iteration {iteration}: {what} {path} ({time.perf_counter() - began:.1f} s)")
         return path
 
     def saved_at(self, iteration: int) -> bool:

@@ -62,7 +62,7 @@ def loop(trainer: Trainer, first: int) -> Outcome:
     progress = Progress(
         run, total=total, images_per_step=t.global_batch, first=first, every=c.run.log_every, device=t.device
     )
-    with StopRequest(c.run.time_limit_minutes) as stop:
+    with StopRequest(c.run.time_limit_minutes) as stop, t.checkpoints:
         batches = iter(t.loader)
         for it in range(first, total):
             last = it + 1 == total
@@ -95,7 +95,7 @@ def loop(trainer: Trainer, first: int) -> Outcome:
             if t.knn_due(it, last):
                 outcome.knn[it] = t.evaluate(it)
             if due(it, c.checkpointing.period) or last or stopping:
-                outcome.checkpoint = t.save(it)
+                outcome.checkpoint = t.save(it, wait=last or stopping)
             if stopping and not last:
                 break
         conclude(outcome, t, first, stop)

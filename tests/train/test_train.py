@@ -363,9 +363,9 @@ def test_waiting_for_data_is_all_that_is_called_so(
         self.loader.waited_s += 10
         return fetch(self, batches, stop)
 
-    def slow_save(self: Any, iteration: int) -> Path:
+    def slow_save(self: Any, iteration: int, **options: Any) -> Path:
         time.sleep(0.5)
-        return save(self, iteration)
+        return save(self, iteration, **options)
 
     monkeypatch.setattr(assembly.Trainer, "fetch", slow_fetch)
     monkeypatch.setattr(assembly.Trainer, "save", slow_save)
