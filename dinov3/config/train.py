@@ -264,7 +264,7 @@ class EvaluationConfig:
     knn_temperature: float = setting(0.07, above=0)
     knn_image_size: int = setting(224, above=0)
     knn_batch_size: int = setting(64, above=0)
-    knn_max_images: int | None = None  # at most that many of each data set
+    knn_max_images: int | None = setting(50_000, above=0)  # at most that many of each data set, of all classes
 
 
 @dataclass

@@ -7,6 +7,7 @@ activity. Every process takes its share of the images; the result is the same on
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,11 +16,26 @@ from torch import Tensor, nn
 from dinov3 import distributed
 from dinov3.config.train import EvaluationConfig, TrainConfig
 from dinov3.data.datasets import make_dataset
+from dinov3.data.datasets.base import ImageDataset
 from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.distributed import Group
 from dinov3.errors import DinoError
 from dinov3.features import batched, extract
 from dinov3.neighbours import knn_accuracy
+from dinov3.parallel import precision
+
+
+@lru_cache(maxsize=4)
+def labelled_images(source: str, most: int | None) -> tuple[ImageDataset, list[int]]:
+    """A data set, listed once in a run, and the numbers of at most so many of its labelled images."""
+    data = make_dataset(source)
+    labelled = [i for i in range(len(data)) if data.label(i) is not None]
+    if not labelled:
+        raise DinoError(f"{source} has no labels, and k-NN needs them: one sub-folder for each class")
+    if most is not None and len(labelled) > most:
+        step = len(labelled) / most  # spread over the classes, which lie in order
+        labelled = [labelled[math.floor(i * step)] for i in range(most)]
+    return data, labelled
 
 
 def features_of(
@@ -27,13 +43,7 @@ def features_of(
 ) -> tuple[Tensor, Tensor]:
     """CLS tokens [N, D] and labels [N] of a labelled data set."""
     e: EvaluationConfig = config.evaluation
-    data = make_dataset(source)
-    labelled = [i for i in range(len(data)) if data.label(i) is not None]
-    if not labelled:
-        raise DinoError(f"{source} has no labels, and k-NN needs them: one sub-folder for each class")
-    if e.knn_max_images is not None and len(labelled) > e.knn_max_images:
-        step = len(labelled) / e.knn_max_images  # spread over the classes, which lie in order
-        labelled = [labelled[math.floor(i * step)] for i in range(e.knn_max_images)]
+    data, labelled = labelled_images(source, e.knn_max_images)
     # sharded weights are gathered by all ranks together, so all of them run equally many batches
     rank, world = distributed.rank(group), distributed.world(group)
     each = -(-len(labelled) // world)
@@ -43,8 +53,10 @@ def features_of(
     preprocessing = Preprocessing(
         size=e.knn_image_size, multiple=stride, mean=(mean[0], mean[1], mean[2]), std=(std[0], std[1], std[2])
     )
-    batches = batched(share, preprocessing, e.knn_batch_size, workers=4, read=lambda i: data[i][0])
-    cls = torch.cat([f.cls for f in extract(backbone, batches, preprocessing=preprocessing)])
+    workers = max(1, config.train.num_workers)
+    batches = batched(share, preprocessing, e.knn_batch_size, workers=workers, read=lambda i: data[i][0])
+    with precision(device, config.compute_precision.param_dtype):
+        cls = torch.cat([f.cls for f in extract(backbone, batches, preprocessing=preprocessing)])
     labels = torch.tensor([int(data.label(i) or 0) for i in share], device=device)
     number = torch.tensor([rank + i * world for i in range(each)], device=device)
     cls, labels, number = (distributed.all_gather(x.clone(), group) for x in (cls, labels, number))

@@ -28,6 +28,7 @@ from dinov3.export.convert import convert
 from dinov3.neighbours import knn_accuracy
 from dinov3.runlog import read_metrics
 from dinov3.train import assembly, teacher_files
+from dinov3.train import knn as knn_module
 from dinov3.train import loop as loop_module
 from dinov3.train.loop import Outcome
 from dinov3.train.stopping import StopRequest
@@ -593,7 +594,13 @@ def test_knn_votes_by_similarity() -> None:
     assert knn_accuracy(train, labels, test, truth, k=5) == pytest.approx(2 / 3)  # similarity outvotes the majority
 
 
-def test_knn_is_recorded_beside_the_losses(toy: str, images: Path, tmp_path: Path) -> None:
+def test_knn_is_recorded_beside_the_losses(
+    toy: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed: list[str] = []
+    make = knn_module.make_dataset
+    monkeypatch.setattr(knn_module, "make_dataset", lambda source: (listed.append(source), make(source))[1])
+    knn_module.labelled_images.cache_clear()
     outcome = run(
         toy,
         images,
@@ -605,6 +612,7 @@ def test_knn_is_recorded_beside_the_losses(toy: str, images: Path, tmp_path: Pat
         "evaluation.knn_k=1",
     )
     assert outcome.knn == {3: 1.0, 7: 1.0}  # every image is its own nearest neighbour
+    assert listed == [str(images)]  # once, whatever is measured how often
     assert [r["iteration"] for r in read_metrics(tmp_path / "metrics.jsonl") if "knn_accuracy" in r] == [3, 7]
 
 
