@@ -368,8 +368,18 @@ def local(x: Tensor) -> Tensor:
 class AdamW(torch.optim.AdamW):
     """AdamW over this rank's shards: it works element by element, so the kernel may run on them without DTensor's dispatch.
 
-    Its state is sharded as the parameters are, for checkpoints.
+    Its state is sharded as the parameters are, for checkpoints. `found_inf`, a float tensor, leaves everything as it is in a
+    step where it is 1, without the host's knowing.
     """
+
+    found_inf: Tensor | None = None
+
+    def step(self, closure: Any = None) -> Any:
+        if self.found_inf is not None and not self.param_groups[0]["fused"]:  # only the fused kernel reads it
+            if bool(self.found_inf):
+                return None
+            self.found_inf = None
+        return super().step(closure)
 
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
         has_complex = super()._init_group(group, *lists)
@@ -379,15 +389,13 @@ class AdamW(torch.optim.AdamW):
 
 
 def build_optimizer(modules: Mapping[str, nn.Module], optim: OptimConfig) -> AdamW:
-    """AdamW, eps 1e-8, with the fused kernel; rates and decays are 0 until `apply_schedules` writes them.
-
-    `optimizer.found_inf`, a float tensor, leaves everything as it is in a step where it is 1: no one waits to know.
-    """
+    """AdamW, eps 1e-8, with the fused kernel on CUDA and CPU; rates and decays are 0 until `apply_schedules` writes them."""
     groups = param_groups(modules, optim)
     if not groups:
         raise DinoError("no parameter needs a gradient: there is nothing to train")
+    fused = {p.device.type for group in groups for p in group["params"]} <= {"cuda", "cpu"}
     betas = (optim.adamw_beta1, optim.adamw_beta2)
-    return AdamW(groups, lr=0.0, betas=betas, eps=1e-8, weight_decay=0.0, fused=True)
+    return AdamW(groups, lr=0.0, betas=betas, eps=1e-8, weight_decay=0.0, fused=fused or None)
 
 
 def apply_schedules(optimizer: torch.optim.Optimizer, values: StepValues) -> None:

@@ -225,7 +225,8 @@ class Progress:
             …
             progress.stepped(it, schedules.at(it).fields(), {"total_loss": loss, …})
 
-    Values may be tensors on the device; they are not read before the line is due. Several processes: reduce first.
+    Values may be tensors on the device; they are not read before the line is due, and then all at once. Those that are not
+    finite are left out of the means. Several processes: reduce first.
     """
 
     def __init__(
@@ -244,19 +245,34 @@ class Progress:
         self.timed_from, self.timed_steps = self.began, 0  # for the ETA: without the first step, which compiles
         self.waits: list[float] = []
         self.steps: list[float] = []
-        self.terms: dict[str, list[Tensor]] = {}
+        self.terms: dict[str, list[Number]] = {}
 
     def fetched(self, waited: float | None = None) -> None:
         """The data of a step is here, after `waited` seconds; without a number, what passed since the last step."""
         self.waits.append(time.perf_counter() - self.last if waited is None else waited)
 
+    def due(self, iteration: int) -> bool:
+        """Whether a line is logged after this iteration."""
+        return iteration % self.every == 0 or iteration + 1 >= self.total
+
+    def means(self) -> dict[str, float]:
+        """The terms since the last line, each averaged over its finite values."""
+        tensors = [v for values in self.terms.values() for v in values if isinstance(v, Tensor)]
+        read = iter(torch.stack(tensors).tolist() if tensors else [])
+        means = {}
+        for name, values in self.terms.items():
+            numbers = [next(read) if isinstance(v, Tensor) else float(v) for v in values]
+            finite = [v for v in numbers if math.isfinite(v)]
+            if finite:
+                means[name] = sum(finite) / len(finite)
+        return means
+
     def stepped(self, iteration: int, schedules: Mapping[str, float], terms: Mapping[str, Number]) -> dict[str, float]:
         """An iteration is over. The record, if a line was due, else an empty dict."""
         for name, value in terms.items():
-            tensor = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value))
-            self.terms.setdefault(name, []).append(tensor.float())
-        due = iteration % self.every == 0 or iteration + 1 >= self.total
-        means = {name: float(torch.stack(values).mean()) for name, values in self.terms.items()} if due else {}
+            self.terms.setdefault(name, []).append(value.detach().float() if isinstance(value, Tensor) else value)
+        due = self.due(iteration)
+        means = self.means() if due else {}
         now = time.perf_counter()  # after the device was waited for
         self.steps.append(now - self.last)
         self.last = now

@@ -26,13 +26,35 @@ from dinov3.data.masking import MaskConfig
 from dinov3.distributed import Group
 from dinov3.errors import DinoError
 from dinov3.models.fp8 import convert_to_fp8
-from dinov3.optim import StepValues, build_optimizer, build_schedules
+from dinov3.optim import AdamW, StepValues, build_optimizer, build_schedules
 from dinov3.parallel import DTYPES, parallelize
 from dinov3.runlog import RunDir
 from dinov3.train import teacher_files
 from dinov3.train.knn import knn
 from dinov3.train.method import Network, SelfDistillation, build_network, copy_weights
 from dinov3.train.stopping import StopRequest
+
+
+class Verdict:
+    """An iteration's numbers, on the device, and two flags that are on their way to the host."""
+
+    def __init__(self, iteration: int, log: dict[str, Tensor], norms: dict[str, Tensor], bad: Tensor, stop: Tensor):
+        """log: terms averaged over batches and ranks; norms: of the gradients; bad: 1 where one of them is not finite;
+        stop: above 0 where a rank requests a stop."""
+        self.iteration, self.log, self.norms, self.bad = iteration, log, norms, bad
+        self.flags, self.arrived = torch.stack([bad, stop]), None
+        if bad.is_cuda:
+            host = torch.empty(2, pin_memory=True)
+            self.flags = host.copy_(self.flags, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self) -> tuple[bool, bool]:
+        """(whether all was finite, whether a stop was requested); an iteration later nobody waits for it."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        bad, stop = self.flags.tolist()
+        return bad == 0, stop > 0
 
 
 @dataclass
@@ -43,7 +65,7 @@ class Trainer:
     run: RunDir
     device: torch.device
     method: SelfDistillation
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamW
     schedules: Any
     loader: CropLoader
     checkpoints: Checkpoints
@@ -102,21 +124,17 @@ class Trainer:
     # -- numbers
 
     def agree(
-        self, logs: list[dict[str, Tensor]], norms: dict[str, Tensor], stop: StopRequest
-    ) -> tuple[dict[str, Tensor], bool, bool]:
-        """(terms averaged over batches and ranks, whether all is finite, whether any rank requests a stop).
-
-        One collective and one wait for the device in an iteration.
-        """
+        self, iteration: int, logs: list[dict[str, Tensor]], norms: dict[str, Tensor], stop: StopRequest
+    ) -> Verdict:
+        """What all ranks find out about an iteration: one collective, and no wait for the device."""
         names = list(logs[0])
         mean = torch.stack([torch.stack([log[n].float() for n in names]) for log in logs]).mean(0)
-        stopping = mean.new_tensor([float(stop.requested())])
+        stopping = torch.full_like(mean[:1], float(stop.requested()))
         mean, stopping = distributed.all_reduce(torch.cat([mean, stopping]), "mean", self.group).split([len(names), 1])
         if self.multi_student:
             stopping = distributed.all_reduce(stopping, "max")  # students stop together
-        finite = torch.isfinite(torch.stack([mean[0], *(n.float() for n in norms.values())])).all().float()
-        ok, stop_all = torch.stack([finite, stopping[0]]).tolist()
-        return dict(zip(names, mean.unbind())), bool(ok), stop_all > 0
+        finite = torch.isfinite(torch.stack([mean[0], *(n.float() for n in norms.values())])).all()
+        return Verdict(iteration, dict(zip(names, mean.unbind())), norms, 1 - finite.float(), stopping[0])
 
     def fields(self, log: dict[str, Tensor], norms: dict[str, Tensor], values: StepValues) -> dict[str, Any]:
         """A step's numbers under the names, and in the order, of the reference's metrics file."""

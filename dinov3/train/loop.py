@@ -1,7 +1,9 @@
 """The training loop: fetch, targets, predict, backward, clip, step, EMA, Gram refresh, log, evaluate, save.
 
-A stop request (signal or time limit) ends it after the current iteration, with a checkpoint. A step whose loss or gradient
-is not finite is skipped, and after three in a row the run stops; no NaN reaches a checkpoint.
+A stop request (signal or time limit) ends it after the current iteration (on several ranks after the next), with a
+checkpoint. A step whose loss or gradient is not finite is skipped by the optimiser (the average moves, towards the student
+as it was); three in a row end the run, and no NaN reaches a checkpoint. Between backward pass and step nothing waits for
+the device: whether a step was finite is read in the next iteration, or at once where there is something to log or save.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from dinov3.errors import DinoError
 from dinov3.optim import StepValues, apply_schedules, clip_per_module
 from dinov3.parallel import precision, reduce_gradients, reshard
 from dinov3.runlog import Progress, RunDir, plot
-from dinov3.train.assembly import Trainer, due
+from dinov3.train.assembly import Trainer, Verdict, due
 from dinov3.train.health import Health
 from dinov3.train.method import gram_active
 from dinov3.train.stopping import StopRequest
@@ -62,6 +64,7 @@ def loop(trainer: Trainer, first: int) -> Outcome:
     progress = Progress(
         run, total=total, images_per_step=t.global_batch, first=first, every=c.run.log_every, device=t.device
     )
+    unread: list[Verdict] = []
     with StopRequest(c.run.time_limit_minutes) as stop, t.checkpoints:
         batches = iter(t.loader)
         for it in range(first, total):
@@ -71,33 +74,37 @@ def loop(trainer: Trainer, first: int) -> Outcome:
             if logs is None:  # a stop was requested while waiting for data
                 break
             norms = clip_per_module(method.student.parts(), c.optim.clip_grad)
-            # all ranks see the same numbers and decide alike
-            log, finite, stopping = t.agree(logs, norms, stop)
-            if finite:
-                t.optimizer.step()
-                method.update_ema(values.momentum)
+            verdict = t.agree(it, logs, norms, stop)
+            t.optimizer.found_inf = verdict.bad
+            t.optimizer.step()  # changes nothing where something is not finite
+            method.update_ema(values.momentum)
             if method.refresh_gram(it):
                 run.log(f"iteration {it}: the Gram teacher is now a copy of the teacher")
-            count(outcome, t, it, finite)
-            logged = progress.stepped(it, values.fields(), t.fields(log, norms, values) if finite else {})
+            outcome.iterations, t.consumed = it + 1, t.loader.consumed
+            unread.append(verdict)
+            dumping = due(it, c.evaluation.eval_period_iterations) or (last and c.evaluation.eval_period_iterations > 0)
+            saving, evaluating = due(it, c.checkpointing.period) or last, t.knn_due(it, last)
+            # alone, a request is known at once; several ranks must read in the same iterations, and decide alike
+            stopping = distributed.world() == 1 and stop.requested()
+            reading = stopping or saving or dumping or evaluating or progress.due(it)
+            stopping |= settle(outcome, t, unread, leave=0 if reading else 1)
+            logged = progress.stepped(it, values.fields(), t.fields(verdict.log, norms, values))
             for warning in health.of(it, logged):
                 run.log(warning)
-            if not finite:
-                bad = f"{outcome.bad_steps} of {MAX_BAD_STEPS} in a row"
-                run.log(f"iteration {it}: {not_finite_names(log, norms)}; step skipped ({bad})")
             if has_error(outcome, t, it, bool(logged)) and not last:
                 stop.reason = "an error"
                 stopping = (
                     stopping or distributed.world() == 1
                 )  # with several ranks the others learn it in the next step
-            if due(it, c.evaluation.eval_period_iterations) or (last and c.evaluation.eval_period_iterations > 0):
+            if dumping:
                 t.dump(it)
-            if t.knn_due(it, last):
+            if evaluating:
                 outcome.knn[it] = t.evaluate(it)
-            if due(it, c.checkpointing.period) or last or stopping:
+            if saving or stopping:
                 outcome.checkpoint = t.save(it, wait=last or stopping)
             if stopping and not last:
                 break
+        settle(outcome, t, unread, leave=0)
         conclude(outcome, t, first, stop)
     if outcome.iterations > first:
         progress.close()
@@ -147,10 +154,23 @@ def gradients(
     return logs
 
 
-def count(outcome: Outcome, t: Trainer, it: int, finite: bool) -> None:
-    outcome.bad_steps = 0 if finite else outcome.bad_steps + 1
-    outcome.skipped_steps += not finite
-    outcome.iterations, t.consumed = it + 1, t.loader.consumed
+def settle(outcome: Outcome, t: Trainer, unread: list[Verdict], *, leave: int) -> bool:
+    """Reads what iterations came to, but for the last `leave`, so that the device need not be waited for: counts and logs
+    skipped steps. Whether a stop is requested."""
+    stopping = False
+    while len(unread) > leave:
+        verdict = unread.pop(0)
+        finite, requested = verdict.read()
+        stopping |= requested
+        outcome.bad_steps = 0 if finite else outcome.bad_steps + 1
+        outcome.skipped_steps += not finite
+        if not finite:
+            bad = f"{outcome.bad_steps} of {MAX_BAD_STEPS} in a row"
+            what = not_finite_names(verdict.log, verdict.norms)
+            t.run.log(f"iteration {verdict.iteration}: {what}; step skipped ({bad})")
+        if outcome.bad_steps == MAX_BAD_STEPS:
+            break  # the run ends here, whatever came after
+    return stopping
 
 
 def has_error(outcome: Outcome, t: Trainer, it: int, logged: bool) -> bool:

@@ -26,7 +26,7 @@ from dinov3.eval.arguments import ModelSection
 from dinov3.eval.session import open_model
 from dinov3.export.convert import convert
 from dinov3.neighbours import knn_accuracy
-from dinov3.runlog import read_metrics
+from dinov3.runlog import Progress, read_metrics
 from dinov3.train import assembly, teacher_files
 from dinov3.train import knn as knn_module
 from dinov3.train import loop as loop_module
@@ -296,13 +296,64 @@ def test_three_steps_in_a_row_that_are_not_finite_end_the_run_with_a_sentence(
     assert [it for it, _ in checkpoint.Checkpoints(tmp_path / "ckpt").all()] == [3]
 
 
+def test_steps_that_are_not_finite_are_noticed_an_iteration_later_where_nothing_is_logged(
+    toy: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned(monkeypatch, {2, 3, 6, 7, 8}, float("nan"))
+    quiet = ("run.log_every=1000", "checkpointing.period=1000")
+    with pytest.raises(DinoError, match=r"stopped at iteration 9: .*not finite 3 times"):
+        run(toy, images, tmp_path, *quiet)
+    log = (tmp_path / "log.txt").read_text()
+    assert [f"iteration {it}: total_loss nan" in log for it in range(10)] == [it in (2, 3, 6, 7, 8) for it in range(10)]
+    records = [r for r in read_metrics(tmp_path / "metrics.jsonl") if "total_loss" in r]
+    assert [r["iteration"] for r in records] == [0]
+
+
+def test_nothing_is_read_from_the_device_between_backward_pass_and_step(
+    toy: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from dinov3.optim import AdamW
+
+    reads: list[str] = []  # and "backward", "step" between them
+    clip, step, tolist, line = loop_module.clip_per_module, AdamW.step, torch.Tensor.tolist, Progress.means
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._local_scalar_dense.default:
+                reads.append("read")
+            return func(*args, **(kwargs or {}))
+
+    def noted(event: str, function: Any) -> Any:
+        return lambda *args: (reads.append(event), function(*args))[1]
+
+    monkeypatch.setattr(loop_module, "clip_per_module", noted("backward", clip))
+    monkeypatch.setattr(AdamW, "step", noted("step", step))
+    monkeypatch.setattr(torch.Tensor, "tolist", noted("read", tolist))
+    monkeypatch.setattr(Progress, "means", noted("line", line))
+    config = ("run.log_every=4", "checkpointing.period=1000", "student.drop_path_rate=0", "data.unreadable=stop")
+    with Reads():
+        run(toy, images, tmp_path, *config)
+    events = " ".join(reads[reads.index("backward") :])
+    assert events.count("backward step") == 12
+    # of the iteration before; all of a line at once
+    assert events.startswith(
+        "backward step read line read backward step backward step read backward step read backward"
+    )
+    assert "step read read line read backward" in events
+
+
 def test_a_gram_teacher_due_in_a_step_that_is_not_finite_comes_all_the_same(
     toy: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poisoned(monkeypatch, {5}, float("nan"))
     run(toy, images, tmp_path, *GRAM, "gram.it_load_ema_teacher=6", "gram.rep_update=false", "checkpointing.period=5")
     before, last = (tensors(tmp_path / "ckpt" / it) for it in ("4", "11"))
-    assert torch.equal(last["model.gram_teacher.backbone.cls_token"], before["model.model_ema.backbone.cls_token"])
+    # the student stays in such a step, and the average moves towards it
+    momentum = list(read_metrics(tmp_path / "metrics.jsonl"))[5]["mom"]
+    average, student = (before[f"model.{name}.backbone.cls_token"] for name in ("model_ema", "student"))
+    assert torch.equal(last["model.gram_teacher.backbone.cls_token"], torch.lerp(average, student, 1 - momentum))
 
 
 # ---- batches --------------------------------------------------------------------------------------------------------
