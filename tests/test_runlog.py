@@ -177,17 +177,21 @@ def test_a_line_every_so_often_with_means_since_the_last_one_and_schedules_of_th
     assert "[11/25]  eta 0:00:00  total 5.5  lr 10" in console.getvalue()
 
 
-def test_values_are_not_read_before_the_line_is_due(tmp_path, monkeypatch):
+def test_values_are_read_all_at_once_when_the_line_is_due(tmp_path, monkeypatch):
     run, _ = started(tmp_path)
     progress = Progress(run, total=100, images_per_step=1, every=10)
     progress.stepped(0, SCHEDULES, {"total_loss": torch.ones(())})
     read = []
-    monkeypatch.setattr(torch.Tensor, "__float__", lambda self: read.append(1) or 0.0)
+    monkeypatch.setattr(torch.Tensor, "__float__", lambda self: read.append("one") or 0.0)
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: read.append("all") or tolist(self))
+    terms = {"total_loss": torch.ones(()), "koleo_loss": torch.tensor(2.0), "weight": 0.5}
     for it in range(1, 10):
-        progress.stepped(it, SCHEDULES, {"total_loss": torch.ones(())})
+        progress.stepped(it, SCHEDULES, terms)
     assert read == []
-    progress.stepped(10, SCHEDULES, {"total_loss": torch.ones(())})
-    assert len(read) == 1
+    record = progress.stepped(10, SCHEDULES, {**terms, "koleo_loss": torch.tensor(math.nan)})  # left out of the mean
+    assert read == ["all"]
+    assert {name: record[name] for name in terms} == {"total_loss": 1.0, "koleo_loss": 2.0, "weight": 0.5}
 
 
 def test_time_is_divided_between_waiting_and_working(tmp_path, monkeypatch):
