@@ -29,7 +29,8 @@ import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from fractions import Fraction
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -37,6 +38,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dinov3.data.crops import CropBatch, CropConfig, Sample, collate, generator, render
+from dinov3.data.datasets.base import Mixture
 from dinov3.data.images import open_image
 from dinov3.data.masking import MaskConfig, batch_masks, mask_grid
 from dinov3.data.sources.items import Runs
@@ -163,6 +165,47 @@ class Order:
         return int(state[0]) % self.length
 
 
+@dataclass
+class MixedOrder:
+    """The stream over a mixture: each batch is drawn from one data set (paper §3: homogeneous batches of ImageNet among the
+    others), whose own `Order` it continues."""
+
+    images: Mixture
+    seed: int
+    batch: int  # images of all ranks
+
+    @cached_property
+    def orders(self) -> list[Order]:
+        return [Order(len(part), self.seed, getattr(part, "runs", None)) for part in self.images.parts]
+
+    @property
+    def length(self) -> int:
+        return len(self.images)
+
+    def _taken(self, step: int) -> tuple[int, int]:
+        """(data set, how many earlier steps took it): each is taken as evenly as its weight allows, exactly."""
+        rest = sum(self.images.weights, Fraction(0))
+        for part, weight in enumerate(self.images.weights[:-1]):
+            before, with_it = (n * weight // rest for n in (step, step + 1))
+            if with_it > before:
+                return part, int(before)
+            step, rest = step - int(before), rest - weight
+        return len(self.images.weights) - 1, step
+
+    def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        steps, within = np.divmod(np.asarray(positions, np.int64), self.batch)
+        epochs, indices = np.empty_like(steps), np.empty_like(steps)
+        for step in np.unique(steps).tolist():
+            here, (part, nth) = steps == step, self._taken(step)
+            epochs[here], found = self.orders[part].at(nth * self.batch + within[here])
+            indices[here] = found + self.images.starts[part]
+        return epochs, indices
+
+    def replacement(self, position: int, attempt: int) -> int:
+        part, _ = self._taken(position // self.batch)
+        return self.images.starts[part] + self.orders[part].replacement(position, attempt)
+
+
 def chosen_resolution(step: int, ratios: Sequence[float]) -> int:
     """Which of the resolutions a step uses: the reference's sequence, but as a function of the step."""
     if len(ratios) == 1:
@@ -198,7 +241,7 @@ class _Hopeless:
 class _Renderer(Dataset[Any]):
     """In the workers: a draw to its crops."""
 
-    def __init__(self, images: Images, configs: Sequence[CropConfig], order: Order):
+    def __init__(self, images: Images, configs: Sequence[CropConfig], order: Order | MixedOrder):
         self.images, self.configs, self.order = images, configs, order
 
     def __getitem__(self, draw: Draw) -> tuple[Draw, Sample] | _Hopeless:
@@ -299,7 +342,9 @@ class CropLoader:
             raise DinoError(
                 f"batch size {batch_size}, rank {rank} of {world}: need a positive size and 0 ≤ rank < world"
             )
-        self.order = Order(len(images), seed, getattr(images, "runs", None))
+        self.order: Order | MixedOrder = Order(len(images), seed, getattr(images, "runs", None))
+        if isinstance(images, Mixture):
+            self.order = MixedOrder(images, seed, batch_size * world)
         self.batch_size, self.rank, self.world = batch_size, rank, world
         self.consumed = 0
         self.wait_s = self.waited_s = 0.0

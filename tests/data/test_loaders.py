@@ -20,7 +20,7 @@ from PIL import Image
 from reference_orders import reference_epoch, reference_infinite, reference_sharded_infinite
 
 from dinov3.data.crops import CropBatch, CropConfig
-from dinov3.data.datasets import Folder
+from dinov3.data.datasets import Folder, make_dataset
 from dinov3.data.loading import CropLoader, Order, along, chosen_resolution, permuted
 from dinov3.data.masking import MaskConfig
 from dinov3.data.sources import tables, tar
@@ -301,6 +301,37 @@ def test_a_small_packed_source_is_cached_and_read_in_any_order(tmp_path: Path) -
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
         archive.addfile(tarfile.TarInfo("a.jpg"))
     assert Folder(tmp_path).runs is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mixtures
+
+
+def test_a_mixture_gives_whole_batches_of_each_data_set_by_weight(tmp_path: Path) -> None:
+    for name, n in (("web", 30), ("few", 6), ("more", 9)):
+        (tmp_path / name).mkdir()
+        for i in range(n):
+            (tmp_path / name / f"{i}.png").write_bytes(Toy(1).read(i))
+    images = make_dataset(f"{tmp_path}/web:0.7+Folder:root={tmp_path}/few:0.1+{tmp_path}/more:0.2")
+    assert len(images) == 45
+    order = loader(images, batch_size=3).order
+    _, indices = order.at(np.arange(3 * 200))
+    parts = np.searchsorted([30, 36], indices, side="right").reshape(200, 3)
+    assert (parts == parts[:, :1]).all()
+    assert np.bincount(parts[:, 0]).tolist() == [140, 20, 40]
+    assert [np.bincount(parts[s : s + 10, 0]).tolist() for s in (0, 50, 190)] == [[7, 1, 2]] * 3
+    few = indices[indices // 6 == 5]
+    assert sorted(few[:6].tolist()) == sorted(few[6:12].tolist()) == list(range(30, 36))  # epochs of its own
+    whole = first(12, loader(images, batch_size=2))
+    assert all(same(a, b) for a, b in zip(first(5, loader(images, batch_size=2, consumed=14)), whole[7:], strict=True))
+    halves = [first(12, loader(images, batch_size=1, rank=r, world=2)) for r in range(2)]
+    assert [[*a.indices, *b.indices] for a, b in zip(*halves)] == [list(batch.indices) for batch in whole]
+    assert {images.name(i).count(".png") for i in range(45)} == {1}
+
+
+def test_a_weight_of_nothing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DinoError, match="weight of a in a mixture is 0: leave it out"):
+        make_dataset("a:0+b:1")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

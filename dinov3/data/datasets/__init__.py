@@ -3,6 +3,7 @@
     ImageNet:split=TRAIN:root=/data/imagenet:extra=/data/imagenet-index
     ImageNet22k:root=/data/imagenet22k:extra=/data/imagenet22k-index
     Folder:root=/data/photos            or simply /data/photos: folder, list file, tar shards, Parquet, glob
+    /data/web:0.9+ImageNet:split=TRAIN:root=/data/imagenet:0.1          for training: every tenth batch from ImageNet alone
 
 A value may hold ":" and "=" (C:\\images, a=b/c): it ends only where ":key=" of a key follows. A data set offers
 
@@ -17,6 +18,7 @@ import importlib
 import os
 import re
 from collections.abc import Callable
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from dinov3.errors import DinoError, did_you_mean, one_of, only_known
@@ -54,6 +56,9 @@ KNOWN: dict[str, tuple[str, str]] = {
 }
 
 
+WEIGHT = r"\d*\.?\d+"
+
+
 def __getattr__(name: str) -> Any:
     if name in KNOWN:
         return getattr(importlib.import_module(f"{__name__}.{KNOWN[name][0]}"), name)
@@ -64,11 +69,22 @@ def make_dataset(
     text: str, *, transform: Callable[[Any], Any] | None = None, target_transform: Callable[[Any], Any] | None = None
 ) -> ImageDataset:
     """The data set that a line of text names. Raises `DinoError` with a sentence for every mistake in it."""
+    if re.fullmatch(rf"(?:.+?:{WEIGHT}\+)+.+?:{WEIGHT}", text):
+        return _mixture(re.findall(rf"(.+?):({WEIGHT})(?:\+|$)", text))
     name, options = parse_dataset(text)
     module = importlib.import_module(f"{__name__}.{KNOWN[name][0]}")
     dataset: ImageDataset = getattr(module, name).from_options(**options)
     dataset.transform, dataset.target_transform = transform, target_transform
     return dataset
+
+
+def _mixture(parts: list[tuple[str, str]]) -> ImageDataset:
+    from dinov3.data.datasets.base import Mixture
+
+    for spec, weight in parts:
+        if not float(weight):
+            raise DinoError(f"the weight of {spec} in a mixture is 0: leave it out, or give it a share above 0")
+    return Mixture([make_dataset(spec) for spec, _ in parts], [Fraction(weight) for _, weight in parts])
 
 
 def parse_dataset(text: str) -> tuple[str, dict[str, str]]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pickle
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -73,6 +76,29 @@ class FileDataset(ImageDataset):
 
     def name(self, index: int) -> str:
         return str(self.paths[index])
+
+
+class Mixture(ImageDataset):
+    """Several data sets, one after the other, with a weight each: which share of the batches is drawn from it."""
+
+    def __init__(self, parts: Sequence[ImageDataset], weights: Sequence[Fraction]) -> None:
+        self.parts, self.weights = list(parts), list(weights)
+        self.starts = list(accumulate(map(len, self.parts), initial=0))
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def _part(self, index: int) -> tuple[ImageDataset, int]:
+        k = bisect_right(self.starts, index) - 1
+        return self.parts[k], index - self.starts[k]
+
+    def read(self, index: int) -> bytes:
+        part, at = self._part(index)
+        return part.read(at)
+
+    def name(self, index: int) -> str:
+        part, at = self._part(index)
+        return part.name(at)
 
 
 class DataUnpickler(pickle.Unpickler):
