@@ -30,7 +30,7 @@ from dinov3.optim import AdamW, StepValues, build_optimizer, build_schedules
 from dinov3.parallel import DTYPES, parallelize
 from dinov3.runlog import RunDir
 from dinov3.train import teacher_files
-from dinov3.train.knn import knn
+from dinov3.train.knn import knn, labelled_images
 from dinov3.train.method import Network, SelfDistillation, build_network, copy_weights
 from dinov3.train.stopping import StopRequest
 
@@ -281,6 +281,14 @@ def assemble(
         shares = {"batch_size": -(-global_batch // world), "masked_images": global_batch // distributed.world(group)}
         options = {"global_batch": global_batch}
     loader = build_loader(config, device, rank, world, **shares)
+    if loader.order.length < loader.global_batch:
+        notes.append(
+            f"{loader.order.length} images are fewer than a batch of {loader.global_batch}: each is in it several times, and "
+            "losses that compare images mean little; give more images, or a smaller train.batch_size_per_gpu"
+        )
+    for source in (config.evaluation.knn_train_dataset, config.evaluation.knn_val_dataset):
+        if source is not None:
+            labelled_images(source, config.evaluation.knn_max_images)  # a mistake is found now, not hours later
     networks = build_networks(config, device, seed=seed, base_dir=base_dir, notes=notes, group=group)
     learner = method(
         **networks, dino=config.dino, ibot=config.ibot, gram=config.gram, group=group,

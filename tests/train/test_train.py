@@ -667,6 +667,19 @@ def test_knn_is_recorded_beside_the_losses(
     assert [r["iteration"] for r in read_metrics(tmp_path / "metrics.jsonl") if "knn_accuracy" in r] == [3, 7]
 
 
+def test_labels_that_k_nn_lacks_are_an_error_before_training(toy: str, images: Path, tmp_path: Path) -> None:
+    plain = images / "dots"
+    knn = [f"evaluation.knn_train_dataset={images}", f"evaluation.knn_val_dataset={plain}"]
+    with pytest.raises(DinoError, match=r"dots has no labels, and k-NN needs them: one sub-folder for each class"):
+        run(toy, images, tmp_path / "out", *knn)
+    assert not (tmp_path / "out" / "ckpt").exists()
+
+
+def test_fewer_images_than_a_batch_are_trained_on_with_a_warning(toy: str, images: Path, tmp_path: Path) -> None:
+    run(toy, images / "dots", tmp_path, "optim.epochs=1", "optim.warmup_epochs=0")
+    assert "3 images are fewer than a batch of 4" in (tmp_path / "log.txt").read_text()
+
+
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
