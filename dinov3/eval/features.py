@@ -128,13 +128,9 @@ def columns_of(layers: Sequence[int], pool: str) -> list[Column]:
 def dataset_id(dataset: ImageDataset) -> str:
     """Hash (12 hex digits) of the images: their names, and their files' stamps where they are known."""
     digest = hashlib.sha256(type(dataset).__name__.encode())
-    items = getattr(dataset, "items", None)
-    if items is not None:
-        digest.update(str(getattr(getattr(dataset, "source", None), "root", "")).encode())
-        digest.update("\n".join(f"{item.path} {item.stamp}" for item in items).encode())
-    else:
-        digest.update(str(getattr(dataset, "root", "")).encode())
-        digest.update("\n".join(dataset.name(i) for i in range(len(dataset))).encode())
+    digest.update(str(getattr(getattr(dataset, "source", dataset), "root", "")).encode())
+    stamps = ((dataset.name(i), dataset.stamp(i)) for i in range(len(dataset)))
+    digest.update("\n".join(name if stamp is None else f"{name} {stamp}" for name, stamp in stamps).encode())
     return digest.hexdigest()[:12]
 
 

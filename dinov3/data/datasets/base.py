@@ -40,6 +40,10 @@ class ImageDataset:
         """Where the image is, for messages."""
         raise NotImplementedError
 
+    def stamp(self, index: int) -> str | None:
+        """What changes with the image's file, as it is now; None where that is not known."""
+        return None
+
     def label(self, index: int) -> int | None:
         """The number of the image's class; None where there are no classes."""
         return None

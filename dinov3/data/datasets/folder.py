@@ -44,6 +44,9 @@ class Folder(ImageDataset):
     def name(self, index: int) -> str:
         return self.source.path_of(index)
 
+    def stamp(self, index: int) -> str:
+        return self.source.stamp_of(index)
+
     def label(self, index: int) -> int | None:
         return int(self.labels[index]) if self.labels[index] >= 0 else None
 
@@ -122,6 +125,9 @@ class FolderSplit(Folder):
 
     def name(self, index: int) -> str:
         return super().name(int(self.rows[index]))
+
+    def stamp(self, index: int) -> str:
+        return super().stamp(int(self.rows[index]))
 
     @property
     def runs(self) -> None:

@@ -68,6 +68,8 @@ class Indexed(Source, Protocol):
 
     def path_of(self, i: int) -> str: ...
 
+    def stamp_of(self, i: int) -> str: ...
+
     def place_of(self, i: int) -> Place: ...
 
     @property
@@ -260,6 +262,10 @@ class _Listed:
     def path_of(self, i: int) -> str:
         part, at = self._part(i)
         return part.path_of(at)
+
+    def stamp_of(self, i: int) -> str:
+        part, at = self._part(i)
+        return part.stamp_of(at)
 
     def place_of(self, i: int) -> Place:
         part, at = self._part(i)
