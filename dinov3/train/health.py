@@ -14,7 +14,7 @@ PATIENCE = 200  # iterations
 
 
 class Health:
-    """Looks at the logged means of losses; says each thing once in a process.
+    """Looks at the logged means of losses; gives each warning once in a process.
 
     A run gets `max(PATIENCE, its warm-up)` iterations before a loss that has not fallen is worth a warning.
     """
@@ -27,7 +27,7 @@ class Health:
         self.uniform = {"dino_global_crops_loss": dino}
         if not config.distillation.enabled:  # only so many of the crops are masked
             self.uniform["ibot_loss"] = ibot * config.ibot.mask_sample_probability
-        self.said: set[str] = set()
+        self.warned: set[str] = set()
 
     def at_start(self) -> Iterator[str]:
         """Whether the teacher can follow the student in this run at all."""
@@ -44,15 +44,15 @@ class Health:
         if iteration < self.patience:
             return
         for name, uniform in self.uniform.items():
-            if means.get(name, 0.0) >= PLATEAU * uniform and name not in self.said:
-                self.said.add(name)
+            if means.get(name, 0.0) >= PLATEAU * uniform and name not in self.warned:
+                self.warned.add(name)
                 yield (
                     f"warning: {name} is {means[name]:.4g} after {iteration + 1} iterations, as for a network that has "
                     f"learned nothing ({uniform:.4g}); try another learning rate (optim.lr), a lower "
                     "teacher.momentum_teacher, fewer prototypes (dino.head_n_prototypes), or more images"
                 )
-        if means.get("koleo_loss", 0.0) > ALIKE and "koleo_loss" not in self.said:
-            self.said.add("koleo_loss")
+        if means.get("koleo_loss", 0.0) > ALIKE and "koleo_loss" not in self.warned:
+            self.warned.add("koleo_loss")
             yield (
                 f"warning: the CLS tokens of different images are nearly equal (KoLeo {means['koleo_loss']:.3g}), a "
                 "collapse; try a lower learning rate (optim.lr) or a larger dino.koleo_loss_weight"

@@ -460,14 +460,18 @@ def test_an_evaluation_without_its_folder_says_that_one_is_needed(
     assert "scnes; did you mean 'scenes'?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["knn", "log-regression", "linear"])
-def test_data_are_read_before_a_model_is_opened(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def opened(*given: Any) -> Any:
         raise AssertionError("a model was opened")
 
     monkeypatch.setattr(common, "open_model", opened)
+
+
+@pytest.mark.parametrize("name", ["knn", "log-regression", "linear"])
+def test_data_are_read_before_a_model_is_opened(
+    name: str, tmp_path: Path, no_model: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = make_folder(tmp_path / "train")
     main = importlib.import_module(EVALUATIONS[name][0]).main
     assert main([f"{folder}", f"Folder:root={tmp_path}/trian", f"--output-dir={tmp_path}/out", "--device=cpu"]) == 1
@@ -476,12 +480,8 @@ def test_data_are_read_before_a_model_is_opened(
 
 @pytest.mark.parametrize("name", ["segmentation", "depth", "keypoints", "retrieval", "tracking", "geobench"])
 def test_a_root_that_does_not_exist_is_noticed_before_a_model_is_opened(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, no_model: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def opened(*given: Any) -> Any:
-        raise AssertionError("a model was opened")
-
-    monkeypatch.setattr(common, "open_model", opened)
     (tmp_path / "navi").mkdir()
     given = [f"root={tmp_path}/nvai"]
     if name in ("segmentation", "depth"):

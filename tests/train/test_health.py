@@ -19,7 +19,9 @@ def health(tmp_path, *overrides: str) -> Health:
 
 
 @pytest.mark.parametrize("name, uniform", [("dino_global_crops_loss", math.log(32)), ("ibot_loss", math.log(32) / 2)])
-def test_a_loss_that_stays_where_it_began_is_said_once_and_not_at_once(tmp_path, name: str, uniform: float) -> None:
+def test_a_loss_that_stays_where_it_began_is_a_warning_once_and_not_at_once(
+    tmp_path, name: str, uniform: float
+) -> None:
     h = health(tmp_path)
     stays = {name: 0.999 * uniform}
     assert list(h.of(PATIENCE - 1, stays)) == []
@@ -30,16 +32,16 @@ def test_a_loss_that_stays_where_it_began_is_said_once_and_not_at_once(tmp_path,
     assert list(health(tmp_path).of(PATIENCE + 10, {name: 0.97 * uniform})) == []
 
 
-def test_equal_cls_tokens_are_said(tmp_path) -> None:
+def test_equal_cls_tokens_are_a_warning(tmp_path) -> None:
     (warning,) = health(tmp_path).of(300, {"koleo_loss": 6.0})
     assert "nearly equal" in warning
     assert list(health(tmp_path).of(300, {"koleo_loss": 2.0})) == []
 
 
-@pytest.mark.parametrize("momentum, said", [(0.9995, 1), (0.99, 0)])
-def test_a_teacher_that_cannot_follow_is_said_at_the_start(tmp_path, momentum: float, said: int) -> None:
+@pytest.mark.parametrize("momentum, warned", [(0.9995, 1), (0.99, 0)])
+def test_a_teacher_that_cannot_follow_is_a_warning_at_the_start(tmp_path, momentum: float, warned: int) -> None:
     warnings = list(health(tmp_path, f"teacher.momentum_teacher={momentum}").at_start())
-    assert len(warnings) == said
+    assert len(warnings) == warned
     assert all("teacher.momentum_teacher" in w for w in warnings)
 
 

@@ -104,6 +104,10 @@ class Mixture(ImageDataset):
         part, at = self._part(index)
         return part.name(at)
 
+    def stamp(self, index: int) -> str | None:
+        part, at = self._part(index)
+        return part.stamp(at)
+
 
 class DataUnpickler(pickle.Unpickler):
     """Reads pickled containers, texts, numbers and arrays. Raises `UnsafeFile` for everything else."""
