@@ -1,0 +1,1 @@
+"""A frozen, faster form of a backbone, chosen for the device, with its measured cosine to the plain model."""
