@@ -11,7 +11,7 @@ import socket
 import stat
 import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -86,16 +86,19 @@ def _lives(pid: int) -> bool:
     return True
 
 
-def nonexistent(path: str | os.PathLike[str]) -> str:
-    """The message about a path that does not exist: which part of it is missing, and the nearest names there."""
+def nonexistent(path: str | os.PathLike[str], known: Iterable[str] = ()) -> str:
+    """The message about a path where no file is: which part of it is missing, and the nearest names there or `known`."""
     first = Path(path).expanduser().absolute()
     whole = first
+    if first.is_dir():
+        return f"{os.fspath(path)} is a folder, not a file"
     while not os.path.lexists(first.parent):
         first = first.parent
     try:
-        hint = did_you_mean(first.name, os.listdir(first.parent))
+        beside = os.listdir(first.parent)
     except OSError:
-        hint = ""
+        beside = []
+    hint = did_you_mean(first.name, [*known, *beside])
     missing = "" if first == whole else f" (there is no {first})"
     return f"no such file or folder: {os.fspath(path)}{missing}{hint}"
 

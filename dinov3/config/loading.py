@@ -71,7 +71,7 @@ class _Loader:
         self.omega = require("omegaconf", "train", "reading configurations").OmegaConf
         self.cls = cls
         self.values = self.omega.structured(cls)
-        self.keys = list(_keys(cls))
+        self.keys = list(keys_of(cls))
         self.retired: Mapping[str, tuple[Any, str]] = getattr(cls, "RETIRED", {})
         self.origin: dict[str, str] = {}
         self.wrong: dict[str, str] = {}  # key → the message
@@ -236,13 +236,14 @@ def _hints(cls: type[Any]) -> dict[str, Any]:
     return {name: hint for name, hint in typing.get_type_hints(cls).items() if name in names}
 
 
-def _keys(cls: type[Any], prefix: str = "") -> Iterator[str]:
+def keys_of(cls: type[Any], prefix: str = "") -> Iterator[str]:
+    """The keys of a configuration, `section.name`."""
     for name, hint in _hints(cls).items():
         section = _section(hint)
         if section is None:
             yield prefix + name
         else:
-            yield from _keys(section, f"{prefix}{name}.")
+            yield from keys_of(section, f"{prefix}{name}.")
 
 
 def _leaves(tree: Mapping[Any, Any], cls: type[Any] | None, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -28,7 +28,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dinov3.errors import DinoError, UnknownName, did_you_mean
+from dinov3.errors import DinoError, UnknownName
+from dinov3.files import nonexistent
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 CONTEXT_LENGTH = 77
@@ -257,6 +258,5 @@ def _located(source: str) -> Path:
         return downloads.fetch(source)
     path = Path(source).expanduser()
     if not path.is_file():
-        hint = did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
-        raise DinoError(f"no vocabulary file at {source!r}{hint}")
+        raise DinoError(f"there is no vocabulary file: {nonexistent(source)}")
     return path

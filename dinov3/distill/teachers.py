@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from dinov3 import distributed
 from dinov3.data.crops import draw_box, generator
 from dinov3.data.images import open_image
-from dinov3.data.sources import Source
+from dinov3.data.sources.listing import Indexed
 from dinov3.data.transforms.inputs import LVD_MEAN, LVD_STD
 from dinov3.data.transforms.pixels import cropped, normalised, to_pixels
 from dinov3.errors import DinoError, ImageError, WeightsError, require
@@ -219,20 +219,21 @@ class Views:
 class Images:
     """A source's images by number, decoded at need. One that cannot be read is replaced by the next that can."""
 
-    def __init__(self, source: Source, *, target_short_side: int = 256, keep: bool = False) -> None:
-        self.items = list(source)
+    def __init__(self, source: Indexed, *, target_short_side: int = 256, keep: bool = False) -> None:
+        self.source = source
         self.cached: dict[int, Tensor] | None = {} if keep else None
         self.target_short_side = target_short_side
         self.unreadable: dict[str, str] = {}
-        if not self.items:
+        if not len(source):
             raise DinoError(f"{source.name} holds no images")
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.source)
 
     @property
     def id(self) -> str:
-        digest = hashlib.sha256("\n".join(f"{Path(i.path).name} {i.stamp}" for i in self.items).encode())
+        """Of names and stamps: looks at every file."""
+        digest = hashlib.sha256("\n".join(f"{Path(i.path).name} {i.stamp}" for i in self.source).encode())
         return digest.hexdigest()[:12]
 
     def __getitem__(self, index: int) -> Tensor:
@@ -244,14 +245,14 @@ class Images:
         return self.cached[index]
 
     def _decoded(self, index: int) -> Tensor:
-        for step in range(len(self.items)):
-            item = self.items[(index + step) % len(self.items)]
+        for step in range(len(self)):
+            number = (index + step) % len(self)
             try:
-                image = open_image(item.read(), target_short_side=self.target_short_side).image
-                return to_pixels(image)
+                data = self.source.place_of(number).read()
+                return to_pixels(open_image(data, target_short_side=self.target_short_side).image)
             except ImageError as error:
-                self.unreadable[item.path] = str(error)
-        raise DinoError(f"none of the {len(self.items)} images can be read; the first: {self.items[0].path}")
+                self.unreadable[self.source.path_of(number)] = str(error)
+        raise DinoError(f"none of the {len(self)} images can be read; the first: {self.source.path_of(0)}")
 
     def views(self, views: Views, indices: np.ndarray, view: int, side: int) -> Tensor:
         """uint8 [B, 3, side, side]."""

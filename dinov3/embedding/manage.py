@@ -28,7 +28,7 @@ from dinov3.embedding.pipeline import away, is_gone
 from dinov3.embedding.place import place_of
 from dinov3.embedding.schema import arrow_schema, as_matrix, checksums
 from dinov3.embedding.store import EmbeddingStore
-from dinov3.errors import StoreError, one_of, require
+from dinov3.errors import StoreError, UnknownName, did_you_mean, one_of, require
 from dinov3.files import atomically, check_free
 
 ROWS_AT_ONCE = 4096
@@ -89,8 +89,15 @@ def prune(
 
 
 def remove(store: EmbeddingStore, paths: Iterable[str] = (), where: str | None = None) -> int:
-    """Removes images by path or by an SQL filter; how many there were."""
+    """Removes images by path or by an SQL filter; how many there were. A path that is not in the store removes none of
+    them: `UnknownName`, with the nearest."""
     chosen = [os.path.abspath(path) if store.root else path for path in paths]
+    known = store.known() if chosen else {}
+    for path in chosen:
+        if path not in known:
+            folder, name = os.path.split(path)  # the likely mistakes: comparing with a million paths takes a minute
+            near = [p for p in known if os.path.dirname(p) == folder or os.path.basename(p) == name]
+            raise UnknownName(f"the store at {store.uri} holds no image {path!r}{did_you_mean(path, near)}")
     if where is not None:
         chosen += store.rows(["path"], where)["path"].to_pylist()
     return store.remove(chosen) if chosen else 0

@@ -36,12 +36,12 @@ import torch
 from torch import nn
 
 from dinov3 import distributed
-from dinov3.config.loading import dump, load, to_dict
+from dinov3.config.loading import dump, keys_of, load, to_dict
 from dinov3.config.train import load_model_config, vit_config
 from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.base import ImageDataset
 from dinov3.data.transforms.inputs import Preprocessing
-from dinov3.errors import DinoError, without_secrets
+from dinov3.errors import DinoError, only_known, without_secrets
 from dinov3.eval.arguments import (
     Arguments,
     C,
@@ -336,6 +336,9 @@ def shown(value: Any) -> str:
 # ---- sweeps ---------------------------------------------------------------------------------------------------------
 
 
+SHORT_AXES = ("layers", "pool", "size")  # each sets other keys; any key is an axis too
+
+
 def sweep_axes(text: str) -> dict[str, list[str]]:
     """`layers=8,9,size=224,256` → {"layers": ["8", "9"], "size": ["224", "256"]}; a dash is a range: `layers=0-11`,
     a plus joins layers to one vector: `layers=8+11`."""
@@ -382,6 +385,7 @@ def sweep(
     """The evaluation at every point of a grid: one table on stdout, sweep-<name>.csv, a folder for each point."""
     assert arguments.sweep is not None
     axes = sweep_axes(arguments.sweep)
+    only_known("--sweep has no axis", axes, [*SHORT_AXES, *keys_of(cls)])
     base, _ = load(cls, arguments.file, arguments.overrides)
     grid = [dict(zip(axes, values)) for values in product(*axes.values())]
     points: list[tuple[dict[str, str], C]] = []

@@ -28,8 +28,9 @@ from torch import nn
 import dinov3
 from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.drawing import palette
-from dinov3.errors import DinoError, UnknownName, WeightsError, WeightsMismatch, did_you_mean, one_of, without_secrets
+from dinov3.errors import DinoError, UnknownName, WeightsError, WeightsMismatch, one_of, without_secrets
 from dinov3.features import default_preprocessing
+from dinov3.files import nonexistent
 from dinov3.fit.loop import backbones_in, freeze, head_tensors, load_head_tensors
 from dinov3.heads.detr.model import build_detector
 from dinov3.heads.dpt import build_depther
@@ -289,8 +290,7 @@ def read_head_info(path: str | os.PathLike[str]) -> HeadInfo:
 
 def _opened(path: str | os.PathLike[str]) -> tuple[dict[str, Any], HeadInfo]:
     if not Path(path).is_file():
-        near = sorted(p.name for p in Path(path).absolute().parent.glob("*.safetensors"))
-        raise WeightsError(f"there is no head file {path}{did_you_mean(Path(path).name, near)}")
+        raise WeightsError(f"there is no head file: {nonexistent(path)}")
     tensors, metadata = reading.read(path)
     if METADATA not in metadata:
         raise WeightsError(

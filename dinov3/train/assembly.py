@@ -295,8 +295,6 @@ def assemble(
         teacher_scale=config.crops.teacher_to_student_resolution_scale, **options,
     )  # fmt: skip
     seed_everything(seed + rank)
-    if device.type == "cuda" and not config.run.deterministic:
-        torch.backends.cuda.matmul.allow_tf32 = True
     return Trainer(
         config=config,
         run=run,

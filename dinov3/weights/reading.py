@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from dinov3.errors import UnsafeFile, WeightsError, did_you_mean, require, without_secrets
+from dinov3.files import nonexistent
 from dinov3.models.architectures import BackboneConfig
 from dinov3.weights import configs, formats
 from dinov3.weights import download as cache
@@ -326,9 +327,7 @@ def locate(
     if source.lower() in known:
         row = known[source.lower()][0]
         raise WeightsError(f"{source!r} names a model, not a file: pass a path, a URL, or {row.hf or row.file!r}")
-    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    hint = did_you_mean(path.name, [*known, *beside])
-    raise WeightsError(f"no file, folder, URL or Hugging Face id: {source!r}{hint}")
+    raise WeightsError(f"no URL, no Hugging Face id, and {nonexistent(source, known)}")
 
 
 def newest_teacher(run: Path) -> Path | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import random
 from collections import Counter
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from paths import nested
 from PIL import Image
 
 from dinov3.data.datasets import make_dataset
@@ -99,16 +99,8 @@ def test_links_between_folders_give_every_pair_once_and_deep_folders_are_listed(
     ]
     assert data.left_out == 0
 
-    deepest = tmp_path / "data" / "images"
-    folder = os.open(deepest, os.O_RDONLY)
-    for _ in range(1500):
-        os.mkdir("d", dir_fd=folder)
-        deeper = os.open("d", os.O_RDONLY, dir_fd=folder)
-        os.close(folder)
-        folder = deeper
-    os.close(folder)
-    assert len(make_dataset(f"DenseFolder:root={tmp_path / 'data'}")) == 2
-    os.removedirs(deepest / ("d/" * 1500))  # pytest's own cleaning recurses
+    with nested(tmp_path / "data" / "images"):
+        assert len(make_dataset(f"DenseFolder:root={tmp_path / 'data'}")) == 2
 
 
 def test_names_and_numbers_of_classes(tmp_path):

@@ -24,7 +24,7 @@ from dinov3.data.datasets import Folder, make_dataset
 from dinov3.data.loading import CropLoader, Order, along, chosen_resolution, permuted
 from dinov3.data.masking import MaskConfig
 from dinov3.data.sources import tables, tar
-from dinov3.data.sources.items import FORWARD, Runs
+from dinov3.data.sources.items import FORWARD, Runs, stamp_of
 from dinov3.errors import DinoError, ImageError
 
 GOLDEN = json.loads((GOLDEN_LOSSES / "samplers.json").read_text())
@@ -327,6 +327,7 @@ def test_a_mixture_gives_whole_batches_of_each_data_set_by_weight(tmp_path: Path
     halves = [first(12, loader(images, batch_size=1, rank=r, world=2)) for r in range(2)]
     assert [[*a.indices, *b.indices] for a, b in zip(*halves)] == [list(batch.indices) for batch in whole]
     assert {images.name(i).count(".png") for i in range(45)} == {1}
+    assert images.stamp(31) == stamp_of(tmp_path / "few" / "1.png")
 
 
 def test_a_weight_of_nothing_is_an_error(tmp_path: Path) -> None:

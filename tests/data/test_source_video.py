@@ -70,6 +70,8 @@ def test_a_frame_is_read_again_by_its_name(tmp_path, codec, suffix, fps) -> None
     for name in ("clip.{}#9.000s", "clip.{}#1.jpg"):
         with pytest.raises(DinoError, match=r"it ends before 9.000 s|no image"):
             read_stored(tmp_path / name.format(suffix))
+    with pytest.raises(ImageError, match=r"many images: name one of them by adding #12.500s, a time"):
+        read_stored(tmp_path / f"clip.{suffix}")
 
 
 def test_a_broken_video_is_an_item_with_its_reason(clip, tmp_path) -> None:

@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from paths import nested
 from PIL import Image
 
 from dinov3.data.images import open_image
@@ -156,18 +157,10 @@ def test_folders_that_link_to_each_other_are_listed_once(tmp_path: Path) -> None
 
 
 def test_folders_may_be_nested_deeply(tmp_path: Path) -> None:
-    folder = os.open(tmp_path, os.O_RDONLY)
-    for _ in range(1500):
-        os.mkdir("d", dir_fd=folder)
-        deeper = os.open("d", os.O_RDONLY, dir_fd=folder)
-        os.close(folder)
-        folder = deeper
-    os.close(os.open("x.png", os.O_CREAT, dir_fd=folder))
-    os.close(folder)
-    assert names(open_source(tmp_path)) == ["d/" * 1500 + "x.png"]
-    os.unlink(tmp_path / ("d/" * 1500 + "x.png"))
-    put(tmp_path / "stays", b"")
-    os.removedirs(tmp_path / ("d/" * 1500))  # pytest's own cleaning recurses
+    with nested(tmp_path) as deepest:
+        os.close(os.open("x.png", os.O_CREAT, dir_fd=deepest))
+        assert names(open_source(tmp_path)) == ["d/" * 1500 + "x.png"]
+        os.unlink("x.png", dir_fd=deepest)
 
 
 def test_names_of_other_bytes_stay_apart_from_names_that_spell_them(tmp_path: Path) -> None:

@@ -263,7 +263,7 @@ def test_a_file_that_is_no_clip_vocabulary_is_refused(tmp_path: Path) -> None:
     (tmp_path / "half.txt.gz").write_bytes(gzip.compress(random.Random(0).randbytes(5000))[:2000])
     (tmp_path / "weights.pth").write_bytes(b"PK\x03\x04\xff\xfe\x00")
     for path, words in (
-        (tmp_path / "haf.txt.gz", "no vocabulary file at .*did you mean 'half.txt.gz'"),
+        (tmp_path / "haf.txt.gz", "no vocabulary file: .*did you mean 'half.txt.gz'"),
         (tmp_path / "half.txt.gz", "truncated or damaged"),
         (tmp_path / "weights.pth", "neither text nor packed text"),
         (text("<!doctype html>\nlog in"), "first line should hold '#version'"),

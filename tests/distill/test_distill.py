@@ -133,6 +133,16 @@ def test_a_cache_computes_only_what_is_missing(folder: Path, teacher_file: Path,
     assert TargetCache(tmp_path / "cache", teacher, replace(views, seed=1), images, grid=2).folder != cache.folder
 
 
+def test_files_are_looked_at_only_for_the_name_of_a_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stamped: list[str] = []
+    monkeypatch.setattr("dinov3.data.sources.listing.stamp_of", lambda path: stamped.append(str(path)) or "1")
+    images = Images(open_source(folder))
+    assert images[0].shape[0] == 3
+    assert stamped == []
+    assert images.id
+    assert len(stamped) == len(images)
+
+
 def test_an_unreadable_image_is_replaced_by_the_next_and_logged(folder: Path) -> None:
     (folder / "2.png").write_bytes(b"not an image at all, but long enough to be looked at")
     images = Images(open_source(folder))

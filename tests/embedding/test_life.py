@@ -26,7 +26,7 @@ from dinov3.embedding import manage, pipeline
 from dinov3.embedding.pipeline import Report, embed_source, is_gone
 from dinov3.embedding.schema import Row, StoreFacts
 from dinov3.embedding.store import EmbeddingStore
-from dinov3.errors import DinoError, StoreError
+from dinov3.errors import DinoError, StoreError, UnknownName
 from dinov3.models.architectures import ViTConfig
 from dinov3.models.vit import VisionTransformer
 
@@ -272,6 +272,8 @@ def test_a_pruned_exported_verified_life(life, photos, tmp_path) -> None:
         assert len(store) == N + 1
         assert manage.prune(store) == (gone, {})
         assert manage.duplicates(store, 1) == [[str(photos / "01.jpg"), str(photos / "again.jpg")]]
+        with pytest.raises(UnknownName, match=r"holds no image '.*/agian.jpg'; did you mean '.*/again.jpg'"):
+            manage.remove(store, [str(photos / "01.jpg"), str(photos / "agian.jpg")])
         assert manage.remove(store, [str(photos / "again.jpg")]) == 1
         store.add_column("label", {str(photos / "01.jpg"): "=cat"})
         for ending in ("parquet", "csv", "npy", "safetensors"):

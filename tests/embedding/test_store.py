@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -479,6 +480,7 @@ def test_a_store_whose_creation_was_cut_short_is_completed(tmp_path, remains):
 
 BATCH = 5
 WRITER = """
+import os
 import sys
 import numpy as np
 from dinov3.embedding import store as store_module
@@ -487,21 +489,24 @@ from dinov3.embedding.store import EmbeddingStore
 import lancedb  # the slow import, before the clock starts
 store_module.FEWEST_FRAGMENTS = 4  # compactions, too, are to be killed
 uri, run, facts = sys.argv[1], int(sys.argv[2]), StoreFacts(model="tiny@1234", dim=8, preprocessing="s224")
-print("ready", flush=True)
+def acknowledge(*what):  # one write, so that what arrives are whole lines
+    os.write(1, (" ".join(map(str, what)) + "\\n").encode())
+
+acknowledge("ready")
 sys.stdin.readline()
 store = EmbeddingStore.open_or_create(uri, facts)
-print("opened", flush=True)
+acknowledge("opened")
 rng = np.random.default_rng(run)
 for batch in range(100000):
     rows = [Row(f"{run}-{batch}-{n}", "h", str(batch), 1, 1, rng.standard_normal(8)) for n in range(5)]
     store.append(rows)
-    print("append", run, batch, flush=True)
+    acknowledge("append", run, batch)
     if batch % 3 == 2:  # the same paths again, as if the images had changed
         store.replace([Row(r.path, "h", "changed", 1, 1, r.vector) for r in rows])
-        print("replace", run, batch, flush=True)
+        acknowledge("replace", run, batch)
     if batch % 5 == 4:
         store.record_failures([Failure(f"{run}-{batch}", "1", "broken")])
-        print("fail", run, batch, flush=True)
+        acknowledge("fail", run, batch)
     if batch % 7 == 6:
         store.compact()
 """
@@ -519,8 +524,8 @@ def _killed_writer(uri: Path, run: int, after: float) -> set[tuple[str, int, int
         os.kill(writer.pid, signal.SIGKILL)
         output, complaint = writer.stdout.read(), writer.stderr.read()
     assert "Error" not in complaint, complaint
-    output = output[: output.rfind("\n") + 1]  # an unbuffered print is several writes: the last line may be half of one
-    lines = [line.split() for line in output.splitlines() if line != "opened"]
+    lines = re.findall(r"^(append|replace|fail) (\d+) (\d+)\n", output, re.MULTILINE)
+    assert len(lines) == output.count("\n") - output.startswith("opened\n"), output  # and nothing else
     return {(what, int(r), int(b)) for what, r, b in lines}
 
 

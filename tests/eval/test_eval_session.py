@@ -383,6 +383,8 @@ def test_a_sweep_reads_every_point_before_it_runs_the_first(tmp_path: Path) -> N
     base = ["where=x", f"output_dir={tmp_path}"]
     with pytest.raises(DinoError, match="number"):
         common.sweep(ToyConfig, Arguments(None, base, "number=1,2,none"), evaluate, session)
+    with pytest.raises(DinoError, match=r"--sweep has no axis 'lyers'; did you mean 'layers'"):
+        common.sweep(ToyConfig, Arguments(None, base, "lyers=1,2"), evaluate, session)
     assert ran == []
     rows = common.sweep(ToyConfig, Arguments(None, base, "number=1,2,size=32,64"), evaluate, session)
     assert [(r["number"], r["size"], r["twice"]) for r in rows] == [

@@ -173,6 +173,9 @@ def read_stored(path: str | os.PathLike[str]) -> bytes:
     Raises `ImageError` where it cannot be read, `DinoError` where there is nothing of that name.
     """
     text = os.fspath(path)
+    if text.lower().endswith((*VIDEOS, *TAR_SUFFIXES, ".parquet", ".arrow")) and os.path.isfile(text):
+        part = "#12.500s, a time" if text.lower().endswith(VIDEOS) else "#NAME, a member, or #ROW"
+        raise ImageError(f"it holds many images: name one of them by adding {part}")
     for end in [len(text), *(at for at, letter in enumerate(text) if letter == "#")]:
         for name in map(os.fsdecode, spellings(text[:end])):
             if end == len(text) and os.path.lexists(name):
