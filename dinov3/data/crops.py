@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 ASPECT = (3 / 4, 4 / 3)
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.4, 0.4, 0.2, 0.1
 JITTER_P, GREY_P, SOLARISE_P = 0.8, 0.2, 0.2
-BLUR_SIGMA = (0.1, 2.0)
+BLUR_SIGMA = (0.1, 2.0)  # made for 224 px
 BLUR_P = {  # of global crop 1, of global crop 2, of local crops
     "applied": (0.0, 0.9, 0.5),
     "paper": (1.0, 0.1, 0.5),
@@ -126,6 +126,7 @@ class CropConfig:
     window_step: int = 16
     horizontal_flips: bool = True
     blur: str = "applied"
+    blur_sigma: tuple[float, float] = BLUR_SIGMA
     mean: tuple[float, float, float] = LVD_MEAN
     std: tuple[float, float, float] = LVD_STD
     ratio: float = 1.0
@@ -142,6 +143,9 @@ class CropConfig:
             if not 0 < low <= high <= 1:
                 raise DinoError(f"{name} is a range of shares of the image's area, 0 < low ≤ high ≤ 1: not {low, high}")
         one_of("blur", self.blur, BLUR_P)
+        low, high = self.blur_sigma
+        if not 0 < low <= high:
+            raise DinoError(f"blur_sigma is a range in pixels of the crop, 0 < low ≤ high: not {low, high}")
         room = self.global_size - self.local_size
         if self.local_from_global and (room < self.window_step or self.local_count % 2):
             raise DinoError(
@@ -195,7 +199,7 @@ class CropConfig:
             width=w,
             flip=self.horizontal_flips and rng.random() < 0.5,
             colours=Colours() if self.share_color_jitter else _draw_colours(rng),
-            sigma=_between(rng, *BLUR_SIGMA) if rng.random() < blur_p else None,
+            sigma=_between(rng, *self.blur_sigma) if rng.random() < blur_p else None,
             solarise=rng.random() < solarise_p,
         )
 

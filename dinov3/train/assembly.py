@@ -338,6 +338,7 @@ def build_loader(
         "local_from_global": c.localcrops_subset_of_globalcrops,
         "horizontal_flips": c.horizontal_flips,
         "blur": c.blur_probabilities,
+        "blur_sigma": tuple(c.blur_sigma),
         "mean": tuple(c.rgb_mean),
         "std": tuple(c.rgb_std),
     }

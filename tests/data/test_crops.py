@@ -16,6 +16,7 @@ from paths import GOLDEN_LOSSES
 from PIL import Image, ImageEnhance, ImageOps
 from safetensors.numpy import load_file
 
+from dinov3.config.train import load_config
 from dinov3.data.crops import (
     ASPECT,
     BLUR_P,
@@ -321,6 +322,15 @@ def test_the_applied_blur_is_the_complement_that_was_recorded() -> None:
     assert CropConfig().blur == "applied"
 
 
+def test_blur_is_drawn_from_the_range_that_is_set() -> None:
+    sigmas = [p.globals_[1].sigma for p in plans(CropConfig(local_count=0, blur_sigma=(0.1, 0.7)))]
+    drawn = [s for s in sigmas if s is not None]
+    assert 0.1 <= min(drawn) < 0.12
+    assert 0.68 < max(drawn) <= 0.7
+    changed = load_config(None, ["train.dataset_path=unused", "crops.blur_sigma=[0.1,0.7]"])[0]
+    assert changed.crops.blur_sigma == (0.1, 0.7)
+
+
 def test_factors_are_uniform_in_their_ranges_and_orders_are_all_permutations() -> None:
     colours = [p.globals_[0].colours for p in plans(CropConfig(local_count=0), 6000)]
     drawn = [c for c in colours if c.order]
@@ -434,6 +444,7 @@ def test_windows_are_multiples_of_the_step_inside_the_global_crop() -> None:
         ({"blur": "aplied"}, "blur is one of applied, paper, not 'aplied'; did you mean 'applied'"),
         ({"global_scale": (0.0, 1.0)}, "global_scale is a range of shares"),
         ({"local_scale": (0.5, 0.1)}, "local_scale is a range of shares"),
+        ({"blur_sigma": (0.7, 0.1)}, "blur_sigma is a range in pixels"),
         ({"gram_size": 2}, "gram_size must be a side in pixels"),
         ({"local_count": -1}, "local_count cannot be negative"),
         ({"local_from_global": True, "local_count": 3}, "must be an even number"),
