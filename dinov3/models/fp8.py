@@ -6,12 +6,17 @@ the input is such a product too, of the output gradient scaled by rows and the w
 weight is a plain bfloat16 product. Weights themselves, their names and the optimiser see nothing of it.
 
 Without hardware for it (anything but recent NVIDIA GPUs) the same numbers come from bfloat16-exact products of the rounded
-values: slow, for tests and for looking at what the rounding does.
+values: slow, for tests and for looking at what the rounding does. Where torchao is installed (extra `fp8`), a GPU takes its
+kernels, which scale inside of the product: its recipe `rowwise_with_gw_hp`, which is the above. Weights are gathered in
+bfloat16 all the same: torchao gathers 8-bit weights only under one scale for a whole matrix.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -58,29 +63,58 @@ class _Fp8Product(torch.autograd.Function):
         return (back.float() * of_g * of_w).bfloat16(), grad.t() @ x
 
 
-def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+Product = Callable[[Tensor, Tensor], Tensor]  # x [n, in], weight [out, in], both bfloat16 → [n, out]
+REFERENCE: Product = _Fp8Product.apply
+
+
+def torchao_product(*, emulate: bool = False) -> Product:
+    """The same product in torchao's kernels. emulate: on devices without 8-bit products."""
+    from torchao.float8.config import Float8LinearConfig
+    from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
+    from torchao.float8.float8_training_tensor import LinearMMConfig, ScaledMMConfig
+
+    # scales as the reference has them, where the recipe rounds them to powers of two
+    recipe = Float8LinearConfig.from_recipe_name("rowwise_with_gw_hp")
+    recipe = replace(recipe, emulate=emulate, round_scales_to_power_of_2=False)
+    kernels = LinearMMConfig(*[ScaledMMConfig(emulate, False, False, False)] * 3)
+
+    def product_of(x: Tensor, weight: Tensor) -> Tensor:
+        return matmul_with_hp_or_float8_args.apply(x, weight.t(), kernels, recipe)
+
+    return product_of
+
+
+def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, multiply: Product = REFERENCE) -> Tensor:
     """x [..., in] · weightᵀ + bias in 8-bit products, bfloat16 out."""
-    y = _Fp8Product.apply(x.bfloat16().flatten(0, -2), weight.bfloat16()).unflatten(0, x.shape[:-1])
+    y = multiply(x.bfloat16().flatten(0, -2), weight.bfloat16()).unflatten(0, x.shape[:-1])
     return y if bias is None else y + bias.bfloat16()
 
 
 class Fp8Linear(nn.Linear):
+    multiply: Product
+
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return fp8_linear(x, self.weight, self.bias)
+            return fp8_linear(x, self.weight, self.bias, self.multiply)
 
 
 class Fp8MaskedKeyBiasLinear(MaskedKeyBiasLinear):
+    multiply: Product
+
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return fp8_linear(x, self.weight, self.bias * self.bias_mask.to(self.bias.dtype))
+            return fp8_linear(x, self.weight, self.bias * self.bias_mask.to(self.bias.dtype), self.multiply)
 
 
-def convert_to_fp8(model: nn.Module, pattern: str = "blocks") -> int:
-    """Turns every linear layer whose path matches the regular expression; the number of them.
+def convert_to_fp8(model: nn.Module, pattern: str = "blocks", multiply: Product | None = None) -> int:
+    """Turns every linear layer whose path matches the regular expression; the number of them. `multiply`: by default
+    torchao's on a GPU where it is installed, else the reference.
 
     Raises `DinoError` if there is none, or where a side is no multiple of 64.
     """
+    if multiply is None:
+        fast = next(model.parameters()).is_cuda and importlib.util.find_spec("torchao") is not None
+        multiply = torchao_product() if fast else REFERENCE
     wanted = re.compile(pattern)
     found = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and wanted.search(n)}
     for name, layer in found.items():
@@ -91,6 +125,7 @@ def convert_to_fp8(model: nn.Module, pattern: str = "blocks") -> int:
             )
         # The class is exchanged, not the module: parameters, hooks and the names in checkpoints stay as they are.
         layer.__class__ = Fp8MaskedKeyBiasLinear if isinstance(layer, MaskedKeyBiasLinear) else Fp8Linear
+        layer.multiply = multiply  # type: ignore[assignment]
     if not found:
         raise DinoError(f"no linear layer's path matches {pattern!r}; the paths look like 'blocks.0.attn.qkv'")
     return len(found)
