@@ -274,11 +274,18 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
 
 
 @torch.no_grad()
-def all_gather(x: Tensor, group: Group = None) -> Tensor:
-    """All ranks' rows in rank order, [n_r, …] → [Σ n_r, …]; n_r may differ between ranks and be 0. No gradient."""
+def all_gather(x: Tensor, group: Group = None, *, equal: bool = False) -> Tensor:
+    """All ranks' rows in rank order, [n_r, …] → [Σ n_r, …]; n_r may differ between ranks and be 0. No gradient.
+
+    `equal`: n_r is known to be the same on all, and nobody waits for the device to learn it.
+    """
     x = x.detach()
     if world(group) == 1:
         return x
+    if equal:
+        parts = [torch.empty_like(x) for _ in range(world(group))]
+        dist.all_gather(parts, x, group)
+        return torch.cat(parts)
     counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world(group))]
     dist.all_gather(counts, torch.tensor([len(x)], device=x.device), group)
     rows = [int(n) for n in counts]

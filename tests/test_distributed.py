@@ -215,6 +215,8 @@ def gathers(uneven: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
     rank = distributed.rank()
     dtypes = (torch.float32, torch.bfloat16, torch.int64, torch.bool)
     gathered = [distributed.all_gather(uneven[rank].to(dtype)) for dtype in dtypes]
+    alike = distributed.all_gather(torch.tensor([rank], dtype=torch.uint8), equal=True)
+    assert alike.tolist() == [*range(distributed.world())]
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).T + 10 * rank  # a transposed view: not contiguous
     x.requires_grad_()
     everybody = distributed.all_gather_with_gradient(x)

@@ -362,14 +362,21 @@ class CropBatch:
         return self.global_crops.shape[0] // 2
 
     def to(
-        self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, *, non_blocking: bool = True
+        self,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = torch.float32,
+        *,
+        non_blocking: bool = True,
     ) -> CropBatch:
-        """The batch on a device, its crops as normalised floats. Moving comes first, as long as they are bytes."""
+        """The batch on a device, its crops as normalised floats, or as they are (None). Moving comes first, as long as they
+        are bytes."""
 
         def crops(x: Tensor | None) -> Tensor | None:
             if x is None:
                 return None
             x = x.to(device, non_blocking=non_blocking)
+            if dtype is None:
+                return x
             return normalised(x, self.mean, self.std, dtype) if x.dtype == torch.uint8 else x.to(dtype)
 
         def moved(x: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -308,13 +308,13 @@ class CropLoader:
 
         loader = CropLoader(images, CropConfig(), MaskConfig(), patch=16, batch_size=64, seed=0, rank=r, world=w, workers=8)
         for batch in loader:
-            batch = batch.to(device, dtype)
+            batch = batch.to(device, dtype)         # crops as normalised floats
             ...
             loader.state_dict()          # {"consumed": samples of all ranks}, to be saved with the weights
 
     configs: one, or several whose `ratio`s say how often each is used. patch: the student's, in pixels; global sizes that
     are no multiple of it are refused. masked_images: masks for another number of images than are loaded (multi-student
-    distillation). workers, prefetch, pin_memory: as torch's DataLoader has them.
+    distillation). workers, prefetch: as torch's DataLoader has them. device: where batches come, still as bytes.
 
     `wait_s` is how long the last batch was waited for, `waited_s` the sum: a loop that waits is short of workers.
     """
@@ -332,7 +332,7 @@ class CropLoader:
         world: int = 1,
         workers: int = 0,
         prefetch: int = 2,
-        pin_memory: bool = False,
+        device: torch.device | None = None,
         masked_images: int | None = None,
     ):
         self.configs = [configs] if isinstance(configs, CropConfig) else list(configs)
@@ -346,6 +346,7 @@ class CropLoader:
         if isinstance(images, Mixture):
             self.order = MixedOrder(images, seed, batch_size * world)
         self.batch_size, self.rank, self.world = batch_size, rank, world
+        self.device = device or torch.device("cpu")
         self.consumed = 0
         self.wait_s = self.waited_s = 0.0
         self.unreadable: dict[str, int] = {}  # "name: reason" → how often
@@ -360,7 +361,7 @@ class CropLoader:
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
             persistent_workers=workers > 0,
-            pin_memory=pin_memory,
+            pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # or starting the workers would draw from the training's own generator
         )
 
@@ -390,7 +391,7 @@ class CropLoader:
         return [Draw(position, epoch, index, step, resolution) for position, epoch, index in rows]
 
     def __iter__(self) -> Iterator[CropBatch]:
-        batches = iter(self._loader)
+        batches = moved_ahead(iter(self._loader), self.device)
         while True:
             start = time.perf_counter()
             batch = next(batches)
@@ -402,6 +403,30 @@ class CropLoader:
             for reason in batch.unreadable:
                 self.unreadable[reason] = self.unreadable.get(reason, 0) + 1
             yield batch
+
+
+def moved_ahead(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
+    """Endless batches on a device, as they are; on a GPU the next one is copied, in its own stream, while one is used."""
+    if device.type != "cuda":
+        yield from map(partial(_moved, device=device), batches)
+        return
+    side = torch.cuda.Stream(device)
+
+    def queued(batch: Any) -> tuple[Any, torch.cuda.Event]:
+        # after the step before: what that step needed may lie in the memory that the copy takes
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            return _moved(batch, device), side.record_event()
+
+    ahead = queued(next(batches))
+    while True:
+        (batch, copied), ahead = ahead, queued(next(batches))
+        torch.cuda.current_stream(device).wait_event(copied)
+        yield batch
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    return batch.to(device, None) if isinstance(batch, CropBatch) else batch  # or what ends the run
 
 
 class _Steps:

@@ -72,7 +72,7 @@ class Projector(nn.Module):
         if self.spec.cls:
             terms.add(f"{name}/cls", self.spec.cls, difference(self.cls(cls), wanted))
         if self.spec.relations:
-            together = distributed.all_gather_with_gradient(cls), distributed.all_gather(wanted)
+            together = distributed.all_gather_with_gradient(cls), distributed.all_gather(wanted, equal=True)
             terms.add(f"{name}/relations", self.spec.relations, relations_loss(*together))
         if self.spec.patches and targets.patches is not None:
             grid = resized_grid(targets.patches, (patches.shape[1], patches.shape[2]))

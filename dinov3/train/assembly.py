@@ -27,7 +27,7 @@ from dinov3.distributed import Group
 from dinov3.errors import DinoError
 from dinov3.models.fp8 import convert_to_fp8
 from dinov3.optim import AdamW, StepValues, build_optimizer, build_schedules
-from dinov3.parallel import DTYPES, parallelize
+from dinov3.parallel import parallelize
 from dinov3.runlog import RunDir
 from dinov3.train import teacher_files
 from dinov3.train.knn import knn, labelled_images
@@ -94,14 +94,13 @@ class Trainer:
     # -- data
 
     def fetch(self, batches: Iterator[Any], stop: StopRequest) -> Any:
-        """The next batch on the device; None if loading broke off because the process is being stopped."""
+        """The next batch; None if loading broke off because the process is being stopped."""
         try:
-            batch = next(batches)
+            return next(batches)
         except RuntimeError:
             if stop.reason is not None and distributed.world() == 1:  # a signal to the group reached the workers too
                 return None
             raise
-        return batch.to(self.device, DTYPES[self.config.compute_precision.param_dtype])
 
     def report_unreadable(self) -> str | None:
         """Logs how many images could not be read and were replaced; the error message if they are too many, else None.
@@ -369,7 +368,7 @@ def build_loader(
         world=world,
         workers=config.train.num_workers,
         prefetch=config.data.prefetch_factor,
-        pin_memory=device.type == "cuda",
+        device=device,
         masked_images=masked_images,
     )
 

@@ -20,7 +20,7 @@ from dinov3 import checkpoint, distributed
 from dinov3.distributed import Group
 from dinov3.errors import DinoError
 from dinov3.optim import StepValues, apply_schedules, clip_per_module
-from dinov3.parallel import precision, reduce_gradients, reshard
+from dinov3.parallel import DTYPES, precision, reduce_gradients, reshard
 from dinov3.runlog import Progress, RunDir, plot
 from dinov3.train.assembly import Trainer, Verdict, due
 from dinov3.train.health import Health
@@ -143,7 +143,7 @@ def gradients(
                 checkpoint.restore_random_states(before)
             return None
         with precision(t.device, t.config.compute_precision.param_dtype):
-            batch = method.receive(batch)
+            batch = method.receive(batch, DTYPES[t.config.compute_precision.param_dtype])
             targets = method.targets(batch, values)
             terms = method.predict(batch, targets, values)
         reduce_gradients(method.student.parts(), nth + 1 == n)

@@ -133,9 +133,9 @@ class SelfDistillation:
 
     # -- targets
 
-    def receive(self, batch: CropBatch) -> CropBatch:
-        """The batch that this rank's student trains on, from the one that this rank loaded: the same."""
-        return batch
+    def receive(self, batch: CropBatch, dtype: torch.dtype) -> CropBatch:
+        """The batch that this rank's student trains on, normalised, from the one that this rank loaded, on the device."""
+        return batch.to(batch.global_crops.device, dtype)
 
     @torch.no_grad()
     def targets(self, batch: CropBatch, values: StepValues) -> Targets:

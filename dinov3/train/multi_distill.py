@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def redistributed(x: Tensor, global_batch: int, group: Group, axis: int = 0) -> 
 
     [.., L, ..] → [.., G/n, ..]. A student's ranks together hold all G images, whatever the sizes of the groups.
     """
-    gathered = distributed.all_gather(x.movedim(axis, 0).contiguous())[:global_batch]
+    gathered = distributed.all_gather(x.movedim(axis, 0).contiguous(), equal=True)[:global_batch]
     n = distributed.world(group)
     if len(gathered) < global_batch or global_batch % n:
         raise DinoError(f"{len(gathered)} images were loaded for a global batch of {global_batch}, for {n} ranks")
@@ -66,15 +66,17 @@ class MultiDistillation(SelfDistillation):
             raise DinoError("several students need a frozen teacher (distillation.enabled)")
         self.global_batch = global_batch
 
-    def receive(self, batch: CropBatch) -> CropBatch:
-        """Crops of other ranks' images for this rank's student; the masks were made for them already."""
-        L = batch.batch_size
+    def receive(self, batch: CropBatch, dtype: torch.dtype) -> CropBatch:
+        """Crops of other ranks' images for this rank's student; the masks were made for them already. They travel as they
+        were loaded, as bytes."""
+        L, device = batch.batch_size, batch.global_crops.device
 
         def share(crops: Tensor) -> Tensor:
             return redistributed(crops.unflatten(0, (-1, L)), self.global_batch, self.group, axis=1).flatten(0, 1)
 
-        changed = {"global_crops": share(batch.global_crops), "local_crops": share(batch.local_crops), "loaded": batch}
-        return RedistributedBatch(**(vars(batch) | changed))
+        received = replace(batch, global_crops=share(batch.global_crops), local_crops=share(batch.local_crops))
+        received = received.to(device, dtype)
+        return RedistributedBatch(**vars(received), loaded=batch.to(device, dtype))
 
     @torch.no_grad()
     def targets(self, batch: CropBatch, values: StepValues) -> Targets:

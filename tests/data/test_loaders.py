@@ -7,6 +7,7 @@ import json
 import pickle
 import tarfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,6 +20,7 @@ from paths import GOLDEN_LOSSES
 from PIL import Image
 from reference_orders import reference_epoch, reference_infinite, reference_sharded_infinite
 
+from dinov3.data import loading
 from dinov3.data.crops import CropBatch, CropConfig
 from dinov3.data.datasets import Folder, make_dataset
 from dinov3.data.loading import CropLoader, Order, along, chosen_resolution, permuted
@@ -333,6 +335,48 @@ def test_a_mixture_gives_whole_batches_of_each_data_set_by_weight(tmp_path: Path
 def test_a_weight_of_nothing_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DinoError, match="weight of a in a mixture is 0: leave it out"):
         make_dataset("a:0+b:1")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Copies to a device
+
+
+def test_on_a_gpu_the_next_batch_is_copied_while_one_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of what is queued, with streams that only write it down."""
+    queued: list[str] = []
+
+    class Stream:
+        def __init__(self, device: torch.device, name: str = "side") -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            queued.append(f"{self.name} waits for {other.name}")
+
+        def record_event(self) -> str:
+            return queued[-1]
+
+        def wait_event(self, event: str) -> None:
+            queued.append(f"{self.name} waits for {event}")
+
+    main = Stream(torch.device("cuda"), "main")
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(loading, "_moved", lambda batch, device: (queued.append(f"copy {batch}"), batch)[1])
+    batches = loading.moved_ahead(iter("abcd"), torch.device("cuda"))
+    for _ in range(2):
+        queued.append(f"step {next(batches)}")
+    first_step = ["side waits for main", "copy a", "side waits for main", "copy b", "main waits for copy a", "step a"]
+    assert queued == [*first_step, "side waits for main", "copy c", "main waits for copy b", "step b"]
+
+
+def test_batches_come_as_bytes_and_are_normalised_on_the_device() -> None:
+    (batch,) = first(1, loader())
+    assert batch.global_crops.dtype == torch.uint8
+    (kept,) = loading.moved_ahead(iter([batch]), torch.device("cpu"))
+    assert same(kept, batch)
+    means, spread = (torch.tensor(v)[:, None, None] for v in (batch.mean, batch.std))
+    torch.testing.assert_close(batch.to().global_crops, (batch.global_crops / 255 - means) / spread)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

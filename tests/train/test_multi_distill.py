@@ -75,7 +75,7 @@ def first_losses() -> dict[str, float]:
         masks_weight=mine.masks_weight,
     )
     values = step_values(ROW)
-    batch = method.receive(batch)
+    batch = method.receive(batch, torch.float32)
     assert torch.equal(batch.global_crops, mine.global_crops)
     assert torch.equal(batch.local_crops, mine.local_crops)
     terms = method.predict(batch, method.targets(batch, values), values)

@@ -10,6 +10,7 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -97,9 +98,16 @@ def cropped(x: Tensor, box: tuple[int, int, int, int], side: int) -> Tensor:
 
 def normalised(x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 [n, 3, h, w] → (x / 255 − mean) / std: one multiplication and addition in float32, for batches on a device."""
-    scale = torch.tensor([1 / (255 * s) for s in std], device=x.device)[:, None, None]
-    shift = torch.tensor([-m / s for m, s in zip(mean, std)], device=x.device)[:, None, None]
+    shift, scale = _shift_and_scale(tuple(mean), tuple(std), x.device)
     return torch.addcmul(shift, x.float(), scale).to(dtype)
+
+
+@lru_cache(maxsize=16)  # making them copies from the host, which waits for the device
+def _shift_and_scale(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):  # whoever comes first
+        scale = torch.tensor([1 / (255 * s) for s in std], device=device)[:, None, None]
+        shift = torch.tensor([-m / s for m, s in zip(mean, std)], device=device)[:, None, None]
+    return shift, scale
 
 
 def standardised(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
