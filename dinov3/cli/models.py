@@ -144,3 +144,55 @@ def convert(
     for note in getattr(report, "notes", ()):
         log(f"note: {note}")
     print(out)
+
+
+@app.command()
+def export(
+    model: Annotated[
+        str, typer.Argument(help="A backbone's name or weights, a head file of yours, or a published head's name.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.", callback=result_folder)],
+    to: Annotated[Literal["onnx", "openvino", "torch-export"], typer.Option(help="The form of the graph.")] = "onnx",
+    size: Annotated[str, typer.Option(help="HEIGHT,WIDTH in pixels, or dynamic: any in whole patches.")] = "dynamic",
+    output: Annotated[
+        Literal["cls", "patches", "pooled", "all"], typer.Option(help="Of a backbone; pooled: CLS and mean of patches.")
+    ] = "all",
+    precision: Annotated[Literal["fp32", "fp16", "bf16"], typer.Option(help="Of the products inside.")] = "fp32",
+    weights: Annotated[str | None, typer.Option(help="The weights of a published backbone or head.")] = None,
+    backbone_weights: Annotated[str | None, typer.Option(help="The backbone under a head.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
+) -> None:
+    """Write a model as ONNX, OpenVINO or torch.export, compared with the original."""
+    from dinov3.export.graph import export as run
+
+    sides = None
+    if size != "dynamic":
+        parts = size.split(",")
+        if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
+            raise typer.BadParameter(f"HEIGHT,WIDTH in pixels or dynamic, not {size!r}", param_hint="--size")
+        sides = (int(parts[0]), int(parts[1]))
+    opened = _model(model, weights, backbone_weights)
+    facts = run(opened, out, to, size=sides, output=output, precision=precision)
+    if as_json:
+        print(json.dumps(facts))
+        return
+    log(f"{facts['target']}, {facts['precision']}, checked with {facts['runtime']}:")
+    for place in facts["parity"]:
+        h, w = place["size"]
+        differences = [f"{name} {v['max']:.1e} ({v['cosine']:.7f})" for name, v in place["outputs"].items()]
+        log(f"  {place['batch']} × {h}×{w} px, largest difference (least cosine): {', '.join(differences)}")
+    print(out)
+
+
+def _model(name: str, weights: str | None, backbone_weights: str | None) -> Any:
+    """A backbone, or a task model where a head is named."""
+    from dinov3.hub import HEADS, load
+    from dinov3.hub.open_task_model import is_head_file, open_task_model, verb_of
+    from dinov3.hub.own_heads import read_head_info
+    from dinov3.weights import catalog
+
+    if name in HEADS or is_head_file(name):
+        task = HEADS[name].task if name in HEADS else verb_of(read_head_info(name).task)
+        return open_task_model(task, name, weights=weights, backbone_weights=backbone_weights)
+    known = weights is not None or name.lower() in catalog.aliases()
+    return load(name, weights) if known else load(None, name)

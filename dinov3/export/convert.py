@@ -68,7 +68,7 @@ def convert(
     is there and not empty.
     """
     one_of("the form", to, formats.FORMS)
-    out = _empty(out_dir)
+    out = empty_folder(out_dir)
     return _write(reading.open(source, periods=periods), out, to, dtype, max_shard_bytes)
 
 
@@ -87,7 +87,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], to: format
     statistics = {"mean": origin.mean, "std": origin.std} if origin is not None else {}
     state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
     opened = reading.OpenedWeights(state, "meta", model.config, rows, source, Path(source), **statistics)
-    return _write(opened, _empty(folder), to)
+    return _write(opened, empty_folder(folder), to)
 
 
 def push_to_hub(model: nn.Module, repository: str, *, private: bool = False, token: str | None = None) -> str:
@@ -104,7 +104,7 @@ def push_to_hub(model: nn.Module, repository: str, *, private: bool = False, tok
     return str(url)
 
 
-def _empty(folder: str | os.PathLike[str]) -> Path:
+def empty_folder(folder: str | os.PathLike[str]) -> Path:
     out = Path(folder)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DinoError(f"{out} is not an empty folder; name a new one, nothing is overwritten")

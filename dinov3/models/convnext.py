@@ -146,6 +146,6 @@ class ConvNeXt(TokenModel):
             if norm:
                 y, pooled = self.norms[i](y), self.norms[i](pooled)
             if reshape:
-                y = y.transpose(1, 2).reshape(len(x), -1, h, w).contiguous()
+                y = y.transpose(1, 2).reshape(x.shape[0], -1, h, w).contiguous()
             results.append((y, pooled) if return_class_token else y)
         return tuple(results)

@@ -404,9 +404,9 @@ class VisionTransformer(TokenModel):
             patches = torch.where(mask.unsqueeze(-1), self.mask_token.to(patches.dtype).unsqueeze(0), patches)
         elif self.training:
             cls = cls + 0 * self.mask_token  # keeps the parameter in every rank's graph
-        prefix = [cls.expand(len(x), -1, -1)]
+        prefix = [cls.expand(x.shape[0], -1, -1)]
         if self.n_storage_tokens:
-            prefix.append(self.storage_tokens.expand(len(x), -1, -1))
+            prefix.append(self.storage_tokens.expand(x.shape[0], -1, -1))
         return torch.cat([*prefix, patches], dim=1), grid
 
     def _run(self, groups: list[Tensor], grids: list[tuple[int, int]], keep: Sequence[int] = ()) -> list[list[Tensor]]:
@@ -473,7 +473,7 @@ class VisionTransformer(TokenModel):
                 y = self._final_norm(y)
             patches = y[:, prefix:]
             if reshape:
-                patches = patches.transpose(1, 2).reshape(len(x), self.embed_dim, H, W).contiguous()
+                patches = patches.transpose(1, 2).reshape(x.shape[0], self.embed_dim, H, W).contiguous()
             extras = [y[:, 0]] * return_class_token + [y[:, 1:prefix]] * return_extra_tokens
             results.append((patches, *extras) if extras else patches)
         return tuple(results)
