@@ -254,11 +254,6 @@ def test_the_error_of_an_empty_source_lists_the_known_kinds(tmp_path: Path) -> N
         open_source(tmp_path, recursive=False)
 
 
-def test_remote_addresses_are_refused_in_words() -> None:
-    with pytest.raises(DinoError, match=r"remote addresses are not read \(s3://bucket/x\)"):
-        open_source("s3://bucket/x")
-
-
 def test_a_column_without_a_table_is_an_error(tmp_path: Path) -> None:
     put(tmp_path / "a.png", image(1))
     with pytest.raises(DinoError, match=r"column 'image' was given, but .* holds no table"):

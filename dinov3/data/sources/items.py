@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dinov3.data.images import HEAD
+from dinov3.data.sources import remote
 from dinov3.errors import DinoError, ImageError
 
 # Companions of images that are never one themselves: not worth opening a million of them to read their first bytes.
@@ -210,13 +211,15 @@ class Unreadable:
 
 
 class NoImageColumn(DinoError):
-    def __init__(self, path: Path, columns: Iterable[str]) -> None:
+    def __init__(self, path: Path | str, columns: Iterable[str]) -> None:
         super().__init__(
             f"no column of {path} holds images or paths (it has {', '.join(columns)}); choose with column="
         )
 
 
 def first_bytes(path: str | Path, size: int = HEAD) -> bytes:
+    if remote.is_remote(path):
+        return remote.read_range(str(path), 0, size)
     try:
         facts = os.stat(path)
         if not stat.S_ISREG(facts.st_mode) or not facts.st_size:  # reading a pipe or the kernel's log would wait
@@ -228,6 +231,8 @@ def first_bytes(path: str | Path, size: int = HEAD) -> bytes:
 
 
 def stamp_of(path: str | os.PathLike[str]) -> str:
+    if remote.is_remote(path):
+        return remote.stamp_of(os.fspath(path))
     try:
         facts = os.stat(path)
     except OSError:

@@ -16,10 +16,12 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import numpy as np
 
-from dinov3.data.images import IMAGE_SUFFIXES, image_suffix, is_image_header, os_reason, read_file
+from dinov3.data.images import IMAGE_SUFFIXES, check_size, image_suffix, is_image_header, os_reason, read_file
+from dinov3.data.sources import remote
 from dinov3.data.sources.items import (
     COMPANIONS,
     FORWARD,
@@ -83,11 +85,12 @@ def open_source(
 
     A text may also be a glob ("shards/*.tar") or hold braces ("shard-{000..010}.tar", "{train,val}.parquet").
     `column` names the column of a table that holds images or their paths; found by type and name otherwise.
+    Tars, Parquet files and images also by address (s3://, hf://, https://, …), with globs and folders where the server lists.
     A video file that is named gives `fps` frames a second; those in a folder are skipped.
     """
     text = os.path.expanduser(os.fspath(spec))
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
-        raise DinoError(f"remote addresses are not read ({text}): mount it or copy it here, and give the path")
+    if remote.is_remote(text):
+        return _open_remote(text, column)
     if not 0 < fps <= 1000:
         raise DinoError(f"{fps} frames a second cannot be taken of a video: give a rate above 0, up to 1000")
     if os.path.lexists(text):
@@ -112,6 +115,8 @@ def open_source(
 
 def open_sources(specs: Sequence[str | os.PathLike[str]], **options: Any) -> Source:
     """Several sources as one, with absolute paths; its root is the folder that holds them all. Options: `open_source`'s."""
+    for spec in filter(remote.is_remote, specs):  # a store looks whether files are still there
+        raise DinoError(f"remote addresses are for training and evaluation; here they are not read ({spec}): copy it")
     sources = [open_source(spec, **options) for spec in specs]
     if len(sources) == 1:
         return sources[0]
@@ -120,6 +125,16 @@ def open_sources(specs: Sequence[str | os.PathLike[str]], **options: Any) -> Sou
     except ValueError:  # none at all, or two drives
         raise DinoError("give at least one source, and all of them on one drive") from None
     return _Several(f"{len(sources)} sources", "mixed", sum(source.skipped for source in sources), root, sources)
+
+
+def _open_remote(text: str, column: str | None) -> Indexed:
+    urls = [url for name in _braces(text) for url in remote.listed(name)]
+    folder = urls != [text] and not remote.MAGIC.search(text)
+    base = text.rstrip("/") if folder else remote.fixed(text)  # names are relative to it
+    listing = _Listing(base, column, True, 1.0)
+    for url in urls:
+        listing.remote(url, url.removeprefix(base + "/"))
+    return listing.close(text)
 
 
 def files_below(
@@ -393,7 +408,21 @@ class _Listing:
         except ImageError as error:
             self.containers.append(_Broken(name, str(error), stamp))
 
-    def _table(self, path: Path, opened: Callable[[], Part], on_its_own: bool) -> None:
+    def remote(self, url: str, name: str) -> None:
+        """One remote file. What cannot be opened is an error: a shard that is out of reach should not go unnoticed."""
+        lower = urlsplit(name).path.lower()
+        if lower.endswith(".parquet"):
+            self._table(url, lambda: Parquet.open(url, name, remote.stamp_of(url), self.column), True)
+        elif lower.endswith(TAR_SUFFIXES):
+            tar = Tar.open(url, name, remote.stamp_of(url))
+            self.skipped += tar.skipped
+            self.containers.append(tar)
+        elif image_suffix(lower):
+            self.file(name)
+        else:
+            self.skipped += 1
+
+    def _table(self, path: Path | str, opened: Callable[[], Part], on_its_own: bool) -> None:
         self.used_column = True
         try:
             self.containers.append(opened())
@@ -468,6 +497,10 @@ class _File:
     path: str
 
     def read(self) -> bytes:
+        if remote.is_remote(self.path):
+            size = remote.size_of(self.path)
+            check_size(size)
+            return remote.read_range(self.path, 0, size)
         return read_file(self.path)
 
 

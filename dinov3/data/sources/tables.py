@@ -17,6 +17,7 @@ from typing import Any
 
 from dinov3.data.images import check_size, most_bytes, os_reason, read_file
 from dinov3.data.sources.items import FORWARD, PATH_NAMES, NoImageColumn, Part, Place, Unreadable
+from dinov3.data.sources.remote import is_remote, opened, size_of
 from dinov3.errors import DinoError, ImageError, only_known, require
 
 # A table's column is found by its type; where several would do, one with the likeliest name.
@@ -31,7 +32,7 @@ def _pyarrow(name: str) -> Any:
     return require(name, "search", "reading Parquet and Arrow tables")
 
 
-def _image_column(path: Path, schema: Any, wanted: str | None) -> str:
+def _image_column(path: Path | str, schema: Any, wanted: str | None) -> str:
     """The column that holds images: a struct with `bytes` (as `datasets` writes it), binary, or paths in a text column."""
     types = _pyarrow("pyarrow").types
     if wanted is not None:
@@ -121,6 +122,10 @@ def _column_bytes(group: Any, column: str) -> tuple[int, int]:
     return sum(c.total_uncompressed_size for c in chunks), sum(c.total_compressed_size for c in chunks)
 
 
+def _for_arrow(path: str | Path) -> Any:
+    return opened(path) if is_remote(path) else path  # what it opens itself it reads without the interpreter
+
+
 def _rows_at_once(size: int) -> int:
     """Rows of a block of a row group whose column has `size` bytes: a batch is laid out whole, and a dictionary may repeat
     one large value in every row."""
@@ -131,7 +136,7 @@ def _row_blocks(path: str, group: int, column: str) -> Iterator[tuple[Any, int]]
     """The column of a row group in blocks of rows: a writer may have put a whole file into one group, so it is never
     decoded at once. Raises `ImageError` where its cells must be larger than is read, or hardly anything of it is in the
     file: encoded images do not compress."""
-    file = _pyarrow("pyarrow.parquet").ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
+    file = _pyarrow("pyarrow.parquet").ParquetFile(_for_arrow(path), pre_buffer=False, buffer_size=1 << 20)
     facts = file.metadata.row_group(group)
     size, packed = _column_bytes(facts, column)
     check_size(size // max(1, facts.num_rows))
@@ -195,14 +200,14 @@ class Parquet(_Table):
     kind: str = "parquet"
 
     @classmethod
-    def open(cls, path: Path, name: str, stamp: str, wanted: str | None) -> Parquet:
+    def open(cls, path: Path | str, name: str, stamp: str, wanted: str | None) -> Parquet:
         parquet = _pyarrow("pyarrow.parquet")
         try:
-            with parquet.ParquetFile(path) as file:
+            with parquet.ParquetFile(_for_arrow(path)) as file:
                 schema, facts = file.schema_arrow, file.metadata
                 groups = [facts.row_group(g).num_rows for g in range(facts.num_row_groups)]
-                if min(groups, default=0) < 0 or sum(groups) > os.path.getsize(path):
-                    raise ValueError(f"{sum(groups):,} rows in {os.path.getsize(path):,} bytes")
+                if min(groups, default=0) < 0 or sum(groups) > size_of(path):
+                    raise ValueError(f"{sum(groups):,} rows in {size_of(path):,} bytes")
                 image_column = _image_column(path, schema, wanted)
                 sizes = [_column_bytes(facts.row_group(g), image_column)[0] for g in range(facts.num_row_groups)]
         except DinoError:

@@ -14,6 +14,7 @@ from typing import Any
 
 from dinov3.data.images import HEAD, check_size, image_suffix, is_image_header, most_bytes, os_reason
 from dinov3.data.sources.items import COMPANIONS, FORWARD, Names, Part, Place, Unreadable, first_bytes, storable
+from dinov3.data.sources.remote import is_remote, opened, read_range, size_of
 from dinov3.errors import ImageError
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -29,6 +30,8 @@ class _Span:
     size: int
 
     def read(self) -> bytes:
+        if is_remote(self.path):
+            return self._whole(read_range(self.path, self.offset, self.size))
         try:
             file = os.open(self.path, os.O_RDONLY)
             try:
@@ -41,6 +44,9 @@ class _Span:
                 os.close(file)
         except OSError as error:
             raise ImageError(os_reason(error, self.path)) from None
+        return self._whole(data)
+
+    def _whole(self, data: bytes) -> bytes:
         if len(data) < self.size:
             raise ImageError(f"truncated tar: {os.path.basename(self.path)} ends inside of this member")
         return data
@@ -51,7 +57,7 @@ PACKED_BLOCK = 1 << 20  # bytes of what a .tar.gz decompresses to
 
 def _unpacked(path: str) -> Iterator[tuple[bytes, int]]:
     """Blocks of what a .tar.gz decompresses to, the last one shorter; what comes before damage is in the last."""
-    with gzip.open(path, "rb") as stream:
+    with opened(path) as file, gzip.GzipFile(fileobj=file) as stream:
         while True:
             block = bytearray()
             try:
@@ -129,15 +135,16 @@ class Tar(Part):
     kind: str = "tar"
 
     @classmethod
-    def open(cls, path: Path, name: str, stamp: str) -> Tar:
+    def open(cls, path: Path | str, name: str, stamp: str) -> Tar:
         packed = first_bytes(path, 2) == b"\x1f\x8b"
         tar = cls(str(path), name, stamp, packed)
         try:
             with (
-                gzip.open(path, "rb") if packed else open(path, "rb") as stream,
+                opened(path) as file,
+                gzip.GzipFile(fileobj=file) if packed else file as stream,
                 tarfile.open(fileobj=stream, mode="r:", tarinfo=_EndAware) as archive,
             ):
-                tar._index(archive, None if packed else os.path.getsize(path))
+                tar._index(archive, None if packed else size_of(path))
         except (tarfile.TarError, EOFError, OSError, zlib.error, ValueError, OverflowError, RecursionError) as error:
             tar._cut(str(error) or type(error).__name__)
         return tar
