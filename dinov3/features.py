@@ -412,10 +412,14 @@ def _stacked(pairs: Iterable[tuple[Tensor, Geometry]], batch_size: int) -> Itera
 
 
 def auto_workers(model: nn.Module) -> int:
+    return decoding_threads(next(model.parameters()).device)
+
+
+def decoding_threads(device: torch.device) -> int:
     """Decoding threads: every core where the model has a device of its own; beside a model on the CPU half of them,
     since decoding is the smaller part and a thread too many makes the model's own threads wait for each other."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // 2) if next(model.parameters()).device.type == "cpu" else cores
+    return max(1, cores // 2) if device.type == "cpu" else cores
 
 
 class _Given:

@@ -1,6 +1,7 @@
 """Batches of a distillation: views of images, their augmentation, and the teachers' outputs for them.
 
-A batch is a function of (seed, step, rank), and so are its views, colours and mixtures. Legend as in `distill`.
+A batch, its views and colours are functions of (seed, step), whatever the number of processes; mixtures also of rank.
+Legend as in `distill`.
 """
 
 from __future__ import annotations
@@ -61,8 +62,10 @@ class Batches:
         online = {i: t for i, t in enumerate(self.sources) if isinstance(t, OnlineTargets) and t.sees_students_pixels}
         sides = {i: t.teacher.side(side // self.patch) for i, t in online.items()}
         canvas = self.images.views(self.views, indices, view, max([side, *sides.values()]))
-        rng = torch.Generator().manual_seed(seed_of(self.config.seed, step, self.rank))
-        canvas, turned = distorted(canvas, rng)
+        rng = torch.Generator().manual_seed(seed_of(self.config.seed, step))
+        canvas, turned = distorted(canvas, rng, self.rank * self.share, self.size)
+        if self.rank:  # images are mixed within a process
+            rng.manual_seed(seed_of(self.config.seed, step, self.rank))
         canvas = mixed(canvas, self.config.mixing(), rng)
         targets = {}
         for i, source in enumerate(self.sources):
@@ -77,18 +80,25 @@ class Batches:
         return prefetched(self.at, range(first, last), workers=1)
 
 
-def distorted(pixels: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """uint8 [B, 3, s, s] → (mirrored by chance and mildly recoloured uint8, which were mirrored [B])."""
+def distorted(pixels: Tensor, rng: torch.Generator, first: int = 0, of: int | None = None) -> tuple[Tensor, Tensor]:
+    """uint8 [B, 3, s, s] → (mirrored by chance and mildly recoloured uint8, which were mirrored [B]).
+
+    The images are those from `first` on in a batch `of` so many, for all of which is drawn: shares are as the whole.
+    """
     B = len(pixels)
-    turned = torch.rand(B, generator=rng) < 0.5
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.rand(of or B, *shape, generator=rng)[first : first + B]
+
+    turned = drawn() < 0.5
     x = pixels.clone()
     x[turned] = pixels[turned].flip(-1)
     x = x.float()
 
     def factor(spread: float) -> Tensor:
-        return 1 + spread * (2 * torch.rand(B, 1, 1, 1, generator=rng) - 1)
+        return 1 + spread * (2 * drawn(1, 1, 1) - 1)
 
-    keep = torch.where(torch.rand(B, 1, 1, 1, generator=rng) < 0.1, torch.zeros(1), factor(0.3))  # 0: without colour
+    keep = torch.where(drawn(1, 1, 1) < 0.1, torch.zeros(1), factor(0.3))  # 0: without colour
     contrast, light = factor(0.3), factor(0.3)
     grey = (0.299 * x[:, 0] + 0.587 * x[:, 1] + 0.114 * x[:, 2])[:, None]
     mean = grey.mean((2, 3), keepdim=True)

@@ -39,6 +39,7 @@ class DistillConfig:
     rope_rescale: float | None = setting(None, at_least=1)
     bf16: bool = setting(False, help="bfloat16 autocast.")
     compile: bool = setting(False, help="torch.compile: minutes at first for every size, then faster.")
+    workers: int | None = setting(None, help="Threads that decode images. Default: by cores.", at_least=0)
     in_memory: bool = setting(False, help="Keep the images decoded.")
     cache: str | None = setting(None, help="Keep the teachers' outputs in this folder.")
     cached_grid: int = setting(8, at_least=1)  # the patch grid that is cached; other grids are resized from it

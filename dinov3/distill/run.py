@@ -44,6 +44,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 
 from dinov3 import distributed
 from dinov3.checkpoint import first_line
@@ -58,8 +59,9 @@ from dinov3.distill.config import DistillConfig
 from dinov3.distill.projectors import Projector
 from dinov3.distill.teachers import Images, OnlineTargets, TargetCache, Targets, Teacher, Views, open_teacher
 from dinov3.errors import DinoError
+from dinov3.features import decoding_threads
 from dinov3.files import atomically
-from dinov3.losses import LossTerms
+from dinov3.losses import LossTerm, LossTerms
 from dinov3.optim import ema_update, multipliers
 from dinov3.runlog import RunDir, rate_text
 from dinov3.weights import catalog, writing
@@ -82,7 +84,10 @@ class Distillation:
         self.device = torch.device(config.device)
         self.views = Views(config.views, (config.scale, 1.0), config.seed)
         largest = max(side for _, side in config.phases())
-        self.images = Images(open_source(config.images), target_short_side=largest, keep=config.in_memory)
+        workers = decoding_threads(self.device) if config.workers is None else config.workers
+        self.images = Images(
+            open_source(config.images), target_short_side=largest, keep=config.in_memory, workers=workers
+        )
         if not config.teachers:
             raise DinoError("distillation needs a teacher: --teacher KIND:WHAT (see `dinov3 distill --help`)")
         catalog.resolve(config.student)  # a misspelt name is noticed before the teachers are opened
@@ -111,6 +116,7 @@ class Distillation:
             self._fit_projections(some)
         distributed.broadcast([*self.student.state_dict().values(), *self.projectors.state_dict().values()])
         self.average = deepcopy(self.student).eval().requires_grad_(False)
+        self.learner = self._learner()
         self.optimizers = self._optimizers()
         self.step = 0
 
@@ -192,6 +198,15 @@ class Distillation:
                 projector.terms(terms, f"{i}-{self.teachers[i].spec.kind}", cls, patches, moved)
         return terms
 
+    def _learner(self) -> nn.Module:
+        """Student and projectors from a batch to their loss terms; on several processes gradients are averaged while the
+        backward pass runs."""
+        learner = _Learner(self.student, self.projectors, self.terms)
+        if distributed.world() == 1:
+            return learner
+        # which teacher has a target depends on the view, and mask tokens never get a gradient
+        return DistributedDataParallel(learner, broadcast_buffers=False, find_unused_parameters=True)
+
     def train_step(self, batch: Batch) -> LossTerms:
         step, c = self.step, self.config
         lr = c.lr_at(step)
@@ -200,10 +215,9 @@ class Distillation:
                 group["lr"] = lr * group["rate"]
             optimizer.zero_grad(set_to_none=True)
         torch.manual_seed(seed_of(c.seed, step, self.batches.rank))  # what the student itself draws
-        terms = self.terms(batch)
+        terms = LossTerms(LossTerm(*term) for term in self.learner(batch))
         terms.total().backward()
         trained = [p for p in (*self.student.parameters(), *self.projectors.parameters()) if p.requires_grad]
-        distributed.average_gradients(trained)
         nn.utils.clip_grad_norm_(trained, c.clip)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -304,6 +318,15 @@ class Distillation:
         state = self.average.state_dict()
         small = {k: v.half() if v.is_floating_point() and k != periods else v for k, v in state.items()}
         return writing.save(small, path or self.run.path / STUDENT, metadata)
+
+
+class _Learner(nn.Module):
+    def __init__(self, student: nn.Module, projectors: nn.Module, terms: Callable[[Batch], LossTerms]) -> None:
+        super().__init__()
+        self.student, self.projectors, self.terms = student, projectors, terms
+
+    def forward(self, batch: Batch) -> list[tuple[str, float, Tensor]]:
+        return [(term.name, term.weight, term.value) for term in self.terms(batch)]
 
 
 def _without_folders(spec: str) -> str:

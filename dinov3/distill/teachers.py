@@ -44,6 +44,7 @@ from dinov3.data.transforms.pixels import cropped, normalised, to_pixels
 from dinov3.errors import DinoError, ImageError, WeightsError, require
 from dinov3.features import run
 from dinov3.hub import foreign, load
+from dinov3.threads import prefetched
 from dinov3.weights import catalog
 from dinov3.weights.identity import fingerprint
 
@@ -219,8 +220,8 @@ class Views:
 class Images:
     """A source's images by number, decoded at need. One that cannot be read is replaced by the next that can."""
 
-    def __init__(self, source: Indexed, *, target_short_side: int = 256, keep: bool = False) -> None:
-        self.source = source
+    def __init__(self, source: Indexed, *, target_short_side: int = 256, keep: bool = False, workers: int = 0) -> None:
+        self.source, self.workers = source, workers  # threads that decode; 0: the caller's
         self.cached: dict[int, Tensor] | None = {} if keep else None
         self.target_short_side = target_short_side
         self.unreadable: dict[str, str] = {}
@@ -256,7 +257,11 @@ class Images:
 
     def views(self, views: Views, indices: np.ndarray, view: int, side: int) -> Tensor:
         """uint8 [B, 3, side, side]."""
-        return torch.stack([views.cut(self[int(i)], int(i), view, side) for i in indices])
+
+        def cut(index: int) -> Tensor:
+            return views.cut(self[index], index, view, side)
+
+        return torch.stack(list(prefetched(cut, indices.tolist(), self.workers)))
 
 
 # ---- the cache -------------------------------------------------------------------------------------------------------

@@ -232,7 +232,6 @@ def three_steps(config: DistillConfig, out: str) -> tuple[dict[str, torch.Tensor
     """(the student's weights as exported, the run's records, shards of the cache this process had computed)."""
     catalog.ROWS = rows_with_a_tiny_one()  # the ranks are processes of their own
     catalog.aliases.cache_clear()
-    batches.distorted = lambda pixels, rng: (pixels, torch.zeros(len(pixels), dtype=torch.bool))
     written: list[Path] = []
     write = writing.write_safetensors
 
@@ -254,7 +253,14 @@ def test_two_processes_learn_what_one_learns_of_the_whole_batch(
 ) -> None:
     def settings(name: str) -> DistillConfig:
         return config_for(
-            folder, teacher_file, batch=4, steps=3, weights=str(start), cache=str(tmp_path / name / "cache")
+            folder,
+            teacher_file,
+            batch=4,
+            steps=3,
+            workers=2,
+            teachers=[f"dinov3:{teacher_file},relations=0.5"],
+            weights=str(start),
+            cache=str(tmp_path / name / "cache"),
         )
 
     torch.manual_seed(2)
@@ -263,7 +269,6 @@ def test_two_processes_learn_what_one_learns_of_the_whole_batch(
     start = save(awake, tmp_path / "start.safetensors")
     for path in list(folder.iterdir()):  # three batches of four in an epoch
         Image.open(path).rotate(90).save(folder / f"turned-{path.name}")
-    monkeypatch.setattr(batches, "distorted", batches.distorted)  # put back afterwards
     monkeypatch.setattr(catalog, "ROWS", catalog.ROWS)
     try:
         state, records, shards = three_steps(settings("one"), str(tmp_path / "one"))
