@@ -171,11 +171,13 @@ class Trainer:
 
     def evaluate(self, iteration: int) -> float:
         began = time.perf_counter()
-        accuracy = knn(self.method.ema.backbone, self.config, self.device, self.group)
+        accuracy, unreadable = knn(self.method.ema.backbone, self.config, self.device, self.group)
         self.run.record(iteration, {"knn_accuracy": accuracy})
         self.run.log(
             f"iteration {iteration}: k-NN accuracy of the teacher {accuracy:.1%} ({time.perf_counter() - began:.0f} s)"
         )
+        if unreadable:
+            self.run.log(f"k-NN left out {len(unreadable)} images that cannot be read, such as {unreadable[0]}")
         return accuracy
 
     # -- saving and resuming

@@ -664,7 +664,27 @@ def test_knn_is_recorded_beside_the_losses(
     )
     assert outcome.knn == {3: 1.0, 7: 1.0}  # every image is its own nearest neighbour
     assert listed == [str(images)]  # once, whatever is measured how often
+    assert "k-NN left out" not in (tmp_path / "log.txt").read_text()
     assert [r["iteration"] for r in read_metrics(tmp_path / "metrics.jsonl") if "knn_accuracy" in r] == [3, 7]
+
+
+def test_an_image_that_k_nn_cannot_read_is_left_out_and_named(toy: str, images: Path, tmp_path: Path) -> None:
+    measured = shutil.copytree(images, tmp_path / "measured")
+    (measured / "dots" / "0.png").write_bytes(b"no image, but long enough to be looked at")
+    knn = [f"evaluation.knn_train_dataset={measured}", f"evaluation.knn_val_dataset={measured}", "evaluation.knn_k=1"]
+    outcome = run(
+        toy,
+        images,
+        tmp_path / "out",
+        "optim.epochs=1",
+        "optim.warmup_epochs=0",
+        *knn,
+        "evaluation.knn_period_iterations=4",
+    )
+    assert outcome.knn == {3: 1.0}
+    assert (
+        "k-NN left out 1 images that cannot be read, such as dots/0.png: " in (tmp_path / "out" / "log.txt").read_text()
+    )
 
 
 def test_labels_that_k_nn_lacks_are_an_error_before_training(toy: str, images: Path, tmp_path: Path) -> None:
