@@ -1,0 +1,544 @@
+// The blocks of a frozen ViT on an x86 CPU: norm, qkv, RoPE, attention, projection, FFN, in float32, bfloat16 or int8.
+//
+// Built once for each level by `__init__.py`: compiled for AVX2 (float32 only), AVX-512 with bf16 and VNNI, or AMX.
+//
+// One layout serves all products C[rows, columns] = A · B. An operand is a row of tiles of 1 kB, 16 lines of 64 bytes; a
+// group is 4 bytes along k: 1 float, 2 bf16 or 4 int8. A tile of A: its lines are 16 rows, each with 16 groups. A tile of B:
+// its lines are 16 groups, each of 16 columns. AMX multiplies such tiles; vectors take a group of A, broadcast, times a
+// line of B. Tile (i, l) of a matrix with L tiles along k stands at i·L + l, with its planes side by side (see Split).
+
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <barrier>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <limits>
+#include <memory>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+// ---- vectors of floats ----------------------------------------------------------------------------------------------
+
+#ifdef __AVX512F__
+constexpr int W = 16;
+#else
+constexpr int W = 8;
+#endif
+constexpr int TILE = 1024;
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+
+inline vf load(const float *p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
+inline void store(float *p, vf v) { std::memcpy(p, &v, sizeof v); }
+inline vf all(float x) { return x - vf{}; }
+inline vf larger(vf a, vf b) { return a > b ? a : b; }
+inline vf smaller(vf a, vf b) { return a < b ? a : b; }
+inline float sum(vf v) { float s = 0; for (int i = 0; i < W; i++) s += v[i]; return s; }
+inline float largest(vf v) { float s = v[0]; for (int i = 1; i < W; i++) s = std::max(s, v[i]); return s; }
+
+// e^x for x in [-87, 88], below and above as at the ends; relative error 1e-7
+inline vf exponential(vf x) {
+    x = smaller(larger(x, all(-87.0f)), all(88.0f));
+    const vf shifted = x * 1.44269504f + 12582912.0f;  // 1.5 · 2^23: the integer stands in the low bits
+    const vf n = shifted - 12582912.0f;
+    const vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    vf p = all(1.9875691500e-4f);
+    for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) p = p * r + c;
+    p = p * r * r + r + 1.0f;
+    return (vf)((vi)p + ((vi)shifted << 23));
+}
+
+// x · (1 + erf(x/√2)) / 2, erf as a rational function; absolute error 3e-7
+inline vf gelu(vf x) {
+    const vf z = smaller(larger(x * 0.70710678f, all(-4.0f)), all(4.0f)), s = z * z;
+    vf p = all(-2.72614225801306e-10f), q = all(-1.45660718464996e-05f);
+    for (float c : {2.77068142495902e-08f, -2.10102402082508e-06f, -5.69250639462346e-05f, -7.34990630326855e-04f,
+                    -2.95459980854025e-03f, -1.60960333262415e-02f}) p = p * s + c;
+    for (float c : {-2.13374055278905e-04f, -1.68282697438203e-03f, -7.37332916720468e-03f, -1.42647390514189e-02f}) q = q * s + c;
+    return 0.5f * x * (1.0f + z * p / q);
+}
+
+inline vf silu(vf x) { return x / (1.0f + exponential(-x)); }
+
+// ---- kinds of numbers in a product ----------------------------------------------------------------------------------
+
+struct F32 {
+    static constexpr int group = 1, planes = 1;
+    using acc = vf;
+    static acc dot(acc c, vf a, vf b) { return a * b + c; }
+};
+#ifdef __AVX512BF16__
+struct Bf16 {
+    static constexpr int group = 2, planes = 1;
+    using acc = vf;
+    static acc dot(acc c, vf a, vf b) { return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
+};
+// float32 as a sum of three bf16, which hold its 24 bits: six products of tiles, and what is left out is below 2^-24
+struct Split : Bf16 {
+    static constexpr int planes = 3;
+};
+struct I8 {  // u8 × s8
+    static constexpr int group = 4, planes = 1;
+    using acc = vi;
+    static acc dot(acc c, vf a, vf b) { return (vi)_mm512_dpbusd_epi32((__m512i)c, (__m512i)a, (__m512i)b); }
+};
+#endif
+
+template <class P> constexpr int line = 16 * P::group;  // elements of a line along k
+
+// W floats into row `row` of A at k
+template <class P> inline void put(char *a, int L, int row, int k, vf v) {
+    char *to = a + (size_t)((row / 16) * L + k / line<P>) * P::planes * TILE + row % 16 * 64 + k % line<P> * (4 / P::group);
+    if constexpr (std::is_same_v<P, F32>) std::memcpy(to, &v, sizeof v);
+#ifdef __AVX512BF16__
+    else
+        for (int plane = 0; plane < P::planes; plane++) {
+            const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
+            std::memcpy(to + plane * TILE, &half, 32);
+            if (plane + 1 < P::planes) v -= (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)half), 16);
+        }
+#endif
+}
+
+// ---- products -------------------------------------------------------------------------------------------------------
+
+template <class P, int R, int C> inline void by_vectors(const char *a, const char *b, int L, float *out, int ldo) {
+    constexpr int per_tile = 16 / W;
+    typename P::acc c[R][C] = {};
+    for (int l = 0; l < L; l++)
+        for (int g = 0; g < 16; g++) {
+            vf v[C];
+            for (int j = 0; j < C; j++)
+                v[j] = load((const float *)(b + (size_t)(j / per_tile * L + l) * TILE + g * 64) + j % per_tile * W);
+            for (int i = 0; i < R; i++) {
+                int32_t bits;
+                std::memcpy(&bits, a + (size_t)l * TILE + i * 64 + g * 4, 4);
+                const vf x = (vf)(bits - vi{});
+                for (int j = 0; j < C; j++) c[i][j] = P::dot(c[i][j], x, v[j]);
+            }
+        }
+    for (int i = 0; i < R; i++)
+        for (int j = 0; j < C; j++) std::memcpy(out + i * ldo + j * W, &c[i][j], W * 4);
+}
+
+#ifdef __AMX_TILE__
+template <class P, int R, int C> inline void by_tiles(const char *a, const char *b, int L, float *out, int ldo) {
+    const size_t next = (size_t)L * P::planes * TILE;
+    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    for (int l = 0; l < L; l++)
+        for (int i = 0; i < P::planes; i++) {
+            const char *ta = a + (size_t)(l * P::planes + i) * TILE;
+            _tile_loadd(4, ta, 64);
+            if (R > 1) _tile_loadd(5, ta + next, 64);
+            for (int j = 0; j < P::planes - i; j++) {
+                const char *tb = b + (size_t)(l * P::planes + j) * TILE;
+                _tile_loadd(6, tb, 64);
+                if (C > 1) _tile_loadd(7, tb + next, 64);
+                if constexpr (P::group == 4) {
+                    _tile_dpbusd(0, 4, 6);
+                    if (C > 1) _tile_dpbusd(1, 4, 7);
+                    if (R > 1) _tile_dpbusd(2, 5, 6);
+                    if (R > 1 && C > 1) _tile_dpbusd(3, 5, 7);
+                } else {
+                    _tile_dpbf16ps(0, 4, 6);
+                    if (C > 1) _tile_dpbf16ps(1, 4, 7);
+                    if (R > 1) _tile_dpbf16ps(2, 5, 6);
+                    if (R > 1 && C > 1) _tile_dpbf16ps(3, 5, 7);
+                }
+            }
+        }
+    _tile_stored(0, out, ldo * 4);
+    if (C > 1) _tile_stored(1, out + 16, ldo * 4);
+    if (R > 1) _tile_stored(2, out + 16 * ldo, ldo * 4);
+    if (R > 1 && C > 1) _tile_stored(3, out + 16 * ldo + 16, ldo * 4);
+}
+#endif
+
+// out [16·rows, 16·columns] = A · B over L tiles along k; rows and columns count tiles. int32 bits for I8.
+template <class P> void product(const char *a, const char *b, int L, int rows, int columns, float *out, int ldo) {
+    const size_t next = (size_t)L * P::planes * TILE;
+#ifdef __AMX_TILE__
+    for (int j = 0; j < columns; j += 2)
+        for (int i = 0; i < rows; i += 2) {
+            const auto run = [&](auto kernel) { kernel(a + i * next, b + j * next, L, out + i * 16 * ldo + j * 16, ldo); };
+            if (i + 1 < rows) j + 1 < columns ? run(by_tiles<P, 2, 2>) : run(by_tiles<P, 2, 1>);
+            else j + 1 < columns ? run(by_tiles<P, 1, 2>) : run(by_tiles<P, 1, 1>);
+        }
+#else
+    constexpr int most = W == 16 ? 4 : 1;  // tiles of columns that fit the registers
+    for (int j = 0; j < columns; j += most)
+        for (int i = 0; i < rows; i++) {
+            const auto run = [&](auto six, auto four) {
+                for (int r = 0; r < 16; r += 6)
+                    (r == 12 ? four : six)(a + i * next + r * 64, b + j * next, L, out + (i * 16 + r) * ldo + j * 16, ldo);
+            };
+            constexpr int V = 16 / W;
+            if (most == 1) { run(by_vectors<P, 6, V>, by_vectors<P, 4, V>); continue; }
+            switch (std::min(most, columns - j)) {
+                case 1: run(by_vectors<P, 6, 1>, by_vectors<P, 4, 1>); break;
+                case 2: run(by_vectors<P, 6, 2>, by_vectors<P, 4, 2>); break;
+                case 3: run(by_vectors<P, 6, 3>, by_vectors<P, 4, 3>); break;
+                default: run(by_vectors<P, 6, 4>, by_vectors<P, 4, 4>);
+            }
+        }
+#endif
+}
+
+// ---- what Python passes ---------------------------------------------------------------------------------------------
+
+struct Linear {         // of a layer with `outputs` columns and k inputs
+    const char *weight;  // B
+    const float *bias;
+    const float *scale, *shift;  // int8 only: scale of each column; sum of its integers times that
+    int32_t outputs, k;
+};
+
+struct Block {
+    Linear qkv, proj, fc1, fc2;  // SwiGLU: the columns of fc1 are 32 of the gate, 32 of the value, and so on
+};
+
+struct Job {
+    const Block *blocks;
+    float *x;            // [images, tokens, width], in place
+    float *const *keep;  // of each block: where its output goes, or null
+    const float *sin, *cos;  // [tokens - prefix, width / heads]
+    int32_t n_blocks, images, tokens, prefix, width, heads, swiglu, rms, threads;
+    float eps;
+};
+
+// ---- the blocks -----------------------------------------------------------------------------------------------------
+
+constexpr int ROWS = 256;  // of the residual stream that go through all layers between two attentions together
+
+struct Buffer {
+    std::unique_ptr<char, decltype(&std::free)> memory;
+    explicit Buffer(size_t bytes) : memory((char *)std::aligned_alloc(4096, (bytes + 8191) & ~(size_t)4095), std::free) {
+        if (!memory) throw std::bad_alloc();
+    }
+    operator char *() const { return memory.get(); }
+    operator float *() const { return (float *)memory.get(); }
+};
+
+inline vf widen(const float *p) { return load(p); }
+inline void narrow(float *p, vf v) { store(p, v); }
+#ifdef __AVX512BF16__
+inline vf widen(const uint16_t *p) {
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
+}
+inline void narrow(uint16_t *p, vf v) {
+    const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
+    std::memcpy(p, &half, 32);
+}
+#endif
+
+// rows `group` and `group` + 1 of B for bf16, one of two for float32: W columns of tokens t (even) and t + 1
+template <class P> inline void put_pair(char *b, int L, int t, int column, vf even, vf odd) {
+    char *to = b + (size_t)(column / 16 * L + t / line<P>) * P::planes * TILE + t % line<P> / P::group * 64 + column % 16 * 4;
+    if constexpr (std::is_same_v<P, F32>) store((float *)to, even), store((float *)(to + 64), odd);
+#ifdef __AVX512BF16__
+    else
+        for (int plane = 0; plane < P::planes; plane++) {
+            const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)even));
+            const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)odd)), 16);
+            _mm512_storeu_si512(to + plane * TILE, _mm512_or_si512(low, high));
+            even -= (vf)_mm512_slli_epi32(low, 16), odd -= (vf)high;
+        }
+#endif
+}
+
+template <class P> size_t operand(size_t rows, size_t k) {  // bytes
+    return (rows + 15) / 16 * ((k + line<P> - 1) / line<P>) * P::planes * TILE;
+}
+
+// P: numbers of the linear layers; A: of attention
+template <class P, class A> struct Run {
+    static constexpr bool quantised = P::group == 4;
+    using Stored = std::conditional_t<A::group == 2 && A::planes == 1, uint16_t, float>;
+
+    const Job &job;
+    const int D, N, d, M, N32, hidden;
+    Buffer qkv, attended;  // [M, 3D]; A of [M, D], or floats where it is quantised
+    std::deque<std::atomic<int>> next;  // task of each stage
+
+    explicit Run(const Job &j)
+        : job(j), D(j.width), N(j.tokens), d(D / j.heads), M(j.images * N), N32((N + 31) / 32 * 32), hidden(j.blocks->fc2.k),
+          qkv((size_t)M * 3 * D * sizeof(Stored)), attended(quantised ? (size_t)M * D * 4 : operand<A>(M + 31, D)),
+          next(2 * j.n_blocks + 1) {}
+
+    struct Scratch {  // of a thread
+        Buffer a, h, wide, out, scores, q, k, v, p;
+        float scale[ROWS], zero[ROWS];
+        int packed = -1;  // the image and head whose k and v are packed
+        explicit Scratch(const Run &r)
+            : a(operand<P>(ROWS, r.D)), h(operand<P>(ROWS, r.hidden)), wide(quantised ? (size_t)ROWS * r.hidden * 4 : 0),
+              out(32 * std::max(64, r.d) * 4 + r.D * 4), scores((size_t)32 * r.N32 * 4), q(operand<A>(32, r.d)),
+              k(operand<A>(r.N32, r.d)), v(operand<A>(r.d, r.N32)), p(operand<A>(32, r.N32)) {}
+    };
+
+    // u8 with zero point: x ≈ scale · (u - zero). NaN and infinity make the scale NaN, and so the whole row
+    static void quantise(const float *x, int k, char *a, int row, Scratch &s) {
+#ifdef __AVX512BF16__
+        vf low{}, high{}, finite{};
+        for (int c = 0; c < k; c += W) {
+            const vf v = load(x + c);
+            low = smaller(v, low), high = larger(v, high), finite += v - v;
+        }
+        const float lowest = -largest(-low), range = largest(high) - lowest;
+        const float scale = range > 0 ? range / 255 : 1, zero = std::nearbyint(-lowest / scale);
+        s.scale[row] = scale + sum(finite), s.zero[row] = zero;
+        const __m512i shift = _mm512_set1_epi32((int)zero);
+        for (int c = 0; c < k; c += W) {
+            const __m512i u = _mm512_add_epi32(_mm512_cvtps_epi32((__m512)(load(x + c) / scale)), shift);
+            const __m128i bytes = _mm512_cvtusepi32_epi8(_mm512_max_epi32(u, _mm512_setzero_si512()));
+            std::memcpy(a + (size_t)(row / 16 * (k / 64) + c / 64) * TILE + row % 16 * 64 + c % 64, &bytes, 16);
+        }
+#endif
+    }
+
+    void norm(const float *x, int row, Scratch &s) const {
+        vf total{}, squares{};
+        if (!job.rms)
+            for (int c = 0; c < D; c += W) total += load(x + c);
+        const float mean = sum(total) / D;
+        for (int c = 0; c < D; c += W) squares += (load(x + c) - mean) * (load(x + c) - mean);
+        const float factor = 1 / std::sqrt(sum(squares) / D + job.eps);
+        float *normed = (float *)s.out + 32 * std::max(64, d);
+        for (int c = 0; c < D; c += W) {
+            const vf v = (load(x + c) - mean) * factor;
+            if constexpr (quantised) store(normed + c, v);
+            else put<P>(s.a, D / line<P>, row, c, v);
+        }
+        if constexpr (quantised) quantise(normed, D, s.a, row, s);
+    }
+
+    // calls use(row, column, value) for every row and `width` columns at a time; value(i): columns + i to + W
+    template <class F> void linear(const char *a, const Linear &layer, int rows, int width, Scratch &s, F use) const {
+        const int L = layer.k / line<P>;
+        const size_t next_tile = (size_t)L * P::planes * TILE;
+        float *out = s.out;
+        for (int column = 0; column < layer.outputs; column += width)
+            for (int row = 0; row < rows; row += 32) {
+                product<P>(a + row / 16 * next_tile, layer.weight + column / 16 * next_tile, L, 2, width / 16, out, width);
+                for (int r = row; r < std::min(rows, row + 32); r++)
+                    use(r, column, [&, from = out + (r - row) * width](int i) {
+                        const vf bias = load(layer.bias + column + i);
+                        if constexpr (!quantised) return load(from + i) + bias;
+                        vi sums;
+                        std::memcpy(&sums, from + i, sizeof sums);
+                        const vf scale = s.scale[r] * load(layer.scale + column + i);
+                        return __builtin_convertvector(sums, vf) * scale +
+                               (bias - s.scale[r] * s.zero[r] * load(layer.shift + column + i));
+                    });
+            }
+    }
+
+    // block b from attention's output to its end
+    void finish(int b, int row0, int rows, Scratch &s) const {
+        const Block &block = job.blocks[b];
+        float *x = job.x + (size_t)row0 * D;
+        const auto add = [&](int row, int column, auto value) {
+            float *to = x + (size_t)row * D + column;
+            for (int i = 0; i < 64; i += W) store(to + i, load(to + i) + value(i));
+        };
+        const char *a = (char *)attended + operand<A>(row0, D);
+        if constexpr (quantised) {
+            for (int r = 0; r < rows; r++) quantise((float *)attended + (size_t)(row0 + r) * D, D, s.a, r, s);
+            a = s.a;
+        }
+        linear(a, block.proj, rows, 64, s, add);
+        for (int r = 0; r < rows; r++) norm(x + (size_t)r * D, r, s);
+        const auto hide = [&](int row, int column, vf v) {
+            if constexpr (quantised) store((float *)s.wide + (size_t)row * hidden + column, v);
+            else put<P>(s.h, hidden / line<P>, row, column, v);
+        };
+        if (job.swiglu)
+            linear(s.a, block.fc1, rows, 64, s, [&](int row, int column, auto value) {
+                for (int i = 0; i < 32; i += W) hide(row, column / 2 + i, silu(value(i)) * value(i + 32));
+            });
+        else
+            linear(s.a, block.fc1, rows, 64, s, [&](int row, int column, auto value) {
+                for (int i = 0; i < 64; i += W) hide(row, column + i, gelu(value(i)));
+            });
+        if constexpr (quantised)
+            for (int r = 0; r < rows; r++) quantise((float *)s.wide + (size_t)r * hidden, hidden, s.h, r, s);
+        linear(s.h, block.fc2, rows, 64, s, add);
+        if (job.keep[b]) std::memcpy(job.keep[b] + (size_t)row0 * D, x, (size_t)rows * D * 4);
+    }
+
+    // q, k and v of block b; q and k of patches are turned
+    void begin(int b, int row0, int rows, Scratch &s) const {
+        for (int r = 0; r < rows; r++) norm(job.x + (size_t)(row0 + r) * D, r, s);
+        linear(s.a, job.blocks[b].qkv, rows, d, s, [&](int row, int column, auto value) {
+            Stored *to = (Stored *)(char *)qkv + (size_t)(row0 + row) * 3 * D + column;
+            const int patch = (row0 + row) % N - job.prefix, half = d / 2;
+            if (column < 2 * D && patch >= 0 && job.sin) {
+                const float *sin = job.sin + (size_t)patch * d, *cos = job.cos + (size_t)patch * d;
+                for (int i = 0; i < half; i += W) {
+                    const vf first = value(i), second = value(i + half);
+                    narrow(to + i, first * load(cos + i) - second * load(sin + i));
+                    narrow(to + i + half, second * load(cos + i + half) + first * load(sin + i + half));
+                }
+            } else
+                for (int i = 0; i < d; i += W) narrow(to + i, value(i));
+        });
+    }
+
+    // k and v of one head of one image as B of q · kᵀ and of p · v; tokens that fill the last tiles are zero
+    void pack(const Stored *k, const Stored *v, Scratch &s) const {
+        const int L = d / line<A>;
+        const auto of = [&](const Stored *p, int t, int c) { return t < N ? widen(p + (size_t)t * 3 * D + c) : vf{}; };
+        for (int t = 0; t < N32; t += 2)
+            for (int c = 0; c < d; c += W) {
+                put<A>(s.k, L, t, c, of(k, t, c)), put<A>(s.k, L, t + 1, c, of(k, t + 1, c));
+                put_pair<A>(s.v, N32 / line<A>, t, c, of(v, t, c), of(v, t + 1, c));
+            }
+        for (char *tile = s.k, *end = tile + operand<A>(N32, d); tile < end; tile += TILE) {
+            int32_t word[16][16];
+            std::memcpy(word, tile, TILE);
+            for (int i = 0; i < 16; i++)
+                for (int j = 0; j < 16; j++) ((int32_t(*)[16])tile)[j][i] = word[i][j];
+        }
+    }
+
+    // queries q0 to q1 of one head of one image
+    void attend(int image, int head, int q0, int q1, Scratch &s) const {
+        const Stored *q = (const Stored *)(char *)qkv + (size_t)image * N * 3 * D + head * d;
+        if (s.packed != image * job.heads + head) pack(q + D, q + 2 * D, s), s.packed = image * job.heads + head;
+        for (; q0 < q1; q0 += 32) {
+            for (int r = 0; r < 32; r++)
+                for (int c = 0; c < d; c += W)
+                    put<A>(s.q, d / line<A>, r, c, widen(q + (size_t)std::min(q0 + r, N - 1) * 3 * D + c));
+            float *scores = s.scores, *out = s.out, weight[32];
+            product<A>(s.q, s.k, d / line<A>, 2, N32 / 16, scores, N32);
+            for (int r = 0; r < 32; r++) {
+                float *row = scores + (size_t)r * N32;
+                std::fill(row + N, row + N32, -std::numeric_limits<float>::infinity());
+                vf most = load(row), total{};
+                for (int c = W; c < N32; c += W) most = larger(load(row + c), most);
+                const vf top = all(largest(most));
+                for (int c = 0; c < N32; c += W) {
+                    const vf e = exponential(load(row + c) - top);
+                    total += e;
+                    put<A>(s.p, N32 / line<A>, r, c, e);
+                }
+                weight[r] = 1 / sum(total);
+            }
+            product<A>(s.p, s.v, N32 / line<A>, 2, d / 16, out, d);
+            for (int r = 0; r < std::min(32, q1 - q0); r++)
+                for (int c = 0, row = image * N + q0 + r; c < d; c += W) {
+                    const vf v = load(out + r * d + c) * weight[r];
+                    if constexpr (quantised) store((float *)attended + (size_t)row * D + head * d + c, v);
+                    else put<A>(attended, D / line<A>, row, head * d + c, v);
+                }
+        }
+    }
+
+    // one of `threads` threads: takes tasks of a stage until none is left, and waits for the others
+    void work(Scratch &s, int threads, std::barrier<> &all_done) {
+        const auto each = [&](int stage, int tasks, auto run) {
+            for (int task; (task = next[stage].fetch_add(1)) < tasks;) run(task);
+            if (threads > 1) all_done.arrive_and_wait();
+        };
+        const int groups = ((M + ROWS - 1) / ROWS + threads - 1) / threads * threads;  // of rows
+        const int rows = ((M + groups - 1) / groups + 31) / 32 * 32;
+        const int chunk = threads == 1 ? N32 : 128, chunks = (N + chunk - 1) / chunk;
+        for (int b = 0; b <= job.n_blocks; b++) {
+            each(2 * b, (M + rows - 1) / rows, [&](int task) {
+                const int row0 = task * rows, n = std::min(rows, M - row0);
+                if (b > 0) finish(b - 1, row0, n, s);
+                if (b < job.n_blocks) begin(b, row0, n, s);
+            });
+            if (b == job.n_blocks) break;
+            s.packed = -1;
+            each(2 * b + 1, job.images * job.heads * chunks, [&](int task) {
+                const int head = task / chunks, q0 = task % chunks * chunk;
+                attend(head / job.heads, head % job.heads, q0, std::min(N, q0 + chunk), s);
+            });
+        }
+    }
+};
+
+// AMX needs the kernel's permission once for a process, and shapes of tiles in every thread
+bool tiles_allowed() {
+#ifdef __AMX_TILE__
+    return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XFEATURE_XTILEDATA */) == 0;
+#else
+    return true;
+#endif
+}
+
+struct Tiles {
+    Tiles() {
+#ifdef __AMX_TILE__
+        alignas(64) uint8_t config[64] = {1};
+        for (int i = 0; i < 8; i++) config[16 + 2 * i] = 64, config[48 + i] = 16;
+        _tile_loadconfig(config);
+#endif
+    }
+    ~Tiles() {
+#ifdef __AMX_TILE__
+        _tile_release();
+#endif
+    }
+};
+
+template <class P, class A> void execute(const Job &job) {
+    Run<P, A> run(job);
+    std::deque<typename Run<P, A>::Scratch> scratch;
+    for (int i = 0; i < job.threads; i++) scratch.emplace_back(run);
+    std::vector<std::thread> threads;
+    std::atomic<int> team{0};  // its size, once all threads are there
+    std::unique_ptr<std::barrier<>> all_done;
+    const auto work = [&](int i) {
+        team.wait(0);
+        [[maybe_unused]] const Tiles tiles;
+        run.work(scratch[i], team, *all_done);
+    };
+    threads.reserve(job.threads);
+    try {
+        for (int i = 1; i < job.threads; i++) threads.emplace_back(work, i);
+    } catch (const std::system_error &) {  // no more threads: those that are there do it
+    }
+    all_done = std::make_unique<std::barrier<>>(threads.size() + 1);
+    team = (int)threads.size() + 1;
+    team.notify_all();
+    work(0);
+    for (auto &thread : threads) thread.join();
+}
+
+}  // namespace
+
+// whether this machine runs what this file was compiled for, beyond the CPU's features
+extern "C" int dinov3_ready() { return tiles_allowed(); }
+
+// 0, or 1: out of memory, 2: unknown precision
+extern "C" int dinov3_blocks(const Job *job, int precision) {
+    try {
+        switch (precision) {
+#ifdef __AMX_TILE__
+            case 0: execute<Split, Split>(*job); return 0;
+#else
+            case 0: execute<F32, F32>(*job); return 0;
+#endif
+#ifdef __AVX512BF16__
+            case 1: execute<Bf16, Bf16>(*job); return 0;
+            case 2: execute<I8, Bf16>(*job); return 0;
+#endif
+        }
+    } catch (const std::bad_alloc &) {
+        return 1;
+    }
+    return 2;
+}
