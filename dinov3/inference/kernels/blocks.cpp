@@ -43,10 +43,27 @@ typedef int32_t vi __attribute__((vector_size(W * 4)));
 inline vf load(const float *p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
 inline void store(float *p, vf v) { std::memcpy(p, &v, sizeof v); }
 inline vf all(float x) { return x - vf{}; }
+#ifdef __AVX512F__
+inline vf larger(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+inline vf smaller(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+inline float sum(vf v) { return _mm512_reduce_add_ps((__m512)v); }
+inline float largest(vf v) { return _mm512_reduce_max_ps((__m512)v); }
+#else
 inline vf larger(vf a, vf b) { return a > b ? a : b; }
 inline vf smaller(vf a, vf b) { return a < b ? a : b; }
 inline float sum(vf v) { float s = 0; for (int i = 0; i < W; i++) s += v[i]; return s; }
 inline float largest(vf v) { float s = v[0]; for (int i = 1; i < W; i++) s = std::max(s, v[i]); return s; }
+#endif
+
+// 1/x; relative error 1e-7
+inline vf reciprocal(vf x) {
+#ifdef __AVX512F__
+    const vf r = (vf)_mm512_rcp14_ps((__m512)x);
+    return r + r * (1.0f - x * r);
+#else
+    return 1.0f / x;
+#endif
+}
 
 // e^x for x in [-87, 88], below and above as at the ends; relative error 1e-7
 inline vf exponential(vf x) {
@@ -57,7 +74,11 @@ inline vf exponential(vf x) {
     vf p = all(1.9875691500e-4f);
     for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) p = p * r + c;
     p = p * r * r + r + 1.0f;
+#ifdef __AVX512F__
+    return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
     return (vf)((vi)p + ((vi)shifted << 23));
+#endif
 }
 
 // x · (1 + erf(x/√2)) / 2, erf as a rational function; absolute error 3e-7
@@ -67,10 +88,10 @@ inline vf gelu(vf x) {
     for (float c : {2.77068142495902e-08f, -2.10102402082508e-06f, -5.69250639462346e-05f, -7.34990630326855e-04f,
                     -2.95459980854025e-03f, -1.60960333262415e-02f}) p = p * s + c;
     for (float c : {-2.13374055278905e-04f, -1.68282697438203e-03f, -7.37332916720468e-03f, -1.42647390514189e-02f}) q = q * s + c;
-    return 0.5f * x * (1.0f + z * p / q);
+    return 0.5f * x * (1.0f + z * p * reciprocal(q));
 }
 
-inline vf silu(vf x) { return x / (1.0f + exponential(-x)); }
+inline vf silu(vf x) { return x * reciprocal(1.0f + exponential(-x)); }
 
 // ---- kinds of numbers in a product ----------------------------------------------------------------------------------
 
@@ -136,6 +157,7 @@ template <class P, int R, int C> inline void by_vectors(const char *a, const cha
 #ifdef __AMX_TILE__
 template <class P, int R, int C> inline void by_tiles(const char *a, const char *b, int L, float *out, int ldo) {
     const size_t next = (size_t)L * P::planes * TILE;
+    asm volatile("" ::: "memory");  // GCC does not know that tiles are read from memory
     _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
     for (int l = 0; l < L; l++)
         for (int i = 0; i < P::planes; i++) {
@@ -220,7 +242,8 @@ struct Job {
 
 // ---- the blocks -----------------------------------------------------------------------------------------------------
 
-constexpr int ROWS = 256;  // of the residual stream that go through all layers between two attentions together
+constexpr int ROWS = 256;  // at most, of the residual stream, that go through all layers between two attentions together
+constexpr size_t FITS = 2 << 20;  // bytes of these rows: about the second cache
 
 struct Buffer {
     std::unique_ptr<char, decltype(&std::free)> memory;
@@ -243,7 +266,7 @@ inline void narrow(uint16_t *p, vf v) {
 }
 #endif
 
-// rows `group` and `group` + 1 of B for bf16, one of two for float32: W columns of tokens t (even) and t + 1
+// W columns of tokens t (even) and t + 1 into B, tokens along k: a group for bf16, two for float32
 template <class P> inline void put_pair(char *b, int L, int t, int column, vf even, vf odd) {
     char *to = b + (size_t)(column / 16 * L + t / line<P>) * P::planes * TILE + t % line<P> / P::group * 64 + column % 16 * 4;
     if constexpr (std::is_same_v<P, F32>) store((float *)to, even), store((float *)(to + 64), odd);
@@ -269,7 +292,7 @@ template <class P, class A> struct Run {
 
     const Job &job;
     const int D, N, d, M, N32, hidden;
-    Buffer qkv, attended;  // [M, 3D]; A of [M, D], or floats where it is quantised
+    Buffer qkv, attended;  // [images, heads, 3, N, d]; A of [M, D], or floats where it is quantised
     std::deque<std::atomic<int>> next;  // task of each stage
 
     explicit Run(const Job &j)
@@ -286,6 +309,10 @@ template <class P, class A> struct Run {
               out(32 * std::max(64, r.d) * 4 + r.D * 4), scores((size_t)32 * r.N32 * 4), q(operand<A>(32, r.d)),
               k(operand<A>(r.N32, r.d)), v(operand<A>(r.d, r.N32)), p(operand<A>(32, r.N32)) {}
     };
+
+    Stored *head(int image, int head, int third) const {
+        return (Stored *)(char *)qkv + (((size_t)image * job.heads + head) * 3 + third) * N * d;
+    }
 
     // u8 with zero point: x ≈ scale · (u - zero). NaN and infinity make the scale NaN, and so the whole row
     static void quantise(const float *x, int k, char *a, int row, Scratch &s) {
@@ -381,8 +408,8 @@ template <class P, class A> struct Run {
     void begin(int b, int row0, int rows, Scratch &s) const {
         for (int r = 0; r < rows; r++) norm(job.x + (size_t)(row0 + r) * D, r, s);
         linear(s.a, job.blocks[b].qkv, rows, d, s, [&](int row, int column, auto value) {
-            Stored *to = (Stored *)(char *)qkv + (size_t)(row0 + row) * 3 * D + column;
-            const int patch = (row0 + row) % N - job.prefix, half = d / 2;
+            const int image = (row0 + row) / N, token = (row0 + row) % N, patch = token - job.prefix, half = d / 2;
+            Stored *to = head(image, column % D / d, column / D) + (size_t)token * d;
             if (column < 2 * D && patch >= 0 && job.sin) {
                 const float *sin = job.sin + (size_t)patch * d, *cos = job.cos + (size_t)patch * d;
                 for (int i = 0; i < half; i += W) {
@@ -398,7 +425,7 @@ template <class P, class A> struct Run {
     // k and v of one head of one image as B of q · kᵀ and of p · v; tokens that fill the last tiles are zero
     void pack(const Stored *k, const Stored *v, Scratch &s) const {
         const int L = d / line<A>;
-        const auto of = [&](const Stored *p, int t, int c) { return t < N ? widen(p + (size_t)t * 3 * D + c) : vf{}; };
+        const auto of = [&](const Stored *p, int t, int c) { return t < N ? widen(p + (size_t)t * d + c) : vf{}; };
         for (int t = 0; t < N32; t += 2)
             for (int c = 0; c < d; c += W) {
                 put<A>(s.k, L, t, c, of(k, t, c)), put<A>(s.k, L, t + 1, c, of(k, t + 1, c));
@@ -413,13 +440,13 @@ template <class P, class A> struct Run {
     }
 
     // queries q0 to q1 of one head of one image
-    void attend(int image, int head, int q0, int q1, Scratch &s) const {
-        const Stored *q = (const Stored *)(char *)qkv + (size_t)image * N * 3 * D + head * d;
-        if (s.packed != image * job.heads + head) pack(q + D, q + 2 * D, s), s.packed = image * job.heads + head;
+    void attend(int image, int h, int q0, int q1, Scratch &s) const {
+        const Stored *q = head(image, h, 0);
+        if (s.packed != image * job.heads + h) pack(head(image, h, 1), head(image, h, 2), s), s.packed = image * job.heads + h;
         for (; q0 < q1; q0 += 32) {
             for (int r = 0; r < 32; r++)
                 for (int c = 0; c < d; c += W)
-                    put<A>(s.q, d / line<A>, r, c, widen(q + (size_t)std::min(q0 + r, N - 1) * 3 * D + c));
+                    put<A>(s.q, d / line<A>, r, c, widen(q + (size_t)std::min(q0 + r, N - 1) * d + c));
             float *scores = s.scores, *out = s.out, weight[32];
             product<A>(s.q, s.k, d / line<A>, 2, N32 / 16, scores, N32);
             for (int r = 0; r < 32; r++) {
@@ -439,8 +466,8 @@ template <class P, class A> struct Run {
             for (int r = 0; r < std::min(32, q1 - q0); r++)
                 for (int c = 0, row = image * N + q0 + r; c < d; c += W) {
                     const vf v = load(out + r * d + c) * weight[r];
-                    if constexpr (quantised) store((float *)attended + (size_t)row * D + head * d + c, v);
-                    else put<A>(attended, D / line<A>, row, head * d + c, v);
+                    if constexpr (quantised) store((float *)attended + (size_t)row * D + h * d + c, v);
+                    else put<A>(attended, D / line<A>, row, h * d + c, v);
                 }
         }
     }
@@ -451,7 +478,9 @@ template <class P, class A> struct Run {
             for (int task; (task = next[stage].fetch_add(1)) < tasks;) run(task);
             if (threads > 1) all_done.arrive_and_wait();
         };
-        const int groups = ((M + ROWS - 1) / ROWS + threads - 1) / threads * threads;  // of rows
+        const size_t bytes = operand<P>(16, D + hidden) / 16 + (quantised ? hidden * 4 : 0);  // of a row between the layers
+        const int most = std::clamp((int)(FITS / bytes), 64, ROWS);
+        const int groups = ((M + most - 1) / most + threads - 1) / threads * threads;  // of rows
         const int rows = ((M + groups - 1) / groups + 31) / 32 * 32;
         const int chunk = threads == 1 ? N32 : 128, chunks = (N + chunk - 1) / chunk;
         for (int b = 0; b <= job.n_blocks; b++) {
@@ -484,6 +513,7 @@ struct Tiles {
 #ifdef __AMX_TILE__
         alignas(64) uint8_t config[64] = {1};
         for (int i = 0; i < 8; i++) config[16 + 2 * i] = 64, config[48 + i] = 16;
+        asm volatile("" ::: "memory");  // as in by_tiles
         _tile_loadconfig(config);
 #endif
     }
