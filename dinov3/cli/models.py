@@ -1,4 +1,4 @@
-"""Verbs over weights: what a file is, what there is, rewriting for another library."""
+"""Verbs over weights: what a file is, what there is, rewriting for another library, naming foreign features."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from dinov3.cli.shared import Dtype, app, log, result_folder
+from dinov3.cli.shared import Device, Dtype, Progress, app, device_of, log, result_folder
 
 
 @app.command()
@@ -196,3 +196,39 @@ def _model(name: str, weights: str | None, backbone_weights: str | None) -> Any:
         return open_task_model(task, name, weights=weights, backbone_weights=backbone_weights)
     known = weights is not None or name.lower() in catalog.aliases()
     return load(name, weights) if known else load(None, name)
+
+
+@app.command()
+def verify_features(
+    tensor: Annotated[Path, typer.Argument(help="Features of somebody: .npy, .npz, .safetensors or .csv.")],
+    images: Annotated[list[str], typer.Option(help="Their images, in order: folders, files, lists. Repeatable.")],
+    weights: Annotated[str | None, typer.Option(help="Path, URL or Hugging Face id. Default: the small model.")] = None,
+    model: Annotated[str | None, typer.Option(help="A name from `dinov3 models`, or transformers:…, timm:….")] = None,
+    key: Annotated[str | None, typer.Option(help="Which tensor of a file that holds several.")] = None,
+    size: Annotated[list[int] | None, typer.Option(min=1, help="A side in pixels to try as well. Repeatable.")] = None,
+    device: Device = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
+) -> None:
+    """Say what features made elsewhere are: layer, norm, pooling, size, resize, statistics. Exit code 1: nothing fits."""
+    from dinov3.data.sources import Item, open_sources
+    from dinov3.hub import load
+    from dinov3.verification import read_tensor, verify
+
+    foreign, listed = read_tensor(tensor, key), list(open_sources(images))
+    net = load(model, weights, device=device_of(device))
+    with Progress("comparing"):
+        verdict = verify(net, foreign, listed, read=Item.read, sizes=size or ())
+    if as_json:
+        print(json.dumps({"tensor": list(foreign.shape), "model": net.origin.name, **verdict.to_dict()}))  # type: ignore[union-attr]
+    else:
+        print(f"{tensor.name} {list(foreign.shape)}: {verdict}")
+        for note in verdict.notes:
+            print(f"  {note}")
+        for code in dict.fromkeys(filter(None, (match.code() for match in verdict.matches))):
+            print(f"  {code}")
+        print("runners-up:")
+        for match in verdict.runners_up:
+            norm = "after the norm" if match.normed else "before the norm"
+            print(f"  {match.cosine:.6f}  {match.part} {match.layer:<2}  {norm:15}  {match.pooling}  {match.inputs}")
+    if not verdict.fits:
+        raise typer.Exit(1)
