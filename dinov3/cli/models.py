@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from dinov3.cli.shared import Device, Dtype, Progress, app, device_of, log, result_folder
+from dinov3.errors import DinoError
 
 
 @app.command()
@@ -46,19 +47,20 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> None:
 
 
 def _weights_facts(source: str) -> dict[str, Any]:
+    from dinov3.models import weight_only
     from dinov3.weights import identity, reading
 
     opened = reading.open(source)
-    tensors = [v for k, v in opened.state_dict.items() if not k.endswith(("bias_mask", "rope_embed.periods"))]
-    tensors = list({id(t): t for t in tensors}.values())
+    state = {k: v for k, v in opened.state_dict.items() if not k.endswith(("bias_mask", "rope_embed.periods"))}
+    values = {id(t): t.numel() for t in weight_only.shapes(state).values()}  # two names of one tensor count once
     return {
         "kind": "weights",
         "source": opened.source,
         "form": opened.form,
         "model": " or ".join(row.id for row in opened.rows) or "no published architecture",
         "tensors": len(opened.state_dict),
-        "values": sum(t.numel() for t in tensors),
-        "dtype": ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors})),
+        "values": sum(values.values()),
+        "dtype": ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in state.values()})),
         "fingerprint": identity.fingerprint(opened.state_dict),
         "mean": opened.mean or (opened.rows[0].mean if opened.rows else None),
         "std": opened.std or (opened.rows[0].std if opened.rows else None),
@@ -132,16 +134,31 @@ def convert(
         str, typer.Argument(metavar="IN", help="Weights in any form: file, folder, URL, Hugging Face id.")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.", callback=result_folder)],
-    to: Annotated[Literal["meta", "transformers", "timm"], typer.Option(help="Whose library shall load it.")],
+    to: Annotated[
+        Literal["meta", "transformers", "timm"] | None, typer.Option(help="Whose library shall load it.")
+    ] = None,
+    quantise: Annotated[
+        Literal["int8", "int4"] | None, typer.Option(help="Matrices in 8 or 4 bits, for this package, instead of --to.")
+    ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Cast the weights. Default: as they are.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Of a transformers file; larger ones are split.")] = "5GB",
 ) -> None:
-    """Rewrite weights for Meta's code, transformers or timm."""
+    """Rewrite weights for Meta's code, transformers or timm, or in fewer bits for this package."""
     import torch
 
     from dinov3.export.convert import convert as run
+    from dinov3.export.quantise import quantise as run_quantised
 
-    report = run(source, out, to=to, dtype=getattr(torch, dtype) if dtype else None)
-    for note in getattr(report, "notes", ()):
+    kind = getattr(torch, dtype) if dtype else None
+    if quantise is not None and to is None:
+        report = run_quantised(source, out, quantise, dtype=kind)
+    elif to is not None and quantise is None:
+        report = run(source, out, to=to, dtype=kind, max_shard_size=max_shard_size)
+    else:
+        raise DinoError(
+            "give either --to, the library that shall load it, or --quantise, which writes for this package"
+        )
+    for note in report.notes:
         log(f"note: {note}")
     print(out)
 

@@ -8,13 +8,14 @@ Beside the model lies what its form cannot hold (`dinov3_residue.safetensors`, s
 package merges back on loading, so that a detour through another library's files is lossless bit for bit; and the licence
 of the weights, which goes wherever they go. The folder appears whole or not at all.
 
-Left out: heads; quantisation (ONNX and others have their own files here).
+Left out: heads; fewer bits (`quantise`).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from dinov3.errors import DinoError, one_of, require, without_secrets
 from dinov3.files import atomically, remove_leftovers
+from dinov3.models import weight_only
 from dinov3.models.architectures import ConvNeXtConfig, ViTConfig
 from dinov3.models.convnext import ConvNeXt
 from dinov3.models.vit import VisionTransformer
@@ -47,6 +49,7 @@ class Report:
     row: Row | None  # the published model it is, if that is certain
     fingerprint: str  # `weights.identity.fingerprint` of what was written
     notes: list[str] = field(default_factory=list)
+    cosine: float | None = None  # of a quantised file: the lowest of a token of the probe images
 
 
 def convert(
@@ -55,13 +58,13 @@ def convert(
     to: formats.Form = "transformers",
     *,
     dtype: torch.dtype | None = None,
-    max_shard_bytes: float = 5e9,
+    max_shard_size: float | str = "5GB",
     periods: formats.Periods = "source",
 ) -> Report:
     """Writes `source` (anything `weights.reading.open` takes) as a folder in the form `to`.
 
     meta: one `dinov3_<arch>_pretrain_<dataset>-<first 8 digits of its sha256>.pth`. transformers: config.json,
-    model.safetensors (above `max_shard_bytes` in shards with an index), preprocessor_config.json. timm: config.json and
+    model.safetensors (above `max_shard_size`, bytes or "5GB", in shards with an index), preprocessor_config.json. timm: config.json and
     one model.safetensors. `dtype` converts all values but the rope periods. `periods` as in `weights.reading.open`.
 
     Raises `WeightsError` if the source is not a DINOv3 backbone or the form cannot express it, `DinoError` if `out_dir`
@@ -69,11 +72,19 @@ def convert(
     """
     one_of("the form", to, formats.FORMS)
     out = empty_folder(out_dir)
-    return _write(reading.open(source, periods=periods), out, to, dtype, max_shard_bytes)
+    return _write(reading.open(source, periods=periods), out, to, dtype, max_shard_size)
 
 
-def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], to: formats.Form = "transformers") -> Report:
+def save_pretrained(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    to: formats.Form = "transformers",
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: float | str = "5GB",
+) -> Report:
     """Writes a backbone of this package, as it is in memory, to a folder that `load` and the library of the form open.
+    `dtype` and `max_shard_size` as in `convert`.
 
     Raises `DinoError` for another library's model, and as `convert` does.
     """
@@ -87,7 +98,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], to: format
     statistics = {"mean": origin.mean, "std": origin.std} if origin is not None else {}
     state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
     opened = reading.OpenedWeights(state, "meta", model.config, rows, source, Path(source), **statistics)
-    return _write(opened, empty_folder(folder), to)
+    return _write(opened, empty_folder(folder), to, dtype, max_shard_size)
 
 
 def push_to_hub(model: nn.Module, repository: str, *, private: bool = False, token: str | None = None) -> str:
@@ -117,8 +128,11 @@ def _write(
     out: Path,
     to: formats.Form,
     dtype: torch.dtype | None = None,
-    max_shard_bytes: float = 5e9,
+    max_shard_size: float | str = "5GB",
 ) -> Report:
+    if weight_only.is_quantised(opened.state_dict):
+        raise DinoError(f"{opened.source} is quantised, which only this package reads: convert the original weights")
+    most_bytes = _bytes(max_shard_size)
     state, config, notes = opened.state_dict, opened.config, list(opened.notes)
     if dtype is not None:
         state = {k: v if k == "rope_embed.periods" else v.to(dtype) for k, v in state.items()}
@@ -151,7 +165,7 @@ def _write(
         elif to == "transformers":
             _write_json(work / "config.json", configs.transformers_config(config) | {"dtype": _dtype_name(tensors)})
             _write_json(work / "preprocessor_config.json", preprocessor_config(mean, std))
-            _write_shards(work, tensors, max_shard_bytes)
+            _write_shards(work, tensors, most_bytes)
         else:
             bias = any(k.endswith(".attn.q_bias") for k in tensors)
             about = configs.timm_config(
@@ -162,7 +176,7 @@ def _write(
         if residue:
             about_residue = {"format": "pt", reading.MAIN_HASH: identity.main_hash(tensors), "form": to}
             writing.write_safetensors(residue, work / reading.RESIDUE_FILE, about_residue)
-        _write_licence(work, opened, row)
+        write_licence(work, opened)
     files = tuple(sorted(p.name for p in out.iterdir()))
     return Report(out, to, files, row, identity.fingerprint(state), notes)
 
@@ -229,6 +243,14 @@ def _write_shards(work: Path, tensors: Mapping[str, Tensor], most_bytes: float) 
     _write_json(work / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
 
 
+def _bytes(size: float | str) -> float:
+    """A number of bytes, or a text such as "5GB" or "200MB"."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]?)B?", str(size).upper())
+    if found is None or float(found[1]) <= 0:
+        raise DinoError(f"a shard's size is a number of bytes or a text such as 5GB or 200MB, not {size!r}")
+    return float(found[1]) * {"": 1, "K": 1e3, "M": 1e6, "G": 1e9}[found[2]]
+
+
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
@@ -237,7 +259,7 @@ def _dtype_name(tensors: Mapping[str, Tensor]) -> str:
     return str(next(iter(tensors.values())).dtype).removeprefix("torch.")
 
 
-def _write_licence(work: Path, opened: reading.OpenedWeights, row: Row | None) -> None:
+def write_licence(work: Path, opened: reading.OpenedWeights) -> None:
     """The licence and notice files found beside the input; without any, a NOTICE that says whose terms apply."""
     folder = opened.path if opened.path.is_dir() else opened.path.parent
     patterns = ("LICEN[SC]E*", "NOTICE*") if opened.path.exists() else ()
@@ -257,7 +279,7 @@ def _write_licence(work: Path, opened: reading.OpenedWeights, row: Row | None) -
     name = opened.path.name if opened.path.exists() and "://" not in opened.source else without_secrets(opened.source)
     text = f"These weights are a conversion of {name}; the terms of that source go with them.\n"
     if opened.rows:
-        text += f"They have the architecture of {(row or opened.rows[0]).arch}. If they derive from Meta's release, t"
+        text += f"They have the architecture of {opened.rows[0].arch}. If they derive from Meta's release, t"
     else:
         text += "If they derive from Meta's DINOv3 release, t"
     text += f"hey are\nDINO Materials under the DINOv3 License, {LICENCE_URL}\n"

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from dinov3.errors import DinoError, WeightsError
-from dinov3.export.convert import convert
+from dinov3.export.convert import convert, save_pretrained
+from dinov3.hub import load
 from dinov3.models.architectures import ViTConfig
 from dinov3.models.build import backbone
 from dinov3.weights import catalog, filling, formats, identity, reading, writing
@@ -80,17 +81,31 @@ def test_what_the_library_itself_saves_comes_back(tmp_path, oracles):
 
 
 @torch.no_grad()
-def test_small_shards_are_indexed_and_load_in_transformers_and_here(tmp_path, oracles):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_small_shards_are_indexed_and_load_in_transformers_and_here(dtype, tmp_path, oracles):
     model, source = pth(tmp_path, "mlp")
-    report = convert(source, tmp_path / "out", "transformers", max_shard_bytes=100_000)
+    report = convert(source, tmp_path / "out", "transformers", dtype=dtype, max_shard_size="100 kB")
     shards = [f for f in report.files if f.startswith("model-")]
-    assert len(shards) > 3
+    assert len(shards) > 1
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == set(shards)
+    assert max((tmp_path / "out" / f).stat().st_size for f in shards) < 110_000
     x = images(64, 96)
     theirs = their_model("transformers", tmp_path / "out")
-    torch.testing.assert_close(theirs(x).pooler_output, model(x), atol=1e-5, rtol=0)
-    assert same(reading.open(tmp_path / "out").state_dict, dict(model.state_dict()))
+    assert theirs.dtype == dtype
+    torch.testing.assert_close(
+        theirs.float()(x).pooler_output, model(x), atol=1e-5 if dtype == torch.float32 else 0.1, rtol=0
+    )
+    opened = reading.open(tmp_path / "out").state_dict
+    expected = {k: v if k.endswith("periods") else v.to(dtype) for k, v in model.state_dict().items()}
+    assert same(opened, expected)
+    again = save_pretrained(load(weights=source), tmp_path / "again", dtype=dtype, max_shard_size=100_000)
+    assert [f for f in again.files if f.startswith("model-")] == shards
+
+
+def test_a_shard_size_that_is_none_is_one_sentence(tmp_path):
+    with pytest.raises(DinoError, match="a number of bytes or a text such as 5GB or 200MB, not 'large'"):
+        convert(pth(tmp_path, "mlp")[1], tmp_path / "out", max_shard_size="large")
 
 
 def test_metas_file_is_named_by_its_own_hash_and_loads_strictly(tmp_path):
