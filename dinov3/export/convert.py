@@ -64,8 +64,9 @@ def convert(
     """Writes `source` (anything `weights.reading.open` takes) as a folder in the form `to`.
 
     meta: one `dinov3_<arch>_pretrain_<dataset>-<first 8 digits of its sha256>.pth`. transformers: config.json,
-    model.safetensors (above `max_shard_size`, bytes or "5GB", in shards with an index), preprocessor_config.json. timm: config.json and
-    one model.safetensors. `dtype` converts all values but the rope periods. `periods` as in `weights.reading.open`.
+    model.safetensors (above `max_shard_size`, bytes or "5GB", in shards with an index), preprocessor_config.json. timm:
+    config.json and one model.safetensors. `dtype` converts all values but the rope periods. `periods` as in
+    `weights.reading.open`.
 
     Raises `WeightsError` if the source is not a DINOv3 backbone or the form cannot express it, `DinoError` if `out_dir`
     is there and not empty.

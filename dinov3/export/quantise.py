@@ -3,8 +3,9 @@
     quantise("dinov3_vit7b16_pretrain_lvd1689m-a955f4ea.pth", "vit7b16-int4", "int4", dtype=torch.bfloat16)
     dinov3.load(weights="vit7b16-int4", device="cuda")
 
-The folder holds our own checkpoint (`weights.writing`, safetensors) and the licence. What it costs is measured before anything
-is written: the lowest cosine of a token of two probe images to the unquantised model's, and refused below `LOWEST_COSINE`.
+The folder holds our own checkpoint (`weights.writing`, safetensors) and the licence. What it costs is measured before
+anything is written: the lowest cosine of a token of two probe images to the unquantised model's. Below `LOWEST_COSINE` it
+is refused.
 """
 
 from __future__ import annotations

@@ -84,12 +84,12 @@ def test_what_the_library_itself_saves_comes_back(tmp_path, oracles):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_small_shards_are_indexed_and_load_in_transformers_and_here(dtype, tmp_path, oracles):
     model, source = pth(tmp_path, "mlp")
-    report = convert(source, tmp_path / "out", "transformers", dtype=dtype, max_shard_size="100 kB")
+    report = convert(source, tmp_path / "out", "transformers", dtype=dtype, max_shard_size="200 kB")
     shards = [f for f in report.files if f.startswith("model-")]
     assert len(shards) > 1
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == set(shards)
-    assert max((tmp_path / "out" / f).stat().st_size for f in shards) < 110_000
+    assert max((tmp_path / "out" / f).stat().st_size for f in shards) < 210_000
     x = images(64, 96)
     theirs = their_model("transformers", tmp_path / "out")
     assert theirs.dtype == dtype
@@ -99,7 +99,7 @@ def test_small_shards_are_indexed_and_load_in_transformers_and_here(dtype, tmp_p
     opened = reading.open(tmp_path / "out").state_dict
     expected = {k: v if k.endswith("periods") else v.to(dtype) for k, v in model.state_dict().items()}
     assert same(opened, expected)
-    again = save_pretrained(load(weights=source), tmp_path / "again", dtype=dtype, max_shard_size=100_000)
+    again = save_pretrained(load(weights=source), tmp_path / "again", dtype=dtype, max_shard_size=200_000)
     assert [f for f in again.files if f.startswith("model-")] == shards
 
 

@@ -71,15 +71,17 @@ def test_every_family_loads_what_was_saved_bit_for_bit(name, kind, tmp_path, mon
     assert half(x.bfloat16()).dtype == torch.bfloat16
 
 
-def test_int8_has_the_numbers_of_torchao(oracles):
+def test_int8_is_within_a_step_of_torchao(oracles):
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     config = ViTConfig(embed_dim=64, depth=1, num_heads=2, **HUB)
     ours, theirs = weight_only.quantise(filled(config), "int8"), filled(config)
     with torch.no_grad():
         quantization.quantize_(theirs, quantization.Int8WeightOnlyConfig())
-        weight = theirs.blocks[0].mlp.fc1.weight
-        torch.testing.assert_close(ours.blocks[0].mlp.fc1.weight, weight.dequantize(), atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(ours(images(64, 64)), theirs(images(64, 64)), atol=1e-4, rtol=1e-4)
+        a, b, plain = (m.blocks[0].mlp.fc1.weight for m in (ours, theirs, filled(config)))
+        step = plain.abs().amax(1, keepdim=True) / 127
+        assert ((a - plain).abs() <= 0.501 * step).all()
+        assert ((a - b.dequantize()).abs() <= 1.01 * step).all()  # whose scales are 0.4 % smaller
+        assert F.cosine_similarity(ours(images(64, 64)), theirs(images(64, 64))).min() > 0.999
 
 
 def test_four_bits_are_the_nearest_of_sixteen_levels_of_a_group():
