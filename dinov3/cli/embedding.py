@@ -13,7 +13,6 @@ from dinov3.cli.shared import (
     INTERRUPTED,
     UNREADABLE,
     Device,
-    Dtype,
     Fit,
     Patches,
     Pooling,
@@ -51,7 +50,7 @@ class EmbedOptions:
     pooling: Pooling | None = setting(None, help="What the vector is. Default: cls; cls+mean for dino.txt.")
     patches: Patches = setting("none", help="Also keep the patch features, in this precision.")
     batch: str = setting("auto", help="Images a batch, or auto.")
-    dtype: Dtype = setting("float32", help="The model's precision.")
+    precision: str = setting("fp32", help="fp32, bf16, int8 (CPUs with our kernels) or fp8 (new NVIDIA GPUs).")
     workers: int | None = setting(None, at_least=0, help="Decoding threads (Ray: actors). Default: chosen.")
     column: str | None = setting(None, help="The image column of a parquet file. Default: found.")
     fps: float = setting(1.0, help="Frames a second that are taken of a video file.")
@@ -78,11 +77,10 @@ def embed(
 ) -> None:
     """Embed images into a store. Run it again to continue, or to add what is new."""
     c, batch_size = config, batch_of(config.batch)
-    import torch
-
     from dinov3.data.sources import open_sources
     from dinov3.features import default_preprocessing
     from dinov3.hub import HEADS, load
+    from dinov3.inference import cast_of
 
     with Progress("listing images"):
         images = open_sources(sources, column=c.column, recursive=c.recursive, fps=c.fps)
@@ -92,12 +90,14 @@ def embed(
 
         if c.weights == "random":
             raise DinoError("a dino.txt with random weights has no text tower: give the head's file as --weights")
-        towers = open_towers(c.weights, c.backbone_weights, device=device_of(device), dtype=getattr(torch, c.dtype))
+        towers = open_towers(c.weights, c.backbone_weights, device=device_of(device), dtype=cast_of(c.precision))
         net: Any = ImageSide(towers)
     elif c.backbone_weights is not None:
         raise DinoError("--backbone-weights belong to a dino.txt --model; a backbone's own file is --weights")
     else:
-        net = load(model, c.weights, device=device_of(device), dtype=getattr(torch, c.dtype))
+        ray = c.engine == "ray"  # whose workers make the fast form themselves
+        kind: dict[str, Any] = {"dtype": "float32"} if ray else {"fast": c.precision}
+        net = load(model, c.weights, device=device_of(device), **kind)
     _log_model(net)
     preprocessing = default_preprocessing(net, size=c.size, shape=c.shape, fit=c.fit)
     options: dict[str, Any] = {
@@ -116,7 +116,9 @@ def embed(
         if c.engine == "ray":
             from dinov3.embedding.ray_engine import embed_with_ray
 
-            report = embed_with_ray(net, images, out, workers=c.workers, on_progress=progress, **options)
+            report = embed_with_ray(
+                net, images, out, workers=c.workers, on_progress=progress, precision=c.precision, **options
+            )
         else:
             from dinov3.embedding.pipeline import embed_source
 
@@ -127,7 +129,7 @@ def embed(
 def _log_model(net: Any) -> None:
     origin = net.origin
     parameter = next(net.parameters())
-    log(f"{origin}, {str(parameter.dtype).removeprefix('torch.')} on {parameter.device}")
+    log(f"{origin}, {getattr(net, 'form', None) or str(parameter.dtype).removeprefix('torch.')} on {parameter.device}")
     if origin.random:
         log(
             "The weights are RANDOM: neighbours will share colours and layout, not meaning. Give --weights for real features."

@@ -102,7 +102,7 @@ class Embedder:
             if len(batch) == 1:
                 raise DinoError(
                     f"one image of {inputs.shape[-1]}×{inputs.shape[-2]} does not fit into the accelerator's memory; "
-                    "use a smaller --size or --dtype bfloat16"
+                    "use a smaller --size or --precision bf16"
                 ) from None
             torch.cuda.empty_cache()
             half = len(batch) // 2
@@ -551,7 +551,9 @@ def model_of(
     if source is not None and source.startswith("random"):
         seed, source = int(source.removeprefix("random (seed ").removesuffix(")")), "random"
     name_or_file = None if facts.model_name == "custom" else facts.model_name
-    model = load(name_or_file, source, device=device, dtype=_dtype_of(facts), seed=seed)
+    precision = facts.model.rpartition("-")[2]  # of a fast form; fp32 has none: the plain model is soonest ready
+    form = {"fast": precision} if precision in ("bf16", "int8", "fp8") else {"dtype": _dtype_of(facts)}
+    model = load(name_or_file, source, device=device, seed=seed, **form)
     return model, _checked_preprocessing(store, model, source or facts.model_name)
 
 

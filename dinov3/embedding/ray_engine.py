@@ -16,6 +16,7 @@ import logging
 import os
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -26,6 +27,7 @@ from dinov3.embedding.pipeline import Embedder, Job, Report, Unchanged, auto_bat
 from dinov3.embedding.schema import Failure, PatchPrecision, Row
 from dinov3.embedding.store import EmbeddingStore
 from dinov3.errors import require
+from dinov3.inference import faster
 
 ITEMS_A_TASK = 64  # images a worker takes at a time: also what a killed worker repeats
 
@@ -33,7 +35,9 @@ ITEMS_A_TASK = 64  # images a worker takes at a time: also what a killed worker 
 class _Worker:
     """An actor: items in, rows or failures out. Holds the model for its lifetime."""
 
-    def __init__(self, embedder_ref: Any, contents_ref: Any, batch_size: int, threads: int, device: str) -> None:
+    def __init__(
+        self, embedder_ref: Any, contents_ref: Any, batch_size: int, threads: int, device: str, precision: str
+    ) -> None:
         import ray
         import torch
 
@@ -42,7 +46,7 @@ class _Worker:
 
         torch.set_num_threads(threads)
         self.embedder, self.batch_size, self.threads = embedder, batch_size, threads
-        embedder.model.to(device)
+        embedder.model = faster(embedder.model.to(device), precision)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         items: list[Item] = [pickle.loads(data) for data in batch["item"]]
@@ -71,11 +75,12 @@ def embed_with_ray(
     retry_failed: bool = False,
     prune: bool = False,
     on_progress: Callable[[Report], None] | None = None,
-    address: str | None = None,
+    precision: str = "fp32",
 ) -> Report:
-    """As `embed_source`, on a Ray cluster: `address` (or RAY_ADDRESS) names a running one, otherwise Ray starts locally, and
+    """As `embed_source`, on a Ray cluster: RAY_ADDRESS names a running one, otherwise Ray starts locally, and
     is shut down at the end, its workers with it. A cluster that the program was connected to before stays connected.
 
+    `model`: the plain one; each actor makes its form of `precision` (`inference.faster`).
     `workers`: actors, default one a GPU, or one for every two cores where there is none.
     """
     require("ray.data", "ray", "the ray engine")
@@ -83,7 +88,7 @@ def embed_with_ray(
 
     started = not ray.is_initialized()
     if started:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, include_dashboard=False)
+        ray.init(log_to_driver=False, logging_level=logging.WARNING, include_dashboard=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     resources = ray.cluster_resources()
     gpus = int(resources.get("GPU", 0))
@@ -100,7 +105,7 @@ def embed_with_ray(
         data = ray.data.from_items([{"item": pickle.dumps(item)} for item in items], override_num_blocks=shards)
         results = data.map_batches(
             _Worker,
-            fn_constructor_args=(ray.put(embedder), ray.put(contents), batch_size, cpus, device),
+            fn_constructor_args=(ray.put(embedder), ray.put(contents), batch_size, cpus, device, precision),
             batch_size=min(ITEMS_A_TASK, -(-len(items) // workers)),
             concurrency=workers,
             num_cpus=cpus,
@@ -114,7 +119,8 @@ def embed_with_ray(
             job.write([value for value in values if isinstance(value, Row)])
 
     interrupted = False
-    with EmbeddingStore.open_or_create(uri, embedder.facts(), source.root) as store:
+    facts = replace(embedder, model=faster(model, precision)).facts()
+    with EmbeddingStore.open_or_create(uri, facts, source.root) as store:
         job = Job(store, source, retry_failed=retry_failed, prune=prune, on_progress=on_progress)
         try:
             if items := list(job.todo()):

@@ -284,7 +284,7 @@ def task_model(
         return existing_model(task, c, session, autocast_dtype=dtype, **options)
     if c.load_from is not None and is_head_file(c.load_from):
         return existing_model(task, c, session)
-    backbone: Any = session.model(c.model)
+    backbone: Any = session.model(c.model, plain=True)
     torch.manual_seed(c.seed)
     model = build(backbone)
     model.origin = backbone.origin
@@ -307,7 +307,7 @@ def existing_model(task: str, config: Any, session: Any, **options: Any) -> Any:
 def chosen_backbone(section: Any, session: Any) -> nn.Module | None:
     """The backbone of the `model` section, or None if it names none: a head file then names its own."""
     requested = (section.config_file, section.dino_hub, section.name, section.weights)
-    return session.model(section) if any(requested) else None
+    return session.model(section, plain=True) if any(requested) else None
 
 
 def fill_head(module: nn.Module, path: str, prefix: str) -> None:

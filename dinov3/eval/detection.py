@@ -34,6 +34,7 @@ from dinov3.eval import dense
 from dinov3.eval import session as common
 from dinov3.eval.arguments import EvalConfig
 from dinov3.eval.session import Session
+from dinov3.inference import cast_of
 from dinov3.metrics.boxes import average_precision, soft_nms
 
 PAPER_SIDE = 2048
@@ -145,7 +146,7 @@ def in_classes_of(found: Found, mapped: Tensor) -> Found:
 
 def open_detector(config: DetectionConfig, session: Session) -> tuple[Any, int]:
     """(the detector of `load_from` in evaluation mode, the short side of its input)."""
-    model = dense.existing_model("detect", config, session, dtype=getattr(torch, config.model.dtype))
+    model = dense.existing_model("detect", config, session, dtype=cast_of(config.model.precision))
     info = getattr(model, "head_info", None)
     return model, config.short_side or (PAPER_SIDE if info is None else info.preprocessing.size)
 

@@ -68,11 +68,14 @@ T = TypeVar("T")
 # ---- the model ------------------------------------------------------------------------------------------------------
 
 
-def open_model(section: ModelSection, device: str | torch.device = "cpu") -> nn.Module:
-    """The frozen backbone of a `model` section, with `origin`."""
+def open_model(section: ModelSection, device: str | torch.device = "cpu", *, plain: bool = False) -> nn.Module:
+    """The frozen backbone of a `model` section, with `origin`: its fast form, or the `plain` module cast to the precision."""
     from dinov3.hub import load
+    from dinov3.inference import cast_of, check_precision, faster
 
-    options: dict[str, Any] = {"device": device, "dtype": getattr(torch, section.dtype)}
+    check_precision(section.precision, device)
+    dtype = cast_of(section.precision) if plain else torch.float32
+    options: dict[str, Any] = {"device": device, "dtype": dtype}
     if section.config_file is not None:
         model = _from_configuration(section.config_file, section.pretrained_weights, **options)
     elif section.dino_hub is not None:
@@ -84,7 +87,8 @@ def open_model(section: ModelSection, device: str | torch.device = "cpu") -> nn.
         model = load(section.dino_hub, **options)
     else:
         model = load(section.name, section.weights, **options)
-    return model.eval().requires_grad_(False)
+    model = model.eval().requires_grad_(False)
+    return model if plain else faster(model, section.precision)
 
 
 def _from_configuration(file: str, weights: str | None, *, device: Any, dtype: torch.dtype) -> nn.Module:
@@ -162,15 +166,15 @@ class Session:
         other._open(output_dir)
         return other
 
-    def model(self, section: ModelSection) -> nn.Module:
-        """The backbone, opened once."""
-        key = repr(section)
+    def model(self, section: ModelSection, *, plain: bool = False) -> nn.Module:
+        """The backbone, opened once; `plain` as in `open_model`."""
+        key = repr((section, plain))
         if key not in self._models:
             self._models.clear()  # one at a time: they may be large
             self._caches.clear()
-            self._models[key] = open_model(section, self.device)
+            self._models[key] = open_model(section, self.device, plain=plain)
             net: Any = self._models[key]
-            self.log(f"{net.origin}, {section.dtype} on {self.device}")
+            self.log(f"{net.origin}, {getattr(net, 'form', None) or section.precision} on {self.device}")
             if net.origin.random:
                 self.log("the weights are RANDOM: the numbers say what chance and pixels give")
             for note in net.origin.notes:

@@ -69,6 +69,7 @@ def load(
     pretrained: bool = True,
     check_hash: bool = False,
     seed: int = 0,
+    fast: str | None = None,
     **options: Any,
 ) -> nn.Module:
     """A backbone in evaluation mode, with its weights.
@@ -81,11 +82,20 @@ def load(
     the small model that ships with the package. `device`: "auto" is the accelerator if there is one. `options` change
     constructor arguments that leave the weights alone (`patch_size=16` for a ConvNeXt, `drop_path_rate=0.1`).
 
-    `dtype`: default the file's; float32 for files of float16.
+    `dtype`: default the file's; float32 for files of float16. `fast`: "fp32", "bf16", "int8" or "fp8" gives a frozen, faster
+    form instead (`dinov3.inference`), which has the same methods but no weights to train or save.
 
     The model carries `model.origin`: what was loaded and from where. Raises `UnknownName`, `WeightsMismatch` (at most ten
     lines: what the file seems to be, what to call instead), `UnsafeFile` and other `WeightsError`s.
     """
+    if fast is not None:
+        from dinov3.inference import check_precision, faster
+
+        if dtype not in (None, "float32", torch.float32):
+            raise DinoError(f"fast={fast!r} says the precision already: leave out dtype={dtype}")
+        check_precision(fast, device_of(device) if isinstance(device, str) else device)
+        options |= {"device": device, "pretrained": pretrained, "check_hash": check_hash, "seed": seed}
+        return faster(load(name, weights, dtype="float32", **options), fast)
     kind: Any = (
         getattr(torch, one_of("dtype", dtype, ("float32", "bfloat16", "float16"))) if isinstance(dtype, str) else dtype
     )

@@ -76,14 +76,14 @@ def _block(block: Block) -> FoldedBlock:
     )
 
 
-Linear = tuple[Tensor, Tensor]  # weight [out, in] and bias [out], float64
+Linear = tuple[Tensor, Tensor]  # weight [out, in] and bias [out], float32
 
 
 def _linear(layer: nn.Linear) -> Linear:
-    weight = layer.weight.detach().cpu().double()
+    weight = layer.weight.detach().to("cpu", torch.float32, copy=True)  # the plain model may change later
     if layer.bias is None:
         return weight, weight.new_zeros(len(weight))
-    bias = layer.bias.detach().cpu().double()
+    bias = layer.bias.detach().to("cpu", torch.float32, copy=True)
     return weight, bias * layer.bias_mask.cpu() if isinstance(layer, MaskedKeyBiasLinear) else bias
 
 
@@ -91,13 +91,13 @@ def after_norm(linear: Linear, norm: Any) -> Linear:
     """The layer that takes x̂ instead of norm(x) = γ ⊙ x̂ + β."""
     weight, bias = linear
     if (beta := getattr(norm, "bias", None)) is not None:
-        bias = bias + weight @ beta.detach().cpu().double()
-    return weight * norm.weight.detach().cpu().double(), bias
+        bias = bias + weight @ beta.detach().cpu().float()
+    return weight * norm.weight.detach().cpu().float(), bias
 
 
 def before_scale(linear: Linear, scale: nn.Module) -> Linear:
     """The layer whose output needs no layer scale any more."""
     if not isinstance(scale, LayerScale):
         return linear
-    gamma = scale.gamma.detach().cpu().double()
+    gamma = scale.gamma.detach().cpu().float()
     return linear[0] * gamma[:, None], linear[1] * gamma

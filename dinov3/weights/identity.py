@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,14 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[list[tuple[int, int]], str]] 
 def name_of(model: nn.Module) -> str:
     """`dinov3_vits16_lvd1689m@<fingerprint>`, with `-bfloat16` or another precision: whose features, store or cache it is.
 
-    The catalogue's name, or the class of a model without an origin.
+    The catalogue's name, or the class of a model without an origin. A fast form (`inference`) in fp32 is called as the
+    plain model, in another precision with `-bf16`, `-int8` or `-fp8`.
     """
-    name = getattr(getattr(model, "origin", None), "name", type(model).__name__)
+    form: Any = getattr(model, "form", None)
+    kind = type(model) if form is None else type(model).__bases__[-1]  # of the plain model
+    name = getattr(getattr(model, "origin", None), "name", kind.__name__)
+    if form is not None:
+        return f"{name}@{form.fingerprint}" + f"-{form.precision}" * (form.precision != "fp32")
     dtype = next(model.parameters()).dtype
     precision = "" if dtype == torch.float32 else f"-{str(dtype).removeprefix('torch.')}"
     return f"{name}@{fingerprint(model)}{precision}"
@@ -31,8 +37,11 @@ def fingerprint(model_or_state: nn.Module | Mapping[str, Tensor]) -> str:
     name of the norm. Rope periods count after rounding to bfloat16: published files hold them so, transformers and timm
     compute them exactly, and both mean the same model. Of a sharded model, this rank's part counts.
 
-    A module is hashed once (2 GB/s), and again after a tensor was replaced or changed in place.
+    A module is hashed once (2 GB/s), and again after a tensor was replaced or changed in place. A fast form's is the plain
+    model's.
     """
+    if (form := getattr(model_or_state, "form", None)) is not None:
+        return form.fingerprint
     if not isinstance(model_or_state, nn.Module):
         return _hash(model_or_state)
     values = [*model_or_state.parameters(), *model_or_state.buffers()]

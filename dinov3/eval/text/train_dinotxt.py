@@ -167,7 +167,7 @@ def build(config: TextTrainConfig, device: torch.device) -> tuple[DinoTxt, Token
         raise DinoError("; ".join(wrong).replace("model.config_file", "vision_backbone_config"))
     text = text_config(config.text_backbone_config)
     tokenizer = hub.vocabulary(config.text_vocab_path_or_url, text.vocab_size)
-    backbone = common.open_model(section, "cpu")
+    backbone = common.open_model(section, "cpu", plain=True)
     if not isinstance(backbone, VisionTransformer):
         raise DinoError("dino.txt's vision blocks read the CLS token, registers and patches of a ViT; this is no ViT")
     joint = DinoTxtConfig.of(**{f.name: getattr(config, f.name) for f in fields(DinoTxtConfig)})
