@@ -18,7 +18,7 @@ except ModuleNotFoundError:  # the core that loads models does without
 
 # importing a file registers its verbs, in the order in which --help lists them
 from dinov3.cli import embedding, models, predict, store, training  # noqa: F401
-from dinov3.cli.shared import INTERRUPTED, app, log
+from dinov3.cli.shared import INTERRUPTED, app, is_first, log
 from dinov3.cli.training import training_overrides
 
 __all__ = ["app", "main", "training_overrides"]
@@ -29,7 +29,12 @@ def main() -> None:
     try:
         app()
     except DinoError as error:
-        log(f"error: {error}")
+        if is_first():
+            log(f"error: {error}")
+        else:
+            from dinov3.train.train import report
+
+            report(error)  # where it is this process's own
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         log("interrupted")

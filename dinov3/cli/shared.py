@@ -52,7 +52,15 @@ def common(
     """DINOv3: embed and search images; segment, measure, fit heads, train, distil."""
 
 
+def is_first() -> bool:
+    """Whether no launcher started this process, or as the first of several. (Knows it without torch.)"""
+    return (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") == "0"
+
+
 def log(text: str) -> None:
+    """A line on stderr, of the first of several processes."""
+    if not is_first():
+        return
     print(printable(without_secrets(text), lines=True), file=sys.stderr, flush=True)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dinov3.cli.shared import INTERRUPTED, Device, RunFolder, app, config_options, device_of, log
+from dinov3.cli.shared import INTERRUPTED, Device, RunFolder, app, config_options, device_of, is_first, log
 from dinov3.distill.config import DistillConfig
 from dinov3.errors import DinoError, one_of
 from dinov3.train_head.config import HeadConfig
@@ -34,6 +34,7 @@ def train(
     device: Device = "auto",
 ) -> None:
     """Train a backbone on your own images by self-distillation (DINO, iBOT, KoLeo, Gram). Under torchrun: on many."""
+    from dinov3 import distributed
     from dinov3.config.train import load_config
     from dinov3.train.train import train as run
 
@@ -44,8 +45,9 @@ def train(
     log("settings: " + " ".join(chosen))
     outcome = run(config, out, resume=resume, seed=seed, notes=notes)
     log(f"{outcome.reason}: {outcome.iterations} of {outcome.total} steps; {out}")
-    for iteration, accuracy in outcome.knn.items():
+    for iteration, accuracy in outcome.knn.items() if is_first() else ():
         print(f"{iteration}\t{accuracy:.4f}")
+    distributed.shutdown()
     if outcome.signal is not None and not outcome.finished:
         raise typer.Exit(INTERRUPTED)
 

@@ -17,7 +17,7 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from dinov3 import cli
-from dinov3.cli.shared import Progress, config_options
+from dinov3.cli.shared import Progress, config_options, log
 from dinov3.config.bounds import setting
 from dinov3.drawing import TILE
 from dinov3.errors import DinoError, install
@@ -431,3 +431,12 @@ def test_a_step_that_reports_nothing_shows_its_seconds(monkeypatch, capsys) -> N
         time.sleep(1.0)
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["compacting · 1 s"]  # and the next one after half a minute
+
+
+def test_of_several_processes_the_first_speaks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        log(f"from {rank}")
+    assert capsys.readouterr().err == "from 0\n"
