@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from dinov3.data.images import open_image, upright_rgb
 from dinov3.data.transforms.inputs import Geometry, Preprocessing
 from dinov3.data.transforms.pixels import to_bytes
-from dinov3.errors import DinoError, one_of, require
+from dinov3.errors import DinoError, ImageError, one_of, require
 from dinov3.features import Features, default_preprocessing, extract_layers, prepare
 from dinov3.weights.catalog import ROWS, STATISTICS
 
@@ -382,8 +382,7 @@ class _Search:
         self.usual = default_preprocessing(model).with_(**PLAIN)
         width, D = target.shape[-1], model.embed_dim
         self.pieces = [(a, a + D) for a in range(0, width, D)] if width % D == 0 else [(0, width)]
-        self.rows = self._longest()
-        self.photos = [Photo.of(read(images[i])) for i in self.rows]
+        self.rows, self.photos = self._longest()
         self.prefixes = tuple(dict.fromkeys((0, 1, 1 + model.n_storage_tokens)))  # tokens that may precede the patches
         places: list[Choice] = [{"size": s, "shape": "square"} for s in sizes]
         places += [{"size": s, "shape": "short", "center_crop": s} for s in sizes]
@@ -394,16 +393,18 @@ class _Search:
             places += [{"size": side * model.stride, "shape": "square"} for side in squares]
         self.likely = [*LIKELY, *places, *(UNLIKELY if target.shape[1] > 1 else ())]  # few give as many tokens
 
-    def _longest(self) -> list[int]:
+    def _photo(self, i: int) -> Photo:
+        try:
+            return Photo.of(self.read(self.images[i]))
+        except ImageError as error:
+            raise ImageError(f"image {i} ({getattr(self.images[i], 'path', self.images[i])}): {error}") from None
+
+    def _longest(self) -> tuple[list[int], list[Photo]]:
         """The images of the search: of the first eight those furthest from a square, which tell it from a crop."""
-        away = []
-        for image in map(self.read, self.images[:8]):
-            sides = (1, 1)
-            if isinstance(image, (str, bytes, os.PathLike)):
-                opened = open_image(image, target_short_side=64)
-                sides = (opened.width, opened.height)
-            away.append(abs(math.log(sides[0] / sides[1])))
-        return sorted(sorted(range(len(away)), key=lambda i: -away[i])[:SEARCHED])
+        photos = [self._photo(i) for i in range(min(8, len(self.images)))]
+        away = [abs(math.log(photo.upright.shape[2] / photo.upright.shape[1])) for photo in photos]
+        rows = sorted(sorted(range(len(away)), key=lambda i: -away[i])[:SEARCHED])
+        return rows, [photos[i] for i in rows]
 
     def run(self, places: Sequence[Choice]) -> list[Match]:
         """The best match of every piece: one choice after the other, from the best so far."""
@@ -459,11 +460,14 @@ class _Search:
         for i, (x, geometry) in zip(self.rows, prepared):
             scores.append({})
             for features in self._features(inputs, x, geometry):
-                for pooling, tokens in self._tokens(features):
-                    for k, (a, b) in enumerate(self.pieces):
-                        part = self.target[i][..., a:b].reshape(-1, b - a)
-                        if part.shape == tokens.shape:
-                            scores[-1][features.layer, features.normed, pooling, k] = _compared(part, tokens)
+                if not (named := dict(self._tokens(features))):
+                    continue
+                tokens = torch.stack([*named.values()])
+                for k, (a, b) in enumerate(self.pieces):
+                    part = self.target[i][..., a:b].reshape(-1, b - a)
+                    if part.shape == tokens.shape[1:]:
+                        for pooling, pair in zip(named, _compared(part, tokens)):
+                            scores[-1][features.layer, features.normed, pooling, k] = pair
         found: list[list[Match]] = [[] for _ in self.pieces]
         unit = "stage" if hasattr(self.model, "norms") else "block"
         for layer, normed, pooling, k in (key for key in scores[0] if all(key in image for image in scores)):
@@ -507,7 +511,7 @@ class _Search:
         n, (a, b) = len(self.images), self.pieces[0]
         if not 2 <= n <= ORDERED:
             return None
-        photos = [Photo.of(self.read(image)) for image in self.images]
+        photos = [self._photo(i) for i in range(n)]
         rows = _centred(self.target[..., a:b].reshape(n, -1, b - a).mean(1))
         best, order = 0.5, None
         for inputs in list(self.found)[:3]:
@@ -537,9 +541,10 @@ def _pooled(features: Features) -> Iterator[tuple[str, Tensor]]:
         yield f"register {i}", register[None]
 
 
-def _compared(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Mean cosine of the rows of [T, D] and [T, D], and the ratio of their lengths."""
-    return F.cosine_similarity(a.double(), b.double()).mean().item(), (a.norm() / b.norm().clamp_min(1e-30)).item()
+def _compared(a: Tensor, b: Tensor) -> list[tuple[float, float]]:
+    """Of [T, D] and each of [C, T, D]: the mean cosine of the rows, and the ratio of the lengths."""
+    cosines = F.cosine_similarity(a.double(), b.double(), dim=-1).mean(-1)
+    return list(zip(cosines.tolist(), (a.norm() / b.flatten(1).norm(dim=1).clamp_min(1e-30)).tolist()))
 
 
 def _centred(x: Tensor) -> Tensor:

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 import dinov3
-from dinov3.errors import DinoError
+from dinov3.cli import app
+from dinov3.errors import DinoError, ImageError
 from dinov3.export.convert import convert
 from dinov3.verification import read_tensor, verify
 from dinov3.weights import writing
@@ -71,10 +73,8 @@ def test_features_of_transformers_are_named_in_a_fresh_process(photos, tiny, tmp
     ours = eval(code, {"dinov3": dinov3, "model": dinov3.load(weights=tmp_path / "hf"), "images": photos})
     torch.testing.assert_close(ours, states.pooler_output, atol=1e-4, rtol=0)
 
-    done = command(
-        tmp_path / "hidden.safetensors", "--images", photos[0].parent, "--weights", tmp_path / "hf", "--json"
-    )
-    found = json.loads(done.stdout)
+    verdict = verify(dinov3.load(weights=tmp_path / "hf"), read_tensor(tmp_path / "hidden.safetensors"), photos)
+    found = json.loads(json.dumps(verdict.to_dict()))
     (match,) = found["matches"]
     assert (match["layer"], match["normed"], match["pooling"]) == (0, False, "CLS, registers and patches")
     assert match["preprocessing"]["order"] == "float"
@@ -178,12 +178,20 @@ def test_convnext_has_stages(photos):
     assert str(verdict).startswith("stage 2, before the norm, CLS, 224 px")
 
 
-def test_what_fits_nothing_says_so(model, photos, tmp_path, tiny):
+def test_what_fits_nothing_says_so(photos, tmp_path, tiny):
     noise = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     np.savetxt(tmp_path / "noise.csv", noise, delimiter=",", header="x", comments="")
-    done = command(tmp_path / "noise.csv", "--images", photos[0].parent, "--weights", tiny)
-    assert done.returncode == 1
-    assert done.stdout.startswith("noise.csv [4, 64]: nothing fits; the nearest is block ")
+    arguments = ["verify-features", tmp_path / "noise.csv", "--images", photos[0].parent, "--weights", tiny]
+    done = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+    found = json.loads(done.stdout)
+    assert (done.exit_code, found["fits"]) == (1, False)
+    assert found["sentence"].startswith("nothing fits; the nearest is block ")
+
+
+def test_an_unreadable_image_is_named(model, photos, tmp_path):
+    (tmp_path / "bad.png").write_bytes(photos[0].read_bytes()[:500])
+    with pytest.raises(ImageError, match=r"image 1 \(.*bad.png\): "):
+        verify(model, torch.ones(2, 64), [photos[0], tmp_path / "bad.png"])
 
 
 @pytest.mark.parametrize(
