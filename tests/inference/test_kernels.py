@@ -71,8 +71,8 @@ def integer_layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Unsigned 8-bit activations with a scale and a zero point of each token, signed weights with a scale of each row."""
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     scale = torch.where(high > low, (high - low) / 255, 1.0)
-    zero = (-low / scale).round()
-    u = ((x / scale).round() + zero).clamp(0, 255)
+    zero = (-low * (1 / scale)).round()
+    u = ((x * (1 / scale)).round() + zero).clamp(0, 255)
     w_scale = weight.abs().amax(1) / 127
     w_scale = torch.where(w_scale > 0, w_scale, 1.0)
     w = (weight / w_scale[:, None]).round()

@@ -243,7 +243,6 @@ struct Job {
 // ---- the blocks -----------------------------------------------------------------------------------------------------
 
 constexpr int ROWS = 256;  // at most, of the residual stream, that go through all layers between two attentions together
-constexpr size_t FITS = 2 << 20;  // bytes of these rows: about the second cache
 
 struct Buffer {
     std::unique_ptr<char, decltype(&std::free)> memory;
@@ -323,11 +322,11 @@ template <class P, class A> struct Run {
             low = smaller(v, low), high = larger(v, high), finite += v - v;
         }
         const float lowest = -largest(-low), range = largest(high) - lowest;
-        const float scale = range > 0 ? range / 255 : 1, zero = std::nearbyint(-lowest / scale);
+        const float scale = range > 0 ? range / 255 : 1, inverse = 1 / scale, zero = std::nearbyint(-lowest * inverse);
         s.scale[row] = scale + sum(finite), s.zero[row] = zero;
         const __m512i shift = _mm512_set1_epi32((int)zero);
         for (int c = 0; c < k; c += W) {
-            const __m512i u = _mm512_add_epi32(_mm512_cvtps_epi32((__m512)(load(x + c) / scale)), shift);
+            const __m512i u = _mm512_add_epi32(_mm512_cvtps_epi32((__m512)(load(x + c) * inverse)), shift);
             const __m128i bytes = _mm512_cvtusepi32_epi8(_mm512_max_epi32(u, _mm512_setzero_si512()));
             std::memcpy(a + (size_t)(row / 16 * (k / 64) + c / 64) * TILE + row % 16 * 64 + c % 64, &bytes, 16);
         }
@@ -479,7 +478,7 @@ template <class P, class A> struct Run {
             if (threads > 1) all_done.arrive_and_wait();
         };
         const size_t bytes = operand<P>(16, D + hidden) / 16 + (quantised ? hidden * 4 : 0);  // of a row between the layers
-        const int most = std::clamp((int)(FITS / bytes), 64, ROWS);
+        const int most = std::clamp((int)((quantised ? 1 << 20 : 2 << 20) / bytes), 64, ROWS);  // in the second cache
         const int groups = ((M + most - 1) / most + threads - 1) / threads * threads;  // of rows
         const int rows = ((M + groups - 1) / groups + 31) / 32 * 32;
         const int chunk = threads == 1 ? N32 : 128, chunks = (N + chunk - 1) / chunk;
