@@ -229,10 +229,10 @@ class DPTHead(nn.Module):
         check_levels("DPT head", len(levels), 4)
         if [patches.shape[1] for patches, _ in levels] != self.widths:
             raise DinoError(f"the DPT head expects {self.widths} channels, got {[p.shape[1] for p, _ in levels]}")
-        grids = {tuple(patches.shape[-2:]) for patches, _ in levels}
-        if len(grids) != 1:
+        grids = [tuple(patches.shape[-2:]) for patches, _ in levels]  # of symbols in a trace, which have no hash
+        if any(grid != grids[0] for grid in grids):
             raise DinoError(
-                f"the DPT head needs its four levels on one grid, got {sorted(grids)}; build the ConvNeXt with patch_size=16"
+                f"the DPT head needs its four levels on one grid, got {grids}; build the ConvNeXt with patch_size=16"
             )
         dtype = dtype_of(self)
         x: list[Tensor] = self.reassemble_blocks([(patches.to(dtype), cls.to(dtype)) for patches, cls in levels])

@@ -63,7 +63,7 @@ def step_of(backbone: Backbone) -> int:
 
 def adapted_size(size_hw: tuple[int, int], multiple: int) -> tuple[int, int]:
     """Height and width rounded up to the multiple."""
-    height, width = (math.ceil(s / multiple) * multiple for s in size_hw)
+    height, width = (-(-s // multiple) * multiple for s in size_hw)  # in integers: exports trace it
     return height, width
 
 
@@ -78,7 +78,7 @@ def resized(x: Tensor, size_hw: Sequence[int]) -> Tensor:
     """Bilinear, pixel centres at (i + 0.5), no antialias: how dense predictions and levels change size everywhere."""
     if tuple(x.shape[-2:]) == tuple(size_hw):
         return x
-    return F.interpolate(x, size=(int(size_hw[0]), int(size_hw[1])), mode="bilinear", align_corners=False)
+    return F.interpolate(x, size=(size_hw[0], size_hw[1]), mode="bilinear", align_corners=False)
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
