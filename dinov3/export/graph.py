@@ -35,6 +35,8 @@ from dinov3.models import convnext, vit
 from dinov3.weights import identity
 
 TARGETS = {"onnx": "model.onnx", "openvino": "model.xml", "torch-export": "model.pt2"}
+ONNX = ("onnx", "onnxscript", "onnxruntime")
+LIBRARIES = {"onnx": ONNX, "openvino": (*ONNX, "openvino"), "torch-export": ()}  # those that write and check
 OUTPUTS = {  # of a backbone
     "cls": ("cls",),
     "patches": ("patches",),
@@ -160,6 +162,8 @@ def export(
     one_of("the target", to, TARGETS)
     one_of("the precision", precision, LEAST_COSINE)
     one_of("the output", output, OUTPUTS)
+    for module in LIBRARIES[to]:
+        require(module, "openvino" if to == "openvino" else "export", f"--to {to}")
     out = empty_folder(folder)
     if precision == "bf16" and to != "torch-export":
         raise DinoError(
@@ -168,7 +172,8 @@ def export(
         )
     if any(p.dtype != torch.float32 or p.is_cuda for p in model.parameters()):
         model = copy.deepcopy(model).cpu().float()
-    with evaluating(model), torch.inference_mode(False), torch.no_grad():
+    with evaluating(model), torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch, about torch
         return _export(model, out, to, size, output, precision)
 
 
@@ -192,8 +197,7 @@ def _export(
     expected = [[y.numpy() for y in whole(x)] for x in batches]
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     computed = whole if precision == "fp32" else halved(whole, dtype).eval()
-    with _constant_positions(computed) if size else nullcontext(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of torch, about torch
+    with _constant_positions(computed) if size else nullcontext():
         computed(batches[-1])
         program = _traced(computed, batches[-1], backbone.stride, free=size is None)
     info = getattr(model, "head_info", None)
@@ -222,8 +226,9 @@ def _export(
                 f"the {to} file differs from the model: a cosine of {least:.6f}, below {LEAST_COSINE[precision]}; nothing "
                 "was written. Please report it with the model's name and the versions of torch and the runtime"
             )
-        (work / "dinov3.json").write_text(json.dumps(facts, indent=1) + "\n")
-    return facts
+        text = json.dumps(facts, indent=1) + "\n"
+        (work / "dinov3.json").write_text(text)
+    return json.loads(text)
 
 
 def _task(model: nn.Module) -> str:
@@ -293,9 +298,9 @@ def _compared(names: list[str], images: Tensor, expected: list[np.ndarray], run:
 def _write_onnx(
     program: Any, images: Tensor, work: Path, names: list[str], facts: dict[str, Any]
 ) -> tuple[Run, dict[str, Any]]:
-    onnx = require("onnx", "export", "exporting to ONNX")
-    require("onnxscript", "export", "exporting to ONNX")
-    runtime = require("onnxruntime", "export", "checking an ONNX file")
+    import onnx
+    import onnxruntime
+
     made = torch.onnx.export(
         program, (images,), dynamo=True, opset_version=OPSET, input_names=["images"], output_names=names, verbose=False
     )
@@ -311,19 +316,20 @@ def _write_onnx(
         raise DinoError(
             f"the ONNX graph has {', '.join(branches) or 'inputs beside the images'}: a defect, please report it"
         )
-    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def run(x: Tensor) -> list[np.ndarray]:
         return session.run(names, {"images": x.numpy()})
 
-    about = {"opset": OPSET, "operators": operators, "runtime": f"onnxruntime {runtime.__version__}"}
+    about = {"opset": OPSET, "operators": operators, "runtime": f"onnxruntime {onnxruntime.__version__}"}
     return run, about
 
 
 def _write_openvino(
     program: Any, images: Tensor, work: Path, names: list[str], facts: dict[str, Any]
 ) -> tuple[Run, dict[str, Any]]:
-    openvino = require("openvino", "openvino", "exporting to OpenVINO")
+    import openvino
+
     _write_onnx(program, images, work, names, facts)
     source = list(work.iterdir())
     model = openvino.convert_model(work / TARGETS["onnx"])
