@@ -305,14 +305,18 @@ def _write_onnx(
         program, (images,), dynamo=True, opset_version=OPSET, input_names=["images"], output_names=names, verbose=False
     )
     assert made is not None
+    graph = made.model.graph
+    outputs = {id(value) for value in graph.outputs}
+    for value in [v for node in graph for v in node.outputs if v.name in names and id(v) not in outputs]:
+        value.name = f"{value.name}_inside"  # torch calls a mean "mean" as well
     made.model.metadata_props["dinov3"] = json.dumps(facts)
     path = work / TARGETS["onnx"]
     large = sum(v.numel() * v.element_size() for v in program.state_dict.values()) > 1.8e9
     made.save(path, external_data=large)  # protobuf holds 2 GB: the weights then lie beside it
-    graph = onnx.load(path, load_external_data=False).graph
-    operators = sorted({node.op_type for node in graph.node})
+    written = onnx.load(path, load_external_data=False).graph
+    operators = sorted({node.op_type for node in written.node})
     branches = {"If", "Loop", "Scan"} & set(operators)
-    if branches or [i.name for i in graph.input] != ["images"]:
+    if branches or [i.name for i in written.input] != ["images"]:
         raise DinoError(
             f"the ONNX graph has {', '.join(branches) or 'inputs beside the images'}: a defect, please report it"
         )
