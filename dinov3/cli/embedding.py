@@ -27,7 +27,7 @@ from dinov3.cli.shared import (
     log_failures,
 )
 from dinov3.config.bounds import setting
-from dinov3.errors import DinoError, printable
+from dinov3.errors import DinoError, importing, printable
 
 if TYPE_CHECKING:
     from dinov3.data.transforms.inputs import Preprocessing
@@ -77,10 +77,11 @@ def embed(
 ) -> None:
     """Embed images into a store. Run it again to continue, or to add what is new."""
     c, batch_size = config, batch_of(config.batch)
-    from dinov3.data.sources import open_sources
-    from dinov3.features import default_preprocessing
-    from dinov3.hub import HEADS, load
-    from dinov3.inference import cast_of
+    with importing():
+        from dinov3.data.sources import open_sources
+        from dinov3.features import default_preprocessing
+        from dinov3.hub import HEADS, load
+        from dinov3.inference import cast_of
 
     with Progress("listing images"):
         images = open_sources(sources, column=c.column, recursive=c.recursive, fps=c.fps)
@@ -192,12 +193,13 @@ def search(
     as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
 ) -> None:
     """Find the images of a store that are most similar to an image or a text (cosine similarity)."""
-    from dinov3.drawing import card
-    from dinov3.embedding.pipeline import model_of, query_vector, text_query
-    from dinov3.embedding.search import check_sheet
-    from dinov3.embedding.search import search as neighbours
-    from dinov3.embedding.search import sheet as draw
-    from dinov3.embedding.store import EmbeddingStore
+    with importing():
+        from dinov3.drawing import card
+        from dinov3.embedding.pipeline import model_of, query_vector, text_query
+        from dinov3.embedding.search import check_sheet
+        from dinov3.embedding.search import search as neighbours
+        from dinov3.embedding.search import sheet as draw
+        from dinov3.embedding.store import EmbeddingStore
 
     if (image is None) == (text is None):
         raise DinoError("give either --image, a query image, or --text, a query text")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from dinov3.errors import StoreError, only_known, require
+from dinov3.errors import StoreError, importing, only_known, require
 
 IMAGES, FAILED, LOCK = "images", "failed", ".writer.lock"
 
@@ -43,11 +45,29 @@ def refuse_damaged(uri: str, folder: Path) -> None:
 
 
 def connect(uri: str, fresh: bool = True) -> Any:
-    lancedb = require("lancedb", "search", "an embedding store")
     require("pyarrow", "search", "an embedding store")
+    lancedb = _lancedb()
     with saying(f"cannot open {uri}"):
         # Fresh: looks for a newer version before each question, and so sees every commit of the writer at once.
         return lancedb.connect(uri, read_consistency_interval=timedelta(0) if fresh else None)
+
+
+def _lancedb() -> Any:
+    """LanceDB without the REST client of its name service: building that client's calls is half of the import, 0.5 s.
+
+    Only the client's package module is left empty, and only during this import; its classes are imported as ever.
+    """
+    client = "lance_namespace_urllib3_client"
+    if "lancedb" not in sys.modules and client not in sys.modules and (spec := importlib.util.find_spec(client)):
+        sys.modules[client] = importlib.util.module_from_spec(spec)
+        try:
+            with importing(), contextlib.suppress(ImportError):  # of a version that wants more of it
+                return require("lancedb", "search", "an embedding store")
+        finally:
+            del sys.modules[client]
+        for name in [n for n in sys.modules if n.partition(".")[0] in ("lancedb", "lance_namespace", client)]:
+            del sys.modules[name]
+    return require("lancedb", "search", "an embedding store")
 
 
 def has_table(database: Any, uri: str, name: str = IMAGES) -> bool:
