@@ -577,3 +577,13 @@ def test_importing_the_module_does_not_import_lancedb():
         "print('lancedb' in sys.modules, 'pyarrow' in sys.modules)"
     )
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split() == ["False", "False"]
+
+
+def test_lancedb_is_imported_without_its_rest_client_which_can_still_be_imported():
+    code = (
+        "import gc, sys; from dinov3.embedding.place import connect; connect('memory://')\n"
+        "client = 'lance_namespace_urllib3_client'; apis = [m for m in sys.modules if m.startswith(client + '.api')]\n"
+        "import lance_namespace_urllib3_client as c; print(apis, c.ApiClient.__name__, gc.isenabled())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split() == ["[]", "ApiClient", "True"], done.stderr
