@@ -74,6 +74,10 @@ class ImageError(DinoError):
     index: int | None = None
 
 
+class TooLarge(ImageError):
+    """An image of more bytes or pixels than are read."""
+
+
 class IncompatibleFeatures(DinoError):
     """Features that differ in model, layer, norm or preprocessing and so must not be compared or joined."""
 

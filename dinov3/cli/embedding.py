@@ -1,4 +1,4 @@
-"""Verbs over a store: embed images, search."""
+"""Verbs over a store: embed images, search, serve both."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from dinov3.cli.shared import (
     log_failures,
 )
 from dinov3.config.bounds import setting
-from dinov3.errors import DinoError, importing, printable
+from dinov3.errors import DinoError, importing, printable, require
 
 if TYPE_CHECKING:
     from dinov3.data.transforms.inputs import Preprocessing
@@ -226,3 +226,71 @@ def search(
     if sheet is not None:
         draw(image if image is not None else card(str(text)), hits, sheet, overwrite=config.overwrite)
         log(f"drawn: {sheet}")
+
+
+@dataclass
+class ServeOptions:
+    weights: str | None = setting(None, help="As for `embed`; with --store: where its weights lie now, if they moved.")
+    size: int = setting(256, help="Pixels of the square, or of the side that --shape names.")
+    shape: Shape = setting("square", help="square changes the aspect; short, long and native keep it.")
+    fit: Fit = setting("resize", help="For sides that are no multiple of the patch; crop loses pixels.")
+    pooling: Pooling = setting("cls", help="What the vector is.")
+    dtype: Dtype = setting("float32", help="The model's precision.")
+    batch: int = setting(16, at_least=1, help="Images a batch, at most.")
+    max_mb: int = setting(32, at_least=1, help="Megabytes that a request may have.")
+    max_megapixels: int = setting(50, at_least=1, help="Megapixels that an image may have.")
+    max_images: int = setting(64, at_least=1, help="Images that a request may have.")
+    allow_host: list[str] = setting([], help="A further name in the Host header; '*': any. Give it again for more.")
+
+
+@app.command()
+@config_options(ServeOptions)
+def serve(
+    config: ServeOptions,
+    store: Annotated[
+        str | None, typer.Option(help="A store to search in; model, size and pooling are then the store's.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="A name from `dinov3 models`.")] = None,
+    host: Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 is every network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port.")] = 8000,
+    device: Device = "auto",
+) -> None:
+    """Serve a model, and a store, over HTTP: /embed, /search, /health."""
+    c, default = config, ServeOptions()
+    require("fastapi", "serve", "dinov3 serve")
+    with importing():
+        import torch
+
+        from dinov3 import serve as service
+        from dinov3.embedding.pipeline import model_of
+        from dinov3.embedding.store import EmbeddingStore
+        from dinov3.features import default_preprocessing
+        from dinov3.hub import load
+
+    opened = None
+    if store is not None:
+        names = ("size", "shape", "fit", "pooling", "dtype")
+        given = [name for name in names if getattr(c, name) != getattr(default, name)] + ["model"] * (model is not None)
+        if given:
+            raise DinoError(f"--{given[0]} is the store's own: leave it out, or serve without --store")
+        opened = EmbeddingStore.open(store)
+        net, preprocessing = model_of(opened, device=device_of(device), weights=c.weights)
+        pooling = opened.facts.pooling
+    else:
+        net = load(model, c.weights, device=device_of(device), dtype=getattr(torch, c.dtype))
+        preprocessing = default_preprocessing(net, size=c.size, shape=c.shape, fit=c.fit)
+        pooling = c.pooling
+    _log_model(net)
+    service.run(
+        service.application(
+            net,
+            preprocessing,
+            pooling=pooling,
+            store=opened,
+            hosts=(*service.LOOPBACK, host, *c.allow_host),
+            limits=service.Limits(c.max_mb, c.max_megapixels, c.max_images),
+            batch_size=c.batch,
+        ),
+        host,
+        port,
+    )

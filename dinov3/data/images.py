@@ -37,7 +37,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
-from dinov3.errors import DinoError, ImageError
+from dinov3.errors import DinoError, ImageError, TooLarge
 
 # Pillow warns of odd metadata, which may say something else for every file of a million. Only here and once: swapping
 # filters around a call (`catch_warnings`) is not safe among threads.
@@ -100,7 +100,7 @@ def most_bytes() -> int:
 def check_size(size: int) -> None:
     """Raises `ImageError` for more bytes than are read."""
     if size > (most := most_bytes()):
-        raise ImageError(
+        raise TooLarge(
             f"{size / 2**20:,.0f} MB, more than the {most >> 20} MB that an image may have (DINOV3_MAX_IMAGE_MB changes it)"
         )
 
@@ -308,7 +308,7 @@ def _refuse_bomb(width: int, height: int, max_pixels: int) -> None:
         raise ImageError(f"broken image: its header says {width}x{height} pixels")
     if width * height > max_pixels:
         limit = f"{max_pixels / 1e6:.0f}" if max_pixels >= 10_000_000 else f"{max_pixels / 1e6:g}"
-        raise ImageError(f"decompression bomb: {width}x{height} = {width * height / 1e6:.0f} megapixels, limit {limit}")
+        raise TooLarge(f"decompression bomb: {width}x{height} = {width * height / 1e6:.0f} megapixels, limit {limit}")
 
 
 def _decoding_reason(error: Exception, name: str) -> str:

@@ -1,0 +1,123 @@
+"""Search in a store of a million vectors: time, and recall against the exact neighbours, for every number of candidates.
+
+    python benchmarks/search.py STORE [--rows 1000000] [--dim 384] [--queries 50] [--refine 2 5 …] [--cells 0.05 …]
+
+STORE is made if it is not there. Its vectors are clustered as features are: 2,000 centres of many sizes in a space whose
+spectrum falls, noise of fewer dimensions around each, a little in all; queries are new draws. Prints a table: wall time and
+CPU seconds of a query (median, p90), recall@10, for the index and for exact search, without and with filters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinov3.embedding import search as module
+from dinov3.embedding.schema import StoreFacts, arrow_schema
+from dinov3.embedding.store import EmbeddingStore
+
+CHUNK = 50_000
+
+
+class Mixture:
+    """Draws of vectors [n, dim] around centres of unequal weights."""
+
+    def __init__(self, dim: int, seed: int = 0) -> None:
+        draw = np.random.default_rng(seed)
+        spectrum = np.arange(1, dim + 1) ** -0.7
+        self.centres = draw.normal(size=(2000, dim)) * spectrum
+        self.weights = draw.dirichlet(np.full(2000, 0.5))
+        self.inside = draw.normal(size=(24, dim)) * spectrum
+        self.turn = np.linalg.qr(draw.normal(size=(dim, dim)))[0].astype(np.float32)
+
+    def __call__(self, n: int, seed: int) -> np.ndarray:
+        draw = np.random.default_rng(seed)
+        of = draw.choice(len(self.centres), n, p=self.weights)
+        noise = draw.normal(size=(n, 24)) @ self.inside * 0.15 + draw.normal(size=(n, len(self.turn))) * 0.01
+        return ((self.centres[of] + noise).astype(np.float32)) @ self.turn
+
+
+def fill(path: Path, rows: int, mixture: Mixture) -> EmbeddingStore:
+    import pyarrow as pa
+
+    dim = len(mixture.turn)
+    facts = StoreFacts("mixture", dim, "none")
+    with EmbeddingStore.create(path, facts) as store:
+        for start in range(0, rows, CHUNK):
+            n = min(CHUNK, rows - start)
+            numbers = np.arange(start, start + n)
+            same = {"content_hash": "", "stamp": "", "model": facts.model, "preprocessing": "none"}
+            columns: dict[str, Any] = {name: pa.array([value] * n) for name, value in same.items()}
+            columns |= {"path": pa.array([f"{i:07}.jpg" for i in numbers]), "id": numbers, "checksum": numbers}
+            columns |= {"width": numbers % 1000, "height": numbers % 777}
+            flat = pa.array(mixture(n, seed=1 + start).ravel())
+            columns["vector"] = pa.FixedSizeListArray.from_arrays(flat, dim)
+            table = pa.table({k: columns[k] for k in arrow_schema(facts).names})
+            store.write("cannot fill", lambda t, table=table: t.add(table.cast(arrow_schema(facts))))
+        store.compact()
+        start_s = time.perf_counter(), time.process_time()
+        module.build_index(store)
+        print(
+            f"index: {time.perf_counter() - start_s[0]:.0f} s, {time.process_time() - start_s[1]:.0f} CPU s", flush=True
+        )
+    return EmbeddingStore.open(path)
+
+
+def truth(store: EmbeddingStore, queries: np.ndarray, where: str | None) -> list[set[str]]:
+    """The paths of the ten nearest, by one product a chunk."""
+    paths, vectors = store.vectors(where)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    scores = np.concatenate([vectors[i : i + CHUNK] @ queries.T for i in range(0, len(vectors), CHUNK)])  # [N, Q]
+    best = np.argpartition(-scores, 10, axis=0)[:10].T
+    return [{paths[i] for i in row} for row in best]
+
+
+def measure(store: EmbeddingStore, queries: np.ndarray, want: list[set[str]], **options: Any) -> str:
+    """Median and p90 of a query's ms, its CPU ms, and recall@10."""
+    module.search(store, queries[0], **options)
+    walls, cpus, found = [], [], []
+    for query, right in zip(queries, want):
+        start = time.perf_counter(), time.process_time()
+        hits = module.search(store, query, **options)
+        walls.append(1e3 * (time.perf_counter() - start[0]))
+        cpus.append(1e3 * (time.process_time() - start[1]))
+        found.append(len(right & {hit.path for hit in hits}) / len(right))
+    p90 = sorted(walls)[int(0.9 * len(walls))]
+    return f"{statistics.median(walls):.1f} | {p90:.1f} | {statistics.median(cpus):.1f} | {np.mean(found):.3f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("store", type=Path)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--dim", type=int, default=384)
+    parser.add_argument("--queries", type=int, default=50)
+    parser.add_argument("--refine", type=int, nargs="*", default=[])
+    parser.add_argument("--cells", type=float, nargs="*", default=[])
+    parser.add_argument("--exact", type=int, default=7, help="queries for the exact search")
+    args = parser.parse_args()
+    mixture = Mixture(args.dim)
+    store = EmbeddingStore.open(args.store) if args.store.exists() else fill(args.store, args.rows, mixture)
+    queries = mixture(args.queries, seed=999_999_999)
+    print(f"{len(store)} rows of {args.dim}\n")
+    print("| filter | refine | cells | ms | p90 | CPU ms | recall@10 |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    refines, cells = args.refine or [module.REFINE], args.cells or [module.CELLS_SHARE]
+    for where in (None, "width < 500", "width < 50"):
+        want = truth(store, queries, where)
+        for module.REFINE, module.CELLS_SHARE in itertools.product(refines, cells):
+            index = measure(store, queries, want, where=where)
+            print(f"| {where} | {module.REFINE} | {module.CELLS_SHARE} | {index}", flush=True)
+        print(
+            f"| {where} | exact | | {measure(store, queries[: args.exact], want, where=where, exact=True)}", flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()
