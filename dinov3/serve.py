@@ -306,7 +306,7 @@ def _vector(given: dict[str, Any]) -> np.ndarray:
     try:
         vector = np.asarray(given.get("vector"), dtype=np.float32)
     except (TypeError, ValueError):
-        vector = np.empty((0, 0))
+        vector = np.empty((0, 0), np.float32)
     if vector.ndim != 1:
         raise HTTPException(400, '"vector" must be a list of numbers, or send an image as the body')
     return vector
