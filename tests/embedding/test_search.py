@@ -113,6 +113,36 @@ def test_ties_are_broken_by_path_also_when_they_reach_beyond_the_last_place(tmp_
     assert first == hits[0]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_searches_from_memory_find_what_a_scan_finds_until_the_store_changes(tmp_path, monkeypatch, dtype):
+    vectors, queries = clustered(300, D)
+    vectors[200:] = vectors[0]  # ties beyond the last place
+    with filled(tmp_path / "s", vectors, vector_dtype=dtype) as store:
+        cases = [{"where": where, "top": top} for where in (None, "width > 30", "width < 9") for top in (1, 10, 400)]
+        ask = [vectors[0], *queries[:3]]
+        monkeypatch.setattr(search_module, "PAYS_AFTER", 10**6)
+        scanned = [search(store, query, **case) for case in cases for query in ask]
+        assert store not in search_module._BANKS
+        monkeypatch.setattr(search_module, "PAYS_AFTER", 0)
+        assert [search(store, query, **case) for case in cases for query in ask] == scanned
+        assert len(search_module._BANKS[store].vectors) == 300
+        together = [search(store, np.stack(ask), **case) for case in cases]
+        assert [hits for case in together for hits in case] == scanned
+        store.append([Row("new.jpg", "h", "1", 1, 1, queries[0])])
+        assert search(store, queries[0], top=1)[0].path == "new.jpg"
+        store.remove(["new.jpg", "00000.jpg"])
+        assert search(store, vectors[0], top=1)[0].path == "00200.jpg"
+
+
+def test_more_vectors_than_may_be_kept_are_scanned(small, monkeypatch):
+    store, _, queries = small
+    monkeypatch.setattr(search_module, "PAYS_AFTER", 0)
+    monkeypatch.setattr(search_module, "CACHED_BYTES", 4 * 300 * D - 1)
+    search_module._BANKS.pop(store, None)
+    assert search(store, queries[0])
+    assert store not in search_module._BANKS
+
+
 def test_asking_for_more_than_there_is_gives_all(small):
     store, _, queries = small
     assert len(search(store, queries[0], top=1000)) == 300
