@@ -230,7 +230,11 @@ def _nearest_in(
     for column in scores.T:
         last = np.partition(column, -top)[-top] if top < len(column) else -2
         chosen = row_ids[np.flatnonzero(column >= last - 2 * TIE)].tolist()
-        found.append(store.read(lambda t, ids=chosen: t.take_row_ids(ids).select(_names(columns)).to_arrow()))
+
+        def take(table: Any, chosen: list[int] = chosen) -> Any:
+            return table.take_row_ids(chosen).select(_names(columns)).to_arrow()
+
+        found.append(store.read(take))
     return found
 
 
