@@ -235,7 +235,7 @@ class ServeOptions:
     shape: Shape = setting("square", help="square changes the aspect; short, long and native keep it.")
     fit: Fit = setting("resize", help="For sides that are no multiple of the patch; crop loses pixels.")
     pooling: Pooling = setting("cls", help="What the vector is.")
-    dtype: Dtype = setting("float32", help="The model's precision.")
+    precision: str = setting("fp32", help="fp32, bf16, int8 (CPUs with our kernels) or fp8 (new NVIDIA GPUs).")
     batch: int = setting(16, at_least=1, help="Images a batch, at most.")
     max_mb: int = setting(32, at_least=1, help="Megabytes that a request may have.")
     max_megapixels: int = setting(50, at_least=1, help="Megapixels that an image may have.")
@@ -259,8 +259,6 @@ def serve(
     c, default = config, ServeOptions()
     require("fastapi", "serve", "dinov3 serve")
     with importing():
-        import torch
-
         from dinov3 import serve as service
         from dinov3.embedding.pipeline import model_of
         from dinov3.embedding.store import EmbeddingStore
@@ -269,7 +267,7 @@ def serve(
 
     opened = None
     if store is not None:
-        names = ("size", "shape", "fit", "pooling", "dtype")
+        names = ("size", "shape", "fit", "pooling", "precision")
         given = [name for name in names if getattr(c, name) != getattr(default, name)] + ["model"] * (model is not None)
         if given:
             raise DinoError(f"--{given[0]} is the store's own: leave it out, or serve without --store")
@@ -277,7 +275,7 @@ def serve(
         net, preprocessing = model_of(opened, device=device_of(device), weights=c.weights)
         pooling = opened.facts.pooling
     else:
-        net = load(model, c.weights, device=device_of(device), dtype=getattr(torch, c.dtype))
+        net = load(model, c.weights, device=device_of(device), fast=c.precision)
         preprocessing = default_preprocessing(net, size=c.size, shape=c.shape, fit=c.fit)
         pooling = c.pooling
     _log_model(net)
