@@ -189,9 +189,7 @@ def application(
         form = _form(request)
         vectors = await embedded(await _images(request, limits))
         if form == "npy":
-            with io.BytesIO() as file:
-                np.save(file, vectors)
-                return Response(file.getvalue(), media_type=NPY[0])
+            return Response(_npy(vectors), media_type=NPY[0])
         return JSONResponse({**about, "vectors": vectors.tolist()})
 
     @app.post("/search")
@@ -237,6 +235,12 @@ def _form(request: Request) -> str:
     if (wanted := request.query_params.get("format")) is not None:
         return one_of("format", wanted, ("json", "npy"))
     return "npy" if any(kind in request.headers.get("accept", "") for kind in NPY) else "json"
+
+
+def _npy(vectors: np.ndarray) -> bytes:
+    with io.BytesIO() as file:
+        np.save(file, vectors)
+        return file.getvalue()
 
 
 async def _body(request: Request, limits: Limits) -> bytes:

@@ -1,13 +1,13 @@
 """Which stored images are most like this one: cosine similarity over an `EmbeddingStore`.
 
-Exact up to `EXACT_LIMIT` rows that pass the filter; above it through an approximate index (IVF with RabitQ codes, the
-candidates re-ranked by their full vectors), if `build_index` was called. Without an index the result is still exact,
-only slow. Rows added after the index was built are scanned, so they are found; `index_status` counts them, and
-`EmbeddingStore.compact` takes them into the index.
+Exact up to `EXACT_LIMIT` rows; above it through an approximate index (IVF with RabitQ codes, the candidates re-ranked by
+their full vectors), if `build_index` was called. Without an index the result is still exact, only slow. Rows added after the
+index was built are scanned, so they are found; `index_status` counts them, and `EmbeddingStore.compact` takes them into the
+index.
 
-The limit counts filtered rows because IVF looks into the cells nearest to the query, and a filter that keeps few rows
-leaves little there: keeping 1 % of 60,000 rows, 40 of 245 cells found 0.60 of the ten true neighbours. Few rows are
-quick to scan anyway; for the others the number of cells looked into grows as the filter tightens.
+IVF looks into the cells nearest to the query, and a filter that keeps few rows leaves little there: keeping 1 % of 60,000
+rows, 40 of 245 cells found 0.60 of the ten true neighbours. So the number of cells grows as the filter tightens, up to all:
+at a million rows of which 5 % or 0.5 % pass, 56 to 75 ms of CPU time and all neighbours found, where a scan takes 1.2 s.
 
 Exact search scans the table. Where an open store is searched so again and again, its vectors are read into memory (up to
 2 GB) and one matrix product does it, until the store changes.
@@ -41,7 +41,7 @@ from dinov3.embedding.store import EmbeddingStore
 from dinov3.errors import StoreError
 from dinov3.files import check_free
 
-EXACT_LIMIT = 200_000  # rows; about 0.2 s for one query of D = 384
+EXACT_LIMIT = 200_000  # rows of the store; about 0.2 s for one query of D = 384
 QUERIES_AT_ONCE = 64
 ROWS_PER_CELL = 4096
 FEWEST_INDEXED = 256  # rows; what one cell's k-means is trained on
@@ -105,8 +105,10 @@ def search(
     if exact is False and status is None:
         raise StoreError(f"the store at {store.uri} has no index; build it with build_index, or search exactly")
     cells = None  # exact
-    if status is not None and (exact is False or (exact is None and rows > EXACT_LIMIT)):
-        cells = _cells_to_look_into(status.indexed, rows / (status.indexed + status.unindexed))
+    total = 0 if status is None else status.indexed + status.unindexed
+    many = total > EXACT_LIMIT and rows > REFINE * (top + SLACK)  # fewer than are re-ranked: a scan finds them all
+    if status is not None and (exact is False or (exact is None and many)):
+        cells = _cells_to_look_into(status.indexed, rows / total)
     results: list[list[Hit]] = []
     for start in range(0, len(queries), QUERIES_AT_ONCE):
         results += _search_some(store, queries[start : start + QUERIES_AT_ONCE], top, where, wanted, rows, cells)

@@ -232,13 +232,21 @@ def test_the_index_does_less_than_a_scan(indexed):
 
 def test_few_rows_behind_a_filter_and_exact_on_demand_are_scanned(indexed, monkeypatch):
     store, vectors, queries = indexed
-    few = np.arange(5000) < 400
-    hits, used = found_by(monkeypatch, store, queries[0], where="width <= 400")
+    few = np.arange(5000) < 90
+    hits, used = found_by(monkeypatch, store, queries[0], where="width <= 90")
     assert not used
     assert [hit.path for hit in hits] == [path for path, _ in by_hand(vectors, queries[0], 10, few)]
     hits, used = found_by(monkeypatch, store, queries[1], exact=True)
     assert not used
     assert [hit.path for hit in hits] == [path for path, _ in by_hand(vectors, queries[1], 10)]
+
+
+def test_behind_a_tight_filter_the_index_looks_into_all_cells_and_finds_what_a_scan_finds(indexed, monkeypatch):
+    store, _, queries = indexed
+    for query in queries[:5]:
+        hits, used = found_by(monkeypatch, store, query, where="width <= 200")
+        assert used
+        assert hits == search(store, query, where="width <= 200", exact=True)
 
 
 def test_a_tighter_filter_looks_into_more_cells():
