@@ -249,3 +249,19 @@ def verify_features(
             print(f"  {match.cosine:.6f}  {match.part} {match.layer:<2}  {norm:15}  {match.pooling}  {match.inputs}")
     if not verdict.fits:
         raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    cases: Annotated[list[str] | None, typer.Argument(metavar="MODEL:SIZE:BATCH", help="Default: three cases.")] = None,
+    rounds: Annotated[int, typer.Option(help="Turns of every form.", min=1)] = 7,
+    threads: Annotated[int, typer.Option(help="Of each form.", min=1)] = 1,
+    skip: Annotated[list[str] | None, typer.Option(help="A library to leave out; may be repeated.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
+) -> None:
+    """Measure the forms of a backbone, and other libraries', on this machine."""
+    from dinov3.inference.bench import CASES, table
+    from dinov3.inference.bench import bench as run
+
+    rows = run(cases or CASES, rounds=rounds, threads=threads, skip=skip or (), on_progress=log)
+    print(json.dumps(rows) if as_json else table(rows))

@@ -1,28 +1,24 @@
-"""Forms of a backbone side by side: CPU seconds an image, in turns in one run.
+"""Forms of a backbone side by side on this machine: CPU seconds an image, in turns in one run.
 
-    python benchmarks/inference.py                                     # ViT-S and ViT-B at 224 px × 8, ViT-S at 512 px × 1
-    python benchmarks/inference.py --case dinov3_vits16:224:8 --rounds 7 --threads 1
-    python benchmarks/inference.py --skip timm transformers --json
+    dinov3 bench                                          # ViT-S and ViT-B at 224 px × 8, ViT-S at 512 px × 1
+    dinov3 bench dinov3_vits16:224:8 --rounds 7 --skip timm --json
 
 Ours: the plain model (eager), and its fast forms in fp32, bf16 and int8 by every engine this machine has. Peers, where
 installed: transformers and timm (eager), onnxruntime and OpenVINO (from an ONNX file that torch writes). Weights are random
 and of equal shapes everywhere, images are noise: speed does not depend on them. Cosines to the plain model are those of the
 shipped model's weights (`dinov3.inference`'s probe), which random weights would flatter.
 
-A round runs every form once; the table holds medians over rounds of CPU seconds (user + system) an image, the ratio to our
-eager model of the same round, and the ratios' range. Wall time is not shown: other work on the machine would enter it.
+A round runs every form once; reported are medians over rounds of CPU seconds (user + system) an image, the ratio to our
+eager model of the same round, and the ratios' range. Wall time is not: other work on the machine would enter it.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +27,14 @@ import torch
 from torch import Tensor
 
 import dinov3
+from dinov3.errors import DinoError
 from dinov3.hub.foreign import mend_torchvision
 from dinov3.inference import distance, kernels
 from dinov3.inference.blocks import Blocks
 from dinov3.inference.fold import fold
 from dinov3.inference.forms import FastViT, Form
+from dinov3.models.architectures import ViTConfig
+from dinov3.weights.catalog import resolve
 
 CASES = ("dinov3_vits16:224:8", "dinov3_vitb16:224:8", "dinov3_vits16:512:1")
 Run = Callable[[Tensor], Any]
@@ -58,16 +57,15 @@ def transformers_model(name: str) -> Run:
 
     from dinov3.weights.configs import transformers_config
 
-    config = {k: v for k, v in transformers_config(dinov3.load(name, "random").config).items() if k != "architectures"}
-    model = DINOv3ViTModel(DINOv3ViTConfig(**config)).eval()
+    config = {k: v for k, v in transformers_config(resolve(name)[0].config).items() if k != "architectures"}
+    model: Any = DINOv3ViTModel(DINOv3ViTConfig(**config)).eval()
     return lambda x: model(pixel_values=x)
 
 
 def timm_model(name: str) -> Run:
     import timm
 
-    kind = {"dinov3_vits16": "small", "dinov3_vitb16": "base", "dinov3_vitl16": "large"}[name]
-    model = timm.create_model(f"vit_{kind}_patch16_dinov3", num_classes=0, dynamic_img_size=True).eval()
+    model: Any = timm.create_model(resolve(name)[0].timm[0], num_classes=0, dynamic_img_size=True).eval()
     return lambda x: model.forward_features(x)
 
 
@@ -97,14 +95,16 @@ def openvino_model(path: str, threads: int, precision: str) -> Run:
     return lambda x: compiled([np.asarray(x)])
 
 
-def peers(name: str, size: int, batch: int, threads: int, skip: list[str], folder: str) -> Iterator[tuple[str, Run]]:
+def peers(
+    name: str, size: int, batch: int, threads: int, skip: Sequence[str], folder: str
+) -> Iterator[tuple[str, Run]]:
     def wanted(library: str) -> bool:
         return library not in skip and importlib.util.find_spec(library) is not None
 
     mend_torchvision()
     if wanted("transformers"):
         yield "transformers", transformers_model(name)
-    if wanted("timm"):
+    if wanted("timm") and resolve(name)[0].timm:
         yield "timm", timm_model(name)
     if importlib.util.find_spec("onnx") is not None:
         if wanted("onnxruntime"):
@@ -128,44 +128,58 @@ def turns(runs: dict[str, Run], x: Tensor, rounds: int) -> dict[str, list[float]
     return times
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", nargs="+", default=CASES, help="MODEL:SIZE:BATCH")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--skip", nargs="*", default=[], help="libraries to leave out")
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+def bench(
+    cases: Sequence[str] = CASES,
+    *,
+    rounds: int = 7,
+    threads: int = 1,
+    skip: Sequence[str] = (),
+    on_progress: Callable[[str], object] = lambda _: None,
+) -> list[dict[str, Any]]:
+    """A row for each case ("MODEL:SIZE:BATCH") and form: case, form, cpu_ms, ratio (times eager), least, most, cosine.
 
+    skip: libraries to leave out. Raises `DinoError` for a case that is not of that form.
+    """
+    parsed = [_case(case) for case in cases]
+    torch.set_num_threads(threads)
     shipped = dinov3.load()
     cosines = {name: distance(model, shipped)[1] for name, model in forms_of(shipped)}
-    results = []
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for case in args.case:
-            name, size, batch = case.split(":")
+        for case, (name, size, batch) in zip(cases, parsed):
+            on_progress(case)
             plain: Any = dinov3.load(name, "random")
             runs: dict[str, Run] = {"eager": plain.forward_features}
-            runs |= {name: model.forward_features for name, model in forms_of(plain)}
-            runs |= dict(peers(name, int(size), int(batch), args.threads, args.skip, folder))
-            times = turns(runs, torch.randn(int(batch), 3, int(size), int(size)), args.rounds)
+            runs |= {form: model.forward_features for form, model in forms_of(plain)}
+            runs |= dict(peers(name, size, batch, threads, skip, folder))
+            times = turns(runs, torch.randn(batch, 3, size, size), rounds)
             for form, taken in times.items():
                 ratios = [a / b for a, b in zip(times["eager"], taken)]
-                median = statistics.median(ratios)
-                row = {"case": case, "form": form, "cpu_ms": 1e3 * statistics.median(taken), "ratio": median}
-                results.append(row | {"least": min(ratios), "most": max(ratios), "cosine": cosines.get(form)})
-            print(f"{case} done", file=sys.stderr)
-    if args.json:
-        print(json.dumps(results))
-        return
-    for case in args.case:
-        print(f"\n{case}, {args.rounds} rounds, {args.threads} threads\n")
-        print("| form | CPU ms an image | times eager (range) | cosine, shipped model |\n|---|---|---|---|")
-        for r in (r for r in results if r["case"] == case):
+                row = {"case": case, "form": form, "cpu_ms": 1e3 * statistics.median(taken)}
+                row |= {"ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+                rows.append(row | {"cosine": cosines.get(form)})
+    return rows
+
+
+def _case(text: str) -> tuple[str, int, int]:
+    parts = text.split(":")
+    if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts[1:]):
+        raise DinoError(f"a case is MODEL:SIZE:BATCH, such as {CASES[0]}, not {text!r}")
+    model = resolve(parts[0])[0]
+    if not isinstance(model.config, ViTConfig) or int(parts[1]) % model.config.patch_size:
+        raise DinoError(f"{text!r}: a ViT and a size in whole patches are measured, such as {CASES[0]}")
+    return parts[0], int(parts[1]), int(parts[2])
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as Markdown, a table for each case."""
+    lines = []
+    heading = "| form | CPU ms an image | times eager (range) | cosine, shipped model |"
+    for case in dict.fromkeys(row["case"] for row in rows):
+        lines += [f"{case}\n", heading, "|---|---|---|---|"]
+        for r in (r for r in rows if r["case"] == case):
             cosine = "" if r["cosine"] is None else f"{r['cosine']:.6f}"
             ratio = f"{r['ratio']:.2f} ({r['least']:.2f}–{r['most']:.2f})"
-            print(f"| {r['form']} | {r['cpu_ms']:.1f} | {ratio} | {cosine} |")
-
-
-if __name__ == "__main__":
-    main()
+            lines.append(f"| {r['form']} | {r['cpu_ms']:.1f} | {ratio} | {cosine} |")
+        lines.append("")
+    return "\n".join(lines)
