@@ -260,8 +260,8 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
 ) -> None:
     """Measure the forms of a backbone, and other libraries', on this machine."""
-    from dinov3.inference.bench import CASES, table
-    from dinov3.inference.bench import bench as run
+    from dinov3.cli.bench import CASES, table
+    from dinov3.cli.bench import bench as run
 
     rows = run(cases or CASES, rounds=rounds, threads=threads, skip=skip or (), on_progress=log)
     print(json.dumps(rows) if as_json else table(rows))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from dinov3.cli.bench import bench, table
 from dinov3.errors import DinoError
-from dinov3.inference.bench import bench, table
 
 PEERS = ("transformers", "timm", "onnxruntime", "openvino")
 
