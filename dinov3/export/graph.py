@@ -257,7 +257,7 @@ def _images(batch: int, height: int, width: int) -> Tensor:
 
 def _traced(model: nn.Module, images: Tensor, stride: int, *, free: bool) -> Any:
     if free:  # odd grids take the general path through heads that double and halve maps
-        images = images[..., : 7 * stride, : 5 * stride]
+        images = images[..., : 7 * stride, : 5 * stride].contiguous()
     sides = {2: stride * torch.export.Dim("rows", max=1024), 3: stride * torch.export.Dim("columns", max=1024)}
     shapes = {"images": {0: torch.export.Dim("batch", max=65536)} | (sides if free else {})}
     try:

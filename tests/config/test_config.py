@@ -239,7 +239,7 @@ def test_a_retired_key_is_a_note_at_its_neutral_value_and_refused_at_any_other(t
 
 
 def test_no_retired_key_is_also_a_key():
-    assert not {k for k in loading._keys(TrainConfig) for pattern in TrainConfig.RETIRED if k == pattern}
+    assert not {k for k in loading.keys_of(TrainConfig) for pattern in TrainConfig.RETIRED if k == pattern}
 
 
 def test_options_that_the_reference_overlooks_reach_the_model():
