@@ -18,6 +18,7 @@ import importlib.util
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,9 @@ def onnx_file(name: str, size: int, batch: int, folder: str) -> str:
     path = f"{folder}/{name}-{size}-{batch}.onnx"
     if not Path(path).is_file():
         x = torch.randn(batch, 3, size, size)
-        torch.onnx.export(dinov3.load(name, "random"), (x,), path, dynamo=False, opset_version=17)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a tracer that takes the size for a constant, which it is here
+            torch.onnx.export(dinov3.load(name, "random"), (x,), path, dynamo=False, opset_version=17)
     return path
 
 
