@@ -7,6 +7,7 @@ listed; with `embed` only new ones count, unless --strict) · 130 interrupted, r
 from __future__ import annotations
 
 import gc
+import os
 import sys
 
 from dinov3.errors import DinoError, install
@@ -27,6 +28,8 @@ __all__ = ["app", "main", "training_overrides"]
 
 def main() -> None:
     """Entry point: a `DinoError` is a sentence on stderr and exit code 1, Ctrl-C is 130."""
+    # before torch is imported: threads that spin for their neighbours take the time of whoever would do the work
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         app()
     except DinoError as error:
