@@ -272,7 +272,7 @@ def serve(
         if given:
             raise DinoError(f"--{given[0]} is the store's own: leave it out, or serve without --store")
         opened = EmbeddingStore.open(store)
-        net, preprocessing = model_of(opened, device=device_of(device), weights=c.weights)
+        net, preprocessing = model_of(opened, device=device_of(device), weights=c.weights, lasting=True)
         pooling = opened.facts.pooling
     else:
         net = load(model, c.weights, device=device_of(device), fast=c.precision)

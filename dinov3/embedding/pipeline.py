@@ -525,10 +525,16 @@ def embed_source(
 
 
 def model_of(
-    store: EmbeddingStore, *, device: Any = "cpu", weights: str | None = None, backbone_weights: str | None = None
+    store: EmbeddingStore,
+    *,
+    device: Any = "cpu",
+    weights: str | None = None,
+    backbone_weights: str | None = None,
+    lasting: bool = False,
 ) -> tuple[nn.Module, Preprocessing]:
     """The model and preprocessing a store was filled with, so that a query is embedded the same way.
 
+    lasting: it serves many queries, so that its fast form is worth the wait; the plain model is ready sooner.
     Raises `DinoError` if the weights found are not those of the store.
     """
     from dinov3.hub import load
@@ -551,8 +557,9 @@ def model_of(
     if source is not None and source.startswith("random"):
         seed, source = int(source.removeprefix("random (seed ").removesuffix(")")), "random"
     name_or_file = None if facts.model_name == "custom" else facts.model_name
-    precision = facts.model.rpartition("-")[2]  # of a fast form; fp32 has none: the plain model is soonest ready
-    form = {"fast": precision} if precision in ("bf16", "int8", "fp8") else {"dtype": _dtype_of(facts)}
+    precision = facts.model.rpartition("-")[2]  # of a fast form; that of fp32 has the plain model's name
+    fast = precision if precision in ("bf16", "int8", "fp8") else "fp32" if lasting else None
+    form = {"fast": fast} if fast and _dtype_of(facts) == torch.float32 else {"dtype": _dtype_of(facts)}
     model = load(name_or_file, source, device=device, seed=seed, **form)
     return model, _checked_preprocessing(store, model, source or facts.model_name)
 
