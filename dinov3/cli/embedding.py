@@ -207,7 +207,7 @@ def search(
         check_sheet(sheet, config.overwrite)
     opened = EmbeddingStore.open(store)
     place = device_of(device)
-    where_weights = {"weights": config.weights, "backbone_weights": config.backbone_weights}
+    where_weights: dict[str, Any] = {"weights": config.weights, "backbone_weights": config.backbone_weights}
     with Progress("searching"):
         if text is not None:
             vector = text_query(opened, text, device=place, vocabulary=config.vocabulary, **where_weights)
