@@ -4,7 +4,7 @@
     dinov3 bench dinov3_vits16:224:8 --rounds 7 --skip timm --json
 
 Ours: the plain model (eager), and its fast forms in fp32, bf16 and int8 by every engine this machine has. Peers, where
-installed: transformers and timm (eager), onnxruntime and OpenVINO (from an ONNX file that torch writes). Weights are random
+installed: transformers and timm (eager), onnxruntime and OpenVINO (both read the file of `dinov3 export`). Weights are random
 and of equal shapes everywhere, images are noise: speed does not depend on them. Cosines to the plain model are those of the
 shipped model's weights (`dinov3.inference`'s probe), which random weights would flatter.
 
@@ -18,7 +18,6 @@ import importlib.util
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from torch import Tensor
 
 import dinov3
 from dinov3.errors import DinoError
+from dinov3.export.graph import ONNX, TARGETS, export
 from dinov3.hub.foreign import mend_torchvision
 from dinov3.inference import distance, kernels
 from dinov3.inference.blocks import Blocks
@@ -70,14 +70,12 @@ def timm_model(name: str) -> Run:
     return lambda x: model.forward_features(x)
 
 
-def onnx_file(name: str, size: int, batch: int, folder: str) -> str:
-    path = f"{folder}/{name}-{size}-{batch}.onnx"
-    if not Path(path).is_file():
-        x = torch.randn(batch, 3, size, size)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a tracer that takes the size for a constant, which it is here
-            torch.onnx.export(dinov3.load(name, "random"), (x,), path, dynamo=False, opset_version=17)
-    return path
+def onnx_file(name: str, size: int, folder: str) -> str:
+    """The file that `dinov3 export` writes, once for each model and size."""
+    out = Path(folder) / f"{name}-{size}"
+    if not out.is_dir():
+        export(dinov3.load(name, "random"), out, "onnx", size=(size, size))
+    return str(out / TARGETS["onnx"])
 
 
 def onnxruntime_model(path: str, threads: int) -> Run:
@@ -109,12 +107,12 @@ def peers(
         yield "transformers", transformers_model(name)
     if wanted("timm") and resolve(name)[0].timm:
         yield "timm", timm_model(name)
-    if importlib.util.find_spec("onnx") is not None:
+    if all(importlib.util.find_spec(library) for library in ONNX):
         if wanted("onnxruntime"):
-            yield "onnxruntime", onnxruntime_model(onnx_file(name, size, batch, folder), threads)
+            yield "onnxruntime", onnxruntime_model(onnx_file(name, size, folder), threads)
         if wanted("openvino"):
             for precision in ("f32", "bf16"):
-                path = onnx_file(name, size, batch, folder)
+                path = onnx_file(name, size, folder)
                 yield f"OpenVINO {precision}", openvino_model(path, threads, precision)
 
 

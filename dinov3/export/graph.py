@@ -31,6 +31,7 @@ from dinov3.errors import DinoError, one_of, require
 from dinov3.export.convert import empty_folder
 from dinov3.features import default_preprocessing, evaluating
 from dinov3.files import atomically
+from dinov3.inference.fold import before_scale
 from dinov3.models import convnext, vit
 from dinov3.weights import identity
 
@@ -131,11 +132,11 @@ def halved(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     for block in [m for m in model.modules() if isinstance(m, vit.Block)]:
         mlp: Any = block.mlp
         for scale, linear in (("ls1", block.attn.proj), ("ls2", mlp.w3 if isinstance(mlp, vit.SwiGLU) else mlp.fc2)):
-            found = getattr(block, scale)
-            if isinstance(found, vit.LayerScale):
-                for parameter in linear.parameters():
-                    parameter.data.mul_(found.gamma if parameter.ndim == 1 else found.gamma[:, None])
-                setattr(block, scale, nn.Identity())
+            bias = linear.bias if linear.bias is not None else linear.weight.new_zeros(linear.out_features)
+            weight, bias = before_scale((linear.weight, bias), getattr(block, scale))
+            linear.weight = nn.Parameter(weight)
+            linear.bias = nn.Parameter(bias)
+            setattr(block, scale, nn.Identity())
     for backbone in [m for m in model.modules() if isinstance(m, BACKBONES)]:
         for parent in list(backbone.modules()):
             for name, child in list(parent.named_children()):

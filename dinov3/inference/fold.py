@@ -6,7 +6,7 @@ Of a block x + γ1 ⊙ proj(attention(norm1 x)), then x + γ2 ⊙ FFN(norm2 x), 
     x2 = x1 + fc2(GELU(fc1 x̂1))       or, SwiGLU: fc2(SiLU(a) ⊙ b), a, b = halves of (fc1 x̂1)
 
 The norms' affine parts are in qkv and fc1, layer scale in proj and fc2, 1/√d of the softmax in q's rows (RoPE turns, so a
-factor commutes with it), the mask of the key bias in qkv's bias. Folded in float64, rounded once.
+factor commutes with it), the mask of the key bias in qkv's bias. Folded in float32.
 """
 
 from __future__ import annotations
