@@ -97,7 +97,7 @@ def training_overrides(
         overrides += [
             f"optim.iterations={steps}",
             f"checkpointing.period={max(100, steps // 20)}",  # the last step is saved in any case
-            f"evaluation.eval_period_iterations={max(1, steps // 4)}",
+            f"evaluation.eval_period_iterations={max(25, steps // 4)}",  # as is its teacher
         ]
     if knn is not None:
         labelled, colon, unlabelled = knn.rpartition(":")
