@@ -1,0 +1,177 @@
+"""Draws the pictures of the documentation into docs/images.
+
+    python tools/pictures.py              all of them
+    python tools/pictures.py NAME…        some, by file name
+    python tools/pictures.py --out DIR    somewhere else
+
+The photographs are those `examples/demo.py` takes from installed packages; the model is the one that ships. The two
+training curves are drawn from the tables in docs/training.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def dinov3_command(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "dinov3", *arguments], check=True, stdout=subprocess.DEVNULL)
+
+
+def tiles(rows: list[list[Image.Image]], side: int = 256, gap: int = 8) -> Image.Image:
+    """Images in rows, each cut to a square."""
+    page = Image.new("RGB", (gap + len(rows[0]) * (side + gap), gap + len(rows) * (side + gap)), "white")
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            page.paste(
+                ImageOps.fit(image.convert("RGB"), (side, side)), (gap + x * (side + gap), gap + y * (side + gap))
+            )
+    return page
+
+
+def demo(work: Path) -> Image.Image:
+    """What `make demo` draws."""
+    subprocess.run([sys.executable, ROOT / "examples/demo.py", "--out", work], check=True, stdout=subprocess.DEVNULL)
+    return Image.open(work / "demo.png")
+
+
+def patches(work: Path) -> Image.Image:
+    """Four photographs above the three strongest directions of their patches."""
+    import dinov3
+    from dinov3.dense.pca import rainbow
+
+    model = dinov3.load()
+    rows: list[list[Image.Image]] = [[], []]
+    for name in ("astronaut", "chelsea", "coffee", "rocket"):
+        photograph = ImageOps.fit(Image.open(work / "images" / f"{name}.jpg"), (512, 512))
+        colours = rainbow(dinov3.embed(model, photograph, size=512))[0]
+        coloured = Image.fromarray((colours.numpy() * 255).astype("uint8"))
+        rows[0].append(photograph)
+        rows[1].append(coloured.resize((256, 256), Image.Resampling.NEAREST))
+    return tiles(rows)
+
+
+def search(work: Path) -> Image.Image:
+    """`dinov3 search … --sheet`: a photograph and its nearest."""
+    sheet = work / "neighbours.png"
+    sheet.unlink(missing_ok=True)
+    dinov3_command(
+        "search", str(work / "store"), "--image", str(work / "images/coffee.jpg"), "--top", "8", "--sheet", str(sheet)
+    )
+    return Image.open(sheet)
+
+
+def segment(work: Path) -> Image.Image:
+    """`dinov3 segment`: foreground by the head that ships."""
+    dinov3_command(
+        "segment", *(str(work / f"images/{name}.jpg") for name in ("coffee", "chelsea")), "--out", str(work / "masks")
+    )
+    return Image.open(work / "masks/coffee_segments.png")
+
+
+def classify(work: Path) -> Image.Image:
+    """`dinov3 classify`: the shares of five classes."""
+    dinov3_command("classify", str(work / "images/coffee.jpg"), "--out", str(work / "classes"))
+    return Image.open(work / "classes/coffee_probabilities.png")
+
+
+def rows_of(page: str, heading: str) -> tuple[list[float], dict[str, list[float | None]]]:
+    """Steps and curves of the first table below a heading in docs/training.md."""
+    below = (ROOT / "docs" / page).read_text().split(heading)[1]
+    lines = [
+        [cell.strip(" *") for cell in line.strip("|").split("|")]
+        for line in re.search(r"(?:^\|.*\n)+", below, re.MULTILINE)[0].splitlines()  # type: ignore[index]
+    ]
+
+    def number(cell: str) -> float | None:
+        return float(cell.replace(",", "")) if cell else None
+
+    steps = [float(cell.replace(",", "")) for cell in lines[0][1:]]
+    return steps, {line[0]: [number(cell) for cell in line[1:]] for line in lines[2:]}
+
+
+def curves(panels: list[tuple[str, list[str]]], heading: str, size: tuple[float, float]) -> Image.Image:
+    """A panel for each (title, names of rows) of a table of docs/training.md."""
+    import io
+
+    from matplotlib.figure import Figure
+
+    steps, table = rows_of("training.md", heading)
+    figure = Figure(figsize=size, layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for name in names:
+            points: Any = [(step, value) for step, value in zip(steps, table[name]) if value is not None]
+            axes.plot(*zip(*points), marker="o", markersize=4, label=name)
+        axes.set_title(title, fontsize=11)
+        axes.set_xlabel("step")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=9)
+    data = io.BytesIO()
+    figure.savefig(data, dpi=110)
+    return Image.open(data)
+
+
+def small_cpu(work: Path) -> Image.Image:
+    return curves(
+        [
+            ("losses", ["DINO, global crops (ln 256 = 5.55)", "iBOT (2.77)"]),
+            (
+                "10-NN on Imagenette, %",
+                ["k-NN of both, %", "k-NN of CLS, %", "the same of a control, lightly's DINO loss"],
+            ),
+        ],
+        "### Seen to learn",
+        (9, 3.2),
+    )
+
+
+def gram_cpu(work: Path) -> Image.Image:
+    return curves(
+        [("AUROC of patch similarity", ["without", "with, from step 100"])],
+        "### Seen to help: Gram anchoring",
+        (6.4, 3.2),
+    )
+
+
+PICTURES: dict[str, Callable[[Path], Image.Image]] = {
+    "demo.png": demo,  # first: it leaves the photographs and the store
+    "vitt16-pca.png": patches,
+    "search.png": search,
+    "segment.png": segment,
+    "classify.png": classify,
+    "small-cpu.png": small_cpu,
+    "gram-cpu.png": gram_cpu,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of " + " ".join(PICTURES))
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images")
+    args = parser.parse_args()
+    if unknown := set(args.names) - set(PICTURES):
+        raise SystemExit(f"no picture {' '.join(sorted(unknown))}; there are {' '.join(PICTURES)}")
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        first = demo(work)
+        for name, draw in PICTURES.items():
+            if name in args.names or not args.names:
+                image = first if draw is demo else draw(work)
+                if len(image.getcolors(1 << 24) or []) > 4096:  # photographs: 256 colours are enough on a page
+                    image = image.convert("RGB").quantize(256, dither=Image.Dither.FLOYDSTEINBERG)
+                image.save(args.out / name, optimize=True)
+                print(f"{args.out / name} {image.width}×{image.height}")
+
+
+if __name__ == "__main__":
+    main()
