@@ -1,6 +1,7 @@
 # make demo   a virtual environment, installation, and an image to look at in demo-out/
 # make test   what CI runs: lint, types, layers, the default tests (minutes)
 # make test-all   the slow tests too
+# make docs   the documentation site in build/site
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN = $(VENV)/bin
 # Only Python and its pip are assumed: a venv without pip of its own also works where ensurepip is packaged apart.
 INSTALL = $(PYTHON) -m pip --python $(BIN)/python install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all check format clean
+.PHONY: demo test test-all check format docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --out demo-out
@@ -40,6 +41,13 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e '.[test]'
 	touch $@ $(VENV)/.demo
+
+docs: $(VENV)/.docs
+	$(BIN)/python tools/site_pages.py
+
+$(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e '.[docs]'
+	touch $@
 
 clean:
 	rm -rf $(VENV) demo-out build dist *.egg-info
