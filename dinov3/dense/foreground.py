@@ -93,6 +93,34 @@ def patch_labels(mask: Tensor, grid_hw: tuple[int, int]) -> Tensor:
     return torch.where(share > 0.99, 1, torch.where(share < 0.01, 0, MIXED))
 
 
+def click_labels(
+    features: Features,
+    inside: Sequence[tuple[float, float]],
+    outside: Sequence[tuple[float, float]] = (),
+    image: int = 0,
+    *,
+    others: float = 0.3,
+) -> Tensor:
+    """Labels [h, w] as `patch_labels` gives them, from clicks (x, y) on the object and beside it, in the image's pixels.
+
+    Without any click beside the object, the share `others` of the patches that is least like the clicked ones counts as
+    background.
+    """
+    if not inside:
+        raise DinoError("a click on the object is needed")
+    labels = torch.full(features.grid_hw, MIXED, dtype=torch.long)
+    places = [features.patch_of_pixel(x, y, image) for x, y in inside]
+    if not outside:
+        unit = F.normalize(features.patches[image].float().cpu(), dim=-1)
+        best = (unit @ torch.stack([unit[place] for place in places]).T).amax(-1)  # [h, w]
+        labels[best <= best.quantile(others)] = 0
+    for x, y in outside:
+        labels[features.patch_of_pixel(x, y, image)] = 0
+    for place in places:
+        labels[place] = 1
+    return labels
+
+
 def examples(features: Features | Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """(patches [N, D], labels [N]) of one image without the mixed ones."""
     x, y = maps(features), labels[None] if labels.ndim == 2 else labels

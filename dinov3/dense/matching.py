@@ -82,12 +82,15 @@ def match(
     left_mask: Tensor | None = None,
     right_mask: Tensor | None = None,
     mutual: bool = False,
+    ratio: float | None = None,
 ) -> Matches:
     """The best right patch of every left patch, by cosine; both are one image's features (or maps [h, w, D]).
 
     left_mask, right_mask: boolean maps [h, w]; matches with a patch outside are dropped (the search itself is over all
     patches, so a left patch best matched by the background is dropped and not pressed onto the object). mutual: keep a
-    match only if it is the best in both directions.
+    match only if it is the best in both directions. ratio: keep a match only if its distance (1 − cosine) is less than
+    `ratio` times that of the best right patch elsewhere (Lowe's test; patches next to the match show the same thing and
+    do not count as elsewhere).
     """
     if isinstance(left, Features) and isinstance(right, Features):
         left.check_comparable(right)
@@ -95,6 +98,7 @@ def match(
     for name, mask, x in (("left_mask", left_mask, a), ("right_mask", right_mask, b)):
         if mask is not None and mask.shape != x.shape[:2]:
             raise DinoError(f"{name} is a map of patches [{x.shape[0]}, {x.shape[1]}], not {list(mask.shape)}")
+    grid_hw = (b.shape[0], b.shape[1])
     a, b = a.flatten(0, 1), b.flatten(0, 1)
     similarity, there = nearest(a, b)
     matches = Matches(torch.arange(len(a), device=a.device), there[:, 0], similarity[:, 0])
@@ -106,7 +110,30 @@ def match(
     if mutual:
         _, back = nearest(b, a)
         keep &= back[:, 0][matches.right] == matches.left
-    return matches[keep]
+    matches = matches[keep]
+    if ratio is not None:
+        if not 0 < ratio <= 1:
+            raise DinoError(f"ratio is above 0 and at most 1, not {ratio}")
+        elsewhere = second_elsewhere(a[matches.left], b, matches.right, grid_hw)
+        matches = matches[1 - matches.similarity < ratio * (1 - elsewhere)]
+    return matches
+
+
+def second_elsewhere(queries: Tensor, targets: Tensor, best: Tensor, grid_hw: tuple[int, int]) -> Tensor:
+    """The largest cosine [N] of each query with a target outside the 3 × 3 neighbourhood of its best one.
+
+    queries [N, D]; targets [h·w, D], a flattened grid of unit vectors; best [N] numbers of targets. −1 where there is none.
+    """
+    h, w = grid_hw
+    rows, columns = (torch.arange(n, device=targets.device) for n in grid_hw)
+    out = []
+    chunk = max(1, 2**26 // max(1, len(targets)))
+    for part, number in zip(queries.split(chunk), best.split(chunk)):
+        near = ((rows - (number // w)[:, None]).abs() <= 1)[:, :, None] & (
+            (columns - (number % w)[:, None]).abs() <= 1
+        )[:, None]
+        out.append((part @ targets.T).masked_fill(near.view(-1, h * w), -1).amax(1))
+    return torch.cat(out) if out else queries.new_zeros(0)
 
 
 def pixels(features: Features, patches: Tensor, image: int = 0) -> Tensor:
@@ -148,6 +175,68 @@ def thin(points: Tensor, distance: float = 100.0) -> Tensor:
         around[worst] = 0
         close[worst] = close[:, worst] = False
     return alive.nonzero().flatten()
+
+
+def homography(
+    left: Tensor, right: Tensor, *, tolerance: float = 8.0, tries: int = 2000, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """(matrix [3, 3], inliers [M] boolean) of the projective map from points (x, y) [M, 2] to points [M, 2]; RANSAC over DLT.
+
+    tolerance: of an inlier, in pixels of the right image. Four matches drawn at random give a candidate; the one with most
+    inliers is fitted once more to all of them. Two images of a plane, or from one place, agree with one; the number of
+    inliers says whether they do. Raises `DinoError` for less than four matches, or where no candidate can be computed.
+    """
+    if len(left) != len(right) or len(left) < 4:
+        raise DinoError(
+            f"a homography needs four matches at least, as many left as right: {len(left)} and {len(right)}"
+        )
+    a, b = left.double().cpu(), right.double().cpu()
+    rng = torch.Generator().manual_seed(seed)
+    draws = torch.rand(tries, len(a), generator=rng).topk(4, dim=1).indices  # four different ones each
+    matrices = _direct_linear(a[draws], b[draws])  # [tries, 3, 3]
+    errors = (project(matrices, a[None]) - b).norm(dim=-1)  # [tries, M]
+    counts = (errors < tolerance).sum(1)
+    inliers = errors[int(counts.argmax())] < tolerance
+    if int(inliers.sum()) < 4:
+        raise DinoError("no homography was found: no four of the matches agree on one")
+    for _ in range(3):  # the fit to all inliers takes in some more
+        matrix = _direct_linear(a[inliers][None], b[inliers][None])[0]
+        again = (project(matrix[None], a[None])[0] - b).norm(dim=-1) < tolerance
+        if int(again.sum()) < int(inliers.sum()):
+            break
+        inliers = again
+    return matrix.float(), inliers
+
+
+def project(matrices: Tensor, points: Tensor) -> Tensor:
+    """Points (x, y) [T, M, 2] through projective maps [T, 3, 3]; what a map sends to infinity is not a number."""
+    there = torch.cat([points, torch.ones_like(points[..., :1])], -1) @ matrices.transpose(-1, -2)
+    return there[..., :2] / torch.where(there[..., 2:].abs() < 1e-12, torch.nan, there[..., 2:])
+
+
+def _direct_linear(a: Tensor, b: Tensor) -> Tensor:
+    """Projective maps [T, 3, 3] from points a to b [T, n, 2], n ≥ 4, of least algebraic error (Hartley's normalised DLT)."""
+
+    def normalised(points: Tensor) -> tuple[Tensor, Tensor]:
+        centre = points.mean(1, keepdim=True)
+        scale = 2**0.5 / (points - centre).norm(dim=-1).mean(1).clamp_min(1e-12)  # [T]
+        matrix = torch.zeros(len(points), 3, 3, dtype=points.dtype)
+        matrix[:, 0, 0] = matrix[:, 1, 1] = scale
+        matrix[:, :2, 2] = -scale[:, None] * centre[:, 0]
+        matrix[:, 2, 2] = 1
+        return (points - centre) * scale[:, None, None], matrix
+
+    (p, A), (q, B) = normalised(a), normalised(b)
+    one, none = torch.ones_like(p[..., :1]), torch.zeros_like(p[..., :1])
+    xyw = torch.cat([p, one], -1)
+    zeros = none.expand_as(xyw)
+    first = torch.cat([xyw, zeros, -q[..., :1] * xyw], -1)  # [T, n, 9]
+    second = torch.cat([zeros, xyw, -q[..., 1:] * xyw], -1)
+    rows = torch.cat([first, second], 1)
+    _, vectors = torch.linalg.eigh(rows.transpose(-1, -2) @ rows)
+    h = vectors[..., 0].unflatten(-1, (3, 3))
+    matrix = torch.linalg.inv(B) @ h @ A
+    return matrix / matrix.flatten(1).norm(dim=1)[:, None, None]
 
 
 def sample(patches: Tensor, positions: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ patches alone, whitened, through a sigmoid, on black.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,22 +35,43 @@ class PatchPCA:
         return self(features) / self.deviation.clamp_min(1e-12)
 
 
-def fit(features: Features, components: int = 3, mask: Tensor | None = None) -> PatchPCA:
-    """Principal directions of the patches of all images together: all of them, or those in a boolean mask [B, h, w]."""
-    x = features.patches.float().cpu().flatten(0, 2)  # [B·h·w, D]
-    if mask is not None:
-        x = x[_mask_of(features, mask).flatten()]
+def fit(
+    features: Features | Sequence[Features], components: int = 3, mask: Tensor | Sequence[Tensor | None] | None = None
+) -> PatchPCA:
+    """Principal directions of the patches of all images together: all of them, or those in a boolean mask [B, h, w].
+
+    features: of one call, or a list, whose images may have different grids; then `mask` is a list too, None for all
+    patches of an element. Colours by one `PatchPCA` mean the same in all of its images.
+    """
+    parts = [features] if isinstance(features, Features) else list(features)
+    if not parts:
+        raise DinoError("no features were given")
+    chosen = [mask] if isinstance(mask, Tensor) or mask is None else list(mask)
+    if mask is None:
+        chosen = chosen * len(parts)
+    if len(chosen) != len(parts):
+        raise DinoError(f"as many masks as features are needed, {len(parts)}; got {len(chosen)}")
+    for other in parts[1:]:
+        parts[0].check_comparable(other, ignore=["preprocessing"])
+    x = torch.cat([_patches_of(part, m) for part, m in zip(parts, chosen)])  # [N, D]
     if len(x) <= components:
         raise DinoError(f"{components} components need more than {components} patches; there are {len(x)}")
     mean = x.mean(0)
-    _, singular, v = torch.linalg.svd(x - mean, full_matrices=False)
-    directions = v[:components].T
+    # from the scatter matrix [D, D]: many images cost no more memory than their patches
+    centred = (x - mean).double()
+    variance, vectors = torch.linalg.eigh(centred.T @ centred)
+    variance, directions = variance.flip(0).clamp_min(0), vectors.flip(1)[:, :components]
     # a direction's sign is arbitrary: make its largest entry positive so that colours are the same on every machine
     largest = directions.abs().argmax(0)
     directions = directions * directions[largest, torch.arange(components)].sign()
-    variance = singular.square()
     share, deviation = variance[:components] / variance.sum(), (variance[:components] / (len(x) - 1)).sqrt()
-    return PatchPCA(mean, directions, share, deviation)
+    return PatchPCA(mean, directions.float(), share.float(), deviation.float())
+
+
+def _patches_of(features: Features, mask: Tensor | None) -> Tensor:
+    """Patches [N, D]: all, or those in a mask."""
+    x = features.patches.float().cpu().flatten(0, 2)
+    return x if mask is None else x[_mask_of(features, mask).flatten()]
 
 
 def _mask_of(features: Features, mask: Tensor) -> Tensor:
@@ -63,8 +85,14 @@ def _mask_of(features: Features, mask: Tensor) -> Tensor:
 
 
 def rainbow(features: Features, pca: PatchPCA | None = None, *, quantile: float = 0.01) -> Tensor:
-    """Colours [B, h, w, 3] in [0, 1]: coordinates stretched between their `quantile` and 1 − `quantile`, per channel."""
-    coordinates = (pca or fit(features))(features)[..., :3]
+    """Colours [B, h, w, 3] in [0, 1]: coordinates stretched between their `quantile` and 1 − `quantile`, per channel.
+
+    Without `pca` directions and stretch are those of these images. With it both are the fitted patches' (the stretch is ±2
+    standard deviations), so that one colour means one direction in every image.
+    """
+    if pca is not None:
+        return ((pca.whitened(features)[..., :3] + 2) / 4).clamp(0, 1)
+    coordinates = fit(features)(features)
     flat = coordinates.flatten(0, 2)
     low, high = flat.quantile(quantile, 0), flat.quantile(1 - quantile, 0)
     return ((coordinates - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import dinov3
 from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.dense import foreground
 from dinov3.dense.foreground import (
@@ -23,7 +24,7 @@ from dinov3.dense.foreground import (
     patch_labels,
 )
 from dinov3.dense.pca import fit as fit_pca
-from dinov3.dense.pca import object_colours
+from dinov3.dense.pca import object_colours, rainbow
 from dinov3.errors import DinoError
 from dinov3.features import Features
 from dinov3.metrics.classification import average_precision
@@ -155,3 +156,44 @@ def test_colours_of_the_object_on_black() -> None:
         object_colours(features, mask, order=(0, 0, 1))
     with pytest.raises(DinoError, match="has the shape"):
         object_colours(features, mask[:3])
+
+
+def test_clicks_are_labels_and_one_click_is_enough() -> None:
+    features, truth = image(2)  # 96 × 96 pixels: patches of 12 × 16
+    labels = foreground.click_labels(features, [(42, 36)], [(6, 6), (90, 90)])
+    assert labels.tolist()[2][3] == 1
+    assert labels[0, 0] == labels[5, 7] == 0
+    assert int((labels != foreground.MIXED).sum()) == 3
+    for outside in ([(6, 6), (90, 90)], []):
+        labels = foreground.click_labels(features, [(42, 36)], outside)
+        classifier, _ = fit([features], [labels], C=0.1)
+        probability = classifier(features, smooth=False)[0]
+        assert bool((probability[truth == 1] > probability[truth == 0].max()).all())
+    with pytest.raises(DinoError, match="a click on the object"):
+        foreground.click_labels(features, [], [(6, 6)])
+
+
+def test_one_click_on_a_real_cat_finds_more_cat_than_wall(skimage_images: Path) -> None:
+    features = dinov3.embed(dinov3.load(), skimage_images / "chelsea.png", size=256)
+    labels = foreground.click_labels(features, [(220, 150), (130, 120)], [(20, 20), (430, 20)])
+    probability = fit([features], [labels], C=1.0)[0](features)[0]
+    assert float(probability[4:10, 4:10].mean()) > 0.7 > 0.5 > float(probability[:, -3:].mean())
+
+
+def test_one_palette_for_images_of_two_sizes() -> None:
+    """Directions fitted on a list of features are those of all patches together; a fitted palette gives equal patches
+    equal colours."""
+    (a, _), (b, _) = image(0), image(1, h=4, w=5)
+    joint = fit_pca([a, b])
+    x = torch.cat([a.patches.flatten(0, 2), b.patches.flatten(0, 2)])
+    _, singular, v = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    torch.testing.assert_close(joint.variance_share, (singular.square() / singular.square().sum())[:3])
+    torch.testing.assert_close((joint.directions.T @ v[:3].T).abs(), torch.eye(3), atol=1e-4, rtol=0)
+    b.patches[0, 0, 0] = a.patches[0, 3, 3]
+    torch.testing.assert_close(rainbow(a, joint)[0, 3, 3], rainbow(b, joint)[0, 0, 0])
+    mask = torch.zeros(6, 8, dtype=torch.bool)
+    mask[:3] = True
+    part = fit_pca([a, b], mask=[mask, None])
+    torch.testing.assert_close(part.mean, torch.cat([a.patches[0][mask], b.patches.flatten(0, 2)]).mean(0))
+    with pytest.raises(DinoError, match="as many masks"):
+        fit_pca([a, b], mask=[mask])

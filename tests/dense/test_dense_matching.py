@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
-from dinov3.dense.matching import Matches, coverage, match, nearest, pixels, sample, thin
+import dinov3
+from dinov3.dense.matching import Matches, coverage, homography, match, nearest, pixels, project, sample, thin
 from dinov3.errors import DinoError, IncompatibleFeatures
 from dinov3.features import embed
 from dinov3.models.architectures import ViTConfig
@@ -113,3 +117,63 @@ def test_a_mask_of_bytes_is_refused_and_an_array_is_taken() -> None:
     assert coverage(mask, (2, 1)).tolist() == [[1.0], [0.0]]
     with pytest.raises(DinoError, match="not values up to 255"):
         coverage(mask.astype(np.uint8) * 255, (2, 1))
+
+
+def test_the_ratio_test_drops_what_occurs_twice_but_not_for_neighbours() -> None:
+    D = 8
+    left = torch.zeros(1, 2, D)
+    left[0, 0, 0] = left[0, 1, 1] = 1
+    right = torch.zeros(5, 5, D)
+    right[..., 7] = 1
+    right[0, 0], right[4, 4] = torch.eye(D)[0] + 0.05, torch.eye(D)[0] + 0.051  # twice, far apart
+    right[0, 3], right[1, 3] = torch.eye(D)[1] + 0.05, torch.eye(D)[1] + 0.051  # twice, side by side
+    assert match(left, right).left.tolist() == [0, 1]
+    kept = match(left, right, ratio=0.8)
+    assert kept.left.tolist() == [1]
+    assert kept.right.tolist() == [3]
+    with pytest.raises(DinoError, match="ratio"):
+        match(left, right, ratio=1.5)
+
+
+def test_a_known_homography_is_found_among_half_wrong_matches() -> None:
+    truth = torch.tensor([[0.9, 0.1, 20.0], [-0.05, 1.1, -10.0], [1e-4, -2e-4, 1.0]], dtype=torch.float64)
+    rng = torch.Generator().manual_seed(0)
+    a = torch.rand(60, 2, generator=rng, dtype=torch.float64) * 400
+    b = project(truth[None], a[None])[0]
+    wrong = torch.arange(60) % 2 == 0
+    b[wrong] += (torch.rand(30, 2, generator=rng, dtype=torch.float64) - 0.5) * 300
+    matrix, inliers = homography(a.float(), b.float(), tolerance=2)
+    assert bool((inliers[~wrong]).all())
+    assert int(inliers[wrong].sum()) <= 2
+    assert torch.allclose(matrix.double() / matrix[2, 2], truth, atol=2e-3, rtol=2e-2)
+
+
+def test_the_homography_is_that_of_scikit_image() -> None:
+    transform = pytest.importorskip("skimage.transform")
+    rng = torch.Generator().manual_seed(1)
+    a = torch.rand(20, 2, generator=rng) * 300
+    b = a * torch.tensor([1.2, 0.9]) + 5 + torch.randn(20, 2, generator=rng)
+    ours, inliers = homography(a, b, tolerance=50)
+    theirs = transform.ProjectiveTransform.from_estimate(a.numpy(), b.numpy())
+    assert bool(inliers.all())
+    there = torch.from_numpy(theirs(a.numpy())).float()
+    assert torch.allclose(project(ours[None], a[None])[0], there, atol=0.05)
+
+
+def test_three_matches_or_points_on_a_line_have_no_homography() -> None:
+    with pytest.raises(DinoError, match="four matches at least"):
+        homography(torch.rand(3, 2), torch.rand(3, 2))
+
+
+def test_a_real_image_and_its_shift_agree_on_the_shift(skimage_images: Path) -> None:
+    image = Image.open(skimage_images / "coffee.png").convert("RGB").crop((0, 0, 384, 256))
+    moved = Image.new("RGB", (384, 256), (124, 116, 104))
+    moved.paste(image.crop((64, 32, 384, 256)), (0, 0))
+    model = dinov3.load()
+    left, right = (dinov3.embed(model, i, shape="native") for i in (image, moved))
+    matches = match(left, right, mutual=True, ratio=0.95)
+    a, b = pixels(left, matches.left), pixels(right, matches.right)
+    matrix, inliers = homography(a, b, tolerance=8)
+    assert int(inliers.sum()) > 60
+    there = project(matrix[None], torch.tensor([[[200.0, 120.0]]]))[0, 0]
+    assert there.tolist() == pytest.approx([136, 88], abs=4)
