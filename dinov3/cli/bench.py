@@ -34,6 +34,7 @@ from dinov3.inference import distance, kernels
 from dinov3.inference.blocks import Blocks
 from dinov3.inference.fold import fold
 from dinov3.inference.forms import FastViT, Form
+from dinov3.inference.linear import arithmetic_of
 from dinov3.models.architectures import ViTConfig
 from dinov3.weights.catalog import resolve
 
@@ -45,6 +46,8 @@ def forms_of(plain: Any) -> Iterator[tuple[str, Any]]:
     """(name, model) of every fast form on this machine."""
     folded = fold(plain)
     for precision in ("fp32", "bf16", "int8"):
+        if arithmetic_of(precision, plain.device) != precision:
+            continue
         if precision != "int8":
             form = Form(precision, "torch", "")
             yield f"{precision}, torch", FastViT(plain, Blocks(folded, precision), form)

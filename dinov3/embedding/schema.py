@@ -11,6 +11,7 @@ import json
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -82,6 +83,7 @@ class Failure:
     reason: str
 
 
+@lru_cache(maxsize=16)  # every batch needs it
 def arrow_schema(facts: StoreFacts, root: str = "") -> pa.Schema:
     """The columns of the store's own; `root` is the folder that relative paths start from."""
     import pyarrow as pa

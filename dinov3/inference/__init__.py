@@ -26,7 +26,7 @@ from dinov3.inference import kernels
 from dinov3.inference.blocks import Blocks, Compiled
 from dinov3.inference.fold import FoldedBlock, fold
 from dinov3.inference.forms import Engine, FastConvNeXt, FastViT, Form
-from dinov3.inference.linear import DTYPES
+from dinov3.inference.linear import DTYPES, arithmetic_of
 from dinov3.models.convnext import ConvNeXt
 from dinov3.models.vit import VisionTransformer
 from dinov3.weights.download import root
@@ -55,6 +55,7 @@ def faster(model: nn.Module, precision: str = "fp32") -> nn.Module:
     if not isinstance(model, (VisionTransformer, ConvNeXt)):
         return model.to(cast_of(precision))
     plain: Any = model if next(model.parameters()).dtype == torch.float32 else copy.deepcopy(model).float()
+    products = arithmetic_of(precision, plain.device)
     if isinstance(plain, ConvNeXt):
         if precision == "int8":
             raise DinoError("int8 is for vision transformers; for a ConvNeXt use bf16")
@@ -62,13 +63,13 @@ def faster(model: nn.Module, precision: str = "fp32") -> nn.Module:
         build: Callable[[Form], Fast] = lambda form: FastConvNeXt(plain, form)  # noqa: E731
     else:
         folded = fold(plain)
-        engines = _engines(folded[0], precision, plain.device)
+        engines = _engines(folded[0], products, plain.device)
         names, choose = list(engines), lambda: _fastest(engines, folded[:1])
         build = lambda form: FastViT(plain, engines[form.engine](folded), form)  # noqa: E731
-    record = _Record(plain, precision, names)
+    record = _Record(plain, precision, products, names)
     if (form := record.read()) is not None:
         return build(form)
-    fast = build(Form(precision, choose(), fingerprint(plain)))
+    fast = build(Form(precision, choose(), fingerprint(plain), arithmetic=products if products != precision else ""))
     error, cosine = distance(fast, plain)
     fast.form = replace(fast.form, error=error, cosine=cosine)
     check_distance(fast.form)
@@ -139,10 +140,10 @@ def _fastest(engines: dict[str, MakeEngine], folded: list[FoldedBlock]) -> str:
 class _Record:
     """The file that remembers a form, so that choosing and probing are paid once for weights, precision, torch and CPU."""
 
-    def __init__(self, plain: Any, precision: str, engines: list[str]) -> None:
+    def __init__(self, plain: Any, precision: str, products: str, engines: list[str]) -> None:
         self.path = root() / "inference" / f"{fingerprint(plain)}-{precision}.json"
         cpu = f"{torch.backends.cpu.get_cpu_capability()} {platform.machine()}"
-        self.made_by = f"torch {torch.__version__} {cpu} {plain.device} {engines}"
+        self.made_by = f"torch {torch.__version__} {cpu} {plain.device} {engines} {products}"
 
     def read(self) -> Form | None:
         try:

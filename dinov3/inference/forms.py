@@ -34,10 +34,16 @@ class Form:
     fingerprint: str  # of the plain model's weights
     error: float = 0.0  # the largest ‖fast - plain‖ / ‖plain‖ of a token
     cosine: float = 1.0  # the lowest of a token
+    arithmetic: str = ""  # of the products, where it is not the precision: see `linear.arithmetic_of`
+
+    @property
+    def products(self) -> str:
+        return self.arithmetic or self.precision
 
     def __str__(self) -> str:
         measured = f"relative error {self.error:.1g}" if self.precision == "fp32" else f"cosine {self.cosine:.6f}"
-        return f"{self.precision} by {self.engine} ({measured} to the plain model)"
+        done = f"{self.engine} in {self.arithmetic}, as this CPU is best" if self.arithmetic else self.engine
+        return f"{self.precision} by {done} ({measured} to the plain model)"
 
 
 class Frozen(nn.Module):
@@ -101,7 +107,7 @@ class FastViT(Frozen, VisionTransformer):
     def __init__(self, plain: VisionTransformer, engine: Engine, form: Form) -> None:
         nn.Module.__init__(self)
         self._take(plain, "blocks", "patch_embed")
-        self.patch_embed = FlatPatchEmbed(plain.patch_embed.proj, form.precision)  # type: ignore[assignment]
+        self.patch_embed = FlatPatchEmbed(plain.patch_embed.proj, form.products)  # type: ignore[assignment]
         self.form, self._engine = form, engine
         self._tables: dict[tuple[int, int], Rope] = {}
 
@@ -156,7 +162,7 @@ class FastConvNeXt(Frozen, ConvNeXt):
     def __init__(self, plain: ConvNeXt, form: Form) -> None:
         nn.Module.__init__(self)
         self._take(plain, "downsample_layers", "stages")
-        self.form, precision = form, form.precision
+        self.form, precision = form, form.products
         self._dtype = DTYPES[precision]
         stem: Any = plain.downsample_layers[0]
         self._stem = (FlatPatchEmbed(stem[0], precision), copy.deepcopy(stem[1]).float().requires_grad_(False))

@@ -17,6 +17,17 @@ from dinov3.models.fp8 import product, quantised, row_scales
 DTYPES = {"fp32": torch.float32} | dict.fromkeys(("bf16", "int8", "fp8"), torch.bfloat16)
 
 
+def has_bf16() -> bool:
+    """Whether this CPU has instructions that multiply bf16, as oneDNN sees it."""
+    return bool(getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)())
+
+
+def arithmetic_of(precision: str, device: torch.device) -> str:
+    """The precision of the products. bf16 on a CPU without its instructions is "fp32": no less exact, and emulated products
+    take eight times as long."""
+    return "fp32" if precision == "bf16" and device.type == "cpu" and not has_bf16() else precision
+
+
 def packs() -> bool:
     """Whether this torch has oneDNN's layers with packed weights."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

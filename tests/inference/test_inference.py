@@ -118,6 +118,20 @@ def test_bf16_is_near_the_plain_model_and_gives_float32(kind: str) -> None:
     assert found["cls"].dtype == torch.float32
 
 
+def test_a_cpu_without_bf16_computes_that_form_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, x = varied("released"), torch.randn(2, 3, 48, 64)
+    monkeypatch.setattr("dinov3.inference.linear.has_bf16", lambda: False)
+    fast = faster(plain, "bf16")
+    assert "bf16 by torch in fp32" in str(fast.form)
+    assert name_of(fast).endswith("-bf16")
+    torch.testing.assert_close(fast(x), faster(plain)(x), rtol=0, atol=0)
+    monkeypatch.setattr("dinov3.inference.linear.has_bf16", lambda: True)
+    monkeypatch.setattr("dinov3.inference.linear.packs", lambda: False)  # emulated on such a CPU
+    other = faster(plain, "bf16")
+    assert not other.form.arithmetic  # another record than that of float32
+    assert 0.9999 < F.cosine_similarity(other(x), fast(x)).min() < 1 - 1e-9
+
+
 def test_without_onednn_plain_products_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, x = varied("swiglu"), torch.randn(1, 3, 40, 40)
     packed = faster(plain)(x)
