@@ -27,7 +27,7 @@ from dinov3.features import default_preprocessing
 pytest.importorskip("fastapi")
 from starlette.testclient import TestClient
 
-from dinov3 import serve
+from dinov3 import serve, web
 
 BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "serve.md").read_text(), re.DOTALL)
 
@@ -36,7 +36,7 @@ BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "serve.md").read_text()
 def client() -> Iterator[TestClient]:
     model = dinov3.load()
     app = serve.application(
-        model, default_preprocessing(model, size=32), limits=serve.Limits(1, 1, 3, waiting=8), batch_size=4
+        model, default_preprocessing(model, size=32), limits=web.Limits(1, 1, 3, waiting=8), batch_size=4
     )
     with TestClient(app, base_url="http://localhost") as client:
         yield client

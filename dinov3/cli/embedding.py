@@ -1,4 +1,4 @@
-"""Verbs over a store: embed images, search, serve both."""
+"""Verbs over a store: embed images, search, serve both, explore them in a page."""
 
 from __future__ import annotations
 
@@ -260,6 +260,7 @@ def serve(
     require("fastapi", "serve", "dinov3 serve")
     with importing():
         from dinov3 import serve as service
+        from dinov3 import web
         from dinov3.embedding.pipeline import model_of
         from dinov3.embedding.store import EmbeddingStore
         from dinov3.features import default_preprocessing
@@ -279,16 +280,75 @@ def serve(
         preprocessing = default_preprocessing(net, size=c.size, shape=c.shape, fit=c.fit)
         pooling = c.pooling
     _log_model(net)
-    service.run(
+    web.run(
         service.application(
             net,
             preprocessing,
             pooling=pooling,
             store=opened,
-            hosts=(*service.LOOPBACK, host, *c.allow_host),
-            limits=service.Limits(c.max_mb, c.max_megapixels, c.max_images),
+            hosts=(*web.LOOPBACK, host, *c.allow_host),
+            limits=web.Limits(c.max_mb, c.max_megapixels, c.max_images),
             batch_size=c.batch,
         ),
         host,
         port,
     )
+
+
+@dataclass
+class ExploreOptions:
+    weights: str | None = setting(None, help="As for `embed`; of a store: where its weights lie now, if they moved.")
+    backbone_weights: str | None = setting(None, help="The same for dino.txt's backbone.")
+    vocabulary: str | None = setting(None, help="For a store of dino.txt: CLIP's file, as for `search --text`.")
+    size: int = setting(512, help="Pixels of the side that the image view starts with.")
+    max_mb: int = setting(32, at_least=1, help="Megabytes that a request may have.")
+    max_megapixels: int = setting(100, at_least=1, help="Megapixels that an image may have.")
+    allow_host: list[str] = setting([], help="A further name in the Host header; '*': any. Give it again for more.")
+    open_page: bool = setting(False, help="Open the page in the browser of this machine.", flag="--open")
+
+
+@app.command()
+@config_options(ExploreOptions)
+def explore(
+    config: ExploreOptions,
+    source: Annotated[str, typer.Argument(metavar="STORE|FOLDER|IMAGE", help="What to look at.")],
+    model: Annotated[
+        str | None, typer.Option(help="A name from `dinov3 models`; of a store it is the store's.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 is every network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port.")] = 8010,
+    device: Device = "auto",
+) -> None:
+    """Open a page over a store, a folder or an image: search, a map, clusters, patches."""
+    c = config
+    require("fastapi", "explorer", "dinov3 explore")
+    with importing():
+        from dinov3 import web
+        from dinov3.embedding.pipeline import model_of
+        from dinov3.explorer.server import application
+        from dinov3.explorer.source import FrozenModel, Source
+        from dinov3.features import default_preprocessing
+        from dinov3.hub import load
+
+    web.check_port(host, port)
+    opened = Source.open(source)
+    weights: dict[str, Any] = {"weights": c.weights}
+    if opened.store is not None:
+        if model is not None:
+            raise DinoError("--model is the store's own: leave it out")
+        weights["backbone_weights"] = c.backbone_weights
+        net, preprocessing = model_of(opened.store, device=device_of(device), lasting=True, **weights)
+    else:
+        net = load(model, c.weights, device=device_of(device), fast="fp32")
+        preprocessing = default_preprocessing(net, size=c.size)
+    _log_model(net)
+    page = application(
+        opened,
+        FrozenModel(net, preprocessing),
+        hosts=(*web.LOOPBACK, host, *c.allow_host),
+        limits=web.Limits(c.max_mb, c.max_megapixels),
+    )
+    log(
+        f"{len(opened)} images of {source}: http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port} (Ctrl-C ends it)"
+    )
+    web.run(page, host, port, open_page=c.open_page)
