@@ -157,7 +157,9 @@ def routes(source: Source, cache: FeatureCache, limits: Limits = LIMITS) -> APIR
                 "offset": rounded(found.mean @ found.directions),
                 "deviation": rounded(found.deviation),
                 "share": rounded(found.variance_share),
-                "inside": {"weight": rounded(inside.weight), "bias": float(inside.bias)} if inside is not None else None,
+                "inside": {"weight": rounded(inside.weight), "bias": float(inside.bias)}
+                if inside is not None
+                else None,
             }
 
         return await run_in_threadpool(fitted)

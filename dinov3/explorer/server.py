@@ -1,4 +1,4 @@
-"""The explorer's service: the page, the images by number, and what the page's views ask for (`table`).
+"""The explorer's service: the page, the images by number, and what the page's views ask for (`table`, `patches`).
 
 It listens on loopback, checks the Host header and where a request comes from, takes no name of a file from anybody, and
 sends a Content-Security-Policy that lets the page load nothing from elsewhere.
@@ -21,7 +21,7 @@ from PIL import Image
 
 import dinov3
 from dinov3.embedding.pipeline import is_text_aligned
-from dinov3.explorer import table
+from dinov3.explorer import patches, table
 from dinov3.explorer.source import FrozenModel, Source
 from dinov3.web import LIMITS, LOOPBACK, Limits, guard, refuse_other_sites
 from dinov3.weights.identity import name_of
@@ -68,6 +68,8 @@ def application(
 
     add_images(app, source, limits)
     app.include_router(table.routes(source, model, limits))
+    cache = patches.FeatureCache(source, model, max_pixels=limits.pixels)
+    app.include_router(patches.routes(source, cache, limits))
     add_page(app)
     return app
 

@@ -1,7 +1,7 @@
 """What the explorer's tests in a browser share: the service in a thread, headless Chromium, the accessibility check.
 
-Chromium is Debian's (`apt-get install chromium`) or what DINOV3_CHROMIUM names. Without it, Playwright or axe the tests are skipped,
-and say why. The page's Content-Security-Policy forbids `eval`, so `page.wait_for_function` does not work: use `expect`.
+Chromium is Debian's (`apt-get install chromium`) or what DINOV3_CHROMIUM names. Without it, Playwright or axe the tests are
+skipped, and say why. The page's Content-Security-Policy forbids `eval`, so `page.wait_for_function` does not work: use `expect`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def chromium() -> Iterator[Any]:
 
 
 @contextmanager
-def opened(browser: Any, address: str, *, size: tuple[int, int] = WIDE, dark: bool = False, touch: bool = False) -> Iterator[Any]:  # fmt: skip
+def opened(
+    browser: Any, address: str, *, size: tuple[int, int] = WIDE, dark: bool = False, touch: bool = False
+) -> Iterator[Any]:
     """A page. Fails on an error of its scripts, and on a request to another address than ours."""
     context = browser.new_context(
         viewport={"width": size[0], "height": size[1]}, color_scheme="dark" if dark else "light", has_touch=touch

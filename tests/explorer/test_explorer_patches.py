@@ -14,7 +14,6 @@ from planted import squares, write_pair
 
 import dinov3
 from dinov3.dense import pca
-from dinov3.features import default_preprocessing
 
 pytest.importorskip("fastapi")
 from starlette.testclient import TestClient
@@ -30,12 +29,6 @@ VIEW = View(11, SIZE)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pair(tmp_path_factory.mktemp("explorer") / "pair")
-
-
-@pytest.fixture(scope="module")
-def model() -> FrozenModel:
-    net = dinov3.load()
-    return FrozenModel(net, default_preprocessing(net))
 
 
 @pytest.fixture(scope="module")
