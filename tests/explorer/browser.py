@@ -1,7 +1,7 @@
 """What the explorer's tests in a browser share: the service in a thread, headless Chromium, the accessibility check.
 
 Chromium is Debian's (`apt-get install chromium`) or what DINOV3_CHROMIUM names. Without it, Playwright or axe the tests are
-skipped, and say why. The page's Content-Security-Policy forbids `eval`, so `page.wait_for_function` does not work: use `expect`.
+skipped, and say why. The page's Content-Security-Policy forbids `eval`, so `page.wait_for_function` fails: use `expect`.
 """
 
 from __future__ import annotations
