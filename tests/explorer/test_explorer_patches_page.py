@@ -167,7 +167,7 @@ def test_pca_colours_the_square_alike_in_both_images(browser: Any, address: str)
         first, second = (np.median(c[inside[i]], axis=0) for i, c in enumerate(colours))
         other = np.median(colours[1][outside[1]], axis=0)
         assert np.abs(first - second).sum() < np.abs(second - other).sum() / 2
-        page.get_by_label("Components").fill("3")
+        page.get_by_role("slider", name="Components").fill("3")
         assert "first=3" in page.url
         assert np.abs(brightness(page, 0)[..., :3] - colours[0]).mean() > 5
 

@@ -7,7 +7,7 @@ export function button(text, action, properties = {}) {
 
 // {element, input, set}: a slider with its name and its value in words (`shown`).
 export function slider(title, limits, changed, shown) {
-  const value = h("output");
+  const value = h("span", { class: "value", "aria-hidden": "true" });
   const input = h("input", { type: "range", step: 1, ...limits, "aria-label": title, "data-name": title, oninput: () => {
     show();
     changed(Number(input.value));

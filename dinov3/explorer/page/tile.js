@@ -55,7 +55,7 @@ export class Tile {
     this.view = h("div", { class: "shot-view", tabindex: 0, role: "application",
       "aria-roledescription": "image with a patch cursor" }, this.content, this.note);
     this.caption = h("span", { class: "shot-name" });
-    this.value = h("output", { class: "shot-value" });
+    this.value = h("span", { class: "shot-value" });
     const button = (text, label, action) => h("button", { type: "button", class: "shot-button",
       title: label, "aria-label": label, onclick: action }, text);
     this.buttons = h("span", { class: "shot-buttons" },
