@@ -287,6 +287,15 @@ def layer_numbers(model: Any, layers: Iterable[int]) -> list[int]:
     return [range(n)[i] for i in layers]
 
 
+def _check_channels(model: Any, x: Tensor) -> None:
+    channels = getattr(getattr(model, "config", None), "in_chans", x.shape[1])
+    if x.shape[1] != channels:
+        raise DinoError(
+            f"this model takes {channels} channels, not {x.shape[1]}: images are opened as RGB; other bands go straight to "
+            "its forward_features as a tensor"
+        )
+
+
 def run(model: Any, x: Tensor, *, layer: int = -1, norm: bool = True) -> dict[str, Any]:
     """One batch [B, 3, height, width] through the model: cls, registers, patches, layer, n_layers, normed."""
     return run_layers(model, x, [layer], norm=norm)[0]
@@ -295,12 +304,7 @@ def run(model: Any, x: Tensor, *, layer: int = -1, norm: bool = True) -> dict[st
 def run_layers(model: Any, x: Tensor, layers: Sequence[int], *, norm: bool = True) -> list[dict[str, Any]]:
     """The outputs of several layers (ascending) from one forward pass, each as `run` gives it."""
     last, numbers = model.n_blocks - 1, layer_numbers(model, layers)
-    channels = getattr(getattr(model, "config", None), "in_chans", x.shape[1])
-    if x.shape[1] != channels:
-        raise DinoError(
-            f"this model takes {channels} channels, not {x.shape[1]}: images are opened as RGB; other bands go straight to "
-            "its forward_features as a tensor"
-        )
+    _check_channels(model, x)
     h, w = model.patch_grid(x.shape[-2], x.shape[-1])
     outputs: list[tuple[Tensor, ...]]  # cls, registers, patches of every layer
     if numbers == [last] and norm:
@@ -534,6 +538,32 @@ def pool(features: Features, pooling: str) -> Tensor:
     raise UnknownName(f"pooling {choices_sentence(pooling, POOLINGS)}")
 
 
+def vectors_of(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Sequence[Geometry]]],
+    *,
+    preprocessing: Preprocessing,
+    pooling: str,
+    layer: int = -1,
+) -> Iterator[Tensor]:
+    """One vector an image, float32 [B, D] ([B, 2D] for "cls+mean"), batch by batch: `pool` of what `extract` gives.
+
+    A fast form that has nothing but the CLS token to give leaves the other tokens of its last block out.
+    """
+    only_cls = pooling == "cls" and layer_numbers(model, [layer]) == layer_numbers(model, [-1])
+    alone = getattr(model, "class_tokens", None) if only_cls else None
+    if alone is None:
+        for features in extract(model, batches, preprocessing=preprocessing, layer=layer):
+            yield pool(features, pooling).float()
+        return
+    weight = next(model.parameters())
+    for x, _geometry in batches:
+        _check_channels(model, x)
+        with evaluating(model):
+            found = alone(x.to(weight.device, weight.dtype, non_blocking=True))
+        yield found
+
+
 def encode(
     model: nn.Module,
     images: Any,
@@ -561,8 +591,8 @@ def encode(
     one_of("convert_to", convert_to, ("numpy", "tensor"))
     preprocessing = preprocessing.with_(**changes) if preprocessing else default_preprocessing(model, **changes)
     given = _Given(images, preprocessing, workers, on_error, progress)
-    found = extract(model, given.batches(model, batch_size), preprocessing=preprocessing, layer=layer)
-    parts = [pool(features, pooling).float() for features in found]
+    batches = given.batches(model, batch_size)
+    parts = list(vectors_of(model, batches, preprocessing=preprocessing, pooling=pooling, layer=layer))
     if not parts:
         raise next(iter(given.missing.values()), DinoError("no images were given"))
     vectors = torch.cat(parts)

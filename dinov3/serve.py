@@ -32,7 +32,7 @@ from dinov3.data.transforms.inputs import Geometry, Preprocessing
 from dinov3.embedding.search import search
 from dinov3.embedding.store import EmbeddingStore
 from dinov3.errors import ImageError, one_of
-from dinov3.features import auto_workers, extract, pool, prepare
+from dinov3.features import auto_workers, prepare, vectors_of
 from dinov3.web import LIMITS, LOOPBACK, Limits, content_type, guard, json_object, read_body, read_images
 from dinov3.weights.identity import name_of
 
@@ -104,8 +104,8 @@ class Batches:
     def _forward(self, inputs: list[Input]) -> np.ndarray:
         self.batches += 1
         batch = torch.stack([x for x, _ in inputs]), [geometry for _, geometry in inputs]
-        (features,) = extract(self.model, [batch], preprocessing=self.preprocessing)
-        return pool(features, self.pooling).float().cpu().numpy()
+        (found,) = vectors_of(self.model, [batch], preprocessing=self.preprocessing, pooling=self.pooling)
+        return found.cpu().numpy()
 
     def close(self) -> None:
         self._thread.shutdown()

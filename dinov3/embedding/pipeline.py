@@ -31,7 +31,7 @@ from dinov3.embedding.schema import Failure, PatchPrecision, Row, StoreFacts
 from dinov3.embedding.search import EXACT_LIMIT, build_index
 from dinov3.embedding.store import Copy, EmbeddingStore
 from dinov3.errors import DinoError, ImageError, one_of
-from dinov3.features import POOLINGS, auto_workers, extract, pool, prepare
+from dinov3.features import POOLINGS, auto_workers, extract, pool, prepare, vectors_of
 from dinov3.threads import MOST_BYTES, prefetched
 from dinov3.weights import catalog
 from dinov3.weights.identity import name_of
@@ -96,8 +96,14 @@ class Embedder:
 
     def rows(self, batch: list[Prepared]) -> list[Row]:
         inputs = torch.stack([p.input for p in batch])
+        given = [(inputs, [p.geometry for p in batch])]
+        maps: Any = [None] * len(batch)
         try:
-            (features,) = extract(self.model, [(inputs, [p.geometry for p in batch])], preprocessing=self.preprocessing)
+            if self.patches == "none":
+                (pooled,) = vectors_of(self.model, given, preprocessing=self.preprocessing, pooling=self.pooling)
+            else:
+                (features,) = extract(self.model, given, preprocessing=self.preprocessing)
+                pooled, maps = pool(features, self.pooling).float(), features.patches.float().cpu().numpy()
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise DinoError(
@@ -107,11 +113,9 @@ class Embedder:
             torch.cuda.empty_cache()
             half = len(batch) // 2
             return self.rows(batch[:half]) + self.rows(batch[half:])
-        vectors = pool(features, self.pooling).float().cpu().numpy()
-        maps = features.patches.float().cpu().numpy() if self.patches != "none" else [None] * len(batch)
         return [
             Row(p.item.path, p.content_hash, p.item.stamp, p.geometry.width, p.geometry.height, vector, patches)
-            for p, vector, patches in zip(batch, vectors, maps)
+            for p, vector, patches in zip(batch, pooled.cpu().numpy(), maps)
         ]
 
     def facts(self, vector_dtype: Literal["float32", "float16"] = "float32") -> StoreFacts:
@@ -634,5 +638,6 @@ def query_vector(store: EmbeddingStore, image: Any, model: nn.Module, preprocess
         x, geometry = prepare(read_stored(image) if name else image, preprocessing)
     except ImageError as error:
         raise ImageError(f"{name}{error}") from None
-    (features,) = extract(model, [(x[None], [geometry])], preprocessing=preprocessing)
-    return pool(features, store.facts.pooling)[0].float().cpu().numpy()
+    pooling = store.facts.pooling
+    (pooled,) = vectors_of(model, [(x[None], [geometry])], preprocessing=preprocessing, pooling=pooling)
+    return pooled[0].cpu().numpy()

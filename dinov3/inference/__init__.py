@@ -129,7 +129,7 @@ def _fastest(engines: dict[str, MakeEngine], folded: list[FoldedBlock]) -> str:
     for _turn in range(4):
         for name, engine in made.items():
             start = time.process_time()
-            engine(x, None, 1, [0])
+            engine(x, None, 1, [0], False)
             times[name].append(time.process_time() - start)
     return min(times, key=lambda name: min(times[name][1:]))  # the first turn warms up
 

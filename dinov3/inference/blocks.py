@@ -33,14 +33,17 @@ class Blocks:
         if place.type == "cpu" and self.dtype == torch.bfloat16:
             self.fused_from = FUSED_FROM if amx() else 1 << 30
 
-    def __call__(self, x: Tensor, rope: Rope | None, prefix: int, layers: Sequence[int]) -> list[Tensor]:
-        """Tokens x [B, N, D] float32 → the residual streams [B, N, D] after the 0-based `layers`, ascending."""
+    def __call__(
+        self, x: Tensor, rope: Rope | None, prefix: int, layers: Sequence[int], cls_only: bool = False
+    ) -> list[Tensor]:
+        """Tokens x [B, N, D] float32 → the residual streams [B, N, D] after the 0-based `layers`, ascending; the last of
+        them [B, 1, D] with `cls_only`, and what only other tokens need is not computed."""
         tables = None
         if rope is not None:
             tables = self._tables(*rope, prefix)
         x, kept = x.clone(), []
         for i, block in enumerate(self.blocks[: layers[-1] + 1]):
-            x = block(x, tables, x.shape[1] >= self.fused_from)
+            x = block(x, tables, x.shape[1] >= self.fused_from, cls_only and i == layers[-1])
             if i in layers:
                 kept.append(x if i == layers[-1] else x.clone())
         return kept
@@ -65,13 +68,17 @@ class Compiled(Blocks):
         self._seen: Counter[Any] = Counter()
         self._compiled = torch.compile(super().__call__, **self.OPTIONS)
 
-    def __call__(self, x: Tensor, rope: Rope | None, prefix: int, layers: Sequence[int]) -> list[Tensor]:
-        case = (x.shape, tuple(layers))
+    def __call__(
+        self, x: Tensor, rope: Rope | None, prefix: int, layers: Sequence[int], cls_only: bool = False
+    ) -> list[Tensor]:
+        case = (x.shape, tuple(layers), cls_only)
         self._seen[case] += 1
         if self._seen[case] <= self.AFTER:
-            return super().__call__(x, rope, prefix, layers)
+            return super().__call__(x, rope, prefix, layers, cls_only)
         torch.compiler.cudagraph_mark_step_begin()
-        return [y.clone() for y in self._compiled(x, rope, prefix, layers)]  # the graph's own memory is written again
+        return [
+            y.clone() for y in self._compiled(x, rope, prefix, layers, cls_only)
+        ]  # the graph writes its memory again
 
 
 class _Block:
@@ -86,9 +93,11 @@ class _Block:
         self.fc1 = Linear(f.fc1_weight, f.fc1_bias, precision, device)
         self.fc2 = Linear(f.fc2_weight, f.fc2_bias, precision, device)
 
-    def __call__(self, x: Tensor, tables: Rope | None, fused: bool) -> Tensor:
-        B, N, D = x.shape
+    def __call__(self, x: Tensor, tables: Rope | None, fused: bool, cls_only: bool) -> Tensor:
         q, k, v = self._heads(self.qkv(self._normed(x)), tables)
+        if cls_only:
+            x, q = x[:, :1].contiguous(), q[:, :, :1]
+        B, N, D = x.shape
         x = self.proj.add(x, attention(q, k, v, fused).transpose(1, 2).reshape(B, N, D))
         if self.swiglu:
             gate, value = self.fc1(self._normed(x)).chunk(2, dim=-1)

@@ -21,7 +21,7 @@ from dinov3.inference.linear import DTYPES, Linear
 from dinov3.models.convnext import ConvNeXt
 from dinov3.models.vit import VisionTransformer
 
-Engine = Callable[[Tensor, Rope | None, int, Sequence[int]], list[Tensor]]  # as `blocks.Blocks.__call__`
+Engine = Callable[[Tensor, Rope | None, int, Sequence[int], bool], list[Tensor]]  # as `blocks.Blocks.__call__`
 KEPT_GRIDS = 64  # whose position tables stay in memory
 
 
@@ -111,11 +111,26 @@ class FastViT(Frozen, VisionTransformer):
         self.form, self._engine = form, engine
         self._tables: dict[tuple[int, int], Rope] = {}
 
-    def _run(self, groups: list[Tensor], grids: list[tuple[int, int]], keep: Sequence[int] = ()) -> list[list[Tensor]]:
+    def forward(self, x: Any, masks: Any = None, is_training: bool = False) -> Any:
+        """As the plain model's; where the CLS token is all that is wanted, the last block leaves the others out."""
+        if is_training or not isinstance(x, Tensor):
+            return super().forward(x, masks, is_training)
+        return self.head(self.class_tokens(x, masks))
+
+    def class_tokens(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
+        """The normalised CLS tokens [B, D] of images [B, C, height, width], and nothing else."""
+        tokens, grid = self.tokens(x, masks)
+        ((cls,),) = self._run([tokens], [grid], cls_only=True)
+        return self._final_norm(cls)[:, 0]
+
+    def _run(
+        self, groups: list[Tensor], grids: list[tuple[int, int]], keep: Sequence[int] = (), cls_only: bool = False
+    ) -> list[list[Tensor]]:
         layers = list(keep) or [self.n_blocks - 1]
         with torch.autocast(self.cls_token.device.type, enabled=False), torch.no_grad():
             by_group = [
-                self._engine(x, self._rope(grid), 1 + self.n_storage_tokens, layers) for x, grid in zip(groups, grids)
+                self._engine(x, self._rope(grid), 1 + self.n_storage_tokens, layers, cls_only)
+                for x, grid in zip(groups, grids)
             ]
         return [list(of_layer) for of_layer in zip(*by_group)]
 

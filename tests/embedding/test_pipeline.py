@@ -223,7 +223,7 @@ def test_a_batch_that_does_not_fit_is_halved(model, folder) -> None:
     source = open_source(folder)
     prepared = [pipeline.prepare_item(item, RULE) for item in source]
     expected = [row.vector for row in embedder.rows(prepared)]
-    original, sizes = pipeline.extract, []
+    original, sizes = pipeline.vectors_of, []
 
     def scarce(net, batches, **options):
         ((x, _),) = batches
@@ -232,11 +232,11 @@ def test_a_batch_that_does_not_fit_is_halved(model, folder) -> None:
             raise torch.OutOfMemoryError
         return original(net, batches, **options)
 
-    pipeline.extract = scarce
+    pipeline.vectors_of = scarce
     try:
         got = [row.vector for row in embedder.rows(prepared)]
     finally:
-        pipeline.extract = original
+        pipeline.vectors_of = original
     assert max(sizes) == 9
     np.testing.assert_allclose(got, expected, atol=1e-6)
 

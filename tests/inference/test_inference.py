@@ -17,8 +17,9 @@ from torch import Tensor
 
 import dinov3
 from dinov3 import inference
+from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.errors import DinoError
-from dinov3.features import extract_layers, outputs
+from dinov3.features import extract, extract_layers, outputs, pool, vectors_of
 from dinov3.inference import LOWEST_COSINE, distance, faster, kernels
 from dinov3.inference.blocks import Blocks, Compiled
 from dinov3.inference.fold import fold
@@ -85,6 +86,19 @@ def test_intermediate_layers_are_the_plain_models(kind: str) -> None:
             for one, other in zip(a, b, strict=True) if isinstance(a, tuple) else [(a, b)]:
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     assert [m.shape for m in fast.feature_maps(x, 2)] == [m.shape for m in plain.feature_maps(x, 2)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_the_class_token_alone_is_that_of_the_full_pass(kind: str) -> None:
+    fast, x = faster(varied(kind)), torch.randn(3, 3, 64, 96)
+    expected = fast.forward_features(x)["x_norm_clstoken"]
+    torch.testing.assert_close(fast.class_tokens(x), expected, rtol=1e-6, atol=1e-6)  # oneDNN may add in another order
+    inputs = [(x, [])]
+    for pooling, layer in (("cls", -1), ("cls", 0), ("mean", -1), ("cls+mean", -1)):
+        of = {"preprocessing": Preprocessing(), "layer": layer}
+        (given,), (features,) = vectors_of(fast, inputs, pooling=pooling, **of), extract(fast, inputs, **of)
+        torch.testing.assert_close(given, pool(features, pooling), rtol=1e-6, atol=1e-6)
 
 
 @torch.no_grad()

@@ -104,7 +104,11 @@ def test_outputs_are_those_of_plain_torch(level, precision, width, heads, hidden
     prefix = min(5, tokens - 1)
     x, rope = sample(width, heads, images, tokens, prefix)
     before = x.clone()
-    outputs = kernels.Blocks(blocks, precision, level)(x, rope, prefix, [0, 1])
+    made = kernels.Blocks(blocks, precision, level)
+    outputs = made(x, rope, prefix, [0, 1])
+    before_last, first_tokens = made(x, rope, prefix, [0, 1], True)
+    assert torch.equal(before_last, outputs[0])
+    assert torch.equal(first_tokens, outputs[1][:, :1])
     expected = twin(blocks, x, rope, prefix, layer_of(precision))
     assert torch.equal(x, before)
     assert len(outputs) == 2
@@ -160,9 +164,11 @@ def test_threads_change_nothing(level, precision) -> None:
         torch.set_num_threads(3)  # within a call
         with ThreadPoolExecutor(3) as pool:  # and three calls at once
             together = list(pool.map(lambda given: run(*given, 5, [1])[0], inputs))
+            first_tokens = list(pool.map(lambda given: run(*given, 5, [1], True)[0], inputs))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(alone, together))
+    assert all(torch.equal(a[:, :1], b) for a, b in zip(alone, first_tokens))
 
 
 def test_three_bfloat16_hold_a_float32() -> None:

@@ -136,7 +136,18 @@ class _Job(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("blocks", "x", "keep", "sin", "cos")),
         *(
             (name, ctypes.c_int32)
-            for name in ("n_blocks", "images", "tokens", "prefix", "width", "heads", "swiglu", "rms", "threads")
+            for name in (
+                "n_blocks",
+                "images",
+                "tokens",
+                "prefix",
+                "width",
+                "heads",
+                "swiglu",
+                "rms",
+                "threads",
+                "cls_only",
+            )
         ),
         ("eps", ctypes.c_float),
     )
@@ -212,9 +223,10 @@ class Blocks:
         return _Linear(*(t.data_ptr() for t in tensors), *weight.shape)
 
     def __call__(
-        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, prefix: int, layers: Sequence[int]
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, prefix: int, layers: Sequence[int], cls_only: bool = False
     ) -> list[Tensor]:
-        """Tokens [B, N, D] → the residual stream after each of `layers` (ascending), float32 [B, N, D].
+        """Tokens [B, N, D] → the residual stream after each of `layers` (ascending), float32 [B, N, D]; the last of them
+        [B, 1, D] with `cls_only`.
 
         rope: (sin, cos) [N - prefix, head_dim] as `RopeEmbedding` gives them; the first `prefix` tokens are not turned.
         """
@@ -222,23 +234,24 @@ class Blocks:
         assert width == self.width, (width, self.width)
         assert list(layers) == sorted(set(layers)), layers
         stream = x.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-        kept = {layer: torch.empty_like(stream) for layer in layers[:-1]} | {layers[-1]: stream}
+        kept = {layer: torch.empty_like(stream) for layer in layers[:-1]}
+        results = [*kept.values(), stream[:, :1] if cls_only else stream]
         if not stream.numel():
-            return list(kept.values())
+            return results
         keep = (ctypes.c_void_p * len(self.blocks))()
-        for layer in layers[:-1]:
-            keep[layer] = kept[layer].data_ptr()
+        for layer, y in kept.items():
+            keep[layer] = y.data_ptr()
         tables = [] if rope is None else [t.detach().float().contiguous() for t in rope]
         assert all(t.shape == (tokens - prefix, width // self.heads) for t in tables), [t.shape for t in tables]
         sin, cos = [t.data_ptr() for t in tables] or (None, None)
         job = _Job(
             *(ctypes.addressof(self.blocks), stream.data_ptr(), ctypes.addressof(keep), sin, cos),
             *(layers[-1] + 1, images, tokens, prefix, width, self.heads, self.swiglu, self.rms),
-            *(torch.get_num_threads(), self.eps),
+            *(torch.get_num_threads(), cls_only, self.eps),
         )
         if self.library.blocks(ctypes.byref(job), PRECISIONS.index(self.precision)):
             raise MemoryError(f"no memory for {images} × {tokens} tokens in the kernels; take a smaller batch")
-        return list(kept.values())
+        return results
 
 
 def fits(block: FoldedBlock) -> str:

@@ -236,7 +236,8 @@ struct Job {
     float *x;            // [images, tokens, width], in place
     float *const *keep;  // of each block: where its output goes, or null
     const float *sin, *cos;  // [tokens - prefix, width / heads]
-    int32_t n_blocks, images, tokens, prefix, width, heads, swiglu, rms, threads;
+    // cls_only: of the last block's output nothing but the first token of each image is wanted; the others are undefined
+    int32_t n_blocks, images, tokens, prefix, width, heads, swiglu, rms, threads, cls_only;
     float eps;
 };
 
@@ -370,12 +371,15 @@ template <class P, class A> struct Run {
             }
     }
 
-    // block b from attention's output to its end
+    bool first_tokens(int b) const { return job.cls_only && b == job.n_blocks - 1; }
+
+    // block b from attention's output to its end, for `rows` tokens; of its first tokens alone a row is an image
     void finish(int b, int row0, int rows, Scratch &s) const {
         const Block &block = job.blocks[b];
-        float *x = job.x + (size_t)row0 * D;
+        const size_t step = (size_t)D * (first_tokens(b) ? N : 1);  // from row to row
+        float *x = job.x + row0 * step;
         const auto add = [&](int row, int column, auto value) {
-            float *to = x + (size_t)row * D + column;
+            float *to = x + row * step + column;
             for (int i = 0; i < 64; i += W) store(to + i, load(to + i) + value(i));
         };
         const char *a = (char *)attended + operand<A>(row0, D);
@@ -384,7 +388,7 @@ template <class P, class A> struct Run {
             a = s.a;
         }
         linear(a, block.proj, rows, 64, s, add);
-        for (int r = 0; r < rows; r++) norm(x + (size_t)r * D, r, s);
+        for (int r = 0; r < rows; r++) norm(x + r * step, r, s);
         const auto hide = [&](int row, int column, vf v) {
             if constexpr (quantised) store((float *)s.wide + (size_t)row * hidden + column, v);
             else put<P>(s.h, hidden / line<P>, row, column, v);
@@ -438,8 +442,8 @@ template <class P, class A> struct Run {
         }
     }
 
-    // queries q0 to q1 of one head of one image
-    void attend(int image, int h, int q0, int q1, Scratch &s) const {
+    // queries q0 to q1 of one head of one image, whose first row of the result is `row0`
+    void attend(int image, int h, int q0, int q1, int row0, Scratch &s) const {
         const Stored *q = head(image, h, 0);
         if (s.packed != image * job.heads + h) pack(head(image, h, 1), head(image, h, 2), s), s.packed = image * job.heads + h;
         for (; q0 < q1; q0 += 32) {
@@ -463,7 +467,7 @@ template <class P, class A> struct Run {
             }
             product<A>(s.p, s.v, N32 / line<A>, 2, d / 16, out, d);
             for (int r = 0; r < std::min(32, q1 - q0); r++)
-                for (int c = 0, row = image * N + q0 + r; c < d; c += W) {
+                for (int c = 0, row = row0 + q0 + r; c < d; c += W) {
                     const vf v = load(out + r * d + c) * weight[r];
                     if constexpr (quantised) store((float *)attended + (size_t)row * D + h * d + c, v);
                     else put<A>(attended, D / line<A>, row, h * d + c, v);
@@ -479,20 +483,25 @@ template <class P, class A> struct Run {
         };
         const size_t bytes = operand<P>(16, D + hidden) / 16 + (quantised ? hidden * 4 : 0);  // of a row between the layers
         const int most = std::clamp((int)((quantised ? 1 << 20 : 2 << 20) / bytes), 64, ROWS);  // in the second cache
-        const int groups = ((M + most - 1) / most + threads - 1) / threads * threads;  // of rows
-        const int rows = ((M + groups - 1) / groups + 31) / 32 * 32;
+        const auto rows_of = [&](int total) {  // that a task takes
+            const int groups = ((total + most - 1) / most + threads - 1) / threads * threads;
+            return ((total + groups - 1) / groups + 31) / 32 * 32;
+        };
         const int chunk = threads == 1 ? N32 : 128, chunks = (N + chunk - 1) / chunk;
         for (int b = 0; b <= job.n_blocks; b++) {
-            each(2 * b, (M + rows - 1) / rows, [&](int task) {
-                const int row0 = task * rows, n = std::min(rows, M - row0);
+            const int total = b > 0 && first_tokens(b - 1) ? job.images : M, rows = rows_of(total);
+            each(2 * b, (total + rows - 1) / rows, [&](int task) {
+                const int row0 = task * rows, n = std::min(rows, total - row0);
                 if (b > 0) finish(b - 1, row0, n, s);
                 if (b < job.n_blocks) begin(b, row0, n, s);
             });
             if (b == job.n_blocks) break;
             s.packed = -1;
-            each(2 * b + 1, job.images * job.heads * chunks, [&](int task) {
-                const int head = task / chunks, q0 = task % chunks * chunk;
-                attend(head / job.heads, head % job.heads, q0, std::min(N, q0 + chunk), s);
+            const bool first = first_tokens(b);
+            each(2 * b + 1, job.images * job.heads * (first ? 1 : chunks), [&](int task) {
+                const int head = first ? task : task / chunks, image = head / job.heads;
+                const int q0 = first ? 0 : task % chunks * chunk, q1 = first ? 1 : std::min(N, q0 + chunk);
+                attend(image, head % job.heads, q0, q1, first ? image : image * N, s);
             });
         }
     }
