@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from threading import Lock
@@ -22,28 +23,34 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import StreamingResponse
 from starlette.background import BackgroundTask
 from torch import Tensor
 
-from dinov3.dense import foreground, matching, pca
-from dinov3.errors import DinoError
+from dinov3.data.transforms.inputs import Geometry
+from dinov3.dense import debias, example, foreground, matching, pca
+from dinov3.dense.debias import PositionBias
+from dinov3.errors import DinoError, ImageError
 from dinov3.explorer.source import FrozenModel, Source
 from dinov3.features import Features, default_preprocessing, extract, prepare
 from dinov3.web import LIMITS, Limits, json_object, read_body
 
 LARGEST, MOST_IMAGES, MOST_POINTS, MOST_COMPONENTS = 2048, 12, 4096, 12  # px, and what one request may name
 STRENGTH = 100.0  # C of the foreground's regression on unit vectors: a click alone decides its surroundings
+MOST_DIRECTIONS = 10  # of position
 LINES = 400  # matches that one response has
 
 
 @dataclass(frozen=True)
 class View:
-    """Which features of an image: 0-based layer, long side in pixels."""
+    """Which features of an image: 0-based layer, long side in pixels, how many directions of position are removed."""
 
     layer: int
     size: int
+    debias: int = 0
 
     @classmethod
     def of(cls, given: Mapping[str, Any], model: Any) -> View:
@@ -51,7 +58,7 @@ class View:
         size = whole("size", given.get("size", 512), model.stride, LARGEST)
         if size % model.stride:
             raise DinoError(f"size={size} is no multiple of the patch ({model.stride})")
-        return cls(range(model.n_blocks)[layer], size)
+        return cls(range(model.n_blocks)[layer], size, whole("debias", given.get("debias", 0), 0, MOST_DIRECTIONS))
 
 
 class FeatureCache:
@@ -67,11 +74,18 @@ class FeatureCache:
         self.preprocessing = default_preprocessing(model.net, shape="long")
         self.bytes = self.computed = 0
         self._found: OrderedDict[tuple[int, View], Features] = OrderedDict()
+        self._bias: dict[int, PositionBias] = {}  # of a layer
         self._lock = Lock()
 
     def get(self, image: int, view: View) -> Features:
         """Raises `ImageError` for an image that cannot be read."""
         if (found := self.peek(image, view)) is not None:
+            return found
+        if view.debias:
+            plain = self.get(image, replace(view, debias=0))
+            features = self.bias(view.layer).remove(plain, view.debias)
+            found = replace(features, patches=matching.unit_maps(features).half())
+            self._add(image, view, found)
             return found
         preprocessing = self.preprocessing.with_(size=view.size)
         decoded = self.source.image(image, preprocessing.target_short_side, self.max_pixels)
@@ -86,6 +100,13 @@ class FeatureCache:
             self._add(image, view, found)
         return found
 
+    def bias(self, layer: int) -> PositionBias:
+        """The directions of position of a layer, measured once, at the probe's size: other sizes keep a small part."""
+        with self.model.busy:
+            if layer not in self._bias:
+                self._bias[layer] = debias.measure(self.model.net, layer=layer, count=MOST_DIRECTIONS)
+        return self._bias[layer]
+
     def peek(self, image: int, view: View) -> Features | None:
         """The features if they were computed already."""
         with self._lock:
@@ -96,8 +117,9 @@ class FeatureCache:
 
     def _add(self, image: int, view: View, features: Features) -> None:
         with self._lock:
+            if (image, view) not in self._found:
+                self.bytes += features.patches.nbytes
             self._found[image, view] = features
-            self.bytes += features.patches.nbytes
             while self.bytes > self.max_bytes and len(self._found) > 1:
                 _, old = self._found.popitem(last=False)
                 self.bytes -= old.patches.nbytes
@@ -171,7 +193,45 @@ def routes(source: Source, cache: FeatureCache, limits: Limits = LIMITS) -> APIR
         pair = [source.check(whole(name, given.get(name), 0, len(source) - 1)) for name in ("left", "right")]
         return await run_in_threadpool(matches, *(cache.get(image, view) for image in pair))
 
+    @router.post("/example")
+    async def find(request: Request) -> Response:
+        """{image, cells: painted patches, row · w + column} → a line of JSON for each image, the example first:
+        {image, name, grid, cells: where the same thing is, score} or {image, name, error}."""
+        given, view = await body(request)
+        image = source.check(whole("image", given.get("image"), 0, len(source) - 1))
+        learned = await run_in_threadpool(painted, cache.get, image, view, given.get("cells"))
+        order = [image, *(number for number in range(len(source)) if number != image)]
+        lines = (json.dumps(found_in(cache, learned, number, view)) + "\n" for number in order)
+        return StreamingResponse(lines, media_type="application/x-ndjson", headers={"Cache-Control": "no-store"})
+
     return router
+
+
+def painted(get: Callable[[int, View], Features], image: int, view: View, cells: Any) -> example.Example:
+    """The `Example` of painted patches of an image."""
+    features = get(image, view)
+    (h, w), (H, W) = features.grid_hw, features.geometry[0].input_hw
+    if not isinstance(cells, list) or not cells or len(cells) > h * w:
+        raise DinoError("cells is a list of the painted patches, at least one")
+    mask = torch.zeros(h * w)
+    mask[[whole("cells", cell, 0, h * w - 1) for cell in cells]] = 1
+    # the grid covers the whole image, so the mask is painted at the input's size, as if that were the original's
+    at_input = Geometry(W, H, 1.0, 1.0, 0.0, 0.0, (H, W), (H, W), False)
+    large = F.interpolate(mask.view(1, 1, h, w), (H, W), mode="nearest")[0, 0]
+    return example.learn(replace(features, geometry=(at_input,)), large)
+
+
+def found_in(cache: FeatureCache, learned: example.Example, image: int, view: View) -> dict[str, Any]:
+    """Where one image has the thing; score: mean cosine of those patches with what they are most like of it."""
+    about: dict[str, Any] = {"image": image, "name": cache.source.name(image)}
+    try:
+        features = cache.get(image, view)
+    except ImageError as error:
+        return about | {"error": str(error)}
+    cells = (learned(features)[0] > 0.5).flatten().nonzero().flatten()
+    alike = (features.patches[0].float().flatten(0, 1)[cells] @ learned.inside.T).amax(-1) if len(cells) else None
+    score = round(float(alike.mean()), 4) if alike is not None else 0.0
+    return about | {"grid": list(features.grid_hw), "cells": cells.tolist(), "score": score}
 
 
 def warm_up() -> None:

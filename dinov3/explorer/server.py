@@ -88,6 +88,7 @@ def about(source: Source, model: FrozenModel) -> dict[str, Any]:
         "width": store.facts.dim if store is not None else net.embed_dim,
         "patch": net.patch_size,
         "layers": net.n_blocks,
+        "debias": patches.MOST_DIRECTIONS,
         "size": model.preprocessing.size,
         "preprocessing": str(model.preprocessing),
         "has_text": store is not None and is_text_aligned(store.facts),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,29 @@ def test_an_image_matches_itself_patch_by_patch(client: TestClient) -> None:
     assert 0 < two["total"] <= 12 * 16
 
 
+def test_what_is_painted_in_one_image_is_found_in_the_other(client: TestClient) -> None:
+    inside, outside = squares((12, 16))
+    with client.stream(
+        "POST", "/api/example", json={"size": SIZE, "image": 1, "cells": np.flatnonzero(~outside[1]).tolist()}
+    ) as response:
+        example, other = map(json.loads, response.iter_lines())
+    assert (example["image"], example["name"], other["image"], other["grid"]) == (1, "b.png", 0, [12, 16])
+    found = np.isin(np.arange(12 * 16), other["cells"]).reshape(12, 16)
+    assert found[inside[0]].all()
+    assert found[outside[0]].mean() < 0.05
+    assert example["score"] > 0.9
+    assert other["score"] > 0.8
+
+
+def test_directions_of_position_are_removed(folder: Path, model: FrozenModel) -> None:
+    cache, view = FeatureCache(Source.open(folder), model), View.of({"size": SIZE, "debias": "4"}, model.net)
+    removed, bias = cache.get(0, view).patches[0].float(), cache.bias(11)
+    np.testing.assert_allclose(removed @ bias.directions[:, :4], 0, atol=2e-3)
+    want = bias.remove(cache.get(0, VIEW), 4).patches[0].float()
+    np.testing.assert_allclose(removed, F.normalize(want, dim=-1), atol=2e-3)
+    assert cache.computed == 1
+
+
 def test_features_are_computed_once_and_the_oldest_make_room(folder: Path, model: FrozenModel) -> None:
     one = 12 * 16 * 192 * 2  # bytes
     cache = FeatureCache(Source.open(folder), model, max_bytes=2 * one)
@@ -144,6 +168,10 @@ def test_features_are_computed_once_and_the_oldest_make_room(folder: Path, model
         ("foreground", {"points": [[0, 60, 5, 1]]}, "12 × 16 patches"),
         ("foreground", {"points": [[0, 6, 5]]}, "a point is"),
         ("foreground", {}, "points is a list of 1"),
+        ("features/0?size=256&debias=11", None, "debias lies between 0 and 10"),
+        ("example", {"image": 0, "cells": []}, "at least one"),
+        ("example", {"image": 0, "cells": [192]}, "cells lies between 0 and 191"),
+        ("example", {"image": 0, "cells": list(range(192))}, "something around it"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(client: TestClient, path: str, body: Any, sentence: str) -> None:

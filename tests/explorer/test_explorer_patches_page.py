@@ -172,6 +172,37 @@ def test_pca_colours_the_square_alike_in_both_images(browser: Any, address: str)
         assert np.abs(brightness(page, 0)[..., :3] - colours[0]).mean() > 5
 
 
+def test_a_painted_square_is_found_in_all_images(browser: Any, address: str) -> None:
+    with opened(browser, f"{address}&mode=find") as page:
+        wait(page)
+        page.get_by_role("button", name="Box").click()
+        (left, top), far = CORNERS[1], SIDE - 4
+        page.mouse.move(*point(page, 1, left + 4, top + 4))
+        page.mouse.down()
+        page.mouse.move(*point(page, 1, left + far, top + far), steps=5)
+        page.mouse.up()
+        assert "q=1_b_" in page.url
+        page.get_by_role("button", name="Find in all 2 images").click()
+        page.get_by_text("Found in 2 of 2 images.").wait_for(timeout=60_000)
+        assert page.locator(".result").all_text_contents()[0].startswith("b.png")
+        page.get_by_role("slider", name="Likeness").fill("1")
+        page.get_by_text("Found in 0 of 2 images.").wait_for()
+        page.get_by_role("button", name="Change the example").click()
+        wait(page)
+
+
+def test_a_broken_image_says_why_and_the_others_work(browser: Any, tmp_path: Path) -> None:
+    write_pair(tmp_path)
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40))
+    net = dinov3.load(fast="fp32")
+    app = application(Source.open(tmp_path), FrozenModel(net, default_preprocessing(net)))
+    with serving(app) as url, opened(browser, f"{url}/#tab=images&images=0.1.2", errors="422") as page:
+        wait(page, 3)
+        assert page.locator(".shot-note.failed").count() == 1
+        page.mouse.move(*point(page, 0, *centre(0)))
+        check_square(page)
+
+
 def test_no_image_and_too_many_say_what_to_do(browser: Any, address: str) -> None:
     with opened(browser, f"{address}&images=-") as page:
         page.get_by_text("Choose up to twelve").wait_for()
@@ -226,6 +257,6 @@ def test_maps_follow_the_pointer(browser: Any, tmp_path: Path, skimage_images: P
     print(json.dumps(result))
     if path := os.environ.get("DINOV3_EXPLORER_TIMINGS"):
         Path(path).write_text(json.dumps(result) + "\n")
-    # on an idle machine; half as much again is allowed for one that works beside
-    assert result["move_ms_median"] <= 1.5 * MAPS_MS
-    assert result["first_map_ms"] <= 1.5 * FIRST_MAP_MS
+    share = 1 if os.getloadavg()[0] < len(os.sched_getaffinity(0)) else 5  # a machine that computes other things
+    assert result["move_ms_median"] <= share * MAPS_MS
+    assert result["first_map_ms"] <= share * FIRST_MAP_MS

@@ -6,13 +6,14 @@
 
 import { check, slider } from "./controls.js";
 import { h, thumb } from "./dom.js";
+import { Find } from "./find.js";
 import { unpack } from "./maths.js";
 import { Foreground, Matches, Pca, Similarity } from "./modes.js";
 import { cellsOf, parsePoints, parseQuery, writePoints, writeQuery } from "./places.js";
 import { Tile, drawn } from "./tile.js";
 
 const MOST = 12;
-const MODES = { similarity: Similarity, foreground: Foreground, pca: Pca, matches: Matches };
+const MODES = { similarity: Similarity, foreground: Foreground, pca: Pca, matches: Matches, find: Find };
 const KEYS = ["images", "mode", "layer", "size", "debias", "q", "fg", "first", "opacity", "sharp", "only"];
 const SIZES = [256, 384, 512, 640, 768, 1024], SIZE = 512, OPACITY = 0.8;
 const KEPT = 256 << 20; // bytes of features in the browser
@@ -146,6 +147,7 @@ class View {
       ([name, mode]) => h("button", { type: "button", title: mode.about, value: name, onclick: () => this.enter(name) }, mode.title)));
     this.hint = h("p", { class: "muted" });
     this.board = h("div", { class: "board" });
+    this.results = h("section", { class: "results", "aria-label": "Where it was found", hidden: true });
     this.lines = drawn("svg", { class: "lines", "aria-hidden": "true" });
     this.picks = h("div", { class: "picks", role: "group", "aria-label": "Images to choose from" });
     this.count = h("span", { class: "muted" });
@@ -155,7 +157,7 @@ class View {
     this.fields = {
       layer: slider("Layer", { min: 0, max: layers - 1 }, (layer) => this.setFeatures({ layer }), (value) => `${value}${value === layers - 1 ? " (last)" : ""}`),
       size: slider("Size", { min: 0, max: SIZES.length - 1 }, (value) => this.setFeatures({ size: SIZES[value] }), (value) => `${SIZES[value]} px`),
-      debias: slider("Debias", { min: 0, max: debias }, (value) => this.setFeatures({ debias: value }), (value) => (value ? `${value} directions` : "off")),
+      debias: slider("Debias", { min: 0, max: debias }, (value) => this.setFeatures({ debias: value }), (value) => (value ? `−${value} ${value === 1 ? "direction" : "directions"}` : "off")),
       opacity: slider("Overlay", { min: 0, max: 1, step: 0.05 }, (opacity) => this.set({ opacity }), (value) => `${Math.round(100 * value)} %`),
       sharp: check("Show patches, not smoothed", (sharp) => this.set({ sharp })),
     };
@@ -163,7 +165,7 @@ class View {
     const { fields } = this;
     element.classList.add("patches");
     element.replaceChildren(
-      h("div", { class: "patches-main" }, h("div", { class: "modes" }, this.tabs, this.hint), h("div", { class: "middle" }, this.board),
+      h("div", { class: "patches-main" }, h("div", { class: "modes" }, this.tabs, this.hint), h("div", { class: "middle" }, this.board, this.results),
         h("section", { class: "picker", "aria-label": "Choose images" }, h("div", { class: "picker-head" }, h("h2", {}, "Images"), this.count), this.picks)),
       h("aside", { class: "side", "aria-label": "Settings of the image view" }, this.panel,
         h("section", { class: "side-part" }, h("h2", {}, "Features"), fields.layer.element, fields.size.element, fields.debias.element,
