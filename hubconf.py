@@ -18,17 +18,18 @@ from dinov3.hub.backbones import (
     dinov3_vits16plus,
     dinov3_vitt16,
 )
-from dinov3.hub.dinotxt import DINOTxtWeights, dinov3_vitl16_dinotxt_tet1280d20h24l
 from dinov3.hub.published_heads import (
     ClassifierWeights,
     DepthWeights,
     DetectionWeights,
+    DINOTxtWeights,
     SegmentorWeights,
     dinov3_vit7b16_dd,
     dinov3_vit7b16_de,
     dinov3_vit7b16_lc,
     dinov3_vit7b16_ms,
     dinov3_vitl16_chmv2,
+    dinov3_vitl16_dinotxt_tet1280d20h24l,
 )
 
 dependencies = ["torch"]

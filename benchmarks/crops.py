@@ -24,7 +24,7 @@ from PIL import Image
 
 from dinov3.data.crops import CropConfig, generator, render
 from dinov3.data.images import open_image
-from dinov3.data.transforms.pixels import normalised
+from dinov3.data.transforms.inputs import normalised
 
 
 def torchvision_crops(on_tensors: bool) -> Callable[[Any], list[torch.Tensor]]:

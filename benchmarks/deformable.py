@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov3.heads.mask2former.adapter import deformable_sampling
+from dinov3.heads.mask2former import deformable_sampling
 
 PYRAMID = [(16, 16), (32, 32), (64, 64)]
 # what: shapes of the value levels, width of a head; always 16 heads, 4 points, 5376 queries

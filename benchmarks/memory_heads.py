@@ -22,14 +22,14 @@ import torch
 
 def segmentor(backbone: Any, x: torch.Tensor) -> Callable[[], Any]:
     """All a training step would see: masks of every layer."""
-    from dinov3.heads.mask2former.model import build_segmentor
+    from dinov3.heads.mask2former import build_segmentor
 
     model = build_segmentor(backbone, 150).eval()
     return lambda: model(x)
 
 
 def segmentor_predict(backbone: Any, x: torch.Tensor) -> Callable[[], Any]:
-    from dinov3.heads.mask2former.model import build_segmentor
+    from dinov3.heads.mask2former import build_segmentor
 
     model = build_segmentor(backbone, 150).eval()
     return lambda: model.predict(x, rescale_to=(x.shape[-2], x.shape[-1]))
@@ -44,7 +44,7 @@ def depther_dpt(backbone: Any, x: torch.Tensor) -> Callable[[], Any]:
 
 def detector(backbone: Any, x: torch.Tensor) -> Callable[[], Any]:
     """At the published sizes: width 768, 6 + 6 layers, 1500 queries."""
-    from dinov3.heads.detr.model import build_detector
+    from dinov3.heads.detr import build_detector
 
     model = build_detector(backbone).eval()
     return lambda: model.detect(list(x))

@@ -22,8 +22,7 @@ import torch
 
 from dinov3 import checkpoint
 from dinov3.config.train import TrainConfig
-from dinov3.data.crops import CropBatch
-from dinov3.data.masking import MaskConfig, batch_masks
+from dinov3.data.crops import CropBatch, MaskConfig, batch_masks
 from dinov3.optim import StepValues, build_optimizer, clip_per_module
 from dinov3.parallel import parallelize
 from dinov3.train.method import SelfDistillation, build_network, copy_weights

@@ -7,7 +7,7 @@ and returns a float32 scalar. Those that need other ranks take a `group` (None: 
 Where the reference has a defect, the docstring says "Mended" and what was changed.
 
 What is not here: when a term is computed and how its weight moves (`train.method`), masks and their sampling
-(`data.masking`), and the logits themselves (`heads.projection`).
+(`data.crops`), and the logits themselves (`heads.projection`).
 """
 
 from __future__ import annotations

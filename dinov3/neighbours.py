@@ -20,7 +20,7 @@ from torch import Tensor
 from dinov3 import distributed
 from dinov3.distributed import Group
 from dinov3.errors import DinoError
-from dinov3.metrics.classification import accuracy
+from dinov3.metrics import accuracy
 
 Rows = Tensor | np.ndarray
 CHUNK, BLOCK = 32768, 1024  # rows of the bank, queries: 128 MB of similarities at a time

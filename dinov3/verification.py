@@ -26,8 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dinov3.data.images import open_image, upright_rgb
-from dinov3.data.transforms.inputs import Geometry, Preprocessing
-from dinov3.data.transforms.pixels import to_bytes
+from dinov3.data.transforms.inputs import Geometry, Preprocessing, to_bytes
 from dinov3.errors import DinoError, ImageError, one_of, require
 from dinov3.features import Features, default_preprocessing, extract_layers, prepare
 from dinov3.weights.catalog import ROWS, STATISTICS

@@ -60,6 +60,35 @@ def test_the_drawing_has_the_rows_that_the_import_contract_enforces() -> None:
         assert set(re.findall(r"\w+", drawn.replace(".py", ""))) == set(re.findall(r"\w+", layer)), drawn
 
 
+def imported_modules() -> Iterator[tuple[str, str, str]]:
+    """(file, module, name) of every import from the package, wherever in a file it stands."""
+    for path in (
+        p for folder in ("dinov3", "tests", "projects", "examples", "benchmarks") for p in (ROOT / folder).rglob("*.py")
+    ):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dinov3":
+                yield from ((str(path.relative_to(ROOT)), node.module or "", alias.name) for alias in node.names)
+            elif isinstance(node, ast.Import):
+                yield from (
+                    (str(path.relative_to(ROOT)), a.name, "") for a in node.names if a.name.split(".")[0] == "dinov3"
+                )
+
+
+def test_every_import_names_a_module_that_exists() -> None:  # also those inside of functions, which no import has tried
+    imports = set(imported_modules())
+    assert len(imports) > 1000
+    places = {module: ROOT / module.replace(".", "/") for _, module, _ in imports}
+    single = {module for module, place in places.items() if place.with_suffix(".py").is_file()}
+    empty = {m for m in places.keys() - single if not ast.parse((places[m] / "__init__.py").read_text()).body[1:]}
+    assert len(single) > 100
+    assert len(empty) > 10
+    # what is imported from a package that defines nothing is a module
+    inside = {
+        (m, p.stem) for m in empty for p in places[m].iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()
+    }
+    assert sorted(row for row in imports if row[1] in empty and row[2] and row[1:] not in inside) == []
+
+
 def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):

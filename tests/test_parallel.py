@@ -16,8 +16,7 @@ from toy_training import write_config, write_images
 
 from dinov3 import checkpoint, distributed
 from dinov3.config.train import DinoConfig, GramConfig, OptimConfig, load_config
-from dinov3.data.crops import CropBatch
-from dinov3.data.masking import summary
+from dinov3.data.crops import CropBatch, summary
 from dinov3.errors import DinoError
 from dinov3.optim import apply_schedules, build_optimizer, clip_per_module, plain_name
 from dinov3.parallel import full_state, parallelize, reduce_gradients, whole

@@ -87,7 +87,7 @@ def embed(
         images = open_sources(sources, column=c.column, recursive=c.recursive, fps=c.fps)
     is_text = model in HEADS and HEADS[model].task == "text"
     if is_text:
-        from dinov3.hub.dinotxt import ImageSide, open_towers
+        from dinov3.hub.published_heads import ImageSide, open_towers
 
         if c.weights == "random":
             raise DinoError("a dino.txt with random weights has no text tower: give the head's file as --weights")

@@ -47,12 +47,12 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> None:
 
 
 def _weights_facts(source: str) -> dict[str, Any]:
-    from dinov3.models import weight_only
+    from dinov3.models import low_precision
     from dinov3.weights import identity, reading
 
     opened = reading.open(source)
     state = {k: v for k, v in opened.state_dict.items() if not k.endswith(("bias_mask", "rope_embed.periods"))}
-    values = {id(t): t.numel() for t in weight_only.shapes(state).values()}  # two names of one tensor count once
+    values = {id(t): t.numel() for t in low_precision.shapes(state).values()}  # two names of one tensor count once
     return {
         "kind": "weights",
         "source": opened.source,
@@ -204,8 +204,7 @@ def export(
 def _model(name: str, weights: str | None, backbone_weights: str | None) -> Any:
     """A backbone, or a task model where a head is named."""
     from dinov3.hub import HEADS, load
-    from dinov3.hub.open_task_model import is_head_file, open_task_model, verb_of
-    from dinov3.hub.own_heads import read_head_info
+    from dinov3.hub.own_heads import is_head_file, open_task_model, read_head_info, verb_of
     from dinov3.weights import catalog
 
     if name in HEADS or is_head_file(name):

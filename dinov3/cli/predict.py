@@ -77,7 +77,7 @@ def segment(
     labels: Labels = None,
 ) -> None:
     """The class of every pixel: an indexed PNG, its legend as JSON, and a drawing, for each image."""
-    from dinov3.predict.segment import predict_segments
+    from dinov3.predict.dense import predict_segments
 
     names, listed = names_given(labels), list_images(images, out)
     net = model_for("segment", config, size, n_classes=len(names or ()))
@@ -97,7 +97,7 @@ def depth(
     flip: Annotated[bool, typer.Option("--flip", help="Mean with the mirrored image: slower, better.")] = False,
 ) -> None:
     """Metres from the camera for every pixel: a float32 .npy and a drawing for each image."""
-    from dinov3.predict.depth import predict_depth
+    from dinov3.predict.dense import predict_depth
 
     listed = list_images(images, out)
     net = model_for("depth", config, size)
@@ -116,7 +116,7 @@ def canopy(
     stride: Stride = None,
 ) -> None:
     """Height of trees in metres from aerial images: GeoTIFF for GeoTIFFs, else .npy, and a drawing for each."""
-    from dinov3.predict.canopy import predict_canopy
+    from dinov3.predict.dense import predict_canopy
 
     listed = list_images(images, out)
     net = model_for("canopy", config)
@@ -206,7 +206,7 @@ def zero_shot(
     import warnings
 
     from dinov3.data import names as known
-    from dinov3.predict.zero_shot import predict_places, predict_words, words
+    from dinov3.predict.classify import predict_places, predict_words, words
 
     names = names_given(labels)
     assert names is not None
@@ -394,7 +394,7 @@ def model_for(verb: str, config: ModelOptions, size: int | None = None, n_classe
     """The model of a verb's options, logged on stderr; an untrained one only where "random" requests it, with a warning."""
     import torch
 
-    from dinov3.hub.open_task_model import AUTOCAST, open_task_model, shipped_head, untrained_model
+    from dinov3.hub.own_heads import AUTOCAST, open_task_model, shipped_head, untrained_model
 
     if config.head is not None and (config.model is not None or config.weights is not None):
         raise DinoError("--head is a head file of your own, --model and --weights a published one: give one of them")
@@ -447,26 +447,28 @@ def text_model(config: TextOptions) -> tuple[Any, Any]:
     import torch
 
     from dinov3 import hub
-    from dinov3.hub import dinotxt, published_heads
-    from dinov3.hub.open_task_model import shipped_head
+    from dinov3.hub import published_heads
+    from dinov3.hub.own_heads import shipped_head
 
     place, precision = device_of(config.device), getattr(torch, config.dtype)
     files = (config.weights, config.backbone_weights, config.vocabulary)
     if config.weights is None and config.backbone_weights is None:
         shipped_head("zero-shot")  # there is none: raises
     if config.weights != "random":
-        model, tokenizer = dinotxt.open_model(*files, device=place, dtype=precision)
+        model, tokenizer = published_heads.open_model(*files, device=place, dtype=precision)
         log(f"{model.origin}, {config.dtype} on {place}")
         return model, tokenizer
     from dinov3.data.tokenizer import Tokenizer
     from dinov3.heads.dinotxt import DinoTxtConfig, TextConfig
 
     tokenizer = (
-        Tokenizer.from_file(config.vocabulary) if config.vocabulary is not None else dinotxt.vocabulary(None, 49_408)
+        Tokenizer.from_file(config.vocabulary)
+        if config.vocabulary is not None
+        else published_heads.vocabulary(None, 49_408)
     )
     under: Any = hub.load(None, config.backbone_weights)
     text = TextConfig(vocab_size=tokenizer.vocab_size, dim=128, num_heads=2, num_layers=2)
     torch.manual_seed(0)
-    model = dinotxt.fresh(under, text, DinoTxtConfig(embed_dim=2 * under.embed_dim))
+    model = published_heads.fresh(under, text, DinoTxtConfig(embed_dim=2 * under.embed_dim))
     _log_random(f"the text tower and the vision head (over {under.origin})")
     return published_heads.placed(model, place, precision), tokenizer

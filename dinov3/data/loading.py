@@ -37,10 +37,19 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dinov3.data.crops import CropBatch, CropConfig, Sample, collate, generator, render
+from dinov3.data.crops import (
+    CropBatch,
+    CropConfig,
+    MaskConfig,
+    Sample,
+    batch_masks,
+    collate,
+    generator,
+    mask_grid,
+    render,
+)
 from dinov3.data.datasets.base import Mixture
 from dinov3.data.images import open_image
-from dinov3.data.masking import MaskConfig, batch_masks, mask_grid
 from dinov3.data.sources.items import Runs
 from dinov3.errors import DinoError, ImageError
 

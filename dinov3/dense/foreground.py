@@ -22,7 +22,7 @@ from torch import Tensor
 from dinov3.dense.matching import coverage, maps
 from dinov3.errors import DinoError
 from dinov3.features import Features
-from dinov3.metrics.classification import average_precision
+from dinov3.metrics import average_precision
 from dinov3.optim import logistic_regression
 
 if TYPE_CHECKING:

@@ -545,7 +545,7 @@ def model_of(
 
     facts = store.facts
     if is_text_aligned(facts):
-        from dinov3.hub.dinotxt import ImageSide, open_towers, sources_of
+        from dinov3.hub.published_heads import ImageSide, open_towers, sources_of
 
         above, below = sources_of(facts.weights)
         towers = open_towers(weights or above, backbone_weights or below or None, device=device, dtype=_dtype_of(facts))
@@ -589,7 +589,7 @@ def _checked_preprocessing(store: EmbeddingStore, model: nn.Module, where: str) 
 
 def is_text_aligned(facts: StoreFacts) -> bool:
     """Whether a store was filled by dino.txt, so that it can be searched by text."""
-    from dinov3.hub.dinotxt import NAME, OWN
+    from dinov3.hub.published_heads import NAME, OWN
 
     return facts.model_name in (NAME, OWN)
 
@@ -614,7 +614,7 @@ def text_query(
             f"{store.uri} was filled by {facts.model_name}, which has no text tower: fill a store with `dinov3 embed --model "
             "dinov3_vitl16_dinotxt_tet1280d20h24l` and ask that one"
         )
-    from dinov3.hub.dinotxt import ImageSide, open_model, sources_of
+    from dinov3.hub.published_heads import ImageSide, open_model, sources_of
 
     above, below = sources_of(facts.weights)
     model, tokenizer = open_model(

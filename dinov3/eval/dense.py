@@ -1,7 +1,7 @@
 """What the evaluations of segmentation and depth share: keys of their configurations, batches, the fit of a linear head.
 
 Both scripts take the reference's keys with its defaults; keys of ours are marked so. A head is fitted by
-`fit.loop.fit` on images that are transformed anew in every epoch or, with `transforms.train.augment=false` (ours),
+`fit.fit` on images that are transformed anew in every epoch or, with `transforms.train.augment=false` (ours),
 as they are: then their features are computed once and cached, which takes minutes on a CPU for some hundred images.
 """
 
@@ -31,9 +31,9 @@ from dinov3.eval import arguments
 from dinov3.eval import session as common
 from dinov3.eval.arguments import EvalConfig, take_options
 from dinov3.files import nonexistent
-from dinov3.fit.loop import SCHEDULES, Evaluate, FitConfig, FitReport, Loss, fit, shuffled
+from dinov3.fit import SCHEDULES, Evaluate, FitConfig, FitReport, Loss, fit, shuffled
 from dinov3.hub import HEADS
-from dinov3.hub.open_task_model import is_head_file, open_task_model
+from dinov3.hub.own_heads import is_head_file, open_task_model
 from dinov3.runlog import RunDir
 from dinov3.weights.filling import fill
 from dinov3.weights.writing import write_torch
@@ -56,7 +56,7 @@ class OptimizerSection:
 
 @dataclass
 class SchedulerSection:
-    """WarmupOneCycleLR, or (ours) a schedule of `fit.loop`: cosine, polynomial, constant, steps.
+    """WarmupOneCycleLR, or (ours) a schedule of `fit`: cosine, polynomial, constant, steps.
 
     constructor_kwargs of WarmupOneCycleLR: warmup_iters, warmup_ratio, div_factor, final_div_factor (1000), pct_start (0),
     anneal_strategy (cos), use_beta1 (true), base_momentum, max_momentum; of the others: `warmup` and what the schedule knows.
@@ -187,7 +187,7 @@ def batches(
     dataset: DenseDataset, transform: Rule, size: int, seed: int, *, augment: bool
 ) -> Callable[[int], dict[str, Any]]:
     """step → {"x" [B, 3, h, w], "target" [B, h', w'], "step"}: shuffled, and transformed by draws of (seed, epoch, index) if
-    `augment`; else as for evaluation, so that the backbone runs once an image (`fit.features`)."""
+    `augment`; else as for evaluation, so that the backbone runs once an image (`fit.cached_features`)."""
     rank, world, n = distributed.rank(), distributed.world(), len(dataset)
 
     def batch(step: int) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def batches(
 
 def feature_cache(model: nn.Module, folder: Path, *, augment: bool) -> AbstractContextManager[Any]:
     """Caches features while a head is fitted to images that do not change."""
-    from dinov3.fit.features import cached_features
+    from dinov3.fit import cached_features
 
     return nullcontext() if augment else cached_features(model, folder=folder / f"features-{distributed.rank()}")
 

@@ -35,7 +35,7 @@ from dinov3.eval import session as common
 from dinov3.eval.arguments import EvalConfig
 from dinov3.eval.session import Session
 from dinov3.inference import cast_of
-from dinov3.metrics.boxes import average_precision, soft_nms
+from dinov3.metrics import box_average_precision, soft_nms
 
 PAPER_SIDE = 2048
 Found = dict[str, Tensor]
@@ -182,7 +182,7 @@ def evaluate(config: DetectionConfig, session: Session) -> Mapping[str, float | 
         image, target = data[number]
         scored.append((in_classes_of(detect_views(model, transforms, image, session.device, config), mapped), target))
     every = distributed.gather_shares(scored)
-    results, per_class = average_precision([f for f, _ in every], [t for _, t in every], data.class_names)
+    results, per_class = box_average_precision([f for f, _ in every], [t for _, t in every], data.class_names)
     if session.run.writer:
         common.write_table(session.output / "per-class.csv", per_class)
         if config.save_results:

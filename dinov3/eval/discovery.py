@@ -28,7 +28,7 @@ from dinov3.eval import session as common
 from dinov3.eval.arguments import EvalConfig
 from dinov3.eval.session import Session
 from dinov3.features import default_preprocessing, embed
-from dinov3.metrics.boxes import overlap
+from dinov3.metrics import overlap
 
 
 @dataclass

@@ -33,12 +33,11 @@ from dinov3.eval.arguments import EvalConfig
 from dinov3.eval.features import columns_of
 from dinov3.eval.session import Session
 from dinov3.features import default_preprocessing, outputs
-from dinov3.fit.loop import FitConfig, fit, shuffled
+from dinov3.fit import FitConfig, fit, shuffled
 from dinov3.heads.dpt import DPTHead
 from dinov3.heads.encoder import FrozenLayers, resized, step_of
 from dinov3.losses import LossTerms
-from dinov3.metrics.classification import accuracy, multilabel_f1
-from dinov3.metrics.dense import IGNORED, confusion_matrix, iou_scores
+from dinov3.metrics import IGNORED, accuracy, confusion_matrix, iou_scores, multilabel_f1
 
 
 @dataclass

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from dinov3 import distributed
 from dinov3.config.bounds import Problem, setting
-from dinov3.data.datasets import correspondence
-from dinov3.data.datasets.correspondence import NAVI_SHORT_SIDE, KeypointPair, View
+from dinov3.data.datasets import retrieval
+from dinov3.data.datasets.retrieval import NAVI_SHORT_SIDE, KeypointPair, View
 from dinov3.data.images import open_image
 from dinov3.dense.matching import nearest, sample
 from dinov3.errors import DinoError
@@ -329,7 +329,7 @@ def cell_features(patches: Tensor, grid_hw: tuple[int, int]) -> Tensor:
 def geometric(config: KeypointsConfig, session: Session, model: Any) -> dict[str, float]:
     patch = step_of(model)
     is_navi = config.benchmark == "navi"
-    views = correspondence.navi(config.root) if is_navi else correspondence.frames(config.root)
+    views = retrieval.navi(config.root) if is_navi else retrieval.frames(config.root)
     size = config.size or (32 if is_navi else 30) * patch
     if is_navi:
         check_patches("size", size, patch)
@@ -380,7 +380,7 @@ def semantic(config: KeypointsConfig, session: Session, model: Any) -> dict[str,
     patch = step_of(model)
     size = config.size or 64 * patch
     check_patches("size", size, patch)
-    pairs = correspondence.spair(config.root, split=config.split, per_class=config.per_class)
+    pairs = retrieval.spair(config.root, split=config.split, per_class=config.per_class)
     classes = sorted({p.category for p in pairs})
 
     def opened(pair: KeypointPair) -> tuple[Any, Any, Measure] | None:

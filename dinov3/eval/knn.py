@@ -21,8 +21,8 @@ from dinov3.eval import session as common
 from dinov3.eval.arguments import ClassifierConfig
 from dinov3.eval.features import class_count, over_tries, training_rows
 from dinov3.eval.session import Session
-from dinov3.metrics.classification import Metric, Numbers
-from dinov3.metrics.classification import evaluate as measure
+from dinov3.metrics import Metric, Numbers
+from dinov3.metrics import evaluate as measure
 from dinov3.neighbours import knn_scores
 
 

@@ -35,7 +35,7 @@ from dinov3.data.crops import generator, random_crop
 from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.base import ImageDataset
 from dinov3.data.loading import Order
-from dinov3.data.transforms.pixels import normalised, to_pixels
+from dinov3.data.transforms.inputs import normalised, to_pixels
 from dinov3.errors import DinoError
 from dinov3.eval import session as common
 from dinov3.eval.arguments import ClassifierConfig
@@ -52,8 +52,8 @@ from dinov3.eval.features import (
 )
 from dinov3.eval.session import Session
 from dinov3.features import outputs
-from dinov3.metrics.classification import Link, Metric, Numbers
-from dinov3.metrics.classification import evaluate as measure
+from dinov3.metrics import Link, Metric, Numbers
+from dinov3.metrics import evaluate as measure
 from dinov3.runlog import Ticker
 from dinov3.threads import prefetched
 from dinov3.weights.writing import write_torch

@@ -33,8 +33,8 @@ from dinov3.eval import session as common
 from dinov3.eval.arguments import ClassifierConfig, TransformSection
 from dinov3.eval.features import Targets, class_count, over_tries, training_rows
 from dinov3.eval.session import Session
-from dinov3.metrics.classification import Link, Metric, Numbers
-from dinov3.metrics.classification import evaluate as measure
+from dinov3.metrics import Link, Metric, Numbers
+from dinov3.metrics import evaluate as measure
 from dinov3.optim import logistic_regression
 
 STRENGTHS: tuple[float, ...] = tuple(10 ** (e / 4) for e in range(-24, 21))  # 1e-6, 1.7783e-6, …, 1e5

@@ -33,16 +33,16 @@ from dinov3 import distributed
 from dinov3.config.bounds import setting
 from dinov3.data.crops import draw_box, generator
 from dinov3.data.datasets.video import Clip, Clips, n_frames, read_frames
-from dinov3.data.transforms.pixels import standardised
+from dinov3.data.transforms.inputs import standardised
 from dinov3.errors import DinoError
 from dinov3.eval import session as common
 from dinov3.eval.arguments import EvalConfig
 from dinov3.eval.session import Session
 from dinov3.features import default_preprocessing, layer_numbers, outputs
-from dinov3.fit.loop import shuffled
-from dinov3.heads.attentive import AttentiveProbe, clip_coordinates
+from dinov3.fit import shuffled
 from dinov3.heads.encoder import step_of, widths_of
-from dinov3.metrics.classification import accuracy
+from dinov3.heads.linear import AttentiveProbe, clip_coordinates
+from dinov3.metrics import accuracy
 from dinov3.optim import warmup_cosine_v2
 from dinov3.threads import prefetched
 from dinov3.weights.writing import write_torch

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from dinov3.errors import DinoError, one_of, require, without_secrets
 from dinov3.files import atomically, remove_leftovers
-from dinov3.models import weight_only
+from dinov3.models import low_precision
 from dinov3.models.architectures import ConvNeXtConfig, ViTConfig
 from dinov3.models.convnext import ConvNeXt
 from dinov3.models.vit import VisionTransformer
@@ -131,7 +131,7 @@ def _write(
     dtype: torch.dtype | None = None,
     max_shard_size: float | str = "5GB",
 ) -> Report:
-    if weight_only.is_quantised(opened.state_dict):
+    if low_precision.is_quantised(opened.state_dict):
         raise DinoError(f"{opened.source} is quantised, which only this package reads: convert the original weights")
     most_bytes = _bytes(max_shard_size)
     state, config, notes = opened.state_dict, opened.config, list(opened.notes)

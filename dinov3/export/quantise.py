@@ -22,7 +22,7 @@ from dinov3.export.convert import Report, empty_folder, write_licence
 from dinov3.features import evaluating
 from dinov3.files import atomically
 from dinov3.hub import assemble
-from dinov3.models import weight_only
+from dinov3.models import low_precision
 from dinov3.weights import identity, reading, writing
 
 LOWEST_COSINE = {"int8": 0.999, "int4": 0.95}
@@ -32,7 +32,7 @@ PROBE_GRID = (8, 11)  # patches
 def quantise(
     source: str | os.PathLike[str],
     out_dir: str | os.PathLike[str],
-    kind: weight_only.Kind = "int8",
+    kind: low_precision.Kind = "int8",
     *,
     dtype: torch.dtype | None = None,
 ) -> Report:
@@ -41,12 +41,12 @@ def quantise(
     dtype: of scales and of all else, and so what the loaded model computes in; default the file's, float32 for float16.
     Raises `DinoError` if the features come out too different (nothing is written) or `out_dir` is there and not empty.
     """
-    one_of("the quantisation", kind, weight_only.KINDS)
+    one_of("the quantisation", kind, low_precision.KINDS)
     out = empty_folder(out_dir)
     opened = reading.open(source)
     model: Any = assemble(opened, (), dtype=dtype)
     expected = _probe_tokens(model)
-    weight_only.quantise(model, kind)
+    low_precision.quantise(model, kind)
     cosine = F.cosine_similarity(expected, _probe_tokens(model), dim=-1).min().item()
     if not cosine >= LOWEST_COSINE[kind]:
         finer = "take int8" if kind == "int4" else "these weights do not bear it"

@@ -534,7 +534,7 @@ def patch_part(model: DinoTxt, prompts: Tensor) -> Tensor:
 
 
 class OpenVocabulary(nn.Module):
-    """Images → a map per class, for `heads.windows.make_inference` and `slide`: `predict(x, rescale_to)`.
+    """Images → a map per class, for `heads.encoder.make_inference` and `slide`: `predict(x, rescale_to)`.
 
     vectors [C, D'] from `patch_part`. `softmax`: shares of the classes in place of cosines (no temperature), which is what
     windows are averaged as. `tokens`: whose patches are compared, those of the text-trained "head" or the "backbone"'s own;

@@ -1,22 +1,27 @@
-"""Losses of dense heads of segmentation and of depth (paper §6.1, App. D); the matching of queries with targets.
+"""Losses of the dense heads: segmentation, depth, Mask2Former, the detector (paper §6.1, §6.3.2, §7, App. D); matching.
 
 Legend: B images, K classes, H×W pixels of the target. Targets say themselves which pixels do not count: a class map by
-`ignore_index`, a depth map by a mask. All is computed in float32. Mask2Former's and DETR's criteria: beside them.
+`ignore_index`, a depth map by a mask. All is computed in float32.
 
 The reference's depth recipe averages over pixels of the whole batch at once, and so do these, unless they say "per image".
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinov3 import distributed
 from dinov3.errors import DinoError, one_of, only_known, require
+from dinov3.heads.detr import deltas_between, to_cxcywh, to_xyxy
 from dinov3.heads.encoder import resized
 from dinov3.losses import LossTerms
+from dinov3.metrics import overlap
 
 # ---- segmentation --------------------------------------------------------------------------------------------------
 
@@ -274,3 +279,351 @@ def hungarian(cost: Tensor) -> tuple[Tensor, Tensor]:
         )
     rows, cols = optimize.linear_sum_assignment(matrix.numpy())
     return (torch.as_tensor(rows, device=cost.device), torch.as_tensor(cols, device=cost.device))
+
+
+# ---- Mask2Former -----------------------------------------------------------------------------------------------------
+# What Mask2Former is trained with (arXiv 2112.01527): every segment finds its query, then class, mask and overlap.
+#
+# The initial queries and every layer are matched and taught on their own. Masks are compared at points, not at pixels: for
+# the matching at random ones, for the loss mostly where the prediction is unsure (PointRend, arXiv 1912.08193). The DINOv3
+# paper states schedules (App. D) and no other weights of the losses; the numbers here are Mask2Former's.
+#
+# Legend: B images, Q queries, K classes, T segments of one image, n matched pairs, P points, h×w the predicted masks,
+# H×W the target. Computed in float32, without autocast.
+
+
+@dataclass(frozen=True)
+class Segments:
+    """One image's target: labels [T], masks [T, H, W] (0 or 1), and counted [H, W]: False where nothing is known."""
+
+    labels: Tensor
+    masks: Tensor
+    counted: Tensor
+
+    @staticmethod
+    def of(class_map: Tensor, *, ignore_index: int = 255) -> Segments:
+        """A map of class numbers [H, W]: every class that is there is one segment."""
+        counted = class_map != ignore_index
+        labels = class_map[counted].unique()
+        return Segments(labels.long(), class_map == labels[:, None, None], counted)
+
+
+# ---- masks at points -----------------------------------------------------------------------------------------------
+
+
+def at_points(maps: Tensor, points: Tensor) -> Tensor:
+    """maps [n, h, w] at points [n or 1, P, 2], (x, y) in [0, 1], bilinear: [n, P]."""
+    grid = (2 * points - 1).expand(len(maps), -1, -1)[:, None]  # [n, 1, P, 2]
+    return F.grid_sample(maps[:, None], grid, mode="bilinear", align_corners=False)[:, 0, 0]
+
+
+def mask_loss(logits: Tensor, truth: Tensor, counted: Tensor) -> Tensor:
+    """Binary cross-entropy of logits, truth, counted [n, P], mean over the counted points: [n]."""
+    loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    return (loss * counted).sum(-1) / counted.sum(-1).clamp_min(1e-6)
+
+
+def dice_loss(logits: Tensor, truth: Tensor, counted: Tensor) -> Tensor:
+    """1 − (2 Σ p·t + 1) / (Σ p + Σ t + 1) over the counted points: [n]."""
+    p, t = logits.sigmoid() * counted, truth * counted
+    return 1 - (2 * (p * truth).sum(-1) + 1) / (p.sum(-1) + t.sum(-1) + 1)
+
+
+def pair_costs(logits: Tensor, truth: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """`mask_loss` and `dice_loss` of every query [Q, P] with every segment [T, P], as products of matrices: [Q, T]."""
+    p, t = logits.sigmoid() * counted, truth * counted
+    positive, negative = F.softplus(-logits) * counted, F.softplus(logits) * counted
+    masks = (positive @ truth.T + negative @ (1 - truth).T) / counted.sum().clamp_min(1e-6)
+    dice = 1 - (2 * p @ truth.T + 1) / (p.sum(-1)[:, None] + t.sum(-1)[None] + 1)
+    return masks, dice
+
+
+class Mask2FormerCriterion:
+    """Outputs of a `Mask2FormerSegmentor` and targets → `LossTerms`: class, mask and dice loss of the last layer, and
+    the sums over the others ("auxiliary_…"). Holds no parameters.
+
+    no_object: how much a query counts in the class loss that got no segment. n_points: 112², as published; for the loss
+    `oversample` times as many are drawn, the most unsure become `importance` of the points, the rest are random ones.
+    """
+
+    def __init__(
+        self,
+        n_classes: int,
+        *,
+        class_weight: float = 2.0,
+        mask_weight: float = 5.0,
+        dice_weight: float = 5.0,
+        no_object: float = 0.1,
+        n_points: int = 12544,
+        oversample: float = 3.0,
+        importance: float = 0.75,
+        ignore_index: int = 255,
+    ) -> None:
+        if n_points < 1 or oversample < 1 or not 0 <= importance <= 1:
+            raise DinoError(
+                f"points are drawn in a number of at least 1, oversample is at least 1 and importance in [0, 1]; got "
+                f"{n_points}, {oversample} and {importance}"
+            )
+        self.n_classes, self.no_object, self.ignore_index = n_classes, no_object, ignore_index
+        self.class_weight, self.mask_weight, self.dice_weight = class_weight, mask_weight, dice_weight
+        self.n_points, self.oversample, self.importance = n_points, oversample, importance
+
+    def __call__(self, outputs: dict[str, Any], targets: Tensor | Sequence[Segments]) -> LossTerms:
+        """targets: class maps [B, H, W] (`ignore_index` where nothing is known), or `Segments`, one an image; over
+        exactly what the predicted masks cover."""
+        logits, masks = outputs["pred_logits"], outputs["pred_masks"]
+        segments = self.checked(targets, logits, masks)
+        count = torch.tensor(float(sum(len(s.labels) for s in segments)), device=masks.device)
+        count = distributed.all_reduce(count, "mean").clamp_min(1.0)  # the same divisor for every rank
+        terms = LossTerms()
+        with torch.autocast(masks.device.type, enabled=False):
+            for name, layers in (("", [outputs]), ("auxiliary_", outputs.get("aux_outputs", []))):
+                if not layers:
+                    continue
+                losses = torch.stack([self.layer(output, segments, count) for output in layers]).sum(0)
+                terms.add(f"{name}class_loss", self.class_weight, losses[0])
+                terms.add(f"{name}mask_loss", self.mask_weight, losses[1])
+                terms.add(f"{name}dice_loss", self.dice_weight, losses[2])
+        return terms
+
+    def layer(self, output: dict[str, Any], segments: Sequence[Segments], count: Tensor) -> Tensor:
+        """Class, mask and dice loss of one layer's queries: [3]."""
+        logits, masks = output["pred_logits"].float(), output["pred_masks"].float()
+        wanted = torch.full(logits.shape[:2], self.n_classes, device=logits.device)  # "nothing"
+        sums = masks.sum() * 0.0, masks.sum() * 0.0  # in the graph where no image has a segment
+        for i, target in enumerate(segments):
+            rows, cols = self.matched(logits[i], masks[i], target)
+            wanted[i, rows] = target.labels[cols]
+            if len(rows):
+                compared = self.compared(masks[i, rows], target, cols)
+                sums = sums[0] + mask_loss(*compared).sum(), sums[1] + dice_loss(*compared).sum()
+        weights = torch.ones(self.n_classes + 1, device=logits.device)
+        weights[-1] = self.no_object
+        classes = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), weights)
+        return torch.stack([classes, sums[0] / count, sums[1] / count])
+
+    @torch.no_grad()
+    def matched(self, logits: Tensor, masks: Tensor, target: Segments) -> tuple[Tensor, Tensor]:
+        """The cheapest pairs of queries (logits [Q, K + 1], masks [Q, h, w]) and segments, at points common to all."""
+        points = self.points(1, self.n_points, masks.device)
+        counted = at_points(target.counted[None].float(), points)[0]
+        by_mask, by_dice = pair_costs(at_points(masks, points), at_points(target.masks.float(), points), counted)
+        by_class = -logits.softmax(-1)[:, target.labels]
+        return hungarian(self.class_weight * by_class + self.mask_weight * by_mask + self.dice_weight * by_dice)
+
+    def compared(self, masks: Tensor, target: Segments, cols: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, truth and counted [n, P] of matched masks [n, h, w], at points of each pair's own."""
+        counted_map = target.counted[None].float().expand(len(masks), -1, -1)
+        points = self.unsure_points(masks.detach(), counted_map)
+        truth = at_points(target.masks[cols].float(), points)
+        return at_points(masks, points), truth, at_points(counted_map, points)
+
+    @torch.no_grad()
+    def unsure_points(self, masks: Tensor, counted: Tensor) -> Tensor:
+        """Points [n, P, 2] of masks [n, h, w]: the most unsure of many, and random ones."""
+        n, n_unsure = len(masks), int(self.importance * self.n_points)
+        others = self.points(n, self.n_points - n_unsure, masks.device)
+        if not n_unsure:
+            return others
+        many = self.points(n, max(int(self.oversample * self.n_points), n_unsure), masks.device)
+        # what does not count comes last, however unsure
+        sure = at_points(masks, many).abs().masked_fill(at_points(counted, many) < 0.5, float("inf"))
+        chosen = sure.topk(n_unsure, dim=1, largest=False).indices
+        return torch.cat([many.gather(1, chosen[..., None].expand(-1, -1, 2)), others], dim=1)
+
+    def points(self, n: int, count: int, device: torch.device) -> Tensor:
+        """Points drawn evenly, (x, y) in [0, 1]: [n, count, 2]."""
+        return torch.rand(n, count, 2, device=device)
+
+    def checked(self, targets: Tensor | Sequence[Segments], logits: Tensor, masks: Tensor) -> list[Segments]:
+        """Targets as `Segments` on the device, or one sentence."""
+        B, K, device = len(masks), self.n_classes, masks.device
+        if logits.shape[-1] != K + 1:
+            raise DinoError(f"the criterion was made for {K} classes, the head has {logits.shape[-1] - 1}")
+        if len(targets) != B:
+            raise DinoError(f"{B} images came with {len(targets)} targets; one an image")
+        if isinstance(targets, Tensor):
+            if targets.ndim != 3:
+                raise DinoError(f"class maps are [images, height, width], not {list(targets.shape)}")
+            check_classes(targets, K, self.ignore_index)
+            targets = [Segments.of(class_map, ignore_index=self.ignore_index) for class_map in targets.to(device)]
+        for i, s in enumerate(targets):
+            if len(s.labels) and not 0 <= (least := int(s.labels.min())) <= (most := int(s.labels.max())) < K:
+                raise DinoError(f"target {i} has labels from {least} to {most}; the head's classes are 0 to {K - 1}")
+            (H, W), (h, w) = s.counted.shape, masks.shape[-2:]
+            if h * W != w * H:
+                raise DinoError(
+                    f"target {i} is {W}×{H}, the predicted masks are {w}×{h} and cover padding too: train on images "
+                    "whose sides are multiples of 32"
+                )
+        return [Segments(s.labels.to(device), s.masks.to(device), s.counted.to(device)) for s in targets]
+
+
+# ---- the detector ----------------------------------------------------------------------------------------------------
+# What the detector is trained with (paper App. D.1): every target finds its query, then class, deltas and overlap.
+#
+# Published weights: class 2, deltas 1, GIoU 2 (4 in the last stage, with the IoU-aware class loss). The sources do not say
+# how costs of the matching are weighted, how often a target is repeated for the one-to-many queries, and what their share
+# is: here the weights of the losses, 6 times and 1, as in arXiv 2308.01904 and 2207.13080.
+#
+# Four branches, each summed over its predictions: the last layer, the layers before it ("auxiliary"), all layers of the
+# one-to-many queries, and the proposals, which only separate objects from background (class 0; the other columns learn
+# to stay at zero). Every prediction is matched on its own. Sums are divided by the number of targets in the batch.
+#
+# Legend: B images, Q queries or proposals, K classes, T targets of one image. Computed in float32, without autocast.
+
+
+# An image's target as training wants it: boxes_xyxy_px [T, 4] in pixels of the image given, labels [T]; T may be 0.
+Target = dict[str, Tensor]
+CLASSIFICATIONS = ("focal", "ia_bce")
+OUTSIDE = 1e6
+ALPHA, GAMMA = 0.25, 2.0  # of the focal loss (arXiv 1708.02002); the same numbers mean other things in ia_bce
+
+
+# ---- one prediction and its targets --------------------------------------------------------------------------------
+
+
+def focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Element by element: −α_t (1 − p_t)^γ ln p_t, p_t the probability of the truth (targets 0 or 1)."""
+    p = logits.sigmoid()
+    truth = p * targets + (1 - p) * (1 - targets)
+    alpha = ALPHA * targets + (1 - ALPHA) * (1 - targets)
+    return alpha * (1 - truth) ** GAMMA * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+
+
+def ia_bce_loss(logits: Tensor, targets: Tensor, iou: Tensor) -> Tensor:
+    """Element by element (Align-DETR, arXiv 2304.07527): where the target is 1, the probability p is drawn to
+    p^α · IoU^(1−α), which makes the score say how good the box is; elsewhere p^γ · cross-entropy to 0.
+
+    iou: [..., 1] of the matched box (anything where there is none)."""
+    p = logits.sigmoid()
+    wanted = (p.detach() ** ALPHA * iou.clamp_min(0) ** (1 - ALPHA)).clamp_min(0.01)
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, wanted * targets, reduction="none")
+    return (targets + (1 - targets) * p**GAMMA) * cross_entropy
+
+
+@torch.no_grad()
+def matching_cost(
+    logits: Tensor, boxes: Tensor, before: Tensor, deltas: Tensor, target: Target, weights: Weights
+) -> Tensor:
+    """[Q, T]: what it would cost to give a target to a query. Class: the focal loss of saying "yes" less that of saying
+    "no"; L1 between the deltas and those that would lead to the target; minus the GIoU."""
+    wanted = logits[:, target["labels"]]  # [Q, T]
+    classes = focal_loss(wanted, torch.ones_like(wanted)) - focal_loss(wanted, torch.zeros_like(wanted))
+    truth = target["boxes_xyxy_px"]
+    ideal = deltas_between(before[:, None], to_cxcywh(truth)[None])  # [Q, T, 4]
+    l1 = (deltas[:, None] - ideal).abs().sum(-1)
+    _, giou = overlap(to_xyxy(boxes)[:, None], truth[None])
+    return weights.classes * classes + weights.l1 * l1 - weights.giou * giou
+
+
+def branch_losses(
+    prediction: dict[str, Tensor], targets: Sequence[Target], weights: Weights, classification: str
+) -> Tensor:
+    """(class, L1, GIoU) of one prediction, [3], summed over the batch and not yet divided."""
+    logits, boxes = prediction["pred_logits"].float(), prediction["pred_boxes"].float()
+    before, deltas = prediction["pred_boxes_old"].detach().float(), prediction["pred_deltas"].float()
+    if logits.shape[1] == 0:
+        return logits.new_zeros(3)
+    truth, ious = torch.zeros_like(logits), logits.new_zeros(*logits.shape[:2], 1)
+    l1, giou_loss = deltas.sum() * 0, boxes.sum() * 0  # also without targets every head is in the graph
+    for i, target in enumerate(targets):
+        if not len(target["labels"]):
+            continue
+        cost = matching_cost(logits[i], boxes[i], before[i], deltas[i], target, weights)
+        if "valid" in prediction:  # a proposal on padding is the last to get a target
+            cost = cost + OUTSIDE * ~prediction["valid"][i][:, None]
+        rows, cols = hungarian(cost)
+        wanted = target["boxes_xyxy_px"][cols]
+        iou, giou = overlap(to_xyxy(boxes[i][rows]), wanted)
+        truth[i, rows, target["labels"][cols]] = 1.0
+        ious[i, rows, 0] = iou.detach()
+        l1 = l1 + (deltas[i][rows] - deltas_between(before[i][rows], to_cxcywh(wanted))).abs().sum()
+        giou_loss = giou_loss + (1 - giou).sum()
+    classes = focal_loss(logits, truth) if classification == "focal" else ia_bce_loss(logits, truth, ious)
+    return torch.stack([classes.sum(), l1, giou_loss])
+
+
+# ---- all of them ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Weights:
+    classes: float = 2.0
+    l1: float = 1.0
+    giou: float = 2.0
+
+
+class DetrCriterion:
+    """outputs of a `Detector` and targets, one an image → `LossTerms`. Holds no parameters.
+
+    classification: "focal", or "ia_bce" for the last stage. one2many: how often a target is repeated for those queries.
+    """
+
+    def __init__(
+        self,
+        weights: Weights | None = None,
+        *,
+        classification: str = "focal",
+        one2many: int = 6,
+        one2many_weight: float = 1.0,
+    ) -> None:
+        one_of("classification", classification, CLASSIFICATIONS)
+        self.weights, self.classification = weights or Weights(), classification
+        self.one2many, self.one2many_weight = one2many, one2many_weight
+
+    def __call__(self, outputs: dict[str, Any], targets: Sequence[Target]) -> LossTerms:
+        logits = outputs["pred_logits"]
+        targets = checked(targets, logits.shape[0], logits.shape[-1], logits.device)
+        with torch.autocast(logits.device.type, enabled=False):
+            return self._terms(outputs, targets)
+
+    def _terms(self, outputs: dict[str, Any], targets: list[Target]) -> LossTerms:
+        w, last = self.weights, {k: v for k, v in outputs.items() if k.startswith("pred_")}
+        many = [{k.removesuffix("_one2many"): v for k, v in last.items() if k.endswith("_one2many")}]
+        repeated = [{k: v.repeat_interleave(self.one2many, 0) for k, v in target.items()} for target in targets]
+        objects = [target | {"labels": torch.zeros_like(target["labels"])} for target in targets]
+        branches = {
+            "": ([last], targets, 1.0),
+            "auxiliary_": (outputs["aux_outputs"], targets, 1.0),
+            "one2many_": (many + outputs["aux_outputs_one2many"], repeated, self.one2many_weight),
+            "proposal_": ([outputs["enc_outputs"]], objects, 1.0),
+        }
+        terms, count = LossTerms(), self._count(targets)
+        for name, (predictions, wanted, share) in branches.items():
+            if not predictions or predictions[0]["pred_logits"].shape[1] == 0:
+                continue
+            divisor = count * (self.one2many if wanted is repeated else 1)
+            losses = [branch_losses(p, wanted, w, self.classification) for p in predictions]
+            classes, l1, giou = (torch.stack(losses).sum(0) / divisor).unbind()
+            terms.add(f"{name}class_loss", share * w.classes, classes)
+            terms.add(f"{name}l1_loss", share * w.l1, l1)
+            terms.add(f"{name}giou_loss", share * w.giou, giou)
+        return terms
+
+    @staticmethod
+    def _count(targets: Sequence[Target]) -> Tensor:
+        """Targets per process, averaged over all processes, at least 1: every process divides by the same number."""
+        device = targets[0]["labels"].device
+        count = torch.tensor(float(sum(len(t["labels"]) for t in targets)), device=device)
+        return (distributed.all_reduce(count) / distributed.world()).clamp_min(1.0)
+
+
+def checked(targets: Sequence[Target], B: int, K: int, device: torch.device) -> list[Target]:
+    """Targets on the device, or one sentence: as many as images, labels within the head, boxes with an area."""
+    if len(targets) != B:
+        raise DinoError(
+            f"{B} images came with {len(targets)} targets; one an image, with no boxes where there are none"
+        )
+    result = []
+    for i, target in enumerate(targets):
+        boxes = target["boxes_xyxy_px"].to(device, torch.float32).reshape(-1, 4)
+        labels = target["labels"].to(device, torch.int64)
+        if len(boxes) != len(labels):
+            raise DinoError(f"target {i} has {len(boxes)} boxes and {len(labels)} labels")
+        if len(labels) and not 0 <= (least := int(labels.min())) <= (most := int(labels.max())) < K:
+            raise DinoError(f"target {i} has labels from {least} to {most}; the detector's classes are 0 to {K - 1}")
+        if not bool((boxes[:, 2:] > boxes[:, :2]).all()):
+            raise DinoError(f"target {i} has a box without area; boxes are (left, top, right, bottom) in pixels")
+        result.append({"boxes_xyxy_px": boxes, "labels": labels})
+    return result

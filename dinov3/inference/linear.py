@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov3.models.fp8 import product, quantised, row_scales
+from dinov3.models.low_precision import product, quantised, row_scales
 
 # of what goes through the layers; int8 is the kernels' affair, layers around them are bf16 then
 DTYPES = {"fp32": torch.float32} | dict.fromkeys(("bf16", "int8", "fp8"), torch.bfloat16)

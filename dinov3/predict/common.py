@@ -20,12 +20,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dinov3.data.images import DecodedImage, open_image, upright_rgb
-from dinov3.data.transforms.inputs import Geometry, Preprocessing
-from dinov3.data.transforms.pixels import to_pixels
+from dinov3.data.transforms.inputs import Geometry, Preprocessing, to_pixels
 from dinov3.drawing import palette
 from dinov3.errors import DinoError
-from dinov3.heads.encoder import resized
-from dinov3.heads.windows import slide
+from dinov3.heads.encoder import resized, slide
 from dinov3.weights import catalog
 
 

@@ -19,20 +19,18 @@ from torch import Tensor
 from dinov3 import checkpoint, distributed
 from dinov3.checkpoint import Checkpoints
 from dinov3.config.train import TrainConfig, load_teacher, resolutions, vit_config
-from dinov3.data.crops import CropConfig
+from dinov3.data.crops import CropConfig, MaskConfig
 from dinov3.data.datasets import make_dataset
 from dinov3.data.loading import CropLoader
-from dinov3.data.masking import MaskConfig
 from dinov3.distributed import Group
 from dinov3.errors import DinoError
-from dinov3.models.fp8 import convert_to_fp8
+from dinov3.models.low_precision import convert_to_fp8
 from dinov3.optim import AdamW, StepValues, build_optimizer, build_schedules
 from dinov3.parallel import parallelize
 from dinov3.runlog import RunDir
 from dinov3.train import teacher_files
-from dinov3.train.knn import knn, labelled_images
 from dinov3.train.method import Network, SelfDistillation, build_network, copy_weights
-from dinov3.train.stopping import StopRequest
+from dinov3.train.monitor import StopRequest, knn, labelled_images
 
 
 class Verdict:

@@ -23,9 +23,8 @@ from dinov3.optim import StepValues, apply_schedules, clip_per_module
 from dinov3.parallel import DTYPES, precision, reduce_gradients, reshard
 from dinov3.runlog import Progress, RunDir, plot
 from dinov3.train.assembly import Trainer, Verdict, due
-from dinov3.train.health import Health
 from dinov3.train.method import gram_active
-from dinov3.train.stopping import StopRequest
+from dinov3.train.monitor import Health, StopRequest
 
 MAX_BAD_STEPS = 3  # in a row
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dinov3.config.bounds import setting
 
 if TYPE_CHECKING:
-    from dinov3.fit.loop import FitConfig
+    from dinov3.fit import FitConfig
 
 # What suits a kind of head; anything may be given otherwise. Rates are AdamW's.
 RECIPES: dict[tuple[str, str], dict[str, Any]] = {
@@ -64,7 +64,7 @@ class HeadConfig:
 
     def fitting(self) -> FitConfig:
         from dinov3 import distributed
-        from dinov3.fit.loop import FitConfig
+        from dinov3.fit import FitConfig
 
         r = {"clip": None} | RECIPES[self.task, self.head]
         steps = self.steps or int(r["steps"])

@@ -6,8 +6,8 @@
           resolved.yaml  metrics.jsonl  log.txt  plots/  ckpt/
 
 The backbone is frozen, so its features of an image are computed once (a classifier's pooled, before the first step; else by
-`fit.features`) unless images are augmented at random; on a laptop a linear head then takes a minute. A run that was stopped
-or killed resumes with the same command, and gives the same head. The loop is `fit.loop`, the tasks are in `tasks`; recipes
+`fit.cached_features`) unless images are augmented at random; on a laptop a linear head then takes a minute. A run that was
+stopped or killed resumes with the same command, and gives the same head. The loop is `fit`, the tasks are in `tasks`; recipes
 of the published evaluations are in `eval`.
 """
 
@@ -36,10 +36,9 @@ from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.errors import DinoError, ImageError, install, printable
 from dinov3.features import default_preprocessing
 from dinov3.files import atomically, nonexistent
-from dinov3.fit.features import cached_features
-from dinov3.fit.loop import FitReport, fit, seed_of
+from dinov3.fit import FitReport, cached_features, fit, seed_of
 from dinov3.hub.own_heads import build_head, check_kind, save_head
-from dinov3.metrics.dense import confusion_matrix
+from dinov3.metrics import confusion_matrix
 from dinov3.models.convnext import ConvNeXt
 from dinov3.runlog import RunDir, read_metrics
 from dinov3.train_head import tasks
@@ -100,7 +99,7 @@ def _of_folder(task: str, root: Path, split: str | None, ignore: int | None) -> 
         if any(next(folder.glob("*.xml"), None) for folder in folders):
             return VocDetection(root, split=split)
         return CocoDetection(root, split=split)
-    from dinov3.data.datasets.folder import Folder
+    from dinov3.data.datasets.base import Folder
 
     return labelled(Folder(root / split if split else root))
 
@@ -259,7 +258,7 @@ def build_task(config: HeadConfig, data: Any, val: Any | None, preprocessing: Pr
     if config.task == "segmentation":
         criterion = None
         if config.head == "mask2former":
-            from dinov3.heads.mask2former.loss import Mask2FormerCriterion
+            from dinov3.heads.objectives import Mask2FormerCriterion
 
             # masks have a sixteenth of the image's pixels: more points than that add nothing
             criterion = Mask2FormerCriterion(len(names), n_points=min(12544, preprocessing.size**2 // 16))
@@ -267,7 +266,7 @@ def build_task(config: HeadConfig, data: Any, val: Any | None, preprocessing: Pr
             *given, head=config.head, criterion=criterion, colours=drawing.palette(len(names)), **options
         )
     elif config.task == "detection":
-        from dinov3.heads.detr.loss import DetrCriterion
+        from dinov3.heads.objectives import DetrCriterion
 
         task = tasks.Detection(*given, criterion=DetrCriterion(), **options)
     else:

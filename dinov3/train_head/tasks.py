@@ -1,6 +1,6 @@
 """The four tasks a head can be fitted to: examples, loss, scores and drawings.
 
-Each task holds the data and knows nothing of the loop (`fit.loop`) nor of folders of runs (`train_head.run`). An example is
+Each task holds the data and knows nothing of the loop (`fit`) nor of folders of runs (`train_head.run`). An example is
 (image [3, h, w], target) with an image of one size for all, unless the task takes lists (detection). What is drawn at
 random is a function of (seed, epoch, index).
 """
@@ -29,18 +29,23 @@ from dinov3.data.transforms.dense import (
     photometric,
     resized_map,
 )
-from dinov3.data.transforms.inputs import Preprocessing
-from dinov3.data.transforms.pixels import to_pixels
+from dinov3.data.transforms.inputs import Preprocessing, to_pixels
 from dinov3.errors import DinoError
 from dinov3.features import batched, evaluating
-from dinov3.fit.loop import shuffled
-from dinov3.heads.encoder import resized
+from dinov3.fit import shuffled
+from dinov3.heads.encoder import class_maps, resized
 from dinov3.heads.objectives import DepthLoss, segmentation_terms
-from dinov3.heads.windows import class_maps
 from dinov3.losses import LossTerms
-from dinov3.metrics.boxes import average_precision
-from dinov3.metrics.classification import accuracy
-from dinov3.metrics.dense import IGNORED, confusion_matrix, depth_scores, iou_scores, mean_scores, reduce_zero_label
+from dinov3.metrics import (
+    IGNORED,
+    accuracy,
+    box_average_precision,
+    confusion_matrix,
+    depth_scores,
+    iou_scores,
+    mean_scores,
+    reduce_zero_label,
+)
 
 CACHED_BYTES = 1 << 29  # of prepared examples: reading and resizing an image costs more than a linear head
 
@@ -424,7 +429,7 @@ class Detection(Task):
         super().__init__(*given, **options)
         self.criterion = criterion
         box = {"boxes_xyxy_px": torch.tensor([[0.0, 0, 9, 9]]), "labels": torch.tensor([0])}
-        average_precision(
+        box_average_precision(
             [box | {"scores": torch.ones(1)}], [box], ["any"]
         )  # a missing library is an error before hours pass
 
@@ -463,7 +468,7 @@ class Detection(Task):
             image, target, x = self.seen(dataset, index)
             predictions.append(self.found(model, image, x.to(device)))
             targets.append(target)
-        numbers, rows = average_precision(predictions, targets, self.class_names)
+        numbers, rows = box_average_precision(predictions, targets, self.class_names)
         chosen = {name: numbers[name] for name in ("AP", "AP50", "AP75")} | {f"AP/{r['class']}": r["AP"] for r in rows}
         return {name: float("nan") if value is None else value for name, value in chosen.items()}
 

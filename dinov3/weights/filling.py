@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov3.errors import WeightsMismatch, without_secrets
-from dinov3.models import weight_only
+from dinov3.models import low_precision
 from dinov3.models.architectures import BackboneConfig, ConvNeXtConfig
 from dinov3.models.build import backbone
 from dinov3.weights import configs, formats
@@ -104,7 +104,7 @@ def build(
     """
     state = opened.state_dict if opened.form == "meta" else formats.complete(opened.state_dict, config)
     with torch.device("meta"):
-        model = weight_only.prepare(backbone(config), state)
+        model = low_precision.prepare(backbone(config), state)
     if difference(model.state_dict(), state):
         raise WeightsMismatch(explain_mismatch(config, opened, requested))
     place(model, state, device, dtype)
@@ -116,7 +116,7 @@ def explain_mismatch(config: BackboneConfig, opened: OpenedWeights, requested: S
     differences, what to call instead."""
     state = opened.state_dict if opened.form == "meta" else formats.complete(opened.state_dict, config)
     with torch.device("meta"):
-        expected = weight_only.prepare(backbone(config), state).state_dict()
+        expected = low_precision.prepare(backbone(config), state).state_dict()
     requested = requested or configs.fitting_rows(config, "meta")
     seems = " or ".join(r.id for r in opened.rows) or _described(opened.config)
     lines = [

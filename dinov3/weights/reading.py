@@ -29,7 +29,7 @@ from torch import Tensor
 
 from dinov3.errors import UnsafeFile, WeightsError, did_you_mean, require, without_secrets
 from dinov3.files import nonexistent
-from dinov3.models import weight_only
+from dinov3.models import low_precision
 from dinov3.models.architectures import BackboneConfig
 from dinov3.weights import configs, formats
 from dinov3.weights import download as cache
@@ -101,11 +101,11 @@ def open(
     source = os.fspath(source)
     path, files, raw, metadata = read_all(source, check_hash=check_hash, sha256=sha256, progress=progress)
     try:
-        shaped = weight_only.shapes(raw)
+        shaped = low_precision.shapes(raw)
         detected = formats.detect(shaped)
         opened = _understand(shaped, detected, metadata, source, path, files, periods)
-        if weight_only.is_quantised(raw):
-            opened.state_dict = weight_only.with_parts(opened.state_dict, raw)
+        if low_precision.is_quantised(raw):
+            opened.state_dict = low_precision.with_parts(opened.state_dict, raw)
         check_finite(opened.state_dict)
     except WeightsError as error:
         raise type(error)(f"{without_secrets(source)}: {error}") from None

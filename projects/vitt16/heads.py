@@ -26,12 +26,12 @@ from dinov3.data import names
 from dinov3.data.crops import generator, random_crop
 from dinov3.data.images import open_image
 from dinov3.data.sources import open_source
-from dinov3.data.transforms.pixels import normalised
+from dinov3.data.transforms.inputs import normalised
 from dinov3.dense.discovery import token_cut
 from dinov3.distill.teachers import Images, Teacher, TeacherSpec
 from dinov3.errors import DinoError
 from dinov3.features import outputs
-from dinov3.fit.loop import FitConfig, fit, shuffled
+from dinov3.fit import FitConfig, fit, shuffled
 from dinov3.hub.own_heads import build_head, save_head
 from dinov3.losses import LossTerms
 from dinov3.predict.classify import classification_preprocessing

@@ -27,9 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov3.data.transforms.inputs import LVD_MEAN, LVD_STD
-from dinov3.data.transforms.pixels import normalised
-from dinov3.distill.projectors import ridge
+from dinov3.data.transforms.inputs import LVD_MEAN, LVD_STD, normalised
+from dinov3.distill.teachers import ridge
 from dinov3.errors import DinoError
 from dinov3.models.vit import VisionTransformer, rotation
 

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov3.data.loading import permuted
-from dinov3.data.transforms.pixels import normalised
-from dinov3.distill.projectors import ridge
+from dinov3.data.transforms.inputs import normalised
 from dinov3.distill.run import STATISTICS_FROM, Distillation
+from dinov3.distill.teachers import ridge
 from dinov3.errors import DinoError
 from dinov3.weights import catalog, reading
 from projects.vitt16.inherit import inherit_dinov2, write_linear

@@ -25,10 +25,10 @@ from dinov3.data.tokenizer import Tokenizer
 from dinov3.errors import DinoError
 from dinov3.files import Lock
 from dinov3.heads.dinotxt import DinoTxtConfig, TextConfig
-from dinov3.hub import dinotxt
+from dinov3.hub import published_heads
 from dinov3.hub.own_heads import build_head, save_head
 from dinov3.predict.common import OutputNames
-from dinov3.predict.depth import DepthMap
+from dinov3.predict.dense import DepthMap
 from dinov3.weights.writing import write_safetensors
 
 VOCABULARY = GOLDEN / "tiny_bpe.txt.gz"
@@ -220,8 +220,8 @@ def dino_txt(tmp_path_factory) -> dict[str, Path]:
     )
     config = DinoTxtConfig(embed_dim=2 * backbone.embed_dim)
     torch.manual_seed(0)
-    model = dinotxt.fresh(backbone, text, config)
-    state = {k: v for k, v in model.state_dict().items() if not k.startswith(dinotxt.BACKBONE)}
+    model = published_heads.fresh(backbone, text, config)
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith(published_heads.BACKBONE)}
     write_safetensors(state, folder / "head.safetensors")
     sizes = {"text_backbone": vars(text), "vision_backbone": "dinov3_vitt16"} | vars(config)
     (folder / "clip_model_config.yaml").write_text(yaml.safe_dump(sizes))
@@ -237,7 +237,7 @@ def test_zero_shot_prints_probabilities_and_saves_cosines(
     )
     with (tmp_path / "words.csv").open() as file:
         cosine = {r["name"]: float(r["cosine"]) for r in csv.DictReader(file)}
-    model, tokenizer = dinotxt.open_model(dino_txt["head"], vocabulary_file=VOCABULARY)
+    model, tokenizer = published_heads.open_model(dino_txt["head"], vocabulary_file=VOCABULARY)
     from dinov3.data.transforms.inputs import Preprocessing
     from dinov3.predict.common import see
 
@@ -259,10 +259,10 @@ def test_zero_shot_places(dino_txt: dict[str, Path], photos: list[Path], tmp_pat
         mask = Image.open(tmp_path / f"{name}_words_classes.png")
         assert (mask.mode, mask.size) == ("P", (width, height))
     from dinov3.heads.dinotxt import OpenVocabulary
-    from dinov3.predict.zero_shot import predict_places, words
+    from dinov3.predict.classify import predict_places, words
 
     # all at once, at the image's own size: the arg-max of the cosines, place by place
-    model, tokenizer = dinotxt.open_model(dino_txt["head"], vocabulary_file=VOCABULARY)
+    model, tokenizer = published_heads.open_model(dino_txt["head"], vocabulary_file=VOCABULARY)
     classes = words(model, tokenizer, ["cat", "sky"], ["{}"])
     image = Image.open(photos[0]).convert("RGB").resize((96, 64))
     found = predict_places(model, image, classes, size=64, window=None)
@@ -281,7 +281,7 @@ def test_a_store_filled_by_dino_txt_is_searched_with_a_text(
     folder.mkdir()
     for path in photos:
         Image.open(path).convert("RGB").save(folder / f"{path.stem}.png")
-    store, model = tmp_path / "store", dinotxt.NAME
+    store, model = tmp_path / "store", published_heads.NAME
     run(
         "embed",
         folder,
@@ -298,12 +298,12 @@ def test_a_store_filled_by_dino_txt_is_searched_with_a_text(
     )
     result = run("search", store, "--text", "a cat", "--vocabulary", VOCABULARY, "--device", "cpu", "--json")
     hits = json.loads(result.stdout)
-    opened, tokenizer = dinotxt.open_model(dino_txt["head"], vocabulary_file=VOCABULARY)
+    opened, tokenizer = published_heads.open_model(dino_txt["head"], vocabulary_file=VOCABULARY)
     from dinov3.features import default_preprocessing
     from dinov3.predict.common import see
 
     text = opened.encode_text(tokenizer.tokenize(["a cat"], 12), normalize=True)
-    preprocessing = default_preprocessing(dinotxt.ImageSide(opened), size=64)
+    preprocessing = default_preprocessing(published_heads.ImageSide(opened), size=64)
     for hit in hits:
         with torch.no_grad():
             image = opened.encode_image(see(opened, hit["path"], preprocessing).x, normalize=True)

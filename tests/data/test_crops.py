@@ -22,8 +22,10 @@ from dinov3.data.crops import (
     BLUR_P,
     Crop,
     CropConfig,
+    MaskConfig,
     Plan,
     Sample,
+    batch_masks,
     collate,
     cut,
     draw_box,
@@ -31,9 +33,7 @@ from dinov3.data.crops import (
     generator,
     render,
 )
-from dinov3.data.masking import MaskConfig, batch_masks
-from dinov3.data.transforms.inputs import LVD_MEAN, LVD_STD
-from dinov3.data.transforms.pixels import Colours, blurred, coloured, normalised, to_pixels
+from dinov3.data.transforms.inputs import LVD_MEAN, LVD_STD, Colours, blurred, coloured, normalised, to_pixels
 from dinov3.errors import DinoError, UnknownName
 
 MEAN, STD = np.array(LVD_MEAN)[:, None, None], np.array(LVD_STD)[:, None, None]

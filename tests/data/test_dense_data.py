@@ -27,7 +27,7 @@ from dinov3.data.transforms.dense import (
     turned,
     varied_box,
 )
-from dinov3.data.transforms.pixels import resized
+from dinov3.data.transforms.inputs import resized
 from dinov3.errors import DinoError, ImageError
 
 

@@ -21,11 +21,10 @@ from PIL import Image
 from reference_orders import reference_epoch, reference_infinite, reference_sharded_infinite
 
 from dinov3.data import loading
-from dinov3.data.crops import CropBatch, CropConfig
+from dinov3.data.crops import CropBatch, CropConfig, MaskConfig
 from dinov3.data.datasets import Folder, make_dataset
 from dinov3.data.loading import CropLoader, Order, along, chosen_resolution, permuted
-from dinov3.data.masking import MaskConfig
-from dinov3.data.sources import tables, tar
+from dinov3.data.sources import containers
 from dinov3.data.sources.items import FORWARD, Runs, stamp_of
 from dinov3.errors import DinoError, ImageError
 
@@ -274,18 +273,18 @@ def test_training_reads_packed_sources_forwards(form: str, tmp_path: Path, monke
                 member.size = 1000
                 archive.addfile(member, io.BytesIO(data[240 * shard + i]))
     monkeypatch.setattr(FORWARD, "CACHED", 400_000)  # a fifth of it
-    monkeypatch.setattr(tar, "PACKED_BLOCK", 1000)
-    monkeypatch.setattr(tables, "BATCH", 1)
+    monkeypatch.setattr(containers, "PACKED_BLOCK", 1000)
+    monkeypatch.setattr(containers, "BATCH", 1)
     decoded: list[int] = []
-    for module, name in ((tar, "_unpacked"), (tables, "_row_blocks")):
-        real = getattr(module, name)
+    for name in ("_unpacked", "_row_blocks"):
+        real = getattr(containers, name)
 
         def counted(*place: Any, real: Any = real) -> Iterator[Any]:
             for block in real(*place):
                 decoded.append(block[1])
                 yield block
 
-        monkeypatch.setattr(module, name, counted)
+        monkeypatch.setattr(containers, name, counted)
     images = Folder(tmp_path)
     sizes = []
     for order in (CropLoader(images, CONFIG, patch=8, batch_size=8).order, Order(1920)):

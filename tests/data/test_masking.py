@@ -11,7 +11,7 @@ import pytest
 from paths import GOLDEN_LOSSES
 from safetensors.numpy import load_file
 
-from dinov3.data.masking import MaskConfig, batch_masks, block_mask, mask_grid, masked_counts, reference_max_block
+from dinov3.data.crops import MaskConfig, batch_masks, block_mask, mask_grid, masked_counts, reference_max_block
 from dinov3.errors import DinoError
 
 

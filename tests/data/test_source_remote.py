@@ -18,7 +18,7 @@ from PIL import Image
 from dinov3.data.crops import CropConfig
 from dinov3.data.datasets import make_dataset
 from dinov3.data.loading import CropLoader
-from dinov3.data.sources import open_source, open_sources, remote
+from dinov3.data.sources import items, open_source, open_sources
 from dinov3.data.sources.items import FORWARD
 from dinov3.errors import DinoError, ImageError
 
@@ -97,7 +97,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     pytest.importorskip("aiohttp")
-    monkeypatch.setattr(remote, "WAITS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(items, "WAITS", (0.0, 0.0, 0.0))
     made = Server(("127.0.0.1", 0), Handler)
     made.files = shards()
     threading.Thread(target=made.serve_forever, args=(0.02,), daemon=True).start()

@@ -16,7 +16,7 @@ from paths import nested
 from PIL import Image
 
 from dinov3.data.images import open_image
-from dinov3.data.sources import Item, Source, open_source, tables
+from dinov3.data.sources import Item, Source, containers, open_source
 from dinov3.data.sources.items import FORWARD
 from dinov3.errors import DinoError, ImageError, UnknownName
 
@@ -516,7 +516,7 @@ def test_a_damaged_parquet_file_is_a_failure_with_its_name(tmp_path: Path) -> No
 
 
 def test_a_cache_smaller_than_the_row_group_serves_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "BATCH", 4)
+    monkeypatch.setattr(containers, "BATCH", 4)
     monkeypatch.setattr(FORWARD, "CACHED", 1000)
     path = parquet(tmp_path / "a.parquet", {"image": structs(60)}, rows=60)
     items = list(open_source(path))
@@ -659,7 +659,7 @@ def test_more_rows_than_bytes_are_refused(tmp_path: Path) -> None:
 
 
 def test_one_value_in_every_row_is_not_laid_out_many_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "MOST_BATCH", 1 << 20)
+    monkeypatch.setattr(containers, "MOST_BATCH", 1 << 20)
     value = os.urandom(200 << 10)  # without the bound the first batch of 64 rows has 13 MB
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     pq.write_table(pa.table({"image": [value] * 70}), tmp_path / "a.parquet", dictionary_pagesize_limit=1 << 30)

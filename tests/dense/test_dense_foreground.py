@@ -27,7 +27,7 @@ from dinov3.dense.pca import fit as fit_pca
 from dinov3.dense.pca import object_colours, rainbow
 from dinov3.errors import DinoError
 from dinov3.features import Features
-from dinov3.metrics.classification import average_precision
+from dinov3.metrics import average_precision
 
 
 def image(seed: int, h: int = 6, w: int = 8, D: int = 12) -> tuple[Features, Tensor]:

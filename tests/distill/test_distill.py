@@ -18,12 +18,20 @@ from ranks import run_ranks
 
 import dinov3
 from dinov3.data.sources import open_source
-from dinov3.distill import batches
+from dinov3.distill import run
 from dinov3.distill import run as module
 from dinov3.distill.config import DistillConfig
-from dinov3.distill.projectors import Standardised, difference, relations_loss
 from dinov3.distill.run import Distillation, distill
-from dinov3.distill.teachers import Images, TargetCache, TeacherSpec, Views, open_teacher
+from dinov3.distill.teachers import (
+    Images,
+    Standardised,
+    TargetCache,
+    TeacherSpec,
+    Views,
+    difference,
+    open_teacher,
+    relations_loss,
+)
 from dinov3.errors import DinoError, UnknownName
 from dinov3.models.vit import VisionTransformer
 from dinov3.runlog import RunDir
@@ -286,9 +294,9 @@ def test_two_processes_learn_what_one_learns_of_the_whole_batch(
 
 
 def test_a_batch_must_go_round(tiny_student, folder: Path, teacher_file: Path, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(batches.distributed, "world", lambda group=None: 2)
+    monkeypatch.setattr(run.distributed, "world", lambda group=None: 2)
     with pytest.raises(DinoError, match="3 images a batch do not go round 2 processes"):
-        batches.Batches(config_for(folder, teacher_file), Images(open_source(folder)), Views(), [])
+        run.Batches(config_for(folder, teacher_file), Images(open_source(folder)), Views(), [])
 
 
 def test_cached_and_online_runs_learn_the_same(tiny_student, folder: Path, teacher_file: Path, tmp_path) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from dinov3.distill import batches
+from dinov3.distill import run
 from dinov3.distill.teachers import Targets
 
 
 def test_colours_are_changed_as_defined_step_by_step() -> None:
     pixels = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8)
-    x, turned = batches.distorted(pixels, torch.Generator().manual_seed(3))
+    x, turned = run.distorted(pixels, torch.Generator().manual_seed(3))
     rng = torch.Generator().manual_seed(3)
     assert torch.equal(turned, torch.rand(16, generator=rng) < 0.5)
     greyed, saturation, contrast, light = (torch.rand(16, 1, 1, 1, generator=rng) for _ in range(4))
@@ -24,7 +24,7 @@ def test_colours_are_changed_as_defined_step_by_step() -> None:
 
 def test_mirrored_pixels_get_mirrored_targets() -> None:
     pixels = torch.arange(4 * 3 * 4 * 4, dtype=torch.uint8).reshape(4, 3, 4, 4)
-    x, turned = batches.distorted(pixels, torch.Generator().manual_seed(1))
+    x, turned = run.distorted(pixels, torch.Generator().manual_seed(1))
     assert turned.any()
     assert not turned.all()
     assert x.shape == pixels.shape
@@ -33,7 +33,7 @@ def test_mirrored_pixels_get_mirrored_targets() -> None:
         signs = (kept.float().mean(0).diff(dim=-1) > 0) == (x[i].float().mean(0).diff(dim=-1) > 0)
         assert signs.float().mean() > 0.8
     said = Targets(torch.randn(4, 5), torch.randn(4, 2, 3, 5))
-    for i, (was, now) in enumerate(zip(said.patches, batches.mirrored(said, turned).patches, strict=True)):
+    for i, (was, now) in enumerate(zip(said.patches, run.mirrored(said, turned).patches, strict=True)):
         assert torch.equal(now, was.flip(1) if turned[i] else was)
 
 
@@ -42,7 +42,7 @@ def test_mixing_takes_whole_pixels_or_weighted_means_of_the_neighbour() -> None:
     other = pixels.roll(1, 0)
 
     def draw(**shares: float) -> torch.Tensor:
-        return batches.mixed(pixels, shares, torch.Generator().manual_seed(5))
+        return run.mixed(pixels, shares, torch.Generator().manual_seed(5))
 
     cut = draw(cutmix=1.0)
     assert ((cut == pixels) | (cut == other)).all()
@@ -59,5 +59,5 @@ def test_mixing_takes_whole_pixels_or_weighted_means_of_the_neighbour() -> None:
 
 def test_a_share_of_the_images_is_mixed() -> None:
     pixels = torch.tensor([0, 255] * 100, dtype=torch.uint8)[:, None, None, None].expand(200, 3, 8, 8).contiguous()
-    changed = batches.mixed(pixels, {"mixup": 0.3}, torch.Generator().manual_seed(0)) != pixels
+    changed = run.mixed(pixels, {"mixup": 0.3}, torch.Generator().manual_seed(0)) != pixels
     assert 0.15 < changed.flatten(1).any(1).float().mean() < 0.45

@@ -13,11 +13,10 @@ from PIL import Image
 
 import dinov3
 from dinov3.data.sources.listing import open_source
-from dinov3.data.transforms.pixels import normalised
+from dinov3.data.transforms.inputs import normalised
 from dinov3.distill import teachers
-from dinov3.distill.projectors import ridge
 from dinov3.distill.run import Distillation, distill
-from dinov3.distill.teachers import Images, Views, open_teacher
+from dinov3.distill.teachers import Images, Views, open_teacher, ridge
 from dinov3.errors import DinoError
 from dinov3.models.vit import VisionTransformer
 from dinov3.runlog import RunDir

@@ -16,13 +16,13 @@ from PIL import Image
 from ranks import run_ranks
 from result_tables import read_table
 
+from dinov3 import metrics as classification
 from dinov3.data.datasets import make_dataset
 from dinov3.errors import DinoError, UnknownName
 from dinov3.eval import knn, linear, log_regression
 from dinov3.eval.features import Targets
 from dinov3.eval.linear import HeadKind, Heads
-from dinov3.metrics import classification
-from dinov3.metrics.classification import Metric, evaluate, mean_corruption_error
+from dinov3.metrics import Metric, evaluate, mean_corruption_error
 from dinov3.neighbours import knn_scores, nearest, votes
 from tests.eval.test_eval_session import make_folder, write_tiny
 

@@ -30,7 +30,7 @@ from dinov3.eval.depth.run import DepthConfig, Protocol, depth_map, evaluate_mod
 from dinov3.heads.dpt import build_depther
 from dinov3.heads.objectives import DepthLoss
 from dinov3.hub import Origin, published_heads
-from dinov3.metrics.dense import depth_scores, mean_scores
+from dinov3.metrics import depth_scores, mean_scores
 from dinov3.models import vit
 
 NYU, SYNTHMIX = "config-nyu.yaml", "config-nyu-synthmix-dpt-inference.yaml"

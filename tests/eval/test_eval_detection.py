@@ -19,9 +19,9 @@ from dinov3 import hub
 from dinov3.data.datasets import make_dataset
 from dinov3.errors import DinoError
 from dinov3.eval import detection as run
-from dinov3.heads.detr.model import Detections
+from dinov3.heads.detr import Detections
 from dinov3.hub.own_heads import build_head, save_head
-from dinov3.metrics.boxes import average_precision, soft_nms
+from dinov3.metrics import box_average_precision, soft_nms
 
 pytest.importorskip("faster_coco_eval", reason="COCO's average precision needs faster-coco-eval")
 
@@ -37,26 +37,26 @@ def found(*rows: tuple[list[float], float, int]) -> dict[str, Any]:
 
 def test_known_answers() -> None:
     hit = ([0.0, 0, 50, 50], 0.5, 0)
-    (results, per_class) = average_precision([found(hit)], [ONE], ["a"])
+    (results, per_class) = box_average_precision([found(hit)], [ONE], ["a"])
     assert results["AP"] == pytest.approx(100)
     assert (results["APs"], results["APm"], results["APl"]) == (None, pytest.approx(100), None)
     assert per_class == [{"class": "a", "boxes": 1, "AP": pytest.approx(100), "AP50": pytest.approx(100)}]
     above = ([60.0, 60, 90, 90], 0.9, 0)
-    assert average_precision([found(above, hit)], [ONE], ["a"])[0]["AP"] == pytest.approx(50)
+    assert box_average_precision([found(above, hit)], [ONE], ["a"])[0]["AP"] == pytest.approx(50)
     below = ([60.0, 60, 90, 90], 0.1, 0)
-    assert average_precision([found(hit, below)], [ONE], ["a"])[0]["AP"] == pytest.approx(100)
+    assert box_average_precision([found(hit, below)], [ONE], ["a"])[0]["AP"] == pytest.approx(100)
     two = {"boxes_xyxy_px": [[0.0, 0, 50, 50], [60, 60, 80, 80]], "labels": [0, 0]}
-    assert average_precision([found(hit)], [two], ["a"])[0]["AP"] == pytest.approx(100 * 51 / 101)
+    assert box_average_precision([found(hit)], [two], ["a"])[0]["AP"] == pytest.approx(100 * 51 / 101)
     # an overlap of .8 counts at seven of ten thresholds (.80 included)
     near = ([0.0, 0, 50, 40], 0.5, 0)
-    results, _ = average_precision([found(near)], [ONE], ["a"])
+    results, _ = box_average_precision([found(near)], [ONE], ["a"])
     assert results["AP"] == pytest.approx(70)
     assert (results["AP50"], results["AP75"]) == (pytest.approx(100), pytest.approx(100))
 
 
 def test_the_class_counts_and_absent_classes_do_not() -> None:
     wrong = ([0.0, 0, 50, 50], 0.5, 1)
-    results, per_class = average_precision([found(wrong)], [ONE], ["a", "b"])
+    results, per_class = box_average_precision([found(wrong)], [ONE], ["a", "b"])
     assert results["AP"] == 0
     assert [row["AP"] for row in per_class] == [0, None]
 
@@ -64,18 +64,18 @@ def test_the_class_counts_and_absent_classes_do_not() -> None:
 def test_crowds_count_neither_for_nor_against() -> None:
     truth = {"boxes_xyxy_px": [[0.0, 0, 50, 50], [100, 0, 200, 100]], "labels": [0, 0], "crowd": [False, True]}
     inside = [([100.0 + 10 * i, 0, 110 + 10 * i, 50], 0.9, 0) for i in range(5)]
-    results, per_class = average_precision([found(*inside, ([0.0, 0, 50, 50], 0.1, 0))], [truth], ["a"])
+    results, per_class = box_average_precision([found(*inside, ([0.0, 0, 50, 50], 0.1, 0))], [truth], ["a"])
     assert results["AP"] == pytest.approx(100)
     assert per_class[0]["boxes"] == 1
 
 
 def test_nothing_found_is_zero_and_nothing_to_find_is_an_error() -> None:
-    results, per_class = average_precision([found()], [ONE], ["a"])
+    results, per_class = box_average_precision([found()], [ONE], ["a"])
     assert (results["AP"], results["APm"], results["APl"], per_class[0]["AP"]) == (0.0, 0.0, None, 0.0)
     with pytest.raises(DinoError, match="no true box"):
-        average_precision([found()], [{"boxes_xyxy_px": [], "labels": []}], ["a"])
+        box_average_precision([found()], [{"boxes_xyxy_px": [], "labels": []}], ["a"])
     with pytest.raises(DinoError, match="2 images with detections, 1 with true"):
-        average_precision([found(), found()], [ONE], ["a"])
+        box_average_precision([found(), found()], [ONE], ["a"])
 
 
 # ---- the plain loop ------------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def test_average_precision_is_the_plain_loop() -> None:
         noisy = np.concatenate([boxes + rng.normal(0, 5, boxes.shape), rng.uniform(0, 90, (4, 4)) + [0, 0, 100, 100]])
         guess = np.concatenate([labels, rng.integers(0, 3, 4)])
         images.append({"boxes_xyxy_px": noisy.tolist(), "scores": rng.random(n + 4).tolist(), "labels": guess.tolist()})
-    results, _ = average_precision(images, truth, ["a", "b", "c"])
+    results, _ = box_average_precision(images, truth, ["a", "b", "c"])
     expected = plain_ap(images, truth, 3)
     assert 10 < expected < 90
     assert results["AP"] == pytest.approx(expected, abs=1e-6)

@@ -14,8 +14,7 @@ import torch
 from dinov3.data.datasets.geo import TASKS, GeoBench, rgb_keys
 from dinov3.errors import DinoError, UnknownName
 from dinov3.eval.geobench import linear_probes, main
-from dinov3.metrics.classification import accuracy, multilabel_f1
-from dinov3.metrics.dense import confusion_matrix, iou_scores
+from dinov3.metrics import accuracy, confusion_matrix, iou_scores, multilabel_f1
 
 h5py = pytest.importorskip("h5py")
 
@@ -131,7 +130,7 @@ def test_a_layer_of_the_grid_is_what_sgd_alone_gives() -> None:
     rng = torch.Generator().manual_seed(0)
     x, y = torch.randn(20, 1, 5, generator=rng), torch.randint(0, 3, (20,), generator=rng)
     grid = linear_probes(x, y, 3, [0.03, 0.3], steps=25, batch_size=8, seed=1)
-    from dinov3.fit.loop import shuffled
+    from dinov3.fit import shuffled
 
     alone = torch.nn.Linear(5, 3)
     torch.nn.init.zeros_(alone.weight)

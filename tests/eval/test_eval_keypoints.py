@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from dinov3.data.datasets import correspondence
+from dinov3.data.datasets import retrieval
 from dinov3.errors import DinoError, UnknownName
 from dinov3.eval.keypoints import (
     Matched,
@@ -74,7 +74,7 @@ def test_a_view_displaced_by_three_centimetres(rank: str) -> None:
 
 def test_the_pose_takes_points_to_the_other_camera() -> None:
     a, b = np.eye(4), np.eye(4)
-    b[:3, :3] = correspondence.quaternion_to_rotation([math.cos(0.3), 0, math.sin(0.3), 0])
+    b[:3, :3] = retrieval.quaternion_to_rotation([math.cos(0.3), 0, math.sin(0.3), 0])
     b[:3, 3] = (0.1, 0, 0.4)
     points = plane()
     pose = relative_pose(a, b)
@@ -225,7 +225,7 @@ def navi_folder(root: Path) -> Path:
 
 
 def test_navi_is_read(tmp_path: Path) -> None:
-    views = correspondence.navi(navi_folder(tmp_path))
+    views = retrieval.navi(navi_folder(tmp_path))
     assert [v.name for v in views] == ["owl/000.jpg", "owl/001.jpg", "owl/002.jpg"]
     assert views[0].size_wh == (80, 60)
     assert views[0].world_to_camera[0, 3] == pytest.approx(0.1)
@@ -233,11 +233,11 @@ def test_navi_is_read(tmp_path: Path) -> None:
     assert depth[0, 0] == 0
     assert depth[30, 40] == pytest.approx(0.5, rel=1e-3)
     with pytest.raises(DinoError, match="no NAVI folder"):
-        correspondence.navi(tmp_path / "navi_v1" / "owl")
+        retrieval.navi(tmp_path / "navi_v1" / "owl")
 
 
 def test_navi_views_are_cropped_to_the_object(tmp_path: Path) -> None:
-    view = correspondence.navi(navi_folder(tmp_path))[0]
+    view = retrieval.navi(navi_folder(tmp_path))[0]
     x, points = navi_input(view, 64)
     assert x.shape == (3, 64, 64)
     assert points.shape == (64, 64, 3)
@@ -249,7 +249,7 @@ def test_navi_views_are_cropped_to_the_object(tmp_path: Path) -> None:
 
 
 def test_pairs_of_views_turn_by_at_most_the_limit(tmp_path: Path) -> None:
-    views = correspondence.navi(navi_folder(tmp_path))
+    views = retrieval.navi(navi_folder(tmp_path))
     pairs = draw_pairs(views, max_rotation=15, every=1)  # 0.2 rad are 11.5 degrees
     assert [i for i, _ in pairs] == [0, 1, 2]
     assert dict(pairs)[0] == 1
@@ -272,14 +272,14 @@ def rgbd_folder(root: Path, n: int = 3) -> Path:
         depth[:2] = 65535
         Image.fromarray(depth).save(root / f"frame-{i:06d}.depth.png")
         pose = np.eye(4)
-        pose[:3, :3] = correspondence.quaternion_to_rotation([1, 1e-4 * i, 0, 0])  # pairs must be turned a little
+        pose[:3, :3] = retrieval.quaternion_to_rotation([1, 1e-4 * i, 0, 0])  # pairs must be turned a little
         pose[0, 3] = 16 * i / 96
         np.savetxt(root / f"frame-{i:06d}.pose.txt", pose)
     return root
 
 
 def test_frames_are_read(tmp_path: Path) -> None:
-    views = correspondence.frames(rgbd_folder(tmp_path))
+    views = retrieval.frames(rgbd_folder(tmp_path))
     assert len(views) == 3
     assert views[1].depth_m()[0, 0] == 0
     assert views[1].depth_m()[50, 50] == 1
@@ -290,7 +290,7 @@ def test_frames_are_read(tmp_path: Path) -> None:
     assert overlap(points, frame_input(views[2], 96, 16)[1], pose, focal, center) == pytest.approx(0.75, abs=0.03)
     (tmp_path / "camera-intrinsics.txt").unlink()
     with pytest.raises(DinoError, match="camera-intrinsics"):
-        correspondence.frames(tmp_path)
+        retrieval.frames(tmp_path)
 
 
 def test_a_sliding_wall_is_matched_by_the_shipped_model(tmp_path: Path) -> None:
@@ -325,15 +325,15 @@ def spair_folder(root: Path) -> Path:
 
 
 def test_spair_is_read_and_only_keypoints_in_both_count(tmp_path: Path) -> None:
-    pairs = correspondence.spair(spair_folder(tmp_path))
+    pairs = retrieval.spair(spair_folder(tmp_path))
     assert len(pairs) == 2
     assert all(p.source_xy.tolist() == [[24, 24], [104, 56]] for p in pairs)
     assert pairs[0].category == "cat"
-    assert len(correspondence.spair(tmp_path, per_class=1)) == 1
+    assert len(retrieval.spair(tmp_path, per_class=1)) == 1
     with pytest.raises(UnknownName, match="the split of SPair is one of trn, val, test, not 'tests'"):
-        correspondence.spair(tmp_path, split="tests")
+        retrieval.spair(tmp_path, split="tests")
     with pytest.raises(DinoError, match="no SPair"):
-        correspondence.spair(tmp_path, split="val")
+        retrieval.spair(tmp_path, split="val")
 
 
 def test_the_same_image_has_its_keypoints_where_they_are(tmp_path: Path) -> None:

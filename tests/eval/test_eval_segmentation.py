@@ -33,7 +33,7 @@ from dinov3.heads.linear import build_linear_segmentor
 from dinov3.heads.objectives import cross_entropy_map, multilabel_dice
 from dinov3.hub import load as load_backbone
 from dinov3.hub import published_heads
-from dinov3.metrics.dense import confusion_matrix, iou_scores, percentages
+from dinov3.metrics import confusion_matrix, iou_scores, percentages
 from dinov3.models import vit
 
 TRAINING, INFERENCE = "config-ade20k-linear-training.yaml", "config-ade20k-m2f-inference.yaml"
@@ -447,7 +447,7 @@ HEAD: dict[str, Any] = {
 
 
 def tiny_segmentor(n_classes: int) -> Any:
-    from dinov3.heads.mask2former.model import build_segmentor
+    from dinov3.heads.mask2former import build_segmentor
     from dinov3.hub import Origin
 
     torch.manual_seed(0)

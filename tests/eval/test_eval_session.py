@@ -115,7 +115,7 @@ def test_errors_of_arguments_have_suggestions() -> None:
 
 def test_choices_are_taken_by_name_or_value_in_any_capitals() -> None:
     from dinov3.eval.linear import LinearConfig
-    from dinov3.metrics.classification import Metric
+    from dinov3.metrics import Metric
 
     must = ["train.dataset=a", "train.val_dataset=b"]
     words = ["train.val_metric_type=MEAN_AVERAGE_PRECISION_VOC_2007", "train.optimizer_type=ADAMW"]

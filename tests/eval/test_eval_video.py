@@ -25,8 +25,8 @@ from dinov3.eval.video import (
     train_step,
     uniform_frames,
 )
-from dinov3.heads.attentive import AttentiveProbe, clip_coordinates, position_embedding
-from dinov3.metrics.classification import accuracy
+from dinov3.heads.linear import AttentiveProbe, clip_coordinates, position_embedding
+from dinov3.metrics import accuracy
 
 # ---- the probe ------------------------------------------------------------------------------------------------------
 
@@ -57,7 +57,7 @@ def test_parameters_by_hand() -> None:
 def test_rotations_see_differences_of_positions_only() -> None:
     net = probe()
     q, k = torch.randn(1, 4, 1, 12), torch.randn(1, 4, 1, 12)
-    from dinov3.heads.attentive import rotated
+    from dinov3.heads.linear import rotated
 
     def score(a: Tensor, b: Tensor) -> Tensor:
         return (rotated(q, net.rotary(a)) * rotated(k, net.rotary(b))).sum(-1)

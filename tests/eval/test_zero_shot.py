@@ -20,7 +20,7 @@ from dinov3.errors import DinoError
 from dinov3.eval.text.train_dinotxt import main as train_main
 from dinov3.eval.text.zero_shot import ZeroShotConfig, main, place_maps
 from dinov3.heads.dinotxt import OpenVocabulary, averaged, patch_part, prompt_features
-from dinov3.hub.dinotxt import open_model
+from dinov3.hub.published_heads import open_model
 
 COLOURS = {"blue": (40, 60, 220), "green": (40, 200, 60), "red": (220, 40, 40)}
 TINY = GOLDEN / "tiny_bpe.txt.gz"

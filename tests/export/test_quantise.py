@@ -16,7 +16,7 @@ from dinov3.errors import DinoError
 from dinov3.export import quantise as module
 from dinov3.export.convert import convert, save_pretrained
 from dinov3.export.quantise import quantise
-from dinov3.models import weight_only
+from dinov3.models import low_precision
 from dinov3.models.architectures import ConvNeXtConfig, ViTConfig
 from dinov3.weights import identity, reading
 from dinov3.weights.catalog import ROWS
@@ -53,14 +53,14 @@ def test_a_quantised_file_opens_in_a_fresh_process_with_its_features(kind, cosin
 
 
 @pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize("kind", weight_only.KINDS)
+@pytest.mark.parametrize("kind", low_precision.KINDS)
 @torch.no_grad()
 def test_every_family_loads_what_was_saved_bit_for_bit(name, kind, tmp_path, monkeypatch):
     monkeypatch.setitem(module.LOWEST_COSINE, kind, 0.5)  # random weights of width 64 bear little
     model, source = pth(tmp_path, name)
     report = quantise(source, tmp_path / "q", kind)
     again = dinov3.load(weights=tmp_path / "q")
-    expected = weight_only.quantise(dinov3.load(weights=source), kind)
+    expected = low_precision.quantise(dinov3.load(weights=source), kind)
     x = images(64, 96)
     assert torch.equal(again(x), expected(x))
     assert type(again) is type(model)
@@ -74,7 +74,7 @@ def test_every_family_loads_what_was_saved_bit_for_bit(name, kind, tmp_path, mon
 def test_int8_is_within_a_step_of_torchao(oracles):
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     config = ViTConfig(embed_dim=64, depth=1, num_heads=2, **HUB)
-    ours, theirs = weight_only.quantise(filled(config), "int8"), filled(config)
+    ours, theirs = low_precision.quantise(filled(config), "int8"), filled(config)
     with torch.no_grad():
         quantization.quantize_(theirs, quantization.Int8WeightOnlyConfig())
         a, b, plain = (m.blocks[0].mlp.fc1.weight for m in (ours, theirs, filled(config)))
@@ -86,9 +86,9 @@ def test_int8_is_within_a_step_of_torchao(oracles):
 
 def test_four_bits_are_the_nearest_of_sixteen_levels_of_a_group():
     weight = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
-    pairs, scales, offsets = weight_only.Int4().right_inverse(weight)
+    pairs, scales, offsets = low_precision.Int4().right_inverse(weight)
     assert (pairs.shape, scales.shape) == ((3, 32), (3, 2))
-    made = weight_only.Int4()(pairs, scales, offsets)
+    made = low_precision.Int4()(pairs, scales, offsets)
     for row in range(3):
         for group in range(2):
             part = weight[row, 32 * group : 32 * group + 32]
@@ -124,6 +124,6 @@ def test_quantised_weights_are_not_quantised_or_converted_again(tmp_path):
 
 def test_a_layer_whose_inputs_are_no_whole_groups_stays_in_full():
     model = filled(ConvNeXtConfig(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)))
-    weight_only.quantise(model, "int4")
+    low_precision.quantise(model, "int4")
     assert not hasattr(model.stages[2][0].pwconv1, "parametrizations")  # 24 inputs
     assert hasattr(model.stages[2][0].pwconv2, "parametrizations")  # 96

@@ -14,9 +14,9 @@ from ranks import run_ranks
 from torch import Tensor, nn
 
 from dinov3 import distributed
+from dinov3 import fit as fitting
 from dinov3.errors import DinoError
-from dinov3.fit import loop as fitting
-from dinov3.fit.loop import FitConfig, fit, head_tensors, shuffled
+from dinov3.fit import FitConfig, fit, head_tensors, shuffled
 from dinov3.heads import objectives
 from dinov3.heads.linear import LinearSegmentor, build_linear_segmentor
 from dinov3.losses import LossTerms

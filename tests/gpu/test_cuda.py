@@ -18,7 +18,7 @@ from dinov3.config.train import OptimConfig
 from dinov3.data.crops import CropConfig
 from dinov3.data.datasets import Folder
 from dinov3.data.loading import CropLoader
-from dinov3.models.fp8 import REFERENCE, fp8_linear, torchao_product
+from dinov3.models.low_precision import REFERENCE, fp8_linear, torchao_product
 from dinov3.optim import apply_schedules, build_optimizer, clip_per_module
 from dinov3.parallel import parallelize
 from tests.train.test_method import VARIANTS, recorded_batch, step_values

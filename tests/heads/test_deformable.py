@@ -10,7 +10,7 @@ from golden_cases import Case
 from torch import Tensor
 
 from dinov3.errors import DinoError
-from dinov3.heads.mask2former.adapter import MSDeformAttn, centres, deformable_sampling, neighbours
+from dinov3.heads.mask2former import MSDeformAttn, centres, deformable_sampling, neighbours
 
 SHAPES = [(2, 3), (4, 5), (1, 4)]
 S = sum(h * w for h, w in SHAPES)

@@ -15,10 +15,19 @@ from paths import KEYS
 from torch import Tensor
 
 from dinov3.errors import DinoError, UnknownName
-from dinov3.heads.detr.features import deltas_between, grid_position, refine, to_xyxy
-from dinov3.heads.detr.model import DetectorWithProcessor, PostProcess, build_detector
-from dinov3.heads.detr.transformer import BoxAttention, DetrConfig, Grid
-from dinov3.metrics.boxes import overlap
+from dinov3.heads.detr import (
+    BoxAttention,
+    DetectorWithProcessor,
+    DetrConfig,
+    Grid,
+    PostProcess,
+    build_detector,
+    deltas_between,
+    grid_position,
+    refine,
+    to_xyxy,
+)
+from dinov3.metrics import overlap
 from dinov3.models.architectures import ConvNeXtConfig, ViTConfig
 from dinov3.models.build import backbone
 from dinov3.models.convnext import ConvNeXt
@@ -252,7 +261,7 @@ def test_box_attention_is_the_plain_loop(monkeypatch: pytest.MonkeyPatch) -> Non
                 weights = torch.stack(scores).softmax(0)
                 expected[n, part] = weights @ attention.v(value[0])[:, part]
         torch.testing.assert_close(result[0], attention.proj(expected))
-        monkeypatch.setattr("dinov3.heads.detr.transformer.MOST_BIASES", 2 * 2 * 6)  # two queries at a time
+        monkeypatch.setattr("dinov3.heads.detr.MOST_BIASES", 2 * 2 * 6)  # two queries at a time
         torch.testing.assert_close(attention(query, boxes, key, value, grid, padding), result)
 
 

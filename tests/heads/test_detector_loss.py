@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from dinov3.errors import DinoError, UnknownName
-from dinov3.heads.detr.features import to_cxcywh
-from dinov3.heads.detr.loss import DetrCriterion, Weights, focal_loss, ia_bce_loss
-from dinov3.heads.detr.model import build_detector
+from dinov3.heads.detr import build_detector, to_cxcywh
+from dinov3.heads.objectives import DetrCriterion, Weights, focal_loss, ia_bce_loss
 from dinov3.models.architectures import ViTConfig
 from dinov3.models.vit import VisionTransformer
 

@@ -220,7 +220,7 @@ def bytes_vocabulary(path: Path, n: int = 48_894) -> Path:
 def base(tmp_path_factory) -> Path:
     """The published addresses as folders, with files of the published shapes."""
     from dinov3.hub import HEADS
-    from dinov3.hub.dinotxt import NAME, VOCABULARY_FILE
+    from dinov3.hub.published_heads import NAME, VOCABULARY_FILE
     from dinov3.weights.catalog import resolve
 
     root = tmp_path_factory.mktemp("base")
@@ -256,8 +256,7 @@ def test_torch_hub_finds_all_three_files_at_the_published_addresses(base: Path, 
 
 
 def test_a_head_file_is_loaded_whole_or_not_at_all(tmp_path: Path) -> None:
-    from dinov3.hub.dinotxt import assemble
-    from dinov3.hub.published_heads import read
+    from dinov3.hub.published_heads import assemble, read
 
     text, config = TextConfig.of(**TINY_TEXT), DinoTxtConfig(embed_dim=64)
     reference = tiny()
@@ -297,7 +296,7 @@ def test_a_head_file_is_loaded_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_the_vocabulary_must_be_the_text_towers(tmp_path: Path, base: Path, monkeypatch) -> None:
-    from dinov3.hub.dinotxt import dinov3_vitl16_dinotxt_tet1280d20h24l as hub_function
+    from dinov3.hub.published_heads import dinov3_vitl16_dinotxt_tet1280d20h24l as hub_function
 
     with pytest.raises(DinoError, match="gives 537 ids, the text tower knows 49408"):
         hub_function(bpe_path_or_url=GOLDEN / "tiny_bpe.txt.gz")
@@ -308,7 +307,7 @@ def test_the_vocabulary_must_be_the_text_towers(tmp_path: Path, base: Path, monk
 
 
 def test_a_fresh_model_is_whole_and_waits_for_training() -> None:
-    from dinov3.hub.dinotxt import fresh
+    from dinov3.hub.published_heads import fresh
 
     model = fresh(tiny().visual_model.backbone, TextConfig.of(**TINY_TEXT), DinoTxtConfig(embed_dim=64))
     assert model.origin.random

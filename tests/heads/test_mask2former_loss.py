@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from dinov3.errors import DinoError
-from dinov3.heads.mask2former.loss import Mask2FormerCriterion, Segments, at_points, dice_loss, mask_loss, pair_costs
-from dinov3.heads.mask2former.model import build_segmentor
-from dinov3.heads.windows import class_maps
+from dinov3.heads.encoder import class_maps
+from dinov3.heads.mask2former import build_segmentor
+from dinov3.heads.objectives import Mask2FormerCriterion, Segments, at_points, dice_loss, mask_loss, pair_costs
 from dinov3.models.architectures import ViTConfig
 from dinov3.models.vit import VisionTransformer
 

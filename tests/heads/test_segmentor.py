@@ -19,11 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import hubconf
 from dinov3.errors import DinoError, UnknownName, WeightsMismatch
 from dinov3.eval.segmentation.inference import make_inference
-from dinov3.heads.mask2former.adapter import StagePyramid, ViTAdapter
-from dinov3.heads.mask2former.model import (
+from dinov3.heads.mask2former import (
     Attention,
     Mask2FormerHead,
     Mask2FormerSegmentor,
+    StagePyramid,
+    ViTAdapter,
     build_segmentor,
     default_width,
     positions,
@@ -208,7 +209,7 @@ def test_the_gradient_reaches_every_parameter_of_the_head_and_none_of_the_backbo
 
 
 def test_drop_path_drops_whole_images_and_keeps_the_mean() -> None:
-    from dinov3.heads.mask2former.adapter import Extractor, centres
+    from dinov3.heads.mask2former import Extractor, centres
 
     torch.manual_seed(0)
     extractor = Extractor(16, n_heads=2, n_points=1, ratio=0.5, ffn_ratio=0.5, drop=0.5)

@@ -12,7 +12,7 @@ from torch import nn
 from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.drawing import palette
 from dinov3.errors import DinoError, WeightsError, WeightsMismatch
-from dinov3.fit.loop import backbones_in, head_tensors
+from dinov3.fit import backbones_in, head_tensors
 from dinov3.hub import load, own_heads
 from dinov3.hub.own_heads import build_head, load_head, read_head_info, save_head
 from dinov3.models.architectures import ConvNeXtConfig, ViTConfig

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dinov3.errors import DinoError
-from dinov3.metrics.dense import (
+from dinov3.metrics import (
     DEPTH_SCORES,
     CanopySums,
     align_least_squares,

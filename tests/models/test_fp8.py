@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from dinov3.errors import DinoError
 from dinov3.models.architectures import ViTConfig
-from dinov3.models.fp8 import REFERENCE, Fp8Linear, convert_to_fp8, fp8_linear, torchao_product
+from dinov3.models.low_precision import REFERENCE, Fp8Linear, convert_to_fp8, fp8_linear, torchao_product
 from dinov3.models.vit import VisionTransformer
 
 GOLDEN = load_file(GOLDEN_LOSSES / "fp8_linear.safetensors")

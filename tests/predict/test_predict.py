@@ -15,15 +15,13 @@ from torch import nn
 from dinov3.data import names as known_names
 from dinov3.errors import DinoError, ImageError
 from dinov3.heads.dpt import build_depther
+from dinov3.heads.encoder import class_maps
 from dinov3.heads.linear import LinearClassifier, build_linear_segmentor
-from dinov3.heads.windows import class_maps
 from dinov3.models.architectures import ViTConfig
 from dinov3.models.vit import VisionTransformer
-from dinov3.predict.canopy import predict_canopy
 from dinov3.predict.classify import predict_classes
 from dinov3.predict.common import OutputNames, Seen, best_class, predicted_map, preprocessing_of, see, to_original
-from dinov3.predict.depth import predict_depth
-from dinov3.predict.segment import predict_segments, shares_of, softmax
+from dinov3.predict.dense import predict_canopy, predict_depth, predict_segments, shares_of, softmax
 
 
 def tiny(**options: Any) -> VisionTransformer:

@@ -9,7 +9,7 @@ from toy_training import write_config, write_images
 
 from dinov3.config.train import load_config
 from dinov3.optim import build_schedules
-from dinov3.train.health import PATIENCE, Health
+from dinov3.train.monitor import PATIENCE, Health
 from dinov3.train.train import train
 
 

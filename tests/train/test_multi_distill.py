@@ -18,8 +18,7 @@ from toy_training import write_config, write_images
 
 from dinov3 import checkpoint, distributed
 from dinov3.config.train import DinoConfig, GramConfig, IbotConfig, TrainConfig, load_config
-from dinov3.data.crops import CropBatch
-from dinov3.data.masking import summary
+from dinov3.data.crops import CropBatch, summary
 from dinov3.errors import DinoError
 from dinov3.parallel import parallelize
 from dinov3.runlog import read_metrics

@@ -28,10 +28,10 @@ from dinov3.export.convert import convert
 from dinov3.neighbours import knn_accuracy
 from dinov3.runlog import Progress, read_metrics
 from dinov3.train import assembly, teacher_files
-from dinov3.train import knn as knn_module
 from dinov3.train import loop as loop_module
+from dinov3.train import monitor as knn_module
 from dinov3.train.loop import Outcome
-from dinov3.train.stopping import StopRequest
+from dinov3.train.monitor import StopRequest
 from dinov3.train.train import main, parser, train
 from dinov3.weights import filling, reading
 

@@ -18,10 +18,10 @@ from kills import killed_until_done
 from PIL import Image
 from torch import nn
 
+from dinov3 import fit as fitting
 from dinov3.drawing import palette
 from dinov3.errors import DinoError
-from dinov3.fit import loop as fitting
-from dinov3.fit.features import cached_features
+from dinov3.fit import cached_features
 from dinov3.hub.own_heads import build_head, load_head
 from dinov3.models.architectures import ViTConfig
 from dinov3.models.vit import VisionTransformer
@@ -304,7 +304,7 @@ def test_a_data_set_for_another_task_is_an_error(tmp_path: Path) -> None:
 
 def simple_precision(found: Any, truth: Any, names: Any) -> Any:
     """The share of true boxes that the best detection of their image overlaps by half: enough to see that it learns."""
-    from dinov3.metrics.boxes import overlap
+    from dinov3.metrics import overlap
 
     hits = [
         float(
@@ -317,7 +317,7 @@ def simple_precision(found: Any, truth: Any, names: Any) -> Any:
 
 
 def test_a_detector_is_fitted_to_boxes(tmp_path: Path, drawn: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinov3.train_head.tasks.average_precision", simple_precision)
+    monkeypatch.setattr("dinov3.train_head.tasks.box_average_precision", simple_precision)
     small = {"width": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn": 32, "decoder_ffn": 32, "n_heads": 2}
     small |= {"n_queries": 10, "n_queries_one2many": 10, "topk": 10, "proposal_min_size": 16.0, "bias_hidden": 16}
     wanted = config(

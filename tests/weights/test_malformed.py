@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from dinov3 import hub
 from dinov3.distill.teachers import open_teacher
 from dinov3.errors import DinoError, WeightsError
-from dinov3.hub import dinotxt, own_heads
+from dinov3.hub import own_heads, published_heads
 from dinov3.hub.own_heads import build_head, load_head, save_head
 from dinov3.models.architectures import ViTConfig
 from dinov3.models.vit import VisionTransformer
@@ -215,7 +215,7 @@ def test_sizes_of_dino_txt_that_make_no_sense_are_one_sentence(tmp_path: Path, s
     (tmp_path / "clip_model_config.yaml").write_text(sizes)
     torch.save({}, tmp_path / "head.pth")
     with pytest.raises(DinoError, match=r"is no clip_model_config\.yaml of a dino\.txt training"):
-        dinotxt.open_towers(tmp_path / "head.pth")
+        published_heads.open_towers(tmp_path / "head.pth")
 
 
 # ---- the fuzzer ----------------------------------------------------------------------------------------------------

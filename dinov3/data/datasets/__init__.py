@@ -24,8 +24,7 @@ from typing import TYPE_CHECKING, Any
 from dinov3.errors import DinoError, did_you_mean, one_of, only_known
 
 if TYPE_CHECKING:
-    from dinov3.data.datasets.base import ImageDataset
-    from dinov3.data.datasets.folder import Folder
+    from dinov3.data.datasets.base import Folder, ImageDataset
     from dinov3.data.datasets.imagenet import ImageNet, ImageNet22k
 
 __all__ = ["KNOWN", "Folder", "ImageNet", "ImageNet22k", "make_dataset", "parse_dataset"]
@@ -34,15 +33,15 @@ __all__ = ["KNOWN", "Folder", "ImageNet", "ImageNet22k", "make_dataset", "parse_
 KNOWN: dict[str, tuple[str, str]] = {
     "ImageNet": ("imagenet", "split=TRAIN:root=…[:extra=…]"),
     "ImageNet22k": ("imagenet", "root=…:extra=…"),
-    "ImageNetV2": ("imagenet_variants", "root=…"),
-    "ImageNetReaL": ("imagenet_variants", "root=…:labels=real.json[:extra=…]"),
-    "ImageNetA": ("imagenet_variants", "root=…"),
-    "ImageNetR": ("imagenet_variants", "root=…"),
-    "ImageNetSketch": ("imagenet_variants", "root=…"),
-    "ImageNetC": ("imagenet_variants", "root=…"),
-    "ObjectNet": ("imagenet_variants", "root=…"),
-    "Folder": ("folder", "root=…[:column=…]"),
-    "FolderSplit": ("folder", "root=…:split=train[:train_per_class=30:test_per_class=50:exclude=…:column=…]"),
+    "ImageNetV2": ("imagenet", "root=…"),
+    "ImageNetReaL": ("imagenet", "root=…:labels=real.json[:extra=…]"),
+    "ImageNetA": ("imagenet", "root=…"),
+    "ImageNetR": ("imagenet", "root=…"),
+    "ImageNetSketch": ("imagenet", "root=…"),
+    "ImageNetC": ("imagenet", "root=…"),
+    "ObjectNet": ("imagenet", "root=…"),
+    "Folder": ("base", "root=…[:column=…]"),
+    "FolderSplit": ("base", "root=…:split=train[:train_per_class=30:test_per_class=50:exclude=…:column=…]"),
     "CocoCaptions": ("captions", "root=…[:split=TRAIN]"),
     "Captions": ("captions", "root=…[:captions=…]"),
     "ADE20K": ("dense", "root=…:split=TRAIN|VAL"),

@@ -8,7 +8,7 @@
 
 `data[i]` → (upright RGB image, target): class numbers uint8 or int64 [h, w]; depth float32 [h, w] in metres, 0 where it is
 unknown; heights float32 in metres, NaN where they are unknown (0 is the ground). Masks are what the files hold: ADE20K's 0
-("other") is turned into "ignored" by whoever trains or scores (`metrics.dense.reduce_zero_label`; `zero_is_other`
+("other") is turned into "ignored" by whoever trains or scores (`metrics.reduce_zero_label`; `zero_is_other`
 marks such a set).
 """
 

@@ -25,7 +25,7 @@ from PIL import Image
 
 from dinov3.data.datasets.dense import read_map
 from dinov3.data.images import image_suffix, open_image
-from dinov3.data.sources.video import VIDEOS
+from dinov3.data.sources.containers import VIDEOS
 from dinov3.errors import DinoError, UnknownName, only_known, require
 
 VOID = 255

@@ -1,23 +1,146 @@
-"""One image of a source, and what all kinds of sources share."""
+"""Items of a source, and the bytes behind them: files here, or behind an address."""
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import stat
 import threading
+import time
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import numpy as np
 
 from dinov3.data.images import HEAD
-from dinov3.data.sources import remote
-from dinov3.errors import DinoError, ImageError
+from dinov3.errors import DinoError, ImageError, MissingExtra, install, require, without_secrets
+
+# ---- files behind an address -----------------------------------------------------------------------------------------
+# Files behind an address (`s3://`, `hf://`, `https://`, …) as files that can be sought, through fsspec (extra `remote`).
+#
+# Every read is a request for a range of bytes, tried again where it fails. File systems are fsspec's own instances, asked for
+# at every read: it makes new ones in forked workers.
+
+
+T = TypeVar("T")
+WAITS = (0.5, 2.0, 8.0)  # seconds before a request is tried again
+BUFFER = 1 << 20  # bytes of a request where a file is read forwards
+FINAL = (FileNotFoundError, PermissionError, NotImplementedError, ValueError)  # trying again does not help
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", os.fspath(path)) is not None
+
+
+def _tried(what: str, url: str, request: Callable[[Any, str], T]) -> T:
+    """`request(file system, path)`, several times where it fails. Raises `ImageError`."""
+    fsspec = require("fsspec", "remote", f"reading {without_secrets(url)}")
+    for wait in (*WAITS, None):
+        try:
+            return request(*fsspec.core.url_to_fs(url))
+        except ImportError as error:  # of the library for this kind of address
+            raise MissingExtra(
+                f"{without_secrets(url)} needs one more library ({error}): {install('remote')}"
+            ) from None
+        except Exception as error:  # each kind of file system has its own
+            if isinstance(error, FileNotFoundError):
+                raise ImageError(f"there is no {url}") from None
+            if wait is None or isinstance(error, FINAL):
+                tries = "" if isinstance(error, FINAL) else f" after {len(WAITS) + 1} attempts"
+                reason = " ".join(str(error).split())[:160] or type(error).__name__
+                raise ImageError(f"{what} {url} failed{tries}: {reason}") from None
+            time.sleep(wait)
+    raise AssertionError
+
+
+def read_range(url: str, offset: int, size: int) -> bytes:
+    """`size` bytes of a remote file from `offset` on; fewer where it ends."""
+
+    def request(system: Any, path: str) -> bytes:
+        data: bytes = system.cat_file(path, start=offset, end=offset + size)
+        if len(data) > size:
+            raise NotImplementedError("the server sends whole files only (no ranges of bytes): copy it here")
+        return data
+
+    return _tried("reading", url, request) if size else b""
+
+
+def _facts(url: str) -> dict[str, Any]:
+    return _tried("reading", url, lambda system, path: system.info(path))
+
+
+def size_of(path: str | os.PathLike[str]) -> int:
+    """Bytes of a file, here or remote."""
+    if not is_remote(path):
+        return os.path.getsize(path)
+    size = _facts(os.fspath(path)).get("size")
+    if size is None:
+        raise ImageError(f"the server does not say how large {os.fspath(path)} is: copy it here")
+    return int(size)
+
+
+class _Remote(io.RawIOBase):
+    def __init__(self, url: str) -> None:
+        self.url, self.position, self.size = url, 0, size_of(url)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence]
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        data = read_range(self.url, self.position, max(0, min(len(buffer), self.size - self.position)))
+        buffer[: len(data)] = data
+        self.position += len(data)
+        return len(data)
+
+
+def opened(path: str | os.PathLike[str]) -> BinaryIO:
+    """A file, here or remote, to be read and sought."""
+    return io.BufferedReader(_Remote(os.fspath(path)), BUFFER) if is_remote(path) else open(path, "rb")
+
+
+def listed(text: str) -> list[str]:
+    """The addresses that a glob or a folder holds, in order of the names; or the address itself, of a file."""
+
+    def request(system: Any, path: str) -> list[str]:
+        if MAGIC.search(path):
+            top, base, found = fixed(text), fixed(path), system.glob(path)
+        elif system.isdir(path):
+            top, base, found = text.rstrip("/"), path.rstrip("/"), system.find(path)
+        else:
+            return [text]
+        return [top + name.removeprefix(base) for name in sorted(found)]
+
+    if text.startswith(("http://", "https://")):  # servers do not list, and `?` begins a query
+        return [text]
+    found = _tried("listing", text, request)
+    if not found:
+        raise DinoError(f"nothing matches {text}")
+    return found
+
+
+MAGIC = re.compile(r"[*?\[{]")
+
+
+def fixed(text: str) -> str:
+    """The folder before the first pattern, without its slash."""
+    return MAGIC.split(text)[0].rpartition("/")[0]
+
+
+# ---- items -----------------------------------------------------------------------------------------------------------
+# One image of a source, and what all kinds of sources share.
+
 
 # Companions of images that are never one themselves: not worth opening a million of them to read their first bytes.
 # fmt: off
@@ -218,8 +341,8 @@ class NoImageColumn(DinoError):
 
 
 def first_bytes(path: str | Path, size: int = HEAD) -> bytes:
-    if remote.is_remote(path):
-        return remote.read_range(str(path), 0, size)
+    if is_remote(path):
+        return read_range(str(path), 0, size)
     try:
         facts = os.stat(path)
         if not stat.S_ISREG(facts.st_mode) or not facts.st_size:  # reading a pipe or the kernel's log would wait
@@ -231,13 +354,16 @@ def first_bytes(path: str | Path, size: int = HEAD) -> bytes:
 
 
 def stamp_of(path: str | os.PathLike[str]) -> str:
-    if remote.is_remote(path):
-        return remote.stamp_of(os.fspath(path))
+    """What changes with the file."""
+    if is_remote(path):
+        facts = _facts(os.fspath(path))
+        marks = ("ETag", "etag", "blob_id", "LastModified", "mtime", "created")
+        return f"{facts.get('size')}-{next((facts[k] for k in marks if facts.get(k)), '')}"
     try:
-        facts = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return "missing"
-    return f"{facts.st_size}-{facts.st_mtime_ns}"
+    return f"{status.st_size}-{status.st_mtime_ns}"
 
 
 def storable(text: str) -> str:

@@ -21,10 +21,21 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from dinov3.data.images import IMAGE_SUFFIXES, check_size, image_suffix, is_image_header, os_reason, read_file
-from dinov3.data.sources import remote
+from dinov3.data.sources.containers import (
+    TAR_SUFFIXES,
+    VIDEOS,
+    Arrow,
+    Parquet,
+    Tar,
+    Video,
+    arrow_damage,
+    frame_at,
+    is_tar,
+)
 from dinov3.data.sources.items import (
     COMPANIONS,
     FORWARD,
+    MAGIC,
     PATH_NAMES,
     Item,
     Names,
@@ -34,13 +45,15 @@ from dinov3.data.sources.items import (
     Runs,
     Unreadable,
     first_bytes,
+    fixed,
+    is_remote,
+    listed,
+    read_range,
+    size_of,
     spellings,
     stamp_of,
     storable,
 )
-from dinov3.data.sources.tables import Arrow, Parquet, arrow_damage
-from dinov3.data.sources.tar import TAR_SUFFIXES, Tar, is_tar
-from dinov3.data.sources.video import VIDEOS, Video, frame_at
 from dinov3.errors import DinoError, ImageError, only_known
 from dinov3.files import nonexistent
 
@@ -89,7 +102,7 @@ def open_source(
     A video file that is named gives `fps` frames a second; those in a folder are skipped.
     """
     text = os.path.expanduser(os.fspath(spec))
-    if remote.is_remote(text):
+    if is_remote(text):
         return _open_remote(text, column)
     if not 0 < fps <= 1000:
         raise DinoError(f"{fps} frames a second cannot be taken of a video: give a rate above 0, up to 1000")
@@ -115,7 +128,7 @@ def open_source(
 
 def open_sources(specs: Sequence[str | os.PathLike[str]], **options: Any) -> Source:
     """Several sources as one, with absolute paths; its root is the folder that holds them all. Options: `open_source`'s."""
-    for spec in filter(remote.is_remote, specs):  # a store looks whether files are still there
+    for spec in filter(is_remote, specs):  # a store looks whether files are still there
         raise DinoError(f"remote addresses are for training and evaluation; here they are not read ({spec}): copy it")
     sources = [open_source(spec, **options) for spec in specs]
     if len(sources) == 1:
@@ -128,9 +141,9 @@ def open_sources(specs: Sequence[str | os.PathLike[str]], **options: Any) -> Sou
 
 
 def _open_remote(text: str, column: str | None) -> Indexed:
-    urls = [url for name in _braces(text) for url in remote.listed(name)]
-    folder = urls != [text] and not remote.MAGIC.search(text)
-    base = text.rstrip("/") if folder else remote.fixed(text)  # names are relative to it
+    urls = [url for name in _braces(text) for url in listed(name)]
+    folder = urls != [text] and not MAGIC.search(text)
+    base = text.rstrip("/") if folder else fixed(text)  # names are relative to it
     listing = _Listing(base, column, True, 1.0)
     for url in urls:
         listing.remote(url, url.removeprefix(base + "/"))
@@ -412,9 +425,9 @@ class _Listing:
         """One remote file. What cannot be opened is an error: a shard that is out of reach should not go unnoticed."""
         lower = urlsplit(name).path.lower()
         if lower.endswith(".parquet"):
-            self._table(url, lambda: Parquet.open(url, name, remote.stamp_of(url), self.column), True)
+            self._table(url, lambda: Parquet.open(url, name, stamp_of(url), self.column), True)
         elif lower.endswith(TAR_SUFFIXES):
-            tar = Tar.open(url, name, remote.stamp_of(url))
+            tar = Tar.open(url, name, stamp_of(url))
             self.skipped += tar.skipped
             self.containers.append(tar)
         elif image_suffix(lower):
@@ -497,10 +510,10 @@ class _File:
     path: str
 
     def read(self) -> bytes:
-        if remote.is_remote(self.path):
-            size = remote.size_of(self.path)
+        if is_remote(self.path):
+            size = size_of(self.path)
             check_size(size)
-            return remote.read_range(self.path, 0, size)
+            return read_range(self.path, 0, size)
         return read_file(self.path)
 
 

@@ -26,10 +26,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov3.config.bounds import check, setting
-from dinov3.data.transforms.inputs import LVD_MEAN, LVD_STD
-from dinov3.data.transforms.pixels import Colours, coloured, resized, standardised, to_bytes, to_pixels
+from dinov3.data.transforms.inputs import (
+    LVD_MEAN,
+    LVD_STD,
+    Colours,
+    coloured,
+    resized,
+    standardised,
+    to_bytes,
+    to_pixels,
+)
 from dinov3.errors import DinoError, one_of
-from dinov3.metrics.dense import IGNORED, reduce_zero_label, region_mask
+from dinov3.metrics import IGNORED, reduce_zero_label, region_mask
 
 Random = random.Random
 MAX_SHARE = 0.75  # of the valid pixels of a crop that one class may cover …

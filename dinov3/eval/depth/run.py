@@ -40,12 +40,12 @@ from dinov3.data.transforms.dense import FIXED_CROPS, DepthTransform
 from dinov3.errors import UnknownName, choices_sentence
 from dinov3.eval import dense
 from dinov3.eval import session as common
-from dinov3.fit.loop import head_tensors
+from dinov3.fit import head_tensors
 from dinov3.heads.dpt import Depther, build_depther
 from dinov3.heads.encoder import LAYER_SETS, resized
 from dinov3.heads.objectives import DEPTH_LOSSES, DepthLoss
 from dinov3.losses import LossTerms
-from dinov3.metrics.dense import DEPTH_SCORES, REGIONS, CanopySums, canopy_scores, depth_scores, mean_scores
+from dinov3.metrics import DEPTH_SCORES, REGIONS, CanopySums, canopy_scores, depth_scores, mean_scores
 from dinov3.runlog import silent, ticked
 
 NAME = "depth"

@@ -31,25 +31,18 @@ from dinov3 import distributed
 from dinov3.config.bounds import Problem, setting
 from dinov3.data.datasets.dense import ONE_CLASS, DenseDataset
 from dinov3.data.transforms.dense import SegmentationTransform, short_side, tta_short
-from dinov3.data.transforms.pixels import resized, standardised, to_pixels
+from dinov3.data.transforms.inputs import resized, standardised, to_pixels
 from dinov3.errors import DinoError
 from dinov3.eval import dense
 from dinov3.eval import session as common
 from dinov3.eval.segmentation.inference import make_inference
-from dinov3.fit.loop import head_tensors
+from dinov3.fit import head_tensors
 from dinov3.heads.encoder import FrozenLayers
 from dinov3.heads.linear import LinearSegmentor, build_linear_segmentor
 from dinov3.heads.objectives import segmentation_terms
 from dinov3.hub import HEADS
 from dinov3.losses import LossTerms
-from dinov3.metrics.dense import (
-    IGNORED,
-    SEGMENTATION_COLUMNS,
-    confusion_matrix,
-    iou_scores,
-    percentages,
-    reduce_zero_label,
-)
+from dinov3.metrics import IGNORED, SEGMENTATION_COLUMNS, confusion_matrix, iou_scores, percentages, reduce_zero_label
 from dinov3.runlog import silent, ticked
 
 NAME = "semantic_segmentation"
@@ -200,7 +193,7 @@ def evaluate_model(
     log: Callable[[str], None] = silent,
     shown: Callable[[int, Tensor], None] | None = None,
 ) -> dict[str, Any]:
-    """Scores of a segmentation model (`predict`) on a data set, those of `metrics.dense.iou_scores`; the same on all ranks.
+    """Scores of a segmentation model (`predict`) on a data set, those of `metrics.iou_scores`; the same on all ranks.
 
     shown(index, class map) is called for every image of this process.
     """

@@ -6,7 +6,7 @@
         train_dataset_str=Captions:root=photos text_backbone_config=small.yaml text_vocab_path_or_url=bpe.txt.gz …
 
 The keys are the reference's (its example recipe ships as configs/eval/dinov3_vitl_text.yaml) and a few of ours, at the end
-of `TextTrainConfig`. The loop is `fit.loop.fit`: batches are functions of (seed, step), so that a run that was killed
+of `TextTrainConfig`. The loop is `fit.fit`: batches are functions of (seed, step), so that a run that was killed
 resumes exactly where it was, on one process or on many; each has its own share of every batch, negatives come
 from all of them, and gradients are averaged over whole copies of the towers (no sharding: `use_fsdp` has no effect).
 A loss that is not finite is left out on all processes together. What the reference lacks and this has: shuffling, an
@@ -41,14 +41,14 @@ from dinov3.data.datasets.captions import Captioned
 from dinov3.data.images import open_image
 from dinov3.data.loading import Order
 from dinov3.data.tokenizer import Tokenizer
-from dinov3.data.transforms.pixels import normalised, to_pixels
+from dinov3.data.transforms.inputs import normalised, to_pixels
 from dinov3.errors import DinoError, ImageError
 from dinov3.eval import session as common
 from dinov3.eval.arguments import EvalConfig, ModelSection, help_text, split_arguments
 from dinov3.eval.text import zero_shot
-from dinov3.fit.loop import FitConfig, FitReport, fit, head_tensors, seed_of
+from dinov3.fit import FitConfig, FitReport, fit, head_tensors, seed_of
 from dinov3.heads.dinotxt import LOGIT_SCALE, DinoTxt, DinoTxtConfig, TextConfig, class_vectors, text_features
-from dinov3.hub import dinotxt as hub
+from dinov3.hub import published_heads as hub
 from dinov3.losses import LossTerms
 from dinov3.models.vit import VisionTransformer
 from dinov3.runlog import RunDir

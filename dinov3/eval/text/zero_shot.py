@@ -45,11 +45,9 @@ from dinov3.eval.features import decoded, test_targets
 from dinov3.eval.session import Number, Session
 from dinov3.features import batched, check_patches, evaluating
 from dinov3.heads.dinotxt import DinoTxt, OpenVocabulary, class_vectors, patch_part, prompt_features, text_features
-from dinov3.heads.encoder import resized
-from dinov3.heads.windows import slide
-from dinov3.hub.dinotxt import open_model
-from dinov3.metrics.classification import accuracy
-from dinov3.metrics.dense import confusion_matrix, iou_scores, reduce_zero_label
+from dinov3.heads.encoder import resized, slide
+from dinov3.hub.published_heads import open_model
+from dinov3.metrics import accuracy, confusion_matrix, iou_scores, reduce_zero_label
 
 
 @dataclass

@@ -1,0 +1,199 @@
+"""What watches a training run: k-NN accuracy of its features, warnings of one that does not learn, requests to stop it."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dinov3 import distributed
+from dinov3.config.train import EvaluationConfig, TrainConfig
+from dinov3.data.datasets import make_dataset
+from dinov3.data.datasets.base import ImageDataset
+from dinov3.data.images import DecodedImage, open_image
+from dinov3.data.transforms.inputs import Preprocessing
+from dinov3.distributed import Group
+from dinov3.errors import DinoError, ImageError
+from dinov3.features import batched, extract
+from dinov3.neighbours import knn_accuracy
+from dinov3.optim import Schedules
+from dinov3.parallel import precision
+
+# ---- k-NN accuracy ---------------------------------------------------------------------------------------------------
+# k-NN accuracy of the features during training (DINO's protocol; paper §6, App. D).
+#
+# A small plain check on the current EMA teacher. The full evaluation, with its protocol and its options, is another
+# activity. Every process takes its share of the images; the result is the same on all. Images are decoded by threads: a
+# process that may be writing a checkpoint in another thread is not forked. An image that cannot be read is left out and
+# named.
+
+
+@lru_cache(maxsize=4)
+def labelled_images(source: str, most: int | None) -> tuple[ImageDataset, list[int]]:
+    """A data set, listed once in a run, and the numbers of at most so many of its labelled images."""
+    data = make_dataset(source)
+    labelled = [i for i in range(len(data)) if data.label(i) is not None]
+    if not labelled:
+        raise DinoError(f"{source} has no labels, and k-NN needs them: one sub-folder for each class")
+    if most is not None and len(labelled) > most:
+        step = len(labelled) / most  # spread over the classes, which lie in order
+        labelled = [labelled[math.floor(i * step)] for i in range(most)]
+    return data, labelled
+
+
+def features_of(
+    backbone: nn.Module, source: str, config: TrainConfig, device: torch.device, group: Group = None
+) -> tuple[Tensor, Tensor, list[str]]:
+    """CLS tokens [N, D] and labels [N] of a labelled data set; what this process could not read, "name: reason"."""
+    e: EvaluationConfig = config.evaluation
+    data, labelled = labelled_images(source, e.knn_max_images)
+    # sharded weights are gathered by all ranks together, so all of them run equally many batches
+    rank, world = distributed.rank(group), distributed.world(group)
+    each = -(-len(labelled) // world)
+    share = [labelled[min(rank + i * world, len(labelled) - 1)] for i in range(each)]
+    stride: Any = backbone.stride
+    mean, std = config.crops.rgb_mean, config.crops.rgb_std
+    preprocessing = Preprocessing(
+        size=e.knn_image_size, multiple=stride, mean=(mean[0], mean[1], mean[2]), std=(std[0], std[1], std[2])
+    )
+    unreadable: dict[int, str] = {}
+
+    def read(i: int) -> DecodedImage:
+        try:
+            return open_image(data.read(i), target_short_side=preprocessing.target_short_side)
+        except ImageError as error:
+            unreadable[i] = f"{data.name(i)}: {error}"
+            grey = Image.new("RGB", (e.knn_image_size, e.knn_image_size))  # all ranks run equally many batches
+            return DecodedImage(grey, *grey.size)
+
+    workers = max(1, config.train.num_workers)
+    batches = batched(share, preprocessing, e.knn_batch_size, workers=workers, read=read)
+    with precision(device, config.compute_precision.param_dtype):
+        cls = torch.cat([f.cls for f in extract(backbone, batches, preprocessing=preprocessing)])
+    labels = torch.tensor([int(data.label(i) or 0) for i in share], device=device)
+    places = [len(labelled) if i in unreadable else rank + n * world for n, i in enumerate(share)]
+    number = torch.tensor(places, device=device)
+    cls, labels, number = (distributed.all_gather(x.clone(), group) for x in (cls, labels, number))
+    real = (number < len(labelled)).nonzero().flatten()
+    return cls[real], labels[real], list(unreadable.values())
+
+
+def knn(backbone: nn.Module, config: TrainConfig, device: torch.device, group: Group = None) -> tuple[float, list[str]]:
+    """Top-1 accuracy on `evaluation.knn_val_dataset` with the neighbours of `evaluation.knn_train_dataset`; what could not be
+    read, on any process."""
+    e = config.evaluation
+    assert e.knn_train_dataset is not None
+    assert e.knn_val_dataset is not None
+    train, train_labels, bad = features_of(backbone, e.knn_train_dataset, config, device, group)
+    test, test_labels, also_bad = features_of(backbone, e.knn_val_dataset, config, device, group)
+    if not len(train) or not len(test):
+        raise DinoError(f"no image for k-NN can be read; the first: {(bad or also_bad)[0]}")
+    accuracy = knn_accuracy(train, train_labels, test, test_labels, k=e.knn_k, temperature=e.knn_temperature)
+    return accuracy, sorted({line for lines in distributed.gather_objects(bad + also_bad, group) for line in lines})
+
+
+# ---- health ----------------------------------------------------------------------------------------------------------
+# Warnings of a run that does not learn: losses that stay where they began, equal CLS tokens, a teacher that stands still.
+
+
+PLATEAU = 0.995  # of a loss's value for targets and predictions that are uniform
+ALIKE = 4.0  # KoLeo: the nearest of a batch's CLS tokens lie e⁻⁴ = 0.018 apart, on a sphere of radius 1
+PATIENCE = 200  # iterations
+
+
+class Health:
+    """Looks at the logged means of losses; gives each warning once in a process.
+
+    A run gets `max(PATIENCE, its warm-up)` iterations before a loss that has not fallen is worth a warning.
+    """
+
+    def __init__(self, config: TrainConfig, schedules: Schedules) -> None:
+        self.schedules = schedules
+        peak = max(range(schedules.total), key=schedules.lr) if schedules.total <= 10_000 else schedules.total // 10
+        self.patience = max(PATIENCE, peak)
+        dino, ibot = (math.log(head.head_n_prototypes) for head in (config.dino, config.ibot))
+        self.uniform = {"dino_global_crops_loss": dino}
+        if not config.distillation.enabled:  # only so many of the crops are masked
+            self.uniform["ibot_loss"] = ibot * config.ibot.mask_sample_probability
+        self.warned: set[str] = set()
+
+    def at_start(self) -> Iterator[str]:
+        """Whether the teacher can follow the student in this run at all."""
+        total = self.schedules.total
+        kept = math.prod(self.schedules.momentum(it) for it in range(total)) if PATIENCE <= total <= 10_000 else 0.0
+        if kept > 0.5:
+            yield (
+                f"warning: after {total} iterations the teacher still is {kept:.0%} of its first weights; "
+                "lower teacher.momentum_teacher (0.99 for a few hundred iterations)"
+            )
+
+    def of(self, iteration: int, means: Mapping[str, float]) -> Iterator[str]:
+        """Sentences about a log line's means."""
+        if iteration < self.patience:
+            return
+        for name, uniform in self.uniform.items():
+            if means.get(name, 0.0) >= PLATEAU * uniform and name not in self.warned:
+                self.warned.add(name)
+                yield (
+                    f"warning: {name} is {means[name]:.4g} after {iteration + 1} iterations, as for a network that has "
+                    f"learned nothing ({uniform:.4g}); try another learning rate (optim.lr), a lower "
+                    "teacher.momentum_teacher, fewer prototypes (dino.head_n_prototypes), or more images"
+                )
+        if means.get("koleo_loss", 0.0) > ALIKE and "koleo_loss" not in self.warned:
+            self.warned.add("koleo_loss")
+            yield (
+                f"warning: the CLS tokens of different images are nearly equal (KoLeo {means['koleo_loss']:.3g}), a "
+                "collapse; try a lower learning rate (optim.lr) or a larger dino.koleo_loss_weight"
+            )
+
+
+# ---- graceful shutdown -----------------------------------------------------------------------------------------------
+# Graceful shutdown: a signal or a time limit, noticed between two iterations.
+
+
+class StopRequest:
+    """Holds a signal, or that the time is up, until the iteration is over. A second Ctrl-C does not wait."""
+
+    SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+
+    def __init__(self, limit_minutes: float | None = None) -> None:
+        self.until = None if limit_minutes is None else time.monotonic() + 60 * limit_minutes
+        self.reason: str | None = None
+        self.signal: int | None = None
+        self.before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python does not allow it
+            for name in self.SIGNALS:
+                if hasattr(signal, name):
+                    number = getattr(signal, name)
+                    self.before[number] = signal.signal(number, self._signalled)
+        return self
+
+    def _signalled(self, number: int, _frame: Any) -> None:
+        if self.signal == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal, self.reason = number, signal.Signals(number).name
+        # a signal to the whole process group ends the data workers too; their death must not tear the step apart
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+    def requested(self) -> bool:
+        if self.reason is None and self.until is not None and time.monotonic() > self.until:
+            self.reason = "the time limit (run.time_limit_minutes)"
+        return self.reason is not None
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        # handlers installed before ours run now that all is saved: SLURM's launcher queues the job again
+        if self.signal not in (None, signal.SIGINT) and callable(self.before.get(signal.Signals(self.signal))):
+            signal.raise_signal(self.signal)
