@@ -80,9 +80,8 @@ class FitConfig:
     best_is: Literal["highest", "lowest"] = "highest"
     finish_with: Literal["best", "last"] = "best"  # which head the module has in the end
     precision: Literal["float32", "bfloat16"] = "float32"  # autocast around the loss
-    workers: int = setting(
-        0, at_least=0
-    )  # threads that make the next batches; then `batches` must draw from generators of its own
+    # threads that make the next batches; then `batches` must draw from generators of its own
+    workers: int = setting(0, at_least=0)
     seed: int = 0
 
     def problems(self) -> Iterator[tuple[str, str]]:

@@ -404,12 +404,8 @@ def percentages(scores: Mapping[str, Any]) -> dict[str, float]:
 # Borders (top, bottom, left, right) of the region that counts, as shares of height and width, ends excluded.
 REGIONS: dict[str, tuple[float, float, float, float]] = {
     "FULL": (0.0, 1.0, 0.0, 1.0),
-    "NYU_EIGEN": (
-        45 / 480,
-        471 / 480,
-        41 / 640,
-        601 / 640,
-    ),  # NYUv2's inner frame: outside of it the sensor sees nothing
+    # NYUv2's inner frame: outside of it the sensor sees nothing
+    "NYU_EIGEN": (45 / 480, 471 / 480, 41 / 640, 601 / 640),
     "KITTI_GARG": (0.40810811, 0.99189189, 0.03594771, 0.96405229),  # Garg et al. 2016: where the laser reaches
     "KITTI_EIGEN": (0.3324324, 0.91351351, 0.0359477, 0.96405229),
 }

@@ -251,9 +251,8 @@ class CropsConfig:
     # Ours. "paper": blur with probability 1, 0.1, 0.5 (global 1, global 2, local). "applied": 0, 0.9, 0.5, which is
     # what the published training code does by an inversion, and so what the published models were trained with.
     blur_probabilities: Literal["applied", "paper"] = "applied"
-    blur_sigma: tuple[float, float] = setting(
-        (0.1, 2.0), above=0, rising=True
-    )  # ours; in pixels of the crop, made for 224
+    # ours; in pixels of the crop, made for 224
+    blur_sigma: tuple[float, float] = setting((0.1, 2.0), above=0, rising=True)
 
 
 @dataclass

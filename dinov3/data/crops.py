@@ -212,10 +212,8 @@ ASPECT = (3 / 4, 4 / 3)
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.4, 0.4, 0.2, 0.1
 JITTER_P, GREY_P, SOLARISE_P = 0.8, 0.2, 0.2
 BLUR_SIGMA = (0.1, 2.0)  # made for 224 px
-BLUR_P = {  # of global crop 1, of global crop 2, of local crops
-    "applied": (0.0, 0.9, 0.5),
-    "paper": (1.0, 0.1, 0.5),
-}
+# of global crop 1, of global crop 2, of local crops
+BLUR_P = {"applied": (0.0, 0.9, 0.5), "paper": (1.0, 0.1, 0.5)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -74,9 +74,8 @@ _SIGNATURES = (
 )
 _BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")
 HEAD = 32  # bytes that `is_image_header` wants
-LARGE = (
-    1 << 25
-)  # pixels; larger images are decoded one at a time, whatever the number of threads: the largest take 2.3 GB
+# pixels; larger images are decoded one at a time, whatever the number of threads: the largest take 2.3 GB
+LARGE = 1 << 25
 _one_large = threading.Lock()
 
 

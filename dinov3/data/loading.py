@@ -133,9 +133,8 @@ def along(runs: Runs, offsets: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     lane, step = offsets % runs.lanes, offsets // runs.lanes
     lane_length = (length - lane + runs.lanes - 1) // runs.lanes
     lane_start = lane * (length // runs.lanes) + np.minimum(lane, length % runs.lanes)
-    windows = np.maximum(
-        1, lane_length // runs.window
-    )  # of nearly equal size: step s is in window s·windows // lane_length
+    # of nearly equal size: step s is in window s·windows // lane_length
+    windows = np.maximum(1, lane_length // runs.window)
     window = step * windows // lane_length
     begin, end = (-(-w * lane_length // windows) for w in (window, window + 1))
     step = begin + permuted(step - begin, end - begin, seed, epoch)
@@ -257,9 +256,8 @@ class _Renderer(Dataset[Any]):
         threads = torch.get_num_threads()
         if threads == 1:  # as in every worker
             return self._rendered(draw)
-        torch.set_num_threads(
-            1
-        )  # crops are too small to share out: several threads took ten times as long on a busy machine
+        # crops are too small to share out: several threads took ten times as long on a busy machine
+        torch.set_num_threads(1)
         try:
             return self._rendered(draw)
         finally:

@@ -35,9 +35,8 @@ class ModelSection:
     name: str | None = None  # ours: any name `dinov3.load` takes, also transformers:FOLDER,layer=9
     weights: str | None = None  # ours: any weights `dinov3.load` takes, or "random"
     device: str = "auto"
-    precision: str = (
-        "fp32"  # of the fast form (`inference`): fp32, bf16, int8, fp8; dense heads stand on the plain model
-    )
+    # of the fast form (`inference`): fp32, bf16, int8, fp8; dense heads stand on the plain model
+    precision: str = "fp32"
 
 
 @dataclass

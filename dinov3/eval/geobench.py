@@ -60,9 +60,8 @@ class GeoConfig(EvalConfig):
     dpt_channels: int = 256
     dpt_levels: list[int] = field(default_factory=lambda: [128, 256, 512, 1024])
     weight_decay: float = 1e-4  # of the decoder's AdamW
-    dropped: list[int] = field(
-        default_factory=list
-    )  # classes of maps that do not count (the paper has 6 of cashew's 7)
+    # classes of maps that do not count (the paper has 6 of cashew's 7)
+    dropped: list[int] = field(default_factory=list)
     seed: int = 0
 
     def problems(self) -> Iterator[Problem]:

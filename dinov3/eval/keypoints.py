@@ -43,16 +43,14 @@ class KeypointsConfig(EvalConfig):
 
     benchmark: Literal["navi", "spair", "frames"] = "navi"  # frames: posed RGB-D images, scored as NAVI
     root: str = setting("", required="root=FOLDER of the benchmark's files")
-    size: int | None = (
-        None  # pixels; null: 32 patches (navi, a square), 64 (spair, a square), 30 (frames, the short side)
-    )
+    # pixels; null: 32 patches (navi, a square), 64 (spair, a square), 30 (frames, the short side)
+    size: int | None = None
     layer: int = -1
     # with and without the final norm; the better counts
     norms: list[bool] = setting([True, False], required="at least one of true and false")
     # navi and frames
-    rank: Literal["cosine", "ratio"] = (
-        "cosine"  # the paper's text, or Probe3D's code: one minus the ratio to the second best
-    )
+    # the paper's text, or Probe3D's code: one minus the ratio to the second best
+    rank: Literal["cosine", "ratio"] = "cosine"
     keep: int = setting(1000, at_least=1)  # matches of a pair
     cells: float = setting(0.25, above=0, at_most=1)  # cells per pixel and axis
     every: int = setting(4, at_least=1)  # each so many views is a source

@@ -135,7 +135,7 @@ class Session:
     """One run of an evaluation: its output folder, device, opened model and cached features."""
 
     def __init__(self, name: str, output_dir: str | os.PathLike[str] = ".", device: str = "auto") -> None:
-        self.name, self.device_name = name, device
+        self.name = name
         self.device = distributed.setup(None if device == "auto" else device)
         self.same_pass: tuple[list[int], list[str]] = ([], [])  # layers and pools that a sweep needs: computed together
         self._models: dict[str, nn.Module] = {}

@@ -48,8 +48,7 @@ class Head(catalog.HeadRow):
 
     @property
     def function(self) -> Callable[..., Any]:
-        module = "dinotxt" if self.task == "text" else "published_heads"
-        return getattr(importlib.import_module(f"dinov3.hub.{module}"), self.name)
+        return getattr(importlib.import_module("dinov3.hub.published_heads"), self.name)
 
 
 HEADS: dict[str, Head] = {row.name: Head(**vars(row)) for row in catalog.HEADS}

@@ -675,15 +675,8 @@ def assemble(
         model = build(backbone, text, config)
     own = [key for key in state if key.startswith(BACKBONE)]
     dtype = backbone.cls_token.dtype  # one for both files: half a model in another would not run
-    left = fill(
-        model,
-        state,
-        what="dino.txt's head and text tower",
-        source=source,
-        dtype=dtype,
-        optional=BACKBONE,
-        leftover=True,
-    )
+    what = "dino.txt's head and text tower"
+    left = fill(model, state, what=what, source=source, dtype=dtype, optional=BACKBONE, leftover=True)
     if left:
         notes.append(f"left over in {shown}: {some(left)}")
         warnings.warn(notes[-1], stacklevel=3)

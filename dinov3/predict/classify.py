@@ -103,7 +103,7 @@ def predict_classes(
 
 
 ZERO_SHOT_SIZE = 384  # centre crop, as the published table was measured (576 patches); the short side is the same
-SHORT, WINDOW, STRIDE = 512, 384, 192  # of the published example for places
+SHORT, WINDOW = 512, 384  # of the published example for places
 
 
 @dataclass(frozen=True, eq=False)

@@ -434,9 +434,9 @@ def build_networks(
     if c.distillation.enabled:
         described = load_teacher(c, base_dir=base_dir)
         source = c.distillation.checkpoint_path
+        # all ranks, also those that train other students
         teacher = spread(
-            network(None if source == "ignore" else source, described, needs_heads=True, ranks=None),
-            ranks=None,  # all ranks, also those that train other students
+            network(None if source == "ignore" else source, described, needs_heads=True, ranks=None), ranks=None
         )
         if source == "ignore":
             notes.append("distillation.checkpoint_path is 'ignore': the teacher has random weights, which is for tests")

@@ -92,9 +92,8 @@ def loop(trainer: Trainer, first: int) -> Outcome:
                 run.log(warning)
             if has_error(outcome, t, it, bool(logged)) and not last:
                 stop.reason = "an error"
-                stopping = (
-                    stopping or distributed.world() == 1
-                )  # with several ranks the others learn it in the next step
+                # with several ranks the others learn it in the next step
+                stopping = stopping or distributed.world() == 1
             if dumping:
                 t.dump(it)
             if evaluating:

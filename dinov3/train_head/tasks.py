@@ -429,9 +429,8 @@ class Detection(Task):
         super().__init__(*given, **options)
         self.criterion = criterion
         box = {"boxes_xyxy_px": torch.tensor([[0.0, 0, 9, 9]]), "labels": torch.tensor([0])}
-        box_average_precision(
-            [box | {"scores": torch.ones(1)}], [box], ["any"]
-        )  # a missing library is an error before hours pass
+        # a missing library is an error before hours pass
+        box_average_precision([box | {"scores": torch.ones(1)}], [box], ["any"])
 
     def example(self, index: int, rng: Any | None) -> tuple[Tensor, dict[str, Tensor]]:
         image, target = self.data[index]

@@ -113,31 +113,15 @@ def _vit(
     dataset: str = "lvd1689m",
     **options: Any,
 ) -> Row:
-    names = [f"vit_{timm}_patch16_dinov3"] if timm else []
-    if timm and timm != "7b":
-        names.append(f"vit_{timm}_patch16_dinov3_qkvb")
-    return Row(
-        arch=arch,
-        dataset=dataset,
-        config=published(arch, **options),
-        parameters=parameters,
-        hash=hash,
-        released=timm is not None,
-        timm=tuple(f"{n}.{dataset}" for n in names),
-        scores=dict(zip(_SAT_SCORES if dataset == "sat493m" else _VIT_SCORES, scores)),
-    )
+    names = [f"vit_{timm}_patch16_dinov3{bias}" for bias in ("", "_qkvb")][: 1 if timm == "7b" else 2] if timm else []
+    timm_names = tuple(f"{name}.{dataset}" for name in names)
+    named = dict(zip(_SAT_SCORES if dataset == "sat493m" else _VIT_SCORES, scores))
+    return Row(arch, dataset, published(arch, **options), parameters, hash, timm is not None, timm_names, named)
 
 
 def _convnext(size: str, parameters: int, hash: str, scores: tuple[float, ...]) -> Row:
-    return Row(
-        arch=f"dinov3_convnext_{size}",
-        dataset="lvd1689m",
-        config=published(f"dinov3_convnext_{size}"),
-        parameters=parameters,
-        hash=hash,
-        timm=(f"convnext_{size}.dinov3_lvd1689m",),
-        scores=dict(zip(_CNX_SCORES, scores)),
-    )
+    arch, timm_names = f"dinov3_convnext_{size}", (f"convnext_{size}.dinov3_lvd1689m",)
+    return Row(arch, "lvd1689m", published(arch), parameters, hash, True, timm_names, dict(zip(_CNX_SCORES, scores)))
 
 
 _UNTIED = {"untie_global_and_local_cls_norm": True}

@@ -405,11 +405,8 @@ def _from_hub(repository: str, revision: str | None) -> Path:
 
 def _files_of(folder: Path) -> list[Path]:
     """The weight files of a folder: the shards of an index, the file of a usual name, or the one file."""
-    for stem in (
-        "model.safetensors",
-        "pytorch_model.bin",
-        "backbone.safetensors",
-    ):  # the last: a dump of a training run
+    # the last: a dump of a training run
+    for stem in ("model.safetensors", "pytorch_model.bin", "backbone.safetensors"):
         index = folder / f"{stem}.index.json"
         if index.is_file():
             names = _dictionary(_json(index).get("weight_map", {}), f"weight_map of {index.name}").values()

@@ -27,9 +27,8 @@ class ImageDataset:
     transform: Callable[[Any], Any] | None = None
     target_transform: Callable[[Any], Any] | None = None
 
-    PARSED: ClassVar[
-        Mapping[str, Callable[[str], Any]]
-    ] = {}  # arguments that are no texts: how a spec's text becomes one
+    # arguments that are no texts: how a spec's text becomes one
+    PARSED: ClassVar[Mapping[str, Callable[[str], Any]]] = {}
 
     @classmethod
     def from_options(cls, **options: str) -> Self:

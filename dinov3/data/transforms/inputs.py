@@ -362,9 +362,8 @@ class Preprocessing:
     mean: tuple[float, float, float] = LVD_MEAN
     std: tuple[float, float, float] = LVD_STD
     size_hw: tuple[int, int] | None = None  # instead of size and shape: (height, width) of every input
-    rounding: str = (
-        "nearest"  # of the other side with shape "short" or "long"; "down" is torchvision's and the reference's
-    )
+    # of the other side with shape "short" or "long"; "down" is torchvision's and the reference's
+    rounding: str = "nearest"
 
     def __post_init__(self) -> None:
         choices = (

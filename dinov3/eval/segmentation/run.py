@@ -413,9 +413,8 @@ def folder_overrides(train: str, val: str, *, size: int = 512, classes: int | No
     ]  # fmt: skip
 
 
-FOLDER = dense.FolderForm(
-    "segmentation", "classes", "ignore", folder_overrides
-)  # ignore: a number that does not count, besides 255
+# ignore: a number that does not count, besides 255
+FOLDER = dense.FolderForm("segmentation", "classes", "ignore", folder_overrides)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
