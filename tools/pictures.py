@@ -144,11 +144,11 @@ def gram_cpu(work: Path) -> Image.Image:
 
 
 PICTURES: dict[str, Callable[[Path], Image.Image]] = {
-    "demo.png": demo,  # first: it leaves the photographs and the store
-    "vitt16-pca.png": patches,
-    "search.png": search,
-    "segment.png": segment,
-    "classify.png": classify,
+    "demo.jpg": demo,  # first: it leaves the photographs and the store
+    "vitt16-pca.jpg": patches,
+    "search.jpg": search,
+    "segment.jpg": segment,
+    "classify.jpg": classify,
     "small-cpu.png": small_cpu,
     "gram-cpu.png": gram_cpu,
 }
@@ -167,9 +167,7 @@ def main() -> None:
         for name, draw in PICTURES.items():
             if name in args.names or not args.names:
                 image = first if draw is demo else draw(work)
-                if len(image.getcolors(1 << 24) or []) > 4096:  # photographs: 256 colours are enough on a page
-                    image = image.convert("RGB").quantize(256, dither=Image.Dither.FLOYDSTEINBERG)
-                image.save(args.out / name, optimize=True)
+                image.convert("RGB").save(args.out / name, quality=88, optimize=True)
                 print(f"{args.out / name} {image.width}×{image.height}")
 
 

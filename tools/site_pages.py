@@ -62,22 +62,23 @@ def model_tables() -> str:
             else "ViT, web images (LVD-1689M)"
         )
 
+    def name_of(row: Any) -> str:
+        return f"`{row.id if row.dataset == 'sat493m' else row.arch}`"
+
     parts = []
-    for name in dict.fromkeys(family(row) for row in sorted(ROWS, key=lambda row: row.packaged is None)):
-        rows = [row for row in ROWS if family(row) == name]
-        scores = list(dict.fromkeys(key for row in rows for key in row.scores))
-        lines = []
+    for family_name in dict.fromkeys(family(row) for row in sorted(ROWS, key=lambda row: row.packaged is None)):
+        rows = [row for row in ROWS if family(row) == family_name]
+        facts = []
         for row in rows:
             config: Any = row.config
             convnext = isinstance(config, ConvNeXtConfig)
-            lines.append(
+            facts.append(
                 [
-                    f"`{row.id if row.dataset == 'sat493m' else row.arch}`",
+                    name_of(row),
                     f"{row.parameters / 1e6:,.1f} M",
                     str(config.dims[-1] if convnext else config.embed_dim),
                     "32 (stride)" if convnext else str(config.patch_size),
                     "Apache-2.0" if row.packaged else "DINOv3 License",
-                    *(figure(key, row.scores.get(key)) for key in scores),
                     "in the package"
                     if row.packaged
                     else f"[request](https://huggingface.co/{row.hf})"
@@ -85,7 +86,12 @@ def model_tables() -> str:
                     else "not released",
                 ]
             )
-        parts += [f"## {name}", table(["name", "parameters", "width", "patch", "licence", *scores, "where"], lines)]
+        parts += [f"## {family_name}", table(["name", "parameters", "width", "patch", "licence", "where"], facts)]
+        if scores := list(dict.fromkeys(key for row in rows for key in row.scores)):
+            figures = [
+                [name_of(row), *(figure(key, row.scores.get(key)) for key in scores)] for row in rows if row.scores
+            ]
+            parts.append(table(["published", *scores], figures))
     heads = [[f"`{row.name}`", row.task, f"`{row.backbone}`", f"`{row.file.split('/')[-1]}`"] for row in HEADS]
     parts += ["## Published heads", table(["name", "task", "on", "file"], heads)]
     return "\n\n".join(parts)
