@@ -1,4 +1,4 @@
-"""The README's commands and snippets, run as printed, in a folder that holds what they name."""
+"""Commands and snippets of the README and of pages for beginners, run as printed, in a folder that holds what they name."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ from paths import ROOT
 
 import dinov3
 
-README = (ROOT / "README.md").read_text()
+PAGES = ("README.md", "docs/use.md", "docs/faq.md", "docs/gallery.md")
 WEIGHTS = "dinov3_vits16_pretrain_lvd1689m-08c60483.pth"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, page: str = "README.md") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def commands(page: str) -> list[str]:
+    return [line for block in blocks("sh", page) for line in block.splitlines() if line.startswith("dinov3 ")]
 
 
 def draw_scene(folder: Path | None, name: str | Path, horizon: int) -> None:
@@ -50,6 +54,7 @@ def place(tmp_path_factory, skimage_images) -> Path:
         from PIL import Image
 
         Image.open(skimage_images / source).save(photographs / f"{Path(source).stem}.jpg")
+    (folder / "demo-out" / "store").symlink_to(folder / "store")
     for split, parts in (("train", "images masks"), ("val", "images masks")):
         for part in parts.split():
             (folder / "scenes" / split / part).mkdir(parents=True)
@@ -78,9 +83,9 @@ def run(command: str, place: Path) -> str:
 
 @pytest.mark.timeout(600)  # a dozen processes
 def test_the_commands_work_as_printed(place: Path) -> None:
-    commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("dinov3 ")]
-    assert len(commands) >= 7
-    said = {command: run(command, place) for command in commands}
+    printed = commands("README.md")
+    assert len(printed) >= 7
+    said = {command: run(command, place) for command in printed}
     found = next(text for command, text in said.items() if "--sheet" in command)
     assert "images/chelsea.jpg" in found
     assert (place / "neighbours.png").stat().st_size > 10_000
@@ -88,7 +93,6 @@ def test_the_commands_work_as_printed(place: Path) -> None:
     assert (place / "street" / "head.safetensors").is_file()
     masks = {p.name for p in (place / "masks").iterdir()}
     assert {"chelsea_classes.png", "coffee_classes.png", "rocket_classes.png"} <= masks
-    assert len(list((place / "depth").glob("*_depth.npy"))) == 3
     assert (place / "knn" / "results-knn.csv").is_file()
     assert all("3 embedded" in text for command, text in said.items() if " embed " in command)
 
@@ -102,10 +106,22 @@ def test_the_make_targets_printed_first_exist() -> None:
         assert dry.returncode == 0, dry.stderr
 
 
-@pytest.mark.parametrize("index", range(len(blocks("python"))))
-def test_the_snippets_work_as_printed(index: int, place: Path) -> None:
-    (place / "snippet.py").write_text(blocks("python")[index])
-    run(f"{sys.executable} snippet.py", place)
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "page", ["docs/use.md", "docs/faq.md", pytest.param("docs/gallery.md", marks=pytest.mark.slow)]
+)
+def test_other_commands_of_the_pages_work_as_printed(page: str, place: Path) -> None:
+    known = commands("README.md")  # run above
+    elsewhere = ("dinov3 serve", "dinov3 bench", "dinov3 export", "dinov3 explore")  # tests of their own; long
+    for command in dict.fromkeys(commands(page)):
+        if command not in known and not command.startswith(elsewhere):
+            run(command, place)
+
+
+@pytest.mark.parametrize("page, index", [(page, i) for page in PAGES for i in range(len(blocks("python", page)))])
+def test_the_snippets_work_as_printed(page: str, index: int, place: Path, monkeypatch) -> None:
+    monkeypatch.chdir(place)
+    exec(compile(blocks("python", page)[index], f"{page}, snippet {index}", "exec"), {})
 
 
 def test_the_shapes_printed_beside_the_snippet_are_right(place: Path, monkeypatch) -> None:

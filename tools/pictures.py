@@ -66,7 +66,7 @@ def search(work: Path) -> Image.Image:
     sheet = work / "neighbours.png"
     sheet.unlink(missing_ok=True)
     dinov3_command(
-        "search", str(work / "store"), "--image", str(work / "images/coffee.jpg"), "--top", "8", "--sheet", str(sheet)
+        "search", str(work / "store"), "--image", str(work / "images/coffee.jpg"), "--top", "5", "--sheet", str(sheet)
     )
     return Image.open(sheet)
 
