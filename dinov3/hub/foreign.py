@@ -22,6 +22,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ from dinov3.models.base import TokenModel, chosen_layers, named_features
 from dinov3.weights.catalog import STATISTICS
 
 Triple = tuple[float, float, float]
+
+
+class _Enough(Exception):
+    """Every block that was asked for has run."""
 
 
 class ForeignBackbone(TokenModel):
@@ -74,16 +79,20 @@ class ForeignBackbone(TokenModel):
             )
         x = x[..., : h * self.patch_size, : w * self.patch_size]  # as our own models: what is no whole patch is lost
         outputs: dict[int, Tensor] = {}
+        last = max(layers)
 
         def catch(layer: int) -> Callable[..., None]:
             def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
                 outputs[layer] = output if isinstance(output, Tensor) else output[0]
+                if layer == last < self.n_blocks - 1:
+                    raise _Enough  # the blocks behind it are not wanted
 
             return hook
 
         hooks = [self._blocks[i].register_forward_hook(catch(i)) for i in layers]
         try:
-            self._call[0](x)
+            with suppress(_Enough):
+                self._call[0](x)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -430,6 +430,8 @@ class VisionTransformer(TokenModel):
             groups = block(groups, [of_block[i % fresh] for of_block in tables], rows[i])
             if i in keep:
                 kept.append(groups)
+                if len(kept) == len(keep):
+                    break  # the blocks behind are not wanted
         return kept if keep else [groups]
 
     def _final_norm(self, x: Tensor, *, local_crops: bool = False) -> Tensor:

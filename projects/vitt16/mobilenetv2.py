@@ -12,6 +12,8 @@ from dinov3.distill.teachers import Targets, Teacher, TeacherSpec
 from dinov3.errors import DinoError
 from dinov3.weights import reading
 
+CHUNK = 8  # images at once on a CPU: their widest maps stay in its cache
+
 
 def open_mobilenetv2(spec: TeacherSpec) -> Teacher:
     state, _ = reading.read(spec.what)
@@ -22,7 +24,9 @@ def open_mobilenetv2(spec: TeacherSpec) -> Teacher:
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(x: Tensor) -> Targets:
-        return network.targets(x.contiguous(memory_format=torch.channels_last))
+        parts = x.split(CHUNK) if x.device.type == "cpu" else (x,)
+        found = [network.targets(part.contiguous(memory_format=torch.channels_last)).fields() for part in parts]
+        return Targets(**{name: torch.cat([fields[name] for fields in found]) for name in found[0]})
 
     teacher = Teacher(spec, network, forward, patch=None)  # its id is that of the file's weights
     without_norms(network)
@@ -77,4 +81,4 @@ class InvertedResidual(nn.Module):
 
 def _conv_norm_act(width: int, out: int, kernel: int, *, stride: int = 1, groups: int = 1) -> nn.Sequential:
     conv = nn.Conv2d(width, out, kernel, stride, kernel // 2, groups=groups, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(out), nn.ReLU6())
+    return nn.Sequential(conv, nn.BatchNorm2d(out), nn.ReLU6(inplace=True))

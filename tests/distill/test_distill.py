@@ -79,7 +79,11 @@ def test_a_dinov2_folder_gives_the_requested_block(oracles, tmp_path: Path) -> N
     teacher = open_teacher(f"transformers:{tmp_path / 'dinov2'},layer=1")
     assert teacher.side(3) == 42
     pixels = torch.randint(0, 256, (2, 3, 42, 42), dtype=torch.uint8)
+    ran = []
+    for i, block in enumerate(teacher.network._blocks):
+        block.register_forward_pre_hook(lambda *_, i=i: ran.append(i))
     said = teacher(pixels)
+    assert ran == [0, 1]  # the block behind the requested one is not computed
     assert said.patches.shape == (2, 3, 3, 64)
     mean, std = (torch.tensor(v)[:, None, None] for v in catalog.STATISTICS["lvd1689m"])
     with torch.no_grad():
