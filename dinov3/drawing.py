@@ -1,6 +1,7 @@
-"""Drawings: class colours with a legend, depth with a colour bar, named boxes, contact sheets. Pillow and numpy only.
+"""Drawings: class colours with a legend, depth with a colour bar, named boxes, heat maps, matches, contact sheets.
 
-A drawing is for eyes: long sides above `LONGEST` are reduced. The data beside it has every pixel.
+Pillow and numpy only; PyAV where a video is written. A drawing is for eyes: long sides above `LONGEST` are reduced. The
+data beside it has every pixel.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import math
 import os
 import textwrap
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from dinov3.errors import printable
+from dinov3.errors import printable, require
 
 LONGEST = 1600  # px
 LINE, GAP = 24, 14  # px of a legend
@@ -144,6 +146,120 @@ def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
     page.paste(left, (0, 0))
     page.paste(right, (left.width + 12, 0))
     return page
+
+
+# ---- what patches say ----------------------------------------------------------------------------------------------
+
+
+def heat_over(image: Image.Image, values: np.ndarray, *, alpha: float = 0.65) -> Image.Image:
+    """The image in grey under the colours of values [H, W] in [0, 1]."""
+    base = reduced(image)
+    grey = np.asarray(base.convert("L").convert("RGB"), np.float64)
+    blended = (1 - alpha) * grey + alpha * ramp(_fitting(values, base.size))
+    return Image.fromarray(np.rint(blended).astype(np.uint8))
+
+
+def objects_over(image: Image.Image, numbers: np.ndarray, *, alpha: float = 0.45) -> Image.Image:
+    """The image with its objects (numbers [H, W], 0 the background) tinted and outlined; the background is a bit darker."""
+    base = reduced(image)
+    shown = _fitting(numbers, base.size)
+    pixels = np.asarray(base, np.float64)
+    colours = np.array([(0, 0, 0), *palette(max(1, int(numbers.max(initial=0))))], np.float64)[shown]
+    inside = (shown > 0)[..., None]
+    blended = np.where(inside, (1 - alpha) * pixels + alpha * colours, 0.6 * pixels)
+    edge = np.zeros(shown.shape, bool)
+    edge[:, 1:] |= shown[:, 1:] != shown[:, :-1]
+    edge[1:] |= shown[1:] != shown[:-1]
+    thick = edge.copy()  # two pixels wide
+    thick[:-1] |= edge[1:]
+    thick[:, :-1] |= edge[:, 1:]
+    blended[thick] = (255, 255, 255)
+    return Image.fromarray(np.rint(blended).astype(np.uint8))
+
+
+def colours_of(values: np.ndarray) -> Image.Image:
+    """An image from values [H, W, 3] in [0, 1]."""
+    return Image.fromarray(np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8))
+
+
+def matches_between(
+    left: Image.Image, right: Image.Image, a_xy_px: np.ndarray, b_xy_px: np.ndarray, colours: np.ndarray
+) -> Image.Image:
+    """Two images side by side, at one height, and a line for every match of points [M, 2], in its colour [M, 3] uint8."""
+    height = min(LONGEST, max(left.height, right.height))
+    pair = [image.resize((max(1, round(image.width * height / image.height)), height)) for image in (left, right)]
+    page = Image.new("RGB", (pair[0].width + GAP + pair[1].width, height), PAPER)
+    page.paste(pair[0], (0, 0))
+    page.paste(pair[1], (pair[0].width + GAP, 0))
+    draw = ImageDraw.Draw(page)
+    a, b = a_xy_px * height / left.height, b_xy_px * height / right.height + (pair[0].width + GAP, 0)
+    for (x, y), (u, v), colour in zip(a.tolist(), b.tolist(), colours.tolist()):
+        draw.line([x, y, u, v], fill=tuple(colour), width=2)
+        for px, py in ((x, y), (u, v)):
+            draw.ellipse([px - 5, py - 5, px + 5, py + 5], fill=tuple(colour), outline=PAPER)
+    return reduced(page)
+
+
+def dot(image: Image.Image, x: float, y: float, colour: tuple[int, int, int] = (0, 230, 200)) -> Image.Image:
+    """The image with a ring around a pixel."""
+    marked = image.copy()
+    draw = ImageDraw.Draw(marked)
+    for r, ink, width in ((11, INK, 7), (9, colour, 3)):
+        draw.ellipse([x - r, y - r, x + r, y + r], outline=ink, width=width)
+    return marked
+
+
+def sheet(tiles: Sequence[tuple[str, Image.Image]], across: int, side: int = 260) -> Image.Image:
+    """Images in rows of `across`, each in a square of `side` pixels under its name."""
+    across, font = min(across, len(tiles)), _font(14)
+    down = math.ceil(len(tiles) / across)
+    step, line = side + GAP, side + GAP + LINE
+    page = Image.new("RGB", (across * step + GAP, down * line + GAP), PAPER)
+    draw = ImageDraw.Draw(page)
+    for i, (name, image) in enumerate(tiles):
+        x, y = GAP + i % across * step, GAP + i // across * line
+        fitted = ImageOps.contain(image, (side, side), Image.Resampling.LANCZOS)
+        draw.text((x, y + 2), _shortened(printable(name), font, side), font=font, fill=INK)
+        page.paste(fitted, (x, y + LINE))
+    return page
+
+
+class VideoWriter:
+    """An H.264 file of images of one size, by PyAV: `with VideoWriter(path, fps) as video: video.add(image)`.
+
+    The file appears under its name when it is complete.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], fps: float) -> None:
+        self.path, self.fps = Path(path), fps
+        self.part = self.path.with_name(f".{self.path.stem}.part{self.path.suffix}")
+        self.container = require("av", "video", "writing video files").open(str(self.part), "w")
+        self.stream: Any = None
+
+    def add(self, image: Image.Image) -> None:
+        import av
+
+        if self.stream is None:
+            self.stream = self.container.add_stream("libx264", rate=Fraction(self.fps).limit_denominator(1001))
+            self.stream.width, self.stream.height = (side // 2 * 2 for side in image.size)  # the codec wants even sides
+            self.stream.pix_fmt, self.stream.options = "yuv420p", {"crf": "20"}
+        frame = av.VideoFrame.from_image(image.crop((0, 0, self.stream.width, self.stream.height)))
+        for packet in self.stream.encode(frame):
+            self.container.mux(packet)
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(self, kind: Any, error: object, trace: object) -> None:
+        complete = kind is None and self.stream is not None
+        if complete:
+            for packet in self.stream.encode():
+                self.container.mux(packet)
+        self.container.close()
+        if complete:
+            self.part.replace(self.path)
+        else:
+            self.part.unlink(missing_ok=True)
 
 
 # ---- boxes, words --------------------------------------------------------------------------------------------------

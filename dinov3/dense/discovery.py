@@ -41,15 +41,18 @@ class Cut:
         return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
 
 
-def token_cut(features: Features | Tensor, *, tau: float = 0.2, epsilon: float = 1e-5) -> Cut:
+def token_cut(features: Features | Tensor, *, tau: float | None = 0.2, epsilon: float = 1e-5) -> Cut:
     """The object of one image from its patches (`Features` of one image, or a map [h, w, D]).
 
     tau: cosine above which two patches belong together. The paper tries 0, 0.05, …, 0.4 for each backbone; see
-    `cosines` and `cut` to do so without computing the cosines again. epsilon: the weight of all other pairs, which keeps
-    the graph in one piece.
+    `cosines` and `cut` to do so without computing the cosines again. None: the image's mean cosine, which suits models
+    whose patches are all alike to some degree (the small model that ships: 0.6). epsilon: the weight of all other pairs,
+    which keeps the graph in one piece.
     """
     x = unit_map(features)
-    return cut(cosines(x), (x.shape[0], x.shape[1]), tau=tau, epsilon=epsilon)
+    similarity = cosines(x)
+    tau = float(similarity.mean()) if tau is None else tau
+    return cut(similarity, (x.shape[0], x.shape[1]), tau=tau, epsilon=epsilon)
 
 
 def cosines(features: Features | Tensor) -> Tensor:

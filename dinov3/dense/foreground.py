@@ -89,7 +89,11 @@ def patch_labels(mask: Tensor, grid_hw: tuple[int, int]) -> Tensor:
 
     Object: above 99 % of the cell is covered; background: below 1 %.
     """
-    share = coverage(mask, grid_hw)
+    return labels_of_shares(coverage(mask, grid_hw))
+
+
+def labels_of_shares(share: Tensor) -> Tensor:
+    """`patch_labels` from the share of every patch that the mask covers, [h, w]."""
     return torch.where(share > 0.99, 1, torch.where(share < 0.01, 0, MIXED))
 
 
@@ -103,8 +107,8 @@ def click_labels(
 ) -> Tensor:
     """Labels [h, w] as `patch_labels` gives them, from clicks (x, y) on the object and beside it, in the image's pixels.
 
-    Without any click beside the object, the share `others` of the patches that is least like the clicked ones counts as
-    background.
+    Without any click beside the object, background is guessed: four patches for each click, evenly from the share `others`
+    of the patches that are least like the clicked ones. (All of that share would outweigh the clicks.)
     """
     if not inside:
         raise DinoError("a click on the object is needed")
@@ -113,7 +117,9 @@ def click_labels(
     if not outside:
         unit = F.normalize(features.patches[image].float().cpu(), dim=-1)
         best = (unit @ torch.stack([unit[place] for place in places]).T).amax(-1)  # [h, w]
-        labels[best <= best.quantile(others)] = 0
+        least = best.flatten().argsort()[: max(1, int(others * best.numel()))]
+        guessed = least[torch.linspace(0, len(least) - 1, min(len(least), 4 * len(places))).long()]
+        labels.view(-1)[guessed] = 0
     for x, y in outside:
         labels[features.patch_of_pixel(x, y, image)] = 0
     for place in places:

@@ -14,7 +14,7 @@ Labelled clips lie in one folder per class, as video files (decoded by PyAV) or 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -139,6 +139,33 @@ def read_frames(path: str | os.PathLike[str], indices: Sequence[int], *, fps: fl
     else:
         frames, seconds = _decode(source, indices)
     return Clip(tuple(frames), seconds, frames[0].size)
+
+
+def stream_frames(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """Every frame of a video file, or of a folder of images, in order; one at a time, whatever the length."""
+    source = Path(path)
+    if source.is_dir():
+        for image in _images_of(source):
+            yield open_image(image).image
+        return
+    av = require("av", "video", "reading video files")
+    with _opened(av, source) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        try:
+            for frame in container.decode(stream):
+                yield frame.to_image()
+        except av.error.FFmpegError as error:
+            raise DinoError(f"{source} is broken: a frame cannot be decoded ({error})") from None
+
+
+def frame_rate(path: str | os.PathLike[str], default: float = 25.0) -> float:
+    """Frames a second of a video file; `default` where the file does not say, and of a folder of images."""
+    source = Path(path)
+    if source.is_dir():
+        return default
+    with _opened(require("av", "video", "reading video files"), source) as container:
+        return float(container.streams.video[0].average_rate or default)
 
 
 def n_frames(path: str | os.PathLike[str]) -> int:
