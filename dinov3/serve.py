@@ -3,7 +3,7 @@
 Images come in request bodies only; no name of a file on the server is ever taken. Images of requests that arrive while the
 model works form its next batch (nothing waits for a batch to fill). Refusals are those of `web`, and 503: too many at once.
 
-Left out: texts as queries, patch features, users and encryption (put a proxy in front), several models.
+Left out: vectors of texts, patch features, users and encryption (put a proxy in front), several models.
 
 Shapes: N images of a request, B images of a batch, D width of a vector.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import io
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -31,7 +31,7 @@ from dinov3.data.images import open_image
 from dinov3.data.transforms.inputs import Geometry, Preprocessing
 from dinov3.embedding.search import search
 from dinov3.embedding.store import EmbeddingStore
-from dinov3.errors import ImageError, one_of
+from dinov3.errors import DinoError, ImageError, one_of
 from dinov3.features import auto_workers, prepare, vectors_of
 from dinov3.web import LIMITS, LOOPBACK, Limits, content_type, guard, json_object, read_body, read_images
 from dinov3.weights.identity import name_of
@@ -101,6 +101,10 @@ class Batches:
                         continue
                     future.set_exception(result) if isinstance(result, Exception) else future.set_result(result)
 
+    async def alone(self, make: Callable[[Any], np.ndarray], given: Any) -> np.ndarray:
+        """`make(given)` in the model's thread, between two batches."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, make, given)
+
     def _forward(self, inputs: list[Input]) -> np.ndarray:
         self.batches += 1
         batch = torch.stack([x for x, _ in inputs]), [geometry for _, geometry in inputs]
@@ -118,11 +122,13 @@ def application(
     *,
     pooling: str = "cls",
     store: EmbeddingStore | None = None,
+    vector_of: Callable[[str], np.ndarray] | None = None,
     hosts: tuple[str, ...] = LOOPBACK,
     limits: Limits = LIMITS,
     batch_size: int = 16,
 ) -> FastAPI:
-    """The service. `hosts`: as for `web.guard`. A store must have been filled by this model and preprocessing."""
+    """The service. `hosts`: as for `web.guard`. A store must have been filled by this model and preprocessing; `vector_of`
+    makes a text a vector of its space, where the model has a text tower (`pipeline.both_sides`)."""
     batches = Batches(model, preprocessing, pooling, batch_size)
     about = {"model": name_of(model), "preprocessing": preprocessing.id, "pooling": pooling}
 
@@ -147,7 +153,15 @@ def application(
     @app.get("/health")
     async def health() -> dict[str, Any]:
         rows = await asyncio.to_thread(len, store) if store is not None else None
-        return {"status": "ok", **about, "rows": rows, "waiting": batches.waiting, "batches": batches.batches}
+        about_text = {"text": vector_of is not None}
+        return {
+            "status": "ok",
+            **about,
+            **about_text,
+            "rows": rows,
+            "waiting": batches.waiting,
+            "batches": batches.batches,
+        }
 
     @app.post("/embed")
     async def embed(request: Request) -> Response:
@@ -164,7 +178,9 @@ def application(
         given: dict[str, Any] = dict(request.query_params)
         if content_type(request) == "application/json":
             given |= json_object(await read_body(request, limits), '{"vector": [0.1, …], "top": 10}')
-            vector = _vector(given)
+            if ("text" in given) == ("vector" in given):
+                raise HTTPException(400, 'a search takes an image, or JSON with either "vector" or "text"')
+            vector = await batches.alone(_text_query(vector_of), given["text"]) if "text" in given else _vector(given)
         else:
             images = await read_images(request, limits)
             if len(images) != 1:
@@ -200,6 +216,20 @@ def _vector(given: dict[str, Any]) -> np.ndarray:
     if vector.ndim != 1:
         raise HTTPException(400, '"vector" must be a list of numbers, or send an image as the body')
     return vector
+
+
+def _text_query(vector_of: Callable[[str], np.ndarray] | None) -> Callable[[Any], np.ndarray]:
+    if vector_of is None:
+        raise HTTPException(
+            400, "this service's model has no text tower: send an image or a vector, or serve a store of dino.txt"
+        )
+
+    def make(text: Any) -> np.ndarray:
+        if not isinstance(text, str) or not text.strip():
+            raise DinoError('"text" must be a sentence, such as "a dog on a beach"')
+        return vector_of(text)
+
+    return make
 
 
 def _options(given: dict[str, Any], limits: Limits) -> dict[str, Any]:

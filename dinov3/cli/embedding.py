@@ -195,7 +195,7 @@ def search(
     """Find the images of a store that are most similar to an image or a text (cosine similarity)."""
     with importing():
         from dinov3.drawing import card
-        from dinov3.embedding.pipeline import model_of, query_vector, text_query
+        from dinov3.embedding.pipeline import both_sides, model_of, query_vector
         from dinov3.embedding.search import check_sheet
         from dinov3.embedding.search import search as neighbours
         from dinov3.embedding.search import sheet as draw
@@ -210,7 +210,8 @@ def search(
     where_weights: dict[str, Any] = {"weights": config.weights, "backbone_weights": config.backbone_weights}
     with Progress("searching"):
         if text is not None:
-            vector = text_query(opened, text, device=place, vocabulary=config.vocabulary, **where_weights)
+            *_, vector_of = both_sides(opened, device=place, vocabulary=config.vocabulary, **where_weights)
+            vector = vector_of(text)
         else:
             net, preprocessing = model_of(opened, device=place, **where_weights)
             if net.origin.random:  # type: ignore[union-attr]
@@ -231,6 +232,8 @@ def search(
 @dataclass
 class ServeOptions:
     weights: str | None = setting(None, help="As for `embed`; with --store: where its weights lie now, if they moved.")
+    backbone_weights: str | None = setting(None, help="With a --store of dino.txt: the same for its backbone.")
+    vocabulary: str | None = setting(None, help="With a --store of dino.txt: CLIP's file, as for `search --text`.")
     size: int = setting(256, help="Pixels of the square, or of the side that --shape names.")
     shape: Shape = setting("square", help="square changes the aspect; short, long and native keep it.")
     fit: Fit = setting("resize", help="For sides that are no multiple of the patch; crop loses pixels.")
@@ -261,20 +264,37 @@ def serve(
     with importing():
         from dinov3 import serve as service
         from dinov3 import web
-        from dinov3.embedding.pipeline import model_of
+        from dinov3.embedding.pipeline import both_sides, is_text_aligned, model_of
         from dinov3.embedding.store import EmbeddingStore
         from dinov3.features import default_preprocessing
         from dinov3.hub import load
 
-    opened = None
+    opened = vector_of = None
     if store is not None:
         names = ("size", "shape", "fit", "pooling", "precision")
         given = [name for name in names if getattr(c, name) != getattr(default, name)] + ["model"] * (model is not None)
         if given:
             raise DinoError(f"--{given[0]} is the store's own: leave it out, or serve without --store")
         opened = EmbeddingStore.open(store)
-        net, preprocessing = model_of(opened, device=device_of(device), weights=c.weights, lasting=True)
+        where: dict[str, Any] = {"device": device_of(device), "weights": c.weights}
+        if is_text_aligned(opened.facts):
+            where["backbone_weights"] = c.backbone_weights
+            try:
+                net, preprocessing, vector_of = both_sides(opened, vocabulary=c.vocabulary, **where)
+            except DinoError as error:
+                if c.vocabulary is not None:
+                    raise
+                log(f"note: no search by text: {error}")  # without a vocabulary; other errors come again now
+                net, preprocessing = model_of(opened, lasting=True, **where)
+        elif c.backbone_weights is not None or c.vocabulary is not None:
+            raise DinoError(
+                f"--backbone-weights and --vocabulary are dino.txt's, and {store} was filled by another model"
+            )
+        else:
+            net, preprocessing = model_of(opened, lasting=True, **where)
         pooling = opened.facts.pooling
+    elif c.backbone_weights is not None or c.vocabulary is not None:
+        raise DinoError("--backbone-weights and --vocabulary belong to a --store of dino.txt")
     else:
         net = load(model, c.weights, device=device_of(device), fast=c.precision)
         preprocessing = default_preprocessing(net, size=c.size, shape=c.shape, fit=c.fit)
@@ -286,6 +306,7 @@ def serve(
             preprocessing,
             pooling=pooling,
             store=opened,
+            vector_of=vector_of,
             hosts=(*web.LOOPBACK, host, *c.allow_host),
             limits=web.Limits(c.max_mb, c.max_megapixels, c.max_images),
             batch_size=c.batch,

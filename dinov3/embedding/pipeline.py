@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -594,19 +595,19 @@ def is_text_aligned(facts: StoreFacts) -> bool:
     return facts.model_name in (NAME, OWN)
 
 
-def text_query(
+def both_sides(
     store: EmbeddingStore,
-    text: str,
     *,
     device: Any = "cpu",
     weights: str | None = None,
     backbone_weights: str | None = None,
     vocabulary: str | None = None,
-) -> Any:
-    """The vector [D] of a sentence in the space of a store that dino.txt filled.
+) -> tuple[nn.Module, Preprocessing, Callable[[str], np.ndarray]]:
+    """Of a store that dino.txt filled: the model and preprocessing of its images, as `model_of`, and what makes a sentence a
+    vector [D] in the store's space, with one set of weights.
 
-    Raises `DinoError` for a store of another model, for other weights than the store's, and for a sentence longer than
-    the text tower's context.
+    Raises `DinoError` for a store of another model and for other weights than the store's; the function for a sentence longer
+    than the text tower's context.
     """
     facts = store.facts
     if not is_text_aligned(facts):
@@ -620,12 +621,16 @@ def text_query(
     model, tokenizer = open_model(
         weights or above, backbone_weights or below or None, vocabulary, device=device, dtype=_dtype_of(facts)
     )
-    _checked_preprocessing(store, ImageSide(model), weights or above)
-    tokens = tokenizer.tokenize([text], model.text_config.context_length, too_long="refuse")
-    with torch.inference_mode():
-        vector = model.encode_text(tokens.to(device))[0].float().cpu()  # [E], class half and patch half
-    half = len(vector) // 2
-    return {"cls+mean": vector, "cls": vector[:half], "mean": vector[half:]}[facts.pooling].numpy()
+    images = ImageSide(model)
+
+    def vector_of(text: str) -> np.ndarray:
+        tokens = tokenizer.tokenize([text], model.text_config.context_length, too_long="refuse")
+        with torch.inference_mode():
+            vector = model.encode_text(tokens.to(device))[0].float().cpu()  # [E], class half and patch half
+        half = len(vector) // 2
+        return {"cls+mean": vector, "cls": vector[:half], "mean": vector[half:]}[facts.pooling].numpy()
+
+    return images, _checked_preprocessing(store, images, weights or above), vector_of
 
 
 def query_vector(store: EmbeddingStore, image: Any, model: nn.Module, preprocessing: Preprocessing) -> Any:

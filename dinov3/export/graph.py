@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -296,6 +297,20 @@ def _compared(names: list[str], images: Tensor, expected: list[np.ndarray], run:
 # ---- the forms -----------------------------------------------------------------------------------------------------
 
 
+def _name_dimensions(graph: Any, stride: int) -> None:
+    """torch's symbols of free dimensions by what they are: batch, height and width in pixels, rows and columns of patches."""
+    named: dict[str, str] = {}
+    for axis, name in ((0, "batch"), (2, "rows"), (3, "columns")):
+        if (symbol := re.search(r"s\d+", str(graph.inputs[0].shape[axis]))) is not None:
+            named[symbol[0]] = name
+    pixels = {f"{stride}*rows": "height", f"{stride}*columns": "width"}
+    for value in [*graph.inputs, *(v for node in graph for v in node.outputs if v.shape is not None)]:
+        for axis, size in enumerate(value.shape):
+            if not isinstance(size, int) and size.value is not None:
+                text = re.sub(r"s\d+", lambda symbol: named.get(symbol[0], symbol[0]), str(size.value))
+                value.shape[axis] = pixels.get(text, text)
+
+
 def _write_onnx(
     program: Any, images: Tensor, work: Path, names: list[str], facts: dict[str, Any]
 ) -> tuple[Run, dict[str, Any]]:
@@ -310,6 +325,7 @@ def _write_onnx(
     outputs = {id(value) for value in graph.outputs}
     for value in [v for node in graph for v in node.outputs if v.name in names and id(v) not in outputs]:
         value.name = f"{value.name}_inside"  # torch calls a mean "mean" as well
+    _name_dimensions(graph, facts["patch"])
     made.model.metadata_props["dinov3"] = json.dumps(facts)
     path = work / TARGETS["onnx"]
     large = sum(v.numel() * v.element_size() for v in program.state_dict.values()) > 1.8e9

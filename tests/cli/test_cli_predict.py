@@ -273,6 +273,21 @@ def test_zero_shot_places(dino_txt: dict[str, Path], photos: list[Path], tmp_pat
     assert (found.classes == maps.argmax(1)[0].numpy()).mean() > 0.999
 
 
+def service_over(store: Path) -> Any:
+    """A client of what `dinov3 serve --store` runs."""
+    pytest.importorskip("fastapi")
+    from starlette.testclient import TestClient
+
+    from dinov3 import serve
+    from dinov3.embedding.pipeline import both_sides
+    from dinov3.embedding.store import EmbeddingStore
+
+    opened = EmbeddingStore.open(store)
+    model, preprocessing, vector_of = both_sides(opened, vocabulary=str(VOCABULARY))
+    app = serve.application(model, preprocessing, pooling="cls+mean", store=opened, vector_of=vector_of)
+    return TestClient(app, base_url="http://localhost")
+
+
 def test_a_store_filled_by_dino_txt_is_searched_with_a_text(
     dino_txt: dict[str, Path], photos: list[Path], tmp_path: Path
 ) -> None:
@@ -314,6 +329,19 @@ def test_a_store_filled_by_dino_txt_is_searched_with_a_text(
     assert result.stdout.splitlines()[0].split("\t")[1] == "1.0000"
     run("search", store, "--text", "a cat", "--vocabulary", VOCABULARY, "--device", "cpu", "--sheet", sheet)
     assert Image.open(sheet).width > 400
+
+    with service_over(store) as client:
+        assert client.get("/health").json()["text"] is True
+        served = client.post("/search", json={"text": "a cat", "top": 5}).json()["hits"]
+        assert [(h["path"], h["score"]) for h in served] == [(h["path"], pytest.approx(h["score"])) for h in hits]
+        for wrong, sentence in (
+            ({"text": "cat " * 40}, "more than 12 tokens"),
+            ({"text": 3}, '"text" must be a sentence'),
+            ({"text": "a", "vector": [1]}, 'either "vector" or "text"'),
+        ):
+            refused = client.post("/search", json=wrong)
+            assert refused.status_code == 400
+            assert sentence in refused.json()["error"]
 
     with pytest.raises(DinoError, match="either --image"):
         run("search", store)

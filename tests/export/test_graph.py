@@ -78,6 +78,14 @@ def test_the_runtime_computes_what_the_model_does(kind, name, size, tmp_path):
     assert facts == json.loads((tmp_path / "out/dinov3.json").read_text())
     assert facts["fingerprint"] == graph.identity.fingerprint(model)
     assert len(facts["parity"]) == (2 if size else 6)
+    if kind == "onnx":
+        import onnx
+
+        written = onnx.load(tmp_path / "out/model.onnx").graph
+        values = [(v.name, v.type.tensor_type.shape.dim) for v in (*written.input, *written.output)]
+        shapes = {name: [d.dim_param or d.dim_value for d in sizes] for name, sizes in values}
+        assert shapes["images"] == ["batch", 3, "height", "width"]
+        assert shapes["patches"] == ["batch", "rows", "columns", model.embed_dim]
 
 
 def test_half_precision_keeps_what_float16_cannot_hold(tmp_path):
