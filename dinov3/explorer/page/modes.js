@@ -104,7 +104,7 @@ export class Foreground extends Mode {
   panel() {
     const { view } = this, { points } = view, inside = points.filter((p) => p.label).length, outside = points.length - inside;
     return [choice("What a click marks", [[1, "+ Object"], [0, "− Background"]], this.label, (label) => { this.label = label; view.buildPanel(); }),
-      note("Right-click or Shift-click marks the other one."),
+      matchMedia("(hover: none)").matches ? null : note("Right-click or Shift-click marks the other one."),
       h("p", {}, points.length ? `${inside} object, ${outside} background` : "No click yet."),
       inside && !outside ? note("Until a patch of the background is marked, the patches least like yours count as background.") : null,
       points.length ? row(button("Undo", () => view.setPoints(points.slice(0, -1)), { "data-name": "undo" }),
@@ -226,7 +226,9 @@ export class Matches extends Mode {
 
   shown(images) { return images.slice(0, 2); }
 
-  hint() { return this.view.images.length < 2 ? "Choose a second image below." : "Move over a patch to see its lines."; }
+  hint(touch) {
+    return this.view.images.length < 2 ? "Choose a second image below." : `${touch ? "Touch" : "Move over"} a patch to see its lines.`;
+  }
 
   panel() {
     const { view } = this, { images } = view;

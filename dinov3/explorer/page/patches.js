@@ -17,7 +17,7 @@ const MODES = { similarity: Similarity, foreground: Foreground, pca: Pca, matche
 const KEYS = ["images", "mode", "layer", "size", "debias", "q", "fg", "first", "opacity", "sharp", "only"];
 const SIZES = [256, 384, 512, 640, 768, 1024], SIZE = 512, OPACITY = 0.8;
 const KEPT = 256 << 20; // bytes of features in the browser
-const GAP = 12, CAPTION = 30; // px between tiles, below each
+const GAP = 12, CAPTION = 30, EDGE = 4; // px between tiles, below each, around all
 const NARROW = "(max-width: 760px)"; // as in patches.css
 
 export function mount(element, app) {
@@ -189,7 +189,7 @@ class View {
         this.names.set(id, name);
         this.tiles.get(id)?.rename(this.nameOf(id));
         this.picks.append(h("button", { type: "button", class: "pick", title: name, "aria-label": name, value: id, onclick: () => this.toggle(id) },
-          h("img", { alt: "", loading: "lazy", src: thumb(id) })));
+          h("img", { alt: "", loading: "lazy", src: thumb(id), onerror: (event) => event.target.replaceWith("unreadable") })));
       }
       if (rows.length && offset + rows.length < this.app.info.count) ask("More", "");
     } catch (error) {
@@ -327,15 +327,15 @@ class View {
       if (this.query?.image === tile.id) this.buildPanel();
       this.refresh();
     } catch (error) {
-      if (error.name !== "AbortError" && tile.key === key) tile.fail(error.message);
+      if (error.name !== "AbortError" && tile.key === key) tile.fail(error.message, () => this.provide(tile));
     }
   }
 
   // Sizes of the tiles: the number of columns that shows most of the images.
   layout() {
-    const tiles = this.order(), narrow = matchMedia(NARROW).matches, width = this.board.clientWidth;
-    const height = narrow ? 0.54 * window.innerHeight : this.board.clientHeight; // a narrow page scrolls: its height follows the tiles
-    if (!tiles.length || !width || !height) return;
+    const tiles = this.order(), narrow = matchMedia(NARROW).matches, width = this.board.clientWidth - 2 * EDGE;
+    const height = narrow ? 0.54 * window.innerHeight : this.board.clientHeight - 2 * EDGE; // a narrow page scrolls: its height follows the tiles
+    if (!tiles.length || width <= 0 || height <= 0) return;
     let best = { area: -1 };
     for (let columns = 1; columns <= tiles.length; columns++) {
       const rows = Math.ceil(tiles.length / columns);
@@ -344,13 +344,14 @@ class View {
       if (area > best.area) best = { area, columns, w, high };
     }
     this.board.style.gridTemplateColumns = `repeat(${best.columns}, minmax(0, 1fr))`;
+    this.board.classList.toggle("small", best.w < 260);
     for (const tile of tiles) {
       const w = Math.floor(Math.min(best.w, best.high * tile.aspect));
       tile.place(w, Math.max(24, Math.floor(w / tile.aspect)));
     }
     let total = -GAP;
     for (let i = 0; i < tiles.length; i += best.columns) total += GAP + CAPTION + Math.max(...tiles.slice(i, i + best.columns).map((tile) => tile.height));
-    this.board.style.height = narrow ? `${total}px` : "";
+    this.board.style.height = narrow ? `${total + 2 * EDGE}px` : "";
     this.mode.layout();
   }
 

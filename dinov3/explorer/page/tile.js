@@ -47,7 +47,7 @@ export class Tile {
     this.pointers = new Map();
 
     this.image = h("img", { alt: "", draggable: "false", onload: () => this.#loaded() });
-    this.image.addEventListener("error", () => this.fail("This image cannot be shown."));
+    this.image.addEventListener("error", () => { this.image.hidden = true; });
     this.map = h("canvas", { class: "shot-map", "aria-hidden": "true" });
     this.marks = drawn("svg", { class: "shot-marks", preserveAspectRatio: "none", "aria-hidden": "true" });
     this.content = h("div", { class: "shot-content" }, this.image, this.map, this.marks);
@@ -92,11 +92,9 @@ export class Tile {
   place(width, height) {
     this.width = width;
     this.height = height;
-    this.element.classList.toggle("narrow", width < 230);
-    for (const element of [this.view, this.content]) {
-      element.style.width = `${width}px`;
-      element.style.height = `${height}px`;
-    }
+    this.element.style.width = `${width}px`;
+    this.view.style.width = `${width}px`;
+    this.view.style.height = `${height}px`;
     this.#move(this.k, this.x, this.y);
   }
 
@@ -119,10 +117,10 @@ export class Tile {
     this.note.hidden = false;
   }
 
-  fail(text) {
+  fail(text, again) {
     this.element.removeAttribute("aria-busy");
     this.failed = true;
-    this.note.replaceChildren(text);
+    this.note.replaceChildren(h("p", {}, text), h("button", { type: "button", class: "button small", onclick: again }, "Try again"));
     this.note.className = "shot-note failed";
     this.note.hidden = false;
   }
@@ -152,10 +150,11 @@ export class Tile {
       if (query.length > 1) parts.push(drawn("path", { class: "mark-area", d: area(query, this.grid) }));
       parts.push(drawn("path", { class: "mark-halo", d: path }), drawn("path", { class: "mark-query", d: path }));
     }
+    const side = Math.max(1, (14 * w) / (this.width * this.k)); // of a click's mark: at least 14 pixels
     for (const [at, label] of points) {
-      const x = at % w, y = Math.floor(at / w);
-      cell(at, label ? "mark-in" : "mark-out");
-      parts.push(drawn("path", { class: "mark-sign", d: `M${x + 0.2} ${y + 0.5}h.6${label ? `M${x + 0.5} ${y + 0.2}v.6` : ""}` }));
+      const x = (at % w) + 0.5, y = Math.floor(at / w) + 0.5, reach = 0.3 * side;
+      parts.push(drawn("rect", { class: label ? "mark-in" : "mark-out", x: x - side / 2, y: y - side / 2, width: side, height: side }),
+        drawn("path", { class: "mark-sign", d: `M${x - reach} ${y}h${2 * reach}${label ? `M${x} ${y - reach}v${2 * reach}` : ""}` }));
     }
     if (this.cursor !== null) {
       cell(this.cursor, "mark-halo");
@@ -198,7 +197,11 @@ export class Tile {
     this.k = k;
     this.x = Math.min(0, Math.max(this.width * (1 - k), x));
     this.y = Math.min(0, Math.max(this.height * (1 - k), y));
-    this.content.style.transform = `translate(${this.x}px, ${this.y}px) scale(${k})`;
+    const { style } = this.content; // sizes, not a transform: what is inside stays sharp
+    style.left = `${this.x}px`;
+    style.top = `${this.y}px`;
+    style.width = `${this.width * k}px`;
+    style.height = `${this.height * k}px`;
     this.view.classList.toggle("zoomed", k > 1);
     this.#show(Math.max(this.width, this.height) * k * (window.devicePixelRatio || 1));
     this.on.moved(this, false);
