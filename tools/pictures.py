@@ -85,6 +85,35 @@ def classify(work: Path) -> Image.Image:
     return Image.open(work / "classes/coffee_probabilities.png")
 
 
+def explorer(work: Path) -> Image.Image:
+    """The page of `dinov3 explore`: a patch of the cup and what is like it."""
+    import io
+    import shutil
+
+    from playwright.sync_api import expect, sync_playwright
+
+    folder = work / "explored"
+    folder.mkdir(exist_ok=True)
+    for name in ("astronaut", "chelsea", "coffee", "rocket"):
+        shutil.copy(work / "images" / f"{name}.jpg", folder)
+    command = [sys.executable, "-m", "dinov3", "explore", str(folder), "--port", "8123"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as service, sync_playwright() as playwright:
+        assert service.stderr is not None
+        next(line for line in service.stderr if "http://" in line)
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
+        )
+        page = browser.new_page(viewport={"width": 1280, "height": 760})
+        page.goto("http://127.0.0.1:8123/#tab=images&q=1_0.42_0.45")
+        page.locator(".mark-query").wait_for(timeout=60_000)
+        expect(page.locator(".shot[aria-busy=true]")).to_have_count(0, timeout=60_000)
+        page.wait_for_timeout(1000)
+        data = page.screenshot()
+        browser.close()
+        service.terminate()
+    return Image.open(io.BytesIO(data))
+
+
 def rows_of(page: str, heading: str) -> tuple[list[float], dict[str, list[float | None]]]:
     """Steps and curves of the first table below a heading in docs/training.md."""
     below = (ROOT / "docs" / page).read_text().split(heading)[1]
@@ -149,6 +178,7 @@ PICTURES: dict[str, Callable[[Path], Image.Image]] = {
     "search.jpg": search,
     "segment.jpg": segment,
     "classify.jpg": classify,
+    "explorer.jpg": explorer,
     "small-cpu.png": small_cpu,
     "gram-cpu.png": gram_cpu,
 }
