@@ -208,6 +208,15 @@ def auto_batch(model: Any, preprocessing: Preprocessing) -> int:
     return max(1, min(512, 2 ** (size.bit_length() - 1) if size else 1))
 
 
+def streams_of(model: nn.Module) -> int:
+    """How many batches are computed at a time: of a fast form on a CPU two with half of the threads each, which wait less for
+    one another beside other work. Calls of other models may not overlap."""
+    if not hasattr(model, "form") or next(model.parameters()).device.type != "cpu":
+        return 1
+    return min(MOST_STREAMS, torch.get_num_threads())
+
+
+MOST_STREAMS = 2  # more were not measured
 ASIDE = 500  # renames, copies, touches and failures that are committed together
 
 
@@ -500,14 +509,18 @@ def embed_source(
     """
     one_of("pooling", pooling, POOLINGS)
     embedder = Embedder(model, preprocessing, pooling, patches)
-    batch_size = batch_size or auto_batch(model, preprocessing)
+    streams = streams_of(model)
+    batch_size = batch_size or min(auto_batch(model, preprocessing), -(-len(source) // streams) or 1)
     workers = workers or auto_workers(model)
+    some_threads = partial(torch.set_num_threads, max(1, torch.get_num_threads() // streams))
 
     def embed_items(job: Job, items: Iterable[Item], contents: Container[str], stop: Callable[[], bool]) -> None:
-        ahead = prepared(items, preprocessing, workers, 2 * batch_size + workers, contents)
-        with closing(ahead):
-            for batch in batches_by_size(ahead, batch_size, job.aside):
-                job.write(embedder.rows(batch))
+        ahead = prepared(items, preprocessing, workers, (1 + streams) * batch_size + workers, contents)
+        batches = batches_by_size(ahead, batch_size, job.aside)
+        computed = prefetched(embedder.rows, batches, streams if streams > 1 else 0, initializer=some_threads)
+        with closing(ahead), closing(computed):
+            for rows in computed:
+                job.write(rows)
                 if stop():
                     job.report.interrupted = True
                     return

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from dinov3.embedding.search import search
 from dinov3.embedding.store import EmbeddingStore
 from dinov3.errors import DinoError, StoreError
 from dinov3.features import embed
+from dinov3.inference import faster
 from dinov3.models.architectures import ViTConfig
 from dinov3.models.vit import VisionTransformer
 
@@ -85,6 +87,21 @@ def test_a_store_holds_what_embed_gives(model, folder, tmp_path) -> None:
         expected = embed(model, path, preprocessing=RULE)
         np.testing.assert_allclose(vector, expected.cls[0].numpy(), atol=1e-5)
         assert (width, height) == Image.open(path).size
+
+
+def test_two_batches_at_a_time_give_the_rows_of_one(model, folder, tmp_path, monkeypatch) -> None:
+    fast, calls = faster(model), []
+    monkeypatch.setattr(
+        fast, "class_tokens", lambda x: calls.append(threading.get_ident()) or type(fast).class_tokens(fast, x)
+    )
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert (pipeline.streams_of(fast), pipeline.streams_of(model)) == (2, 1)
+    for name, streams in (("one", 1), ("two", 2)):
+        monkeypatch.setattr(pipeline, "MOST_STREAMS", streams)
+        embed_source(fast, open_source(folder), tmp_path / name, preprocessing=RULE, batch_size=2)
+    assert_same_rows(rows(tmp_path / "one"), rows(tmp_path / "two"))
+    assert set(calls[:5]) == {threading.get_ident()}
+    assert threading.get_ident() not in calls[5:]
 
 
 @pytest.mark.parametrize("pooling, width", [("cls", 32), ("mean", 32), ("cls+mean", 64)])
