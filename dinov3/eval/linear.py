@@ -474,13 +474,8 @@ class LinearEvaluation:
         """The best head on the validation images and its accuracy, also written to results_eval_linear.json."""
         accuracies = {name: self.val.numbers(heads, name)["top-1"] for name in heads.kinds}
         name = best_head(accuracies)
-        if self.session.run.writer:
-            with open(self.session.output / "results_eval_linear.json", "a", encoding="utf-8") as file:
-                file.write(f"iter: {iteration}\n")
-        self.session.append_json({"best_classifier": {"name": name, "accuracy": accuracies[name]}})
-        if self.session.run.writer:
-            with open(self.session.output / "results_eval_linear.json", "a", encoding="utf-8") as file:
-                file.write("\n")
+        best = {"best_classifier": {"name": name, "accuracy": accuracies[name]}}
+        self.session.append_json(best, before=f"iter: {iteration}\n", after="\n\n")
         self.session.log(f"iteration {iteration}: best on validation {name}, {100 * accuracies[name]:.2f}")
         return name, accuracies[name]
 

@@ -259,11 +259,11 @@ class Session:
 
     # -- results
 
-    def append_json(self, value: Mapping[str, Any], file: str | None = None) -> None:
+    def append_json(self, value: Mapping[str, Any], *, before: str = "", after: str = "\n") -> None:
         """Appends one line of JSON to `results_eval_<name>.json`."""
         if self.run.writer:
-            with open(self.output / (file or f"results_eval_{self.name}.json"), "a", encoding="utf-8") as out:
-                out.write(json.dumps(value) + "\n")
+            with open(self.output / f"results_eval_{self.name}.json", "a", encoding="utf-8") as out:
+                out.write(before + json.dumps(value) + after)
 
     def save_arrays(self, suffix: str, preds: np.ndarray, target: np.ndarray) -> None:
         """`preds_<suffix>.npy` and `target_<suffix>.npy`, ordered by the images' numbers."""

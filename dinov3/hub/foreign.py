@@ -227,8 +227,8 @@ def _transformers(what: str, checkpoint: str | None) -> Found:
     if processor.is_file():
         stated = json.loads(processor.read_text())
         statistics = tuple(stated.get("image_mean", statistics[0])), tuple(stated.get("image_std", statistics[1]))
-    # models with learned positions refuse other sizes unless interpolation is requested
-    extra = {"interpolate_pos_encoding": True} if _takes(inspect.signature(network.forward)) else {}
+    # models with learned positions refuse other sizes unless it is requested
+    extra = {n: True for n in inspect.signature(network.forward).parameters if n == "interpolate_pos_encoding"}
     return network, lambda x: network(pixel_values=x, **extra), norm, facts, statistics
 
 
@@ -252,10 +252,6 @@ def mend_torchvision() -> None:
 
 
 _TORCHVISION: list[Any] = []  # keeps the declarations alive
-
-
-def _takes(signature: Any) -> bool:
-    return "interpolate_pos_encoding" in signature.parameters
 
 
 def create_timm(what: str, checkpoint: str | None, **options: Any) -> Any:

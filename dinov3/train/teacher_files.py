@@ -117,11 +117,11 @@ def fill(network: Network, found: TrainedNetwork, config: BackboneConfig, *, nee
     state = found.parts["backbone"]
     if found.opened is not None and found.opened.form != "meta":
         state = formats.complete(state, config)
-    if difference(network.backbone.state_dict(), state):
+    if lines := difference(network.backbone.state_dict(), state):
         opened = found.opened or OpenedWeights(
             state, "meta", configs.infer_config(state), (), found.source, Path(found.source)
         )
-        raise WeightsMismatch(filling.explain_mismatch(config, opened))
+        raise WeightsMismatch(filling.explain_mismatch(lines, config, opened))
     network.backbone.load_state_dict(state, strict=True)
     # the opener checks the backbone only; the heads follow below
     notes = [n for n in (found.opened.notes if found.opened else ()) if not n.startswith("left out, not part of")]

@@ -112,12 +112,9 @@ class Task(ABC):
                 return {"x": xs, "target": targets, "step": step}
             if len({x.shape for x in xs}) > 1:
                 raise DinoError("images of several shapes in one batch: pass shape='square'")
-            return {"x": torch.stack(xs), "target": self.collated(targets), "step": step}
+            return {"x": torch.stack(xs), "target": torch.stack(targets), "step": step}
 
         return batch
-
-    def collated(self, targets: list[Any]) -> Any:
-        return torch.stack(targets)
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> LossTerms: ...

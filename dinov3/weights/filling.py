@@ -100,23 +100,22 @@ def build(
 
     Built without allocating (meta device); every key and shape must fit. `dtype` converts all values except the rope
     periods, which bfloat16 would change. `requested`: the catalogue rows that the caller's name meant, for the message.
-    Raises `WeightsMismatch` with `explain_mismatch`'s lines.
+    Raises `WeightsMismatch` with the lines of `explain_mismatch`.
     """
     state = opened.state_dict if opened.form == "meta" else formats.complete(opened.state_dict, config)
     with torch.device("meta"):
         model = low_precision.prepare(backbone(config), state)
-    if difference(model.state_dict(), state):
-        raise WeightsMismatch(explain_mismatch(config, opened, requested))
+    if lines := difference(model.state_dict(), state):
+        raise WeightsMismatch(explain_mismatch(lines, config, opened, requested))
     place(model, state, device, dtype)
     return model.eval()
 
 
-def explain_mismatch(config: BackboneConfig, opened: OpenedWeights, requested: Sequence[Row] = ()) -> str:
+def explain_mismatch(
+    found: Sequence[str], config: BackboneConfig, opened: OpenedWeights, requested: Sequence[Row] = ()
+) -> str:
     """Why these weights are not for this model, in at most ten lines: what the file is, what was requested, the first
-    differences, what to call instead."""
-    state = opened.state_dict if opened.form == "meta" else formats.complete(opened.state_dict, config)
-    with torch.device("meta"):
-        expected = low_precision.prepare(backbone(config), state).state_dict()
+    differences (`found`), what to call instead."""
     requested = requested or configs.fitting_rows(config, "meta")
     seems = " or ".join(r.id for r in opened.rows) or _described(opened.config)
     lines = [
@@ -124,7 +123,7 @@ def explain_mismatch(config: BackboneConfig, opened: OpenedWeights, requested: S
         f"  the file is: {seems} ({opened.form} form)",
         f"  requested:   {' or '.join(r.id for r in requested) or _described(config)}",
     ]
-    lines += difference(expected, state)
+    lines += found
     if opened.rows:
         lines.append(f"  call {opened.rows[0].arch} with this file, or give it another file")
     elif type(opened.config) is type(config):

@@ -365,12 +365,13 @@ def test_a_mismatch_is_explained_in_ten_lines(asked, tmp_path):
 def test_a_mismatch_of_unpublished_models_says_what_would_fit(tmp_path):
     torch.save(filled(TINY["mlp"]).state_dict(), tmp_path / "w.pth")
     opened = reading.open(tmp_path / "w.pth")
-    text = filling.explain_mismatch(replace(TINY["mlp"], depth=3, n_storage_tokens=0), opened)
-    assert "missing in the file: blocks.2." in text
-    assert "not in the model: storage_tokens" in text
-    assert "depth=2" in text
-    text = filling.explain_mismatch(replace(TINY["mlp"], embed_dim=128), opened)
-    assert "(1, 1, 64) in the file, (1, 1, 128) in the model" in text
+    with pytest.raises(WeightsMismatch) as deeper:
+        filling.build(replace(TINY["mlp"], depth=3, n_storage_tokens=0), opened)
+    assert "missing in the file: blocks.2." in str(deeper.value)
+    assert "not in the model: storage_tokens" in str(deeper.value)
+    assert "depth=2" in str(deeper.value)
+    with pytest.raises(WeightsMismatch, match=r"\(1, 1, 64\) in the file, \(1, 1, 128\) in the model"):
+        filling.build(replace(TINY["mlp"], embed_dim=128), opened)
 
 
 # ---- identity and saving -------------------------------------------------------------------------------------------

@@ -113,8 +113,8 @@ def open_source(
             listing.folder()
         else:
             listing.named(path, path.name)
-    elif re.search(r"[*?\[{]", text):
-        base = _fixed_part(os.path.abspath(text))
+    elif MAGIC.search(text):
+        base = Path(MAGIC.split(os.path.abspath(text))[0] + "x").parent  # the folders above the first of its signs
         listing = _Listing(str(base), column, recursive, fps)
         for found in _expand(os.path.abspath(text)):
             if found.is_dir():
@@ -453,11 +453,6 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _fixed_part(text: str) -> Path:
-    """The folder before the first pattern: names are relative to it."""
-    return Path(re.split(r"[*?\[{]", text)[0] + "x").parent
-
-
 def _relative(path: Path, base: Path) -> str:
     return Path(os.path.relpath(path, base)).as_posix()
 
@@ -536,7 +531,7 @@ class _Files(Part):
 
     def place_of(self, i: int) -> Place:
         name = self.names[i]
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", name):
+        if is_remote(name):
             return Unreadable("a remote address; only files are read")
         return _File(os.path.join(self.root, name))
 
