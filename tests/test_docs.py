@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from paths import ROOT
 
+import dinov3
+
 PAGES = [
     ROOT / "README.md",
     ROOT / "SECURITY.md",
@@ -56,3 +58,12 @@ def test_every_link_and_path_of_the_pages_leads_somewhere() -> None:
     assert len(links) > 20
     assert len(paths) > 20
     assert [(page.name, str(target)) for page, target in links + paths if not target.exists()] == []
+
+
+def test_the_reference_names_what_exists_and_all_that_is_public() -> None:
+    pages = sorted((ROOT / "docs" / "api").glob("*.md"))
+    named = {name for path in pages for name in re.findall(r"^::: dinov3\.([\w.]+)$", path.read_text(), re.MULTILINE)}
+    assert [name for name in sorted(named) if not exists(name)] == []
+    tools = {f"dense.{path.stem}" for path in (ROOT / "dinov3" / "dense").glob("[a-z]*.py")}
+    assert tools - named == set()
+    assert {name.split(".")[-1] for name in named} >= set(dinov3.__all__)
