@@ -11,7 +11,9 @@ training curves are drawn from the tables in docs/training.md.
 from __future__ import annotations
 
 import argparse
+import io
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -131,8 +133,6 @@ def rows_of(page: str, heading: str) -> tuple[list[float], dict[str, list[float 
 
 def curves(panels: list[tuple[str, list[str]]], heading: str, size: tuple[float, float]) -> Image.Image:
     """A panel for each (title, names of rows) of a table of docs/training.md."""
-    import io
-
     from matplotlib.figure import Figure
 
     steps, table = rows_of("training.md", heading)
@@ -172,7 +172,72 @@ def gram_cpu(work: Path) -> Image.Image:
     )
 
 
-PICTURES: dict[str, Callable[[Path], Image.Image]] = {
+def explorer_moving(work: Path) -> list[tuple[Image.Image, int]]:
+    """The page of `dinov3 explore`: the pointer over patches of four photographs, then their common colours."""
+    from playwright.sync_api import expect, sync_playwright
+
+    names = ("astronaut", "chelsea", "coffee", "rocket")
+    folder = work / "explored"
+    folder.mkdir()
+    for name in names:
+        shutil.copy(work / "images" / f"{name}.jpg", folder)
+    # (photograph, place in it as shares of width and height) between which the pointer moves
+    path = [
+        (1, 0.38, 0.38),
+        (1, 0.71, 0.44),
+        (1, 0.58, 0.82),
+        (2, 0.5, 0.14),
+        (2, 0.18, 0.7),
+        (0, 0.42, 0.2),
+        (3, 0.5, 0.6),
+    ]
+    frames: list[tuple[Image.Image, int]] = []
+    command = [sys.executable, "-m", "dinov3", "explore", str(folder), "--port", "8124"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as service, sync_playwright() as playwright:
+        try:
+            assert service.stderr is not None
+            assert any("http://" in line for line in iter(service.stderr.readline, ""))
+            browser = playwright.chromium.launch(
+                executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
+            )
+            page = browser.new_page(viewport={"width": 1000, "height": 640})
+            page.goto("http://127.0.0.1:8124/#tab=images")
+            expect(page.locator(".shot")).to_have_count(len(names), timeout=60_000)
+            expect(page.locator(".shot[aria-busy=true]")).to_have_count(0, timeout=120_000)
+
+            def frame(milliseconds: int, pointer: tuple[float, float] | None = None) -> None:
+                page.wait_for_timeout(400)
+                image = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+                if pointer:
+                    x, y = pointer
+                    arrow = [
+                        (x + a, y + b) for a, b in ((0, 0), (0, 17), (4, 13), (7, 20), (10, 18), (7, 12), (12, 12))
+                    ]
+                    ImageDraw.Draw(image).polygon(arrow, fill="white", outline="black")
+                frames.append((image, milliseconds))
+
+            frame(800)
+            boxes = [shot.bounding_box() for shot in page.locator(".shot-view").all()]
+            last: tuple[int, float, float] | None = None
+            for i, u, v in path:
+                steps = [(u, v)]
+                if last and last[0] == i:  # on the way, where it stays in one photograph
+                    steps = [(last[1] + t / 3 * (u - last[1]), last[2] + t / 3 * (v - last[2])) for t in (1, 2, 3)]
+                for n, (across, down) in enumerate(steps, 1):
+                    place = (boxes[i]["x"] + boxes[i]["width"] * across, boxes[i]["y"] + boxes[i]["height"] * down)
+                    page.mouse.move(*place)
+                    frame(1000 if n == len(steps) else 180, place)
+                last = (i, u, v)
+            page.get_by_role("button", name="PCA").click()
+            page.wait_for_timeout(2000)
+            frame(1800)
+            browser.close()
+        finally:
+            service.terminate()
+    return frames
+
+
+PICTURES: dict[str, Callable[[Path], Any]] = {
     "demo.jpg": demo,  # first: it leaves the photographs and the store
     "vitt16-pca.jpg": patches,
     "search.jpg": search,
@@ -181,6 +246,7 @@ PICTURES: dict[str, Callable[[Path], Image.Image]] = {
     "explorer.jpg": explorer,
     "small-cpu.png": small_cpu,
     "gram-cpu.png": gram_cpu,
+    "explorer.webp": explorer_moving,  # with Playwright and Chromium
 }
 
 
@@ -197,7 +263,13 @@ def main() -> None:
         for name, draw in PICTURES.items():
             if name in args.names or not args.names:
                 image = first if draw is demo else draw(work)
-                image.convert("RGB").save(args.out / name, quality=88, optimize=True)
+                if isinstance(image, list):
+                    (image, *rest), durations = zip(*image)
+                    image.save(
+                        args.out / name, save_all=True, append_images=rest, duration=durations, loop=0, quality=70
+                    )
+                else:
+                    image.convert("RGB").save(args.out / name, quality=88, optimize=True)
                 print(f"{args.out / name} {image.width}×{image.height}")
 
 
