@@ -157,6 +157,17 @@ def test_a_touch_shows_a_map_and_keeps_it(browser: Any, address: str) -> None:
         check_square(page)
         assert "q=0_" in page.url
         assert page.evaluate("document.documentElement.scrollWidth") <= NARROW[0]
+        # two fingers that move apart zoom
+        (x, y), touch = point(page, 0, *centre(0)), page.context.new_cdp_session(page)
+        for kind, apart in [
+            ("touchStart", 20),
+            *(("touchMove", apart) for apart in range(22, 42, 2)),
+            ("touchEnd", None),
+        ]:
+            fingers = [] if apart is None else [{"x": x + side * apart, "y": y, "id": side + 1} for side in (-1, 1)]
+            touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": fingers})
+        widths = [page.locator(name).first.bounding_box()["width"] for name in (".shot-content", ".shot-view")]
+        assert widths[0] == pytest.approx(2 * widths[1], rel=0.02)
 
 
 def test_pca_colours_the_square_alike_in_both_images(browser: Any, address: str) -> None:
