@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import explorer_pictures
 from PIL import Image, ImageDraw, ImageOps
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -237,6 +238,11 @@ def explorer_moving(work: Path) -> list[tuple[Image.Image, int]]:
     return frames
 
 
+def store_view(name: str) -> Callable[[Path], Path]:
+    """A screenshot or the recording of the explorer's store view: a file that is copied as it is."""
+    return lambda work: explorer_pictures.drawn(work)[name]
+
+
 PICTURES: dict[str, Callable[[Path], Any]] = {
     "demo.jpg": demo,  # first: it leaves the photographs and the store
     "vitt16-pca.jpg": patches,
@@ -247,6 +253,7 @@ PICTURES: dict[str, Callable[[Path], Any]] = {
     "small-cpu.png": small_cpu,
     "gram-cpu.png": gram_cpu,
     "explorer.webp": explorer_moving,  # with Playwright and Chromium
+    **{name: store_view(name) for name in explorer_pictures.NAMES},
 }
 
 
@@ -263,6 +270,9 @@ def main() -> None:
         for name, draw in PICTURES.items():
             if name in args.names or not args.names:
                 image = first if draw is demo else draw(work)
+                if isinstance(image, Path):
+                    shutil.copy(image, args.out / name)
+                    continue
                 if isinstance(image, list):
                     (image, *rest), durations = zip(*image)
                     image.save(

@@ -32,6 +32,7 @@ from dinov3.errors import DinoError, importing, printable, require
 if TYPE_CHECKING:
     from dinov3.data.transforms.inputs import Preprocessing
     from dinov3.embedding.pipeline import Report
+    from dinov3.embedding.store import EmbeddingStore
 
 
 @dataclass
@@ -246,6 +247,26 @@ class ServeOptions:
     allow_host: list[str] = setting([], help="A further name in the Host header; '*': any. Give it again for more.")
 
 
+def _sides_of(store: EmbeddingStore, c: ServeOptions | ExploreOptions, device: str) -> tuple[Any, Preprocessing, Any]:
+    """The model and preprocessing that filled a store, for many queries, and what makes a text a vector, or None."""
+    from dinov3.embedding.pipeline import both_sides, is_text_aligned, model_of
+
+    where: dict[str, Any] = {"device": device_of(device), "weights": c.weights}
+    if is_text_aligned(store.facts):
+        where["backbone_weights"] = c.backbone_weights
+        try:
+            return both_sides(store, vocabulary=c.vocabulary, **where)
+        except DinoError as error:
+            if c.vocabulary is not None:
+                raise
+            log(f"note: no search by text: {error}")  # without a vocabulary; other errors come again now
+    elif c.backbone_weights is not None or c.vocabulary is not None:
+        raise DinoError(
+            f"--backbone-weights and --vocabulary are dino.txt's, and {store.uri} was filled by another model"
+        )
+    return (*model_of(store, lasting=True, **where), None)
+
+
 @app.command()
 @config_options(ServeOptions)
 def serve(
@@ -264,7 +285,6 @@ def serve(
     with importing():
         from dinov3 import serve as service
         from dinov3 import web
-        from dinov3.embedding.pipeline import both_sides, is_text_aligned, model_of
         from dinov3.embedding.store import EmbeddingStore
         from dinov3.features import default_preprocessing
         from dinov3.hub import load
@@ -276,22 +296,7 @@ def serve(
         if given:
             raise DinoError(f"--{given[0]} is the store's own: leave it out, or serve without --store")
         opened = EmbeddingStore.open(store)
-        where: dict[str, Any] = {"device": device_of(device), "weights": c.weights}
-        if is_text_aligned(opened.facts):
-            where["backbone_weights"] = c.backbone_weights
-            try:
-                net, preprocessing, vector_of = both_sides(opened, vocabulary=c.vocabulary, **where)
-            except DinoError as error:
-                if c.vocabulary is not None:
-                    raise
-                log(f"note: no search by text: {error}")  # without a vocabulary; other errors come again now
-                net, preprocessing = model_of(opened, lasting=True, **where)
-        elif c.backbone_weights is not None or c.vocabulary is not None:
-            raise DinoError(
-                f"--backbone-weights and --vocabulary are dino.txt's, and {store} was filled by another model"
-            )
-        else:
-            net, preprocessing = model_of(opened, lasting=True, **where)
+        net, preprocessing, vector_of = _sides_of(opened, c, device)
         pooling = opened.facts.pooling
     elif c.backbone_weights is not None or c.vocabulary is not None:
         raise DinoError("--backbone-weights and --vocabulary belong to a --store of dino.txt")
@@ -345,7 +350,6 @@ def explore(
     require("fastapi", "explorer", "dinov3 explore")
     with importing():
         from dinov3 import web
-        from dinov3.embedding.pipeline import model_of
         from dinov3.explorer.server import application
         from dinov3.explorer.source import FrozenModel, Source
         from dinov3.features import default_preprocessing
@@ -353,19 +357,20 @@ def explore(
 
     web.check_port(host, port)
     opened = Source.open(source)
-    weights: dict[str, Any] = {"weights": c.weights}
+    words = None
     if opened.store is not None:
         if model is not None:
             raise DinoError("--model is the store's own: leave it out")
-        weights["backbone_weights"] = c.backbone_weights
-        net, preprocessing = model_of(opened.store, device=device_of(device), lasting=True, **weights)
+        net, preprocessing, words = _sides_of(opened.store, c, device)
+    elif c.backbone_weights is not None or c.vocabulary is not None:
+        raise DinoError("--backbone-weights and --vocabulary belong to a store of dino.txt")
     else:
         net = load(model, c.weights, device=device_of(device), fast="fp32")
         preprocessing = default_preprocessing(net, size=c.size)
     _log_model(net)
     page = application(
         opened,
-        FrozenModel(net, preprocessing),
+        FrozenModel(net, preprocessing, words),
         hosts=(*web.LOOPBACK, host, *c.allow_host),
         limits=web.Limits(c.max_mb, c.max_megapixels),
     )

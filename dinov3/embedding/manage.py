@@ -325,10 +325,10 @@ def _write_csv(path: Path, table: Any, vectors: np.ndarray | None, on_progress: 
         writer.writerow(names)
         for n, row in enumerate(table.to_pylist()):
             numbers = [f"{v:.9g}" for v in vectors[n]] if vectors is not None else []
-            writer.writerow([_cell(value) for value in row.values()] + numbers)
+            writer.writerow([csv_cell(value) for value in row.values()] + numbers)
             on_progress(n + 1)
 
 
-def _cell(value: Any) -> Any:
+def csv_cell(value: Any) -> Any:
     """A text that no spreadsheet takes for a formula."""
     return "'" + value if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value

@@ -20,7 +20,6 @@ from fastapi.responses import JSONResponse
 from PIL import Image
 
 import dinov3
-from dinov3.embedding.pipeline import is_text_aligned
 from dinov3.explorer import patches, table
 from dinov3.explorer.source import FrozenModel, Source
 from dinov3.web import LIMITS, LOOPBACK, Limits, guard, refuse_other_sites
@@ -91,7 +90,7 @@ def about(source: Source, model: FrozenModel) -> dict[str, Any]:
         "debias": patches.MOST_DIRECTIONS,
         "size": model.preprocessing.size,
         "preprocessing": str(model.preprocessing),
-        "has_text": store is not None and is_text_aligned(store.facts),
+        "has_text": model.words is not None,
         "has_umap": importlib.util.find_spec("umap") is not None,
         "columns": source.columns,
         "names": [source.name(i) for i in range(min(len(source), FIRST))],

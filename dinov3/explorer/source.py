@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -34,10 +35,12 @@ OWN = ("stamp", "content_hash", "model", "preprocessing", "grid_h", "grid_w", "p
 
 @dataclass
 class FrozenModel:
-    """The network of the page, for one thread at a time: hold `busy` while it works."""
+    """The network of the page, for one thread at a time: hold `busy` while it works. `words`: a text's vector, if it has a
+    text tower."""
 
     net: nn.Module
     preprocessing: Preprocessing
+    words: Callable[[str], np.ndarray] | None = None
     busy: threading.Lock = field(default_factory=threading.Lock)
 
 

@@ -184,20 +184,22 @@ export class Rows {
   constructor(app) {
     this.app = app;
     this.found = new Map();
-    this.asked = new Set();
+    this.asked = new Map(); // id → the promise of its row
   }
   get(id) { return this.found.get(id) ?? null; }
   async want(ids) {
-    const missing = [...new Set(ids)].filter((id) => !this.found.has(id) && !this.asked.has(id)).slice(0, 1000);
-    if (!missing.length) return;
-    for (const id of missing) this.asked.add(id);
-    try {
-      const response = await this.app.api("api/rows", {
-        method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ ids: missing }),
-      });
-      for (const row of await response.json()) this.found.set(row.id, row);
-    } finally {
-      for (const id of missing) this.asked.delete(id);
+    const wanted = [...new Set(ids)].filter((id) => !this.found.has(id));
+    const missing = wanted.filter((id) => !this.asked.has(id)).slice(0, 1000);
+    if (missing.length) {
+      const fetched = this.fetch(missing).finally(() => { for (const id of missing) this.asked.delete(id); });
+      for (const id of missing) this.asked.set(id, fetched);
     }
+    await Promise.all(new Set(wanted.map((id) => this.asked.get(id))));
+  }
+  async fetch(ids) {
+    const response = await this.app.api("api/rows", {
+      method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ ids }),
+    });
+    for (const row of await response.json()) this.found.set(row.id, row);
   }
 }
