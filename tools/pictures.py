@@ -17,7 +17,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,33 +89,40 @@ def classify(work: Path) -> Image.Image:
     return Image.open(work / "classes/coffee_probabilities.png")
 
 
-def explorer(work: Path) -> Image.Image:
-    """The page of `dinov3 explore`: a patch of the cup and what is like it."""
-    import io
-    import shutil
-
+@contextmanager
+def explored(work: Path, size: tuple[int, int], query: str = "") -> Iterator[Any]:
+    """The page of `dinov3 explore` over four photographs, once it has their features."""
     from playwright.sync_api import expect, sync_playwright
 
     folder = work / "explored"
     folder.mkdir(exist_ok=True)
-    for name in ("astronaut", "chelsea", "coffee", "rocket"):
+    names = ("astronaut", "chelsea", "coffee", "rocket")
+    for name in names:
         shutil.copy(work / "images" / f"{name}.jpg", folder)
     command = [sys.executable, "-m", "dinov3", "explore", str(folder), "--port", "8123"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as service, sync_playwright() as playwright:
-        assert service.stderr is not None
-        next(line for line in service.stderr if "http://" in line)
-        browser = playwright.chromium.launch(
-            executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
-        )
-        page = browser.new_page(viewport={"width": 1280, "height": 760})
-        page.goto("http://127.0.0.1:8123/#tab=images&q=1_0.42_0.45")
+        try:
+            assert service.stderr is not None
+            assert any("http://" in line for line in iter(service.stderr.readline, ""))
+            browser = playwright.chromium.launch(
+                executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
+            )
+            page = browser.new_page(viewport={"width": size[0], "height": size[1]})
+            page.goto(f"http://127.0.0.1:8123/#tab=images{query}")
+            expect(page.locator(".shot")).to_have_count(len(names), timeout=60_000)
+            expect(page.locator(".shot[aria-busy=true]")).to_have_count(0, timeout=120_000)
+            yield page
+            browser.close()
+        finally:
+            service.terminate()
+
+
+def explorer(work: Path) -> Image.Image:
+    """One patch, and what is like it in four photographs."""
+    with explored(work, (1280, 760), "&q=1_0.42_0.45") as page:
         page.locator(".mark-query").wait_for(timeout=60_000)
-        expect(page.locator(".shot[aria-busy=true]")).to_have_count(0, timeout=60_000)
         page.wait_for_timeout(1000)
-        data = page.screenshot()
-        browser.close()
-        service.terminate()
-    return Image.open(io.BytesIO(data))
+        return Image.open(io.BytesIO(page.screenshot()))
 
 
 def rows_of(page: str, heading: str) -> tuple[list[float], dict[str, list[float | None]]]:
@@ -174,15 +182,8 @@ def gram_cpu(work: Path) -> Image.Image:
 
 
 def explorer_moving(work: Path) -> list[tuple[Image.Image, int]]:
-    """The page of `dinov3 explore`: the pointer over patches of four photographs, then their common colours."""
-    from playwright.sync_api import expect, sync_playwright
-
-    names = ("astronaut", "chelsea", "coffee", "rocket")
-    folder = work / "explored"
-    folder.mkdir()
-    for name in names:
-        shutil.copy(work / "images" / f"{name}.jpg", folder)
-    # (photograph, place in it as shares of width and height) between which the pointer moves
+    """The pointer over patches of four photographs, then their common colours: images and their milliseconds."""
+    # (photograph, place in it as shares of width and height) that the pointer goes to
     path = [
         (1, 0.38, 0.38),
         (1, 0.71, 0.44),
@@ -193,48 +194,32 @@ def explorer_moving(work: Path) -> list[tuple[Image.Image, int]]:
         (3, 0.5, 0.6),
     ]
     frames: list[tuple[Image.Image, int]] = []
-    command = [sys.executable, "-m", "dinov3", "explore", str(folder), "--port", "8124"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as service, sync_playwright() as playwright:
-        try:
-            assert service.stderr is not None
-            assert any("http://" in line for line in iter(service.stderr.readline, ""))
-            browser = playwright.chromium.launch(
-                executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
-            )
-            page = browser.new_page(viewport={"width": 1000, "height": 640})
-            page.goto("http://127.0.0.1:8124/#tab=images")
-            expect(page.locator(".shot")).to_have_count(len(names), timeout=60_000)
-            expect(page.locator(".shot[aria-busy=true]")).to_have_count(0, timeout=120_000)
+    with explored(work, (1000, 640)) as page:
 
-            def frame(milliseconds: int, pointer: tuple[float, float] | None = None) -> None:
-                page.wait_for_timeout(400)
-                image = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-                if pointer:
-                    x, y = pointer
-                    arrow = [
-                        (x + a, y + b) for a, b in ((0, 0), (0, 17), (4, 13), (7, 20), (10, 18), (7, 12), (12, 12))
-                    ]
-                    ImageDraw.Draw(image).polygon(arrow, fill="white", outline="black")
-                frames.append((image, milliseconds))
+        def frame(milliseconds: int, pointer: tuple[float, float] | None = None) -> None:
+            page.wait_for_timeout(400)
+            image = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+            if pointer:
+                x, y = pointer
+                arrow = [(x + a, y + b) for a, b in ((0, 0), (0, 17), (4, 13), (7, 20), (10, 18), (7, 12), (12, 12))]
+                ImageDraw.Draw(image).polygon(arrow, fill="white", outline="black")
+            frames.append((image, milliseconds))
 
-            frame(800)
-            boxes = [shot.bounding_box() for shot in page.locator(".shot-view").all()]
-            last: tuple[int, float, float] | None = None
-            for i, u, v in path:
-                steps = [(u, v)]
-                if last and last[0] == i:  # on the way, where it stays in one photograph
-                    steps = [(last[1] + t / 3 * (u - last[1]), last[2] + t / 3 * (v - last[2])) for t in (1, 2, 3)]
-                for n, (across, down) in enumerate(steps, 1):
-                    place = (boxes[i]["x"] + boxes[i]["width"] * across, boxes[i]["y"] + boxes[i]["height"] * down)
-                    page.mouse.move(*place)
-                    frame(1000 if n == len(steps) else 180, place)
-                last = (i, u, v)
-            page.get_by_role("button", name="PCA").click()
-            page.wait_for_timeout(2000)
-            frame(1800)
-            browser.close()
-        finally:
-            service.terminate()
+        frame(800)
+        boxes = [shot.bounding_box() for shot in page.locator(".shot-view").all()]
+        last: tuple[int, float, float] | None = None
+        for i, u, v in path:
+            steps = [(u, v)]
+            if last and last[0] == i:  # on the way, where it stays in one photograph
+                steps = [(last[1] + t / 3 * (u - last[1]), last[2] + t / 3 * (v - last[2])) for t in (1, 2, 3)]
+            for n, (across, down) in enumerate(steps, 1):
+                place = (boxes[i]["x"] + boxes[i]["width"] * across, boxes[i]["y"] + boxes[i]["height"] * down)
+                page.mouse.move(*place)
+                frame(1000 if n == len(steps) else 180, place)
+            last = (i, u, v)
+        page.get_by_role("button", name="PCA").click()
+        page.wait_for_timeout(2000)
+        frame(1800)
     return frames
 
 
