@@ -1,6 +1,7 @@
 # make demo   a virtual environment, installation, and an image to look at in demo-out/
 # make test   what CI runs: lint, types, layers, the default tests (minutes)
 # make test-all   the slow tests too
+# make notebooks   executes the notebooks and writes their pages to docs/notebooks
 # make docs   the documentation site in build/site
 
 VENV ?= .venv
@@ -9,7 +10,7 @@ BIN = $(VENV)/bin
 # Only Python and its pip are assumed: a venv without pip of its own also works where ensurepip is packaged apart.
 INSTALL = $(PYTHON) -m pip --python $(BIN)/python install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all check format docs clean
+.PHONY: demo test test-all check format docs notebooks clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --out demo-out
@@ -41,6 +42,13 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e '.[test]'
 	touch $@ $(VENV)/.demo
+
+notebooks: $(VENV)/.notebooks
+	$(BIN)/python tools/notebooks.py --render
+
+$(VENV)/.notebooks: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e '.[notebooks]'
+	touch $@
 
 docs: $(VENV)/.docs
 	$(BIN)/python tools/site_pages.py

@@ -210,17 +210,21 @@ def dot(image: Image.Image, x: float, y: float, colour: tuple[int, int, int] = (
 
 
 def sheet(tiles: Sequence[tuple[str, Image.Image]], across: int, side: int = 260) -> Image.Image:
-    """Images in rows of `across`, each in a square of `side` pixels under its name."""
+    """Images in rows of `across`, each under its name and at most `side` pixels wide and high."""
     across, font = min(across, len(tiles)), _font(14)
-    down = math.ceil(len(tiles) / across)
-    step, line = side + GAP, side + GAP + LINE
-    page = Image.new("RGB", (across * step + GAP, down * line + GAP), PAPER)
-    draw = ImageDraw.Draw(page)
-    for i, (name, image) in enumerate(tiles):
-        x, y = GAP + i % across * step, GAP + i // across * line
-        fitted = ImageOps.contain(image, (side, side), Image.Resampling.LANCZOS)
-        draw.text((x, y + 2), _shortened(printable(name), font, side), font=font, fill=INK)
-        page.paste(fitted, (x, y + LINE))
+    fitted = [ImageOps.contain(image, (side, side), Image.Resampling.LANCZOS) for _, image in tiles]
+    rows = [range(i, min(i + across, len(tiles))) for i in range(0, len(tiles), across)]
+    head = [LINE if any(tiles[i][0] for i in row) else 0 for row in rows]  # px for the names, where there are any
+    high = [max(fitted[i].height for i in row) for row in rows]
+    step = side + GAP
+    page = Image.new("RGB", (across * step + GAP, sum(head) + sum(high) + GAP * (len(rows) + 1)), PAPER)
+    draw, y = ImageDraw.Draw(page), GAP
+    for row, above, height in zip(rows, head, high):
+        for i in row:
+            x = GAP + (i - row.start) * step
+            draw.text((x, y + 2), _shortened(printable(tiles[i][0]), font, side), font=font, fill=INK)
+            page.paste(fitted[i], (x, y + above))
+        y += above + height + GAP
     return page
 
 
