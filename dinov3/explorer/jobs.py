@@ -1,4 +1,4 @@
-"""Long computations of a page, one at a time in a thread: asked for again and again until they are done."""
+"""Long computations of a page, two at a time in threads: requested again and again until they are done."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ class Jobs:
     """Results by (kind, arguments). A newer computation of the same kind stops an unfinished one."""
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "explorer")
+        self._thread = ThreadPoolExecutor(
+            2, "explorer"
+        )  # so that UMAP, which cannot be stopped, keeps nothing else waiting
         self._jobs: OrderedDict[Hashable, Job] = OrderedDict()
         self._lock = threading.Lock()
 

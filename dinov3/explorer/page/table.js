@@ -217,6 +217,7 @@ class StoreView {
       parts.error.textContent = error.message;
       parts.error.hidden = false;
       parts.where.setAttribute("aria-invalid", "true");
+      this.tools(true); // on a small screen the sentence stands in the panel
       return;
     }
     this.busy(null);
@@ -399,6 +400,7 @@ class StoreView {
     const stale = () => turn !== this.turn;
     const method = state.get("projection") === "umap" ? "umap" : "pca";
     if (!this.maps.has(method)) {
+      if (method === "umap" && this.maps.has("pca") && map.xy.length === 0) map.show(this.maps.get("pca"));
       const words = method === "umap" ? "Computing the map by UMAP (the first time is the longest)" : "Computing the map";
       this.maps.set(method, await this.waitFor(`api/map?method=${method}`, words, stale, async (response) => new Float32Array(await response.arrayBuffer())));
     }
