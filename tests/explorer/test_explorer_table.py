@@ -132,7 +132,7 @@ def test_a_newer_computation_stops_the_older_one_and_failures_are_tried_again() 
     assert jobs.start("find", 1, 10, endless) is first
     second = jobs.start("find", 2, 10, lambda progress: "done")
     assert second.result(5) == "done"
-    assert stopped.is_set()
+    assert stopped.wait(5)
     assert first.result(5) is None
 
     def fails(progress) -> None:
