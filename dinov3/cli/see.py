@@ -413,6 +413,20 @@ def discover(
     each(listed, "discovering", out, "object", drawn)
 
 
+def _each_masked(
+    eyes: Eyes, images: Listed, label: str, out: Path, ending: str, classify: Callable[[Features], Tensor]
+) -> None:
+    """What `classify` calls the object in every image: its probability [B, h, w], cut at one half."""
+
+    def drawn(image: Image.Image) -> tuple[Any, str]:
+        features = eyes(image)
+        probability = classify(features)[0]
+        share = float((probability > 0.5).float().mean())
+        return _masked(eyes, image, features, probability, ending), f"{share:.1%} of the image"
+
+    each(images, label, out, ending, drawn)
+
+
 def _masked(
     eyes: Eyes, image: Image.Image, features: Features, probability: Tensor, ending: str
 ) -> dict[str, Image.Image]:
@@ -472,13 +486,7 @@ def example(
     seen, features = eyes.first(listed)
     learnt = by_example.learn(features, mask_of(mask, seen).float())
 
-    def drawn(image: Image.Image) -> tuple[Any, str]:
-        features = eyes(image)
-        probability = learnt(features)[0]
-        share = float((probability > 0.5).float().mean())
-        return _masked(eyes, image, features, probability, "example"), f"{share:.1%} of the image"
-
-    each(listed, "looking for it", out, "example", drawn)
+    _each_masked(eyes, listed, "looking for it", out, "example", learnt)
 
 
 @see_app.command()
@@ -514,13 +522,7 @@ def foreground(
         found.save(save)
         log(f"classifier: {save}")
 
-    def drawn(image: Image.Image) -> tuple[Any, str]:
-        features = eyes(image)
-        probability = found(features)[0]
-        share = float((probability > 0.5).float().mean())
-        return _masked(eyes, image, features, probability, "foreground"), f"{share:.1%} of the image"
-
-    each(listed, "separating", out, "foreground", drawn)
+    _each_masked(eyes, listed, "separating", out, "foreground", found)
 
 
 def _from_clicks(eyes: Eyes, listed: Listed, at: Sequence[str], beside: Sequence[str]) -> Any:

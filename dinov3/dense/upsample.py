@@ -56,17 +56,17 @@ def edge_aware(
     """
     from PIL import Image as pil
 
-    picture = image_rgb if isinstance(image_rgb, pil.Image) else pil.fromarray(np.asarray(image_rgb))
+    original = image_rgb if isinstance(image_rgb, pil.Image) else pil.fromarray(np.asarray(image_rgb))
     geometry, device = features.geometry[image], values.device
-    if picture.size != (geometry.width, geometry.height):
+    if original.size != (geometry.width, geometry.height):
         raise DinoError(
             f"the guide is the original image, {geometry.width}×{geometry.height} pixels, not "
-            f"{picture.width}×{picture.height}"
+            f"{original.width}×{original.height}"
         )
-    factor = min(1.0, longest / max(picture.size))
-    W, H = (max(1, round(side * factor)) for side in picture.size)
-    full = _colours(picture, device)
-    guide = full if factor == 1 else _colours(picture.resize((W, H), pil.Resampling.BILINEAR), device)
+    factor = min(1.0, longest / max(original.size))
+    W, H = (max(1, round(side * factor)) for side in original.size)
+    full = _colours(original, device)
+    guide = full if factor == 1 else _colours(original.resize((W, H), pil.Resampling.BILINEAR), device)
     coarse = bilinear(values, features, image, (H, W))
     target = (coarse[..., None] if coarse.ndim == 2 else coarse).permute(2, 0, 1)  # [C, H, W]
     patch = (

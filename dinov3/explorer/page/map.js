@@ -129,8 +129,8 @@ class WebGLPoints {
 function hasCard() {
   const gl = document.createElement("canvas").getContext("webgl2", { failIfMajorPerformanceCaveat: true });
   if (!gl) return false;
-  const told = gl.getExtension("WEBGL_debug_renderer_info");
-  const name = gl.getParameter(told ? told.UNMASKED_RENDERER_WEBGL : gl.RENDERER);
+  const info = gl.getExtension("WEBGL_debug_renderer_info");
+  const name = gl.getParameter(info ? info.UNMASKED_RENDERER_WEBGL : gl.RENDERER);
   gl.getExtension("WEBGL_lose_context")?.loseContext();
   return !/swiftshader|llvmpipe|softpipe|software|basic render/i.test(name);
 }
@@ -166,7 +166,7 @@ export class PointMap {
     element.append(this.box);
     this.renderer = rendererOf(this.points, renderer);
     this.box.dataset.renderer = this.renderer.name;
-    this.told = debounced(() => this.moved(this.view), 250);
+    this.reportMove = debounced(() => this.moved(this.view), 250);
     new ResizeObserver(() => this.resize()).observe(this.box);
     selection.on(() => this.restyle());
     theme.on(() => this.restyle());
@@ -237,7 +237,7 @@ export class PointMap {
   }
   changed() {
     this.redraw();
-    this.told();
+    this.reportMove();
   }
   toScreen(i) {
     const { x, y, scale } = this.view;
@@ -364,7 +364,7 @@ export class PointMap {
       const [px, py] = this.toScreen(id);
       if (this.placed.some(([, ox, oy]) => Math.abs(ox - px) < THUMB + 5 && Math.abs(oy - py) < THUMB + 5)) continue;
       this.placed.push([id, px, py]);
-      const image = this.picture(id);
+      const image = this.thumbnail(id);
       const colour = this.colours[id];
       c.fillStyle = `rgb(${colour & 255} ${(colour >> 8) & 255} ${(colour >> 16) & 255})`;
       c.beginPath();
@@ -377,7 +377,7 @@ export class PointMap {
     }
   }
   /** The thumbnail of an image once it is there. */
-  picture(id) {
+  thumbnail(id) {
     let image = this.images.get(id);
     if (!image) {
       if (this.images.size > 3000) this.images.delete(this.images.keys().next().value);
