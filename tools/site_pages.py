@@ -56,6 +56,8 @@ def model_tables() -> str:
             return "Ships with the package"
         if row.dataset == "sat493m":
             return "Satellite images (SAT-493M)"
+        if row.told_by_name:
+            return f"Of the same form, by others ({'LingBot-Vision' if row.dataset == 'lingbot' else 'EUPE'})"
         return (
             "ConvNeXt, web images (LVD-1689M)"
             if isinstance(row.config, ConvNeXtConfig)
@@ -63,7 +65,7 @@ def model_tables() -> str:
         )
 
     def name_of(row: Any) -> str:
-        return f"`{row.id if row.dataset == 'sat493m' else row.arch}`"
+        return f"`{row.id if row.dataset == 'sat493m' or row.told_by_name else row.arch}`"
 
     parts = []
     for family_name in dict.fromkeys(family(row) for row in sorted(ROWS, key=lambda row: row.packaged is None)):
@@ -78,10 +80,10 @@ def model_tables() -> str:
                     f"{row.parameters / 1e6:,.1f} M",
                     str(config.dims[-1] if convnext else config.embed_dim),
                     "32 (stride)" if convnext else str(config.patch_size),
-                    "Apache-2.0" if row.packaged else "DINOv3 License",
+                    row.licence.name,
                     "in the package"
                     if row.packaged
-                    else f"[request](https://huggingface.co/{row.hf})"
+                    else f"[{'get' if row.told_by_name else 'request'}](https://huggingface.co/{row.hf})"
                     if row.hf
                     else "not released",
                 ]

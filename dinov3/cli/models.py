@@ -58,6 +58,7 @@ def _weights_facts(source: str) -> dict[str, Any]:
         "source": opened.source,
         "form": opened.form,
         "model": " or ".join(row.id for row in opened.rows) or "no published architecture",
+        "licence": opened.licence or "not stated; the terms of what it was trained from apply",
         "tensors": len(opened.state_dict),
         "values": sum(values.values()),
         "dtype": ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in state.values()})),
@@ -65,8 +66,21 @@ def _weights_facts(source: str) -> dict[str, Any]:
         "mean": opened.mean or (opened.rows[0].mean if opened.rows else None),
         "std": opened.std or (opened.rows[0].std if opened.rows else None),
         "config": str(opened.config),
-        "notes": list(opened.notes),
+        "notes": [*opened.notes, *_same_shapes(opened)],
     }
+
+
+def _same_shapes(opened: Any) -> list[str]:
+    """The other files that these weights could be, where only a name would tell."""
+    from dinov3.weights import catalog
+
+    certain = opened.metadata.get("row") or any(
+        row.told_by_name or f"-{row.hash}." in opened.source for row in opened.rows
+    )
+    same = [r.id for r in catalog.ROWS if r.told_by_name and any(r.config == row.config for row in opened.rows)]
+    if certain or not same:
+        return []
+    return [f"{' and '.join(same)} have the same shapes and other licences; a name would tell, this one does not"]
 
 
 @app.command()
@@ -97,11 +111,14 @@ def models(
     console.print(table)
     print("\nOther names: the Hugging Face id, the timm name, the hub function, the file's name. Files:")
     for row in catalog.ROWS:
-        print(f"  {row.id:32} {row.file}  {row.hf or f'({_where(row)})'}  {' '.join(row.timm)}")
+        print(f"  {row.id:32} {row.file or '-'}  {row.hf or f'({_where(row)})'}  {' '.join(row.timm)}")
     print("\nPublished heads, each with its backbone (verbs: classify, depth, detect, segment, canopy, zero-shot):")
     for head in catalog.HEADS:
         print(f"  {head.name:38} {head.backbone:26} {head.file.rsplit('/', 1)[-1]}")
-    print(f"\nPublished weights are under Meta's terms: request access at {catalog.DOWNLOAD_PAGE}")
+    print("\nLicences (`dinov3 info FILE` says which applies):")
+    for licence in dict.fromkeys(row.licence for row in catalog.ROWS):
+        print(f"  {', '.join(name for name, its in catalog.LICENCES.items() if its == licence)}: {licence}")
+    print(f"\nMeta's weights: request access at {catalog.DOWNLOAD_PAGE}")
     print("or on the model's Hugging Face page, then: dinov3 embed FOLDER --out STORE --weights FILE|URL|ID")
     print("Scores: arXiv 2508.10104 and model card; ↓ lower is better.")
 
@@ -124,6 +141,7 @@ def _model_facts(row: Any, size: int) -> dict[str, Any]:
         "mean": row.mean,
         "std": row.std,
         "released": row.released,
+        "licence": str(row.licence),
         "scores": {k: v for k, v in row.scores.items() if v == v},
     }
 

@@ -34,9 +34,7 @@ from dinov3.models.convnext import ConvNeXt
 from dinov3.models.vit import VisionTransformer
 from dinov3.weights import configs, formats, identity, reading, writing
 from dinov3.weights import download as cache
-from dinov3.weights.catalog import ROWS, STATISTICS, Row
-
-LICENCE_URL = "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"
+from dinov3.weights.catalog import LICENCES, ROWS, STATISTICS, Row
 
 
 @dataclass
@@ -96,9 +94,9 @@ def save_pretrained(
     origin: Any = getattr(model, "origin", None)
     rows = tuple(row for row in ROWS if origin is not None and row.id == origin.name)
     source = origin.source if origin is not None else "a model in memory"
-    statistics = {"mean": origin.mean, "std": origin.std} if origin is not None else {}
+    about = {"mean": origin.mean, "std": origin.std, "licence": origin.licence} if origin is not None else {}
     state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
-    opened = reading.OpenedWeights(state, "meta", model.config, rows, source, Path(source), **statistics)
+    opened = reading.OpenedWeights(state, "meta", model.config, rows, source, Path(source), **about)
     return _write(opened, empty_folder(folder), to, dtype, max_shard_size)
 
 
@@ -279,9 +277,12 @@ def write_licence(work: Path, opened: reading.OpenedWeights) -> None:
         return
     name = opened.path.name if opened.path.exists() and "://" not in opened.source else without_secrets(opened.source)
     text = f"These weights are a conversion of {name}; the terms of that source go with them.\n"
-    if opened.rows:
-        text += f"They have the architecture of {opened.rows[0].arch}. If they derive from Meta's release, t"
+    if opened.rows and opened.licence == str(opened.rows[0].licence):  # going by shapes and names
+        text += f"They have the form of {opened.rows[0].id}, whose licence is: {opened.licence}\n"
+    elif opened.licence:
+        text += f"Their licence, as the source states it: {opened.licence}\n"
     else:
-        text += "If they derive from Meta's DINOv3 release, t"
-    text += f"hey are\nDINO Materials under the DINOv3 License, {LICENCE_URL}\n"
+        text += (
+            f"If they derive from Meta's DINOv3 release, they are\nDINO Materials under the {LICENCES['lvd1689m']}\n"
+        )
     (work / "NOTICE").write_text(text)

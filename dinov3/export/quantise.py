@@ -56,6 +56,7 @@ def quantise(
         )
     origin = model.origin
     about = {"row": origin.name, "mean": origin.mean, "std": origin.std, "quantised": kind, "cosine": round(cosine, 6)}
+    about |= {"licence": origin.licence} if origin.licence else {}
     with atomically(out) as work:
         work.mkdir()
         writing.save(model, work / "model.safetensors", about)

@@ -31,6 +31,7 @@ class Origin:
     mean: tuple[float, float, float]  # statistics of the images the weights were trained on
     std: tuple[float, float, float]
     notes: tuple[str, ...] = ()
+    licence: str = ""  # "" where the source does not state it
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "source", without_secrets(self.source))
@@ -159,7 +160,7 @@ def published_source(row: catalog.Row) -> str:
         return str(row.packaged_path)
     if not row.released:
         raise WeightsError(f"no weights of {row.arch} were published; pass weights=PATH, or weights='random'")
-    if row.hf and importlib.util.find_spec("huggingface_hub"):
+    if row.hf and (row.url is None or importlib.util.find_spec("huggingface_hub")):
         return row.hf
     assert row.url is not None
     return row.url
@@ -197,7 +198,9 @@ def assemble(
     if dtype is None and any(value.dtype == torch.float16 for value in opened.state_dict.values()):
         dtype = torch.float32  # float16 keeps files small; nothing computes in it unless requested
     fitting = [row for row in opened.rows if not wanted or row in wanted]
-    notes = list(opened.notes)
+    notes, licence = list(opened.notes), opened.licence
+    if wanted and not fitting and wanted[0].told_by_name and any(row.config == wanted[0].config for row in opened.rows):
+        fitting, licence = [wanted[0]], str(wanted[0].licence)  # the name decides between files of the same shapes
     config = fitting[0].config if fitting else wanted[0].config if wanted else opened.config
     # where the keys do not fit this raises, saying in ten lines what the file is and what to call instead
     model = filling.build(with_options(config, options), opened, device=device, dtype=dtype, requested=wanted)
@@ -214,5 +217,5 @@ def assemble(
     mean = opened.mean or (chosen.mean if chosen else catalog.STATISTICS["lvd1689m"][0])
     std = opened.std or (chosen.std if chosen else catalog.STATISTICS["lvd1689m"][1])
     name = chosen.id if chosen else "custom"
-    model.origin = Origin(name, opened.source, opened.form, mean, std, tuple(notes))  # type: ignore[assignment]
+    model.origin = Origin(name, opened.source, opened.form, mean, std, tuple(notes), licence)  # type: ignore[assignment]
     return model

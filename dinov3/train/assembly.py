@@ -426,6 +426,7 @@ def build_networks(
     student = spread(network(c.student.resume_from_teacher_chkpt, c), trained=True)
     ema = spread(network(None, c))
     copy_weights(ema, student)
+    ema.licence = student.licence
     gram_teacher = teacher = None
     if c.gram.use_loss and not c.gram.ema_teacher:
         gram_teacher = spread(network(c.gram.ckpt, c, heads=False))
@@ -456,6 +457,7 @@ def fill(network: Network, source: str, config: TrainConfig, *, needs_heads: boo
 
     def read() -> list[str]:
         found = teacher_files.read_network(source)
+        network.licence = found.opened.licence if found.opened is not None else ""
         return teacher_files.fill(network, found, vit_config(config.student), needs_heads=needs_heads)
 
     notes = distributed.once(read, group)

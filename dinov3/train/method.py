@@ -42,6 +42,8 @@ from dinov3.optim import StepValues, ema_update
 class Network(nn.Module):
     """A backbone and, unless it is a Gram teacher, the two heads that training needs."""
 
+    licence = ""  # of the weights that it began with
+
     def __init__(
         self, backbone: nn.Module, dino_head: nn.Module | None = None, ibot_head: nn.Module | None = None
     ) -> None:

@@ -168,7 +168,8 @@ def write_teacher(network: nn.Module, folder: Path, config: TrainConfig, *, writ
     if writer:
         folder.mkdir(parents=True, exist_ok=True)
         save_pth(state, folder / TEACHER_FILE)
-        save_backbone(state, folder / BACKBONE_FILE, describe(config) | {"iteration": iteration})
+        about = describe(config) | {"iteration": iteration, "licence": getattr(network, "licence", "")}
+        save_backbone(state, folder / BACKBONE_FILE, about)
         shutil.rmtree(folder / SHARDED_FOLDER, ignore_errors=True)  # of an earlier start: `read_network` takes either
     return folder
 

@@ -1,6 +1,10 @@
 """One table of every published backbone file and every name people call it by, and one of the published heads.
 Cheap to import: no torch.
 
+Two other projects published weights of DINOv3's form, under other licences: EUPE (arXiv 2603.22387) and LingBot-Vision
+(arXiv 2607.05247). Their shapes are those of Meta's files, so their names tell them apart: those of the file or its folder,
+config.json, or the name one loads them by.
+
 A name may mean one file ("facebook/dinov3-vitl16-pretrain-sat493m") or an architecture of which several files exist
 ("dinov3_vitl16"): `resolve` gives the rows in the order of preference, the file's content then decides. Published
 scores are copied from the paper and the model card (arXiv 2508.10104, Tab. 3-9, 14, 15, 17, 18); where the two
@@ -12,7 +16,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +34,43 @@ STATISTICS: dict[str, tuple[tuple[float, float, float], tuple[float, float, floa
     "lvd1689m": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "sat493m": ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143)),
     "own": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "eupe": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "lingbot": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+@dataclass(frozen=True)
+class Licence:
+    """The terms of published weights."""
+
+    name: str
+    slug: str  # as timm's configurations and model cards have it
+    url: str
+    notice: str = ""  # what else its redistributors say
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.url}" + (f"; {self.notice}" if self.notice else "")
+
+
+_DINOV3 = Licence(
+    "DINOv3 License", "dinov3-license", "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"
+)
+_APACHE = Licence("Apache License 2.0", "apache-2.0", "https://www.apache.org/licenses/LICENSE-2.0")
+LICENCES: dict[str, Licence] = {  # by data set
+    "lvd1689m": _DINOV3,
+    "sat493m": _DINOV3,
+    "own": _APACHE,
+    "eupe": Licence(
+        "FAIR Noncommercial Research License",
+        "fair-noncommercial-research-license",
+        "https://huggingface.co/facebook/fair-noncommercial-research-license",
+        "no commercial use",
+    ),
+    "lingbot": replace(
+        _APACHE,
+        url="https://github.com/robbyant/lingbot-vision",
+        notice=f"one redistributor states that the {_DINOV3.name} ({_DINOV3.url}) applies as well",
+    ),
 }
 
 FILES = Path(__file__).parent / "files"  # weights of our own, in the package
@@ -55,6 +96,7 @@ class Row:
     timm: tuple[str, ...] = ()
     scores: Mapping[str, float] = field(default_factory=dict, repr=False)
     packaged: str | None = None  # a file of our own in dinov3/weights/files
+    repository: str | None = None  # on Hugging Face, where it is not Meta's
 
     @property
     def id(self) -> str:
@@ -80,9 +122,20 @@ class Row:
 
     @property
     def hf(self) -> str | None:
-        """The Hugging Face repository in transformers' layout."""
+        """The Hugging Face repository: Meta's in transformers' layout, others in timm's."""
+        if self.repository:
+            return self.repository
         name = self.arch.replace("_", "-")
         return f"facebook/{name}-pretrain-{self.dataset}" if self.released and not self.packaged else None
+
+    @property
+    def licence(self) -> Licence:
+        return LICENCES[self.dataset]
+
+    @property
+    def told_by_name(self) -> bool:
+        """Whether only a name tells this file from one of Meta's: no hash of it is known."""
+        return self.repository is not None
 
     @property
     def mean(self) -> tuple[float, float, float]:
@@ -124,6 +177,11 @@ def _convnext(size: str, parameters: int, hash: str, scores: tuple[float, ...]) 
     return Row(arch, "lvd1689m", published(arch), parameters, hash, True, timm_names, dict(zip(_CNX_SCORES, scores)))
 
 
+def _relative(arch: str, dataset: str, parameters: int, timm: str, owner: str = "timm") -> Row:
+    """A file of another project, in timm's form."""
+    return Row(arch, dataset, published(arch), parameters, None, timm=(timm,), repository=f"{owner}/{timm}")
+
+
 _UNTIED = {"untie_global_and_local_cls_norm": True}
 # fmt: off
 ROWS: tuple[Row, ...] = (
@@ -143,6 +201,15 @@ ROWS: tuple[Row, ...] = (
     _convnext("large", 196_230_336, "61fa432d", (89.4, 82.4, 65.2, 47.8, .403)),
     # our own, distilled by `dinov3 distill`: docs/model-card-vitt16.md
     Row("dinov3_vitt16", "own", published("dinov3_vitt16"), 5_492_160, None, packaged="dinov3_vitt16.safetensors"),
+    _relative("dinov3_vits16", "lingbot", 21_601_152, "vit_small_patch16_lingbot.robbyant", "belfner"),
+    _relative("dinov3_vitb16", "lingbot", 85_669_632, "vit_base_patch16_lingbot.robbyant", "belfner"),
+    _relative("dinov3_vitl16", "lingbot", 303_154_176, "vit_large_patch16_lingbot.robbyant", "belfner"),
+    _relative("dinov3_vitt16", "eupe", 5_492_160, "vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m"),
+    _relative("dinov3_vits16", "eupe", 21_601_152, "vit_small_patch16_dinov3_qkvb.eupe_lvd1689m"),
+    _relative("dinov3_vitb16", "eupe", 85_669_632, "vit_base_patch16_dinov3_qkvb.eupe_lvd1689m"),
+    _relative("dinov3_convnext_tiny", "eupe", 27_820_128, "convnext_tiny.eupe_lvd1689m"),
+    _relative("dinov3_convnext_small", "eupe", 49_454_688, "convnext_small.eupe_lvd1689m"),
+    _relative("dinov3_convnext_base", "eupe", 87_566_464, "convnext_base.eupe_lvd1689m"),
 )
 # fmt: on
 ARCHITECTURES: tuple[str, ...] = tuple(dict.fromkeys(row.arch for row in ROWS))
@@ -213,6 +280,8 @@ def aliases() -> dict[str, tuple[Row, ...]]:
             names |= {row.file, row.file.removesuffix(".pth")}
         if row.hf:
             names |= {row.hf, row.hf.removeprefix("facebook/")}
+        if row.told_by_name:
+            names.add(row.arch.replace("dinov3", row.dataset))
         for name in row.timm:
             names |= {name, f"timm/{name}"}
             if isinstance(row.config, ViTConfig):  # without its tag the name says only the architecture

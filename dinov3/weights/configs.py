@@ -176,7 +176,7 @@ def signature(config: BackboneConfig, *, without: Iterable[str] = ()) -> tuple[A
 
 
 def fitting_rows(config: BackboneConfig, form: Form) -> tuple[Row, ...]:
-    """The catalogue rows of exactly this architecture, not counting what `form` never holds."""
+    """The catalogue rows of exactly this architecture, not counting what `form` never holds; Meta's first."""
     without = {"meta": (), "transformers": ("untie_global_and_local_cls_norm",)}.get(
         form, ("untie_global_and_local_cls_norm", "qkv_bias", "mask_k_bias")
     )
@@ -290,7 +290,7 @@ def timm_config(
     else:
         gated, width = config.ffn_layer != "mlp", config.embed_dim
         names = row.timm if row else ()
-        name = next((n for n in names if ("_qkvb" in n) == qkv_bias), None)
+        name = next((n for n in names if ("_qkvb" in n or "lingbot" in n) == qkv_bias), None)
         fallback = "vit_small_plus_patch16_dinov3." if gated else "vit_small_patch16_dinov3."
         architecture, tag = (name or fallback).split(".")
         if name is None:
@@ -325,15 +325,16 @@ def timm_config(
             "pool_size": None if isinstance(config, ViTConfig) else [7, 7],
             "first_conv": "patch_embed.proj" if isinstance(config, ViTConfig) else "stem.0",
             "classifier": "head" if isinstance(config, ViTConfig) else "head.fc",
-            "license": "apache-2.0" if row is not None and row.packaged else "dinov3-license",
+            "license": row.licence.slug if row is not None else "unknown",
         },
     }
 
 
 def is_dinov3_json(json: Mapping[str, Any]) -> bool:
-    """Whether a config.json is that of a DINOv3 model of transformers or timm."""
+    """Whether a config.json is that of a DINOv3 model (or one of its form) of transformers or timm."""
     timm = f"{json.get('architecture', '')}.{(json.get('pretrained_cfg') or {}).get('tag', '')}"
-    return str(json.get("model_type", "")).startswith("dinov3_") or "dinov3" in timm
+    named = any(word in timm for word in ("dinov3", "lingbot", "eupe"))
+    return str(json.get("model_type", "")).startswith("dinov3_") or named
 
 
 def config_from_json(json: Mapping[str, Any]) -> dict[str, Any]:

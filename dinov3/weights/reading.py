@@ -33,7 +33,7 @@ from dinov3.models import low_precision
 from dinov3.models.architectures import BackboneConfig
 from dinov3.weights import configs, formats
 from dinov3.weights import download as cache
-from dinov3.weights.catalog import ACCESS, ROWS, Row, aliases
+from dinov3.weights.catalog import ACCESS, LICENCES, ROWS, Row, aliases
 from dinov3.weights.identity import main_hash
 
 RESIDUE_FILE = "dinov3_residue.safetensors"
@@ -74,6 +74,7 @@ class OpenedWeights:
     metadata: dict[str, Any] = field(default_factory=dict, repr=False)  # of our own checkpoints, else safetensors'
     mean: Triple | None = None  # input statistics that the source itself states, RGB in [0, 1]
     std: Triple | None = None
+    licence: str = ""  # as the source states it, else that of the catalogue's file; "" if nothing tells
     notes: list[str] = field(default_factory=list)  # what a careful person would want to know, a sentence each
 
 
@@ -208,7 +209,8 @@ def _understand(
         _statistics(beside, config_json, ours) if path.is_dir() or detected.form != "meta" or ours else (None,) * 2
     )
     if len(rows) > 1:
-        names = [source, path.name, str(config_json.get("_name_or_path", "")), json.dumps(config_json)]
+        close = "/".join(Path(source).parts[-2:])  # folders further up may be called after anything
+        names = [close, path.name, str(config_json.get("_name_or_path", "")), json.dumps(config_json)]
         rows = _which(
             rows,
             state,
@@ -217,6 +219,10 @@ def _understand(
             [*names, str(ours.get("row", ""))],
             lone=detected.form == "meta" and path.is_file(),
         )
+    stated = ours.get("licence") or (config_json.get("pretrained_cfg") or {}).get("license") or metadata.get("license")
+    published = rows[0].licence if rows and (not ours or "quantised" in ours) else None  # not what was trained here
+    if published is None or stated not in (None, published.slug):
+        published = next((licence for licence in LICENCES.values() if licence.slug == stated), None)
     if rows and detected.form != "meta":
         state = formats.complete(state, rows[0].config)
         config = configs.infer_config(state, hints)
@@ -230,6 +236,7 @@ def _understand(
         metadata=ours or metadata,
         mean=mean,
         std=std,
+        licence=str(published or stated or ""),
         notes=notes,
     )
 
@@ -243,11 +250,14 @@ def _which(
     *,
     lone: bool,
 ) -> tuple[Row, ...]:
-    """Which of several published files of one architecture this is; all of them if nothing tells."""
-    if "local_cls_norm.weight" in state:  # L has it only when trained on satellite images
-        rows = tuple(r for r in rows if getattr(r.config, "untie_global_and_local_cls_norm", False)) or rows
+    """Which of several published files of one architecture this is; all of Meta's if nothing tells."""
     text = " ".join(names).lower()
     by_hash = tuple(r for r in rows if r.hash and f"-{r.hash}." in text)
+    if named := tuple(r for r in rows if r.told_by_name and r.dataset in text and not by_hash):
+        return named
+    rows = tuple(r for r in rows if not r.told_by_name)
+    if "local_cls_norm.weight" in state:  # L has it only when trained on satellite images
+        rows = tuple(r for r in rows if getattr(r.config, "untie_global_and_local_cls_norm", False)) or rows
     by_name = tuple(r for r in rows if r.dataset in text)
     by_mean = tuple(r for r in rows if mean and _near(mean, r.mean))
     if len(rows) > 1 and len(by_hash) != 1 and lone:  # Meta's file under another name: read it all

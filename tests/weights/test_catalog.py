@@ -35,13 +35,14 @@ def test_a_public_name_means_its_row(name: str, id: str) -> None:
 
 
 def test_an_architecture_with_two_files_names_both_the_web_one_first() -> None:
-    assert [r.id for r in resolve("dinov3_vitl16")] == ["dinov3_vitl16_lvd1689m", "dinov3_vitl16_sat493m"]
+    both = ["dinov3_vitl16_lvd1689m", "dinov3_vitl16_sat493m"]
+    assert [r.id for r in resolve("dinov3_vitl16")] == [*both, "dinov3_vitl16_lingbot"]
     assert [r.id for r in resolve("vit_7b_patch16_dinov3")] == ["dinov3_vit7b16_lvd1689m", "dinov3_vit7b16_sat493m"]
     assert len(resolve("dinov3_vitl16_sat493m")) == 1
 
 
 def test_ids_and_files_are_unique() -> None:
-    assert len({r.id for r in ROWS}) == len({r.file for r in ROWS}) == len(ROWS) == 14
+    assert len({r.id for r in ROWS}) == len({r.file or r.hf for r in ROWS}) == len(ROWS) == 14 + 9
 
 
 @pytest.mark.parametrize(
