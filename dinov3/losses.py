@@ -28,6 +28,8 @@ from dinov3.errors import DinoError, UnknownName, one_of
 
 STUDENT_TEMPERATURE = 0.1
 KOLEO_EPS = 1e-8
+SIGREG_DIRECTIONS = 1024
+SIGREG_KNOTS = 17  # of t, in [−5, 5]
 
 Loss = TypeVar("Loss", bound=Callable[..., Tensor])
 
@@ -250,6 +252,16 @@ def ibot_patch_loss(
     return (cross_entropy * weights.float()).sum() / n_crops
 
 
+def visible_patches(masks: Tensor, n_masked: int) -> tuple[Tensor, Tensor]:
+    """Masks [C, P] with n_masked true entries to (positions in the flattened masks, weights) of the visible patches.
+
+    Both [C·P − n_masked], row-major; a weight is 1 / (visible patches of its crop). Nothing waits for the device.
+    """
+    visible = masks.flatten().to(torch.uint8).argsort(stable=True)[: masks.numel() - n_masked]
+    per_crop = (masks.shape[1] - masks.sum(1)).float()
+    return visible, 1 / per_crop[visible // masks.shape[1]]
+
+
 # ---- spread: KoLeo -------------------------------------------------------------------------------------------------
 
 
@@ -312,6 +324,51 @@ def _koleo(x: Tensor, pool: Tensor, *, first: int, topk: int) -> Tensor:
         neighbours = similarity.topk(topk, dim=1).indices  # [n, topk]
     distances = torch.linalg.vector_norm(x.unsqueeze(1) - pool[neighbours] + KOLEO_EPS, dim=-1)  # [n, topk]
     return -(distances + KOLEO_EPS).log().mean()
+
+
+# ---- spread: SIGReg, in place of KoLeo -----------------------------------------------------------------------------
+
+
+def sigreg_directions(width: int, iteration: int, *, count: int = SIGREG_DIRECTIONS) -> Tensor:
+    """Random unit vectors, [width, count]: a function of the iteration, so the same on all ranks and after a resume.
+
+    Drawn by a generator of their own; those of the run are left alone.
+    """
+    generator = torch.Generator().manual_seed(iteration)
+    return F.normalize(torch.randn(width, count, generator=generator), dim=0)
+
+
+@_float32
+def sigreg_loss(x: Tensor, directions: Tensor, *, group: Group = None) -> Tensor:
+    """Distance of the rows of all ranks from a standard normal distribution, along random directions (LeJEPA's SIGReg).
+
+    x [n, w]: vectors before the division by their length; n may differ between ranks · `directions` [w, M], unit
+    columns. With the N·M projections p = x @ directions and 17 knots t in [−5, 5], the mean over directions of
+
+        ∫ e^(−t²/2) · ((mean of cos(t·p) − e^(−t²/2))² + (mean of sin(t·p))²) dt        # trapezoid rule
+
+    the distance of two characteristic functions (Epps and Pulley's statistic, not multiplied by N). About 1.06 / N for N
+    normal rows; 0.41 for rows of zeros; the largest, 2.7, for equal rows far from zero. The same value on all ranks; a
+    rank's gradient is W times its part, and data parallelism's average divides by W.
+    """
+    if x.ndim != 2 or directions.ndim != 2 or x.shape[1] != directions.shape[0]:
+        raise DinoError(
+            f"SIGReg takes one vector per image, [images, width], and directions [width, count], not {_shape(x)} and "
+            f"{_shape(directions)}"
+        )
+    # the two sums over −t and t are equal: only knots from 0 on, the others counted twice
+    t = torch.linspace(0, 5, SIGREG_KNOTS // 2 + 1, device=x.device)
+    normal = (-t.square() / 2).exp()
+    weights = normal * (2 * t[1])
+    weights[[0, -1]] /= 2
+    angles = (x.float() @ directions.float().to(x.device)).unsqueeze(-1) * t  # [n, M, knots]
+    own = torch.stack([angles.cos().sum(0), angles.sin().sum(0)])  # [2, M, knots]
+    counted = torch.cat([own.detach().flatten(), own.new_full((1,), len(x))])
+    total = distributed.all_reduce(counted, "sum", group)
+    if (W := distributed.world(group)) > 1:  # alone, the sums are as they are, to the bit
+        own = total[:-1].view_as(own) + W * (own - own.detach())
+    cos, sin = own / total[-1]
+    return (((cos - normal).square() + sin.square()) @ weights).mean()
 
 
 # ---- dense features that stay: Gram anchoring ----------------------------------------------------------------------

@@ -50,7 +50,8 @@ def parallelize(
     reduce_dtype: str = "fp32",
     over: str = "all",
 ) -> None:
-    """Prepares {"backbone": …, "dino_head": …, …}, in place and on `device`, holding the values they are to begin with.
+    """Prepares {"backbone": …, "dino_head": …, …}, or heads alone, in place and on `device`, holding the values they are to
+    begin with.
 
     `trained`: activations are stored for a backward pass; only then is there anything to checkpoint. `checkpointing`:
     "none" | "selective" (keep the results of matrix products and attention, recompute the rest) | "full". `param_dtype`
@@ -59,9 +60,8 @@ def parallelize(
     """
     if checkpointing not in ("none", "selective", "full"):
         raise DinoError(f"checkpointing is none, selective or full, not {checkpointing!r}")
-    backbone = parts["backbone"]
     if trained and checkpointing != "none":
-        checkpoint_activations(backbone, selective=checkpointing == "selective")
+        checkpoint_activations(parts["backbone"], selective=checkpointing == "selective")
     if compile:
         compile_units(parts, cudagraphs=cudagraphs)
     if distributed.world(group) > 1 or (param_dtype != "fp32" and device.type not in WITHOUT_COLLECTIVES):
@@ -115,9 +115,9 @@ def compile_units(parts: dict[str, nn.Module], *, cudagraphs: bool = False) -> N
     Shapes are static, one graph for each crop size; hence the raised limit. CUDA graphs are for transformer blocks.
     """
     torch._dynamo.config.recompile_limit = 1024
-    backbone = parts["backbone"]
+    backbone = parts.get("backbone")
     graphs: dict[str, Any] = {"fullgraph": True, "options": {"triton.cudagraphs": True}} if cudagraphs else {}
-    for unit in units(backbone):
+    for unit in units(backbone) if backbone is not None else ():
         for module in unit:
             module.compile(dynamic=False, **(graphs if hasattr(backbone, "blocks") else {}))
     for name, head in parts.items():
@@ -158,8 +158,8 @@ def shard(parts: dict[str, nn.Module], mesh: DeviceMesh, *, param_dtype: str, re
     size = sum(p.numel() for part in parts.values() for p in part.parameters()) * DTYPES[param_dtype].itemsize
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
     options["reshard_after_forward"] = not trained or size > KEPT_BYTES
-    backbone = parts["backbone"]
-    members: list[Any] = [module for unit in units(backbone) for module in unit]
+    backbone = parts.get("backbone")
+    members: list[Any] = [] if backbone is None else [module for unit in units(backbone) for module in unit]
     # what comes in has the type of the root's weights; only tables of positions may have another, and keep it
     inside = options | {"mp_policy": replace(policy, cast_forward_inputs=False)}
     for module in members:
@@ -170,6 +170,8 @@ def shard(parts: dict[str, nn.Module], mesh: DeviceMesh, *, param_dtype: str, re
     for module in parts.values():
         # a backbone that runs forward only gives its root's weights back too; a trained one needs them again at once
         fully_shard(module, **(options | {"reshard_after_forward": not trained}))
+    if backbone is None:
+        return
     for method in ("forward_features", "get_intermediate_layers"):
         register_fsdp_forward_method(backbone, method)  # features.extract calls them
 

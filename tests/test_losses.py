@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -29,8 +30,11 @@ from dinov3.losses import (
     koleo_loss_distributed,
     masked_patch_weights,
     resize_patches,
+    sigreg_directions,
+    sigreg_loss,
     sinkhorn_knopp,
     some_positions,
+    visible_patches,
 )
 
 VALUE, GRADIENT = 1e-5, 2e-4  # of the tensor's largest magnitude
@@ -406,6 +410,36 @@ def test_text_alignment_is_its_plain_loop() -> None:
     assert close(image_text_loss(image, text, scale), total / 4)
 
 
+def test_sigreg_is_its_plain_loop() -> None:
+    x, directions = 2 * normal(14, 5, 6) + 0.5, sigreg_directions(6, 3, count=7)
+    t = torch.linspace(-5, 5, 17)
+    total = 0.0
+    for m in range(7):
+        heights = []
+        for knot in t.tolist():
+            p = [sum(x[i, d].item() * directions[d, m].item() for d in range(6)) for i in range(5)]
+            cos, sin = (sum(f(knot * value) for value in p) / 5 for f in (math.cos, math.sin))
+            target = math.exp(-(knot**2) / 2)
+            heights.append(target * ((cos - target) ** 2 + sin**2))
+        total += sum((a + b) / 2 * 10 / 16 for a, b in pairwise(heights))
+    assert close(sigreg_loss(x, directions), total / 7)
+
+
+@pytest.mark.parametrize("n_masked", [0, 3, 12])
+def test_visible_patches_are_those_without_a_mask(n_masked: int) -> None:
+    masks = torch.zeros(3, 4, dtype=torch.bool)
+    masks.view(-1)[[1, 6, 4] if n_masked == 3 else slice(n_masked)] = True
+    positions, weights = [], []
+    for c in range(3):
+        for p in range(4):
+            if not masks[c, p]:
+                positions.append(4 * c + p)
+                weights.append(1 / sum(not masked for masked in masks[c].tolist()))
+    found, weight = visible_patches(masks, n_masked)
+    assert found.tolist() == positions
+    assert weight.tolist() == pytest.approx(weights)
+
+
 # ---- the same batch on two ranks -----------------------------------------------------------------------------------
 
 
@@ -425,6 +459,21 @@ def test_text_alignment_over_two_ranks_is_that_of_the_whole_batch() -> None:
     assert close(torch.cat([image_gradient, other[1]]) / 2, whole[1])
     assert close(torch.cat([text_gradient, other[2]]) / 2, whole[2])
     assert close((scale_gradient + other[3]) / 2, whole[3])
+
+
+def sigreg_on_a_rank(x: Tensor, directions: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """Rank 0 has the rows before `first`, rank 1 the rest."""
+    mine = x if distributed.world() == 1 else (x[:first], x[first:])[distributed.rank()]
+    return value_and_gradient(sigreg_loss, mine, directions)
+
+
+def test_sigreg_over_two_ranks_is_that_of_all_rows() -> None:
+    x, directions = normal(15, 7, 6) + 1, sigreg_directions(6, 0, count=50)
+    whole, gradient = sigreg_on_a_rank(x, directions, 3)
+    ranks = run_ranks(sigreg_on_a_rank, 2, x, directions, 3)
+    assert all(close(value, whole) for value, _ in ranks)
+    assert close(torch.cat([g for _, g in ranks]) / 2, gradient)  # data parallelism's average
+    assert not close(sigreg_loss(x[:3], directions), whole)  # a rank alone would have another
 
 
 def three_ranks_in_two_groups(x: Tensor, bf16: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -493,6 +542,47 @@ def test_koleo_never_takes_a_row_for_its_own_neighbour() -> None:
 def test_a_single_row_gets_no_gradient_from_koleo() -> None:
     _, gradient = value_and_gradient(koleo_loss, normal(18, 1, 4))
     assert not gradient.any()
+
+
+def test_sigreg_is_smallest_for_normal_rows_and_largest_for_equal_ones() -> None:
+    directions = sigreg_directions(16, 0)
+    n, rows = 2000, normal(16, 2000, 16)
+    of = {
+        "normal": sigreg_loss(rows, directions),
+        "too narrow": sigreg_loss(rows / 10, directions),
+        "too wide": sigreg_loss(rows * 10, directions),
+        "flat": sigreg_loss(torch.cat([rows[:, :8], torch.zeros(n, 8)], 1), directions),
+        "unit": sigreg_loss(F.normalize(rows, dim=1), directions),
+        "equal": sigreg_loss((10 * normal(17, 16)).expand(n, 16), directions),
+    }
+    assert of["normal"] == pytest.approx(1.06 / n, rel=0.3)  # (√2π − √(2π/3)) / N
+    assert min(of, key=of.get) == "normal"  # type: ignore[arg-type]
+    assert max(of, key=of.get) == "equal"  # type: ignore[arg-type]
+    assert of["equal"] > 2.5
+    zeros = (
+        math.sqrt(2 * math.pi) - 2 * math.sqrt(math.pi) + math.sqrt(2 * math.pi / 3)
+    )  # ∫ e^(−t²/2)(1 − e^(−t²/2))² dt
+    assert sigreg_loss(torch.zeros(5, 16), directions) == pytest.approx(zeros, abs=1e-4)
+
+
+def test_sigreg_does_not_depend_on_a_rotation_in_expectation() -> None:
+    x = normal(18, 40, 4) * torch.tensor([3.0, 1.0, 0.1, 0.1])
+    rotation = torch.linalg.qr(normal(19, 4, 4)).Q
+    few = sigreg_directions(4, 0, count=3)
+    assert close(sigreg_loss(x @ rotation, rotation.T @ few), sigreg_loss(x, few), 1e-4)  # exactly, where both rotate
+    assert not close(sigreg_loss(x @ rotation, few), sigreg_loss(x, few), 1e-2)
+    many = sigreg_directions(4, 0, count=20_000)
+    assert close(sigreg_loss(x @ rotation, many), sigreg_loss(x, many), 1e-2)
+
+
+def test_directions_are_a_function_of_the_iteration_and_draw_nothing_from_the_run() -> None:
+    before = torch.get_rng_state()
+    directions = sigreg_directions(8, 5)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(directions, sigreg_directions(8, 5))
+    assert not torch.equal(directions, sigreg_directions(8, 6))
+    assert directions.norm(dim=0).sub(1).abs().max() < 1e-6
+    assert directions.shape == (8, 1024)
 
 
 def test_gram_without_a_selected_token_is_zero_and_not_nan() -> None:
@@ -603,6 +693,7 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "koleo, nothing": (lambda: koleo_loss(X(0, 4)), "one feature vector per image"),
     "koleo, topk": (lambda: koleo_loss_distributed(X(3, 4), topk=3), "3 neighbours among 3 rows; each has 2"),
     "koleo, group size": (lambda: koleo_loss_distributed(X(4, 4), group_size=6), "group size 6 must be a multiple"),
+    "sigreg, other width": (lambda: sigreg_loss(X(3, 4), X(5, 8)), r"\[3, 4\] and \[5, 8\]"),
     "gram, other patches": (lambda: gram_loss(X(2, 4, 3), X(2, 16, 3)), "resize_patches"),
     "gram, flat": (lambda: gram_loss(X(4, 3), X(4, 3)), "crops, patches, width"),
     "gram, negatives": (lambda: gram_loss(X(2, 4, 3), X(2, 4, 3), negatives="zeros"), "did you mean 'zero'"),

@@ -83,6 +83,8 @@ class DinoConfig:
     koleo_topk: int = setting(1, above=0)
     # images that are compared; null: the global batch
     koleo_distributed_loss_group_size: int | None = setting(None, above=0)
+    # ours; above 0: SIGReg takes KoLeo's place (published: 0.05). KoLeo is then logged and not added, whatever its weight
+    sigreg_loss_weight: float = setting(0.0, at_least=0)
     reweight_dino_local_loss: bool = False
     local_loss_weight_schedule: ScheduleConfig = field(
         default_factory=lambda: ScheduleConfig(start=0.5, peak=0.5, end=0.5)
@@ -91,7 +93,10 @@ class DinoConfig:
 
 @dataclass
 class IbotConfig:
-    loss_weight: float = 1.0
+    loss_weight: float = 1.0  # at the masked patches
+    # ours (iBOT++); above 0: the same loss at the visible patches of all global crops, with this weight, averaged within each
+    # crop and then over crops. Targets of masked and visible patches are balanced together
+    visible_loss_weight: float = setting(0.0, at_least=0)
     mask_sample_probability: float = setting(0.5, at_least=0, at_most=1)  # share of global crops that are masked at all
     mask_ratio_min_max: tuple[float, float] = setting((0.1, 0.5), at_least=0, at_most=1, rising=True)
     mask_random_circular_shift: bool = False
@@ -177,8 +182,10 @@ class StudentConfig:
 
 @dataclass
 class TeacherConfig:
-    """The v1 schedules of the teacher."""
+    """What the teacher averages, and its v1 schedules."""
 
+    # ours. "heads": the teacher's backbone is the student's (no gradient, masks or drop path), only the heads are averaged
+    ema: Literal["all", "heads"] = "all"
     momentum_teacher: float | None = setting(0.992, at_least=0, at_most=1)
     final_momentum_teacher: float | None = setting(1.0, at_least=0, at_most=1)
     warmup_teacher_temp: float | None = setting(0.04, above=0)
@@ -303,7 +310,7 @@ class RunConfig:
 V1_KEYS = (
     *(f"optim.{k}" for k in ("weight_decay", "weight_decay_end", "lr", "warmup_epochs", "min_lr")),
     *(f"optim.{k}" for k in ("schedule_trunc_extra", "freeze_last_layer_epochs")),
-    *(f"teacher.{f.name}" for f in fields(TeacherConfig)),
+    *(f"teacher.{f.name}" for f in fields(TeacherConfig) if f.name != "ema"),
 )
 V1_TO_V2 = {
     "optim.lr": "schedules.lr.peak",
@@ -443,6 +450,8 @@ class TrainConfig:
             yield "compute_precision.param_dtype fp16 runs without loss scaling: small gradients vanish; prefer bf16"
         if self.dino.koleo_loss_weight and not self.dino.koleo_loss_distributed and self.train.batch_size_per_gpu == 1:
             yield "dino.koleo: with one image per process a crop is its own neighbour and the loss a constant"
+        if self.dino.sigreg_loss_weight and self.dino.koleo_loss_weight:
+            yield "dino.koleo_loss_weight is not used: SIGReg (dino.sigreg_loss_weight) takes KoLeo's place"
         for size in as_list(self.crops.local_crops_size):
             if s.patch_size > 0 and size % s.patch_size:
                 yield (
@@ -694,6 +703,8 @@ def _default(key: str) -> Any:
 
 def _distillation_problems(c: TrainConfig) -> Iterator[Problem]:
     d, m = c.distillation, c.multidistillation
+    if d.enabled and c.teacher.ema == "heads":
+        yield "teacher.ema", "heads has no meaning beside a frozen teacher (distillation.enabled); use all"
     if d.enabled:
         if not d.full_cfg_path:
             yield "distillation.full_cfg_path", "name the teacher's configuration, such as its run's resolved.yaml"

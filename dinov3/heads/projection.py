@@ -7,6 +7,7 @@ they never share weights. State-dict names are given: `mlp.0`, `mlp.2`, `mlp.4` 
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,15 +45,19 @@ class ProjectionHead(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, x: Tensor, part: str = "all") -> Tensor:
+    def forward(self, x: Tensor, part: str = "all") -> Any:
         """`part` "all": [..., D] → [..., K]; "bottleneck": [..., D] → unit vectors [..., b]; "prototypes": those → [..., K].
 
         The parts exist so that ranks can send b numbers instead of K. They are one method because sharding gathers
-        the weights when a module is called, and only then.
+        the weights when a module is called, and only then. "both": (logits [..., K], the bottleneck [..., b] before it
+        is divided by its length), which SIGReg looks at.
         """
-        if part not in ("all", "bottleneck", "prototypes"):
-            raise DinoError(f"a projection head runs 'all', 'bottleneck' or 'prototypes', not {part!r}")
-        if part != "prototypes":
-            x = self.mlp(x)
-            x = F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12)
-        return x if part == "bottleneck" else self.last_layer(x)
+        if part not in ("all", "both", "bottleneck", "prototypes"):
+            raise DinoError(f"a projection head runs 'all', 'both', 'bottleneck' or 'prototypes', not {part!r}")
+        if part == "prototypes":
+            return self.last_layer(x)
+        raw = self.mlp(x)
+        x = F.normalize(raw, dim=-1, eps=1e-6 if raw.dtype == torch.float16 else 1e-12)
+        if part == "bottleneck":
+            return x
+        return self.last_layer(x) if part == "all" else (self.last_layer(x), raw)

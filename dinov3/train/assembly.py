@@ -6,7 +6,7 @@ import contextlib
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -239,7 +239,10 @@ class Trainer:
 
     def read(self, path: Path) -> tuple[Path, dict[str, Any], list[str]]:
         """Fills the networks and the optimiser from a checkpoint; (path, its state, names of the Gram teacher it lacks)."""
-        missing = checkpoint.load(path, self.tensors(), group=self.group)
+        tensors = self.tensors()
+        if self.method.shares_backbone:  # the student's, whatever a run that averaged it has saved
+            tensors = {n: x for n, x in tensors.items() if not n.startswith("model.model_ema.backbone.")}
+        missing = checkpoint.load(path, tensors, group=self.group)
         state = checkpoint.read_state(path, "iteration", "loader", "random")
         gram = [name for name in missing if name.startswith("model.gram_teacher.")]
         if len(missing) > len(gram):
@@ -384,8 +387,8 @@ def build_networks(
 ) -> dict[str, Any]:
     """student, ema, gram_teacher and teacher (None where there is none), with their first weights, spread over `group`.
 
-    Order: the student is drawn (the same on all ranks) or read; the average is a copy of it; the Gram teacher is read, or
-    begins as the average; a frozen teacher is read. Weights are whole until they are sharded, one network after another.
+    Order: the student is drawn (the same on all ranks) or read; the average is a copy of it (or of its heads); the Gram
+    teacher is read, or begins as the average; a frozen teacher is read. Weights are whole until they are sharded, one network after another.
     """
     c = config
     seed_everything(seed)
@@ -407,10 +410,10 @@ def build_networks(
             notes.extend(fill(made, source, described, needs_heads=needs_heads, group=ranks))
         return made
 
-    def spread(made: Network, *, trained: bool = False, ranks: Group = group) -> Network:
+    def spread(made: Network, *, trained: bool = False, ranks: Group = group, only: Sequence[str] = ()) -> Network:
         checkpointing = "full" if c.train.checkpointing_full else "selective" if c.train.checkpointing else "none"
         parallelize(
-            made.parts(),
+            {name: part for name, part in made.parts().items() if not only or name in only},
             device=device,
             trained=trained,
             group=ranks,
@@ -424,7 +427,11 @@ def build_networks(
         return made
 
     student = spread(network(c.student.resume_from_teacher_chkpt, c), trained=True)
-    ema = spread(network(None, c))
+    if c.teacher.ema == "heads":
+        with torch.device(device):
+            ema = spread(build_network(c, backbone=student.backbone), only=teacher_files.HEADS)
+    else:
+        ema = spread(network(None, c))
     copy_weights(ema, student)
     ema.licence = student.licence
     gram_teacher = teacher = None

@@ -1,4 +1,4 @@
-"""What is learned: self-distillation with DINO, iBOT, KoLeo and Gram terms (paper §3.2, §4.2, §5.2).
+"""What is learned: self-distillation with DINO, iBOT, KoLeo and Gram terms (paper §3.2, §4.2, §5.2), and newer options.
 
     targets = method.targets(batch, values)          # the teachers' outputs; no gradient
     terms = method.predict(batch, targets, values)   # the student's predictions: LossTerms
@@ -9,7 +9,8 @@
 
 Four networks with four names. `student` learns by gradients. `ema` is its moving average, and the result of a run.
 `teacher` gives the targets: it is the ema itself, unless one distils, then a frozen network that may be wider.
-`gram_teacher` is an earlier teacher whose patch similarities the student keeps; backbone only.
+`gram_teacher` is an earlier teacher whose patch similarities the student keeps; backbone only. With head-only EMA
+(`teacher.ema: heads`) the ema's backbone *is* the student's module, in evaluation mode where it acts as the teacher.
 
 `values` are this iteration's scheduled numbers (`optim.StepValues`). Nothing here knows of iterations to come, files,
 devices, sharding or precision; the ranks are met only in sums, through `group`.
@@ -62,8 +63,8 @@ class Network(nn.Module):
             part.init_weights()  # type: ignore[operator]
 
 
-def build_network(config: TrainConfig, *, heads: bool = True) -> Network:
-    """The network of a configuration's `student` section, with uninitialised values."""
+def build_network(config: TrainConfig, *, heads: bool = True, backbone: nn.Module | None = None) -> Network:
+    """The network of a configuration's `student` section, with uninitialised values; around a given backbone, or its own."""
     shape = vit_config(config.student)
     if not heads:
         return Network(build_backbone(shape))
@@ -77,7 +78,7 @@ def build_network(config: TrainConfig, *, heads: bool = True) -> Network:
             bottleneck_dim=c.head_bottleneck_dim,
         )
 
-    return Network(build_backbone(shape), head(config.dino), head(config.ibot))
+    return Network(build_backbone(shape) if backbone is None else backbone, head(config.dino), head(config.ibot))
 
 
 @torch.no_grad()
@@ -95,7 +96,7 @@ class Targets:
     """Outputs of the teachers for a batch."""
 
     dino: Tensor  # [2, B, K] probabilities
-    ibot: Tensor  # [n, K'] probabilities, in mask order
+    ibot: Tensor  # [n, K'] probabilities, in mask order; then, with ibot.visible_loss_weight, of the visible patches
     gram: Tensor | None  # [2B, P, D'] patch tokens on the student's grid; None while Gram anchoring is not active
 
 
@@ -126,10 +127,13 @@ class SelfDistillation:
         self.teacher = ema if teacher is None else teacher
         self.dino, self.ibot, self.gram = dino, ibot, gram
         self.teacher_scale, self.group = teacher_scale, group
-        student.train()
         for other in (self.ema, self.teacher, self.gram_teacher):
             if other is not None:
                 other.eval().requires_grad_(False)
+        self.shares_backbone = ema.backbone is student.backbone  # head-only EMA
+        if self.shares_backbone:
+            student.backbone.requires_grad_(True)
+        student.train()
         if gram.use_loss and not gram.ema_teacher and gram_teacher is None:
             raise DinoError("gram.use_loss needs a Gram teacher; hand one in, or set gram.ema_teacher")
 
@@ -144,13 +148,24 @@ class SelfDistillation:
         """Both global crops through the teacher, unmasked; logits balanced over all ranks by Sinkhorn-Knopp."""
         B, T = batch.batch_size, values.teacher_temp
         crops = self._seen_by_teacher(batch.global_crops)
+        if self.shares_backbone:  # without the student's drop path and drawn positions
+            self.student.backbone.eval()
         out = self.teacher.backbone(crops, is_training=True)
+        if self.shares_backbone:
+            self.student.backbone.train()
         cls, patches = out["x_norm_clstoken"], out["x_norm_patchtokens"]  # [2B, D], [2B, P, D]
         self._check_grid("teacher", patches, batch.masks)
         dino = losses.sinkhorn_knopp(self.teacher.dino_head(cls), T, group=self.group)
-        masked = patches.flatten(0, 1).index_select(0, batch.mask_indices)  # [n, D]
-        ibot = losses.sinkhorn_knopp(self.teacher.ibot_head(masked), T, group=self.group)
+        compared = patches.flatten(0, 1).index_select(0, self._compared(batch))  # [n, D]
+        ibot = losses.sinkhorn_knopp(self.teacher.ibot_head(compared), T, group=self.group)
         return Targets(dino.unflatten(0, (2, B)), ibot, self._gram_target(batch, patches, values))
+
+    def _compared(self, batch: CropBatch) -> Tensor:
+        """Positions of the patches that the iBOT losses compare: the masked ones, then, with a weight, the visible ones."""
+        if self.ibot.visible_loss_weight == 0:
+            return batch.mask_indices
+        visible, _ = losses.visible_patches(batch.masks, len(batch.mask_indices))
+        return torch.cat([batch.mask_indices, visible])
 
     def _check_grid(self, who: str, patches: Tensor, masks: Tensor) -> None:
         if patches.shape[1] != masks.shape[1]:
@@ -201,12 +216,17 @@ class SelfDistillation:
         cls, local_cls = globals_["x_norm_clstoken"], locals_["x_norm_clstoken"]  # [2B, D], [n_l·B, D]
         patches = globals_["x_norm_patchtokens"]  # [2B, P, D]
         self._check_grid("student", patches, batch.masks)
-        logits = self.student.dino_head(torch.cat([cls, local_cls])).view(-1, B, K)  # [2 + n_l, B, K]
-        masked = patches.flatten(0, 1).index_select(0, batch.mask_indices)  # [n, D]
+        c = self.dino
+        every_cls, bottleneck = torch.cat([cls, local_cls]), None
+        if c.sigreg_loss_weight:
+            logits, bottleneck = self.student.dino_head(every_cls, part="both")
+        else:
+            logits = self.student.dino_head(every_cls)
+        logits = logits.view(-1, B, K)  # [2 + n_l, B, K]
+        compared = patches.flatten(0, 1).index_select(0, self._compared(batch))  # [n, D]
         n_local = len(logits) - 2
 
         terms = LossTerms()
-        c = self.dino
         scale_g, scale_l = losses.dino_scales(2, n_local, ignore_diagonal=c.global_ignore_diagonal)
         terms.add(
             "dino_local_crops_loss",
@@ -220,15 +240,30 @@ class SelfDistillation:
         )
         # each global crop by itself; the weight counts both, as in the reference: 0.1 becomes 0.2 on their mean
         koleo = torch.stack([self._koleo(x) for x in cls.chunk(2)]).mean()
-        terms.add("koleo_loss", 2 * c.koleo_loss_weight, koleo)
-        terms.add(
-            "ibot_loss",
-            self.ibot.loss_weight,
-            losses.ibot_patch_loss(self.student.ibot_head(masked), targets.ibot, batch.masks_weight, 2 * B),
-        )
+        terms.add("koleo_loss", 2 * c.koleo_loss_weight if bottleneck is None else 0.0, koleo)
+        if bottleneck is not None:
+            directions = losses.sigreg_directions(bottleneck.shape[1], batch.step)
+            terms.add(
+                "sigreg_loss",
+                c.sigreg_loss_weight,
+                losses.sigreg_loss(bottleneck[: 2 * B], directions, group=self.group),
+            )
+        self._add_ibot(terms, self.student.ibot_head(compared), targets.ibot, batch)
         if targets.gram is not None:
             self._add_gram(terms, patches, targets.gram, batch.masks, values.gram_loss_weight)
         return terms
+
+    def _add_ibot(self, terms: LossTerms, student: Tensor, teacher: Tensor, batch: CropBatch) -> None:
+        """Logits [n, K'] and targets of the patches in `_compared`."""
+        n, crops, c = len(batch.mask_indices), len(batch.masks), self.ibot
+        if c.visible_loss_weight == 0:
+            terms.add("ibot_loss", c.loss_weight, losses.ibot_patch_loss(student, teacher, batch.masks_weight, crops))
+            return
+        _, weights = losses.visible_patches(batch.masks, n)
+        masked = losses.ibot_patch_loss(student[:n], teacher[:n], batch.masks_weight, crops)
+        terms.add("ibot_loss", c.loss_weight, masked)
+        visible = losses.ibot_patch_loss(student[n:], teacher[n:], weights, crops)
+        terms.add("ibot_visible_loss", c.visible_loss_weight, visible)
 
     def _koleo(self, x: Tensor) -> Tensor:
         c = self.dino
@@ -270,8 +305,10 @@ class SelfDistillation:
     # -- what moves without gradients
 
     def update_ema(self, momentum: float) -> None:
-        """ema ← momentum · ema + (1 − momentum) · student, all three parts."""
-        ema_update(self.ema.parameters(), self.student.parameters(), momentum)
+        """ema ← momentum · ema + (1 − momentum) · student, all three parts; with head-only EMA the heads."""
+        for name, part in self.ema.parts().items():
+            if part is not self.student.parts()[name]:
+                ema_update(part.parameters(), self.student.parts()[name].parameters(), momentum)
 
     def refresh_gram(self, iteration: int) -> bool:
         """After `iteration`'s EMA update: the Gram teacher becomes a copy of the teacher, where it is due."""

@@ -92,8 +92,8 @@ class MultiDistillation(SelfDistillation):
         dino = losses.sinkhorn_knopp(dino_head(unit, part="prototypes"), T, group=self.group)
         unit = ibot_head(patches, part="bottleneck").unflatten(0, (2, L))  # [2, L, P, w]
         unit = redistributed(unit, G, self.group, axis=1).flatten(0, 2)  # [2b·P, w]
-        masked = unit.index_select(0, batch.mask_indices)
-        ibot = losses.sinkhorn_knopp(ibot_head(masked, part="prototypes"), T, group=self.group)
+        compared = unit.index_select(0, self._compared(batch))
+        ibot = losses.sinkhorn_knopp(ibot_head(compared, part="prototypes"), T, group=self.group)
         return Targets(dino.unflatten(0, (2, batch.batch_size)), ibot, None)
 
 

@@ -113,20 +113,25 @@ class Variant:
 
     vit: dict[str, Any] | None = None
     dino: dict[str, Any] | None = None
+    ibot: dict[str, Any] | None = None
     gram: dict[str, Any] | None = None
     gram_crops: bool = False
     gram_teacher_seed: int | None = None
     teacher_seed: int | None = None
     seed: int | None = None
+    head_only_ema: bool = False
     rtol: float = 1e-5
 
     def build(self) -> SelfDistillation:
         vit = self.vit or {}
+        student, ema = (recorded_weights(tiny_network(**vit)) for _ in range(2))
+        if self.head_only_ema:
+            ema = Network(student.backbone, ema.dino_head, ema.ibot_head)
         return SelfDistillation(
-            recorded_weights(tiny_network(**vit)),
-            recorded_weights(tiny_network(**vit)),
+            student,
+            ema,
             dino=DinoConfig(**(self.dino or {})),
-            ibot=IbotConfig(),
+            ibot=IbotConfig(**(self.ibot or {})),
             gram=GramConfig(**(self.gram or {})),
             teacher=recipe_weights(tiny_network(), self.teacher_seed) if self.teacher_seed is not None else None,
             gram_teacher=(
