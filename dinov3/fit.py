@@ -21,7 +21,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -153,23 +153,23 @@ def backbones_in(module: nn.Module) -> dict[str, TokenModel]:
     return {name: part for name, part in found.items() if not any(name.startswith(f"{other}.") for other in found)}
 
 
-def head_tensors(module: nn.Module) -> dict[str, Tensor]:
+def head_tensors(module: nn.Module, tuned: Collection[str] = ()) -> dict[str, Tensor]:
     """The state dict without the backbones: parameters and buffers of the head, the module's own storage. What stands under
-    several names (a detector's class heads) is there once, under the first."""
+    several names (a detector's class heads) is there once, under the first. tuned: parameters of a backbone beside them."""
     inside = tuple(f"{name}." for name in backbones_in(module))
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, value in module.state_dict(keep_vars=True).items():  # the objects themselves: on the meta device too
-        if name.startswith(inside) or id(value) in seen:
+        if (name.startswith(inside) and name not in tuned) or id(value) in seen:
             continue
         seen.add(id(value))
         found[name] = value.detach()
     return found
 
 
-def load_head_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def load_head_tensors(module: nn.Module, tensors: Mapping[str, Tensor], tuned: Collection[str] = ()) -> None:
     """Fills what `head_tensors` gives, in place; the names must be the same."""
-    own = head_tensors(module)
+    own = head_tensors(module, tuned)
     assert own.keys() == tensors.keys(), f"{sorted(own.keys() ^ tensors.keys())[:4]} differ"
     with torch.no_grad():
         for name, value in tensors.items():
@@ -203,17 +203,20 @@ def fit(
     resume: bool = True,
     *,
     about: Any = None,
+    tuned: Mapping[str, float] | None = None,
 ) -> FitReport:
     """Fits all of `module` but its backbones, in place; in evaluation mode afterwards.
 
     `batches(step)` → anything that `loss(module, batch)` → `LossTerms` takes; tensors in it (in dicts, lists and tuples)
     are moved to the module's device. `evaluate(module)` → numbers, called in evaluation mode without gradients, on all
     processes. `run`: its folder; None writes and logs nothing. `about`: the configuration to keep as
-    resolved.yaml, default `config`. Raises `DinoError`: a wrong configuration, nothing to train, a loss that stays NaN.
+    resolved.yaml, default `config`. tuned: parameters of a backbone that train all the same, with their learning rates
+    as multiples of the others' (`train_head.tune`); weight decay leaves out their biases and norms. Raises `DinoError`: a
+    wrong configuration, nothing to train, a loss that stays NaN.
     """
     check(config, "fitting")
     freeze(module)
-    work = _Fit(module, config, run)
+    work = _Fit(module, config, run, tuned or {})
     first = work.resume() if resume else 0
     if run is not None:
         run.start(about if about is not None else config, iteration=first)
@@ -246,7 +249,7 @@ def fit(
         if run is not None and (at_end or done % save_every == 0):
             work.save(step)
     if config.finish_with == "best" and work.best_tensors is not None:
-        load_head_tensors(module, work.best_tensors)
+        load_head_tensors(module, work.best_tensors, work.tuned)
     module.eval()
     if run is not None:
         run.log(plot(run.metrics_file, run.plots / "loss.png"))
@@ -259,8 +262,10 @@ def fit(
 class _Fit:
     """State of a fit: module, optimiser, evaluations, best head; and its checkpoints."""
 
-    def __init__(self, module: nn.Module, config: FitConfig, run: RunDir | None) -> None:
-        self.module, self.config, self.run = module, config, run
+    def __init__(self, module: nn.Module, config: FitConfig, run: RunDir | None, tuned: Mapping[str, float]) -> None:
+        self.module, self.config, self.run, self.tuned = module, config, run, tuned
+        for name in tuned:
+            module.get_parameter(name).requires_grad_(True)
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         if not self.parameters:
             raise DinoError("nothing to fit: no parameter outside the backbone requires a gradient")
@@ -272,27 +277,28 @@ class _Fit:
         self.skipped_steps = self.bad_in_a_row = 0
         if distributed.world() > 1:
             norm_across_ranks(module)
-            load_head_tensors(module, distributed.broadcast_object({k: v.cpu() for k, v in self._head().items()}))
+            head = distributed.broadcast_object({k: v.cpu() for k, v in self._head().items()})
+            load_head_tensors(module, head, tuned)
 
     def _head(self) -> dict[str, Tensor]:
-        return head_tensors(self.module)
+        return head_tensors(self.module, self.tuned)
 
     def _groups(self) -> list[dict[str, Any]]:
-        rows = zip(multipliers(self.module), self.module.parameters(), strict=True)
-        decays: list[Tensor] = []
-        bare: list[Tensor] = []
-        for row, p in rows:
+        groups: dict[tuple[float, float], dict[str, Any]] = {}
+        for row, p in zip(multipliers(self.module), self.module.parameters(), strict=True):
             if p.requires_grad:
                 spared = row.wd_multiplier == 0 or p.ndim < 2 or "embed.weight" in row.name
-                (bare if spared and self.config.decay == "matrices" else decays).append(p)
-        groups = [{"params": decays, "weight_decay": self.config.weight_decay}, {"params": bare, "weight_decay": 0.0}]
-        return [g for g in groups if g["params"]]
+                bare = spared and (self.config.decay == "matrices" or row.name in self.tuned)
+                lr, wd = self.tuned.get(row.name, 1.0), 0.0 if bare else self.config.weight_decay
+                group = groups.setdefault((lr, wd), {"params": [], "lr_multiplier": lr, "weight_decay": wd})
+                group["params"].append(p)
+        return list(groups.values())
 
     def train_step(self, loss: Loss, batch: Batch, step: int) -> dict[str, Tensor]:
         """One step; the terms, averaged over processes. Without a finite loss and gradient nothing moves."""
         c = self.config
         for group in self.optimizer.param_groups:
-            group["lr"], group["betas"] = c.lr_at(step), (c.beta1_at(step), c.beta2)
+            group["lr"], group["betas"] = c.lr_at(step) * group["lr_multiplier"], (c.beta1_at(step), c.beta2)
         torch.manual_seed(seed_of(c.seed, step, distributed.rank()))  # what dropout draws
         with torch.autocast(self.device.type, torch.bfloat16) if c.precision == "bfloat16" else nullcontext():
             terms = loss(self.module, batch)

@@ -6,8 +6,8 @@ A backbone loses the pixels beyond its last whole patch. Here no pixel gets lost
 multiple of the backbone's step, by zeros around it (the published depth heads were trained so) or by stretching.
 Predictions then have the adapted image's geometry; `to_image` brings them back to the image's.
 
-The backbone is frozen: no gradient reaches it, and it stays in evaluation mode (no stochastic depth, no drawn
-positions) while a head trains. Precision is the parameters' own: images are cast to the backbone's dtype, nothing
+The backbone is frozen: no gradient reaches it (unless it is tuned), and it stays in evaluation mode (no stochastic depth,
+no drawn positions) while a head trains. Precision is the parameters' own: images are cast to the backbone's dtype, nothing
 here opens an autocast region.
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -98,8 +99,10 @@ class FrozenLayers(nn.Module):
     backbone: a finished backbone. layers: a name of `LAYER_SETS` or 0-based indices. norm: apply the final norm to
     every layer. adapt: how images whose sides are no multiple of `multiple` (default: `step_of`) are treated:
     "center_padding", "stretch" (bilinear, up to the multiple), or "never": the backbone's remainder is lost.
-    key: the name under which the backbone stands in state dicts.
+    key: the name under which the backbone stands in state dicts. `tuned`: whether gradients pass (`train_head.tune`).
     """
+
+    tuned = False
 
     def __init__(
         self,
@@ -138,11 +141,11 @@ class FrozenLayers(nn.Module):
             return center_pad(x, self.multiple)
         return resized(x, self.adapted_size((x.shape[-2], x.shape[-1]))) if self.adapt == "stretch" else x
 
-    @torch.no_grad()
     def forward(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
         backbone: Any = self.get_submodule(self.key)
         options = {"reshape": True, "return_class_token": True, "norm": self.norm}
-        return list(backbone.get_intermediate_layers(self.adapted(x), n=self.layers, **options))
+        with nullcontext() if self.tuned else torch.no_grad():
+            return list(backbone.get_intermediate_layers(self.adapted(x), n=self.layers, **options))
 
     def to_image(self, prediction: Tensor, size_hw: tuple[int, int]) -> Tensor:
         """A dense prediction [B, C, h', w'] of any resolution → [B, C, H, W], pixel by pixel over the image given.

@@ -53,6 +53,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "detection": ("detr",),
 }
 METADATA = "dinov3_head"
+HEAD, TUNED = "head.safetensors", "backbone.safetensors"  # in the folder of a run; the second where it was tuned
 FORMAT = 1
 MOST_CLASSES = 1_000_000
 
@@ -155,13 +156,16 @@ class HeadInfo:
     data: dict[str, Any] = field(default_factory=dict)  # what it was trained on
     version: str = ""  # of this package
     format: int = FORMAT
+    tuned: str = ""  # how the backbone was trained with the head ("lora:8"); it then lies beside the head as `TUNED`
 
     @property
     def backbone_label(self) -> str:
-        return f"{self.backbone} from {self.backbone_source} (fingerprint {self.fingerprint})"
+        how = f" tuned with it ({self.tuned})," if self.tuned else ""
+        return f"{self.backbone}{how} from {self.backbone_source} (fingerprint {self.fingerprint})"
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self) | {"preprocessing": asdict(self.preprocessing)})
+        values = asdict(self) | {"preprocessing": asdict(self.preprocessing)}
+        return json.dumps({k: v for k, v in values.items() if k != "tuned" or v})
 
     @classmethod
     def from_json(cls, text: str) -> HeadInfo:
@@ -192,7 +196,7 @@ class HeadInfo:
         n = len(self.class_names)
         if self.task != "depth" and (self.n_classes != n or not 1 <= n <= MOST_CLASSES):
             raise WeightsError(f"the head's metadata states {self.n_classes!r:.20} classes and {n} names")
-        texts = (*self.class_names, self.backbone, self.backbone_source, self.fingerprint)
+        texts = (*self.class_names, self.backbone, self.backbone_source, self.fingerprint, self.tuned)
         if not all(isinstance(text, str) for text in texts) or not isinstance(self.backbone_options, dict):
             raise WeightsError("the head's metadata makes no sense (a name is not text)")
         for key, value in self.options.items():
@@ -227,12 +231,13 @@ def save_head(
     metrics: Mapping[str, float] | None = None,
     steps: int | None = None,
     data: Mapping[str, Any] | None = None,
+    tuned: str = "",
 ) -> Path:
     """Writes the head of a task model; appears whole or not at all. Returns its path.
 
     options: what `build_head` was given, `n_classes` included; sizes that followed the backbone are added. class_names:
     one per class, default "class 0" …; colours: default `drawing.palette`.
-    preprocessing: how images became the model's input.
+    preprocessing: how images became the model's input. tuned: how the backbone was trained, which is then written beside.
     """
     check_kind(task, head)
     backbone = the_backbone(module)
@@ -262,6 +267,7 @@ def save_head(
         steps=steps,
         data=_plain(data or {}),
         version=dinov3.__version__,
+        tuned=tuned,
     )
     # one key: safetensors writes several in an order of chance, and equal heads should be equal files
     writing.write_safetensors(head_tensors(module), Path(path), {METADATA: info.to_json()})
@@ -286,12 +292,19 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_head_info(path: str | os.PathLike[str]) -> HeadInfo:
-    """The metadata of a head file, without its tensors."""
+    """The metadata of a head file (or that of a run's folder), without its tensors."""
     return _opened(path)[1]
 
 
+def head_file(path: str | os.PathLike[str]) -> Path:
+    """The head file itself, or that of a run's folder."""
+    inside = Path(path) / HEAD
+    return inside if inside.is_file() else Path(path)
+
+
 def _opened(path: str | os.PathLike[str]) -> tuple[dict[str, Any], HeadInfo]:
-    if not Path(path).is_file():
+    path = head_file(path)
+    if not path.is_file():
         raise WeightsError(f"there is no head file: {nonexistent(path)}")
     tensors, metadata = reading.read(path)
     if METADATA not in metadata:
@@ -313,9 +326,10 @@ def load_head(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """The task model of a head file, in evaluation mode, with `.head_info` and `.origin` (the backbone's).
+    """The task model of a head file or a run's folder, in evaluation mode, with `.head_info` and `.origin` (the backbone's).
 
-    The backbone is the one given, or that of `backbone_weights` (path, URL, id), or what the file names. It must be the one
+    The backbone is the one given, or that of `backbone_weights` (path, URL, id), or what the file names, or one that was
+    tuned with the head and lies beside it. It must be the one
     that the head was trained on: weights are compared. dtype: of head and backbone; default float32 for the head, and
     for the backbone what it was trained over.
 
@@ -358,6 +372,12 @@ def _its_backbone(path: str | os.PathLike[str], info: HeadInfo, weights: str | o
 
     dtype = getattr(torch, info.backbone_dtype)
     name = info.backbone if info.backbone != "custom" else None
+    if weights is None and info.tuned:
+        weights = head_file(path).parent / TUNED
+        if not weights.is_file():
+            raise WeightsError(
+                f"{path} was trained on {info.backbone_label}, and no {TUNED} lies beside it; pass it as backbone_weights"
+            )
     if weights is not None:
         line = os.fspath(weights)
         return (
@@ -453,8 +473,9 @@ def untrained_model(
 
 
 def is_head_file(path: str) -> bool:
-    """Whether it is a head file of ours, which knows its backbone and its options."""
-    return os.path.isfile(path) and METADATA in read(path)[1]
+    """Whether it is a head file of ours, or a run's folder with one; it knows its backbone and its options."""
+    file = head_file(path)
+    return file.is_file() and METADATA in read(file)[1]
 
 
 def verb_of(task: str) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from dinov3.config.bounds import setting
+from dinov3.errors import DinoError, one_of
 
 if TYPE_CHECKING:
     from dinov3.fit import FitConfig
@@ -53,6 +55,17 @@ class HeadConfig:
     lr: float | None = setting(None, help="Peak learning rate of AdamW.", above=0)
     weight_decay: float | None = setting(None, help="Of AdamW.", at_least=0)
     warmup: int | None = setting(None, at_least=0)  # steps; null: a twentieth
+    tune: str | None = setting(
+        None, help="Train the backbone, too: lora, lora:RANK, last:BLOCKS or all. Default: it stays frozen."
+    )
+    tune_lr: float | None = setting(
+        None, help="Peak learning rate of the backbone. Default: --lr for LoRA, a tenth of it for blocks.", at_least=0
+    )
+    tune_decay: float = setting(
+        0.75, help="Factor of the learning rate from a block to the one before it (last, all).", above=0, at_most=1
+    )
+    tune_alpha: float | None = setting(None, help="LoRA is scaled by alpha / rank. Default: the rank.", above=0)
+    tune_linears: str = setting("", help="Linear layers for LoRA. Default: qkv,proj (ConvNeXt: pwconv1,pwconv2).")
     evaluate_every: int | None = setting(None, help="Steps between. Default: five times in all.", at_least=1)
     save_every: int | None = setting(None, help="Steps between checkpoints. Default: twenty in all.", at_least=1)
     log_every: int = setting(10, at_least=1)
@@ -61,6 +74,13 @@ class HeadConfig:
     memory_gb: float = setting(2.0, at_least=0)  # of cached features; beyond it they go to the run's folder
     seed: int = setting(0, help="Of weights and random draws.")
     device: str = "cpu"
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.tune is not None:
+            try:
+                tuning(self.tune)
+            except DinoError as error:
+                yield "tune", str(error)
 
     def fitting(self) -> FitConfig:
         from dinov3 import distributed
@@ -83,3 +103,14 @@ class HeadConfig:
             workers=self.workers,
             seed=self.seed,
         )
+
+
+def tuning(text: str) -> tuple[str, int]:
+    """("lora", rank), ("last", blocks) or ("all", 0) of a `--tune`. Raises `DinoError` for anything else."""
+    kind, colon, number = text.partition(":")
+    one_of("what to tune", kind, ("lora", "last", "all"))
+    if kind == "lora" and not colon:
+        return kind, 8
+    if (kind == "all") == bool(colon) or (colon and not (number.isdecimal() and int(number))):
+        raise DinoError(f"is lora, lora:RANK, last:BLOCKS or all, such as lora:8 or last:2, not {text!r}")
+    return kind, int(number or 0)

@@ -3,12 +3,13 @@
     <run>/head.safetensors     the head; `dinov3.hub.own_heads.load_head` gives the task model back
           result.png           images, truth and prediction side by side; the loss and the score over steps
           confusion.png, confusion.csv, classes.csv     of a classifier: what was taken for what; recall, precision
+          backbone.safetensors     the backbone, where it was tuned: see `tune`
           resolved.yaml  metrics.jsonl  log.txt  plots/  ckpt/
 
-The backbone is frozen, so its features of an image are computed once (a classifier's pooled, before the first step; else by
-`fit.cached_features`) unless images are augmented at random; on a laptop a linear head then takes a minute. A run that was
-stopped or killed resumes with the same command, and gives the same head. The loop is `fit`, the tasks are in `tasks`; recipes
-of the published evaluations are in `eval`.
+The backbone is frozen (unless it is tuned), so its features of an image are computed once (a classifier's pooled, before
+the first step; else by `fit.cached_features`) unless images are augmented at random; on a laptop a linear head then takes
+a minute. A run that was stopped or killed resumes with the same command, and gives the same head. The loop is `fit`, the
+tasks are in `tasks`; recipes of the published evaluations are in `eval`.
 """
 
 from __future__ import annotations
@@ -37,14 +38,16 @@ from dinov3.errors import DinoError, ImageError, install, printable
 from dinov3.features import default_preprocessing
 from dinov3.files import atomically, nonexistent
 from dinov3.fit import FitReport, cached_features, fit, seed_of
-from dinov3.hub.own_heads import build_head, check_kind, save_head
+from dinov3.hub.own_heads import HEAD, build_head, check_kind, save_head
 from dinov3.metrics import confusion_matrix
 from dinov3.models.convnext import ConvNeXt
 from dinov3.runlog import RunDir, read_metrics
 from dinov3.train_head import tasks
 from dinov3.train_head.config import RECIPES, HeadConfig
+from dinov3.train_head.tune import check_backbone, save_tuned, tune
+from dinov3.weights import identity
 
-HEAD, RESULT = "head.safetensors", "result.png"
+RESULT = "result.png"
 LISTED = 5  # names in a message
 
 
@@ -224,9 +227,10 @@ def without_target(data: Any) -> list[str]:
 
 def load_backbone(config: HeadConfig) -> nn.Module:
     """The backbone on the CPU; a ConvNeXt whose maps one grid must hold gets the patch size 16."""
-    backbone = hub.load(config.backbone, config.weights)
+    dtype = "float32" if config.tune else None
+    backbone = hub.load(config.backbone, config.weights, dtype=dtype)
     if isinstance(backbone, ConvNeXt) and config.head in ("dpt", "detr") and backbone.patch_size is None:
-        backbone = hub.load(config.backbone, config.weights, patch_size=16)
+        backbone = hub.load(config.backbone, config.weights, dtype=dtype, patch_size=16)
     return backbone
 
 
@@ -324,6 +328,8 @@ def train_head(config: HeadConfig, out: str | os.PathLike[str], *, resume: bool 
     if val is not None:
         checked_sizes(val, notes.append)
     backbone = load_backbone(config)
+    if config.tune:
+        check_backbone(backbone)
     task = build_task(config, data, val, preprocessing_for(config, backbone, sizes))
     with run.claimed():
         same_as_before(run, config, resume)
@@ -344,8 +350,10 @@ def _fitted(
     if isinstance(task, tasks.Depth):
         options |= {"min_depth": task.range[0], "max_depth": task.range[1]}
     torch.manual_seed(seed_of(config.seed, 0x4EAD))
-    model = build_head(config.task, config.head, backbone, **options).to(device)
-    fitting = config.fitting()
+    fitting, before = config.fitting(), identity.name_of(backbone) if config.tune else ""
+    model = build_head(config.task, config.head, backbone, **options)
+    tuned = tune(model, config, fitting.lr) if config.tune else None
+    model.to(device)
     fitting.best_by, fitting.best_is = task.score, task.score_is
     measured_on = "validation" if task.val is not None else "training"
     with frozen_features(config, run, task, model):
@@ -358,7 +366,10 @@ def _fitted(
             evaluate=lambda module: task.evaluate(module, device),
             resume=resume,
             about=config,
+            tuned=tuned,
         )
+        if config.tune:
+            save_tuned(run, model, config, before)
         metrics = report.best[1] if report.best is not None else {}
         path = run.path / HEAD
         if run.writer:
@@ -367,6 +378,7 @@ def _fitted(
                 class_names=task.class_names or None, preprocessing=task.preprocessing, metrics=metrics,
                 steps=fitting.steps,
                 data={"images": len(task.data), "measured_on": measured_on, "name": data_name(config.data)},
+                tuned=config.tune or "",
             )  # fmt: skip
             with torch.no_grad():
                 run.log(figure(task, model, run, device))
@@ -378,11 +390,11 @@ def _fitted(
 
 
 def frozen_features(config: HeadConfig, run: RunDir, task: tasks.Task, model: nn.Module) -> Any:
-    """A context in which the backbone runs once an image, where images are not augmented at random.
+    """A context in which the backbone runs once an image, where neither images nor the backbone change from step to step.
 
     A classifier's few numbers an image are computed before; everything else is cached when it is first needed.
     """
-    if config.augment == "full":
+    if config.augment == "full" or config.tune:
         return nullcontext()
     most = int(config.memory_gb * 2**30)
     if isinstance(task, tasks.Classification):
@@ -407,6 +419,9 @@ IDENTITY = (
     "augment",
     "batch",
     "seed",
+    "tune",
+    "tune_alpha",
+    "tune_linears",
 )
 
 

@@ -345,7 +345,7 @@ def locate(
 
 
 def newest_teacher(run: Path) -> Path | None:
-    """The newest network that a run of `train` or `distill` has written; None where the folder is no run's."""
+    """The newest network that a run of `train`, `distill` or `train-head` has written; None where the folder is no run's."""
     dumps = {p.parent.name.removeprefix("training_"): p for p in run.glob("eval/training_*/backbone.safetensors")}
     numbers = [int(number) for number in dumps if number.isdecimal()]
     if numbers:
@@ -353,6 +353,8 @@ def newest_teacher(run: Path) -> Path | None:
     if (run / "student.safetensors").is_file():
         return run / "student.safetensors"
     if any(p.parent.name.isdecimal() for p in run.glob("ckpt/*/.metadata")):
+        if (run / "backbone.safetensors").is_file():  # tuned with a head
+            return run / "backbone.safetensors"
         raise WeightsError(
             f"{run} is a run that has not written its teacher yet; this makes a file of its newest checkpoint: "
             f"python -m dinov3.train.teacher_files {run} teacher.safetensors"
