@@ -96,8 +96,9 @@ def save_tuned(run: RunDir, model: nn.Module, config: HeadConfig, before: str) -
         if isinstance(part, FrozenLayers):
             part.tuned = False
     origin: Any = backbone.origin
-    backbone.origin = replace(origin, source=TUNED, form="dinov3")  # type: ignore[assignment]
+    backbone.origin = replace(origin, source=TUNED, form="dinov3")
     if run.writer:
-        about = {"row": origin.name, "mean": origin.mean, "std": origin.std, "tuned": config.tune, "tuned_from": before}
+        about = {"row": origin.name, "mean": origin.mean, "std": origin.std, "licence": origin.licence}
+        about |= {"tuned": config.tune, "tuned_from": before}
         path = writing.save(backbone, run.path / TUNED, about)
         run.log(f"{path}: the tuned backbone, {identity.name_of(backbone)}, from {before}")

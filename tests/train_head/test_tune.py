@@ -45,7 +45,7 @@ def tiny(kind: str = "vit") -> Any:
     else:
         model = ConvNeXt(ConvNeXtConfig(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)))
     model.init_weights()
-    model.origin = Origin("custom", "tiny", "random", (0.5,) * 3, (0.25,) * 3)
+    model.origin = Origin("custom", "tiny", "random", (0.5,) * 3, (0.25,) * 3, licence="Apache-2.0")
     return model.eval()
 
 
@@ -194,7 +194,9 @@ def test_every_head_is_tuned_with_its_backbone_and_the_pair_is_found_by_the_run(
     torch.testing.assert_close(output(again), unmerged, atol=1e-5, rtol=0)
     assert torch.equal(output(again), output(trained))
     # as a backbone: by the folder of the run, or by its file
-    assert fingerprint(dinov3.load(weights=tmp_path / "run")) == again.head_info.fingerprint != fingerprint(tiny())
+    backbone: Any = dinov3.load(weights=tmp_path / "run")
+    assert fingerprint(backbone) == again.head_info.fingerprint != fingerprint(tiny())
+    assert (backbone.origin.mean, backbone.origin.licence) == ((0.5,) * 3, "Apache-2.0")
 
 
 def test_a_convnext_is_tuned(tmp_path: Path) -> None:
