@@ -71,6 +71,7 @@ class Checkpoints:
         """`group`: the ranks that save together. Its first rank renames and deletes."""
         self.folder, self.group = Path(folder), group
         self.max_to_keep, self.keep_every = max_to_keep, keep_every
+        self.protected: int | None = None  # an iteration whose checkpoint is not deleted, however old
         self.writer = distributed.rank(group) == 0
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, Future[None]] | None = None
@@ -237,7 +238,9 @@ class Checkpoints:
 
     def _prune(self) -> None:
         if self.max_to_keep is not None:
-            for _, path in self.all()[: -self.max_to_keep]:
+            for number, path in self.all()[: -self.max_to_keep]:
+                if number == self.protected:
+                    continue
                 gone = path.with_name(f".{path.name}.partial")  # renamed first: a half-deleted one is none
                 path.rename(gone)
                 shutil.rmtree(gone)

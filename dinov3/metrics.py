@@ -14,6 +14,26 @@ from torch import Tensor
 
 from dinov3.errors import DinoError, one_of, require
 
+# ---- a representation, without labels --------------------------------------------------------------------------------
+
+
+def rank_me(features: Tensor) -> float:
+    """RankMe (Garrido et al. 2023): the effective rank of features [n, D], exp of the entropy of their normalised singular
+    values. From 1 (all on a line through 0) to min(n, D); give n ≥ 4 D where possible."""
+    values = torch.linalg.svdvals(features.double())
+    share = values / values.sum() + 1e-7
+    return float((-share * share.log()).sum().exp())
+
+
+def pattern_kept(before: Tensor, after: Tensor) -> float:
+    """How far the cosines between an image's patches are those of before: the correlation over pairs of different patches,
+    mean over images. before, after [n, P, P]; 1 for the same pattern, 0 for one that has nothing to do with it."""
+    P = before.shape[-1]
+    pairs = torch.triu_indices(P, P, 1)
+    x, y = (s[:, pairs[0], pairs[1]].double() for s in (before, after))  # [n, pairs]
+    return float(torch.nn.functional.cosine_similarity(x - x.mean(1, True), y - y.mean(1, True)).mean())
+
+
 # ---- classes of an image ---------------------------------------------------------------------------------------------
 # Named as in the specification.
 #

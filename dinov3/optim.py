@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from dinov3 import distributed
-from dinov3.config.train import OptimConfig, ScheduleConfig, TrainConfig
+from dinov3.config.train import LearningRateConfig, OptimConfig, ScheduleConfig, TrainConfig
 from dinov3.errors import DinoError
 
 Schedule = Callable[[int], float]
@@ -147,6 +147,11 @@ def zero_before(first: int, schedule: Schedule, step: int) -> float:
     return 0.0 if step < first else schedule(step)
 
 
+def frozen_then_ramp(first: int, ramp: int, schedule: Schedule, step: int) -> float:
+    """A backbone under new heads: 0 for the first steps, a line of `ramp` steps up to the schedule, then the schedule."""
+    return 0.0 if step < first else schedule(step) * min(1.0, (step - first + 1) / (ramp + 1))
+
+
 def lr_factor(scaling: str | None, global_batch: int) -> float:
     """What a learning rate is multiplied by for a batch of that many images, all processes and accumulation counted.
 
@@ -168,10 +173,22 @@ class StepValues:
     teacher_temp: float
     local_loss_weight: float
     gram_loss_weight: float
+    backbone_lr: float | None = None  # None: `lr`, as for the heads; 0: the backbone is frozen, and needs no gradient
+
+    @property
+    def frozen(self) -> bool:
+        return self.backbone_lr == 0
+
+    def slower(self, factor: float) -> StepValues:
+        """With all learning rates multiplied."""
+        backbone_lr = None if self.backbone_lr is None else self.backbone_lr * factor
+        return replace(self, lr=self.lr * factor, last_layer_lr=self.last_layer_lr * factor, backbone_lr=backbone_lr)
 
     def fields(self) -> dict[str, float]:
         """Under the names of the metrics file; the loss weights are logged beside their losses."""
         named = {"lr": self.lr, "wd": self.weight_decay, "mom": self.momentum, "last_layer_lr": self.last_layer_lr}
+        if self.backbone_lr is not None:
+            named["backbone_lr"] = self.backbone_lr
         return named | {"teacher_temp": self.teacher_temp}
 
 
@@ -187,6 +204,8 @@ class Schedules:
     local_loss_weight: Schedule
     gram_loss_weight: Schedule
     total: int  # iterations
+    backbone_lr: Schedule | None = None
+    frozen: int = 0  # iterations, the first ones, in which the backbone is
 
     def at(self, step: int) -> StepValues:
         return StepValues(
@@ -197,6 +216,7 @@ class Schedules:
             self.teacher_temp(step),
             self.local_loss_weight(step),
             self.gram_loss_weight(step),
+            None if self.backbone_lr is None else self.backbone_lr(step),
         )
 
 
@@ -230,8 +250,13 @@ def build_schedules(config: TrainConfig, world_size: int) -> Schedules:
         run(0)  # a length that does not fit is an error now
         return run
 
+    backbone_lr: Schedule | None = None
+    frozen_backbone = 0
     if c.schedules is not None:
         lr = v2(c.schedules.lr, factor)
+        frozen_backbone, ramp = frozen_iterations(c.schedules.lr, epoch), c.schedules.lr.backbone_warmup_after_freeze
+        if frozen_backbone or ramp:
+            backbone_lr = partial(frozen_then_ramp, frozen_backbone, ramp, lr)
         frozen = steps(c.schedules.lr.freeze_last_layer_epochs)
         weight_decay, momentum = v2(c.schedules.weight_decay), v2(c.schedules.momentum)
         teacher_temp = v2(c.schedules.teacher_temp)
@@ -262,8 +287,15 @@ def build_schedules(config: TrainConfig, world_size: int) -> Schedules:
     else:
         gram = partial(constant, c.gram.loss_weight)
     return Schedules(
-        lr, partial(zero_before, frozen, lr), weight_decay, momentum, teacher_temp, local, gram, total=total
-    )
+        lr, partial(zero_before, frozen, lr), weight_decay, momentum, teacher_temp, local, gram, total=total,
+        backbone_lr=backbone_lr, frozen=frozen_backbone,
+    )  # fmt: skip
+
+
+def frozen_iterations(lr: LearningRateConfig, epoch: float) -> int:
+    """How many iterations the backbone is frozen for at the start; the key in iterations wins over the one in epochs."""
+    n = lr.freeze_student_iterations
+    return round(lr.freeze_student_epochs * epoch) if n is None else n
 
 
 def _number(section: Any, name: str) -> float:
@@ -353,6 +385,7 @@ def param_groups(modules: Mapping[str, nn.Module], optim: OptimConfig) -> list[d
                     "lr_multiplier": row.lr_multiplier,
                     "wd_multiplier": row.wd_multiplier,
                     "is_last_layer": row.is_last_layer,
+                    "is_backbone": part == "backbone",
                 },
             )
             group["params"].append(parameter)
@@ -402,6 +435,8 @@ def apply_schedules(optimizer: torch.optim.Optimizer, values: StepValues) -> Non
     """Write this step's rate and decay into every group."""
     for group in optimizer.param_groups:
         lr = values.last_layer_lr if group["is_last_layer"] else values.lr
+        if group["is_backbone"] and values.backbone_lr is not None:
+            lr = values.backbone_lr
         group["lr"] = lr * group["lr_multiplier"]
         group["weight_decay"] = values.weight_decay * group["wd_multiplier"]
 

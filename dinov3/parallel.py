@@ -189,9 +189,10 @@ def reduce_gradients(parts: dict[str, nn.Module], wanted: bool) -> None:
 
 
 def reshard(parts: dict[str, nn.Module]) -> None:
-    """After the backward pass: a head that no loss with a weight reached still holds its weights whole. Shards them again."""
-    for part in parts.values():
-        again = getattr(part, "reshard", None)  # what FSDP2 adds to a module
+    """After the backward pass: a head that no loss with a weight reached, or a frozen backbone, still holds its weights
+    whole. Shards them again."""
+    for module in (module for part in parts.values() for module in part.modules()):
+        again = getattr(module, "reshard", None)  # what FSDP2 adds to a module
         if again is not None:
             again()
 

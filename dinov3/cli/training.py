@@ -26,7 +26,18 @@ def train(
     weights: Annotated[
         str | None, typer.Option(help="First weights: a file, URL, id or run; a model's name for the published ones.")
     ] = None,
-    recipe: Annotated[str, typer.Option(help="A YAML file, or one that comes along.")] = "vits16_one_gpu",
+    onward: Annotated[
+        str | None,
+        typer.Option(
+            "--continue",
+            help="Pretrain on from these weights (as --weights) and never fall below them: recipe `continue`, heads first, "
+            "low learning rates, a guard.",
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="A YAML file, or one that comes along. Default: vits16_one_gpu; with --continue, continue."),
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps in all; schedules are stretched.")] = None,
     knn: Annotated[str | None, typer.Option(help="TRAIN:VAL, two labelled folders for k-NN during training.")] = None,
     resume: Annotated[bool, typer.Option(help="Resume from the newest checkpoint.")] = True,
@@ -38,8 +49,12 @@ def train(
     from dinov3.config.train import load_config
     from dinov3.train.train import train as run
 
+    if weights is not None and onward is not None:
+        raise DinoError("--weights and --continue both name the first weights; give one (--continue guards them)")
+    recipe = recipe or ("vits16_one_gpu" if onward is None else "continue")
     recipe = recipe if recipe.endswith((".yaml", ".yml")) else f"{recipe}.yaml"
-    first = [] if weights is None else first_weights(weights, model)
+    source = weights or onward
+    first = [] if source is None else first_weights(source, model)
     chosen = training_overrides(images, model, recipe, steps, knn, device_of(device), [*first, *(overrides or [])])
     config, notes = load_config(recipe, chosen)
     log("settings: " + " ".join(chosen))
@@ -55,25 +70,38 @@ def train(
 def first_weights(weights: str, model: str | None) -> list[str]:
     """Overrides to start from weights; without `model` the student becomes the model that they are of."""
     import json
-    from dataclasses import asdict
+    from dataclasses import asdict, fields
 
     from dinov3 import hub
-    from dinov3.config.train import load_model_config
-    from dinov3.models.architectures import PUBLISHED
+    from dinov3.config.train import StudentConfig, load_model_config
+    from dinov3.models.architectures import PUBLISHED, ViTConfig
     from dinov3.weights import reading
     from dinov3.weights.catalog import aliases
 
     if weights.lower() in aliases():
         weights = hub.published_source(aliases()[weights.lower()][0])
     student: dict[str, object] = {}
+    crops: dict[str, object] = {}
     described = Path(weights).expanduser() / "resolved.yaml"
     if model is None and described.is_file():  # a run
-        student = asdict(load_model_config(described)[0].student)
-    elif model is None and (rows := reading.open(weights).rows):
-        sizes = {"depth": None, "embed_dim": None, "num_heads": None, "patch_size": rows[0].config.patch_size or 16}
-        student = {"arch": rows[0].arch} | sizes | PUBLISHED[rows[0].arch][1]
+        config = load_model_config(described)[0]
+        student, crops = asdict(config.student), {k: getattr(config.crops, k) for k in ("rgb_mean", "rgb_std")}
+    elif model is None:
+        opened = reading.open(weights)
+        row = opened.rows[0] if opened.rows else None
+        mean, std = opened.mean or (row and row.mean), opened.std or (row and row.std)
+        if mean and std:
+            crops = {"rgb_mean": list(mean), "rgb_std": list(std)}
+        sizes = {"depth": None, "embed_dim": None, "num_heads": None}
+        if row is not None and row.arch in PUBLISHED:
+            student = {"arch": row.arch, "patch_size": row.config.patch_size or 16} | sizes | PUBLISHED[row.arch][1]
+        elif isinstance(opened.config, ViTConfig):  # one of your own sizes
+            shared = {f.name for f in fields(StudentConfig)} & {f.name for f in fields(ViTConfig)} - {"drop_path_rate"}
+            student = {"arch": "vit_small"} | {name: getattr(opened.config, name) for name in sorted(shared)}
+            student["layerscale"] = opened.config.layerscale_init
     student["resume_from_teacher_chkpt"] = weights
-    return [f"student.{name}={json.dumps(value)}" for name, value in student.items()]
+    chosen = {f"student.{k}": v for k, v in student.items()} | {f"crops.{k}": v for k, v in crops.items()}
+    return [f"{key}={json.dumps(value)}" for key, value in chosen.items()]
 
 
 def training_overrides(

@@ -58,6 +58,10 @@ class ScheduleConfig:
 @dataclass
 class LearningRateConfig(ScheduleConfig):
     freeze_last_layer_epochs: float = 0
+    # the backbone has learning rate 0 for so long, while the heads learn; then so many iterations of rising rates
+    freeze_student_epochs: float = setting(0, at_least=0)
+    freeze_student_iterations: int | None = setting(None, at_least=0)  # wins over the epochs
+    backbone_warmup_after_freeze: int = setting(0, at_least=0)  # iterations
 
 
 @dataclass
@@ -277,6 +281,20 @@ class EvaluationConfig:
 
 
 @dataclass
+class GuardConfig:
+    """Ours: a run that must not fall below its start, measured whenever its teacher is written (`train.guard`)."""
+
+    enabled: bool = False
+    knn_points: float = setting(1.0, at_least=0)  # how far k-NN accuracy may be below the start's, if it is measured
+    # without labels: how far RankMe, and the correlation of patch similarities, may be below the start's, in per cent
+    rank_percent: float = setting(10.0, at_least=0, at_most=100)
+    structure_percent: float = setting(10.0, at_least=0, at_most=100)
+    images: int = setting(512, at_least=2)  # of the training images, for these two
+    lr_factor: float = setting(0.3, above=0, below=1)  # on all learning rates, after each return to the last good state
+    max_reverts: int = setting(3, at_least=0)  # returns; the next fall ends the run with the last good state
+
+
+@dataclass
 class CheckpointingConfig:
     period: int = setting(3750, above=0)
     max_to_keep: int = setting(3, above=0)
@@ -365,6 +383,7 @@ class TrainConfig:
     schedules: SchedulesConfig | None = None
     crops: CropsConfig = field(default_factory=CropsConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -526,6 +545,10 @@ def _loop_problems(c: TrainConfig) -> Iterator[Problem]:
         path = getattr(e, name)
         if path is not None and (wrong := dataset_problem(path)) is not None:
             yield f"evaluation.{name}", wrong
+    if c.guard.enabled and e.eval_period_iterations <= 0:
+        yield "guard.enabled", "measures whenever a teacher is written: set evaluation.eval_period_iterations above 0"
+    if c.guard.enabled and c.multidistillation.enabled:
+        yield "guard.enabled", "must be false with several students: they step together"
 
 
 def student_problems(s: StudentConfig) -> Iterator[Problem]:

@@ -29,6 +29,7 @@ from dinov3.optim import AdamW, StepValues, build_optimizer, build_schedules
 from dinov3.parallel import parallelize
 from dinov3.runlog import RunDir
 from dinov3.train import teacher_files
+from dinov3.train.guard import START, Guard
 from dinov3.train.method import Network, SelfDistillation, build_network, copy_weights
 from dinov3.train.monitor import StopRequest, knn, labelled_images
 
@@ -74,6 +75,7 @@ class Trainer:
     notes: list[str] = field(default_factory=list)
     reported: int = 0
     consumed: int = 0  # images of finished iterations
+    guard: Guard | None = None
 
     @property
     def global_batch(self) -> int:
@@ -186,6 +188,8 @@ class Trainer:
         tensors |= checkpoint.module_tensors(m.ema, "model.model_ema.")
         if m.gram_teacher is not None:
             tensors |= checkpoint.module_tensors(m.gram_teacher, "model.gram_teacher.")
+        if self.guard is not None:
+            tensors |= self.guard.tensors()
         return tensors | checkpoint.optimizer_tensors(self.optimizer, m.student)
 
     def save(self, iteration: int, *, wait: bool = True) -> Path:
@@ -194,10 +198,40 @@ class Trainer:
             "loader": {"consumed": self.consumed},
             "random": checkpoint.random_states(self.group),
         }
-        began = time.perf_counter()
-        path = self.checkpoints.save(iteration, self.tensors(), state, wait=wait)
+        began, checkpoints, number = time.perf_counter(), self.checkpoints, iteration
+        if self.guard is not None:
+            state["guard"] = self.guard.saved()
+            checkpoints.finish()
+            checkpoints.protected = self.guard.state.good
+            if iteration == START:  # not one to resume from: a run that has not begun begins
+                checkpoints, number = Checkpoints(self.run.checkpoints / "start", group=self.group), 0
+        path = checkpoints.save(number, self.tensors(), state, wait=wait)
         what = "saved" if wait else "saving"  # in the background
         self.run.log(f"iteration {iteration}: {what} {path} ({time.perf_counter() - began:.1f} s)")
+        return path
+
+    def begin_guard(self, first: int) -> None:
+        """Measures the start, unless an earlier start of this run has; what the run begins with is the first good state."""
+        guard = self.guard
+        if guard is None or guard.state.start:
+            return
+        began = time.perf_counter()
+        start = guard.begin(self.method.ema.backbone)
+        guard.state.good = first - 1
+        self.run.log(
+            f"guard: the start has {guard.words(start)}; measured in {time.perf_counter() - began:.1f} s, as is every "
+            f"teacher that is written (evaluation.eval_period_iterations={self.config.evaluation.eval_period_iterations})"
+        )
+        if first == 0:
+            self.save(START)
+
+    def restore(self) -> Path:
+        """Networks, optimiser and average become those of the last good state; where it was read from."""
+        assert self.guard is not None
+        self.checkpoints.finish()
+        good, folder = self.guard.state.good, self.run.checkpoints
+        path = folder / "start" / "0" if good == START else folder / str(good)
+        self.read(path)
         return path
 
     def saved_at(self, iteration: int) -> bool:
@@ -223,6 +257,9 @@ class Trainer:
         if read is None:
             return 0
         path, state, gram = read
+        if self.guard is not None and "guard" in state:
+            self.guard.load(state["guard"])
+            self.checkpoints.protected = self.guard.state.good
         if gram and not self.config.gram.ckpt and self.method.gram_teacher is not None:
             copy_weights(self.method.gram_teacher.backbone, self.method.teacher.backbone)
             self.notes.append(f"{path} has no Gram teacher: it begins as a copy of the teacher")
@@ -245,10 +282,12 @@ class Trainer:
         missing = checkpoint.load(path, tensors, group=self.group)
         state = checkpoint.read_state(path, "iteration", "loader", "random")
         gram = [name for name in missing if name.startswith("model.gram_teacher.")]
-        if len(missing) > len(gram):
-            other = next(name for name in missing if name not in set(gram))
+        others = [
+            name for name in missing if name not in {*gram, "guard.cosines"}
+        ]  # a guard that is new measures a start
+        if others:
             raise DinoError(
-                f"{path} has no {other} (and {len(missing) - len(gram) - 1} more): it was made by another configuration; "
+                f"{path} has no {others[0]} (and {len(others) - 1} more): it was made by another configuration; "
                 "use that one, or another --output-dir"
             )
         return path, state, gram
@@ -296,6 +335,9 @@ def assemble(
         **networks, dino=config.dino, ibot=config.ibot, gram=config.gram, group=group,
         teacher_scale=config.crops.teacher_to_student_resolution_scale, **options,
     )  # fmt: skip
+    guard = None
+    if config.guard.enabled:
+        guard = Guard(config, make_dataset(config.train.dataset_path or ""), learner.ema.backbone, device, group)
     seed_everything(seed + rank)
     return Trainer(
         config=config,
@@ -316,6 +358,7 @@ def assemble(
         multi_student=global_batch is not None,
         batch=global_batch or loader.global_batch,
         notes=notes,
+        guard=guard,
     )
 
 

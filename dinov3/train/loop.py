@@ -9,6 +9,7 @@ the device: whether a step was finite is read in the next iteration, or at once 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -56,7 +57,12 @@ def loop(trainer: Trainer, first: int) -> Outcome:
     if first >= total:
         run.log(f"nothing to do: {first} of {total} iterations are done (optim.epochs sets the total)")
         return outcome
+    if t.guard is not None and t.guard.ended:
+        outcome.reason = "the guard"
+        run.log(f"nothing to do: {t.guard.last_word(first - 1)}")
+        return outcome
     run.log(t.introduction(first))
+    t.begin_guard(first)
     health = Health(c, t.schedules)
     for warning in health.at_start():
         run.log(warning)
@@ -83,6 +89,9 @@ def loop(trainer: Trainer, first: int) -> Outcome:
             unread.append(verdict)
             dumping = due(it, c.evaluation.eval_period_iterations) or (last and c.evaluation.eval_period_iterations > 0)
             saving, evaluating = due(it, c.checkpointing.period) or last, t.knn_due(it, last)
+            if t.guard is not None:  # the average of a frozen backbone is the start
+                evaluating = not values.frozen and (evaluating or (dumping and t.guard.labelled))
+                dumping |= it + 1 == t.schedules.frozen  # heads that are warm are a good state
             # alone, a request is known at once; several ranks must read in the same iterations, and decide alike
             stopping = distributed.world() == 1 and stop.requested()
             reading = stopping or saving or dumping or evaluating or progress.due(it)
@@ -94,10 +103,14 @@ def loop(trainer: Trainer, first: int) -> Outcome:
                 stop.reason = "an error"
                 # with several ranks the others learn it in the next step
                 stopping = stopping or distributed.world() == 1
-            if dumping:
-                t.dump(it)
             if evaluating:
                 outcome.knn[it] = t.evaluate(it)
+            if guarded(t, outcome, it, due=dumping, frozen=values.frozen):  # a good state, perhaps an earlier one
+                saving = dumping = True
+            if dumping:
+                t.dump(it)
+            if t.guard is not None and t.guard.ended:
+                stop.reason, stopping = "the guard", True
             if saving or stopping:
                 outcome.checkpoint = t.save(it, wait=last or stopping)
             if stopping and not last:
@@ -119,8 +132,10 @@ def loop(trainer: Trainer, first: int) -> Outcome:
 def scheduled(t: Trainer, it: int) -> StepValues:
     """Learning rates, weight decay, momentum, temperature and loss weights of an iteration, set in the optimiser."""
     values = t.schedules.at(it)
-    if not gram_active(t.config.gram, it):
+    if not gram_active(t.config.gram, it) or values.frozen:  # without a gradient it would only cost a forward pass
         values = replace(values, gram_loss_weight=0.0)
+    if t.guard is not None:
+        values = values.slower(t.guard.state.lr_factor)
     apply_schedules(t.optimizer, values)
     t.optimizer.zero_grad(set_to_none=True)
     return values
@@ -171,11 +186,38 @@ def settle(outcome: Outcome, t: Trainer, unread: list[Verdict], *, leave: int) -
     return stopping
 
 
+def guarded(t: Trainer, outcome: Outcome, it: int, *, due: bool, frozen: bool) -> bool:
+    """The guard's part of an iteration: where it is `due`, or steps were not finite, the state is the last good one
+    afterwards, this one or an earlier one that came back. Whether it is: then it must be saved."""
+    guard = t.guard
+    if guard is None:
+        return False
+    fell = None
+    if outcome.bad_steps >= MAX_BAD_STEPS:
+        fell = f"the loss or its gradient was not finite {MAX_BAD_STEPS} times in a row"
+        outcome.bad_steps = 0
+    elif not due:
+        return False
+    elif not frozen:
+        began = time.perf_counter()
+        measured = guard.measure(t.method.ema.backbone, outcome.knn.get(it))
+        t.run.record(it, {f"guard_{name}": value for name, value in measured.items()})
+        if not guard.labelled:
+            t.run.log(f"iteration {it}: {guard.words(measured)} ({time.perf_counter() - began:.1f} s)")
+        fell = guard.fall(measured)
+    if fell is not None:
+        path = t.restore()
+        guard.lower()
+        t.run.log(f"iteration {it}: {fell}; back to {path}, {guard.consequence()}")
+    guard.state.good = it
+    return True
+
+
 def has_error(outcome: Outcome, t: Trainer, it: int, logged: bool) -> bool:
     """Whether this rank must end the run, with the sentence in `outcome.error`: too many unreadable images, or too many
     steps that were not finite. The latter all ranks know, so that they raise together."""
     error = t.report_unreadable() if logged else None
-    if outcome.bad_steps >= MAX_BAD_STEPS:
+    if outcome.bad_steps >= MAX_BAD_STEPS and t.guard is None:
         error = (
             f"stopped at iteration {it}: the loss or its gradient was not finite {MAX_BAD_STEPS} times in a row. "
             f"The newest checkpoint is sound ({outcome.checkpoint or 'none yet'}). Try a lower learning rate (optim.lr), a "
@@ -196,10 +238,13 @@ def conclude(outcome: Outcome, t: Trainer, first: int, stop: StopRequest) -> Non
     outcome.reason, outcome.signal = stop.reason or "another process requested a stop", stop.signal
     if outcome.iterations > first and not t.saved_at(outcome.iterations - 1):
         outcome.checkpoint = t.save(outcome.iterations - 1)
-    t.run.log(
-        f"stopped by {outcome.reason} after iteration {outcome.iterations - 1}; everything is in "
-        f"{outcome.checkpoint or 'no checkpoint yet'}, and the same command resumes from there"
-    )
+    if t.guard is not None and t.guard.ended:
+        t.run.log(t.guard.last_word(outcome.iterations - 1))
+    else:
+        t.run.log(
+            f"stopped by {outcome.reason} after iteration {outcome.iterations - 1}; everything is in "
+            f"{outcome.checkpoint or 'no checkpoint yet'}, and the same command resumes from there"
+        )
     outcome.error = next(filter(None, distributed.gather_objects(outcome.error)), None)
 
 

@@ -210,9 +210,10 @@ class SelfDistillation:
         """The student sees the global crops with patches masked, and the local crops, in one pass."""
         B, K = batch.batch_size, targets.dino.shape[-1]
         masks = None if self.distilling else batch.masks  # a distilled student sees everything
-        globals_, locals_ = self.student.backbone(
-            [batch.global_crops, batch.local_crops], [masks, None], is_training=True
-        )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not values.frozen):
+            globals_, locals_ = self.student.backbone(
+                [batch.global_crops, batch.local_crops], [masks, None], is_training=True
+            )
         cls, local_cls = globals_["x_norm_clstoken"], locals_["x_norm_clstoken"]  # [2B, D], [n_l·B, D]
         patches = globals_["x_norm_patchtokens"]  # [2B, P, D]
         self._check_grid("student", patches, batch.masks)

@@ -6,11 +6,12 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from dinov3.data.images import DecodedImage, open_image
 from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.distributed import Group
 from dinov3.errors import DinoError, ImageError
-from dinov3.features import batched, extract
+from dinov3.features import Features, batched, extract
 from dinov3.neighbours import knn_accuracy
 from dinov3.optim import Schedules
 from dinov3.parallel import precision
@@ -49,41 +50,92 @@ def labelled_images(source: str, most: int | None) -> tuple[ImageDataset, list[i
     return data, labelled
 
 
+def look_at(
+    backbone: nn.Module,
+    data: ImageDataset,
+    chosen: Sequence[int],
+    config: TrainConfig,
+    device: torch.device,
+    use: Callable[[list[int], Features], None],
+    group: Group = None,
+) -> dict[int, str]:
+    """`use(places in chosen, features)` for each batch of this process's share of the images; what it could not read (a
+    grey image instead), place → "name: reason". Places from `len(chosen)` on are of images taken twice."""
+    e: EvaluationConfig = config.evaluation
+    # sharded weights are gathered by all ranks together, so all of them run equally many batches
+    rank, world = distributed.rank(group), distributed.world(group)
+    places = [rank + i * world for i in range(-(-len(chosen) // world))]
+    preprocessing = watching(backbone, config)
+    unreadable: dict[int, str] = {}
+
+    def read(place: int) -> DecodedImage:
+        i = chosen[min(place, len(chosen) - 1)]
+        try:
+            return open_image(data.read(i), target_short_side=preprocessing.target_short_side)
+        except ImageError as error:
+            unreadable[place] = f"{data.name(i)}: {error}"
+            grey = Image.new("RGB", (e.knn_image_size, e.knn_image_size))  # all ranks run equally many batches
+            return DecodedImage(grey, *grey.size)
+
+    done, workers = 0, max(1, config.train.num_workers)
+    batches = batched(places, preprocessing, e.knn_batch_size, workers=workers, read=read)
+    with precision(device, config.compute_precision.param_dtype):
+        for features in extract(backbone, batches, preprocessing=preprocessing):
+            use(places[done : done + len(features.cls)], features)
+            done += len(features.cls)
+    return unreadable
+
+
+def watching(backbone: nn.Module, config: TrainConfig) -> Preprocessing:
+    """What images that watch a run become: squares of `evaluation.knn_image_size`, with the training's statistics."""
+    stride: Any = backbone.stride
+    mean, std = ((x[0], x[1], x[2]) for x in (config.crops.rgb_mean, config.crops.rgb_std))
+    return Preprocessing(size=config.evaluation.knn_image_size, multiple=stride, mean=mean, std=std)
+
+
 def features_of(
     backbone: nn.Module, source: str, config: TrainConfig, device: torch.device, group: Group = None
 ) -> tuple[Tensor, Tensor, list[str]]:
     """CLS tokens [N, D] and labels [N] of a labelled data set; what this process could not read, "name: reason"."""
-    e: EvaluationConfig = config.evaluation
-    data, labelled = labelled_images(source, e.knn_max_images)
-    # sharded weights are gathered by all ranks together, so all of them run equally many batches
-    rank, world = distributed.rank(group), distributed.world(group)
-    each = -(-len(labelled) // world)
-    share = [labelled[min(rank + i * world, len(labelled) - 1)] for i in range(each)]
-    stride: Any = backbone.stride
-    mean, std = config.crops.rgb_mean, config.crops.rgb_std
-    preprocessing = Preprocessing(
-        size=e.knn_image_size, multiple=stride, mean=(mean[0], mean[1], mean[2]), std=(std[0], std[1], std[2])
-    )
-    unreadable: dict[int, str] = {}
+    data, labelled = labelled_images(source, config.evaluation.knn_max_images)
+    parts: list[Tensor] = []
+    places: list[int] = []
 
-    def read(i: int) -> DecodedImage:
-        try:
-            return open_image(data.read(i), target_short_side=preprocessing.target_short_side)
-        except ImageError as error:
-            unreadable[i] = f"{data.name(i)}: {error}"
-            grey = Image.new("RGB", (e.knn_image_size, e.knn_image_size))  # all ranks run equally many batches
-            return DecodedImage(grey, *grey.size)
+    def use(numbers: list[int], features: Features) -> None:
+        parts.append(features.cls)
+        places.extend(numbers)
 
-    workers = max(1, config.train.num_workers)
-    batches = batched(share, preprocessing, e.knn_batch_size, workers=workers, read=read)
-    with precision(device, config.compute_precision.param_dtype):
-        cls = torch.cat([f.cls for f in extract(backbone, batches, preprocessing=preprocessing)])
-    labels = torch.tensor([int(data.label(i) or 0) for i in share], device=device)
-    places = [len(labelled) if i in unreadable else rank + n * world for n, i in enumerate(share)]
-    number = torch.tensor(places, device=device)
-    cls, labels, number = (distributed.all_gather(x.clone(), group) for x in (cls, labels, number))
+    unreadable = look_at(backbone, data, labelled, config, device, use, group)
+    labels = torch.tensor([int(data.label(labelled[min(p, len(labelled) - 1)]) or 0) for p in places], device=device)
+    number = torch.tensor([len(labelled) if p in unreadable else p for p in places], device=device)
+    cls, labels, number = (distributed.all_gather(x.clone(), group) for x in (torch.cat(parts), labels, number))
     real = (number < len(labelled)).nonzero().flatten()
     return cls[real], labels[real], list(unreadable.values())
+
+
+def fixed_images(
+    backbone: nn.Module,
+    data: ImageDataset,
+    n: int,
+    mapped: int,
+    config: TrainConfig,
+    device: torch.device,
+    group: Group = None,
+) -> tuple[Tensor, Tensor]:
+    """Of n images spread over a data set, always the same: CLS tokens [n, D], and the cosines between the patches of each
+    of the first `mapped`, [mapped, P, P]; on the CPU, in the order of the images."""
+    chosen = [i * len(data) // n for i in range(n)]
+    found: dict[int, tuple[Tensor, Tensor | None]] = {}
+
+    def use(numbers: list[int], features: Features) -> None:
+        for place, cls, patches in zip(numbers, features.cls.float().cpu(), features.patches):
+            unit = F.normalize(patches.flatten(0, 1).float(), dim=-1) if place < mapped else None  # [P, D]
+            found[place] = cls, None if unit is None else (unit @ unit.T).cpu()
+
+    look_at(backbone, data, chosen, config, device, use, group)
+    every = {place: x for ranks in distributed.gather_objects(found, group) for place, x in ranks.items()}
+    cosines = [every[i][1] for i in range(mapped)]
+    return torch.stack([every[i][0] for i in range(n)]), torch.stack([c for c in cosines if c is not None])
 
 
 def knn(backbone: nn.Module, config: TrainConfig, device: torch.device, group: Group = None) -> tuple[float, list[str]]:
