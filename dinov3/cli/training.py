@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dinov3.cli.shared import INTERRUPTED, Device, RunFolder, app, config_options, device_of, is_first, log
+from dinov3.config.bounds import setting
 from dinov3.distill.config import DistillConfig
-from dinov3.errors import DinoError, one_of
+from dinov3.errors import DinoError, one_of, only_known
 from dinov3.train_head.config import HeadConfig
 
 
+@dataclass
+class TrainOptions:
+    """Labels that `dinov3 train` takes: for measuring, and for metadata-guided training."""
+
+    knn: str | None = setting(None, help="TRAIN:VAL, two labelled folders for k-NN during training.")
+    guide: list[str] = setting([], help="Follow a column: COLUMN[=METHOD][,key=value…]. Needs --metadata.")
+    forget: list[str] = setting([], help="The same, but the backbone is to forget the column.")
+    metadata: str | None = setting(None, help="CSV or Parquet file: a column path, and those of the guides.")
+
+
 @app.command(context_settings={"allow_interspersed_args": True})
+@config_options(TrainOptions)
 def train(
+    config: TrainOptions,
     images: Annotated[str, typer.Argument(help="Folder, list file, tar shards, parquet, or a dataset spec.")],
     out: RunFolder,
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings that win: key.sub=value …")] = None,
@@ -39,7 +52,6 @@ def train(
         typer.Option(help="A YAML file, or one that comes along. Default: vits16_one_gpu; with --continue, continue."),
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps in all; schedules are stretched.")] = None,
-    knn: Annotated[str | None, typer.Option(help="TRAIN:VAL, two labelled folders for k-NN during training.")] = None,
     resume: Annotated[bool, typer.Option(help="Resume from the newest checkpoint.")] = True,
     seed: Annotated[int, typer.Option(help="Of weights and random draws.")] = 0,
     device: Device = "auto",
@@ -55,10 +67,13 @@ def train(
     recipe = recipe if recipe.endswith((".yaml", ".yml")) else f"{recipe}.yaml"
     source = weights or onward
     first = [] if source is None else first_weights(source, model)
-    chosen = training_overrides(images, model, recipe, steps, knn, device_of(device), [*first, *(overrides or [])])
-    config, notes = load_config(recipe, chosen)
+    first += guide_overrides(config)
+    chosen = training_overrides(
+        images, model, recipe, steps, config.knn, device_of(device), [*first, *(overrides or [])]
+    )
+    settings, notes = load_config(recipe, chosen)
     log("settings: " + " ".join(chosen))
-    outcome = run(config, out, resume=resume, seed=seed, notes=notes)
+    outcome = run(settings, out, resume=resume, seed=seed, notes=notes)
     log(f"{outcome.reason}: {outcome.iterations} of {outcome.total} steps; {out}")
     for iteration, accuracy in outcome.knn.items() if is_first() else ():
         print(f"{iteration}\t{accuracy:.4f}")
@@ -102,6 +117,31 @@ def first_weights(weights: str, model: str | None) -> list[str]:
     student["resume_from_teacher_chkpt"] = weights
     chosen = {f"student.{k}": v for k, v in student.items()} | {f"crops.{k}": v for k, v in crops.items()}
     return [f"{key}={json.dumps(value)}" for key, value in chosen.items()]
+
+
+def guide_overrides(given: TrainOptions) -> list[str]:
+    """Overrides for `--guide` and `--forget`: COLUMN[=METHOD][,key=value…] with the keys of `guide.guides`."""
+    import json
+
+    from dinov3.config.train import GuideConfig
+
+    if not given.guide and not given.forget and given.metadata is None:
+        return []
+    if given.metadata is None or not (given.guide or given.forget):
+        raise DinoError("--guide COLUMN and --forget COLUMN need --metadata FILE, and it needs one of them")
+    rows: list[dict[str, object]] = []
+    for text, grl in [*((t, False) for t in given.guide), *((t, True) for t in given.forget)]:
+        head, *options = text.split(",")
+        column, equals, method = head.partition("=")
+        row: dict[str, object] = {"name": column, "grl": grl} | ({"method": method} if equals else {})
+        for option in options:
+            key, equals, value = option.partition("=")
+            if not equals:
+                raise DinoError(f"{option!r} in {text!r} is no key=value; write COLUMN[=METHOD][,key=value…]")
+            only_known("a guide has no key", [key], [f.name for f in fields(GuideConfig)])
+            row[key] = value
+        rows.append(row)
+    return ["guide.enabled=true", f"guide.metadata={given.metadata}", f"guide.guides={json.dumps(rows)}"]
 
 
 def training_overrides(

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from dinov3.config.bounds import Problem, setting
+from dinov3.config.bounds import Problem, setting, violations
 from dinov3.config.loading import ANY, find_file, load, report
 from dinov3.errors import DinoError
 from dinov3.models.architectures import NAMES, PUBLISHED, BackboneConfig, ConvNeXtConfig, ViTConfig, size_of
@@ -219,6 +219,52 @@ class MultiDistillationConfig:
 
 
 @dataclass
+class TargetRange:
+    output_min: float = 0.0
+    output_max: float = 1.0
+
+
+@dataclass
+class GuideConfig:
+    """One guide: a head on the student's CLS token that predicts a column of `guide.metadata`."""
+
+    name: str = MISSING  # the column
+    enabled: bool = True
+    method: Literal["classification", "regression", "prototypical"] = "classification"
+    grl: bool = False  # gradient reversal: the backbone forgets the column; the weight is then a tenth
+    loss_weight: float = setting(1.0, at_least=0)
+    n_outputs: int | None = setting(None, above=0)  # null: as many as the column has values
+    hidden_dim: int | None = setting(None, above=0)  # null: a linear layer
+    dropout: float = setting(0.0, at_least=0, below=1)  # before the last layer
+    use_bce: bool = False  # classification: several values a cell, separated by "|", each yes or no
+    output_activation: Literal["none", "sigmoid", "tanh"] = "none"  # regression
+    target_normalization: TargetRange = field(
+        default_factory=TargetRange
+    )  # regression: the column's range becomes this
+    proto_temperature: float = setting(0.07, above=0)  # these three: prototypical
+    proto_centroid_momentum: float = setting(0.999, at_least=0, below=1)
+    proto_phi_min: float = setting(0.01, above=0)
+
+
+@dataclass
+class LambdaConfig:
+    """λ, the scale of guides' gradients: from 0 to 1 over the warm-up."""
+
+    type: Literal["sigmoid", "linear", "constant"] = "sigmoid"
+    warmup_iterations: int = setting(10000, at_least=0)
+
+
+@dataclass
+class MetadataConfig:
+    """Metadata-guided training (arXiv 2606.05107)."""
+
+    enabled: bool = False
+    metadata: str | None = None  # ours: a CSV or Parquet file with a column `path`
+    guides: list[GuideConfig] = field(default_factory=list)
+    lambda_schedule: LambdaConfig = field(default_factory=LambdaConfig)
+
+
+@dataclass
 class OptimConfig:
     epochs: int = setting(100, above=0)
     # ours: in all, every *_epochs stretched; null: epochs × OFFICIAL_EPOCH_LENGTH
@@ -238,6 +284,8 @@ class OptimConfig:
     multi_tensor_optim: bool = True
     adamw_beta1: float = setting(0.9, at_least=0, below=1)
     adamw_beta2: float = setting(0.999, at_least=0, below=1)
+    # every guide's gradient at the CLS tokens is brought to this norm before its weight multiplies; null: it stays as it is
+    grad_norm_normalization: float | None = setting(None, above=0)
     # ours: batches whose gradients are added before a step; counted in the global batch
     accumulation_steps: int = setting(1, above=0)
 
@@ -379,6 +427,7 @@ class TrainConfig:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     multidistillation: MultiDistillationConfig = field(default_factory=MultiDistillationConfig)
+    guide: MetadataConfig = field(default_factory=MetadataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedules: SchedulesConfig | None = None
     crops: CropsConfig = field(default_factory=CropsConfig)
@@ -449,6 +498,7 @@ class TrainConfig:
         yield from _loss_problems(self)
         yield from _schedule_problems(self)
         yield from _distillation_problems(self)
+        yield from _guide_problems(self)
 
     def remarks(self) -> Iterator[str]:
         """Notes on what is allowed but probably not intended."""
@@ -717,6 +767,45 @@ def _schedule_problems(c: TrainConfig) -> Iterator[Problem]:
                 yield key, f"temperatures must be above 0: {values}"
             if name == "momentum" and not all(0 <= v <= 1 for v in values):
                 yield key, f"momenta must be from 0 to 1: {values}"
+
+
+# options that only some methods of a guide have
+GUIDE_OPTIONS = {
+    "classification": ("use_bce", "hidden_dim", "dropout", "n_outputs"),
+    "regression": ("output_activation", "target_normalization", "hidden_dim", "dropout"),
+    "prototypical": ("proto_temperature", "proto_centroid_momentum", "proto_phi_min", "n_outputs"),
+}
+
+
+def _guide_problems(c: TrainConfig) -> Iterator[Problem]:
+    g = c.guide
+    if not g.enabled:
+        if g.guides or g.metadata:
+            yield (
+                "guide.enabled",
+                "is false, so guide.metadata and guide.guides would do nothing; set it or leave them out",
+            )
+        if c.optim.grad_norm_normalization is not None:
+            yield "optim.grad_norm_normalization", "is of guides, and there are none (guide.enabled)"
+        return
+    if c.distillation.enabled:
+        yield "guide.enabled", "is for self-distillation; with a frozen teacher (distillation.enabled) set it to false"
+    if not g.metadata:
+        yield "guide.metadata", "name the CSV or Parquet file with a column path and the guides' columns"
+    if not any(guide.enabled for guide in g.guides):
+        yield "guide.guides", "name at least one column: guide.guides=[{name: COLUMN}]"
+    names = [guide.name for guide in g.guides if guide.enabled]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield "guide.guides", f"two guides have the column {name!r}; keep one"
+    every = {name for options in GUIDE_OPTIONS.values() for name in options}
+    for i, guide in enumerate(g.guides):
+        yield from violations(guide, f"guide.guides[{i}].")
+        default = GuideConfig(name=guide.name)
+        for name in sorted(every.difference(GUIDE_OPTIONS.get(guide.method, every))):
+            if getattr(guide, name) != getattr(default, name):
+                yield f"guide.guides[{i}].{name}", f"has no meaning for the method {guide.method} ({guide.name!r})"
+        if guide.target_normalization.output_min >= guide.target_normalization.output_max:
+            yield f"guide.guides[{i}].target_normalization", "output_min must be below output_max"
 
 
 def _default(key: str) -> Any:

@@ -352,7 +352,7 @@ class CropLoader:
         self.order: Order | MixedOrder = Order(len(images), seed, getattr(images, "runs", None))
         if isinstance(images, Mixture):
             self.order = MixedOrder(images, seed, batch_size * world)
-        self.batch_size, self.rank, self.world = batch_size, rank, world
+        self.images, self.batch_size, self.rank, self.world = images, batch_size, rank, world
         self.device = device or torch.device("cpu")
         self.consumed = 0
         self.wait_s = self.waited_s = 0.0

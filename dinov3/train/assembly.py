@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dinov3 import checkpoint, distributed
 from dinov3.checkpoint import Checkpoints
@@ -26,10 +26,11 @@ from dinov3.distributed import Group
 from dinov3.errors import DinoError
 from dinov3.models.low_precision import convert_to_fp8
 from dinov3.optim import AdamW, StepValues, build_optimizer, build_schedules
-from dinov3.parallel import parallelize
+from dinov3.parallel import parallelize, reshard
 from dinov3.runlog import RunDir
 from dinov3.train import teacher_files
 from dinov3.train.guard import START, Guard
+from dinov3.train.guides import build_guides
 from dinov3.train.method import Network, SelfDistillation, build_network, copy_weights
 from dinov3.train.monitor import StopRequest, knn, labelled_images
 
@@ -190,6 +191,8 @@ class Trainer:
             tensors |= checkpoint.module_tensors(m.gram_teacher, "model.gram_teacher.")
         if self.guard is not None:
             tensors |= self.guard.tensors()
+        if m.guides is not None:
+            tensors |= checkpoint.module_tensors(m.guides.centroids, "model.guide_centroids.")
         return tensors | checkpoint.optimizer_tensors(self.optimizer, m.student)
 
     def save(self, iteration: int, *, wait: bool = True) -> Path:
@@ -278,6 +281,8 @@ class Trainer:
         """Fills the networks and the optimiser from a checkpoint; (path, its state, names of the Gram teacher it lacks)."""
         tensors = self.tensors()
         if self.method.shares_backbone:  # the student's, whatever a run that averaged it has saved
+            # what k-NN gathered, which nothing gave back yet, would hide what is loaded
+            reshard(dict(self.method.student.named_modules()))
             tensors = {n: x for n, x in tensors.items() if not n.startswith("model.model_ema.backbone.")}
         missing = checkpoint.load(path, tensors, group=self.group)
         state = checkpoint.read_state(path, "iteration", "loader", "random")
@@ -330,9 +335,12 @@ def assemble(
     for source in (config.evaluation.knn_train_dataset, config.evaluation.knn_val_dataset):
         if source is not None:
             labelled_images(source, config.evaluation.knn_max_images)  # a mistake is found now, not hours later
-    networks = build_networks(config, device, seed=seed, base_dir=base_dir, notes=notes, group=group)
+    seed_everything(seed)
+    guides = build_guides(config, loader.images, notes, device, group)
+    heads = None if guides is None else guides.heads
+    networks = build_networks(config, device, seed=seed, base_dir=base_dir, notes=notes, group=group, heads=heads)
     learner = method(
-        **networks, dino=config.dino, ibot=config.ibot, gram=config.gram, group=group,
+        **networks, dino=config.dino, ibot=config.ibot, gram=config.gram, group=group, guides=guides,
         teacher_scale=config.crops.teacher_to_student_resolution_scale, **options,
     )  # fmt: skip
     guard = None
@@ -427,23 +435,20 @@ def build_networks(
     base_dir: Path | None,
     notes: list[str],
     group: Group = None,
+    heads: nn.Module | None = None,
 ) -> dict[str, Any]:
     """student, ema, gram_teacher and teacher (None where there is none), with their first weights, spread over `group`.
 
     Order: the student is drawn (the same on all ranks) or read; the average is a copy of it (or of its heads); the Gram
-    teacher is read, or begins as the average; a frozen teacher is read. Weights are whole until they are sharded, one network after another.
+    teacher is read, or begins as the average; a frozen teacher is read. Weights are whole until they are sharded.
     """
     c = config
     seed_everything(seed)
 
     def network(
-        source: str | None,
-        described: TrainConfig,
-        *,
-        heads: bool = True,
-        needs_heads: bool = False,
+        source: str | None, described: TrainConfig, *, heads: bool = True, needs_heads: bool = False,
         ranks: Group = group,
-    ) -> Network:
+    ) -> Network:  # fmt: skip
         with torch.device(device):
             made = build_network(described, heads=heads)
         if described.student.fp8_enabled:
@@ -469,7 +474,10 @@ def build_networks(
         )
         return made
 
-    student = spread(network(c.student.resume_from_teacher_chkpt, c), trained=True)
+    student = network(c.student.resume_from_teacher_chkpt, c)
+    if heads is not None:
+        student.guides = heads
+    spread(student, trained=True)
     if c.teacher.ema == "heads":
         with torch.device(device):
             ema = spread(build_network(c, backbone=student.backbone), only=teacher_files.HEADS)

@@ -36,12 +36,13 @@ from dinov3.heads.projection import ProjectionHead
 from dinov3.losses import LossTerms
 from dinov3.models.build import backbone as build_backbone
 from dinov3.optim import StepValues, ema_update
+from dinov3.train.guides import Guides
 
 # ---- the networks ---------------------------------------------------------------------------------------------------
 
 
 class Network(nn.Module):
-    """A backbone and, unless it is a Gram teacher, the two heads that training needs."""
+    """A backbone and, unless it is a Gram teacher, the two heads that training needs; a student may have `guides` beside."""
 
     licence = ""  # of the weights that it began with
 
@@ -83,7 +84,11 @@ def build_network(config: TrainConfig, *, heads: bool = True, backbone: nn.Modul
 
 @torch.no_grad()
 def copy_weights(to: nn.Module, source: nn.Module) -> None:
-    """to ← source, parameters and buffers; both plain, or sharded alike."""
+    """to ← source, parameters and buffers; both plain, or sharded alike. Of a network its parts: a student may have more."""
+    if isinstance(to, Network):
+        for name, part in to.parts().items():
+            copy_weights(part, getattr(source, name))
+        return
     for own, theirs in zip([*to.parameters(), *to.buffers()], [*source.parameters(), *source.buffers()], strict=True):
         own.copy_(theirs)
 
@@ -114,19 +119,21 @@ class SelfDistillation:
         teacher: Network | None = None,
         gram_teacher: Network | None = None,
         teacher_scale: float = 1.0,
+        guides: Guides | None = None,
         group: Group = None,
     ) -> None:
         """`teacher`: a frozen one, to distil from. `gram_teacher`: where `gram.use_loss` and not `gram.ema_teacher`.
 
         `teacher_scale`: the teacher sees the global crops smaller by this factor, so that a teacher of patch 16 has as
-        many tokens as a student of stride 32 (crops.teacher_to_student_resolution_scale). `group`: the ranks that train
+        many tokens as a student of stride 32 (crops.teacher_to_student_resolution_scale). `guides`: their heads are in
+        the student. `group`: the ranks that train
         this student.
         """
         self.student, self.ema, self.gram_teacher = student, ema, gram_teacher
         self.distilling = teacher is not None
         self.teacher = ema if teacher is None else teacher
         self.dino, self.ibot, self.gram = dino, ibot, gram
-        self.teacher_scale, self.group = teacher_scale, group
+        self.teacher_scale, self.guides, self.group = teacher_scale, guides, group
         for other in (self.ema, self.teacher, self.gram_teacher):
             if other is not None:
                 other.eval().requires_grad_(False)
@@ -155,6 +162,8 @@ class SelfDistillation:
             self.student.backbone.train()
         cls, patches = out["x_norm_clstoken"], out["x_norm_patchtokens"]  # [2B, D], [2B, P, D]
         self._check_grid("teacher", patches, batch.masks)
+        if self.guides is not None:
+            self.guides.observe(cls, batch.indices)
         dino = losses.sinkhorn_knopp(self.teacher.dino_head(cls), T, group=self.group)
         compared = patches.flatten(0, 1).index_select(0, self._compared(batch))  # [n, D]
         ibot = losses.sinkhorn_knopp(self.teacher.ibot_head(compared), T, group=self.group)
@@ -250,6 +259,8 @@ class SelfDistillation:
                 losses.sigreg_loss(bottleneck[: 2 * B], directions, group=self.group),
             )
         self._add_ibot(terms, self.student.ibot_head(compared), targets.ibot, batch)
+        if self.guides is not None:
+            self.guides.add(terms, cls, getattr(self.student, "guides", None), batch.indices, batch.step)
         if targets.gram is not None:
             self._add_gram(terms, patches, targets.gram, batch.masks, values.gram_loss_weight)
         return terms
