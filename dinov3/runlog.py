@@ -3,7 +3,7 @@
     <output>/resolved.yaml     the configuration with every value      resolved.1.yaml …: earlier ones, if it changed
              metrics.jsonl     one JSON object per record, `iteration` first
              log.txt           what the console showed
-             ckpt/  eval/  plots/
+             ckpt/  eval/  plots/  images/
 
 One line on stderr per event, one JSON line per record of numbers, both written by one process (`writer`). The metrics
 file is the truth that TensorBoard or W&B only show. After a resume the records of iterations that will be run again are
@@ -25,7 +25,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol, TextIO, TypeVar
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dinov3.config.loading import dump, to_dict
@@ -44,6 +46,8 @@ class Sink(Protocol):
 
     def scalars(self, iteration: int, values: Mapping[str, float]) -> None: ...
 
+    def image(self, iteration: int, name: str, image: Image.Image) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -61,6 +65,9 @@ class TensorBoard:
         for name, value in values.items():
             self.writer.add_scalar(name, value, iteration)
         self.writer.flush()
+
+    def image(self, iteration: int, name: str, image: Image.Image) -> None:
+        self.writer.add_image(name, np.asarray(image), iteration, dataformats="HWC")
 
     def close(self) -> None:
         self.writer.close()
@@ -83,6 +90,9 @@ class Wandb:
 
     def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
         self.client.log(dict(values), step=iteration)
+
+    def image(self, iteration: int, name: str, image: Image.Image) -> None:
+        self.client.log({name: self.client.Image(image)}, step=iteration)
 
     def close(self) -> None:
         self.client.finish()
@@ -174,6 +184,15 @@ class RunDir:
             file.write(json.dumps(line, allow_nan=False) + "\n")
         for sink in self.sinks:
             sink.scalars(iteration, finite)
+
+    def image(self, iteration: int, name: str, image: Image.Image) -> None:
+        """A drawing, as images/<name>_<iteration>.png and in the sinks."""
+        if not self.writer:
+            return
+        with atomically(self.path / "images" / f"{name}_{iteration}.png") as temporary:
+            image.save(temporary, "PNG")
+        for sink in self.sinks:
+            sink.image(iteration, name, image)
 
     def close(self) -> None:
         for sink in self.sinks:
@@ -380,8 +399,18 @@ def peak_memory_gb(device: torch.device) -> float:
 # ---- curves --------------------------------------------------------------------------------------------------------
 
 
+PANELS: dict[str, Callable[[str], bool]] = {
+    "losses": lambda name: name.endswith("_loss"),
+    "k-NN accuracy": lambda name: name.startswith("knn"),
+    "dimensions that features use": lambda name: name in ("rankme", "lidar"),
+    "shares": lambda name: name in ("cls_cosine", "patch_structure", "patch_drift") or name.endswith("prototypes_used"),
+    "teacher and student": lambda name: name in ("teacher_gap", "teacher_moved"),
+    "gradient norms": lambda name: name.endswith("_grad_norm"),
+}
+
+
 def plot(metrics: str | os.PathLike[str], out: str | os.PathLike[str]) -> str:
-    """Loss terms above, k-NN accuracy below, over iterations; returns a log line.
+    """Loss terms, k-NN accuracy and what else was measured (PANELS), over iterations; returns a log line.
 
     Without matplotlib nothing is drawn and that is no error: a run does not die of a missing image.
     """
@@ -389,7 +418,7 @@ def plot(metrics: str | os.PathLike[str], out: str | os.PathLike[str]) -> str:
     curves: dict[str, tuple[list[int], list[float]]] = {}
     for record in records:
         for name, value in record.items():
-            if value is not None and (name.endswith("_loss") or name.startswith("knn")):
+            if value is not None and any(fits(name) for fits in PANELS.values()):
                 x, y = curves.setdefault(name, ([], []))
                 x.append(record["iteration"])
                 y.append(value)
@@ -401,11 +430,11 @@ def plot(metrics: str | os.PathLike[str], out: str | os.PathLike[str]) -> str:
         return f"no plot: {error}"
     from matplotlib.figure import Figure
 
-    groups = [[n for n in curves if n.endswith("_loss")], [n for n in curves if n.startswith("knn")]]
-    groups = [g for g in groups if g]
+    groups = {title: [n for n in curves if fits(n)] for title, fits in PANELS.items()}
+    groups = {title: names for title, names in groups.items() if names}
     figure = Figure(figsize=(8, 3.5 * len(groups)), layout="constrained")
-    for i, names in enumerate(groups):
-        axes = figure.add_subplot(len(groups), 1, i + 1)
+    for i, (title, names) in enumerate(groups.items()):
+        axes = figure.add_subplot(len(groups), 1, i + 1, title=title)
         for name in names:
             axes.plot(*curves[name], label=name, linewidth=1.2, marker="." if len(curves[name][0]) < 20 else None)
         axes.set_xlabel("iteration")

@@ -176,6 +176,42 @@ def training_overrides(
 
 
 @app.command()
+def doctor(
+    run: Annotated[Path, typer.Argument(help="The folder of a training run, finished or still running.")],
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the losses and measurements there (.png, .pdf, .svg).")
+    ] = None,
+) -> None:
+    """Is it learning? One verdict for every dump of a run, and what to do. Reads the folder; needs no GPU."""
+    from dinov3.config.train import load_config
+    from dinov3.runlog import plot as draw
+    from dinov3.runlog import read_metrics
+    from dinov3.train.doctor import facts_of, numbers_text, verdicts
+
+    records = list(read_metrics(run / "metrics.jsonl"))
+    if not records or not (run / "resolved.yaml").is_file():
+        raise DinoError(
+            f"{run} holds no training run (metrics.jsonl and resolved.yaml); name the --out of `dinov3 train`"
+        )
+    config, _ = load_config(str(run / "resolved.yaml"))
+    found = verdicts(facts_of(config, str(run)), records)
+    numbers = {r["iteration"]: r for r in records if "rankme" in r}
+    for each in found:
+        measured = numbers_text(numbers.get(each.iteration, {}))
+        print(f"step {each.iteration}  {each.name}: {each.finding}" + (f"\n    {measured}" if measured else ""))
+    if not numbers:
+        log(
+            "nothing was measured, only losses are judged: dumps are measured where that costs at most 2 % of a run; set "
+            "evaluation.eval_period_iterations higher, or evaluation.doctor_images=256 whatever it costs"
+        )
+    if not found:
+        raise DinoError(f"{run / 'metrics.jsonl'} holds no losses yet")
+    print(f"\n{found[-1].name}: {found[-1].advice}")
+    if plot is not None:
+        log(draw(run / "metrics.jsonl", plot))
+
+
+@app.command()
 @config_options(DistillConfig)
 def distill(
     config: DistillConfig,

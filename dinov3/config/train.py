@@ -326,6 +326,9 @@ class EvaluationConfig:
     knn_image_size: int = setting(224, above=0)
     knn_batch_size: int = setting(64, above=0)
     knn_max_images: int | None = setting(50_000, above=0)  # at most that many of each data set, of all classes
+    # ours: training images that `train.doctor` measures at every dump; null: as many as cost 2 % of the run; 0: it is off
+    doctor_images: int | None = setting(None, at_least=0)
+    doctor_draws: bool = True  # ours: and draws crops and PCA of three images, where it measures
 
 
 @dataclass

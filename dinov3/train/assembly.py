@@ -29,6 +29,7 @@ from dinov3.optim import AdamW, StepValues, build_optimizer, build_schedules
 from dinov3.parallel import parallelize, reshard
 from dinov3.runlog import RunDir
 from dinov3.train import teacher_files
+from dinov3.train.doctor import Doctor
 from dinov3.train.guard import START, Guard
 from dinov3.train.guides import build_guides
 from dinov3.train.method import Network, SelfDistillation, build_network, copy_weights
@@ -69,6 +70,7 @@ class Trainer:
     schedules: Any
     loader: CropLoader
     checkpoints: Checkpoints
+    doctor: Doctor
     seed: int
     group: Group = None  # the ranks of this student
     multi_student: bool = False  # other students are trained beside it
@@ -361,6 +363,7 @@ def assemble(
             keep_every=config.checkpointing.keep_every,
             group=group,
         ),
+        doctor=Doctor(config, run, loader, learner, device),
         seed=seed,
         group=group,
         multi_student=global_batch is not None,

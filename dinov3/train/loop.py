@@ -25,7 +25,7 @@ from dinov3.parallel import DTYPES, precision, reduce_gradients, reshard
 from dinov3.runlog import Progress, RunDir, plot
 from dinov3.train.assembly import Trainer, Verdict, due
 from dinov3.train.method import gram_active
-from dinov3.train.monitor import Health, StopRequest
+from dinov3.train.monitor import StopRequest
 
 MAX_BAD_STEPS = 3  # in a row
 
@@ -63,8 +63,7 @@ def loop(trainer: Trainer, first: int) -> Outcome:
         return outcome
     run.log(t.introduction(first))
     t.begin_guard(first)
-    health = Health(c, t.schedules)
-    for warning in health.at_start():
+    for warning in t.doctor.at_start():
         run.log(warning)
     progress = Progress(
         run, total=total, images_per_step=t.global_batch, first=first, every=c.run.log_every, device=t.device
@@ -97,7 +96,7 @@ def loop(trainer: Trainer, first: int) -> Outcome:
             reading = stopping or saving or dumping or evaluating or progress.due(it)
             stopping |= settle(outcome, t, unread, leave=0 if reading else 1)
             logged = progress.stepped(it, values.fields(), t.fields(verdict.log, norms, values))
-            for warning in health.of(it, logged):
+            for warning in t.doctor.warnings(it, logged):
                 run.log(warning)
             if has_error(outcome, t, it, bool(logged)) and not last:
                 stop.reason = "an error"
@@ -109,6 +108,8 @@ def loop(trainer: Trainer, first: int) -> Outcome:
                 saving = dumping = True
             if dumping:
                 t.dump(it)
+            if t.doctor.due(it, dumping):
+                t.doctor.measure(it, t.consumed)
             if t.guard is not None and t.guard.ended:
                 stop.reason, stopping = "the guard", True
             if saving or stopping:
@@ -159,6 +160,7 @@ def gradients(
             batch = method.receive(batch, DTYPES[t.config.compute_precision.param_dtype])
             targets = method.targets(batch, values)
             terms = method.predict(batch, targets, values)
+        t.doctor.watch(batch, targets)
         reduce_gradients(method.student.parts(), nth + 1 == n)
         (terms.total() / n).backward()
         logs.append(terms.log())
