@@ -339,7 +339,7 @@ class GuardConfig:
     knn_points: float = setting(1.0, at_least=0)  # how far k-NN accuracy may be below the start's, if it is measured
     # without labels: how far RankMe, and the correlation of patch similarities, may be below the start's, in per cent
     rank_percent: float = setting(10.0, at_least=0, at_most=100)
-    structure_percent: float = setting(10.0, at_least=0, at_most=100)
+    structure_percent: float = setting(2.0, at_least=0, at_most=100)
     images: int = setting(512, at_least=2)  # of the training images, for these two
     lr_factor: float = setting(0.3, above=0, below=1)  # on all learning rates, after each return to the last good state
     max_reverts: int = setting(3, at_least=0)  # returns; the next fall ends the run with the last good state

@@ -223,8 +223,9 @@ class Trainer:
         began = time.perf_counter()
         start = guard.begin(self.method.ema.backbone)
         guard.state.good = first - 1
+        guard.seconds = time.perf_counter() - began
         self.run.log(
-            f"guard: the start has {guard.words(start)}; measured in {time.perf_counter() - began:.1f} s, as is every "
+            f"guard: the start has {guard.words(start)}; measured in {guard.seconds:.1f} s, as is every "
             f"teacher that is written (evaluation.eval_period_iterations={self.config.evaluation.eval_period_iterations})"
         )
         if first == 0:

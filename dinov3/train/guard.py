@@ -54,6 +54,7 @@ class Guard:
     ) -> None:
         self.config, self.images, self.device, self.group = config, images, device, group
         self.state = GuardState()
+        self.seconds = 0.0  # of this start
         self.n = min(config.guard.images, len(images))
         self.cosines: Tensor | None = None  # [MAPPED, P, P], between the start's patches
         if config.evaluation.knn_train_dataset is None:
@@ -134,6 +135,14 @@ class Guard:
         if self.ended:
             return f"where the run ends: it fell {self.state.falls} times (guard.max_reverts={most})"
         return f"and on with learning rates × {self.state.lr_factor:.3g} (fall {self.state.falls}, {most} are allowed)"
+
+    def cost(self, seconds: float) -> str:
+        """What measuring took of a start of so many seconds."""
+        less = "evaluation.knn_max_images" if self.labelled else "guard.images"
+        return (
+            f"guard: measuring took {self.seconds:.0f} s, {self.seconds / max(seconds, 1e-9):.0%} of this start; a smaller "
+            f"{less} or a larger evaluation.eval_period_iterations takes less"
+        )
 
     def last_word(self, iteration: int) -> str:
         return (

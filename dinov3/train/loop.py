@@ -62,6 +62,7 @@ def loop(trainer: Trainer, first: int) -> Outcome:
         run.log(f"nothing to do: {t.guard.last_word(first - 1)}")
         return outcome
     run.log(t.introduction(first))
+    began = time.perf_counter()
     t.begin_guard(first)
     for warning in t.doctor.at_start():
         run.log(warning)
@@ -102,10 +103,13 @@ def loop(trainer: Trainer, first: int) -> Outcome:
                 stop.reason = "an error"
                 # with several ranks the others learn it in the next step
                 stopping = stopping or distributed.world() == 1
+            watched = time.perf_counter()
             if evaluating:
                 outcome.knn[it] = t.evaluate(it)
             if guarded(t, outcome, it, due=dumping, frozen=values.frozen):  # a good state, perhaps an earlier one
                 saving = dumping = True
+            if t.guard is not None:
+                t.guard.seconds += time.perf_counter() - watched
             if dumping:
                 t.dump(it)
             if t.doctor.due(it, dumping):
@@ -120,6 +124,8 @@ def loop(trainer: Trainer, first: int) -> Outcome:
         conclude(outcome, t, first, stop)
     if outcome.iterations > first:
         progress.close()
+        if t.guard is not None:
+            run.log(t.guard.cost(time.perf_counter() - began))
     if run.writer:
         run.log(plot(run.metrics_file, run.plots / "losses.png"))
     if outcome.error is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -48,7 +49,7 @@ schedules:
   teacher_temp: {start: 0.04, peak: 0.04, end: 0.04}
 crops: {global_crops_size: 32, local_crops_size: 16, local_crops_number: 2}
 evaluation: {eval_period_iterations: 2, knn_image_size: 32}
-guard: {enabled: true, images: 4}
+guard: {enabled: true, images: 4, structure_percent: 10}
 checkpointing: {period: 100, max_to_keep: 9}
 run: {device: cpu, log_every: 1, deterministic: true}
 """
@@ -239,6 +240,7 @@ def test_k_nn_is_what_counts_where_there_are_labels(toy: str, images: Path, tmp_
     outcome = run(toy, images, tmp_path, *knn, "evaluation.knn_k=1", "guard.knn_points=0", "optim.iterations=4")
     assert outcome.knn == {3: 1.0}  # every image finds itself; not at 1: the backbone is frozen there
     assert "guard: the start has k-NN accuracy 100.0; measured in" in log_of(tmp_path)
+    assert re.search(r"guard: measuring took \d+ s, \d+% of this start; a smaller evaluation", log_of(tmp_path))
     assert not (tmp_path / "ckpt" / "3" / "guard.cosines").exists()
 
 
@@ -253,8 +255,8 @@ def test_a_guard_that_never_measures_is_an_error(toy: str) -> None:
 def test_a_run_that_dies_in_every_phase_ends_as_if_it_had_not(
     toy: str, images: Path, fallen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While frozen, in the ramp, between return and checkpoint, before and after that checkpoint: what is on the disk at
-    these moments is all that is left."""
+    """While frozen, in the ramp, between return and checkpoint, after that checkpoint: what is on the disk at these moments
+    is all that is left."""
     assert "iteration 3: the structure of patches is " in log_of(fallen)
     died = []
 
@@ -275,13 +277,13 @@ def test_a_run_that_dies_in_every_phase_ends_as_if_it_had_not(
 
         return method
 
-    moments = [("agree", 0, False), ("agree", 2, True), ("restore", 3, True), ("save", 3, False), ("save", 3, True)]
-    for name, at, after in [*moments, ("agree", 4, True)]:
+    moments = [("agree", 0, False), ("agree", 2, True), ("restore", 3, True), ("save", 3, True)]
+    for name, at, after in moments:
         with monkeypatch.context() as patched:
             patched.setattr(Trainer, name, dying(name, at, after))
             with pytest.raises(KeyboardInterrupt):
                 run(toy, images, tmp_path, *WILD)
-    assert died == [(name, at) for name, at, _ in [*moments, ("agree", 4, True)]]
+    assert died == [(name, at) for name, at, _ in moments]
     run(toy, images, tmp_path, *WILD)
     newest = max(int(p.name) for p in (fallen / "ckpt").iterdir() if p.name.isdecimal())
     assert_same(tensors(fallen / "ckpt" / str(newest)), tensors(tmp_path / "ckpt" / str(newest)))
@@ -316,6 +318,7 @@ def on_a_rank(toy: str, images: str, out: str) -> tuple[int, float, str]:
     return outcome.iterations, float(sum(v.double().sum() for v in state.values())), log_of(Path(out))
 
 
+@pytest.mark.slow
 def test_two_processes_fall_and_return_together(toy: str, images: Path, tmp_path: Path) -> None:
     (n, total, log), (n2, total2, _) = run_ranks(on_a_rank, 2, toy, str(images), str(tmp_path), timeout_s=120)
     assert (n, total) == (n2, total2)
@@ -355,7 +358,7 @@ def test_continue_takes_size_and_statistics_from_the_weights(
     assert "guard: the start has RankMe" in capsys.readouterr().err
     after = hub.load(weights=own.parent / "run")
     assert after.origin.mean == pytest.approx((0.4, 0.4, 0.4))
-    assert 0 < float((after.cls_token - reading.open(own).state_dict["cls_token"]).abs().max()) < 0.01
+    assert 0 < float((after.cls_token - reading.open(own).state_dict["cls_token"]).abs().max().detach()) < 0.01
     monkeypatch.setattr(sys, "argv", [*command, "--weights", str(own)])
     with pytest.raises(SystemExit):
         cli.main()
