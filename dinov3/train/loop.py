@@ -54,12 +54,7 @@ def loop(trainer: Trainer, first: int) -> Outcome:
     t, c, run, method = trainer, trainer.config, trainer.run, trainer.method
     total = t.schedules.total
     outcome = Outcome(first, total, "finished", checkpoint=t.checkpoints.latest())
-    if first >= total:
-        run.log(f"nothing to do: {first} of {total} iterations are done (optim.epochs sets the total)")
-        return outcome
-    if t.guard is not None and t.guard.ended:
-        outcome.reason = "the guard"
-        run.log(f"nothing to do: {t.guard.last_word(first - 1)}")
+    if is_over(t, outcome):
         return outcome
     run.log(t.introduction(first))
     began = time.perf_counter()
@@ -131,6 +126,19 @@ def loop(trainer: Trainer, first: int) -> Outcome:
     if outcome.error is not None:
         raise DinoError(outcome.error)
     return outcome
+
+
+def is_over(t: Trainer, outcome: Outcome) -> bool:
+    """Whether an earlier start has ended this run; the log says so."""
+    first, total = outcome.iterations, outcome.total
+    if first >= total:
+        t.run.log(f"nothing to do: {first} of {total} iterations are done (optim.epochs sets the total)")
+    elif t.guard is not None and t.guard.ended:
+        outcome.reason = "the guard"
+        t.run.log(f"nothing to do: {t.guard.last_word(first - 1)}")
+    else:
+        return False
+    return True
 
 
 # ---- a step's parts -------------------------------------------------------------------------------------------------
