@@ -39,6 +39,8 @@ def _float32(loss: Loss) -> Loss:
 
     @functools.wraps(loss)
     def wrapped(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if x.is_meta:  # which has no autocast: a step that is only planned
+            return loss(x, *args, **kwargs)
         with torch.autocast(x.device.type, enabled=False):
             return loss(x, *args, **kwargs)
 

@@ -19,7 +19,7 @@ except ModuleNotFoundError:  # the core that loads models does without
     raise SystemExit(1) from None
 
 # importing a file registers its verbs, in the order in which --help lists them
-from dinov3.cli import embedding, models, predict, see, store, training  # noqa: F401
+from dinov3.cli import embedding, models, plan, predict, see, store, training  # noqa: F401
 from dinov3.cli.shared import INTERRUPTED, app, is_first, log
 from dinov3.cli.training import training_overrides
 
