@@ -173,6 +173,8 @@ def _step(config: TrainConfig, row: Resolution, world: int, card: bool) -> Need:
     with _as_on_device(card, dtype), torch.device("meta"), live:
         names = {"student": "student", "average": "ema"} | ({"Gram teacher": "gram_teacher"} if own_gram else {})
         networks = {key: build_network(c, heads=part != "Gram teacher") for part, key in names.items()}
+        if c.teacher.ema == "heads":
+            networks["ema"] = build_network(c, backbone=networks["student"].backbone)
         count = {key: _place(live, networks[key], part, world) for part, key in names.items()}
         _moments(live, networks["student"], world, accumulated=n > 1)
         if c.train.checkpointing or c.train.checkpointing_full:
@@ -241,7 +243,8 @@ def _moments(live: Live, student: Network, world: int, *, accumulated: bool) -> 
 
 
 def _gather(live: Live, network: Network, dtype: torch.dtype) -> None:
-    for module in [*network.modules()]:
+    own = [m for m in network.modules() if not isinstance(m, (_Gathered, parametrize.ParametrizationList))]
+    for module in own:
         for name in [name for name, _ in module.named_parameters(recurse=False)]:
             parametrize.register_parametrization(module, name, _Gathered(dtype, live), unsafe=True)
 

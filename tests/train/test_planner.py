@@ -88,6 +88,9 @@ def test_parts_follow_the_configuration(tmp_path) -> None:
     assert four.parts["student"] == pytest.approx(plain.parts["student"] / 4, rel=0.01)
     assert four.parts["half-precision weights"] > 0  # gathered copies
 
+    heads = step(toy(tmp_path, "teacher.ema=heads"), world=4)  # the backbone is the student's, and counted once
+    assert 0 < heads.parts["average"] < four.parts["average"]
+
     gram = step(toy(tmp_path, "gram.use_loss=true", "gram.it_load_ema_teacher=0"))
     assert 0 < gram.parts["Gram teacher"] < gram.parts["student"]  # it has no heads
     assert gram.flops > plain.flops
