@@ -172,7 +172,7 @@ def _step(config: TrainConfig, row: Resolution, world: int, card: bool) -> Need:
     live = Live()
     with _as_on_device(card, dtype), torch.device("meta"), live:
         names = {"student": "student", "average": "ema"} | ({"Gram teacher": "gram_teacher"} if own_gram else {})
-        networks = {key: build_network(c, heads=part != "Gram teacher") for part, key in names.items()}
+        networks: dict[str, Any] = {key: build_network(c, heads=part != "Gram teacher") for part, key in names.items()}
         if c.teacher.ema == "heads":
             networks["ema"] = build_network(c, backbone=networks["student"].backbone)
         count = {key: _place(live, networks[key], part, world) for part, key in names.items()}
