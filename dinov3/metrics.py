@@ -19,7 +19,9 @@ from dinov3.errors import DinoError, one_of, require
 
 def rank_me(features: Tensor) -> float:
     """RankMe (Garrido et al. 2023): the effective rank of features [n, D], exp of the entropy of their normalised singular
-    values. From 1 (all on a line through 0) to min(n, D); give n ≥ 4 D where possible."""
+    values. From 1 (all on a line through 0) to min(n, D); give n ≥ 4 D where possible. NaN if not all are finite."""
+    if not features.isfinite().all():
+        return math.nan
     values = torch.linalg.svdvals(features.double())
     share = values / values.sum() + 1e-7
     return float((-share * share.log()).sum().exp())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -19,7 +20,8 @@ from test_train import assert_same, tensors, wait_for_iteration
 from toy_training import start, write_config, write_images
 
 from dinov3 import cli, hub, optim
-from dinov3.config.train import GuardConfig, LearningRateConfig, OptimConfig, TrainConfig, load_config
+from dinov3.cli.training import first_weights
+from dinov3.config.train import GuardConfig, LearningRateConfig, OptimConfig, TrainConfig, load_config, vit_config
 from dinov3.errors import DinoError
 from dinov3.metrics import pattern_kept, rank_me
 from dinov3.models.architectures import ViTConfig
@@ -29,6 +31,8 @@ from dinov3.train import loop
 from dinov3.train.assembly import Trainer
 from dinov3.train.guard import Guard, GuardState
 from dinov3.train.loop import Outcome
+from dinov3.train.method import build_network
+from dinov3.train.teacher_files import fill, read_network
 from dinov3.train.train import train
 from dinov3.weights import reading, writing
 
@@ -115,6 +119,7 @@ def test_rank_me_counts_the_directions_that_features_use() -> None:
     basis = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))[0]
     for k in (1, 5, 64):
         assert rank_me(basis[:, :k] @ basis[:k]) == pytest.approx(k, rel=1e-3)
+    assert math.isnan(rank_me(torch.tensor([[1.0, math.inf]])))
     assert rank_me(torch.diag(torch.tensor([3.0, 1.0]))) == pytest.approx(4 / 3**0.75, rel=1e-4)  # e^H of (3/4, 1/4)
 
 
@@ -363,6 +368,14 @@ def test_continue_takes_size_and_statistics_from_the_weights(
     with pytest.raises(SystemExit):
         cli.main()
     assert "give one" in capsys.readouterr().err
+
+
+def test_a_published_model_begins_with_its_own_rope_periods() -> None:
+    config = load_config("continue.yaml", ["train.dataset_path=/x", *first_weights("vitt16", None)])[0]
+    network = build_network(config)
+    found = read_network(config.student.resume_from_teacher_chkpt)
+    fill(network, found, vit_config(config.student))
+    assert torch.equal(network.backbone.rope_embed.periods, found.parts["backbone"]["rope_embed.periods"])
 
 
 @pytest.mark.slow
