@@ -112,7 +112,12 @@ def test_the_make_targets_printed_first_exist() -> None:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "page", ["docs/use.md", "docs/faq.md", pytest.param("docs/gallery.md", marks=pytest.mark.slow)]
+    "page",
+    [
+        "docs/use.md",
+        "docs/faq.md",
+        *(pytest.param(f"docs/{p}.md", marks=pytest.mark.slow) for p in ("gallery", "tune")),
+    ],
 )
 def test_other_commands_of_the_pages_work_as_printed(page: str, place: Path) -> None:
     known = commands("README.md")  # run above, perhaps by another process

@@ -51,7 +51,7 @@ class ModelOptions:
     """Which model a verb runs, where, and how precisely."""
 
     model: str | None = setting(None, help="A published head by its hub name. Default: the one for this task.")
-    head: str | None = setting(None, help="A head file of your own, instead of --model.")
+    head: str | None = setting(None, help="A head file of your own or its run's folder, instead of --model.")
     weights: str | None = setting(
         None,
         help="The published head's file: path, URL or Hugging Face id. 'random': an untrained head, to try the command; "

@@ -253,7 +253,7 @@ def train_head(
     resume: Annotated[bool, typer.Option(help="Resume from the newest checkpoint.")] = True,
     device: Device = "auto",
 ) -> None:
-    """Fit a head of your own on a frozen backbone: classes, segmentation, depth, boxes. Prints the head's file."""
+    """Fit a head of your own on a frozen (or tuned) backbone: classes, segmentation, depth, boxes. Prints the head's file."""
     from dinov3 import distributed
     from dinov3.hub.own_heads import check_kind
     from dinov3.train_head.run import train_head as run

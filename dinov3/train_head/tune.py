@@ -30,6 +30,7 @@ from dinov3.train_head.config import HeadConfig, tuning
 from dinov3.weights import identity, writing
 
 UNUSED = ("mask_token", "local_cls_norm.")  # act in pretraining only
+TUNE_LR = {"lora": 1.0, "last": 0.1, "all": 0.1}  # multiples of the head's learning rate, where none is given
 
 
 def check_backbone(backbone: nn.Module) -> None:
@@ -51,7 +52,6 @@ def tune(model: nn.Module, config: HeadConfig, lr: float) -> dict[str, float]:
     lr: the head's. Returns {name of a parameter in the model: its learning rate as a multiple of the head's}, for `fit`.
     """
     ((prefix, backbone),) = backbones_in(model).items()
-    check_backbone(backbone)
     kind, n = tuning(config.tune or "")
     if kind == "lora":
         with torch.random.fork_rng(devices=[]):
@@ -64,9 +64,6 @@ def tune(model: nn.Module, config: HeadConfig, lr: float) -> dict[str, float]:
             part.tuned = True
     base = config.tune_lr / lr if config.tune_lr is not None else TUNE_LR[kind]
     return {f"{prefix}.{name}": base * by for name, by in learning_rates(backbone, kind, n, config.tune_decay).items()}
-
-
-TUNE_LR = {"lora": 1.0, "last": 0.1, "all": 0.1}  # multiples of the head's learning rate, where none is given
 
 
 def learning_rates(backbone: Any, kind: str, n: int, decay: float) -> dict[str, float]:
