@@ -16,6 +16,7 @@ from dinov3.config.train import load_config
 from dinov3.heads.projection import ProjectionHead
 from dinov3.models.vit import VisionTransformer
 from dinov3.train.train import train
+from dinov3.weights.catalog import resolve
 
 # 32 px crops of 8 px patches, a model of 50 thousand weights
 SMALL = """
@@ -58,29 +59,57 @@ def write_images(folder: Path, n: int = 512, seed: int = 0) -> Path:
     return folder
 
 
+# the model that ships, further trained on photographs
+SHIPPED = ["student.arch=dinov3_vitt16", "student.layerscale=1e-5", "student.patch_size=16", "student.mask_k_bias=true",
+           "student.norm_layer=layernormbf16", "student.embed_dim=null", "student.depth=null", "student.num_heads=null",
+           "student.n_storage_tokens=4", "student.resume_from_teacher_chkpt=vitt16", "crops.global_crops_size=64",
+           "crops.local_crops_size=32", "train.batch_size_per_gpu=8"]  # fmt: skip
+
 OVERRIDES: dict[str, list[str]] = {
     "healthy": [],
     "plateau": ["optim.lr=1e-7", "optim.min_lr=1e-7"],
     "full collapse": ["dino.koleo_loss_weight=0"],  # and targets without centring
-    "dimensional collapse": [
-        "dino.koleo_loss_weight=0",
-        "dino.head_n_prototypes=3",
-        "ibot.loss_weight=0",
-        "optim.lr=4e-3",
-    ],
+    "dimensional collapse": [],  # all but three of the features' dimensions are dead
     "unused prototypes": ["dino.head_n_prototypes=512"],
     "teacher frozen": ["teacher.momentum_teacher=1.0"],
     "learning rate too high": ["optim.lr=0.5"],
     "repeated data": [],
+    "patch similarity decayed": [
+        *SHIPPED,
+        "optim.lr=1e-3",
+        "optim.iterations=80",
+        "evaluation.eval_period_iterations=20",
+    ],
+    "healthy, continue": [
+        *SHIPPED,
+        "optim.iterations=240",
+        "gram.use_loss=false",  # with it nothing could decay
+        "guard.enabled=false",
+        "compute_precision.param_dtype=fp32",
+        "train.compile=false",
+        "run.device=cpu",
+    ],
+    "healthy, toy_cpu": ["optim.iterations=240", "train.batch_size_per_gpu=8"],
+    "healthy, small_cpu": ["optim.iterations=240", "train.batch_size_per_gpu=8", "compute_precision.param_dtype=fp32"],
 }
+ON_PHOTOGRAPHS = ("patch similarity decayed", "healthy, continue", "healthy, toy_cpu", "healthy, small_cpu")
 
 
-def run(illness: str, folder: Path, *overrides: str) -> Path:
-    """Trains with that illness; the run's folder."""
-    images = write_images(folder / "images", 6 if illness == "repeated data" else 512)
+def run(illness: str, folder: Path, photographs: Path | None = None, *overrides: str) -> Path:
+    """Trains with that illness, on drawn images or (those of ON_PHOTOGRAPHS) on a folder; the run's folder."""
+    images = photographs if illness in ON_PHOTOGRAPHS else None
+    images = images or write_images(folder / "images", 6 if illness == "repeated data" else 512)
     (folder / "small.yaml").write_text(SMALL)
-    given = [f"train.dataset_path={images}", *OVERRIDES[illness], *overrides]
-    config, _ = load_config(str(folder / "small.yaml"), given)
+    recipe = f"{illness.split(', ')[1]}.yaml" if ", " in illness else str(folder / "small.yaml")
+    watched = [
+        "evaluation.eval_period_iterations=120",
+        "evaluation.doctor_images=128",
+        "train.num_workers=0",
+        "checkpointing.period=1000",
+    ]
+    given = [f"train.dataset_path={images}", *watched, *OVERRIDES[illness], *overrides]
+    shipped = row_weights() if "vitt16" in str(given) else ""
+    config, _ = load_config(recipe, [g.replace("chkpt=vitt16", f"chkpt={shipped}") for g in given])
     with contextlib.ExitStack() as stack:
         if illness == "full collapse":
             stack.enter_context(without_centring())
@@ -90,6 +119,13 @@ def run(illness: str, folder: Path, *overrides: str) -> Path:
             stack.enter_context(first_weights(VisionTransformer, dead_channels))
         train(config, folder / "run")
     return folder / "run"
+
+
+def row_weights() -> Path:
+    """The file of the model that ships."""
+    path = resolve("dinov3_vitt16")[0].packaged_path
+    assert path is not None
+    return Path(path)
 
 
 @contextlib.contextmanager

@@ -25,6 +25,8 @@ from typing import Any
 import explorer_pictures
 from PIL import Image, ImageDraw, ImageOps
 
+from dinov3 import drawing
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -181,6 +183,21 @@ def gram_cpu(work: Path) -> Image.Image:
     )
 
 
+def doctor_images(work: Path) -> Image.Image:
+    """What a run draws: crops as the student sees them, and PCA of three images; two steps on the demo's photographs."""
+    run = work / "run"
+    settings = ["student.layerscale=1e-5", "train.batch_size_per_gpu=4", "train.num_workers=0", "optim.iterations=2"]
+    settings += ["crops.global_crops_size=224", "crops.local_crops_size=96", "optim.warmup_epochs=0"]
+    settings += ["evaluation.eval_period_iterations=2", "evaluation.doctor_images=4"]
+    start = ("--out", str(run), "--recipe", "toy_cpu", "--weights", "vitt16", "--device", "cpu")
+    dinov3_command("train", str(work / "images"), *start, *settings)
+    crops, pca = (Image.open(run / "images" / f"{name}_1.png") for name in ("crops", "pca"))
+    page = Image.new("RGB", (max(crops.width, pca.width), crops.height + pca.height), drawing.PAPER)
+    page.paste(crops, (0, 0))
+    page.paste(pca, (0, crops.height))
+    return page
+
+
 def explorer_moving(work: Path) -> list[tuple[Image.Image, int]]:
     """The pointer over patches of four photographs, then their common colours: images and their milliseconds."""
     # (photograph, place in it as shares of width and height) that the pointer goes to
@@ -237,6 +254,7 @@ PICTURES: dict[str, Callable[[Path], Any]] = {
     "explorer.jpg": explorer,
     "small-cpu.png": small_cpu,
     "gram-cpu.png": gram_cpu,
+    "doctor-images.png": doctor_images,
     "explorer.webp": explorer_moving,  # with Playwright and Chromium
     **{name: store_view(name) for name in explorer_pictures.NAMES},
 }
