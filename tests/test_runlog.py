@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 
 from dinov3 import runlog
 from dinov3.config.train import TrainConfig, load_config
@@ -150,6 +151,66 @@ def test_tensorboard_gets_the_numbers(tmp_path):
     events.Reload()
     assert events.Tags()["scalars"] == ["total_loss"]
     assert [(e.step, e.value) for e in events.Scalars("total_loss")] == [(4, 2.0)]
+
+
+class Gallery:
+    """A sink that keeps what it is shown."""
+
+    def __init__(self) -> None:
+        self.images: list[tuple[int, str, tuple[int, int]]] = []
+
+    def config(self, values): ...
+
+    def scalars(self, iteration, values): ...
+
+    def image(self, iteration, name, image):
+        self.images.append((iteration, name, image.size))
+
+    def close(self): ...
+
+
+def test_a_drawing_is_a_file_and_goes_to_the_sinks(tmp_path):
+    sink = Gallery()
+    run, _ = started(tmp_path, sinks=[sink])
+    run.image(7, "pca", Image.new("RGB", (30, 20), (200, 10, 10)))
+    with Image.open(run.path / "images" / "pca_7.png") as drawn:
+        assert (drawn.size, drawn.getpixel((3, 3))) == ((30, 20), (200, 10, 10))
+    assert sink.images == [(7, "pca", (30, 20))]
+    silent = RunDir(tmp_path / "other", writer=False)
+    silent.image(7, "pca", Image.new("RGB", (30, 20)))
+    assert not silent.path.exists()
+
+
+def test_tensorboard_gets_drawings(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run, _ = started(tmp_path, sinks=["tensorboard"])
+    run.image(4, "crops", Image.new("RGB", (30, 20)))
+    run.close()
+    events = EventAccumulator(str(run.path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.width, e.height) for e in events.Images("crops")] == [(4, 30, 20)]
+
+
+def test_wandb_and_trackio_get_drawings_as_their_images(tmp_path, monkeypatch):
+    """Against a client of the same interface: both take `log({name: Image(…)}, step=…)`."""
+    logged = []
+
+    class Client:
+        Image = staticmethod(lambda image: ("image", image.size))
+
+        @staticmethod
+        def init(**options):
+            return Client
+
+        @staticmethod
+        def log(values, step):
+            logged.append((step, values))
+
+    monkeypatch.setattr(runlog, "require", lambda *_: Client)
+    runlog.Wandb(tmp_path, 0).image(3, "pca", Image.new("RGB", (8, 6)))
+    assert logged == [(3, {"pca": ("image", (8, 6))})]
 
 
 # ---- the progress line ----------------------------------------------------------------------------------------------

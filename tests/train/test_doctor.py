@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from paths import ROOT
 from PIL import Image
 from ranks import run_ranks
 from toy_training import write_config, write_images
@@ -265,11 +268,12 @@ def test_measuring_and_drawing_change_nothing_of_what_is_learned(tmp_path) -> No
             assert image.height > 128 * size
     assert not (off / "images").exists()
 
-    # the verdicts, from the folder alone, in a fresh process
-    done = subprocess.run(
-        [sys.executable, "-m", "dinov3", "doctor", str(on), "--plot", str(tmp_path / "curves.png")],
-        capture_output=True, text=True,
-    )  # fmt: skip
+    # the verdicts, from the folder alone, in a fresh process, as the page prints the command
+    (block,) = re.findall(r"```sh\n(.*?)```", (ROOT / "docs/doctor.md").read_text(), re.DOTALL)
+    plain, plotted = (shlex.split(line) for line in block.splitlines())
+    assert plotted[: len(plain)] == plain == ["dinov3", "doctor", "run"]
+    on.rename(tmp_path / "run")
+    done = subprocess.run([sys.executable, "-m", *plotted], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0].startswith("step 0  too early:")
     assert "RankMe" in done.stdout
