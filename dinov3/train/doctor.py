@@ -219,6 +219,10 @@ class Doctor:
             mass += t.sum(0)
             rows += len(t)
 
+    def _averaged(self) -> nn.Module:
+        """The parts of the student that the teacher has too: not the heads of guides."""
+        return nn.ModuleList(getattr(self.method.student, name) for name in self.method.ema.parts())
+
     def _prototypes(self) -> dict[str, float]:
         numbers: dict[str, float] = {}
         for name, (won, mass, rows) in self.windows.items():
@@ -296,7 +300,7 @@ class Doctor:
         """After an iteration, with `seen` images so far: a record in metrics.jsonl, a line in the log, two drawings. All
         ranks call it."""
         began = time.perf_counter()
-        prototypes, gap = self._prototypes(), float(relative_distance(self.method.student, self.method.ema))
+        prototypes, gap = self._prototypes(), float(relative_distance(self._averaged(), self.method.ema))
         cls = self._cls(self.sample.images)
         views = self._cls(self.sample.views) if len(self.sample.views) else None
         fixed, mirrored = (next(self._outputs(x, FIXED)) for x in (self.sample.fixed, self.sample.fixed.flip(-1)))
