@@ -280,6 +280,17 @@ def test_measuring_and_drawing_change_nothing_of_what_is_learned(tmp_path) -> No
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
+def test_an_interrupted_run_measures_what_an_uninterrupted_one_measures(tmp_path) -> None:
+    through = trained(tmp_path, "through", "evaluation.doctor_images=12")
+    for limit in ("1e-6", "null"):  # interrupted after a step, and resumed
+        stopped = trained(tmp_path, "twice", "evaluation.doctor_images=12", f"run.time_limit_minutes={limit}")
+    measured, resumed = ([r for r in read_metrics(f / "metrics.jsonl") if "rankme" in r] for f in (through, stopped))
+    window = ("doctor_seconds", "dino_", "ibot_")  # prototypes are counted from the restart
+    kept = [{k: v for k, v in r.items() if not k.startswith(window)} for r in measured]
+    assert [{k: v for k, v in r.items() if not k.startswith(window)} for r in resumed] == kept
+
+
 def test_a_measurement_draws_nothing_from_the_run_and_does_not_depend_on_it(tmp_path) -> None:
     """The sample is the same in a later start, whatever the generators' states."""
     from dinov3.runlog import RunDir
