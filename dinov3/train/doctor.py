@@ -402,7 +402,7 @@ PATIENCE = 200  # iterations before a loss that has not fallen is worth a warnin
 PLATEAU = 0.995  # of a loss's value for targets and predictions that are uniform
 ABOVE, EARLY = 1.05, 20  # of the same value: worse than knowing nothing; iterations in which that may be
 FAR = 0.45  # ‖student − teacher‖ / ‖teacher‖
-EXPLODED = 10.0  # times the typical gradient norm of the run so far
+EXPLODED, RISEN = 10.0, 1.02  # times the typical gradient norm and DINO loss of the run's latest records
 ALIKE = 0.95  # mean cosine of CLS tokens of different images
 ONE_TARGET = 0.85  # of ln K, entropy of the mean target; Sinkhorn-Knopp keeps it at 1.00
 KOLEO_ALIKE = 4.0  # KoLeo: the nearest of a batch's CLS tokens lie e⁻⁴ = 0.018 apart, on a sphere of radius 1
@@ -558,10 +558,13 @@ def _too_fast(facts: Facts, logs: Records, measured: Records) -> str | None:
             return f"{name} was {values[it]:.4g} at iteration {it}, above the {uniform:.4g} of a network that knows nothing"
         if gap is not None and gap > FAR and facts.remains(measured[-1]["iteration"]) < REMAINS:
             return f"the student is {gap:.0%} of the weights' size away from its average, and nothing is learned"
+    losses = [r["dino_global_crops_loss"] for r in recent if r.get("dino_global_crops_loss") is not None]
+    if len(losses) < 12 or min(losses[-2:]) < RISEN * float(np.median(losses[:-2])):
+        return None
     for name in ("backbone_grad_norm", "dino_head_grad_norm"):
-        norms = [r[name] for r in recent if r.get(name) is not None]
+        norms = [r[name] for r in recent if r.get(name)]  # 0 while it is frozen
         if len(norms) >= 12 and min(norms[-2:]) > EXPLODED * (usual := float(np.median(norms[:-2]))):
-            return f"{name} is {norms[-1]:.3g}, where {usual:.3g} was usual"
+            return f"losses rise, and {name} is {norms[-1]:.3g}, where {usual:.3g} was usual"
     return None
 
 

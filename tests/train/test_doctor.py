@@ -132,12 +132,19 @@ def test_each_illness_is_named_and_health_is_not_accused(tmp_path, name: str) ->
     assert found[-1].ill == (name != "healthy")
 
 
-@pytest.mark.parametrize("bad", [{"total_loss": None}, {"backbone_grad_norm": 50.0}])
+@pytest.mark.parametrize("bad", [{"total_loss": None}, {"backbone_grad_norm": 50.0, "dino_global_crops_loss": 3.3}])
 def test_losses_that_are_not_finite_and_exploding_gradients_are_a_learning_rate_too_high(tmp_path, bad: dict) -> None:
     found = d.verdicts(
         facts(tmp_path), records({}, LOSSES)[:-3] + [{"iteration": i, **LOSSES, **bad} for i in (300, 310)]
     )
     assert found[-1].name == "learning rate too high"
+
+
+def test_a_backbone_that_begins_to_move_and_a_new_loss_term_are_no_explosion(tmp_path) -> None:
+    frozen = [{**r, "backbone_grad_norm": 0.0} if "total_loss" in r else r for r in records({}, LOSSES)]
+    for more in ({}, {"backbone_grad_norm": 50.0}):  # as where Gram anchoring begins: DINO's loss stays
+        later = [{"iteration": i, **LOSSES, **more} for i in range(300, 460, 10)]
+        assert d.verdicts(facts(tmp_path), [*frozen, *later])[-1].name == "healthy"
 
 
 def test_copies_among_the_files_are_repeated_data(tmp_path) -> None:
