@@ -51,8 +51,8 @@ schedules:
   weight_decay: {start: 0.04, peak: 0.04, end: 0.04}
   momentum: {start: 0.5, peak: 0.5, end: 0.5}
   teacher_temp: {start: 0.04, peak: 0.04, end: 0.04}
-crops: {global_crops_size: 32, local_crops_size: 16, local_crops_number: 2}
-evaluation: {eval_period_iterations: 2, knn_image_size: 32}
+crops: {global_crops_size: 16, local_crops_size: 8, local_crops_number: 2}
+evaluation: {eval_period_iterations: 2, knn_image_size: 32, doctor_images: 0}
 guard: {enabled: true, images: 4, structure_percent: 10}
 checkpointing: {period: 100, max_to_keep: 9}
 run: {device: cpu, log_every: 1, deterministic: true}
@@ -221,6 +221,7 @@ def test_the_first_fall_goes_back_to_the_start_and_one_too_many_ends_the_run(
     assert rates[4] == pytest.approx(0.09 * rates[0])
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_finite_are_a_fall(
     toy: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
