@@ -575,6 +575,17 @@ def test_sigreg_does_not_depend_on_a_rotation_in_expectation() -> None:
     assert close(sigreg_loss(x @ rotation, many), sigreg_loss(x, many), 1e-2)
 
 
+def test_sigreg_spreads_collapsed_rows_evenly_over_all_directions() -> None:
+    x = torch.cat([normal(20, 64, 2), 0.01 * normal(21, 64, 4)], 1).requires_grad_()  # of 6 directions 2 are used
+    optimizer = torch.optim.Adam([x], lr=0.05)
+    for it in range(150):
+        optimizer.zero_grad()
+        sigreg_loss(x, sigreg_directions(6, it, count=32)).backward()
+        optimizer.step()
+    variances = torch.linalg.eigvalsh(x.detach().T.cov())
+    assert 0.5 < variances.min() < variances.max() < 1.5
+
+
 def test_directions_are_a_function_of_the_iteration_and_draw_nothing_from_the_run() -> None:
     before = torch.get_rng_state()
     directions = sigreg_directions(8, 5)

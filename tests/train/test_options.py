@@ -12,7 +12,7 @@ import torch
 from toy_training import write_config, write_images
 
 from dinov3 import checkpoint, losses
-from dinov3.config.train import OptimConfig, load_config
+from dinov3.config.train import IbotConfig, OptimConfig, load_config
 from dinov3.errors import DinoError
 from dinov3.optim import apply_schedules, build_optimizer
 from dinov3.train.loop import Outcome
@@ -76,6 +76,31 @@ def test_the_visible_loss_is_its_plain_loop_and_unmasked_crops_count() -> None:
         assert float(terms[name].value) == pytest.approx(total, rel=1e-5), name
     assert terms["ibot_loss"].weight == 1.0
     assert terms["ibot_visible_loss"].weight == 0.3
+
+
+def visible_disagreement(weight: float) -> float:
+    """Cross-entropy of student and teacher at visible patches after 20 steps with a weight of the loss there."""
+    torch.manual_seed(0)
+    method = Variant(ibot={"visible_loss_weight": weight}).build()
+    optimizer = build_optimizer(method.student.parts(), OptimConfig())
+    values = replace(VALUES, lr=3e-3, last_layer_lr=3e-3)
+    apply_schedules(optimizer, values)
+    for step in range(20):
+        batch = recorded_batch(step % 2)
+        optimizer.zero_grad()
+        method.predict(batch, method.targets(batch, values), values).total().backward()
+        optimizer.step()
+        method.update_ema(0.9)
+    method.ibot = IbotConfig(visible_loss_weight=1.0)
+    with torch.no_grad():
+        batch = recorded_batch(0)
+        terms = method.predict(batch, method.targets(batch, values), values)
+    return next(float(t.value) for t in terms if t.name == "ibot_visible_loss")
+
+
+def test_student_and_teacher_agree_more_at_visible_patches_after_the_same_steps() -> None:
+    without, with_ = visible_disagreement(0.0), visible_disagreement(1.0)
+    assert with_ < 0.7 * without
 
 
 # ---- SIGReg ----------------------------------------------------------------------------------------------------------
