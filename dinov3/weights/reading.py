@@ -355,6 +355,10 @@ def newest_teacher(run: Path) -> Path | None:
     if any(p.parent.name.isdecimal() for p in run.glob("ckpt/*/.metadata")):
         if (run / "backbone.safetensors").is_file():  # tuned with a head
             return run / "backbone.safetensors"
+        if (run / "head.safetensors").is_file():
+            raise WeightsError(
+                f"{run} holds a head on a backbone that stayed as it was: name that one, and the head as --head {run}"
+            )
         raise WeightsError(
             f"{run} is a run that has not written its teacher yet; this makes a file of its newest checkpoint: "
             f"python -m dinov3.train.teacher_files {run} teacher.safetensors"

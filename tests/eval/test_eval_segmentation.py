@@ -493,7 +493,7 @@ def test_a_mask2former_of_your_own_is_scored_from_its_head_file(scenes, capsys):
     save_head(scenes / "head.safetensors", model, task="segmentation", head="mask2former", options=options)
     words = [
         f"datasets.val=DenseFolder:root={scenes / 'scenes'}:split=val", f"load_from={scenes / 'head.safetensors'}",
-        "decoder_head.num_classes=4", "transforms.eval.img_size=64", "eval.crop_size=64", "eval.stride=42",
+        "transforms.eval.img_size=64", "eval.crop_size=64", "eval.stride=42",
         f"output_dir={scenes / 'out'}",
     ]  # fmt: skip
     assert segmentation.main(words) == 0, capsys.readouterr().err

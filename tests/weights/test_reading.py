@@ -504,3 +504,13 @@ def test_without_the_client_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(MissingExtra, match=r"pip install .*\[hub\]'"):
         reading.open("facebook/dinov3-vits16-pretrain-lvd1689m")
+
+
+def test_the_run_of_a_head_on_a_frozen_backbone_holds_none(tmp_path):
+    (tmp_path / "ckpt" / "9").mkdir(parents=True)
+    (tmp_path / "ckpt" / "9" / ".metadata").touch()
+    with pytest.raises(WeightsError, match="has not written its teacher yet"):
+        reading.open(tmp_path)
+    (tmp_path / "head.safetensors").touch()
+    with pytest.raises(WeightsError, match="a head on a backbone that stayed as it was.*--head"):
+        reading.open(tmp_path)

@@ -347,9 +347,9 @@ def evaluate(config: SegmentationConfig, session: common.Session) -> dict[str, A
     c = config
     val = dense.open_dense(c.datasets.val, c.datasets.root, ("classes",), "datasets.val")
     model, head = opened(c, session)
-    size = c.transforms.eval.img_size
+    own, size = getattr(model, "head_info", None), c.transforms.eval.img_size
     protocol = Protocol(
-        n_classes=c.decoder_head.num_classes,
+        n_classes=c.decoder_head.num_classes if own is None else own.n_classes,
         size=size if size is not None or c.load_from is None else c.eval.crop_size,
         mode=c.eval.mode,
         crop=c.eval.crop_size,
