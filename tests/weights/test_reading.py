@@ -512,5 +512,5 @@ def test_the_run_of_a_head_on_a_frozen_backbone_holds_none(tmp_path):
     with pytest.raises(WeightsError, match="has not written its teacher yet"):
         reading.open(tmp_path)
     (tmp_path / "head.safetensors").touch()
-    with pytest.raises(WeightsError, match="a head on a backbone that stayed as it was.*--head"):
+    with pytest.raises(WeightsError, match=r"a head on a backbone that stayed as it was.*--head"):
         reading.open(tmp_path)
