@@ -26,16 +26,17 @@ FP32 = "compute_precision.param_dtype=fp32"
 CASES: dict[str, tuple[str, list[str]]] = {
     "small_cpu, batch 32": (SMALL, [FP32, "train.batch_size_per_gpu=32"]),
     "batch 64, 8 local crops": (SMALL, [FP32, "crops.local_crops_number=8"]),
-    "ViT-S, 112 px, batch 16, K 4096": (
+    "ViT-S, 112 px, batch 8, K 4096": (
         "vits16_one_gpu.yaml",
-        [FP32, "train.batch_size_per_gpu=16", "crops.global_crops_size=112", "crops.local_crops_size=48",
+        [FP32, "train.batch_size_per_gpu=8", "crops.global_crops_size=112", "crops.local_crops_size=48",
+         "crops.local_crops_number=4",
          "dino.head_n_prototypes=4096", "ibot.head_n_prototypes=4096"],
     ),
     "the same, selective checkpointing": ("", ["train.checkpointing=true"]),
     "the same, full checkpointing": ("", ["train.checkpointing_full=true"]),
-    "Gram teacher at 160 px, 2 × 24 images": (
+    "Gram teacher at 160 px, 2 × 12 images": (
         SMALL,
-        [FP32, "train.batch_size_per_gpu=24", "optim.accumulation_steps=2", "gram.use_loss=true",
+        [FP32, "train.batch_size_per_gpu=12", "optim.accumulation_steps=2", "gram.use_loss=true",
          "gram.it_load_ema_teacher=0", "gram.rep_update=false", "crops.gram_teacher_crops_size=160"],
     ),
     "ConvNeXt-T, 96 px, batch 8": (
@@ -44,7 +45,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
          "crops.global_crops_size=96", "crops.local_crops_size=64", "crops.local_crops_number=4",
          "dino.head_n_prototypes=1024", "ibot.head_n_prototypes=1024"],
     ),
-    "small_cpu, bf16, batch 32": (SMALL, ["train.batch_size_per_gpu=32"]),
+    "small_cpu, bf16, batch 16": (SMALL, ["train.batch_size_per_gpu=16"]),
 }  # fmt: skip
 COMMON = ["run.device=cpu", "train.compile=false", "train.num_workers=1", "optim.iterations=3", "run.log_every=1",
           "evaluation.eval_period_iterations=0"]  # fmt: skip

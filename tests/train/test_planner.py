@@ -97,7 +97,7 @@ def test_parts_follow_the_configuration(tmp_path) -> None:
 
 
 def test_recomputation_takes_less_memory_and_more_work(tmp_path) -> None:
-    large = ("train.batch_size_per_gpu=32", "student.depth=4")
+    large = ("train.batch_size_per_gpu=32",)
     none = step(toy(tmp_path, *large))
     selective = step(toy(tmp_path, *large, "train.checkpointing=true"))
     full = step(toy(tmp_path, *large, "train.checkpointing_full=true"))
@@ -120,41 +120,82 @@ def test_devices_are_read_as_people_write_them() -> None:
             devices(text)
 
 
-def test_the_largest_batch_that_fits_is_chosen_and_nothing_that_does_not(tmp_path) -> None:
-    recipe = write_config(tmp_path, TOY.replace("batch_size_per_gpu: 4", "batch_size_per_gpu: 16"))
+def made_up(config: TrainConfig, *, world: int = 1, card: bool = False) -> planner.Need:
+    """1000 bytes, and 100, 60 or 30 an image of a batch, by recomputation."""
+    assert card
+    c = config.train
+    an_image = 30 if c.checkpointing_full else 60 if c.checkpointing else 100
+    n = c.batch_size_per_gpu * config.optim.accumulation_steps
+    return planner.Need({"student": 1000, "activations": an_image * c.batch_size_per_gpu}, 5.0 * n, n, 0)
 
-    def planner_of(size: int, count: int = 1) -> planner.Planner:
-        return planner.Planner(recipe, [], Devices(count, size, None, False), 100, batch=None, steps=None)
 
-    roomy = planner_of(GIB)
-    whole = roomy.best("toy")
-    assert whole is not None
-    assert (whole.batch, whole.steps, whole.checkpointing) == (16, 1, "none")
-    assert whole.bytes == step(roomy.config(16, "none"), card=True).bytes
-    assert roomy.steps == 12  # the recipe's
+def planner_of(folder: Path, size: float, count: int = 1) -> planner.Planner:
+    """Of a recipe of 32 images a step, on devices of which so many bytes are counted on."""
+    recipe = write_config(folder, TOY.replace("batch_size_per_gpu: 4", "batch_size_per_gpu: 32"))
+    return planner.Planner(
+        recipe, [], Devices(count, round(size / planner.USABLE), None, False), 100, batch=None, steps=None
+    )
 
-    narrow = planner_of(round(whole.bytes / planner.USABLE) - 1000)
-    narrow.known = roomy.known
-    row = narrow.best("toy")
-    assert row is not None
-    assert (row.batch, row.steps, row.checkpointing) == (16, 1, "selective")
-    assert row.bytes <= narrow.on.usable < whole.bytes
-    assert planner_of(GIB, count=2).batches() == [8]
 
-    with pytest.raises(DinoError, match=r"does not fit.*--model.*would help"):
-        plan(100, Devices(1, 10**6, None, False), recipe=recipe)
-    with pytest.raises(DinoError, match="try --batch 18"):
-        planner_of(GIB, count=3)
+def test_the_largest_batch_that_fits_is_chosen_and_nothing_that_does_not(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(planner, "step", made_up)
+    chosen, p = {}, planner_of(tmp_path, 0)
+    for size in (4200, 4199, 2919, 2599, 1800, 1480, 1479, 1240):
+        p.on = Devices(1, round(size / planner.USABLE), None, False)
+        row = p.best("toy")
+        assert row is not None
+        assert row.fits
+        chosen[size] = (row.batch, row.steps, row.checkpointing, row.bytes)
+    assert chosen == {
+        4200: (32, 1, "none", 4200),
+        4199: (32, 1, "selective", 2920),
+        2919: (16, 2, "none", 2600),
+        2599: (16, 2, "selective", 1960),
+        1800: (8, 4, "none", 1800),
+        1480: (8, 4, "selective", 1480),
+        1479: (8, 4, "full", 1240),
+        1240: (8, 4, "full", 1240),
+    }
+    p.on = Devices(1, round(1239 / planner.USABLE), None, False)
+    assert p.best("toy") is None
+    assert planner_of(tmp_path, 9999, count=2).batches() == [16, 8]
+    assert p.steps == 12  # the recipe's
+    with pytest.raises(DinoError, match=r"^vit_tiny does not fit: 8 images .*--model vits16.*would help"):
+        plan(100, p.on, recipe=p.recipe)
+    with pytest.raises(DinoError, match="try --batch 33"):
+        planner_of(tmp_path, 9999, count=3)
     with pytest.raises(DinoError, match="vits16"):
-        plan(100, Devices(1, GIB, None, False), model="vits61")
+        plan(100, p.on, model="vits61")
 
 
-def test_lines_between_two_batches_are_those_that_are_counted(tmp_path) -> None:
-    recipe = write_config(tmp_path, TOY.replace("batch_size_per_gpu: 4", "batch_size_per_gpu: 128"))
-    p = planner.Planner(recipe, [], Devices(1, GIB, None, False), 100, batch=None, steps=None)
+def test_a_plan_shows_other_ways_and_the_hours_of_a_measured_rate(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(planner, "step", made_up)
+    p = planner_of(tmp_path, 2919)
+    made = plan(100, p.on, recipe=p.recipe, steps=7, rate=50)
+    assert {(r.what, r.batch, r.checkpointing, r.bytes, r.fits) for r in made.rows if r.what == "vit_tiny"} == {
+        ("vit_tiny", 32, "none", 4200, False),
+        ("vit_tiny", 16, "none", 2600, True),
+        ("vit_tiny", 8, "none", 1800, True),
+        ("vit_tiny", 32, "selective", 2920, False),
+        ("vit_tiny", 16, "selective", 1960, True),
+        ("vit_tiny", 8, "selective", 1480, True),
+    }
+    assert {r.what for r in made.rows} == {"vit_tiny", "24 px", "48 px"}  # crops of two thirds and three halves
+    assert made.hours(made.speeds[0].flops) == pytest.approx(7 * 32 / 50 / 3600)
+    assert any("| vit_tiny (the plan) | 16 | 2 | none |" in line for line in planner.table(made))
+
+
+@pytest.mark.slow
+def test_lines_between_two_batches_are_those_that_are_counted(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(planner, "MORE", 16)
+    p = planner_of(tmp_path, GIB)
     for level in ("none", "selective"):
-        line, counted = (p.row("toy", 128, level, exact=exact).bytes for exact in (False, True))
+        line, counted = (p.row("toy", 32, level, exact=exact).bytes for exact in (False, True))
         assert line == pytest.approx(counted, rel=0.02)
+
+
+def test_this_machine_is_measured(tmp_path) -> None:
+    assert 1 < planner.images_per_second(toy(tmp_path), seconds=0.01) < 1e5
 
 
 def run(*arguments: object) -> str:
@@ -167,9 +208,10 @@ def run(*arguments: object) -> str:
 def test_a_plan_becomes_a_recipe_that_trains(tmp_path) -> None:
     images, file = write_images(tmp_path / "photos"), tmp_path / "plan.yaml"
     out = run(
-        "plan", "--data", images, "--gpus", "cpu:4GB", "--recipe", write_config(tmp_path), "--steps", 2, "--out", file
-    )
-    assert re.search(r"^Hours: +\S+ on this machine: \S+ images/s$", out, re.MULTILINE)
+        "plan", "--data", images, "--gpus", "cpu:4GB", "--recipe", write_config(tmp_path), "--steps", 2, "--rate", 8,
+        "--out", file,
+    )  # fmt: skip
+    assert re.search(r"^Hours: +0.000278 on measured: 8 images/s$", out, re.MULTILINE)  # 2 steps of 4 images
     assert "over 12 images" in out
     assert "(the plan) | 4 | 1 | none |" in out
     config, _ = load_config(file, ["train.dataset_path=."])
