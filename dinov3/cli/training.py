@@ -110,7 +110,8 @@ def first_weights(weights: str, model: str | None) -> list[str]:
         sizes = {"depth": None, "embed_dim": None, "num_heads": None}
         if row is not None and row.arch in PUBLISHED:
             student = {"arch": row.arch, "patch_size": row.config.patch_size or 16} | sizes | PUBLISHED[row.arch][1]
-            if isinstance(row.config, ViTConfig):  # the recipes' bf16 would round the file's rope periods
+            if isinstance(row.config, ViTConfig):  # a recipe may have no LayerScale; its bf16 would round the rope periods
+                student["layerscale"] = row.config.layerscale_init
                 student["pos_embed_rope_dtype"] = row.config.pos_embed_rope_dtype
         elif isinstance(opened.config, ViTConfig):  # one of your own sizes
             shared = {f.name for f in fields(StudentConfig)} & {f.name for f in fields(ViTConfig)} - {"drop_path_rate"}
