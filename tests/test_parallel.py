@@ -379,6 +379,7 @@ def silent_head(config_file: str, images: str, out: str) -> list[str]:
     return [str(raised.value)]
 
 
+@pytest.mark.slow
 def test_two_ranks_train_with_a_head_of_weight_zero_and_fail_together(tmp_path: Path) -> None:
     config, images = write_config(tmp_path), str(write_images(tmp_path / "images"))
     first, second = run_ranks(silent_head, 2, config, images, str(tmp_path / "run"), timeout_s=120)

@@ -259,7 +259,7 @@ def test_a_loader_along_runs_resumes_exactly_and_with_other_ranks() -> None:
         assert sorted(batch.indices) == sorted([*halves[0][step].indices, *halves[1][step].indices])
 
 
-@pytest.mark.parametrize("form", ["tar.gz", "parquet", "one tar.gz"])
+@pytest.mark.parametrize("form", ["tar.gz", "parquet", pytest.param("one tar.gz", marks=pytest.mark.slow)])
 def test_training_reads_packed_sources_forwards(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = list(np.random.default_rng(0).integers(0, 256, (1920, 1000), np.uint8))
     data = [row.tobytes() for row in data]

@@ -369,7 +369,7 @@ def commits(store: Path) -> list[Path]:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_killed_job_ends_with_the_rows_of_an_undisturbed_one(tmp_path, kills: int) -> None:
     source, reference, store = tmp_path / "images", tmp_path / "reference", tmp_path / "store"
     source.mkdir()

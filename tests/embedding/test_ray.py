@@ -41,6 +41,7 @@ def folder(tmp_path: Path) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_two_workers_give_the_rows_of_one_process(cluster, folder, tmp_path) -> None:
     torch.manual_seed(0)
     model = VisionTransformer(ViTConfig(embed_dim=32, depth=2, num_heads=2, n_storage_tokens=4)).eval()

@@ -558,8 +558,8 @@ def _kill_writers(uri: Path, moments: list[float]) -> int:
 
 
 def test_nothing_acknowledged_is_lost_when_the_writer_is_killed_at_random_moments(tmp_path):
-    moments = [0.0, 0.01, *(random.Random(0).uniform(0.02, 0.6) for _ in range(8))]
-    assert _kill_writers(tmp_path / "s", moments) > 50  # the test saw real work
+    moments = [0.0, 0.01, *(random.Random(0).uniform(0.02, 0.6) for _ in range(4))]
+    assert _kill_writers(tmp_path / "s", moments) > 25  # the test saw real work
 
 
 @pytest.mark.slow

@@ -355,6 +355,7 @@ def test_guides_on_two_ranks_are_sharded_and_end_as_on_one(data: tuple[str, Path
     torch.testing.assert_close(both[name], alone[name], atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_command_forgets_a_column(data: tuple[str, Path, Path], tmp_path: Path) -> None:
     """In a fresh process, as it is typed."""
     toy, images, table = data

@@ -772,6 +772,7 @@ def test_the_file_runs_as_a_script_from_any_folder(toy: str, images: Path, tmp_p
 LEARN = TOY.replace("embed_dim: 32", "embed_dim: 64").replace("deterministic: true", "deterministic: false")
 
 
+@pytest.mark.slow
 def test_three_stages_learn_to_tell_patterns_apart(tmp_path: Path) -> None:
     """Pre-training, Gram anchoring, high resolution with two sizes; k-NN on unseen images, above random weights.
 
