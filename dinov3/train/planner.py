@@ -662,7 +662,7 @@ def lines(made: Plan) -> list[str]:
         (
             "Rate",
             f"learning rate {highest:.3g} at its peak"
-            + (f", after {c.optim.scaling_rule} of optim.lr {c.optim.lr:g}" if c.optim.lr else ""),
+            + (f" (optim.lr {c.optim.lr:g}, scaled by {c.optim.scaling_rule})" if c.optim.lr != highest else ""),
         ),
         (
             "Steps",
