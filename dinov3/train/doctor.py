@@ -411,6 +411,7 @@ FEW_PROTOTYPES = 0.2  # of those that as many uniform draws would hit
 REMAINS = 0.5  # of its first weights in the teacher
 REPEATED, FEW_IMAGES = 100, 2000  # views of each image, where there are fewer different ones than that
 COPIES = 0.5  # different images per file
+STRUCTURED = 0.4  # share of patches: below it, as in young networks, there is no structure to lose
 DECAYED, DRIFTED = 0.92, 0.02  # of the best structure of patches; 1 − correlation of their cosines
 
 ADVICE = {
@@ -643,6 +644,8 @@ def _decayed(facts: Facts, _logs: Records, measured: Records) -> str | None:
     if facts.gram or best is None:
         return None
     before, after, drift = best["patch_structure"], measured[-1].get("patch_structure"), measured[-1].get("patch_drift")
+    if before < STRUCTURED:
+        return None
     if after is None or drift is None or after >= DECAYED * before or drift < DRIFTED:
         return None
     return (
