@@ -56,7 +56,7 @@ def model_tables() -> str:
             return "Ships with the package"
         if row.dataset == "sat493m":
             return "Satellite images (SAT-493M)"
-        if row.told_by_name:
+        if row.known_by_name:
             return f"Of the same form, by others ({'LingBot-Vision' if row.dataset == 'lingbot' else 'EUPE'})"
         return (
             "ConvNeXt, web images (LVD-1689M)"
@@ -65,7 +65,7 @@ def model_tables() -> str:
         )
 
     def name_of(row: Any) -> str:
-        return f"`{row.id if row.dataset == 'sat493m' or row.told_by_name else row.arch}`"
+        return f"`{row.id if row.dataset == 'sat493m' or row.known_by_name else row.arch}`"
 
     parts = []
     for family_name in dict.fromkeys(family(row) for row in sorted(ROWS, key=lambda row: row.packaged is None)):
@@ -83,7 +83,7 @@ def model_tables() -> str:
                     row.licence.name,
                     "in the package"
                     if row.packaged
-                    else f"[{'get' if row.told_by_name else 'request'}](https://huggingface.co/{row.hf})"
+                    else f"[{'get' if row.known_by_name else 'request'}](https://huggingface.co/{row.hf})"
                     if row.hf
                     else "not released",
                 ]

@@ -75,9 +75,9 @@ def _same_shapes(opened: Any) -> list[str]:
     from dinov3.weights import catalog
 
     certain = opened.metadata.get("row") or any(
-        row.told_by_name or f"-{row.hash}." in opened.source for row in opened.rows
+        row.known_by_name or f"-{row.hash}." in opened.source for row in opened.rows
     )
-    same = [r.id for r in catalog.ROWS if r.told_by_name and any(r.config == row.config for row in opened.rows)]
+    same = [r.id for r in catalog.ROWS if r.known_by_name and any(r.config == row.config for row in opened.rows)]
     if certain or not same:
         return []
     return [f"{' and '.join(same)} have the same shapes and other licences; a name would tell, this one does not"]

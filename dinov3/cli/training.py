@@ -110,9 +110,7 @@ def first_weights(weights: str, model: str | None) -> list[str]:
         sizes = {"depth": None, "embed_dim": None, "num_heads": None}
         if row is not None and row.arch in PUBLISHED:
             student = {"arch": row.arch, "patch_size": row.config.patch_size or 16} | sizes | PUBLISHED[row.arch][1]
-            if isinstance(
-                row.config, ViTConfig
-            ):  # a recipe may have no LayerScale; its bf16 would round the rope periods
+            if isinstance(row.config, ViTConfig):  # not the recipe's: its bf16 would round the rope periods
                 student["layerscale"] = row.config.layerscale_init
                 student["pos_embed_rope_dtype"] = row.config.pos_embed_rope_dtype
         elif isinstance(opened.config, ViTConfig):  # one of your own sizes

@@ -199,7 +199,12 @@ def assemble(
         dtype = torch.float32  # float16 keeps files small; nothing computes in it unless requested
     fitting = [row for row in opened.rows if not wanted or row in wanted]
     notes, licence = list(opened.notes), opened.licence
-    if wanted and not fitting and wanted[0].told_by_name and any(row.config == wanted[0].config for row in opened.rows):
+    if (
+        wanted
+        and not fitting
+        and wanted[0].known_by_name
+        and any(row.config == wanted[0].config for row in opened.rows)
+    ):
         fitting, licence = [wanted[0]], str(wanted[0].licence)  # the name decides between files of the same shapes
     config = fitting[0].config if fitting else wanted[0].config if wanted else opened.config
     # where the keys do not fit this raises, saying in ten lines what the file is and what to call instead

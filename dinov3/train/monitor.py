@@ -49,7 +49,7 @@ def labelled_images(source: str, most: int | None) -> tuple[ImageDataset, list[i
     return data, labelled
 
 
-def look_at(
+def run_on_images(
     backbone: nn.Module,
     data: ImageDataset,
     chosen: Sequence[int],
@@ -104,7 +104,7 @@ def features_of(
         parts.append(features.cls)
         places.extend(numbers)
 
-    unreadable = look_at(backbone, data, labelled, config, device, use, group)
+    unreadable = run_on_images(backbone, data, labelled, config, device, use, group)
     labels = torch.tensor([int(data.label(labelled[min(p, len(labelled) - 1)]) or 0) for p in places], device=device)
     number = torch.tensor([len(labelled) if p in unreadable else p for p in places], device=device)
     cls, labels, number = (distributed.all_gather(x.clone(), group) for x in (torch.cat(parts), labels, number))
@@ -131,7 +131,7 @@ def fixed_images(
             unit = F.normalize(patches.flatten(0, 1).float(), dim=-1) if place < mapped else None  # [P, D]
             found[place] = cls, None if unit is None else (unit @ unit.T).cpu()
 
-    look_at(backbone, data, chosen, config, device, use, group)
+    run_on_images(backbone, data, chosen, config, device, use, group)
     every = {place: x for ranks in distributed.gather_objects(found, group) for place, x in ranks.items()}
     cosines = [every[i][1] for i in range(mapped)]
     return torch.stack([every[i][0] for i in range(n)]), torch.stack([c for c in cosines if c is not None])

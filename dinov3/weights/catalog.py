@@ -133,7 +133,7 @@ class Row:
         return LICENCES[self.dataset]
 
     @property
-    def told_by_name(self) -> bool:
+    def known_by_name(self) -> bool:
         """Whether only a name tells this file from one of Meta's: no hash of it is known."""
         return self.repository is not None
 
@@ -280,7 +280,7 @@ def aliases() -> dict[str, tuple[Row, ...]]:
             names |= {row.file, row.file.removesuffix(".pth")}
         if row.hf:
             names |= {row.hf, row.hf.removeprefix("facebook/")}
-        if row.told_by_name:
+        if row.known_by_name:
             names.add(row.arch.replace("dinov3", row.dataset))
         for name in row.timm:
             names |= {name, f"timm/{name}"}

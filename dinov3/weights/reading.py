@@ -253,9 +253,9 @@ def _which(
     """Which of several published files of one architecture this is; all of Meta's if nothing tells."""
     text = " ".join(names).lower()
     by_hash = tuple(r for r in rows if r.hash and f"-{r.hash}." in text)
-    if named := tuple(r for r in rows if r.told_by_name and r.dataset in text and not by_hash):
+    if named := tuple(r for r in rows if r.known_by_name and r.dataset in text and not by_hash):
         return named
-    rows = tuple(r for r in rows if not r.told_by_name)
+    rows = tuple(r for r in rows if not r.known_by_name)
     if "local_cls_norm.weight" in state:  # L has it only when trained on satellite images
         rows = tuple(r for r in rows if getattr(r.config, "untie_global_and_local_cls_norm", False)) or rows
     by_name = tuple(r for r in rows if r.dataset in text)

@@ -342,7 +342,7 @@ def test_every_published_architecture_is_read_from_its_shapes(row):
     found = configs.infer_config(shapes_of(row.config))
     assert found == row.config
     assert row in configs.fitting_rows(found, "meta")
-    ours = [r for r in configs.fitting_rows(found, "meta") if not r.told_by_name]
+    ours = [r for r in configs.fitting_rows(found, "meta") if not r.known_by_name]
     assert len(ours) == (2 if row.arch == "dinov3_vit7b16" else 1)
 
 
@@ -367,7 +367,7 @@ def test_every_published_architecture_has_a_configuration_in_both_libraries(row,
     with torch.device("meta"):
         theirs = timm.create_model(about["architecture"], **about["model_args"]).state_dict()
     assert {k: v.shape for k, v in theirs.items()} == {k: v.shape for k, v in plain.items()}
-    if row.timm and not (row.told_by_name and isinstance(row.config, ViTConfig)):  # those have biases that act
+    if row.timm and not (row.known_by_name and isinstance(row.config, ViTConfig)):  # those have biases that act
         assert f"{about['architecture']}.{about['pretrained_cfg']['tag']}" in row.timm
 
 

@@ -16,7 +16,7 @@ from dinov3.models.architectures import ViTConfig
 from dinov3.weights import catalog, formats, reading
 from tests.weights.test_formats import filled, images
 
-RELATIVES = [row for row in catalog.ROWS if row.told_by_name]
+RELATIVES = [row for row in catalog.ROWS if row.known_by_name]
 LARGE = {"dinov3_vitb16", "dinov3_vitl16", "dinov3_convnext_base", "dinov3_convnext_small"}
 FAIR, APACHE = "FAIR Noncommercial Research License", "Apache License 2.0"
 
