@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import numpy as np
 import typer
 
 from dinov3.cli.predict import Images, Listed, Out, list_images, predict_each
@@ -21,6 +20,7 @@ from dinov3.errors import DinoError, printable
 from dinov3.files import atomically
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
     from torch import Tensor
 
@@ -145,6 +145,7 @@ def numbers_of(text: str, count: int, option: str) -> tuple[float, ...]:
 
 def mask_of(path: Path, image: Image.Image, *, numbers: bool = False) -> Tensor:
     """A mask image as booleans [H, W] of the image's size, or as object numbers (0 and 255 only: one object)."""
+    import numpy as np
     import torch
 
     from dinov3.data.datasets.dense import read_map
@@ -379,6 +380,7 @@ def track(
 
 
 def _save_numbers(path: Path, numbers: np.ndarray) -> None:
+    import numpy as np
     from PIL import Image
 
     from dinov3 import drawing
@@ -431,6 +433,7 @@ def _masked(
     eyes: Eyes, image: Image.Image, features: Features, probability: Tensor, ending: str
 ) -> dict[str, Image.Image]:
     """A drawing of the mask, and the mask as an image of 0 and 255."""
+    import numpy as np
     from PIL import Image as pil
 
     from dinov3 import drawing

@@ -603,9 +603,7 @@ def _checked_preprocessing(store: EmbeddingStore, model: nn.Module, where: str) 
 
 def is_text_aligned(facts: StoreFacts) -> bool:
     """Whether a store was filled by dino.txt, so that it can be searched by text."""
-    from dinov3.hub.published_heads import NAME, OWN
-
-    return facts.model_name in (NAME, OWN)
+    return facts.model_name in catalog.DINOTXT
 
 
 def both_sides(

@@ -460,8 +460,7 @@ def canopy_options(source: str) -> dict[str, Any]:
 # the backbone too where its name holds a hash; the model comes in evaluation mode also when it is not pretrained.
 
 
-NAME = "dinov3_vitl16_dinotxt_tet1280d20h24l"
-OWN = "dinotxt"  # one of other sizes
+NAME, OWN = catalog.DINOTXT
 OVER = " over "
 VOCABULARY_FILE = "thirdparty/bpe_simple_vocab_16e6.txt.gz"
 BACKBONE = "visual_model.backbone."

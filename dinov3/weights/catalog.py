@@ -267,6 +267,7 @@ HEADS: tuple[HeadRow, ...] = (
         hf="facebook/dinov3-vitl16-chmv2-dpt-head",
     ),
 )  # fmt: skip
+DINOTXT = (f"{_VITL}_dinotxt_tet1280d20h24l", "dinotxt")  # names of models with a text tower: published, other sizes
 
 
 @lru_cache(maxsize=1)

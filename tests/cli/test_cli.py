@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from paths import ROOT
 from PIL import Image
 from typer import Typer
 from typer.testing import CliRunner
@@ -264,18 +266,45 @@ def test_an_error_of_ours_never_shows_a_traceback(monkeypatch, capsys) -> None:
     assert (result.code, result.err.strip()) == (1, "error: this and that")
 
 
-def test_help_needs_no_torch() -> None:
-    code = """
-import sys
-sys.argv = ["dinov3", "embed", "--help"]
-from dinov3 import cli
-try:
-    cli.main()
-except SystemExit:
-    pass
-assert "torch" not in sys.modules
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+# what a command that loads a backbone has no use for; each would cost a tenth of a second or more
+LIBRARIES = "scipy sklearn matplotlib transformers timm torchvision onnx huggingface_hub torch._dynamo torch._inductor"
+ROOMS = (
+    "dinov3.heads dinov3.fit dinov3.train.train dinov3.eval dinov3.export dinov3.predict dinov3.explorer dinov3.serve"
+)
+
+
+def imported_by(*arguments: str, folder: Path, names: str) -> list[str]:
+    """Which of these modules (or modules inside them) a command imports in a process of its own."""
+    code = (
+        "import json, sys\nfrom dinov3 import cli\n"
+        "try:\n    cli.main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "print('\\n' + json.dumps([*sys.modules]))"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=folder, env=env)
+    assert done.returncode == 0, done.stderr
+    modules = json.loads(done.stdout.splitlines()[-1])
+    assert "dinov3.cli.embedding" in modules
+    return [module for module in modules for name in names.split() if f"{module}.".startswith(f"{name}.")]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["embed", "--help"], ["--version"]], ids=" ".join)
+def test_help_imports_no_library_but_the_command_line_s(arguments, tmp_path) -> None:
+    unused = "torch numpy PIL rich.console lancedb pyarrow dinov3.weights dinov3.models dinov3.data dinov3.embedding"
+    assert imported_by(*arguments, folder=tmp_path, names=unused) == []
+
+
+def test_info_of_weights_imports_neither_images_nor_the_store(tmp_path) -> None:
+    file = str(next(row for row in ROWS if row.packaged).packaged_path)
+    unused = f"PIL lancedb pyarrow pandas dinov3.embedding dinov3.hub dinov3.features {LIBRARIES} {ROOMS}"
+    assert imported_by("info", file, folder=tmp_path, names=unused) == []
+
+
+def test_embed_and_search_import_no_head_and_no_other_activity(tmp_path) -> None:
+    Image.new("RGB", (32, 32), "olive").save(tmp_path / "image.png")
+    unused = f"lance_namespace_urllib3_client.api fastapi {LIBRARIES} {ROOMS}"
+    assert imported_by("embed", "image.png", "--out", "store", folder=tmp_path, names=unused) == []
+    assert imported_by("search", "store", "--image", "image.png", folder=tmp_path, names=unused) == []
 
 
 def test_without_typer_the_command_names_what_to_install() -> None:
