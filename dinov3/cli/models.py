@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from dinov3.cli.shared import Device, Dtype, Progress, app, device_of, log, result_folder
-from dinov3.errors import DinoError
+from dinov3.errors import DinoError, importing
 
 
 @app.command()
@@ -47,8 +47,9 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> None:
 
 
 def _weights_facts(source: str) -> dict[str, Any]:
-    from dinov3.models import low_precision
-    from dinov3.weights import identity, reading
+    with importing():
+        from dinov3.models import low_precision
+        from dinov3.weights import identity, reading
 
     opened = reading.open(source)
     state = {k: v for k, v in opened.state_dict.items() if not k.endswith(("bias_mask", "rope_embed.periods"))}
