@@ -4,20 +4,29 @@
 
 STORE is made if it is not there. Its vectors are clustered as features are: 2,000 centres of many sizes in a space whose
 spectrum falls, noise of fewer dimensions around each, a little in all; queries are new draws. Prints a table: wall time and
-CPU seconds of a query (median, p90), recall@10, for the index and for exact search, without and with filters.
+CPU time of a query (median, p90), recall@10, without and with filters, for the index, and for exact search by a scan of the
+table, from memory, and by the flat index. "First" is the first search of a process after it opened the store, with the files
+in the cache of the operating system.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
+import shutil
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dinov3.embedding import flat
 from dinov3.embedding import search as module
 from dinov3.embedding.schema import StoreFacts, arrow_schema
 from dinov3.embedding.store import EmbeddingStore
@@ -78,18 +87,50 @@ def truth(store: EmbeddingStore, queries: np.ndarray, where: str | None) -> list
     return [{paths[i] for i in row} for row in best]
 
 
-def measure(store: EmbeddingStore, queries: np.ndarray, want: list[set[str]], **options: Any) -> str:
-    """Median and p90 of a query's ms, its CPU ms, and recall@10."""
-    module.search(store, queries[0], **options)
-    walls, cpus, found = [], [], []
-    for query, right in zip(queries, want):
-        start = time.perf_counter(), time.process_time()
-        hits = module.search(store, query, **options)
-        walls.append(1e3 * (time.perf_counter() - start[0]))
-        cpus.append(1e3 * (time.process_time() - start[1]))
-        found.append(len(right & {hit.path for hit in hits}) / len(right))
-    p90 = sorted(walls)[int(0.9 * len(walls))]
-    return f"{statistics.median(walls):.1f} | {p90:.1f} | {statistics.median(cpus):.1f} | {np.mean(found):.3f} |"
+def timed(store: EmbeddingStore, query: np.ndarray, **options: Any) -> dict[str, Any]:
+    """A search: ms of the clock and of CPU, and the paths it found."""
+    start = time.perf_counter(), time.process_time()
+    hits = module.search(store, query, **options)
+    wall, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
+    return {"ms": 1e3 * wall, "cpu_ms": 1e3 * cpu, "paths": [hit.path for hit in hits]}
+
+
+def first(folder: Path, query: np.ndarray, **options: Any) -> dict[str, Any]:
+    """`timed` of the first search in a new process."""
+    with tempfile.NamedTemporaryFile(suffix=".npy") as file:
+        np.save(file.name, query)
+        command = [sys.executable, __file__, str(folder), "--first", file.name, json.dumps(options)]
+        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def row(name: str, where: str | None, results: list[dict[str, Any]], want: list[set[str]]) -> str:
+    """A line of the table: median and p90 of a query's ms, its CPU ms, and recall@10."""
+    walls = sorted(result["ms"] for result in results)
+    cpu = statistics.median(result["cpu_ms"] for result in results)
+    recall = np.mean([len(right & {*result["paths"]}) / len(right) for right, result in zip(want, results)])
+    p90 = walls[int(0.9 * len(walls))]
+    return f"| {where or ''} | {name} | {statistics.median(walls):.1f} | {p90:.1f} | {cpu:.1f} | {recall:.3f} |"
+
+
+def exact_rows(folder: Path, queries: np.ndarray, want: list[set[str]], where: str | None) -> Iterator[str]:
+    options: dict[str, Any] = {"where": where, "exact": True}
+
+    def results(store: EmbeddingStore) -> list[dict[str, Any]]:
+        timed(store, queries[0], **options)
+        return [timed(store, query, **options) for query in queries]
+
+    kept = flat.PAYS_AFTER
+    flat.PAYS_AFTER = 1 << 30
+    yield row("exact, scan", where, results(EmbeddingStore.open(folder)), want)
+    flat.PAYS_AFTER = 0
+    yield row("exact, from memory", where, results(EmbeddingStore.open(folder)), want)
+    flat.PAYS_AFTER = kept
+    yield row("exact, scan, first", where, [first(folder, query, **options) for query in queries], want)
+    with EmbeddingStore.open(folder) as store:
+        place = flat.write(store)
+        yield row("exact, flat index", where, results(store), want)
+        yield row("exact, flat index, first", where, [first(folder, query, **options) for query in queries], want)
+    shutil.rmtree(place.parent)
 
 
 def main() -> None:
@@ -101,22 +142,30 @@ def main() -> None:
     parser.add_argument("--refine", type=int, nargs="*", default=[])
     parser.add_argument("--cells", type=float, nargs="*", default=[])
     parser.add_argument("--exact", type=int, default=7, help="queries for the exact search")
+    parser.add_argument("--first", nargs=2, metavar=("QUERY", "OPTIONS"), help="one search in this process, as JSON")
     args = parser.parse_args()
+    if args.first:
+        store = EmbeddingStore.open(args.store)
+        print(json.dumps(timed(store, np.load(args.first[0]), **json.loads(args.first[1]))))
+        return
     mixture = Mixture(args.dim)
     store = EmbeddingStore.open(args.store) if args.store.exists() else fill(args.store, args.rows, mixture)
     queries = mixture(args.queries, seed=999_999_999)
     print(f"{len(store)} rows of {args.dim}\n")
-    print("| filter | refine | cells | ms | p90 | CPU ms | recall@10 |")
-    print("|---|---|---|---|---|---|---|", flush=True)
+    print("| filter | search | ms | p90 | CPU ms | recall@10 |")
+    print("|---|---|---|---|---|---|", flush=True)
     refines, cells = args.refine or [module.REFINE], args.cells or [module.CELLS_SHARE]
     for where in (None, "width < 500", "width < 50"):
         want = truth(store, queries, where)
         for module.REFINE, module.CELLS_SHARE in itertools.product(refines, cells):
-            index = measure(store, queries, want, where=where)
-            print(f"| {where} | {module.REFINE} | {module.CELLS_SHARE} | {index}", flush=True)
-        print(
-            f"| {where} | exact | | {measure(store, queries[: args.exact], want, where=where, exact=True)}", flush=True
-        )
+            timed(store, queries[0], where=where)
+            name = f"index, ×{module.REFINE}, {module.CELLS_SHARE:.0%} of the cells"
+            print(row(name, where, [timed(store, query, where=where) for query in queries], want), flush=True)
+        name = "index, first"
+        some = queries[: args.exact]
+        print(row(name, where, [first(args.store, query, where=where) for query in some], want), flush=True)
+        for line in exact_rows(args.store, some, want, where):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -177,17 +177,22 @@ def merge(
                 added = manage.merge(opened, other, on_progress=bar)
             log(f"{added} of {len(other)} images of {uri} added")
         with Progress("compacting"):
-            opened.compact()
+            manage.compact(opened)
         log(f"{out}: {len(opened)} images")
 
 
 @store_app.command()
-def compact(store: Store) -> None:
+def compact(
+    store: Store,
+    flat: Annotated[
+        bool, typer.Option("--flat", help="Also make a flat index for `search --exact`: 4 bytes × width an image.")
+    ] = False,
+) -> None:
     """Merge small files and delete older versions; `embed` does so at its end."""
     from dinov3.embedding import manage
 
     with _open(store) as opened, Progress("compacting"):
-        before, after = manage.compact(opened)
+        before, after = manage.compact(opened, flat)
     log(f"{before / 1e6:.1f} MB before, {after / 1e6:.1f} MB after")
 
 

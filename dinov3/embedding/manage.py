@@ -24,6 +24,7 @@ import torch
 
 from dinov3 import neighbours
 from dinov3.data.transforms.inputs import Preprocessing
+from dinov3.embedding import flat
 from dinov3.embedding.pipeline import away, is_gone
 from dinov3.embedding.place import place_of
 from dinov3.embedding.schema import arrow_schema, as_matrix, checksums
@@ -137,10 +138,14 @@ def merge(target: EmbeddingStore, other: EmbeddingStore, on_progress: Done = _qu
     return added
 
 
-def compact(store: EmbeddingStore) -> tuple[int, int]:
-    """Merges small files and deletes older versions; bytes before and after."""
+def compact(store: EmbeddingStore, flat_index: bool = False) -> tuple[int, int]:
+    """Merges small files and deletes older versions; bytes before and after. A flat index is brought up to date, and made
+    with `flat_index`."""
     before = size_of(store)
     store.compact()
+    if flat_index:
+        flat.write(store)
+    flat.refresh(store)
     return before, size_of(store)
 
 

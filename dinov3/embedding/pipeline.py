@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from dinov3.data.sources import Item, Source, read_stored
 from dinov3.data.sources.items import spellings
 from dinov3.data.transforms.inputs import Geometry, Preprocessing
+from dinov3.embedding import flat
 from dinov3.embedding.schema import Failure, PatchPrecision, Row, StoreFacts
 from dinov3.embedding.search import EXACT_LIMIT, build_index
 from dinov3.embedding.store import Copy, EmbeddingStore
@@ -345,6 +346,7 @@ class Job:
             self.store.compact()
             if len(self.store) > EXACT_LIMIT:
                 build_index(self.store)
+        flat.refresh(self.store)
         self.tell()
         return report
 

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import math
 import os
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +35,7 @@ from PIL.PngImagePlugin import PngInfo
 from dinov3.data.images import open_image
 from dinov3.data.sources import read_stored
 from dinov3.drawing import TILE, contact_sheet
+from dinov3.embedding.flat import Flat, flat_of
 from dinov3.embedding.schema import as_matrix
 from dinov3.embedding.store import EmbeddingStore
 from dinov3.errors import StoreError
@@ -47,8 +47,7 @@ ROWS_PER_CELL = 4096
 FEWEST_INDEXED = 256  # rows; what one cell's k-means is trained on
 FEWEST_CELLS, CELLS_SHARE = 16, 0.15  # how many cells of the index a query looks into
 REFINE = 5  # candidates re-ranked by full vectors, as a multiple of `top` and its slack
-CACHED_BYTES = 2 << 30  # of vectors, which exact search keeps in memory
-PAYS_AFTER = 4  # exact searches of an unchanged store: reading all vectors into memory costs as much as that many scans
+SCORES_AT_ONCE = 1 << 27  # numbers: half a gigabyte
 SLACK = 10  # more candidates than requested: LanceDB's float32 distances may swap what float64 tells apart
 SHEET = "dinov3 contact sheet"  # what a PNG of ours says of itself
 TIE = 1e-6  # distances closer than this may be a tie, which paths decide
@@ -101,7 +100,7 @@ def search(
     rows = store.count(where)
     if rows == 0:
         return [] if np.ndim(vectors) == 1 else [[] for _ in queries]
-    status = index_status(store)
+    status = None if exact else index_status(store)
     if exact is False and status is None:
         raise StoreError(f"the store at {store.uri} has no index; build it with build_index, or search exactly")
     cells = None  # exact
@@ -170,73 +169,23 @@ def _checked(store: EmbeddingStore, vectors: np.ndarray) -> np.ndarray:
     return queries
 
 
-@dataclass(frozen=True)
-class _Bank:
-    """All vectors of one version of a store in memory: one product finds what a scan does, in a sixth of the time."""
-
-    version: int
-    row_ids: np.ndarray  # [N], ascending
-    vectors: np.ndarray  # [N, D] float32, of length 1
-
-
-_BANKS: weakref.WeakKeyDictionary[EmbeddingStore, _Bank] = weakref.WeakKeyDictionary()
-_SCANS: weakref.WeakKeyDictionary[EmbeddingStore, tuple[int, int]] = weakref.WeakKeyDictionary()  # version, searches
-
-
-def _bank(store: EmbeddingStore) -> _Bank | None:
-    """The store's vectors, once enough exact searches of this version were made; None before, or if they are too many."""
-    version = store.read(lambda table: int(table.version))
-    if (bank := _BANKS.get(store)) is not None and bank.version == version:
-        return bank
-    _BANKS.pop(store, None)
-    before, searches = _SCANS.get(store, (version, 0))
-    _SCANS[store] = (version, searches + 1 if before == version else 1)
-    rows, dim = len(store), store.facts.dim
-    if _SCANS[store][1] <= PAYS_AFTER or 4 * rows * dim > CACHED_BYTES:
-        return None
-
-    def read(table: Any) -> _Bank | None:
-        row_ids, vectors, at = np.empty(rows, np.int64), np.empty((rows, dim), np.float32), 0
-        for batch in table.search().select(["vector"]).with_row_id(True).to_batches():
-            here = slice(at, at := at + len(batch))
-            if at > rows:
-                return None
-            flat = batch.column("vector").flatten().to_numpy(zero_copy_only=False)
-            vectors[here] = flat.reshape(-1, dim)
-            vectors[here] /= np.linalg.norm(vectors[here], axis=1, keepdims=True)
-            row_ids[here] = batch.column("_rowid").to_numpy()
-        unchanged = at == rows and int(table.version) == version and bool((np.diff(row_ids) > 0).all())
-        return _Bank(version, row_ids, vectors) if unchanged else None
-
-    if (bank := store.read(read)) is not None:
-        _BANKS[store] = bank
-    return bank
-
-
 def _nearest_in(
-    bank: _Bank, store: EmbeddingStore, queries: np.ndarray, top: int, where: str | None, columns: list[str]
+    flat: Flat, store: EmbeddingStore, queries: np.ndarray, top: int, where: str | None, columns: list[str]
 ) -> list[Any]:
-    """As `_nearest`, from memory: the `top` nearest rows to each query and all that tie with the last."""
-    units = (queries / np.linalg.norm(queries, axis=1, keepdims=True)).T  # [D, Q]
-    row_ids = bank.row_ids
-    if where:
-        row_ids = store.read(
-            lambda t: t.search().where(where).select(["id"]).with_row_id(True).to_arrow()["_rowid"].to_numpy(), where
-        )
-        places = np.searchsorted(bank.row_ids, row_ids)
-        few = 4 * len(places) < len(bank.vectors)  # copying a vector costs as much as some products
-        scores = bank.vectors[places] @ units if few else (bank.vectors @ units)[places]
-    else:
-        scores = bank.vectors @ units  # [N, Q]
+    """As `_nearest`, by a flat index: the `top` nearest rows to each query and all that tie with the last."""
+    places = flat.places(store, where) if where else None
+    row_ids = flat.row_ids if places is None else flat.row_ids[places]
     found = []
-    for column in scores.T:
-        last = np.partition(column, -top)[-top] if top < len(column) else -2
-        chosen = row_ids[np.flatnonzero(column >= last - 2 * TIE)].tolist()
+    at_once = max(1, SCORES_AT_ONCE // len(flat.row_ids))
+    for start in range(0, len(queries), at_once):
+        for column in flat.cosines(queries[start : start + at_once], places).T:
+            last = np.partition(column, -top)[-top] if top < len(column) else -2
+            chosen = row_ids[np.flatnonzero(column >= last - 2 * TIE)].tolist()
 
-        def take(table: Any, chosen: list[int] = chosen) -> Any:
-            return table.take_row_ids(chosen).select(_names(columns)).to_arrow()
+            def take(table: Any, chosen: list[int] = chosen) -> Any:
+                return table.take_row_ids(chosen).select(_names(columns)).to_arrow()
 
-        found.append(store.read(take))
+            found.append(store.read(take))
     return found
 
 
@@ -254,8 +203,8 @@ def _search_some(
     cells: int | None,
 ) -> list[list[Hit]]:
     """`search` for a few queries; `rows` pass the filter, `cells` of the index are looked into (None: exact)."""
-    if cells is None and (bank := _bank(store)) is not None:
-        found = _nearest_in(bank, store, queries, top, where, columns)
+    if cells is None and (flat := flat_of(store)) is not None:
+        found = _nearest_in(flat, store, queries, top, where, columns)
         return [_ranked(store, query, rows_, top, columns) for query, rows_ in zip(queries, found)]
     limit = min(rows, top + SLACK)
     results = []

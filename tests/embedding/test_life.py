@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from dinov3 import cli, neighbours
 from dinov3.data.sources import open_sources
 from dinov3.data.transforms.inputs import Preprocessing
-from dinov3.embedding import manage, pipeline
+from dinov3.embedding import flat, manage, pipeline
 from dinov3.embedding.pipeline import Report, embed_source, is_gone
 from dinov3.embedding.schema import Row, StoreFacts
 from dinov3.embedding.store import EmbeddingStore
@@ -556,5 +556,26 @@ def test_the_verbs_of_store_are_commands(life, photos, tmp_path, capsys) -> None
     run("merge", tmp_path / "all", life.uri, tmp_path / "copy")
     merged = EmbeddingStore.open(tmp_path / "all")
     assert (len(merged), merged.root, merged.sources) == (N - 2, str(photos), [str(photos)])
+    run("compact", life.uri, "--flat")
     assert json.loads(run("verify", life.uri, "--json"))["whole"]
     assert json.loads(run("info", life.uri, "--json"))["images"] == N - 2
+
+
+def test_a_flat_index_is_made_on_request_and_brought_up_to_date_by_every_job(life, photos) -> None:
+    def rows_of_the_file() -> int:
+        (file,) = life.uri.glob(f"{flat.FOLDER}/*/{flat.VECTORS}")
+        with EmbeddingStore.open(life.uri) as store:
+            assert file.parent == flat.write(store)  # of the present version: nothing is written
+        return len(np.load(file))
+
+    assert not (life.uri / flat.FOLDER).exists()
+    with EmbeddingStore.open(life.uri) as store:
+        manage.compact(store, flat_index=True)
+    assert rows_of_the_file() == N
+    shutil.copy(photos / "01.jpg", photos / "copy.jpg")
+    assert counts(life.embed(photos)) == {"skipped": N, "copied": 1}
+    assert rows_of_the_file() == N + 1
+    with EmbeddingStore.open(life.uri) as store:
+        store.add_column("label", lambda path: "a")
+        manage.compact(store)
+    assert rows_of_the_file() == N + 1

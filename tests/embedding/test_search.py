@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import tarfile
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 pytest.importorskip("lancedb")
 
 from dinov3 import drawing
+from dinov3.embedding import flat, manage
 from dinov3.embedding import search as search_module
 from dinov3.embedding.schema import Row, StoreFacts
 from dinov3.embedding.search import Hit, IndexStatus, build_index, index_status, search, sheet
@@ -113,20 +115,22 @@ def test_ties_are_broken_by_path_also_when_they_reach_beyond_the_last_place(tmp_
     assert first == hits[0]
 
 
+CASES = [{"where": where, "top": top} for where in (None, "width > 30", "width < 9") for top in (1, 10, 400)]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_searches_from_memory_find_what_a_scan_finds_until_the_store_changes(tmp_path, monkeypatch, dtype):
     vectors, queries = clustered(300, D)
     vectors[200:] = vectors[0]  # ties beyond the last place
     with filled(tmp_path / "s", vectors, vector_dtype=dtype) as store:
-        cases = [{"where": where, "top": top} for where in (None, "width > 30", "width < 9") for top in (1, 10, 400)]
         ask = [vectors[0], *queries[:3]]
-        monkeypatch.setattr(search_module, "PAYS_AFTER", 10**6)
-        scanned = [search(store, query, **case) for case in cases for query in ask]
-        assert store not in search_module._BANKS
-        monkeypatch.setattr(search_module, "PAYS_AFTER", 0)
-        assert [search(store, query, **case) for case in cases for query in ask] == scanned
-        assert len(search_module._BANKS[store].vectors) == 300
-        together = [search(store, np.stack(ask), **case) for case in cases]
+        monkeypatch.setattr(flat, "PAYS_AFTER", 10**6)
+        scanned = [search(store, query, **case) for case in CASES for query in ask]
+        assert store not in flat._IN_MEMORY
+        monkeypatch.setattr(flat, "PAYS_AFTER", 0)
+        assert [search(store, query, **case) for case in CASES for query in ask] == scanned
+        assert len(flat._IN_MEMORY[store].vectors) == 300
+        together = [search(store, np.stack(ask), **case) for case in CASES]
         assert [hits for case in together for hits in case] == scanned
         store.append([Row("new.jpg", "h", "1", 1, 1, queries[0])])
         assert search(store, queries[0], top=1)[0].path == "new.jpg"
@@ -136,11 +140,92 @@ def test_searches_from_memory_find_what_a_scan_finds_until_the_store_changes(tmp
 
 def test_more_vectors_than_may_be_kept_are_scanned(small, monkeypatch):
     store, _, queries = small
-    monkeypatch.setattr(search_module, "PAYS_AFTER", 0)
-    monkeypatch.setattr(search_module, "CACHED_BYTES", 4 * 300 * D - 1)
-    search_module._BANKS.pop(store, None)
+    monkeypatch.setattr(flat, "PAYS_AFTER", 0)
+    monkeypatch.setattr(flat, "CACHED_BYTES", 4 * 300 * D - 1)
+    flat._IN_MEMORY.pop(store, None)
     assert search(store, queries[0])
-    assert store not in search_module._BANKS
+    assert store not in flat._IN_MEMORY
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_new_process_finds_by_the_flat_index_what_a_scan_finds(tmp_path, monkeypatch, dtype):
+    vectors, queries = clustered(300, D)
+    vectors[200:] = vectors[0]  # ties beyond the last place
+    ask = [vectors[0], *queries[:3]]
+    with filled(tmp_path / "s", vectors, vector_dtype=dtype) as store:
+        store.append([Row(f"later{n}.jpg", "h", "1", n, 1, vector) for n, vector in enumerate(queries)])
+        store.remove(["00007.jpg", "00150.jpg"])  # row ids with gaps
+        scanned = [search(store, query, **case) for case in CASES for query in ask]
+        assert not flat.is_kept(store)
+        flat.write(store)
+    monkeypatch.setattr(search_module, "_nearest", None)  # no scan
+    monkeypatch.setattr(flat, "CACHED_BYTES", 0)  # nothing is read into memory
+    opened = EmbeddingStore.open(tmp_path / "s")
+    assert [search(opened, query, **case) for case in CASES for query in ask] == scanned
+    together = [search(opened, np.stack(ask), **case) for case in CASES]
+    assert [hits for case in together for hits in case] == scanned
+    monkeypatch.setattr(search_module, "SCORES_AT_ONCE", 1)
+    assert [search(opened, np.stack(ask), **case) for case in CASES] == together
+
+
+def test_rows_whose_filter_column_is_empty_do_not_pass(tmp_path):
+    vectors, _ = clustered(20, D)
+    with filled(tmp_path / "s", vectors) as store:
+        store.add_column("label", {"00003.jpg": "cat", "00005.jpg": "dog"})
+        flat.write(store)
+        for where, wanted in (
+            ("label = 'cat'", {3}),
+            ("label != 'cat'", {5}),
+            ("label IS NULL", {*range(20)} - {3, 5}),
+        ):
+            found = search(store, vectors[3], top=20, where=where, exact=True)
+            assert {int(hit.path[:5]) for hit in found} == wanted
+
+
+def test_a_flat_index_of_another_version_is_not_used_until_it_is_written_again(tmp_path):
+    vectors, _ = clustered(300, D)
+    with filled(tmp_path / "s", vectors) as store:
+        folder = flat.write(store)
+        written = np.load(folder / flat.VECTORS, mmap_mode="r+")
+        np.negative(written, out=written)
+        assert search(EmbeddingStore.open(store.uri), vectors[5], top=1)[0].path != "00005.jpg"  # it is what was read
+        store.append([Row("new.jpg", "h", "1", 1, 1, -vectors[5])])
+        opened = EmbeddingStore.open(store.uri)
+        assert search(opened, vectors[5], top=1)[0].path == "00005.jpg"
+        assert search(opened, -vectors[5], top=1)[0].path == "new.jpg"
+        manage.compact(store)
+        assert not folder.exists()
+        assert flat._mapped(opened, opened.read(lambda table: table.version), 301) is not None
+        assert search(opened, -vectors[5], top=1)[0].path == "new.jpg"
+
+
+def test_a_flat_index_of_a_store_that_was_made_anew_is_not_used(tmp_path):
+    vectors, _ = clustered(50, D)
+    with filled(tmp_path / "s", -vectors) as store:
+        folder = flat.write(store)
+    with filled(tmp_path / "other", vectors) as other:
+        assert other.table.version == store.table.version
+        shutil.copytree(folder.parent, tmp_path / "other" / flat.FOLDER)
+        assert flat.is_kept(other)
+        assert search(other, vectors[5], top=1)[0].path == "00005.jpg"
+
+
+def test_a_damaged_flat_index_is_as_none_and_can_be_deleted(tmp_path):
+    vectors, _ = clustered(50, D)
+    with filled(tmp_path / "s", vectors) as store:
+        folder = flat.write(store)
+        for damage in (lambda p: os.truncate(p, 200), lambda p: p.write_bytes(b""), os.remove):
+            damage(folder / flat.VECTORS)
+            assert search(EmbeddingStore.open(store.uri), vectors[5], top=1)[0].path == "00005.jpg"
+        shutil.rmtree(folder.parent)
+        assert search(EmbeddingStore.open(store.uri), vectors[5], top=1)[0].path == "00005.jpg"
+        flat.refresh(store)
+        assert not folder.parent.exists()  # only on request
+
+
+def test_a_flat_index_on_object_storage_is_refused():
+    with EmbeddingStore.create("memory://flat", FACTS) as store, pytest.raises(StoreError, match="not on it"):
+        flat.write(store)
 
 
 def test_asking_for_more_than_there_is_gives_all(small):
