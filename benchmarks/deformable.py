@@ -11,13 +11,12 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dinov3.heads.mask2former import deformable_sampling
+from dinov3.heads.mask2former import deformable_sampling, level_by_level
 
 PYRAMID = [(16, 16), (32, 32), (64, 64)]
 # what: shapes of the value levels, width of a head; always 16 heads, 4 points, 5376 queries
@@ -29,19 +28,6 @@ CASES = {
     "pixel decoder, width 512": (PYRAMID, 32),
     "pixel decoder, width 2048": (PYRAMID, 128),
 }
-
-
-def level_by_level(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
-    """The usual way: each level as images [B·M, d, H, W], sampled, weighted and added."""
-    (B, _, M, d), (Q, K) = value.shape, (locations.shape[1], locations.shape[4])
-    total, start = torch.zeros(B * M, d, Q, dtype=value.dtype), 0
-    for level, (height, width) in enumerate(shapes):
-        images = value[:, start : start + height * width].permute(0, 2, 3, 1).reshape(B * M, d, height, width)
-        points = (2 * locations[:, :, :, level] - 1).transpose(1, 2).reshape(B * M, Q, K, 2)
-        read = F.grid_sample(images, points, mode="bilinear", padding_mode="zeros", align_corners=False)
-        total = total + torch.einsum("ndqk,nqk->ndq", read, weights[:, :, :, level].transpose(1, 2).reshape(-1, Q, K))
-        start += height * width
-    return total.view(B, M * d, Q).transpose(1, 2)
 
 
 def milliseconds(sample: Callable[..., Tensor], inputs: tuple[Tensor, ...], shapes: object, *, train: bool) -> float:

@@ -188,17 +188,21 @@ def export(
         str, typer.Argument(help="A backbone's name or weights, a head file of yours, or a published head's name.")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.", callback=result_folder)],
-    to: Annotated[Literal["onnx", "openvino", "torch-export"], typer.Option(help="The form of the graph.")] = "onnx",
+    to: Annotated[
+        Literal["onnx", "openvino", "torch-export", "executorch"], typer.Option(help="The form of the graph.")
+    ] = "onnx",
     size: Annotated[str, typer.Option(help="HEIGHT,WIDTH in pixels, or dynamic: any in whole patches.")] = "dynamic",
     output: Annotated[
         Literal["cls", "patches", "pooled", "all"], typer.Option(help="Of a backbone; pooled: CLS and mean of patches.")
     ] = "all",
-    precision: Annotated[Literal["fp32", "fp16", "bf16"], typer.Option(help="Of the products inside.")] = "fp32",
+    precision: Annotated[
+        Literal["fp32", "fp16", "bf16", "int8"], typer.Option(help="Of the products inside; int8: of the matrices.")
+    ] = "fp32",
     weights: Annotated[str | None, typer.Option(help="The weights of a published backbone or head.")] = None,
     backbone_weights: Annotated[str | None, typer.Option(help="The backbone under a head.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
 ) -> None:
-    """Write a model as ONNX, OpenVINO or torch.export, compared with the original."""
+    """Write a model as ONNX, OpenVINO, torch.export or ExecuTorch, compared with the original."""
     from dinov3.export.graph import export as run
 
     sides = None
@@ -212,11 +216,12 @@ def export(
     if as_json:
         print(json.dumps(facts))
         return
-    log(f"{facts['target']}, {facts['precision']}, checked with {facts['runtime']}:")
-    for place in facts["parity"]:
-        h, w = place["size"]
-        differences = [f"{name} {v['max']:.1e} ({v['cosine']:.7f})" for name, v in place["outputs"].items()]
-        log(f"  {place['batch']} × {h}×{w} px, largest difference (least cosine): {', '.join(differences)}")
+    for name, part in {"": facts}.items() if "parity" in facts else facts.items():
+        log(f"{name} {part['target']}, {part['precision']}, checked with {part['runtime']}:".lstrip())
+        for place in part["parity"]:
+            extent = "×".join(map(str, place["size"])) + (" px" if len(place["size"]) == 2 else " tokens")
+            differences = [f"{name} {v['max']:.1e} ({v['cosine']:.7f})" for name, v in place["outputs"].items()]
+            log(f"  {place['batch']} × {extent}, largest difference (least cosine): {', '.join(differences)}")
     print(out)
 
 
@@ -224,10 +229,13 @@ def _model(name: str, weights: str | None, backbone_weights: str | None) -> Any:
     """A backbone, or a task model where a head is named."""
     from dinov3.hub import HEADS, load
     from dinov3.hub.own_heads import is_head_file, open_task_model, read_head_info, verb_of
+    from dinov3.hub.published_heads import open_towers
     from dinov3.weights import catalog
 
     if name in HEADS or is_head_file(name):
         task = HEADS[name].task if name in HEADS else verb_of(read_head_info(name).task)
+        if task == "text":
+            return open_towers(weights, backbone_weights)
         return open_task_model(task, name, weights=weights, backbone_weights=backbone_weights)
     known = weights is not None or name.lower() in catalog.aliases()
     return load(name, weights) if known else load(None, name)

@@ -1,8 +1,9 @@
-"""A model as a graph that runs without this package: ONNX, OpenVINO, or torch.export.
+"""A model as a graph that runs without this package: ONNX, OpenVINO, torch.export, or ExecuTorch.
 
     export(dinov3.load("dinov3_vitt16"), "out", "onnx")                    # any batch, any size in whole patches
     export(model, "out", "openvino", size=(224, 224), output="pooled")
     export(open_task_model("segment", "street.safetensors"), "out", "onnx")
+    export(open_towers("head.pth", "vitl16.pth"), "out", "onnx")           # dino.txt: out/image and out/text
 
 The folder holds the model, and `dinov3.json`: inputs and outputs, how images become inputs, and how far the file's outputs
 are from the model's at several sizes and batches. It appears whole or not at all: a file that computes something else
@@ -12,13 +13,16 @@ is not written. RoPE is part of the graph; for a fixed size its tables are const
 from __future__ import annotations
 
 import copy
+import importlib
+import importlib.metadata
 import json
+import logging
 import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,71 +32,110 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dinov3
-from dinov3.errors import DinoError, one_of, require
+from dinov3.data import names as known_names
+from dinov3.data.transforms.inputs import Preprocessing
+from dinov3.errors import DinoError, MissingExtra, one_of, require
 from dinov3.export.convert import empty_folder
 from dinov3.features import default_preprocessing, evaluating
 from dinov3.files import atomically
+from dinov3.heads.detr import DetectorWithProcessor, to_xyxy
+from dinov3.heads.dinotxt import DinoTxt, TextTransformer, VisionHead
+from dinov3.heads.dpt import Depther
+from dinov3.heads.mask2former import Mask2FormerSegmentor
+from dinov3.hub import HEADS
 from dinov3.inference.fold import before_scale
-from dinov3.models import convnext, vit
+from dinov3.models import convnext, low_precision, vit
 from dinov3.weights import identity
 
-TARGETS = {"onnx": "model.onnx", "openvino": "model.xml", "torch-export": "model.pt2"}
+TARGETS = {"onnx": "model.onnx", "openvino": "model.xml", "torch-export": "model.pt2", "executorch": "model.pte"}
 ONNX = ("onnx", "onnxscript", "onnxruntime")
-LIBRARIES = {"onnx": ONNX, "openvino": (*ONNX, "openvino"), "torch-export": ()}  # those that write and check
+LIBRARIES = {"onnx": ONNX, "openvino": (*ONNX, "openvino")}  # those that write and check
 OUTPUTS = {  # of a backbone
     "cls": ("cls",),
     "patches": ("patches",),
     "pooled": ("cls", "mean"),
     "all": ("cls", "mean", "registers", "patches"),
 }
-LEAST_COSINE = {"fp32": 0.99999, "fp16": 0.9999, "bf16": 0.999}  # of every token, to the model in float32
+LEAST_COSINE = {
+    "fp32": 0.99999,
+    "fp16": 0.9999,
+    "bf16": 0.999,
+    "int8": 0.999,
+}  # of every token, to the model in float32
+PRECISIONS = {
+    "onnx": ("fp32", "fp16", "int8"),
+    "openvino": ("fp32", "fp16", "int8"),
+    "torch-export": ("fp32", "fp16", "bf16", "int8"),
+    "executorch": ("fp32",),
+}
+INSTEAD = {  # of what a target does not take
+    ("onnx", "bf16"): "onnxruntime computes no bf16 on a CPU, so that the file could not be checked",
+    (
+        "openvino",
+        "bf16",
+    ): "an OpenVINO file gains nothing from bf16: INFERENCE_PRECISION_HINT=bf16 of the runtime computes in "
+    "it from a file of fp32 or, at half the size, of fp16",
+}
 OPSET = 20
+EXECUTORCH = "pip install --no-deps executorch && pip install flatbuffers tabulate ruamel.yaml torchao"
 BACKBONES = (vit.VisionTransformer, convnext.ConvNeXt)
+CLASSES = {
+    "classify": known_names.imagenet1k,
+    "segment": known_names.ade20k,
+    "detect": known_names.coco,
+}  # of published heads
 Run = Callable[[Tensor], list[np.ndarray]]
 
 
-class BackboneOutputs(nn.Module):
-    """Images [B, 3, H, W] → the chosen ones of cls [B, D], mean (of the patches) [B, D], registers [B, R, D] and patches
-    [B, h, w, D], after the final norm."""
+class Outputs(nn.Module):
+    """One input → the chosen tensors of `function(model, input)`, in float32."""
 
-    def __init__(self, backbone: nn.Module, names: Sequence[str]) -> None:
+    def __init__(
+        self, model: nn.Module, function: Callable[[Any, Tensor], dict[str, Tensor]], names: Sequence[str]
+    ) -> None:
         super().__init__()
-        self.backbone, self.names = backbone, tuple(names)
+        self.model, self.function, self.names = model, function, tuple(names)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        features = self.backbone.forward_features(images)  # type: ignore[operator]
-        patches = features["x_norm_patchtokens"]
-        grid = self.backbone.patch_grid(images.shape[-2], images.shape[-1])  # type: ignore[operator]
-        named = {
-            "cls": features["x_norm_clstoken"],
-            "mean": patches.mean(1),
-            "registers": features["x_storage_tokens"],
-            "patches": patches.unflatten(1, grid),
-        }
-        return tuple(named[name] for name in self.names)
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        found = self.function(self.model, x)
+        return tuple(found[name].float() for name in self.names)
 
 
-class TaskOutputs(nn.Module):
-    """Images [B, 3, H, W] → the output tensors of a task model, in order of their names."""
+def backbone_outputs(backbone: Any, images: Tensor) -> dict[str, Tensor]:
+    """Images [B, 3, H, W] → cls [B, D], mean (of the patches) [B, D], registers [B, R, D] and patches [B, h, w, D], after the
+    final norm."""
+    features = backbone.forward_features(images)
+    patches = features["x_norm_patchtokens"]
+    return {
+        "cls": features["x_norm_clstoken"],
+        "mean": patches.mean(1),
+        "registers": features["x_storage_tokens"],
+        "patches": patches.unflatten(1, backbone.patch_grid(images.shape[-2], images.shape[-1])),
+    }
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return tuple(value for _, value in named_outputs(self.model(images)))
+def task_outputs(model: Any, images: Tensor) -> dict[str, Tensor]:
+    """What a task model finds in images [B, 3, H, W]: "logits" of classes (of images, places or boxes), "depth", and with a
+    Mask2Former "masks" [B, Q, H/4, W/4] (logits), with a detector "boxes" [B, Q, 4] (xyxy, pixels of the input)."""
+    if isinstance(model, DetectorWithProcessor):
+        found = model.detector(images)
+        return {"logits": found["pred_logits"], "boxes": to_xyxy(found["pred_boxes"])}
+    if isinstance(model, Mask2FormerSegmentor):
+        found = model.outputs(images, every_layer=False)
+        return {"logits": found["pred_logits"], "masks": found["pred_masks"]}
+    return {"depth" if isinstance(model, Depther) else "logits": model(images)}
 
 
-def named_outputs(output: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a tensor, or of dictionaries and sequences of tensors."""
-    if isinstance(output, Tensor):
-        yield name, output
-    elif isinstance(output, dict):
-        for key, value in output.items():
-            yield from named_outputs(value, str(key))
-    elif isinstance(output, (tuple, list)):
-        for i, value in enumerate(output):
-            yield from named_outputs(value, f"{name}_{i}")
+def image_tower(model: DinoTxt, images: Tensor) -> dict[str, Tensor]:
+    """ "features" [B, E] of length one, and "patches" [B, h, w, D'], which compare with the second half of a text's."""
+    features, patches, _ = model.encode_image_with_patch_tokens(images, normalize=True)
+    grid = model.visual_model.backbone.patch_grid(images.shape[-2], images.shape[-1])
+    return {"features": features, "patches": patches.unflatten(1, grid)}
+
+
+def text_tower(model: DinoTxt, tokens: Tensor) -> dict[str, Tensor]:
+    """ "features" [B, E] of length one of token ids [B, n]."""
+    return {"features": model.encode_text(tokens, normalize=True)}
 
 
 class FixedRope(nn.Module):
@@ -123,13 +166,27 @@ class Half(nn.Module):
         return y.float() if self.back else y
 
 
-def halved(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy whose backbone multiplies in `dtype`; the residual stream, norms, positions and heads stay in float32.
+def in_precision(model: nn.Module, precision: str) -> nn.Module:
+    """The model, or a copy whose backbone (of dino.txt: both towers) multiplies in half precision or has matrices of 8 bits.
+    The residual stream, norms, positions and heads stay in float32."""
+    if precision == "fp32":
+        return model
+    model = copy.deepcopy(model)
+    towers = [m for m in model.modules() if isinstance(m, (*BACKBONES, VisionHead, TextTransformer))]
+    if precision == "int8":
+        for tower in towers:
+            low_precision.quantise(tower, "int8")
+    else:
+        halve(model, towers, {"fp16": torch.float16, "bf16": torch.bfloat16}[precision])
+    return model.eval()
+
+
+def halve(model: nn.Module, towers: Sequence[nn.Module], dtype: torch.dtype) -> None:
+    """Linear layers and convolutions of the towers in `dtype`.
 
     Layer scales are multiplied into the layer before them: register tokens of large models leave float16's range before
     they are scaled down.
     """
-    model = copy.deepcopy(model)
     for block in [m for m in model.modules() if isinstance(m, vit.Block)]:
         mlp: Any = block.mlp
         for scale, linear in (("ls1", block.attn.proj), ("ls2", mlp.w3 if isinstance(mlp, vit.SwiGLU) else mlp.fc2)):
@@ -138,12 +195,25 @@ def halved(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             linear.weight = nn.Parameter(weight)
             linear.bias = nn.Parameter(bias)
             setattr(block, scale, nn.Identity())
-    for backbone in [m for m in model.modules() if isinstance(m, BACKBONES)]:
-        for parent in list(backbone.modules()):
+    for tower in towers:
+        for parent in list(tower.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, (nn.Linear, nn.Conv2d)):  # after a linear layer comes what takes half precision
                     setattr(parent, name, Half(child, dtype, back=isinstance(child, nn.Conv2d)))
-    return model
+
+
+@dataclass(frozen=True)
+class Part:
+    """What becomes one file: a module of one input, and what is written and checked about it."""
+
+    module: Outputs
+    input: str  # its name
+    shape: list[Any]  # of the input after the batch, for people
+    free: dict[int, Any]  # dimensions of the input that stay free
+    examples: list[Tensor]
+    facts: dict[str, Any]
+    rows: bool = False  # of the outputs every row is compared, not the image as a whole
+    unordered: bool = False  # queries may come in another order
 
 
 def export(
@@ -157,84 +227,116 @@ def export(
 ) -> dict[str, Any]:
     """Writes `model` (a backbone, or a task model with its backbone) as `to`; the contents of `dinov3.json`.
 
-    size: (height, width) in pixels; None: any size in whole patches. The batch is always free. output: of a backbone, a
-    key of `OUTPUTS`. precision: of products; inputs and outputs are float32. Raises `DinoError` if something is unknown,
-    `folder` is not empty, or the file's outputs are not the model's (`LEAST_COSINE`), and `MissingExtra`.
+    size: (height, width) in pixels; None: any size in whole patches. The batch is free (ExecuTorch: one image of a fixed
+    size). output: of a backbone, a key of `OUTPUTS`. precision: of products, or int8: of matrices; inputs and outputs are
+    float32. dino.txt becomes two folders, and the result {"image": …, "text": …}. Raises `DinoError` if something is
+    unknown, `folder` is not empty, or the file's outputs are not the model's (`LEAST_COSINE`), and `MissingExtra`.
     """
     one_of("the target", to, TARGETS)
     one_of("the precision", precision, LEAST_COSINE)
     one_of("the output", output, OUTPUTS)
-    for module in LIBRARIES[to]:
+    if precision not in PRECISIONS[to]:
+        why = INSTEAD.get((to, precision), f"{to} files are not written in {precision}")
+        raise DinoError(f"{why}; take --precision {' or '.join(PRECISIONS[to])}")
+    if to == "executorch" and size is None:
+        raise DinoError("ExecuTorch plans its memory ahead: give a fixed size (--size 224,224)")
+    for module in LIBRARIES.get(to, ()):
         require(module, "openvino" if to == "openvino" else "export", f"--to {to}")
+    if to == "executorch":
+        _executorch()
     out = empty_folder(folder)
-    if precision == "bf16" and to != "torch-export":
-        raise DinoError(
-            f"no {to} runtime computes bf16 graphs on a CPU, so they could not be checked: export fp32 and let it choose "
-            "(OpenVINO: INFERENCE_PRECISION_HINT=bf16), or take --precision fp16"
-        )
     if any(p.dtype != torch.float32 or p.is_cuda for p in model.parameters()):
         model = copy.deepcopy(model).cpu().float()
     with evaluating(model), torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch, about torch
-        return _export(model, out, to, size, output, precision)
+        parts = _parts(model, size, output)
+        with atomically(out) as work:
+            work.mkdir()
+            for name in parts:
+                (work / name).mkdir(exist_ok=True)
+            every = {name: _write(part, work / name, to, size, precision) for name, part in parts.items()}
+    return every.get("", every)
 
 
-def _export(
-    model: nn.Module, out: Path, to: str, size: tuple[int, int] | None, output: str, precision: str
-) -> dict[str, Any]:
+def _preprocessing(model: Any, backbone: Any, task: str, size: tuple[int, int] | None) -> Preprocessing:
+    """How images become inputs of a backbone or a published head."""
+    origin = getattr(model, "origin", None)
+    changes: dict[str, Any] = {} if origin is None else {"mean": origin.mean, "std": origin.std}
+    square = 224 if size is None else size[0]
+    if (task == "classify" or isinstance(model, DinoTxt)) and size in (None, (square, square)):
+        changes |= {"size": round(square * 256 / 224), "center_crop": square, "multiple": backbone.stride}
+        return Preprocessing.named("classification", **changes)
+    chosen = default_preprocessing(backbone, **changes)
+    return chosen.with_(size=size) if size else chosen
+
+
+def _parts(model: Any, size: tuple[int, int] | None, output: str) -> dict[str, Part]:
+    """The files of a model by their folder: "" or, of dino.txt, "image" and "text"."""
     backbone: Any = next(m for m in model.modules() if isinstance(m, BACKBONES))
-    sizes = [size] if size else [tuple(backbone.stride * n for n in hw) for hw in ((8, 8), (7, 12), (14, 14))]
+    stride = backbone.stride
+    sizes = [size] if size else [tuple(stride * n for n in hw) for hw in ((8, 8), (7, 12), (14, 14))]
     for h, w in sizes:
-        if h % backbone.stride or w % backbone.stride or min(h, w) < backbone.stride:
-            raise DinoError(
-                f"the size {h},{w} is no multiple of the patch: height and width in steps of {backbone.stride} px"
-            )
-    batches = [_images(b, *hw) for hw in sizes for b in (1, 3)]
-    if model is backbone:
-        names: list[str] = [n for n in OUTPUTS[output] if n != "registers" or backbone.n_storage_tokens]
-        whole: nn.Module = BackboneOutputs(model, names)
-    else:
-        names = [name for name, _ in named_outputs(model(batches[0]), _task(model))]
-        whole = TaskOutputs(model)
-    expected = [[y.numpy() for y in whole(x)] for x in batches]
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-    computed = whole if precision == "fp32" else halved(whole, dtype).eval()
-    with _constant_positions(computed) if size else nullcontext():
-        computed(batches[-1])
-        program = _traced(computed, batches[-1], backbone.stride, free=size is None)
-    info = getattr(model, "head_info", None)
-    preprocessing = default_preprocessing(backbone) if info is None else info.preprocessing
+        if h % stride or w % stride or min(h, w) < stride:
+            raise DinoError(f"the size {h},{w} is no multiple of the patch: height and width in steps of {stride} px")
+    origin, info = getattr(model, "origin", None), getattr(model, "head_info", None)
+    task = HEADS[origin.name].task if origin is not None and origin.name in HEADS else ""
+    preprocessing = info.preprocessing if info is not None else _preprocessing(model, backbone, task, size)
     facts: dict[str, Any] = {
-        "model": str(getattr(backbone, "origin", type(backbone).__name__)),
+        "model": str(origin or getattr(backbone, "origin", type(backbone).__name__)),
         "fingerprint": identity.fingerprint(backbone.state_dict()),
-        "version": dinov3.__version__,
-        "target": to,
-        "precision": precision,
-        "inputs": {"images": ["batch", 3, *(size or (f"multiple of {backbone.stride}",) * 2)]},
-        "outputs": names,
-        "patch": backbone.stride,
+        "patch": stride,
         "registers": backbone.n_storage_tokens,
-        "preprocessing": asdict(preprocessing.with_(size=size) if size else preprocessing),
+        "preprocessing": asdict(preprocessing.with_(size=size) if size and info is not None else preprocessing),
     }
     if info is not None:
         facts |= {"task": info.task, "classes": list(info.class_names)}
-    with atomically(out) as work:
-        work.mkdir()
-        run, about = WRITERS[to](program, batches[-1], work, names, facts)
-        facts |= about | {"parity": [_compared(names, x, e, run, model is backbone) for x, e in zip(batches, expected)]}
-        least = min(row["cosine"] for place in facts["parity"] for row in place["outputs"].values())
-        if not least >= LEAST_COSINE[precision]:
-            raise DinoError(
-                f"the {to} file differs from the model: a cosine of {least:.6f}, below {LEAST_COSINE[precision]}; nothing "
-                "was written. Please report it with the model's name and the versions of torch and the runtime"
-            )
-        text = json.dumps(facts, indent=1) + "\n"
-        (work / "dinov3.json").write_text(text)
+    elif task:
+        facts |= {"task": task} | ({"classes": list(CLASSES[task]())} if task in CLASSES else {})
+    sides = {2: stride * torch.export.Dim("rows", max=1024), 3: stride * torch.export.Dim("columns", max=1024)}
+    images = [_images(b, *hw) for hw in sizes for b in (1, 3)]
+    seen = ("images", [3, *(size or (f"multiple of {stride}",) * 2)], {} if size else sides, images)
+    if isinstance(model, DinoTxt):
+        n, ids = model.text_config.context_length, model.text_config.vocab_size
+        facts["logit_scale"] = model.logit_scale.exp().item()  # of the cosines of both files' features
+        text = {"model": facts["model"], "logit_scale": facts["logit_scale"], "vocabulary": ids}
+        tokens = [torch.randint(ids, (b, n), generator=torch.Generator().manual_seed(b)) for b in (1, 3)]
+        return {
+            "image": Part(Outputs(model, image_tower, ("features", "patches")), *seen, facts, rows=True),
+            "text": Part(Outputs(model, text_tower, ["features"]), "tokens", [n], {}, tokens, text, rows=True),
+        }
+    if model is backbone:
+        names = [n for n in OUTPUTS[output] if n != "registers" or backbone.n_storage_tokens]
+        return {"": Part(Outputs(model, backbone_outputs, names), *seen, facts, rows=True)}
+    whole = Outputs(model, task_outputs, list(task_outputs(model, images[0])))
+    return {"": Part(whole, *seen, facts, unordered=isinstance(model, DetectorWithProcessor))}
+
+
+def _write(part: Part, folder: Path, to: str, size: tuple[int, int] | None, precision: str) -> dict[str, Any]:
+    """One file and its `dinov3.json` in `folder`, compared with the module."""
+    names, last = list(part.module.names), part.examples[-1]
+    expected = [[y.numpy() for y in part.module(x)] for x in part.examples]
+    computed = in_precision(part.module, precision)
+    with _constant_positions(computed) if size else nullcontext():
+        computed(last)
+        program = _traced(computed, last[:1] if to == "executorch" else last, part)
+    facts = part.facts | {
+        "version": dinov3.__version__,
+        "target": to,
+        "precision": precision,
+        "inputs": {part.input: [1 if to == "executorch" else "batch", *part.shape]},
+        "outputs": names,
+    }
+    run, about = WRITERS[to](program, last, folder, names, facts)
+    facts |= about | {"parity": [_compared(part, x, e, run) for x, e in zip(part.examples, expected)]}
+    least = min(row["cosine"] for place in facts["parity"] for row in place["outputs"].values())
+    if not least >= LEAST_COSINE[precision]:
+        raise DinoError(
+            f"the {to} file differs from the model: a cosine of {least:.6f}, below {LEAST_COSINE[precision]}; nothing was "
+            "written. Please report it with the model's name and the versions of torch and the runtime"
+        )
+    text = json.dumps(facts, indent=1) + "\n"
+    (folder / "dinov3.json").write_text(text)
     return json.loads(text)
-
-
-def _task(model: nn.Module) -> str:
-    return "depth" if getattr(getattr(model, "head_info", None), "task", "") == "depth" else "logits"
 
 
 @contextmanager
@@ -257,41 +359,52 @@ def _images(batch: int, height: int, width: int) -> Tensor:
     return F.interpolate(noise, (height, width), mode="bilinear")
 
 
-def _traced(model: nn.Module, images: Tensor, stride: int, *, free: bool) -> Any:
-    if free:  # odd grids take the general path through heads that double and halve maps
-        images = images[..., : 7 * stride, : 5 * stride].contiguous()
-    sides = {2: stride * torch.export.Dim("rows", max=1024), 3: stride * torch.export.Dim("columns", max=1024)}
-    shapes = {"images": {0: torch.export.Dim("batch", max=65536)} | (sides if free else {})}
+def _traced(model: nn.Module, x: Tensor, part: Part) -> Any:
+    if (
+        part.free
+    ):  # odd grids take the general path through heads that double and halve maps, and a side of 1 is no symbol
+        stride = part.facts["patch"]
+        x = x[..., : 13 * stride, : 11 * stride].contiguous()
+    shapes = {"x": {0: torch.export.Dim("batch", max=65536)} | part.free} if len(x) > 1 else None
     try:
-        program = torch.export.export(model, (images,), dynamic_shapes=shapes)
+        program = torch.export.export(model, (x,), dynamic_shapes=shapes)
     except Exception as error:  # torch's exporter raises many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        hint = "give a fixed size (--size 224,224)" if free else "this model's operators cannot be exported"
+        hint = "give a fixed size (--size 224,224)" if part.free else "this model's operators cannot be exported"
         raise DinoError(f"torch.export does not trace this model ({reason[:200]}); {hint}") from error
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of this machine, which the file would hold
     return program
 
 
-def _compared(names: list[str], images: Tensor, expected: list[np.ndarray], run: Run, tokens: bool) -> dict[str, Any]:
-    """Differences and the least cosine for one input: of every token of a backbone, of every image of a task model."""
+def _compared(part: Part, x: Tensor, expected: list[np.ndarray], run: Run) -> dict[str, Any]:
+    """Differences and the least cosine for one input: of every row (token), or of every image of a task model."""
     try:
-        found = run(images)
+        found = run(x)
     except Exception as error:  # each runtime has its own kinds
-        h, w = images.shape[2:]
+        h, w = x.shape[-2:]
         raise DinoError(
-            f"the exported file does not take {len(images)} images of {h},{w} px; give the size you need (--size {h},{w})"
+            f"the exported file does not take {len(x)} images of {h},{w} px; give the size you need (--size {h},{w})"
         ) from error
+    if part.unordered:
+        found = _in_order(expected, found)
     rows = {}
-    for name, e, f in zip(names, expected, found, strict=True):
+    for name, e, f in zip(part.module.names, expected, found, strict=True):
         if e.shape != f.shape:
             raise DinoError(f"the exported {name} has the shape {list(f.shape)}, the model's {list(e.shape)}")
         e, f = e.astype(np.float64), f.astype(np.float64)
-        x, y = (a.reshape(-1, a.shape[-1]) if tokens else a.reshape(len(a), -1) for a in (e, f))
-        norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
-        cosine = float(((x * y).sum(1) / np.maximum(norms, 1e-30)).min())
+        u, v = (a.reshape(-1, a.shape[-1]) if part.rows else a.reshape(len(a), -1) for a in (e, f))
+        norms = np.linalg.norm(u, axis=1) * np.linalg.norm(v, axis=1)
+        cosine = float(((u * v).sum(1) / np.maximum(norms, 1e-30)).min())
         rows[name] = {"max": float(abs(e - f).max()), "mean": float(abs(e - f).mean()), "cosine": cosine}
-    return {"batch": images.shape[0], "size": list(images.shape[2:]), "outputs": rows}
+    return {"batch": len(x), "size": list(x.shape[2:] or x.shape[1:]), "outputs": rows}
+
+
+def _in_order(expected: list[np.ndarray], found: list[np.ndarray]) -> list[np.ndarray]:
+    """A detector's queries in the order of those expected: two proposals of nearly one score may change places."""
+    e, f = (torch.from_numpy(np.concatenate(arrays, axis=-1)) for arrays in (expected, found))  # [B, Q, K + 4]
+    nearest = torch.cdist(e, f, compute_mode="donot_use_mm_for_euclid_dist").argmin(-1).numpy()
+    return [np.take_along_axis(array, nearest[..., None], axis=1) for array in found]
 
 
 # ---- the forms -----------------------------------------------------------------------------------------------------
@@ -300,8 +413,8 @@ def _compared(names: list[str], images: Tensor, expected: list[np.ndarray], run:
 def _name_dimensions(graph: Any, stride: int) -> None:
     """torch's symbols of free dimensions by what they are: batch, height and width in pixels, rows and columns of patches."""
     named: dict[str, str] = {}
-    for axis, name in ((0, "batch"), (2, "rows"), (3, "columns")):
-        if (symbol := re.search(r"s\d+", str(graph.inputs[0].shape[axis]))) is not None:
+    for size, name in zip(graph.inputs[0].shape, ("batch", "", "rows", "columns")):
+        if (symbol := re.search(r"s\d+", str(size))) is not None:
             named[symbol[0]] = name
     pixels = {f"{stride}*rows": "height", f"{stride}*columns": "width"}
     for value in [*graph.inputs, *(v for node in graph for v in node.outputs if v.shape is not None)]:
@@ -312,20 +425,22 @@ def _name_dimensions(graph: Any, stride: int) -> None:
 
 
 def _write_onnx(
-    program: Any, images: Tensor, work: Path, names: list[str], facts: dict[str, Any]
+    program: Any, x: Tensor, work: Path, names: list[str], facts: dict[str, Any]
 ) -> tuple[Run, dict[str, Any]]:
     import onnx
     import onnxruntime
 
+    (source,) = facts["inputs"]
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # a line for each operator that it leaves as it is
     made = torch.onnx.export(
-        program, (images,), dynamo=True, opset_version=OPSET, input_names=["images"], output_names=names, verbose=False
+        program, (x,), dynamo=True, opset_version=OPSET, input_names=[source], output_names=names, verbose=False
     )
     assert made is not None
     graph = made.model.graph
     outputs = {id(value) for value in graph.outputs}
     for value in [v for node in graph for v in node.outputs if v.name in names and id(v) not in outputs]:
         value.name = f"{value.name}_inside"  # torch calls a mean "mean" as well
-    _name_dimensions(graph, facts["patch"])
+    _name_dimensions(graph, facts.get("patch", 0))
     made.model.metadata_props["dinov3"] = json.dumps(facts)
     path = work / TARGETS["onnx"]
     large = sum(v.numel() * v.element_size() for v in program.state_dict.values()) > 1.8e9
@@ -333,25 +448,25 @@ def _write_onnx(
     written = onnx.load(path, load_external_data=False).graph
     operators = sorted({node.op_type for node in written.node})
     branches = {"If", "Loop", "Scan"} & set(operators)
-    if branches or [i.name for i in written.input] != ["images"]:
+    if branches or [i.name for i in written.input] != [source]:
         raise DinoError(
-            f"the ONNX graph has {', '.join(branches) or 'inputs beside the images'}: a defect, please report it"
+            f"the ONNX graph has {', '.join(branches) or 'inputs beside ' + source}: a defect, please report it"
         )
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def run(x: Tensor) -> list[np.ndarray]:
-        return session.run(names, {"images": x.numpy()})
+        return session.run(names, {source: x.numpy()})
 
     about = {"opset": OPSET, "operators": operators, "runtime": f"onnxruntime {onnxruntime.__version__}"}
     return run, about
 
 
 def _write_openvino(
-    program: Any, images: Tensor, work: Path, names: list[str], facts: dict[str, Any]
+    program: Any, x: Tensor, work: Path, names: list[str], facts: dict[str, Any]
 ) -> tuple[Run, dict[str, Any]]:
     import openvino
 
-    _write_onnx(program, images, work, names, facts)
+    _write_onnx(program, x, work, names, facts)
     source = list(work.iterdir())
     model = openvino.convert_model(work / TARGETS["onnx"])
     model.set_rt_info(json.dumps(facts), "dinov3")
@@ -369,7 +484,7 @@ def _write_openvino(
 
 
 def _write_torch(
-    program: Any, images: Tensor, work: Path, names: list[str], facts: dict[str, Any]
+    program: Any, x: Tensor, work: Path, names: list[str], facts: dict[str, Any]
 ) -> tuple[Run, dict[str, Any]]:
     path = work / TARGETS["torch-export"]
     torch.export.save(program, path, extra_files={"dinov3.json": json.dumps(facts)})
@@ -377,4 +492,42 @@ def _write_torch(
     return (lambda x: [y.numpy() for y in loaded(x)]), {"runtime": f"torch {torch.__version__}"}
 
 
-WRITERS = {"onnx": _write_onnx, "openvino": _write_openvino, "torch-export": _write_torch}
+def _executorch() -> None:
+    """Raises `MissingExtra` where ExecuTorch lacks. It is no extra of ours: what its package requires takes omegaconf back
+    to a version that training cannot use, and it needs none of that to write a file."""
+    try:
+        importlib.import_module("executorch.exir")
+    except ModuleNotFoundError as error:
+        raise MissingExtra(f"--to executorch needs {error.name}; install it with: {EXECUTORCH}") from None
+
+
+def _write_executorch(
+    program: Any, x: Tensor, work: Path, names: list[str], facts: dict[str, Any]
+) -> tuple[Run, dict[str, Any]]:
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.runtime import Runtime
+
+    try:
+        lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
+    except Exception as error:  # as torch's exporter, many kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DinoError(f"ExecuTorch does not take this model ({reason[:200]}); take --to onnx") from error
+    path = work / TARGETS["executorch"]
+    path.write_bytes(lowered.buffer)
+    method = Runtime.get().load_program(path).load_method("forward")
+    assert method is not None
+
+    def run(x: Tensor) -> list[np.ndarray]:
+        each = [[y.clone() for y in method.execute([one])] for one in x.split(1)]
+        return [torch.cat(ys).numpy() for ys in zip(*each)]
+
+    return run, {"runtime": f"executorch {importlib.metadata.version('executorch')}"}
+
+
+WRITERS = {
+    "onnx": _write_onnx,
+    "openvino": _write_openvino,
+    "torch-export": _write_torch,
+    "executorch": _write_executorch,
+}

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3.errors import DinoError, one_of, only_known
-from dinov3.heads.encoder import FrozenLayers, dtype_of
+from dinov3.heads.encoder import FrozenLayers, adapted_size, dtype_of
 from dinov3.models.base import Backbone
 from dinov3.models.convnext import ChannelNorm, ConvNeXt
 
@@ -99,7 +99,7 @@ class Windows(nn.Module):
 
     def sides(self, side: int) -> list[int]:
         """Heights (widths) of the windows, in pixels, of an image that high (wide)."""
-        first = math.ceil((side // self.k) / self.patch) * self.patch
+        first = adapted_size((side // self.k, 0), self.patch)[0]
         return [first] * (self.k - 1) + [side - (self.k - 1) * first]
 
     def smallest_side(self, side: int) -> int:
@@ -122,7 +122,17 @@ class Windows(nn.Module):
 def antialiased(x: Tensor, size_hw: tuple[int, int]) -> Tensor:
     """In float32: on CPUs there is no antialias in bfloat16."""
     y = x if x.dtype == torch.float64 else x.float()
+    if torch.compiler.is_exporting():  # not every runtime filters when it resizes
+        return (triangles(x.shape[-2], size_hw[0]) @ y @ triangles(x.shape[-1], size_hw[1]).T).to(x.dtype)
     return F.interpolate(y, size=size_hw, mode="bilinear", align_corners=False, antialias=True).to(x.dtype)
+
+
+def triangles(size: int, out: int) -> Tensor:
+    """[out, size] float32: what `antialiased` multiplies rows (or columns) by, triangles as wide as two cells of the coarser
+    side, which sum to 1."""
+    distance = (torch.arange(out)[:, None] + 0.5) * (size / out) - (torch.arange(size) + 0.5)
+    weights = (1 - distance.abs() / torch.sym_max(size / out, 1.0)).clamp_min(0)
+    return weights / weights.sum(1, keepdim=True)
 
 
 # ---- images of different sizes as one batch ----------------------------------------------------------------------
@@ -332,7 +342,7 @@ class BoxAttention(nn.Module):
         corners = to_xyxy(boxes)
         outputs = []
         # In pieces: at 2048 pixels the bias of all 1500 queries would take 0.8 GB a layer.
-        step = max(1, MOST_BIASES // (B * self.n_heads * k.shape[2]))
+        step = Q if torch.compiler.is_exporting() else max(1, MOST_BIASES // (B * self.n_heads * k.shape[2]))
         for start in range(0, Q, step):
             chosen = slice(start, start + step)
             with torch.autocast(query.device.type, enabled=False):
@@ -518,7 +528,7 @@ class Transformer(nn.Module):
             side = torch.full((h, w), self.config.proposal_min_size * 2.0**level, device=y.device)
             grid = torch.stack([cx.expand(h, w), cy[:, None].expand(h, w), side, side], dim=-1).flatten(0, 1)
             tokens.append(y.flatten(2).transpose(1, 2))
-            boxes.append(grid.expand(len(y), -1, -1))
+            boxes.append(grid.expand(y.shape[0], -1, -1))
             outside.append(mask.flatten(1))
         proposals, size = torch.cat(boxes, 1), extent.flip(-1).tile(2)  # [B, P, 4], [B, 1, (VW, VH, VW, VH)]
         inside = ((proposals > 0.01 * size) & (proposals < 0.99 * size)).all(-1)
@@ -546,7 +556,7 @@ class Transformer(nn.Module):
 
 
 class Detector(nn.Module):
-    """Normalised images, a list of [3, H_i, W_i] in any sizes → logits and boxes of every query and layer.
+    """Normalised images, a list of [3, H_i, W_i] → logits and boxes of every query and layer.
 
     The backbone is frozen and stays in evaluation mode. In training mode `n_queries_one2many` more queries are used, in a
     group of their own ("hybrid matching", arXiv 2207.13080).
@@ -611,9 +621,13 @@ class Detector(nn.Module):
         """What the backbone's entries in the state dict begin with."""
         return "backbone.0._backbone.backbone." if isinstance(self.backbone[0], Windows) else "backbone.0.backbone."
 
-    def see(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor, bool]:
+    def see(self, images: Sequence[Tensor] | Tensor) -> tuple[Tensor, Tensor, bool]:
         """(features [B, C, h, w], padding [B, h, w], whether there is any)."""
         features: Any = self.backbone[0]
+        if isinstance(images, Tensor) and torch.compiler.is_exporting():  # the number of images is a symbol there
+            seen = features(images)
+            return seen, seen.new_zeros(seen[:, 0].shape, dtype=torch.bool), False
+        images = list(images)
         check_images(images, features.patch)
         sides = [max(max(x.shape[i] for x in images), 4 * features.patch) for i in (-2, -1)]
         x, outside = batched(images, (features.smallest_side(sides[0]), features.smallest_side(sides[1])))
@@ -621,7 +635,7 @@ class Detector(nn.Module):
         padded = any(tuple(image.shape[-2:]) != tuple(x.shape[-2:]) for image in images)
         return seen, nearest(outside, (seen.shape[-2], seen.shape[-1])), padded
 
-    def forward(self, images: Sequence[Tensor]) -> dict[str, Any]:
+    def forward(self, images: Sequence[Tensor] | Tensor) -> dict[str, Any]:
         """`pred_logits` [B, Q, K], `pred_boxes`, `pred_boxes_old` (refined from), `pred_deltas` [B, Q, 4] of the last
         layer; the same with suffix `_one2many` (no rows in evaluation mode); `aux_outputs`, `aux_outputs_one2many`: lists
         of such for the layers before; `enc_outputs`: of all proposals."""

@@ -370,7 +370,7 @@ class TextHead(nn.Module):
     def forward(self, x: Tensor, position: Tensor) -> Tensor:
         for block in self.blocks:
             x = block(x)
-        x = x[torch.arange(len(x), device=x.device), position]  # the norm and the projection see one token each
+        x = x[torch.arange(x.shape[0], device=x.device), position]  # the norm and the projection see one token each
         return self.linear_projection(self.ln_final(x))
 
 

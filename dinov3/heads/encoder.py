@@ -64,7 +64,8 @@ def step_of(backbone: Backbone) -> int:
 
 def adapted_size(size_hw: tuple[int, int], multiple: int) -> tuple[int, int]:
     """Height and width rounded up to the multiple."""
-    height, width = (-(-s // multiple) * multiple for s in size_hw)  # in integers: exports trace it
+    # in integers of one sign: exports trace it, and ONNX divides toward zero
+    height, width = ((s + multiple - 1) // multiple * multiple for s in size_hw)
     return height, width
 
 

@@ -63,8 +63,11 @@ def deformable_sampling(value: Tensor, shapes: Shapes, locations: Tensor, weight
     """Σ_l Σ_k weights · value_l(locations): [B, Q, M·d].
 
     value [B, S, M, d]: the levels one after another, each row by row. locations [B, Q, M, L, K, 2] as (x, y) in [0, 1].
-    weights [B, Q, M, L, K]. All of one floating-point type.
+    weights [B, Q, M, L, K]. All of one floating-point type. An exported graph samples `level_by_level`: other runtimes have
+    that operator.
     """
+    if torch.compiler.is_exporting():
+        return level_by_level(value, shapes, locations, weights)
     (B, S, M, d), Q = value.shape, locations.shape[1]
     table_row = torch.arange(B, device=value.device, dtype=torch.int32).view(B, 1, 1, 1) * S * M
     table_row = table_row + torch.arange(M, device=value.device, dtype=torch.int32).view(M, 1)  # [B, 1, M, 1]
@@ -83,6 +86,19 @@ def deformable_sampling(value: Tensor, shapes: Shapes, locations: Tensor, weight
     bags, factor = torch.stack(rows, -1).view(B * Q * M, -1), torch.stack(factors, -1).view(B * Q * M, -1)
     sums = F.embedding_bag(bags, value.reshape(B * S * M, d), per_sample_weights=factor, mode="sum")
     return sums.view(B, Q, M * d)
+
+
+def level_by_level(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
+    """`deformable_sampling` the usual way: each level as images [B·M, d, H, W], sampled, weighted and added."""
+    (B, _, M, d), (Q, K) = value.shape, (locations.shape[1], locations.shape[4])
+    reads, start = [], 0
+    for level, (height, width) in enumerate(shapes):
+        images = value[:, start : start + height * width].permute(0, 2, 3, 1).reshape(B * M, d, height, width)
+        points = (2 * locations[:, :, :, level] - 1).transpose(1, 2).reshape(B * M, Q, K, 2)
+        read = F.grid_sample(images, points, mode="bilinear", padding_mode="zeros", align_corners=False)
+        reads.append((read * weights[:, :, :, level].transpose(1, 2).reshape(B * M, 1, Q, K)).sum(-1))
+        start += height * width
+    return torch.stack(reads).sum(0).view(B, M * d, Q).transpose(1, 2)
 
 
 def centres(shapes: Shapes, *, device: torch.device | None = None) -> Tensor:
@@ -601,7 +617,7 @@ class MaskDecoder(nn.Module):
     def forward(self, mask_features: Tensor, maps: Sequence[Tensor], *, every_layer: bool) -> list[dict[str, Tensor]]:
         """[{pred_logits [B, Q, K + 1], pred_masks [B, Q, H/4, W/4]}]: of the initial queries and of all layers, or of the
         last layer only."""
-        B, dtype = len(mask_features), dtype_of(self)
+        B, dtype = mask_features.shape[0], dtype_of(self)
         mask_features, maps = mask_features.to(dtype), [level.to(dtype) for level in maps]
         shapes = [(level.shape[-2], level.shape[-1]) for level in maps]
         memories = [sequence_of([level]) + self.level_embed.weight[i] for i, level in enumerate(maps)]  # [B, S_l, M]

@@ -114,7 +114,7 @@ def test_a_file_that_computes_something_else_is_not_written(tmp_path, monkeypatc
     [
         (["--size", "225,224"], "the size 225,224 is no multiple of the patch: height and width in steps of 16 px"),
         (["--size", "big"], "HEIGHT,WIDTH in pixels or dynamic, not 'big'"),
-        (["--precision", "bf16"], "export fp32 and let it choose"),
+        (["--precision", "bf16"], "could not be checked; take --precision fp32 or fp16 or int8"),
         (["--to", "tensorrt"], "'tensorrt' is not one of 'onnx', 'openvino', 'torch-export'"),
     ],
 )
