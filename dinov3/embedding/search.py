@@ -5,15 +5,13 @@ their full vectors), if `build_index` was called. Without an index the result is
 index was built are scanned, so they are found; `index_status` counts them, and `EmbeddingStore.compact` takes them into the
 index.
 
-IVF looks into the cells nearest to the query, and a filter that keeps few rows leaves little there: keeping 1 % of 60,000
-rows, 40 of 245 cells found 0.60 of the ten true neighbours. So the number of cells grows as the filter tightens, up to all:
-at a million rows of which 5 % or 0.5 % pass, 56 to 75 ms of CPU time and all neighbours found, where a scan takes 1.2 s.
+A filter that a fifth of the rows or more pass is applied to the index's candidates, of which there are more the fewer pass.
+Behind a tighter one, or where too few candidates pass, LanceDB finds the rows that pass first. IVF looks into the cells
+nearest to the query, and there such a filter leaves little (keeping 1 % of 60,000 rows, 40 of 245 cells found 0.60 of the ten
+true neighbours), so the number of cells grows as the filter tightens, up to all.
 
-Exact search scans the table. Where an open store is searched so again and again, its vectors are read into memory (up to
-2 GB) and one matrix product does it, until the store changes.
-
-Measured at a million rows of D = 384 in clusters (`benchmarks/search.py`), CPU time of a query on a busy machine: by index
-13 ms, all ten true neighbours found; exact 1.2 to 1.4 s by a scan, 0.14 to 0.19 s from memory.
+Exact search is one matrix product where the store has a flat index (`flat`): in memory after some searches of an open store,
+or in a file beside the table. Otherwise it scans the table. docs/embedding.md has the times.
 
 `sheet` draws a result as one image. Left out: embedding the query (the pipeline does), full-text search.
 
@@ -47,6 +45,9 @@ ROWS_PER_CELL = 4096
 FEWEST_INDEXED = 256  # rows; what one cell's k-means is trained on
 FEWEST_CELLS, CELLS_SHARE = 16, 0.15  # how many cells of the index a query looks into
 REFINE = 5  # candidates re-ranked by full vectors, as a multiple of `top` and its slack
+CANDIDATES_FILTERED = 0.2  # the least share of rows that pass, for the filter to come after the index
+SPARE = 1.5  # then: rows before the filter, times as many as should leave enough
+REFINE_SPARE = 2  # candidates for each of these
 SCORES_AT_ONCE = 1 << 27  # numbers: half a gigabyte
 SLACK = 10  # more candidates than requested: LanceDB's float32 distances may swap what float64 tells apart
 SHEET = "dinov3 contact sheet"  # what a PNG of ours says of itself
@@ -103,14 +104,12 @@ def search(
     status = None if exact else index_status(store)
     if exact is False and status is None:
         raise StoreError(f"the store at {store.uri} has no index; build it with build_index, or search exactly")
-    cells = None  # exact
     total = 0 if status is None else status.indexed + status.unindexed
     many = total > EXACT_LIMIT and rows > REFINE * (top + SLACK)  # fewer than are re-ranked: a scan finds them all
-    if status is not None and (exact is False or (exact is None and many)):
-        cells = _cells_to_look_into(status.indexed, rows / total)
+    index = status if exact is False or (exact is None and many) else None
     results: list[list[Hit]] = []
     for start in range(0, len(queries), QUERIES_AT_ONCE):
-        results += _search_some(store, queries[start : start + QUERIES_AT_ONCE], top, where, wanted, rows, cells)
+        results += _search_some(store, queries[start : start + QUERIES_AT_ONCE], top, where, wanted, rows, index)
     return results[0] if np.ndim(vectors) == 1 else results
 
 
@@ -200,35 +199,73 @@ def _search_some(
     where: str | None,
     columns: list[str],
     rows: int,
-    cells: int | None,
+    index: IndexStatus | None,
 ) -> list[list[Hit]]:
-    """`search` for a few queries; `rows` pass the filter, `cells` of the index are looked into (None: exact)."""
-    if cells is None and (flat := flat_of(store)) is not None:
+    """`search` for a few queries; `rows` pass the filter. `index` None: exactly."""
+    if index is None and (flat := flat_of(store)) is not None:
         found = _nearest_in(flat, store, queries, top, where, columns)
         return [_ranked(store, query, rows_, top, columns) for query, rows_ in zip(queries, found)]
     limit = min(rows, top + SLACK)
     results = []
-    for query, found in zip(queries, _nearest(store, queries, limit, where, columns, cells)):
+    if index is not None:
+        tables = _approximately(store, queries, limit, where, columns, rows, index)
+    else:
+        tables = _nearest(store, queries, limit, where, columns, None)
+    for query, found in zip(queries, tables):
         requested = limit
         # Rows that tie with the last place may lie beyond what was fetched (a folder of copies): fetch until they do not.
-        while cells is None and requested < rows and _tie_at_the_end(found, top):
+        while index is None and requested < rows and _tie_at_the_end(found, top):
             requested = min(rows, requested * 8)
-            (found,) = _nearest(store, query[None], requested, where, columns, cells)
+            (found,) = _nearest(store, query[None], requested, where, columns, None)
         results.append(_ranked(store, query, found, top, columns))
     return results
 
 
-def _nearest(
-    store: EmbeddingStore, queries: np.ndarray, limit: int, where: str | None, columns: list[str], cells: int | None
+@dataclass(frozen=True)
+class _Probe:
+    """How the approximate index is used."""
+
+    cells: int  # that are looked into
+    refine: int  # candidates re-ranked by full vectors, as a multiple of the limit
+    filter_first: bool  # or only the candidates are filtered
+
+
+def _approximately(
+    store: EmbeddingStore,
+    queries: np.ndarray,
+    limit: int,
+    where: str | None,
+    columns: list[str],
+    rows: int,
+    index: IndexStatus,
 ) -> list[Any]:
-    """LanceDB's `limit` nearest rows to each query, as Arrow tables with `_distance` ascending."""
+    """As `_nearest`, by the approximate index; `rows` pass the filter."""
+    kept = rows / (index.indexed + index.unindexed)
+    first = _Probe(_cells_to_look_into(index.indexed, kept), REFINE, True)
+    if not where or kept < CANDIDATES_FILTERED:
+        return _nearest(store, queries, limit, where, columns, first)
+    after = _Probe(_cells_to_look_into(index.indexed, 1.0), REFINE_SPARE, False)
+    tables = _nearest(store, queries, math.ceil(SPARE * limit / kept), where, columns, after)
+    for i, found in enumerate(tables):
+        if len(found) < limit - SLACK // 2:  # the filter and the query have to do with each other
+            (tables[i],) = _nearest(store, queries[i : i + 1], limit, where, columns, first)
+    return tables
+
+
+def _nearest(
+    store: EmbeddingStore, queries: np.ndarray, limit: int, where: str | None, columns: list[str], probe: _Probe | None
+) -> list[Any]:
+    """LanceDB's `limit` nearest rows to each query, as Arrow tables with `_distance` ascending; probe None: exactly."""
 
     def ask(table: Any) -> Any:
         question = table.search(list(queries) if len(queries) > 1 else queries[0], vector_column_name="vector")
         question = question.distance_type("cosine").limit(limit).select([*_names(columns), "_distance"])
         if where:
-            question = question.where(where, prefilter=True)
-        question = question.nprobes(cells).refine_factor(REFINE) if cells else question.bypass_vector_index()
+            question = question.where(where, prefilter=probe is None or probe.filter_first)
+        if probe is None:
+            question = question.bypass_vector_index()
+        else:
+            question = question.nprobes(probe.cells).refine_factor(probe.refine)
         return question.to_arrow()
 
     found = store.read(ask, where)

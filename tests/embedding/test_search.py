@@ -334,6 +334,27 @@ def test_behind_a_tight_filter_the_index_looks_into_all_cells_and_finds_what_a_s
         assert hits == search(store, query, where="width <= 200", exact=True)
 
 
+def test_candidates_are_filtered_and_where_too_few_pass_the_filter_comes_first(tmp_path, monkeypatch):
+    vectors, queries = clustered(2000, 64)
+    query = queries[0]
+    vectors = vectors[np.argsort(-(vectors @ query))]  # image 0 is most like the query, image 1999 least
+    probes = []
+    real = search_module._nearest
+    monkeypatch.setattr(search_module, "_nearest", lambda *a: probes.append(a[-1]) or real(*a))
+    with filled(tmp_path / "s", vectors) as store:
+        build_index(store)
+        for where, passes, filter_first in (
+            ("width % 2 = 0", lambda width: width % 2 == 0, [False]),
+            ("width > 1000", lambda width: width > 1000, [False, True]),  # none of the candidates passes
+            ("width > 1800", lambda width: width > 1800, [True]),  # a tight one
+        ):
+            probes.clear()
+            hits = search(store, query, where=where, exact=False)
+            assert [probe.filter_first for probe in probes] == filter_first
+            assert len(hits) == 10
+            assert all(passes(hit.width) for hit in hits)
+
+
 def test_a_tighter_filter_looks_into_more_cells():
     at_a_million = [search_module._cells_to_look_into(1_000_000, kept) for kept in (1.0, 0.5, 0.01)]
     assert at_a_million == [37, 74, 244]
