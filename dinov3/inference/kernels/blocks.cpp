@@ -65,15 +65,20 @@ inline vf reciprocal(vf x) {
 #endif
 }
 
-// e^x for x in [-87, 88], below and above as at the ends; relative error 1e-7
-inline vf exponential(vf x) {
-    x = smaller(larger(x, all(-87.0f)), all(88.0f));
+// e^x for x in [-87, 88], below as at the end; relative error 1e-7, or 7e-5 for what is rounded to bf16
+template <bool rough = false> inline vf exponential(vf x) {
+    x = larger(x, all(-87.0f));
     const vf shifted = x * 1.44269504f + 12582912.0f;  // 1.5 · 2^23: the integer stands in the low bits
     const vf n = shifted - 12582912.0f;
     const vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    vf p = all(1.9875691500e-4f);
-    for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) p = p * r + c;
-    p = p * r * r + r + 1.0f;
+    vf p;
+    if constexpr (rough)
+        p = ((0.16566839f * r + 0.50496347f) * r + 1.0001642f) * r + 0.99992807f;
+    else {
+        p = all(1.9875691500e-4f);
+        for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) p = p * r + c;
+        p = p * r * r + r + 1.0f;
+    }
 #ifdef __AVX512F__
     return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
@@ -81,8 +86,14 @@ inline vf exponential(vf x) {
 #endif
 }
 
-// x · (1 + erf(x/√2)) / 2, erf as a rational function; absolute error 3e-7
-inline vf gelu(vf x) {
+// x · (1 + erf(x/√2)) / 2, erf as a rational function; absolute error 3e-7, or 1e-4 and 7e-5·|x| for what is rounded
+template <bool rough> inline vf gelu(vf x) {
+    if constexpr (rough) {
+        const vf z = smaller(larger(x, all(-3.75f)), all(3.75f)), s = z * z;
+        vf p = all(3.24475273e-8f);
+        for (float c : {-2.05581250e-6f, 5.63490612e-5f, -8.89112998e-4f, 9.10807122e-3f, -6.52523413e-2f, 3.98331523e-1f}) p = p * s + c;
+        return x * (z * p + 0.5f);
+    }
     const vf z = smaller(larger(x * 0.70710678f, all(-4.0f)), all(4.0f)), s = z * z;
     vf p = all(-2.72614225801306e-10f), q = all(-1.45660718464996e-05f);
     for (float c : {2.77068142495902e-08f, -2.10102402082508e-06f, -5.69250639462346e-05f, -7.34990630326855e-04f,
@@ -91,7 +102,7 @@ inline vf gelu(vf x) {
     return 0.5f * x * (1.0f + z * p * reciprocal(q));
 }
 
-inline vf silu(vf x) { return x * reciprocal(1.0f + exponential(-x)); }
+inline vf silu(vf x) { return x * reciprocal(1.0f + exponential(smaller(-x, all(88.0f)))); }
 
 // ---- kinds of numbers in a product ----------------------------------------------------------------------------------
 
@@ -118,6 +129,7 @@ struct I8 {  // u8 × s8
 #endif
 
 template <class P> constexpr int line = 16 * P::group;  // elements of a line along k
+template <class P> constexpr bool rough = P::group > 1 && P::planes == 1;  // 8 bits at most are kept of a number
 
 // W floats into row `row` of A at k
 template <class P> inline void put(char *a, int L, int row, int k, vf v) {
@@ -188,33 +200,36 @@ template <class P, int R, int C> inline void by_tiles(const char *a, const char 
 }
 #endif
 
-// out [16·rows, 16·columns] = A · B over L tiles along k; rows and columns count tiles. int32 bits for I8.
+// out [rows, 16·columns] = A · B over L tiles along k. int32 bits for I8. Rows of `out` up to the next 16 may be overwritten.
 template <class P> void product(const char *a, const char *b, int L, int rows, int columns, float *out, int ldo) {
     const size_t next = (size_t)L * P::planes * TILE;
 #ifdef __AMX_TILE__
     for (int j = 0; j < columns; j += 2)
-        for (int i = 0; i < rows; i += 2) {
+        for (int i = 0; i * 16 < rows; i += 2) {
             const auto run = [&](auto kernel) { kernel(a + i * next, b + j * next, L, out + i * 16 * ldo + j * 16, ldo); };
-            if (i + 1 < rows) j + 1 < columns ? run(by_tiles<P, 2, 2>) : run(by_tiles<P, 2, 1>);
+            if (i * 16 + 16 < rows) j + 1 < columns ? run(by_tiles<P, 2, 2>) : run(by_tiles<P, 2, 1>);
             else j + 1 < columns ? run(by_tiles<P, 1, 2>) : run(by_tiles<P, 1, 1>);
         }
 #else
     constexpr int most = W == 16 ? 4 : 1;  // tiles of columns that fit the registers
-    for (int j = 0; j < columns; j += most)
-        for (int i = 0; i < rows; i++) {
+    for (int parts = (columns + most - 1) / most, j = 0; parts; parts--) {
+        const int n = (columns - j + parts - 1) / parts;
+        for (int row = 0; row < rows;) {
+            const int rest = std::min(16 - row % 16, rows - row);
             const auto run = [&](auto six, auto four) {
-                for (int r = 0; r < 16; r += 6)
-                    (r == 12 ? four : six)(a + i * next + r * 64, b + j * next, L, out + (i * 16 + r) * ldo + j * 16, ldo);
+                (rest > 4 ? six : four)(a + row / 16 * next + row % 16 * 64, b + j * next, L, out + row * ldo + j * 16, ldo);
             };
             constexpr int V = 16 / W;
-            if (most == 1) { run(by_vectors<P, 6, V>, by_vectors<P, 4, V>); continue; }
-            switch (std::min(most, columns - j)) {
-                case 1: run(by_vectors<P, 6, 1>, by_vectors<P, 4, 1>); break;
-                case 2: run(by_vectors<P, 6, 2>, by_vectors<P, 4, 2>); break;
-                case 3: run(by_vectors<P, 6, 3>, by_vectors<P, 4, 3>); break;
-                default: run(by_vectors<P, 6, 4>, by_vectors<P, 4, 4>);
+            switch (n) {
+                case 1: run(by_vectors<P, 6, V>, by_vectors<P, 4, V>); break;
+                case 2: run(by_vectors<P, 6, 2 * V>, by_vectors<P, 4, 2 * V>); break;
+                case 3: run(by_vectors<P, 6, 3 * V>, by_vectors<P, 4, 3 * V>); break;
+                default: run(by_vectors<P, 6, 4 * V>, by_vectors<P, 4, 4 * V>);
             }
+            row += std::min(rest, 6);
         }
+        j += n;
+    }
 #endif
 }
 
@@ -283,6 +298,33 @@ template <class P> inline void put_pair(char *b, int L, int t, int column, vf ev
 
 template <class P> size_t operand(size_t rows, size_t k) {  // bytes
     return (rows + 15) / 16 * ((k + line<P> - 1) / line<P>) * P::planes * TILE;
+}
+
+// a tile of 16 × 16 words
+inline void transpose(char *tile) {
+#ifdef __AVX512F__
+    const __m512i number = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512i word[16];
+    std::memcpy(word, tile, TILE);
+#pragma GCC unroll 4
+    for (int step = 1; step < 16; step *= 2) {  // exchanges columns with bit `step` of line i and without it of line i + step
+        const __mmask16 set = _mm512_test_epi32_mask(number, _mm512_set1_epi32(step));
+        const __m512i other = _mm512_xor_si512(number, _mm512_set1_epi32(step));
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++)
+            if (!(i & step)) {
+                const __m512i first = word[i], second = word[i + step];
+                word[i] = _mm512_mask_permutexvar_epi32(first, set, other, second);
+                word[i + step] = _mm512_mask_permutexvar_epi32(second, (__mmask16)~set, other, first);
+            }
+    }
+    std::memcpy(tile, word, TILE);
+#else
+    int32_t word[16][16];
+    std::memcpy(word, tile, TILE);
+    for (int i = 0; i < 16; i++)
+        for (int j = 0; j < 16; j++) ((int32_t(*)[16])tile)[j][i] = word[i][j];
+#endif
 }
 
 // P: numbers of the linear layers; A: of attention
@@ -357,7 +399,8 @@ template <class P, class A> struct Run {
         float *out = s.out;
         for (int column = 0; column < layer.outputs; column += width)
             for (int row = 0; row < rows; row += 32) {
-                product<P>(a + row / 16 * next_tile, layer.weight + column / 16 * next_tile, L, 2, width / 16, out, width);
+                product<P>(a + row / 16 * next_tile, layer.weight + column / 16 * next_tile, L, std::min(32, rows - row),
+                           width / 16, out, width);
                 for (int r = row; r < std::min(rows, row + 32); r++)
                     use(r, column, [&, from = out + (r - row) * width](int i) {
                         const vf bias = load(layer.bias + column + i);
@@ -399,7 +442,7 @@ template <class P, class A> struct Run {
             });
         else
             linear(s.a, block.fc1, rows, 64, s, [&](int row, int column, auto value) {
-                for (int i = 0; i < 64; i += W) hide(row, column + i, gelu(value(i)));
+                for (int i = 0; i < 64; i += W) hide(row, column + i, gelu<rough<P>>(value(i)));
             });
         if constexpr (quantised)
             for (int r = 0; r < rows; r++) quantise((float *)s.wide + (size_t)r * hidden, hidden, s.h, r, s);
@@ -434,12 +477,7 @@ template <class P, class A> struct Run {
                 put<A>(s.k, L, t, c, of(k, t, c)), put<A>(s.k, L, t + 1, c, of(k, t + 1, c));
                 put_pair<A>(s.v, N32 / line<A>, t, c, of(v, t, c), of(v, t + 1, c));
             }
-        for (char *tile = s.k, *end = tile + operand<A>(N32, d); tile < end; tile += TILE) {
-            int32_t word[16][16];
-            std::memcpy(word, tile, TILE);
-            for (int i = 0; i < 16; i++)
-                for (int j = 0; j < 16; j++) ((int32_t(*)[16])tile)[j][i] = word[i][j];
-        }
+        for (char *tile = s.k, *end = tile + operand<A>(N32, d); tile < end; tile += TILE) transpose(tile);
     }
 
     // queries q0 to q1 of one head of one image, whose first row of the result is `row0`
@@ -447,26 +485,26 @@ template <class P, class A> struct Run {
         const Stored *q = head(image, h, 0);
         if (s.packed != image * job.heads + h) pack(head(image, h, 1), head(image, h, 2), s), s.packed = image * job.heads + h;
         for (; q0 < q1; q0 += 32) {
-            for (int r = 0; r < 32; r++)
-                for (int c = 0; c < d; c += W)
-                    put<A>(s.q, d / line<A>, r, c, widen(q + (size_t)std::min(q0 + r, N - 1) * d + c));
+            const int rows = std::min(32, q1 - q0);
+            for (int r = 0; r < rows; r++)
+                for (int c = 0; c < d; c += W) put<A>(s.q, d / line<A>, r, c, widen(q + (size_t)(q0 + r) * d + c));
             float *scores = s.scores, *out = s.out, weight[32];
-            product<A>(s.q, s.k, d / line<A>, 2, N32 / 16, scores, N32);
-            for (int r = 0; r < 32; r++) {
+            product<A>(s.q, s.k, d / line<A>, rows, (N + 15) / 16, scores, N32);
+            for (int r = 0; r < rows; r++) {
                 float *row = scores + (size_t)r * N32;
                 std::fill(row + N, row + N32, -std::numeric_limits<float>::infinity());
                 vf most = load(row), total{};
                 for (int c = W; c < N32; c += W) most = larger(load(row + c), most);
                 const vf top = all(largest(most));
                 for (int c = 0; c < N32; c += W) {
-                    const vf e = exponential(load(row + c) - top);
+                    const vf e = exponential<rough<A>>(load(row + c) - top);
                     total += e;
                     put<A>(s.p, N32 / line<A>, r, c, e);
                 }
                 weight[r] = 1 / sum(total);
             }
-            product<A>(s.p, s.v, N32 / line<A>, 2, d / 16, out, d);
-            for (int r = 0; r < std::min(32, q1 - q0); r++)
+            product<A>(s.p, s.v, N32 / line<A>, rows, d / 16, out, d);
+            for (int r = 0; r < rows; r++)
                 for (int c = 0, row = row0 + q0 + r; c < d; c += W) {
                     const vf v = load(out + r * d + c) * weight[r];
                     if constexpr (quantised) store((float *)attended + (size_t)row * D + h * d + c, v);
