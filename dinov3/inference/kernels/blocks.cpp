@@ -147,23 +147,33 @@ template <class P> inline void put(char *a, int L, int row, int k, vf v) {
 
 // ---- products -------------------------------------------------------------------------------------------------------
 
+// loops with a pragma are unrolled, or GCC keeps the sums in memory before and after the loop over k
 template <class P, int R, int C> inline void by_vectors(const char *a, const char *b, int L, float *out, int ldo) {
     constexpr int per_tile = 16 / W;
-    typename P::acc c[R][C] = {};
+    typename P::acc c[R][C];
+#pragma GCC unroll 6
+    for (int i = 0; i < R; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < C; j++) c[i][j] = typename P::acc{};
     for (int l = 0; l < L; l++)
         for (int g = 0; g < 16; g++) {
             vf v[C];
+#pragma GCC unroll 4
             for (int j = 0; j < C; j++)
                 v[j] = load((const float *)(b + (size_t)(j / per_tile * L + l) * TILE + g * 64) + j % per_tile * W);
+#pragma GCC unroll 6
             for (int i = 0; i < R; i++) {
                 int32_t bits;
                 std::memcpy(&bits, a + (size_t)l * TILE + i * 64 + g * 4, 4);
                 const vf x = (vf)(bits - vi{});
+#pragma GCC unroll 4
                 for (int j = 0; j < C; j++) c[i][j] = P::dot(c[i][j], x, v[j]);
             }
         }
+#pragma GCC unroll 6
     for (int i = 0; i < R; i++)
-        for (int j = 0; j < C; j++) std::memcpy(out + i * ldo + j * W, &c[i][j], W * 4);
+#pragma GCC unroll 4
+        for (int j = 0; j < C; j++) store(out + i * ldo + j * W, (vf)c[i][j]);
 }
 
 #ifdef __AMX_TILE__
@@ -342,37 +352,45 @@ template <class P, class A> struct Run {
           qkv((size_t)M * 3 * D * sizeof(Stored)), attended(quantised ? (size_t)M * D * 4 : operand<A>(M + 31, D)),
           next(2 * j.n_blocks + 1) {}
 
+    struct Range {
+        vf low{}, high{};
+        void take(vf v) { low = smaller(v, low), high = larger(v, high); }
+    };
+
     struct Scratch {  // of a thread
         Buffer a, h, wide, out, scores, q, k, v, p;
         float scale[ROWS], zero[ROWS];
+        std::vector<Range> ranges;  // of the rows of `wide`
         int packed = -1;  // the image and head whose k and v are packed
         explicit Scratch(const Run &r)
             : a(operand<P>(ROWS, r.D)), h(operand<P>(ROWS, r.hidden)), wide(quantised ? (size_t)ROWS * r.hidden * 4 : 0),
-              out(32 * std::max(64, r.d) * 4 + r.D * 4), scores((size_t)32 * r.N32 * 4), q(operand<A>(32, r.d)),
-              k(operand<A>(r.N32, r.d)), v(operand<A>(r.d, r.N32)), p(operand<A>(32, r.N32)) {}
+              out(32 * std::max(64, r.d) * 4), scores((size_t)32 * r.N32 * 4), q(operand<A>(32, r.d)), k(operand<A>(r.N32, r.d)),
+              v(operand<A>(r.d, r.N32)), p(operand<A>(32, r.N32)), ranges(quantised ? ROWS : 0) {}
     };
 
     Stored *head(int image, int head, int third) const {
         return (Stored *)(char *)qkv + (((size_t)image * job.heads + head) * 3 + third) * N * d;
     }
 
-    // u8 with zero point: x ≈ scale · (u - zero). NaN and infinity make the scale NaN, and so the whole row
-    static void quantise(const float *x, int k, char *a, int row, Scratch &s) {
+    // k values, value(c): W of them, as u8 with zero point: x ≈ scale · (u - zero). NaN and infinity make the scale NaN, and so
+    // the whole row
+    template <class F> static void quantise(float low, float high, int k, char *a, int row, Scratch &s, F value) {
 #ifdef __AVX512BF16__
-        vf low{}, high{}, finite{};
-        for (int c = 0; c < k; c += W) {
-            const vf v = load(x + c);
-            low = smaller(v, low), high = larger(v, high), finite += v - v;
+        const float range = high - low, scale = range > 0 ? range / 255 : 1, zero = std::nearbyint(-low / scale);
+        const vf inverse = all(1 / scale), shift = all(zero);
+        const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        vf finite{};
+        for (int c = 0; c < k; c += 64) {
+            __m512i word[4];
+            for (int i = 0; i < 4; i++) {
+                const vf v = value(c + i * W) * inverse + shift;
+                finite += v;
+                word[i] = _mm512_cvtps_epi32((__m512)v);
+            }
+            const __m512i bytes = _mm512_packus_epi16(_mm512_packus_epi32(word[0], word[1]), _mm512_packus_epi32(word[2], word[3]));
+            _mm512_storeu_si512(a + (size_t)(row / 16 * (k / 64) + c / 64) * TILE + row % 16 * 64, _mm512_permutexvar_epi32(order, bytes));
         }
-        const float lowest = -largest(-low), range = largest(high) - lowest;
-        const float scale = range > 0 ? range / 255 : 1, inverse = 1 / scale, zero = std::nearbyint(-lowest * inverse);
-        s.scale[row] = scale + sum(finite), s.zero[row] = zero;
-        const __m512i shift = _mm512_set1_epi32((int)zero);
-        for (int c = 0; c < k; c += W) {
-            const __m512i u = _mm512_add_epi32(_mm512_cvtps_epi32((__m512)(load(x + c) * inverse)), shift);
-            const __m128i bytes = _mm512_cvtusepi32_epi8(_mm512_max_epi32(u, _mm512_setzero_si512()));
-            std::memcpy(a + (size_t)(row / 16 * (k / 64) + c / 64) * TILE + row % 16 * 64 + c % 64, &bytes, 16);
-        }
+        s.scale[row] = scale + 0 * sum(finite), s.zero[row] = zero;
 #endif
     }
 
@@ -381,15 +399,17 @@ template <class P, class A> struct Run {
         if (!job.rms)
             for (int c = 0; c < D; c += W) total += load(x + c);
         const float mean = sum(total) / D;
-        for (int c = 0; c < D; c += W) squares += (load(x + c) - mean) * (load(x + c) - mean);
-        const float factor = 1 / std::sqrt(sum(squares) / D + job.eps);
-        float *normed = (float *)s.out + 32 * std::max(64, d);
+        Range range;
         for (int c = 0; c < D; c += W) {
-            const vf v = (load(x + c) - mean) * factor;
-            if constexpr (quantised) store(normed + c, v);
-            else put<P>(s.a, D / line<P>, row, c, v);
+            const vf v = load(x + c) - mean;
+            squares += v * v;
+            if constexpr (quantised) range.take(v);
         }
-        if constexpr (quantised) quantise(normed, D, s.a, row, s);
+        const float factor = 1 / std::sqrt(sum(squares) / D + job.eps);
+        const auto value = [&](int c) { return (load(x + c) - mean) * factor; };
+        if constexpr (quantised) quantise(-largest(-range.low) * factor, largest(range.high) * factor, D, s.a, row, s, value);
+        else
+            for (int c = 0; c < D; c += W) put<P>(s.a, D / line<P>, row, c, value(c));
     }
 
     // calls use(row, column, value) for every row and `width` columns at a time; value(i): columns + i to + W
@@ -427,13 +447,19 @@ template <class P, class A> struct Run {
         };
         const char *a = (char *)attended + operand<A>(row0, D);
         if constexpr (quantised) {
-            for (int r = 0; r < rows; r++) quantise((float *)attended + (size_t)(row0 + r) * D, D, s.a, r, s);
+            for (int r = 0; r < rows; r++) {
+                const float *from = (float *)attended + (size_t)(row0 + r) * D;
+                Range range;
+                for (int c = 0; c < D; c += W) range.take(load(from + c));
+                quantise(-largest(-range.low), largest(range.high), D, s.a, r, s, [&](int c) { return load(from + c); });
+            }
             a = s.a;
         }
         linear(a, block.proj, rows, 64, s, add);
         for (int r = 0; r < rows; r++) norm(x + r * step, r, s);
+        if constexpr (quantised) std::fill(s.ranges.begin(), s.ranges.begin() + rows, Range());
         const auto hide = [&](int row, int column, vf v) {
-            if constexpr (quantised) store((float *)s.wide + (size_t)row * hidden + column, v);
+            if constexpr (quantised) store((float *)s.wide + (size_t)row * hidden + column, v), s.ranges[row].take(v);
             else put<P>(s.h, hidden / line<P>, row, column, v);
         };
         if (job.swiglu)
@@ -445,7 +471,9 @@ template <class P, class A> struct Run {
                 for (int i = 0; i < 64; i += W) hide(row, column + i, gelu<rough<P>>(value(i)));
             });
         if constexpr (quantised)
-            for (int r = 0; r < rows; r++) quantise((float *)s.wide + (size_t)r * hidden, hidden, s.h, r, s);
+            for (int r = 0; r < rows; r++)
+                quantise(-largest(-s.ranges[r].low), largest(s.ranges[r].high), hidden, s.h, r, s,
+                         [&, from = (float *)s.wide + (size_t)r * hidden](int c) { return load(from + c); });
         linear(s.h, block.fc2, rows, 64, s, add);
         if (job.keep[b]) std::memcpy(job.keep[b] + (size_t)row0 * D, x, (size_t)rows * D * 4);
     }
