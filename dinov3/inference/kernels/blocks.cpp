@@ -19,7 +19,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
-#include <limits>
 #include <memory>
 #include <new>
 #include <system_error>
@@ -65,20 +64,22 @@ inline vf reciprocal(vf x) {
 #endif
 }
 
-// e^x for x in [-87, 88], below as at the end; relative error 1e-7, or 7e-5 for what is rounded to bf16
-template <bool rough = false> inline vf exponential(vf x) {
-    x = larger(x, all(-87.0f));
-    const vf shifted = x * 1.44269504f + 12582912.0f;  // 1.5 · 2^23: the integer stands in the low bits
-    const vf n = shifted - 12582912.0f;
-    const vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    vf p;
+constexpr float LOG2E = 1.44269504f;
+
+// 2^x for x up to 127; relative error 1e-7, or 1e-4 for what is rounded to bf16
+template <bool rough> inline vf power(vf x) {
+#ifdef __AVX512F__
+    const vf r = (vf)_mm512_reduce_ps((__m512)x, 8), n = x - r;  // r = x - the nearest integer
+#else
+    x = larger(x, all(-126.0f));
+    const vf shifted = x + 12582912.0f;  // 1.5 · 2^23: the integer stands in the low bits
+    const vf n = shifted - 12582912.0f, r = x - n;
+#endif
+    vf p = all(rough ? 5.51716685e-2f : 1.53458124e-4f);
     if constexpr (rough)
-        p = ((0.16566839f * r + 0.50496347f) * r + 1.0001642f) * r + 0.99992807f;
-    else {
-        p = all(1.9875691500e-4f);
-        for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) p = p * r + c;
-        p = p * r * r + r + 1.0f;
-    }
+        for (float c : {2.42611125e-1f, 6.93260968e-1f, 9.99928057e-1f}) p = p * r + c;
+    else
+        for (float c : {1.33999309e-3f, 9.61848907e-3f, 5.55032864e-2f, 2.40226462e-1f, 6.93147182e-1f, 1.0f}) p = p * r + c;
 #ifdef __AVX512F__
     return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
@@ -102,7 +103,7 @@ template <bool rough> inline vf gelu(vf x) {
     return 0.5f * x * (1.0f + z * p * reciprocal(q));
 }
 
-inline vf silu(vf x) { return x * reciprocal(1.0f + exponential(smaller(-x, all(88.0f)))); }
+inline vf silu(vf x) { return x * reciprocal(1.0f + power<false>(smaller(x * -LOG2E, all(126.0f)))); }
 
 // ---- kinds of numbers in a product ----------------------------------------------------------------------------------
 
@@ -143,6 +144,18 @@ template <class P> inline void put(char *a, int L, int row, int k, vf v) {
             if (plane + 1 < P::planes) v -= (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)half), 16);
         }
 #endif
+}
+
+// 2 W floats at k, a multiple of them
+template <class P> inline void put_two(char *a, int L, int row, int k, vf first, vf second) {
+#ifdef __AVX512BF16__
+    if constexpr (std::is_same_v<P, Bf16>) {
+        const __m512bh both = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+        std::memcpy(a + (size_t)(row / 16 * L + k / 32) * TILE + row % 16 * 64, &both, 64);
+        return;
+    }
+#endif
+    put<P>(a, L, row, k, first), put<P>(a, L, row, k + W, second);
 }
 
 // ---- products -------------------------------------------------------------------------------------------------------
@@ -409,7 +422,7 @@ template <class P, class A> struct Run {
         const auto value = [&](int c) { return (load(x + c) - mean) * factor; };
         if constexpr (quantised) quantise(-largest(-range.low) * factor, largest(range.high) * factor, D, s.a, row, s, value);
         else
-            for (int c = 0; c < D; c += W) put<P>(s.a, D / line<P>, row, c, value(c));
+            for (int c = 0; c < D; c += 2 * W) put_two<P>(s.a, D / line<P>, row, c, value(c), value(c + W));
     }
 
     // calls use(row, column, value) for every row and `width` columns at a time; value(i): columns + i to + W
@@ -458,17 +471,22 @@ template <class P, class A> struct Run {
         linear(a, block.proj, rows, 64, s, add);
         for (int r = 0; r < rows; r++) norm(x + r * step, r, s);
         if constexpr (quantised) std::fill(s.ranges.begin(), s.ranges.begin() + rows, Range());
-        const auto hide = [&](int row, int column, vf v) {
-            if constexpr (quantised) store((float *)s.wide + (size_t)row * hidden + column, v), s.ranges[row].take(v);
-            else put<P>(s.h, hidden / line<P>, row, column, v);
+        const auto hide = [&](int row, int column, vf first, vf second) {
+            if constexpr (quantised) {
+                float *to = (float *)s.wide + (size_t)row * hidden + column;
+                store(to, first), store(to + W, second);
+                s.ranges[row].take(first), s.ranges[row].take(second);
+            } else
+                put_two<P>(s.h, hidden / line<P>, row, column, first, second);
         };
         if (job.swiglu)
             linear(s.a, block.fc1, rows, 64, s, [&](int row, int column, auto value) {
-                for (int i = 0; i < 32; i += W) hide(row, column / 2 + i, silu(value(i)) * value(i + 32));
+                const auto gated = [&](int i) { return silu(value(i)) * value(i + 32); };
+                for (int i = 0; i < 32; i += 2 * W) hide(row, column / 2 + i, gated(i), gated(i + W));
             });
         else
             linear(s.a, block.fc1, rows, 64, s, [&](int row, int column, auto value) {
-                for (int i = 0; i < 64; i += W) hide(row, column + i, gelu<rough<P>>(value(i)));
+                for (int i = 0; i < 64; i += 2 * W) hide(row, column + i, gelu<rough<P>>(value(i)), gelu<rough<P>>(value(i + W)));
             });
         if constexpr (quantised)
             for (int r = 0; r < rows; r++)
@@ -520,14 +538,14 @@ template <class P, class A> struct Run {
             product<A>(s.q, s.k, d / line<A>, rows, (N + 15) / 16, scores, N32);
             for (int r = 0; r < rows; r++) {
                 float *row = scores + (size_t)r * N32;
-                std::fill(row + N, row + N32, -std::numeric_limits<float>::infinity());
+                std::fill(row + N, row + N32, -1e30f);
                 vf most = load(row), total{};
                 for (int c = W; c < N32; c += W) most = larger(load(row + c), most);
-                const vf top = all(largest(most));
-                for (int c = 0; c < N32; c += W) {
-                    const vf e = exponential<rough<A>>(load(row + c) - top);
-                    total += e;
-                    put<A>(s.p, N32 / line<A>, r, c, e);
+                const vf top = all(largest(most) * LOG2E);
+                for (int c = 0; c < N32; c += 2 * W) {
+                    const vf first = power<rough<A>>(load(row + c) * LOG2E - top), second = power<rough<A>>(load(row + c + W) * LOG2E - top);
+                    total += first + second;
+                    put_two<A>(s.p, N32 / line<A>, r, c, first, second);
                 }
                 weight[r] = 1 / sum(total);
             }
