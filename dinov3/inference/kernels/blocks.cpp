@@ -92,7 +92,8 @@ template <bool rough> inline vf gelu(vf x) {
     if constexpr (rough) {
         const vf z = smaller(larger(x, all(-3.75f)), all(3.75f)), s = z * z;
         vf p = all(3.24475273e-8f);
-        for (float c : {-2.05581250e-6f, 5.63490612e-5f, -8.89112998e-4f, 9.10807122e-3f, -6.52523413e-2f, 3.98331523e-1f}) p = p * s + c;
+        for (float c : {-2.05581250e-6f, 5.63490612e-5f, -8.89112998e-4f, 9.10807122e-3f, -6.52523413e-2f, 3.98331523e-1f})
+            p = p * s + c;
         return x * (z * p + 0.5f);
     }
     const vf z = smaller(larger(x * 0.70710678f, all(-4.0f)), all(4.0f)), s = z * z;
@@ -160,8 +161,10 @@ template <class P> inline void put_two(char *a, int L, int row, int k, vf first,
 
 // ---- products -------------------------------------------------------------------------------------------------------
 
-// loops with a pragma are unrolled, or GCC keeps the sums in memory before and after the loop over k
-template <class P, int R, int C> inline void by_vectors(const char *a, const char *b, int L, float *out, int ldo) {
+// `ahead`: L tiles to bring into the second cache meanwhile, or null
+template <class P, int R, int C>
+inline void by_vectors(const char *a, const char *b, int L, float *out, int ldo, const char *ahead) {
+    // loops with a pragma are unrolled, or GCC keeps the sums in memory before and after the loop over k
     constexpr int per_tile = 16 / W;
     typename P::acc c[R][C];
 #pragma GCC unroll 6
@@ -170,6 +173,7 @@ template <class P, int R, int C> inline void by_vectors(const char *a, const cha
         for (int j = 0; j < C; j++) c[i][j] = typename P::acc{};
     for (int l = 0; l < L; l++)
         for (int g = 0; g < 16; g++) {
+            if (ahead) _mm_prefetch(ahead + l * TILE + g * 64, _MM_HINT_T1);
             vf v[C];
 #pragma GCC unroll 4
             for (int j = 0; j < C; j++)
@@ -224,7 +228,10 @@ template <class P, int R, int C> inline void by_tiles(const char *a, const char 
 #endif
 
 // out [rows, 16·columns] = A · B over L tiles along k. int32 bits for I8. Rows of `out` up to the next 16 may be overwritten.
-template <class P> void product(const char *a, const char *b, int L, int rows, int columns, float *out, int ldo) {
+// Memory from `ahead` to `end` is wanted next.
+template <class P>
+void product(const char *a, const char *b, int L, int rows, int columns, float *out, int ldo,
+             [[maybe_unused]] const char *ahead = nullptr, [[maybe_unused]] const char *end = nullptr) {
     const size_t next = (size_t)L * P::planes * TILE;
 #ifdef __AMX_TILE__
     for (int j = 0; j < columns; j += 2)
@@ -240,7 +247,8 @@ template <class P> void product(const char *a, const char *b, int L, int rows, i
         for (int row = 0; row < rows;) {
             const int rest = std::min(16 - row % 16, rows - row);
             const auto run = [&](auto six, auto four) {
-                (rest > 4 ? six : four)(a + row / 16 * next + row % 16 * 64, b + j * next, L, out + row * ldo + j * 16, ldo);
+                const char *from = a + row / 16 * next + row % 16 * 64;
+                (rest > 4 ? six : four)(from, b + j * next, L, out + row * ldo + j * 16, ldo, ahead < end ? ahead : nullptr);
             };
             constexpr int V = 16 / W;
             switch (n) {
@@ -250,6 +258,7 @@ template <class P> void product(const char *a, const char *b, int L, int rows, i
                 default: run(by_vectors<P, 6, 4 * V>, by_vectors<P, 4, 4 * V>);
             }
             row += std::min(rest, 6);
+            if (ahead) ahead += L * TILE;
         }
         j += n;
     }
@@ -377,16 +386,16 @@ template <class P, class A> struct Run {
         int packed = -1;  // the image and head whose k and v are packed
         explicit Scratch(const Run &r)
             : a(operand<P>(ROWS, r.D)), h(operand<P>(ROWS, r.hidden)), wide(quantised ? (size_t)ROWS * r.hidden * 4 : 0),
-              out(32 * std::max(64, r.d) * 4), scores((size_t)32 * r.N32 * 4), q(operand<A>(32, r.d)), k(operand<A>(r.N32, r.d)),
-              v(operand<A>(r.d, r.N32)), p(operand<A>(32, r.N32)), ranges(quantised ? ROWS : 0) {}
+              out(32 * std::max(64, r.d) * 4), scores((size_t)32 * r.N32 * 4), q(operand<A>(32, r.d)),
+              k(operand<A>(r.N32, r.d)), v(operand<A>(r.d, r.N32)), p(operand<A>(32, r.N32)), ranges(quantised ? ROWS : 0) {}
     };
 
     Stored *head(int image, int head, int third) const {
         return (Stored *)(char *)qkv + (((size_t)image * job.heads + head) * 3 + third) * N * d;
     }
 
-    // k values, value(c): W of them, as u8 with zero point: x ≈ scale · (u - zero). NaN and infinity make the scale NaN, and so
-    // the whole row
+    // k values between low and high, value(c): W of them, as u8 with zero point: x ≈ scale · (u - zero). NaN and infinity
+    // make the scale NaN, and so the whole row
     template <class F> static void quantise(float low, float high, int k, char *a, int row, Scratch &s, F value) {
 #ifdef __AVX512BF16__
         const float range = high - low, scale = range > 0 ? range / 255 : 1, zero = std::nearbyint(-low / scale);
@@ -400,8 +409,9 @@ template <class P, class A> struct Run {
                 finite += v;
                 word[i] = _mm512_cvtps_epi32((__m512)v);
             }
-            const __m512i bytes = _mm512_packus_epi16(_mm512_packus_epi32(word[0], word[1]), _mm512_packus_epi32(word[2], word[3]));
-            _mm512_storeu_si512(a + (size_t)(row / 16 * (k / 64) + c / 64) * TILE + row % 16 * 64, _mm512_permutexvar_epi32(order, bytes));
+            const __m512i first = _mm512_packus_epi32(word[0], word[1]), second = _mm512_packus_epi32(word[2], word[3]);
+            const __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(first, second));
+            _mm512_storeu_si512(a + (size_t)(row / 16 * (k / 64) + c / 64) * TILE + row % 16 * 64, bytes);
         }
         s.scale[row] = scale + 0 * sum(finite), s.zero[row] = zero;
 #endif
@@ -428,12 +438,15 @@ template <class P, class A> struct Run {
     // calls use(row, column, value) for every row and `width` columns at a time; value(i): columns + i to + W
     template <class F> void linear(const char *a, const Linear &layer, int rows, int width, Scratch &s, F use) const {
         const int L = layer.k / line<P>;
-        const size_t next_tile = (size_t)L * P::planes * TILE;
+        const size_t next_tile = (size_t)L * P::planes * TILE, panel = width / 16 * next_tile;
         float *out = s.out;
-        for (int column = 0; column < layer.outputs; column += width)
+        for (int column = 0; column < layer.outputs; column += width) {
+            const char *weight = layer.weight + column / 16 * next_tile, *next = weight + panel;
+            const char *end = column + width < layer.outputs ? next + panel : next;
             for (int row = 0; row < rows; row += 32) {
-                product<P>(a + row / 16 * next_tile, layer.weight + column / 16 * next_tile, L, std::min(32, rows - row),
-                           width / 16, out, width);
+                // 32 rows take six runs over k
+                product<P>(a + row / 16 * next_tile, weight, L, std::min(32, rows - row), width / 16, out, width,
+                           next + (size_t)row / 32 * 6 * L * TILE, end);
                 for (int r = row; r < std::min(rows, row + 32); r++)
                     use(r, column, [&, from = out + (r - row) * width](int i) {
                         const vf bias = load(layer.bias + column + i);
@@ -445,6 +458,7 @@ template <class P, class A> struct Run {
                                (bias - s.scale[r] * s.zero[r] * load(layer.shift + column + i));
                     });
             }
+        }
     }
 
     bool first_tokens(int b) const { return job.cls_only && b == job.n_blocks - 1; }
@@ -486,7 +500,8 @@ template <class P, class A> struct Run {
             });
         else
             linear(s.a, block.fc1, rows, 64, s, [&](int row, int column, auto value) {
-                for (int i = 0; i < 64; i += 2 * W) hide(row, column + i, gelu<rough<P>>(value(i)), gelu<rough<P>>(value(i + W)));
+                for (int i = 0; i < 64; i += 2 * W)
+                    hide(row, column + i, gelu<rough<P>>(value(i)), gelu<rough<P>>(value(i + W)));
             });
         if constexpr (quantised)
             for (int r = 0; r < rows; r++)
@@ -543,7 +558,8 @@ template <class P, class A> struct Run {
                 for (int c = W; c < N32; c += W) most = larger(load(row + c), most);
                 const vf top = all(largest(most) * LOG2E);
                 for (int c = 0; c < N32; c += 2 * W) {
-                    const vf first = power<rough<A>>(load(row + c) * LOG2E - top), second = power<rough<A>>(load(row + c + W) * LOG2E - top);
+                    const vf first = power<rough<A>>(load(row + c) * LOG2E - top);
+                    const vf second = power<rough<A>>(load(row + c + W) * LOG2E - top);
                     total += first + second;
                     put_two<A>(s.p, N32 / line<A>, r, c, first, second);
                 }
