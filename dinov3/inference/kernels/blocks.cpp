@@ -582,7 +582,8 @@ template <class P, class A> struct Run {
             if (threads > 1) all_done.arrive_and_wait();
         };
         const size_t bytes = operand<P>(16, D + hidden) / 16 + (quantised ? hidden * 4 : 0);  // of a row between the layers
-        const int most = std::clamp((int)((quantised ? 1 << 20 : 2 << 20) / bytes), 64, ROWS);  // in the second cache
+        const long cache = std::clamp(sysconf(_SC_LEVEL2_CACHE_SIZE), 1L << 20, quantised ? 1L << 20 : 2L << 20);
+        const int most = std::clamp((int)(cache / bytes), 64, ROWS);
         const auto rows_of = [&](int total) {  // that a task takes
             const int groups = ((total + most - 1) / most + threads - 1) / threads * threads;
             return ((total + groups - 1) / groups + 31) / 32 * 32;
