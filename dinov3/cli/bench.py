@@ -214,6 +214,8 @@ def _growth(form: str, case: str, threads: int, folder: str) -> float | None:
         importlib.import_module(module)
     before = _peak()
     run = runner(form, name, (size, size), threads, folder)
+    plain_model.cache_clear()  # as `load(…, fast=…)` keeps neither
+    folded_model.cache_clear()
     with torch.inference_mode():
         for _ in range(2):
             run(x)
