@@ -39,7 +39,7 @@ from dinov3.export.convert import empty_folder
 from dinov3.features import default_preprocessing, evaluating
 from dinov3.files import atomically
 from dinov3.heads.detr import DetectorWithProcessor, to_xyxy
-from dinov3.heads.dinotxt import DinoTxt, TextTransformer, VisionHead
+from dinov3.heads.dinotxt import DinoTxt, TextTower, TextTransformer, VisionHead, VisionTower
 from dinov3.heads.dpt import Depther
 from dinov3.heads.mask2former import Mask2FormerSegmentor
 from dinov3.hub import HEADS
@@ -127,16 +127,16 @@ def task_outputs(model: Any, images: Tensor) -> dict[str, Tensor]:
     return {"depth" if isinstance(model, Depther) else "logits": model(images)}
 
 
-def image_tower(model: DinoTxt, images: Tensor) -> dict[str, Tensor]:
+def image_tower(tower: VisionTower, images: Tensor) -> dict[str, Tensor]:
     """ "features" [B, E] of length one, and "patches" [B, h, w, D'], which compare with the second half of a text's."""
-    features, patches, _ = model.encode_image_with_patch_tokens(images, normalize=True)
-    grid = model.visual_model.backbone.patch_grid(images.shape[-2], images.shape[-1])
-    return {"features": features, "patches": patches.unflatten(1, grid)}
+    features, patches, _ = tower(images)
+    grid = tower.backbone.patch_grid(images.shape[-2], images.shape[-1])
+    return {"features": F.normalize(features, dim=-1), "patches": patches.unflatten(1, grid)}
 
 
-def text_tower(model: DinoTxt, tokens: Tensor) -> dict[str, Tensor]:
+def text_tower(tower: TextTower, tokens: Tensor) -> dict[str, Tensor]:
     """ "features" [B, E] of length one of token ids [B, n]."""
-    return {"features": model.encode_text(tokens, normalize=True)}
+    return {"features": F.normalize(tower(tokens), dim=-1)}
 
 
 class FixedRope(nn.Module):
@@ -302,8 +302,10 @@ def _parts(model: Any, size: tuple[int, int] | None, output: str) -> dict[str, P
         text = {"model": facts["model"], "logit_scale": facts["logit_scale"], "vocabulary": ids}
         tokens = [torch.randint(ids, (b, n), generator=torch.Generator().manual_seed(b)) for b in (1, 3)]
         return {
-            "image": Part(Outputs(model, image_tower, ("features", "patches")), *seen, facts, rows=True),
-            "text": Part(Outputs(model, text_tower, ["features"]), "tokens", [n], {}, tokens, text, rows=True),
+            "image": Part(Outputs(model.visual_model, image_tower, ("features", "patches")), *seen, facts, rows=True),
+            "text": Part(
+                Outputs(model.text_model, text_tower, ["features"]), "tokens", [n], {}, tokens, text, rows=True
+            ),
         }
     if model is backbone:
         names = [n for n in OUTPUTS[output] if n != "registers" or backbone.n_storage_tokens]
