@@ -136,7 +136,9 @@ def guide_overrides(given: TrainOptions) -> list[str]:
     for text, grl in [*((t, False) for t in given.guide), *((t, True) for t in given.forget)]:
         head, *options = text.split(",")
         column, equals, method = head.partition("=")
-        row: dict[str, object] = {"name": column, "grl": grl} | ({"method": method} if equals else {})
+        row: dict[str, object] = {"name": column, "grl": grl}
+        if equals or grl:
+            row["method"] = method or "ridge"
         for option in options:
             key, equals, value = option.partition("=")
             if not equals:

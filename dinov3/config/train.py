@@ -230,8 +230,10 @@ class GuideConfig:
 
     name: str = MISSING  # the column
     enabled: bool = True
-    method: Literal["classification", "regression", "prototypical"] = "classification"
-    grl: bool = False  # gradient reversal: the backbone forgets the column; the weight is then a tenth
+    # ridge is ours: linear regression in closed form, for what is forgotten
+    method: Literal["classification", "regression", "prototypical", "ridge"] = "classification"
+    # gradient reversal: the backbone forgets the column; the weight is then a tenth (but of ridge)
+    grl: bool = False
     loss_weight: float = setting(1.0, at_least=0)
     n_outputs: int | None = setting(None, above=0)  # null: as many as the column has values
     hidden_dim: int | None = setting(None, above=0)  # null: a linear layer
@@ -244,6 +246,9 @@ class GuideConfig:
     proto_temperature: float = setting(0.07, above=0)  # these three: prototypical
     proto_centroid_momentum: float = setting(0.999, at_least=0, below=1)
     proto_phi_min: float = setting(0.01, above=0)
+    ridge_features: int = setting(128, at_least=0)  # these three: ridge; random Fourier features beside the tokens
+    ridge_strength: float = setting(0.01, above=0)  # of the penalty, by the features' mean variance
+    ridge_momentum: float = setting(0.97, at_least=0, below=1)  # of the covariances, a batch
 
 
 @dataclass
@@ -777,6 +782,7 @@ GUIDE_OPTIONS = {
     "classification": ("use_bce", "hidden_dim", "dropout", "n_outputs"),
     "regression": ("output_activation", "target_normalization", "hidden_dim", "dropout"),
     "prototypical": ("proto_temperature", "proto_centroid_momentum", "proto_phi_min", "n_outputs"),
+    "ridge": ("ridge_features", "ridge_strength", "ridge_momentum", "n_outputs"),
 }
 
 

@@ -195,6 +195,7 @@ class Trainer:
             tensors |= self.guard.tensors()
         if m.guides is not None:
             tensors |= checkpoint.module_tensors(m.guides.centroids, "model.guide_centroids.")
+            tensors |= checkpoint.module_tensors(m.guides.ridges, "model.guide_ridges.")
         return tensors | checkpoint.optimizer_tensors(self.optimizer, m.student)
 
     def save(self, iteration: int, *, wait: bool = True) -> Path:

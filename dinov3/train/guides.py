@@ -2,11 +2,13 @@
 
 A guide predicts one column from the CLS tokens of the global crops, before the projection head. Its gradient reaches
 the backbone times λ, which rises from 0; a guide that *forgets* (`grl`) sends it with the opposite sign, and its weight is
-a tenth. The head itself learns with the plain gradient. What it predicts with:
+a tenth (not that of `ridge`, which has nothing to learn). The head itself learns with the plain gradient. It predicts with:
 
     classification    a linear layer or an MLP; cross-entropy, or binary cross-entropy of several values at once
     regression        the same; squared error of the value, brought to a range
     prototypical      no parameters: cosine to each value's centroid, an average of the teacher's CLS tokens of all ranks
+    ridge             ours, no parameters: ridge regression of the value in closed form, from all crops (`Ridge`). It is at
+                      its optimum in every step, so no backbone is too fast for it: what `--forget` takes
 
 With `optim.grad_norm_normalization` each guide's gradient at the CLS tokens is brought to that norm, and is then multiplied
 by λ and the weight. (Mended: in the published form the weights cancel.) Images without a value do not count.
@@ -34,7 +36,7 @@ from dinov3.distributed import Group
 from dinov3.errors import DinoError
 from dinov3.losses import LossTerms
 
-REVERSED = 0.1  # times the weight of a guide that forgets
+REVERSED = 0.1  # times the weight of a guide that forgets and has to learn to predict
 SEVERAL = "|"  # between values of one cell, with use_bce
 ACTIVATIONS = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
 
@@ -218,6 +220,66 @@ class Centroids(nn.Module):
         return (F.normalize(cls.float(), dim=-1) @ self.directions.T / phi).masked_fill(~seen, -1e4)
 
 
+class Ridge(nn.Module):
+    """Ridge regression of a column's values from CLS tokens, solved in closed form; buffers only, the same on all ranks.
+
+    A linear probe is at chance exactly where all values have the same mean token (LEACE, Belrose et al. 2023), which is where
+    the best regression explains no variance: R² = 0. Random Fourier features of the tokens, beside the tokens, compare
+    distributions and not means alone. Covariances are averages over the batches of all ranks that decay by `ridge_momentum`,
+    so that there are many more rows than dimensions.
+
+    The loss is 1 − R. (R² alone has a gradient that vanishes with R.) The regression's weights are constants in the backward
+    pass: at its optimum the gradient through them is zero.
+    """
+
+    def __init__(self, width: int, n: int, config: GuideConfig) -> None:
+        super().__init__()
+        self.config, self.n = config, n
+        self.frequencies: Tensor  # [D, M]; cos(x · frequencies + phases): a Gaussian kernel of width √D
+        self.phases: Tensor  # [M]
+        self.sums: Tensor  # [F + 1 + K, F + 1 + K], F = D + M: of the outer products of (features, 1, one-hot values)
+        draw, count = torch.Generator().manual_seed(0), config.ridge_features
+        frequencies, phases = (
+            torch.randn(width, count, generator=draw, device="cpu"),
+            torch.rand(count, generator=draw, device="cpu"),
+        )
+        device = torch.empty(0).device  # of the surrounding context
+        # sums of many rows, whose means are subtracted: not for float32; Apple's GPUs have nothing else
+        kept = torch.float32 if device.type == "mps" else torch.float64
+        self.register_buffer("frequencies", (frequencies / math.sqrt(width)).to(device, kept))
+        self.register_buffer("phases", (2 * math.pi * phases).to(device, kept))
+        self.register_buffer("sums", torch.zeros(width + count + 1 + n, width + count + 1 + n, dtype=kept))
+
+    def forward(self, cls: Tensor, values: Tensor, group: Group = None) -> Tensor:
+        """1 − R, a scalar, for cls [n, D] with values [n], −1 where there is none. Takes the rows into the averages first."""
+        with torch.autocast(cls.device.type, enabled=False):
+            cls = cls.to(self.sums.dtype)
+            x = torch.cat([cls, (cls @ self.frequencies + self.phases).cos()], 1)  # [n, F]
+            y = F.one_hot(values.clamp(min=0), self.n).to(x.dtype)  # [n, K]
+            there = (values >= 0).to(x.dtype)
+            with torch.no_grad():
+                rows = torch.cat([x, torch.ones_like(x[:, :1]), y], 1) * there.unsqueeze(1)
+                new = distributed.all_reduce(rows.T @ rows, "sum", group)
+                self.sums.mul_(self.config.ridge_momentum).add_(new)
+                mean_x, mean_y, weight, variance, r = self._solution()
+            errors = (y - mean_y - (x - mean_x) @ weight).square().sum(1) / variance  # [n]; their mean is 1 − R²
+            count = new[x.shape[1], x.shape[1]].clamp(min=1)  # labelled rows of this batch
+            share = (errors * there).sum() * distributed.world(group) / count
+            return (1 - r + (share - share.detach()) / (2 * r.clamp(min=0.03))).float()
+
+    def _solution(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(mean features [F], mean values [K], weights [F, K], total variance of the values, R)."""
+        F_ = len(self.sums) - 1 - self.n
+        count = self.sums[F_, F_].clamp(min=1)
+        mean = self.sums[F_] / count
+        covariance = self.sums / count - mean.outer(mean)
+        inner, cross = covariance[:F_, :F_], covariance[:F_, F_ + 1 :]
+        strength = (self.config.ridge_strength * inner.diagonal().mean()).clamp(min=1e-8)
+        weight = torch.linalg.solve(inner + strength * torch.eye(F_, dtype=inner.dtype, device=inner.device), cross)
+        variance = covariance[F_ + 1 :, F_ + 1 :].trace().clamp(min=1e-8)
+        return mean[:F_], mean[F_ + 1 :], weight, variance, ((weight * cross).sum() / variance).clamp(0, 1).sqrt()
+
+
 # ---- all guides of a run -------------------------------------------------------------------------------------------
 
 
@@ -231,12 +293,14 @@ class Guides:
         """`accumulation`: batches of an iteration. `norm`: of each guide's gradient at the CLS tokens before weights."""
         self.targets, self.schedule, self.group = list(targets), schedule, group
         self.accumulation, self.norm = accumulation, norm
-        with_head = [t for t in self.targets if t.config.method != "prototypical"]
-        self.heads = GuideHeads(width, with_head) if with_head else None
         # by its place, as names of columns may hold anything
-        self.centroids = nn.ModuleDict(
-            {str(i): Centroids(width, t.outputs, t.config) for i, t in enumerate(self.targets) if t not in with_head}
+        kinds = [(str(i), t, t.config.method) for i, t in enumerate(self.targets)]
+        self.centroids, self.ridges = (
+            nn.ModuleDict({i: kind(width, t.outputs, t.config) for i, t, method in kinds if method == name})
+            for name, kind in (("prototypical", Centroids), ("ridge", Ridge))
         )
+        with_head = [t for i, t, _ in kinds if i not in self.centroids and i not in self.ridges]
+        self.heads = GuideHeads(width, with_head) if with_head else None
 
     def observe(self, teacher_cls: Tensor, indices: Sequence[int]) -> None:
         """The teacher's CLS tokens of both global crops [2B, D], for the centroids; before `add`."""
@@ -245,24 +309,34 @@ class Guides:
             centroids.update(teacher_cls, self._values(self.targets[int(i)], indices, teacher_cls.device), self.group)
 
     @staticmethod
-    def _values(target: Target, indices: Sequence[int], device: torch.device) -> Tensor:
-        return target.values[list(indices)].repeat((2,) + (1,) * (target.values.ndim - 1)).to(device)  # crop-major
+    def _values(target: Target, indices: Sequence[int], device: torch.device, crops: int = 2) -> Tensor:
+        return target.values[list(indices)].repeat((crops,) + (1,) * (target.values.ndim - 1)).to(device)  # crop-major
 
     def add(self, terms: LossTerms, cls: Tensor, heads: GuideHeads | None, indices: Sequence[int], step: int) -> None:
-        """A term for each guide, from the student's CLS tokens of both global crops [2B, D]; `step`: the batch's number."""
+        """A term for each guide, from the student's CLS tokens of all crops [(2 + n_l)·B, D], the global ones first; `step`:
+        the batch's number."""
         scale = lambda_at(self.schedule, step // self.accumulation)
         passages = [Passage(-scale if t.config.grl else scale, self.norm, self.group) for t in self.targets]
-        inputs = [_Gate.apply(cls, p) for p in passages]
-        with_head = [x for i, x in enumerate(inputs) if str(i) not in self.centroids]
-        outputs = iter(heads(with_head) if heads is not None else ())
+        crops = [len(cls) // len(indices) if str(i) in self.ridges else 2 for i in range(len(self.targets))]
+        inputs = [_Gate.apply(cls[: n * len(indices)], p) for n, p in zip(crops, passages)]
+        outputs = iter(())
+        if heads is not None:
+            plain = (x for i, x in enumerate(inputs) if str(i) not in self.centroids and str(i) not in self.ridges)
+            outputs = iter(heads(list(plain)))
         for i, (target, x, passage) in enumerate(zip(self.targets, inputs, passages)):
-            output = self.centroids[str(i)](x) if str(i) in self.centroids else next(outputs)
-            errors, there = _errors(target.config, output.float(), self._values(target, indices, cls.device))
-            # the mean over the labelled rows of all ranks, once ranks are averaged
-            count = distributed.all_reduce(there.float().sum(), "sum", self.group).clamp(min=1)
-            loss = errors.masked_fill(~there, 0).sum() * distributed.world(self.group) / count
-            weight = target.config.loss_weight * (REVERSED if target.config.grl else 1)
+            values = self._values(target, indices, cls.device, crops[i])
+            if str(i) in self.ridges:
+                loss = self.ridges[str(i)](x, values, self.group)
+            else:
+                output = self.centroids[str(i)](x) if str(i) in self.centroids else next(outputs)
+                loss = self._mean(*_errors(target.config, output.float(), values))
+            weight = target.config.loss_weight * (REVERSED if target.config.grl and str(i) not in self.ridges else 1)
             terms.add(f"guide_{target.config.name}_loss", weight, _Weighed.apply(loss, passage))
+
+    def _mean(self, errors: Tensor, there: Tensor) -> Tensor:
+        """Over the labelled rows of all ranks, once ranks are averaged."""
+        count = distributed.all_reduce(there.float().sum(), "sum", self.group).clamp(min=1)
+        return errors.masked_fill(~there, 0).sum() * distributed.world(self.group) / count
 
 
 def _errors(c: GuideConfig, output: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from dinov3.config.train import GuideConfig, LambdaConfig, TargetRange, load_con
 from dinov3.data.metadata import metadata_of
 from dinov3.errors import DinoError
 from dinov3.losses import LossTerms
-from dinov3.train.guides import Centroids, GuideHeads, Guides, as_target, lambda_at
+from dinov3.train.guides import Centroids, GuideHeads, Guides, Ridge, as_target, lambda_at
 from dinov3.train.loop import Outcome
 from dinov3.train.train import train
 
@@ -163,6 +163,45 @@ def test_centroids_are_averages_of_the_teachers_directions_and_the_loss_is_proto
     assert float(tight(torch.eye(4)[:1])[0, 0]) == pytest.approx(1 / 0.01)  # no spread: the floor
 
 
+def test_the_ridge_is_that_of_plain_least_squares_and_its_gradient_that_of_the_whole_solution() -> None:
+    config = GuideConfig("hue", method="ridge", ridge_features=0, ridge_strength=1e-9)
+    x, values = normal(4, 200, 4).double(), torch.arange(200) % 3
+    x[values == 1] += 0.7
+
+    def explained(tokens: Tensor) -> Tensor:
+        """R by least squares with an intercept, gradient through the solution."""
+        y = F.one_hot(values).double()
+        inputs = torch.cat([tokens, torch.ones_like(tokens[:, :1])], 1)
+        rest = y - inputs @ torch.linalg.solve(inputs.T @ inputs, inputs.T @ y)
+        return (1 - rest.square().sum() / (y - y.mean(0)).square().sum()).sqrt()
+
+    tokens, twin = x.clone().requires_grad_(), x.clone().requires_grad_()
+    value = Ridge(4, 3, config)(tokens, values)
+    value.backward()
+    (1 - explained(twin)).backward()
+    assert float(value.detach()) == pytest.approx(1 - float(explained(x)), abs=1e-5)
+    torch.testing.assert_close(tokens.grad, twin.grad, rtol=1e-4, atol=1e-8)
+    step = torch.zeros_like(x)
+    step[7, 2] = 1e-4
+    slope = float(explained(x - step) - explained(x + step)) / 2e-4
+    assert float(tokens.grad[7, 2]) == pytest.approx(slope, rel=1e-3)  # type: ignore[index]
+
+
+def test_the_ridge_finds_nothing_where_means_are_equal_and_its_features_find_other_distributions() -> None:
+    values = torch.arange(400) % 2
+    x = normal(5, 400, 4)
+    for k in range(2):
+        x[values == k] -= x[values == k].mean(0)
+    x[values == 1] *= 3  # equal means, another spread
+    assert float(Ridge(4, 2, GuideConfig("hue", method="ridge", ridge_features=0))(x, values)) == pytest.approx(
+        1, abs=1e-3
+    )
+    assert float(Ridge(4, 2, GuideConfig("hue", method="ridge"))(x, values)) < 0.6
+    missing = torch.full_like(values, -1)
+    alone = Ridge(4, 2, GuideConfig("hue", method="ridge"))
+    assert float(alone(x, missing)) == 1
+
+
 def on_a_rank(configs: list[GuideConfig], norm: float) -> tuple[dict[str, float], Tensor, list[Tensor]]:
     rank, world = distributed.rank(), distributed.world()
     made = guides(*configs, norm=norm)
@@ -170,12 +209,13 @@ def on_a_rank(configs: list[GuideConfig], norm: float) -> tuple[dict[str, float]
     if made.heads is not None:
         distributed.average_gradients(list(made.heads.parameters()))
     learned = [] if made.heads is None else [p.grad for p in made.heads.parameters()]
-    return distributed.average(values), gradient, [*learned, *made.centroids.buffers()]  # type: ignore[list-item]
+    return distributed.average(values), gradient, [*learned, *made.centroids.buffers(), *made.ridges.buffers()]  # type: ignore[list-item]
 
 
 def test_two_ranks_with_unequally_many_labels_compute_what_one_computes() -> None:
     norm = 0.5
     configs = [GuideConfig("hue", grl=True), GuideConfig("hue2", method="prototypical")]
+    configs.append(GuideConfig("hue3", method="ridge", grl=True))
     values, gradient, learned = on_a_rank(configs, norm)
     parts = run_ranks(on_a_rank, 2, configs, norm)
     both = torch.cat([p[1].unflatten(0, (2, 3)) for p in parts], 1).flatten(0, 1) / 2  # data parallelism's average
@@ -372,7 +412,7 @@ def test_the_command_forgets_a_column(data: tuple[str, Path, Path], tmp_path: Pa
     ]
     done = subprocess.run([*command, *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "guide 'hue': classification of 3 values (b, g, r), forgotten" in done.stderr
+    assert "guide 'hue': ridge of 3 values (b, g, r), forgotten" in done.stderr
     assert "guide 'shade': regression, followed" in done.stderr
     resolved = (tmp_path / "run" / "resolved.yaml").read_text()
     assert "loss_weight: 0.5" in resolved
@@ -382,7 +422,7 @@ def test_options_of_the_command_become_guides() -> None:
     given = TrainOptions(None, ["a", "b=prototypical,loss_weight=0.03"], ["c"], "t.csv")
     config, _ = load_config(None, ["train.dataset_path=/i", *guide_overrides(given)])
     assert [(g.name, g.method, g.grl, g.loss_weight) for g in config.guide.guides] == [
-        ("a", "classification", False, 1.0), ("b", "prototypical", False, 0.03), ("c", "classification", True, 1.0),
+        ("a", "classification", False, 1.0), ("b", "prototypical", False, 0.03), ("c", "ridge", True, 1.0),
     ]  # fmt: skip
     assert guide_overrides(TrainOptions()) == []
     with pytest.raises(DinoError, match="need --metadata FILE"):
