@@ -1,6 +1,6 @@
 """Synthetic proofs of the newer options of training (docs/options.md), on a CPU: tiny networks, minutes.
 
-    python benchmarks/options.py --out OUT             # all runs, one after the other: 6 CPU minutes
+    python benchmarks/options.py --out OUT             # all runs, one after the other: 10 CPU minutes
     python benchmarks/options.py --out OUT sigreg      # one of them; `plain` comes first
 
 Images are 48 px: small shapes of a random grey (the task) spread over a background of one of two opposite hues (the

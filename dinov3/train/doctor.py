@@ -407,11 +407,11 @@ ALIKE = 0.95  # mean cosine of CLS tokens of different images
 ONE_TARGET = 0.85  # of ln K, entropy of the mean target; Sinkhorn-Knopp keeps it at 1.00
 KOLEO_ALIKE = 4.0  # KoLeo: the nearest of a batch's CLS tokens lie e⁻⁴ = 0.018 apart, on a sphere of radius 1
 FEW_DIMENSIONS, FEW_OF = 4.0, 0.02  # RankMe: that, or that share of the most it can be
-FEW_PROTOTYPES = 0.2  # of those that as many uniform draws would hit
+FEW_PROTOTYPES = 0.12  # of those that as many uniform draws would hit
 REMAINS = 0.5  # of its first weights in the teacher
 REPEATED, FEW_IMAGES = 100, 2000  # views of each image, where there are fewer different ones than that
 COPIES = 0.5  # different images per file
-STRUCTURED = 0.4  # share of patches: below it, as in young networks, there is no structure to lose
+STRUCTURED = 0.5  # share of patches: below it, as in young networks, there is no structure to lose
 DECAYED, DRIFTED = 0.92, 0.02  # of the best structure of patches; 1 − correlation of their cosines
 
 ADVICE = {

@@ -96,7 +96,7 @@ def facts(tmp_path, *overrides: str) -> d.Facts:
 GOOD = {"rankme": 12.0, "lidar": 9.0, "cls_cosine": 0.2, "patch_structure": 0.6, "patch_drift": 0.05, "teacher_gap": 0.05,
         "dino_prototypes_used": 0.9, "dino_target_entropy": math.log(32), "dino_targets": 2000.0,
         "images_seen": 2400, "images_distinct": 5000.0, "images_listed": 5000}  # fmt: skip
-START = {**GOOD, "rankme": 11.0, "patch_structure": 0.4, "patch_drift": None}
+START = {**GOOD, "rankme": 11.0, "patch_structure": 0.52, "patch_drift": None}
 LOSSES = {
     "total_loss": 5.0,
     "dino_global_crops_loss": 3.2,
@@ -174,15 +174,26 @@ def test_the_advice_for_decayed_patches_names_the_best_teacher(tmp_path) -> None
     assert "step 149" in found.advice
     started = facts(tmp_path, "student.resume_from_teacher_chkpt=good.pth")
     (*_, found) = d.verdicts(
-        started, records({"patch_structure": 0.5}, LOSSES, before={**GOOD, "patch_structure": 0.3})
+        started, records({"patch_structure": 0.54}, LOSSES, before={**GOOD, "patch_structure": 0.3})
     )
-    assert found.name == "healthy"  # 0.5 is above the start's 0.4
+    assert found.name == "healthy"  # 0.54 is above the start's 0.52
     (*_, found) = d.verdicts(
         started, records({"patch_structure": 0.3}, LOSSES, before={**GOOD, "patch_structure": 0.3})
     )
     assert "gram.ckpt=good.pth" in found.advice
     on = replace(started, gram=True)
     assert d.verdicts(on, records({"patch_structure": 0.3}, LOSSES))[-1].name == "healthy"
+
+
+@pytest.mark.parametrize("now", [{"patch_structure": 0.3}, {"dino_prototypes_used": 0.19}])
+def test_young_networks_are_not_accused(tmp_path, now: dict) -> None:
+    """As in `toy_cpu` and `small_cpu` after 240 steps: 40 → 28 % of the patches, 19 % of the prototypes."""
+    before = {**GOOD, "patch_structure": 0.41}
+    seen = [{**r, "patch_structure": 0.41} if r.get("patch_structure") else r for r in records({}, LOSSES, before)[:-1]]
+    assert (
+        d.verdicts(facts(tmp_path), [*seen, {**records({}, LOSSES)[-1], "patch_structure": 0.41, **now}])[-1].name
+        == "healthy"
+    )
 
 
 def test_a_run_without_measurements_is_judged_by_its_losses(tmp_path) -> None:
