@@ -1,11 +1,11 @@
 """Synthetic proofs of the newer options of training (docs/options.md), on a CPU: tiny networks, minutes.
 
-    python benchmarks/options.py --out OUT             # all runs, one after the other: 10 CPU minutes
+    python benchmarks/options.py --out OUT             # all runs, one after the other: 12 CPU minutes
     python benchmarks/options.py --out OUT sigreg      # one of them; `plain` comes first
 
 Images are 48 px: small shapes of a random grey (the task) spread over a background of one of two opposite hues (the
 nuisance). Brightness says nothing of the hue. `plain` trains 300 steps from random weights; every other run goes on from it
-for 150 steps (`longer` and `forget`: 1,200), `control` without an option. Printed, on images that were not trained on: k-NN
+for 150 steps (`longer` and `forget`: 1,200), `control` without an option; those of `FROM_RANDOM` train 450 from random weights. Printed, on images that were not trained on: k-NN
 and linear probe of shape and hue, what SIGReg is about, and how alike student and teacher are at visible patches.
 """
 
@@ -71,6 +71,12 @@ RUNS: dict[str, list[str]] = {
     "visible": ["ibot.visible_loss_weight=1"],
     "sigreg": ["dino.sigreg_loss_weight=1"],
     "heads": ["teacher.ema=heads"],
+}
+FROM_RANDOM: dict[str, list[str]] = {  # what holds the CLS tokens apart, 450 steps
+    "nothing": ["dino.koleo_loss_weight=0"],
+    "koleo": [],
+    "bottleneck": ["dino.sigreg_loss_weight=0.05"],
+    "cls": ["dino.sigreg_loss_weight=2", "dino.sigreg_on=cls"],
 }
 
 
@@ -180,6 +186,7 @@ def measured(run: Path, config: TrainConfig, out: Path) -> dict[str, float]:
         "shape probe": probe(shape, shape_test),
         "hue k-NN": knn_accuracy(x, hue, x_test, hue_test, k=10),
         "hue probe": probe(hue, hue_test),
+        "rank of CLS": entropy_rank(x_test),
         "rank of the bottleneck": entropy_rank(raw),
         "isotropy": float(variances.mean() ** 2 / variances.square().mean()),  # 1: equal in all directions
         "SIGReg": float(sigreg_loss(raw, sigreg_directions(raw.shape[1], 0))),
@@ -191,8 +198,11 @@ def run(name: str, out: Path) -> dict[str, float]:
     """Trains, or takes what was trained, and measures."""
     file = out / "config.yaml"
     file.write_text(json.dumps(CONFIG))  # JSON is YAML
-    overrides = [f"train.dataset_path={out / 'train'}", *(o.format(out=out) for o in RUNS[name])]
-    if name != "plain":
+    of_run = (RUNS | FROM_RANDOM)[name]
+    overrides = [f"train.dataset_path={out / 'train'}", *(o.format(out=out) for o in of_run)]
+    if name in FROM_RANDOM:
+        overrides = ["optim.iterations=450", *overrides]
+    elif name != "plain":
         first = f"student.resume_from_teacher_chkpt={out / 'plain' / 'eval' / 'training_299'}"
         overrides = [first, "optim.iterations=150", "optim.lr=1e-3", *overrides]
     config, _ = load_config(file, overrides)
@@ -206,7 +216,7 @@ def run(name: str, out: Path) -> dict[str, float]:
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description="Synthetic proofs of the newer options of training.")
-    p.add_argument("runs", nargs="*", help=", ".join(RUNS))
+    p.add_argument("runs", nargs="*", help=", ".join(RUNS | FROM_RANDOM))
     p.add_argument("--out", type=Path, required=True)
     options = p.parse_args()
     torch.set_num_threads(1)
@@ -214,5 +224,5 @@ if __name__ == "__main__":
     for part, each, seed in (("train", 100, 0), ("test", 150, 1)):
         if not (options.out / part).is_dir():
             write_images(options.out / part, each, seed)
-    for name in options.runs or RUNS:
-        run(one_of("the run", name, RUNS), options.out)
+    for name in options.runs or RUNS | FROM_RANDOM:
+        run(one_of("the run", name, RUNS | FROM_RANDOM), options.out)

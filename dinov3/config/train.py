@@ -89,6 +89,7 @@ class DinoConfig:
     koleo_distributed_loss_group_size: int | None = setting(None, above=0)
     # ours; above 0: SIGReg takes KoLeo's place (published: 0.05). KoLeo is then logged and not added, whatever its weight
     sigreg_loss_weight: float = setting(0.0, at_least=0)
+    sigreg_on: Literal["bottleneck", "cls"] = "bottleneck"  # of the head (published), or the CLS tokens, as KoLeo
     reweight_dino_local_loss: bool = False
     local_loss_weight_schedule: ScheduleConfig = field(
         default_factory=lambda: ScheduleConfig(start=0.5, peak=0.5, end=0.5)

@@ -252,11 +252,12 @@ class SelfDistillation:
         koleo = torch.stack([self._koleo(x) for x in cls.chunk(2)]).mean()
         terms.add("koleo_loss", 2 * c.koleo_loss_weight if bottleneck is None else 0.0, koleo)
         if bottleneck is not None:
-            directions = losses.sigreg_directions(bottleneck.shape[1], batch.step)
+            spread = cls if c.sigreg_on == "cls" else bottleneck[: 2 * B]
+            directions = losses.sigreg_directions(spread.shape[1], batch.step)
             terms.add(
                 "sigreg_loss",
                 c.sigreg_loss_weight,
-                losses.sigreg_loss(bottleneck[: 2 * B], directions, group=self.group),
+                losses.sigreg_loss(spread, directions, group=self.group),
             )
         self._add_ibot(terms, self.student.ibot_head(compared), targets.ibot, batch)
         if self.guides is not None:

@@ -121,6 +121,17 @@ def test_sigreg_sees_the_bottleneck_of_global_crops_before_its_length_is_divided
     assert math.isfinite(float(terms["koleo_loss"].value.detach()))
 
 
+def test_sigreg_can_see_the_cls_tokens_of_global_crops() -> None:
+    method = Variant(dino={"sigreg_loss_weight": 2.0, "sigreg_on": "cls"}).build()
+    batch = replace(recorded_batch(0), step=7)
+    terms = {t.name: t for t in method.predict(batch, method.targets(batch, VALUES), VALUES)}
+    cls = method.student.backbone([batch.global_crops, batch.local_crops], [batch.masks, None], is_training=True)[0][
+        "x_norm_clstoken"
+    ]
+    expected = losses.sigreg_loss(cls, losses.sigreg_directions(cls.shape[1], 7))
+    assert float(terms["sigreg_loss"].value.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+
+
 def test_a_koleo_weight_beside_sigreg_is_a_note() -> None:
     data = "train.dataset_path=/images"
     _, notes = load_config(None, [data, "dino.sigreg_loss_weight=0.05"])
