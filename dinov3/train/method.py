@@ -254,11 +254,7 @@ class SelfDistillation:
         if bottleneck is not None:
             spread = cls if c.sigreg_on == "cls" else bottleneck[: 2 * B]
             directions = losses.sigreg_directions(spread.shape[1], batch.step)
-            terms.add(
-                "sigreg_loss",
-                c.sigreg_loss_weight,
-                losses.sigreg_loss(spread, directions, group=self.group),
-            )
+            terms.add("sigreg_loss", c.sigreg_loss_weight, losses.sigreg_loss(spread, directions, group=self.group))
         self._add_ibot(terms, self.student.ibot_head(compared), targets.ibot, batch)
         if self.guides is not None:
             self.guides.add(terms, every_cls, getattr(self.student, "guides", None), batch.indices, batch.step)
