@@ -326,7 +326,8 @@ def test_settings_of_guides_that_do_not_fit_are_refused(overrides: list[str], se
 
 SETTINGS = [
     "guide.enabled=true", "guide.lambda_schedule.warmup_iterations=4",
-    "guide.guides=[{name: hue, grl: true, hidden_dim: 8, dropout: 0.1}, {name: shade, method: prototypical}]",
+    "guide.guides=[{name: hue, grl: true, hidden_dim: 8, dropout: 0.1}, {name: shade, method: prototypical}, "
+    "{name: third, grl: true, method: ridge}]",
 ]  # fmt: skip
 
 
@@ -336,9 +337,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path]:
     images = write_images(folder / "images")
     with open(folder / "table.csv", "w", newline="") as stream:
         writer = csv.writer(stream)
-        writer.writerow(("path", "hue", "shade"))
+        writer.writerow(("path", "hue", "shade", "third"))
         for i, path in enumerate(sorted(images.rglob("*.png"))):
-            writer.writerow((path.relative_to(images), "rgb"[i % 3], "" if i == 5 else i % 2))
+            writer.writerow((path.relative_to(images), "rgb"[i % 3], "" if i == 5 else i % 2, i % 4 // 2))
     return write_config(folder), images, folder / "table.csv"
 
 
@@ -358,6 +359,10 @@ def test_guides_are_trained_saved_and_resumed_to_the_bit_and_not_in_the_teacher(
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert a["model.guide_centroids.1.total"].shape == (2, 32)
+    ridge = [a[name] for name in a if name.startswith("model.guide_ridges.2.")]
+    assert ridge
+    assert all(x.isfinite().all() for x in ridge)
+    assert any((x != 0).any() for x in ridge)
     assert a["model.student.guides.heads.0.0.weight"].shape == (8, 32)
     assert (a["optimizer.state.guides.heads.0.0.weight.exp_avg"] != 0).any()
     dumped = torch.load(tmp_path / "whole" / "eval" / "training_11" / "teacher_checkpoint.pth", weights_only=True)
@@ -366,7 +371,9 @@ def test_guides_are_trained_saved_and_resumed_to_the_bit_and_not_in_the_teacher(
     assert "guide 'hue': classification of 3 values (b, g, r), forgotten; 12 of 12 images have a value" in log
     assert "guide 'shade': prototypical of 2 values (0, 1), followed; 11 of 12 images have a value" in log
     metrics = (tmp_path / "whole" / "metrics.jsonl").read_text()
-    assert all(name in metrics for name in ("guide_hue_loss", "guide_shade_loss", "guides_grad_norm"))
+    assert all(
+        name in metrics for name in ("guide_hue_loss", "guide_shade_loss", "guide_third_loss", "guides_grad_norm")
+    )
 
 
 def sharded(config_file: str, overrides: list[str], out: str) -> dict[str, Tensor]:
