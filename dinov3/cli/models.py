@@ -283,11 +283,12 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Turns of every form.", min=1)] = 7,
     threads: Annotated[int, typer.Option(help="Of each form.", min=1)] = 1,
     skip: Annotated[list[str] | None, typer.Option(help="A library to leave out; may be repeated.")] = None,
+    memory: Annotated[bool, typer.Option(help="Peak memory too: a process for each row, minutes in all.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
 ) -> None:
     """Measure the forms of a backbone, and other libraries', on this machine."""
     from dinov3.cli.bench import CASES, table
     from dinov3.cli.bench import bench as run
 
-    rows = run(cases or CASES, rounds=rounds, threads=threads, skip=skip or (), on_progress=log)
+    rows = run(cases or CASES, rounds=rounds, threads=threads, skip=skip or (), memory=memory, on_progress=log)
     print(json.dumps(rows) if as_json else table(rows))
