@@ -145,7 +145,8 @@ def compact(store: EmbeddingStore, flat_index: bool = False) -> tuple[int, int]:
     store.compact()
     if flat_index:
         flat.write(store)
-    flat.refresh(store)
+    else:
+        flat.refresh(store)
     return before, size_of(store)
 
 

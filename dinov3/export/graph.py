@@ -56,12 +56,8 @@ OUTPUTS = {  # of a backbone
     "pooled": ("cls", "mean"),
     "all": ("cls", "mean", "registers", "patches"),
 }
-LEAST_COSINE = {
-    "fp32": 0.99999,
-    "fp16": 0.9999,
-    "bf16": 0.999,
-    "int8": 0.999,
-}  # of every token, to the model in float32
+# of every token, to the model in float32
+LEAST_COSINE = {"fp32": 0.99999, "fp16": 0.9999, "bf16": 0.999, "int8": 0.999}
 ROUNDING = {"fp32": 2**-23, "fp16": 2**-10, "bf16": 2**-7, "int8": 2**-7}  # relative, of one number
 PRECISIONS = {
     "onnx": ("fp32", "fp16", "int8"),
@@ -71,20 +67,14 @@ PRECISIONS = {
 }
 INSTEAD = {  # of what a target does not take
     ("onnx", "bf16"): "onnxruntime computes no bf16 on a CPU, so that the file could not be checked",
-    (
-        "openvino",
-        "bf16",
-    ): "an OpenVINO file gains nothing from bf16: INFERENCE_PRECISION_HINT=bf16 of the runtime computes in "
-    "it from a file of fp32 or, at half the size, of fp16",
+    ("openvino", "bf16"): "an OpenVINO file gains nothing from bf16: INFERENCE_PRECISION_HINT=bf16 of the runtime "
+    "computes in it from a file of fp32 or, at half the size, of fp16",
 }
 OPSET = 20
 EXECUTORCH = "pip install --no-deps executorch && pip install flatbuffers tabulate ruamel.yaml torchao"
 BACKBONES = (vit.VisionTransformer, convnext.ConvNeXt)
-CLASSES = {
-    "classify": known_names.imagenet1k,
-    "segment": known_names.ade20k,
-    "detect": known_names.coco,
-}  # of published heads
+# of published heads
+CLASSES = {"classify": known_names.imagenet1k, "segment": known_names.ade20k, "detect": known_names.coco}
 Run = Callable[[Tensor], list[np.ndarray]]
 
 
@@ -370,9 +360,8 @@ def _images(batch: int, height: int, width: int) -> Tensor:
 
 
 def _traced(model: nn.Module, x: Tensor, part: Part) -> Any:
-    if (
-        part.free
-    ):  # odd grids take the general path through heads that double and halve maps, and a side of 1 is no symbol
+    if part.free:
+        # odd grids take the general path through heads that double and halve maps, and a side of 1 is no symbol
         stride = part.facts["patch"]
         x = x[..., : 13 * stride, : 11 * stride].contiguous()
     shapes = {"x": {0: torch.export.Dim("batch", max=65536)} | part.free} if len(x) > 1 else None
@@ -396,10 +385,10 @@ def _compared(part: Part, x: Tensor, expected: list[np.ndarray], run: Run) -> di
     try:
         found = run(x)
     except Exception as error:  # each runtime has its own kinds
-        h, w = x.shape[-2:]
-        raise DinoError(
-            f"the exported file does not take {len(x)} images of {h},{w} px; give the size you need (--size {h},{w})"
-        ) from error
+        hint = "please report it"
+        if x.ndim == 4:
+            hint = "give the size you need (--size {},{})".format(*x.shape[2:])
+        raise DinoError(f"the exported file does not take {part.input} of the shape {list(x.shape)}; {hint}") from error
     if part.queries:
         found = _in_order(expected, found)
     rows = {}

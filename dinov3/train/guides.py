@@ -239,10 +239,8 @@ class Ridge(nn.Module):
         self.phases: Tensor  # [M]
         self.sums: Tensor  # [F + 1 + K, F + 1 + K], F = D + M: of the outer products of (features, 1, one-hot values)
         draw, count = torch.Generator().manual_seed(0), config.ridge_features
-        frequencies, phases = (
-            torch.randn(width, count, generator=draw, device="cpu"),
-            torch.rand(count, generator=draw, device="cpu"),
-        )
+        frequencies = torch.randn(width, count, generator=draw, device="cpu")
+        phases = torch.rand(count, generator=draw, device="cpu")
         device = torch.empty(0).device  # of the surrounding context
         # sums of many rows, whose means are subtracted: not for float32; Apple's GPUs have nothing else
         kept = torch.float32 if device.type == "mps" else torch.float64
