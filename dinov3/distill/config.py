@@ -42,7 +42,7 @@ class DistillConfig:
     workers: int | None = setting(None, help="Threads that decode images. Default: by cores.", at_least=0)
     in_memory: bool = setting(False, help="Keep the images decoded.")
     cache: str | None = setting(None, help="Keep the teachers' outputs in this folder.")
-    cached_grid: int = setting(8, at_least=1)  # the patch grid that is cached; other grids are resized from it
+    cached_grid: int = setting(8, help="Side of the patch grid that is cached; others are resized from it.", at_least=1)
     knn: str | None = setting(None, help="Labelled folder for k-NN during training.")
     knn_every: int = setting(500, help="Steps between k-NN evaluations.", at_least=1)
     knn_size: int = setting(224, at_least=1)

@@ -31,12 +31,13 @@ def main(
     inherit: Annotated[
         str | None, typer.Option(help="A DINOv2 folder the student begins as a compressed copy of.")
     ] = None,
+    inherit_images: Annotated[int, typer.Option(help="On so many images it is fitted.")] = 320,
     last_block_images: Annotated[int, typer.Option(help="Initialise the last block in closed form on so many.")] = 0,
     isometric: Annotated[str | None, typer.Option(help="Kind of the teacher met through a fixed projection.")] = None,
     device: Device = "auto",
 ) -> None:
     """Train a small model on the outputs of larger ones."""
-    start = Start(inherit=inherit, last_block_images=last_block_images, isometric=isometric)
+    start = Start(inherit, inherit_images, last_block_images, isometric)
     print(distill(replace(config, images=images, device=device_of(device)), out, prepare=start))
 
 

@@ -25,7 +25,6 @@ from dinov3.weights.writing import save
 from projects.vitt16.inherit import inherit_dinov2, slow_first
 from projects.vitt16.mobilenetv2 import MobileNetV2, open_mobilenetv2
 from projects.vitt16.start import Start, initialise_last_block, isometry
-from projects.vitt16.widen import widen
 from tests.distill.test_distill import TINY, config_for, tiny_dinov2
 
 
@@ -212,29 +211,3 @@ def test_the_last_block_can_be_initialised_in_a_run_of_no_steps(tiny_student, tm
 def test_initialising_the_last_block_needs_a_fixed_projection(tiny_student, folder, teacher_file, tmp_path) -> None:
     with pytest.raises(DinoError, match="isometric="):
         distill(config_for(folder, teacher_file), tmp_path / "run", prepare=Start(last_block_images=6))
-
-
-def test_a_widened_student_computes_the_same_and_gradients_reach_what_is_new() -> None:
-    torch.manual_seed(0)
-    narrow = VisionTransformer(replace(TINY, embed_dim=32, num_heads=2, layerscale_init=0.5))
-    wide = VisionTransformer(replace(TINY, embed_dim=64, num_heads=4))
-    narrow.init_weights()
-    wide.init_weights()
-    with torch.no_grad():
-        for parameter in narrow.parameters():  # biases, norms and scales that are not zeros and ones
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    widen(narrow, wide)
-    x = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        before = narrow.eval().forward_features(x)
-    after = wide.eval().forward_features(x)
-    for name in ("x_norm_clstoken", "x_norm_patchtokens"):
-        torch.testing.assert_close(after[name][..., :32], before[name], atol=2e-3, rtol=2e-3)
-        assert after[name][..., 32:].abs().max() < 1e-4
-    (after["x_norm_patchtokens"] * torch.randn(64)).sum().backward()
-    block = wide.blocks[0]
-    for gradient in (block.attn.proj.weight.grad[:, 32:], block.mlp.fc2.weight.grad[:, 128:]):
-        assert (gradient.abs().amax(0) > 0).all()  # every new head and unit
-    assert (block.mlp.fc2.weight.grad[32:].abs().amax(1) > 0).all()  # every new channel
-    with pytest.raises(DinoError, match="only their widths"):
-        widen(wide, narrow)
