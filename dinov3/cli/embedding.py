@@ -78,6 +78,7 @@ def embed(
 ) -> None:
     """Embed images into a store. Run it again to continue, or to add what is new."""
     c, batch_size = config, batch_of(config.batch)
+    require("pyarrow", "search", "an embedding store")  # missing, it is said before a model is loaded
     with importing():
         from dinov3.data.sources import open_sources
         from dinov3.features import default_preprocessing

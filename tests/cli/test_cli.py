@@ -160,6 +160,14 @@ def test_another_size_into_the_same_store_is_one_sentence(store, images, capsys)
     assert "preprocessing" in error[0]
 
 
+def test_without_pyarrow_nothing_is_loaded_and_no_folder_is_left(tmp_path, images, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    result = dinov3("embed", images, "--out", tmp_path / "s", capsys=capsys)
+    assert result.code == 1
+    assert "pip install" in result.err and "dinov3_vitt16" not in result.err
+    assert not (tmp_path / "s").exists()
+
+
 def test_unreadable_images_give_exit_code_three(tmp_path, images, capsys) -> None:
     folder = tmp_path / "p"
     folder.mkdir()
