@@ -28,8 +28,10 @@ __all__ = ["app", "main", "training_overrides"]
 
 def main() -> None:
     """Entry point: a `DinoError` is a sentence on stderr and exit code 1, Ctrl-C is 130."""
-    # before torch is imported: threads that spin for their neighbours take the time of whoever would do the work
+    # before torch and numpy are imported: threads that spin for their neighbours take the time of whoever would do the
+    # work. OpenBLAS, of numpy and scipy, knows no other way of waiting
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         app()
     except DinoError as error:

@@ -198,6 +198,8 @@ def doctor(
         raise DinoError(
             f"{run} holds no training run (metrics.jsonl and resolved.yaml); name the --out of `dinov3 train`"
         )
+    if "\nstudent:\n" not in (run / "resolved.yaml").read_text():
+        raise DinoError(f"{run} is a run of another command; the doctor reads those of `dinov3 train`")
     config, _ = load_config(str(run / "resolved.yaml"))
     found = verdicts(facts_of(config, str(run)), records)
     numbers = {r["iteration"]: r for r in records if "rankme" in r}

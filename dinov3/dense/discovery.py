@@ -81,8 +81,9 @@ def cut(similarity: Tensor, grid_hw: tuple[int, int], *, tau: float = 0.2, epsil
 def second_smallest(weights: Tensor) -> tuple[float, Tensor]:
     """Second smallest eigenvalue and its vector v [N] of (D − W) v = λ D v, D = diag(row sums of W); vᵀ D v = 1.
 
-    Dense on purpose, O(N³): a second or so for 1,200 patches. Short-cuts (Lanczos, power iteration) stall where the
-    graph falls into pieces, and then the second eigenvalue has close neighbours.
+    Dense on purpose, O(N³): a tenth of a second for 1,200 patches, on one thread (OPENBLAS_NUM_THREADS=1; beside busy
+    processes more are slower by far). Short-cuts (Lanczos, power iteration) stall where the graph falls into pieces,
+    and then the second eigenvalue has close neighbours.
     """
     root = weights.sum(1).sqrt()
     laplacian = torch.eye(len(weights), dtype=weights.dtype) - weights / (root[:, None] * root[None])

@@ -164,7 +164,8 @@ def test_without_pyarrow_nothing_is_loaded_and_no_folder_is_left(tmp_path, image
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     result = dinov3("embed", images, "--out", tmp_path / "s", capsys=capsys)
     assert result.code == 1
-    assert "pip install" in result.err and "dinov3_vitt16" not in result.err
+    assert "pip install" in result.err
+    assert "dinov3_vitt16" not in result.err
     assert not (tmp_path / "s").exists()
 
 
@@ -300,6 +301,23 @@ def imported_by(*arguments: str, folder: Path, names: str) -> list[str]:
 def test_help_imports_no_library_but_the_command_line_s(arguments, tmp_path) -> None:
     unused = "torch numpy PIL rich.console lancedb pyarrow dinov3.weights dinov3.models dinov3.data dinov3.embedding"
     assert imported_by(*arguments, folder=tmp_path, names=unused) == []
+
+
+def test_no_thread_of_a_command_spins_for_its_neighbours(tmp_path) -> None:
+    code = (
+        "import os, sys\nfrom dinov3 import cli\nassert 'numpy' not in sys.modules\n"
+        "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
+        "print(os.environ['OMP_WAIT_POLICY'], os.environ['OPENBLAS_NUM_THREADS'])"
+    )
+    env = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "OPENBLAS_NUM_THREADS")}
+    for given, expected in (({}, "passive 1"), ({"OPENBLAS_NUM_THREADS": "3"}, "passive 3")):
+        done = subprocess.run(
+            [sys.executable, "-c", code, "--version"],
+            capture_output=True,
+            text=True,
+            env=env | given | {"PYTHONPATH": str(ROOT)},
+        )
+        assert done.stdout.splitlines()[-1] == expected, done.stderr
 
 
 def test_info_of_weights_imports_neither_images_nor_the_store(tmp_path) -> None:

@@ -19,7 +19,9 @@ from PIL import Image
 from ranks import run_ranks
 from toy_training import write_config, write_images
 
+from dinov3.cli.training import doctor
 from dinov3.config.train import load_config
+from dinov3.errors import DinoError
 from dinov3.runlog import read_metrics
 from dinov3.train import doctor as d
 from dinov3.train.train import train
@@ -297,6 +299,13 @@ def test_measuring_and_drawing_change_nothing_of_what_is_learned(tmp_path) -> No
     assert done.stdout.splitlines()[0].startswith("step 0  too early:")
     assert "RankMe" in done.stdout
     assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_a_run_of_another_command_is_refused_in_a_sentence(tmp_path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 0, "total_loss": 1.0}\n')
+    (tmp_path / "resolved.yaml").write_text("task: classification\nhead: linear\ndevice: cpu\n")
+    with pytest.raises(DinoError, match="run of another command; the doctor reads those of `dinov3 train`"):
+        doctor(tmp_path)
 
 
 @pytest.mark.slow
