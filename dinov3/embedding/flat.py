@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from dinov3.embedding.place import place_of
-from dinov3.embedding.store import EmbeddingStore
+from dinov3.embedding.store import NARROW_ROWS, EmbeddingStore
 from dinov3.errors import StoreError
 from dinov3.files import atomically
 
@@ -29,7 +29,7 @@ CACHED_BYTES = 2 << 30  # of vectors that exact search reads into memory
 PAYS_AFTER = 4  # exact searches of an unchanged store: reading all vectors into memory costs as much as that many scans
 ROWS_READ = 2048  # at a time: more leave the second cache, and with fewer LanceDB's cost of a batch counts
 COPIED_AS = 32  # products: copying a vector from anywhere in the matrix takes as long (mapped 3 µs, in memory 0.5)
-ROWS_FILTERED = 1 << 17  # at a time, of a column or two
+FILTERS_CACHED = 4  # 9 bytes a row each at most
 
 
 @dataclass(frozen=True)
@@ -50,21 +50,44 @@ class Flat:
 
     def places(self, store: EmbeddingStore, where: str) -> np.ndarray:
         """The rows that pass an SQL filter, as positions."""
-
-        def read(table: Any) -> np.ndarray:
-            # as a column: LanceDB takes 7 ms for a million rows so, and 100 to 300 where it returns the rows that pass
-            batches = table.search().select({"passes": where}).with_row_id(True).to_batches(batch_size=ROWS_FILTERED)
-            found = [(b["_rowid"].to_numpy(), b["passes"].fill_null(False).to_numpy(False)) for b in batches]
-            row_ids = np.concatenate([ids for ids, _ in found]).astype(np.int64)
-            passes = np.concatenate([column for _, column in found])
-            if np.array_equal(row_ids, self.row_ids):
-                return np.flatnonzero(passes)
-            passing = np.intersect1d(row_ids[passes], self.row_ids, assume_unique=True)  # a newer version, by now
-            return np.searchsorted(self.row_ids, passing)
-
-        return store.read(read, where)
+        found = passing(store, where)
+        if found.version == self.version:
+            return np.flatnonzero(found.mask)
+        return np.searchsorted(self.row_ids, np.intersect1d(found.ids, self.row_ids, assume_unique=True))  # a newer one
 
 
+@dataclass(frozen=True)
+class Passing:
+    """The rows of one version of a store that pass a filter: mask [N] in the order of the rows, and their ids, ascending."""
+
+    version: int
+    mask: np.ndarray
+    ids: np.ndarray
+
+
+def passing(store: EmbeddingStore, where: str) -> Passing:
+    """The rows that pass an SQL filter; those of a store's last filters are cached until it changes."""
+
+    def read(table: Any) -> Passing:
+        # as a column: LanceDB takes 7 ms for a million rows so, and 100 to 300 where it returns the rows that pass
+        version = int(table.version)
+        batches = table.search().select({"passes": where}).with_row_id(True).to_batches(batch_size=NARROW_ROWS)
+        found = [(b["_rowid"].to_numpy(), b["passes"].fill_null(False).to_numpy(False)) for b in batches]
+        row_ids = np.concatenate([np.empty(0, np.uint64), *(ids for ids, _ in found)]).astype(np.int64)
+        mask = np.concatenate([np.empty(0, bool), *(column for _, column in found)])
+        return Passing(version if version == int(table.version) else -1, mask, np.sort(row_ids[mask], kind="stable"))
+
+    cached = _PASSING.setdefault(store, {})
+    found = cached.pop(where, None)
+    if found is None or found.version != store.read(lambda table: int(table.version)):
+        found = store.read(read, where)
+    cached[where] = found
+    for oldest in list(cached)[:-FILTERS_CACHED]:
+        cached.pop(oldest, None)
+    return found
+
+
+_PASSING: weakref.WeakKeyDictionary[EmbeddingStore, dict[str, Passing]] = weakref.WeakKeyDictionary()
 _IN_MEMORY: weakref.WeakKeyDictionary[EmbeddingStore, Flat] = weakref.WeakKeyDictionary()
 _SEARCHES: weakref.WeakKeyDictionary[EmbeddingStore, tuple[int, int]] = weakref.WeakKeyDictionary()  # of a version
 

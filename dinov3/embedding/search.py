@@ -5,10 +5,10 @@ their full vectors), if `build_index` was called. Without an index the result is
 index was built are scanned, so they are found; `index_status` counts them, and `EmbeddingStore.compact` takes them into the
 index.
 
-A filter that a fifth of the rows or more pass is applied to the index's candidates, of which there are more the fewer pass.
-Behind a tighter one, or where too few candidates pass, LanceDB finds the rows that pass first. IVF looks into the cells
-nearest to the query, and there such a filter leaves little (keeping 1 % of 60,000 rows, 40 of 245 cells found 0.60 of the ten
-true neighbours), so the number of cells grows as the filter tightens, up to all.
+The index gives candidates, of which a filter leaves those that pass: there are more of them the fewer pass, and their vectors
+are read last. Where even so too few would pass, LanceDB finds the rows that pass first; a few hundred are all compared. IVF
+looks into the cells nearest to the query, and there a tight filter leaves little (keeping 1 % of 60,000 rows, 40 of 245 cells
+found 0.60 of the ten true neighbours), so the number of cells grows as the filter tightens, up to all.
 
 Exact search is one matrix product where the store has a flat index (`flat`): in memory after some searches of an open store,
 or in a file beside the table. Otherwise it scans the table. docs/embedding.md has the times.
@@ -33,7 +33,7 @@ from PIL.PngImagePlugin import PngInfo
 from dinov3.data.images import open_image
 from dinov3.data.sources import read_stored
 from dinov3.drawing import TILE, contact_sheet
-from dinov3.embedding.flat import Flat, flat_of
+from dinov3.embedding.flat import Flat, Passing, flat_of, passing
 from dinov3.embedding.schema import as_matrix
 from dinov3.embedding.store import EmbeddingStore
 from dinov3.errors import StoreError
@@ -45,9 +45,10 @@ ROWS_PER_CELL = 4096
 FEWEST_INDEXED = 256  # rows; what one cell's k-means is trained on
 FEWEST_CELLS, CELLS_SHARE = 16, 0.15  # how many cells of the index a query looks into
 REFINE = 5  # candidates re-ranked by full vectors, as a multiple of `top` and its slack
-CANDIDATES_FILTERED = 0.2  # the least share of rows that pass, for the filter to come after the index
-SPARE = 1.5  # then: rows before the filter, times as many as should leave enough
-REFINE_SPARE = 2  # candidates for each of these
+SPARE = 1.2  # candidates before a filter, times as many as should leave enough
+FEWEST_REFINED = 2  # that have to be left, as a multiple again; or the filter comes first
+MOST_CANDIDATES = 20_000  # before a filter; a thousand take 0.5 to 0.8 ms
+TAKEN = 300  # rows that pass a filter: so few vectors are all read, in 10 ms
 SCORES_AT_ONCE = 1 << 27  # numbers: half a gigabyte
 SLACK = 10  # more candidates than requested: LanceDB's float32 distances may swap what float64 tells apart
 SHEET = "dinov3 contact sheet"  # what a PNG of ours says of itself
@@ -98,18 +99,21 @@ def search(
         raise StoreError(f"top is {top}; ask for at least one neighbour")
     wanted = list(dict.fromkeys(columns or ()))
     store.check_columns(wanted)
-    rows = store.count(where)
+    status = None if exact else index_status(store)
+    filtered = passing(store, where) if where and status is not None else None
+    rows = store.count(where) if filtered is None else len(filtered.ids)
     if rows == 0:
         return [] if np.ndim(vectors) == 1 else [[] for _ in queries]
-    status = None if exact else index_status(store)
     if exact is False and status is None:
         raise StoreError(f"the store at {store.uri} has no index; build it with build_index, or search exactly")
     total = 0 if status is None else status.indexed + status.unindexed
-    many = total > EXACT_LIMIT and rows > REFINE * (top + SLACK)  # fewer than are re-ranked: a scan finds them all
-    index = status if exact is False or (exact is None and many) else None
+    # of fewer rows than are re-ranked a scan finds all, and of a few hundred vectors are read without one
+    many = rows > REFINE * (top + SLACK) or (filtered is not None and rows <= TAKEN)
+    index = status if exact is False or (exact is None and total > EXACT_LIMIT and many) else None
     results: list[list[Hit]] = []
     for start in range(0, len(queries), QUERIES_AT_ONCE):
-        results += _search_some(store, queries[start : start + QUERIES_AT_ONCE], top, where, wanted, rows, index)
+        some = queries[start : start + QUERIES_AT_ONCE]
+        results += _search_some(store, some, top, where, wanted, rows, index, filtered)
     return results[0] if np.ndim(vectors) == 1 else results
 
 
@@ -200,6 +204,7 @@ def _search_some(
     columns: list[str],
     rows: int,
     index: IndexStatus | None,
+    filtered: Passing | None,
 ) -> list[list[Hit]]:
     """`search` for a few queries; `rows` pass the filter. `index` None: exactly."""
     if index is None and (flat := flat_of(store)) is not None:
@@ -208,7 +213,7 @@ def _search_some(
     limit = min(rows, top + SLACK)
     results = []
     if index is not None:
-        tables = _approximately(store, queries, limit, where, columns, rows, index)
+        tables = _approximately(store, queries, limit, where, columns, index, filtered)
     else:
         tables = _nearest(store, queries, limit, where, columns, None)
     for query, found in zip(queries, tables):
@@ -221,51 +226,61 @@ def _search_some(
     return results
 
 
-@dataclass(frozen=True)
-class _Probe:
-    """How the approximate index is used."""
-
-    cells: int  # that are looked into
-    refine: int  # candidates re-ranked by full vectors, as a multiple of the limit
-    filter_first: bool  # or only the candidates are filtered
-
-
 def _approximately(
     store: EmbeddingStore,
     queries: np.ndarray,
     limit: int,
     where: str | None,
     columns: list[str],
-    rows: int,
     index: IndexStatus,
+    filtered: Passing | None,
 ) -> list[Any]:
-    """As `_nearest`, by the approximate index; `rows` pass the filter."""
-    kept = rows / (index.indexed + index.unindexed)
-    first = _Probe(_cells_to_look_into(index.indexed, kept), REFINE, True)
-    if not where or kept < CANDIDATES_FILTERED:
-        return _nearest(store, queries, limit, where, columns, first)
-    after = _Probe(_cells_to_look_into(index.indexed, 1.0), REFINE_SPARE, False)
-    tables = _nearest(store, queries, math.ceil(SPARE * limit / kept), where, columns, after)
+    """As `_nearest`, by the approximate index and not in order."""
+    if filtered is None:
+        return _nearest(store, queries, limit, where, columns, _cells_to_look_into(index.indexed, 1.0))
+    kept = len(filtered.ids) / (index.indexed + index.unindexed)
+    cells, count = _cells_to_look_into(index.indexed, kept), math.ceil(SPARE * REFINE * limit / kept)
+
+    def taken(table: Any, candidates: list[np.ndarray]) -> list[Any]:
+        tables = [table.take_row_ids(ids.tolist()).select(_names(columns)).to_arrow() for ids in candidates]
+        return tables if int(table.version) == filtered.version else [None] * len(queries)  # ids of another version
+
+    def ask(table: Any) -> list[Any]:
+        question = table.search(list(queries) if len(queries) > 1 else queries[0], vector_column_name="vector")
+        question = question.distance_type("cosine").limit(count).nprobes(cells).select(["_distance"])
+        found = question.with_row_id(True).to_arrow().sort_by("_distance")
+        ids = found["_rowid"].to_numpy().astype(np.int64)
+        place = np.searchsorted(filtered.ids, ids)  # a thousandth of the time of np.isin for few ids among many
+        passes = filtered.ids[np.minimum(place, len(filtered.ids) - 1)] == ids
+        of = found["query_index"].to_numpy() if len(queries) > 1 else np.zeros(len(ids), np.int64)
+        return taken(table, [ids[passes & (of == i)][: REFINE * limit] for i in range(len(queries))])
+
+    if len(filtered.ids) <= TAKEN:
+        tables = store.read(lambda table: taken(table, [filtered.ids] * len(queries)))
+    else:
+        tables = store.read(ask) if count <= MOST_CANDIDATES else [None] * len(queries)
     for i, found in enumerate(tables):
-        if len(found) < limit - SLACK // 2:  # the filter and the query have to do with each other
-            (tables[i],) = _nearest(store, queries[i : i + 1], limit, where, columns, first)
+        if found is None or len(found) < min(FEWEST_REFINED * limit, len(filtered.ids)):
+            # too many candidates would be needed, or the filter and the query have to do with each other
+            (tables[i],) = _nearest(store, queries[i : i + 1], limit, where, columns, cells)
     return tables
 
 
 def _nearest(
-    store: EmbeddingStore, queries: np.ndarray, limit: int, where: str | None, columns: list[str], probe: _Probe | None
+    store: EmbeddingStore, queries: np.ndarray, limit: int, where: str | None, columns: list[str], cells: int | None
 ) -> list[Any]:
-    """LanceDB's `limit` nearest rows to each query, as Arrow tables with `_distance` ascending; probe None: exactly."""
+    """LanceDB's `limit` nearest rows to each query, as Arrow tables with `_distance` ascending: by the index, looking into
+    so many of its cells, or exactly (None). The filter comes first."""
 
     def ask(table: Any) -> Any:
         question = table.search(list(queries) if len(queries) > 1 else queries[0], vector_column_name="vector")
         question = question.distance_type("cosine").limit(limit).select([*_names(columns), "_distance"])
         if where:
-            question = question.where(where, prefilter=probe is None or probe.filter_first)
-        if probe is None:
+            question = question.where(where, prefilter=True)
+        if cells is None:
             question = question.bypass_vector_index()
         else:
-            question = question.nprobes(probe.cells).refine_factor(probe.refine)
+            question = question.nprobes(cells).refine_factor(REFINE)
         return question.to_arrow()
 
     found = store.read(ask, where)

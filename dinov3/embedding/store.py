@@ -80,6 +80,7 @@ if TYPE_CHECKING:
 # of D = 384.
 MANIFEST_BYTES_PER_FRAGMENT = 80
 FEWEST_FRAGMENTS = 256
+NARROW_ROWS = 1 << 17  # read at a time, of columns without vectors: an eighth of the time of LanceDB's own batches
 HIDDEN = ("id", "checksum", "vector", "patches")  # columns that are read only by name
 KEEP_OLD_VERSIONS = timedelta(minutes=1)  # during a job: a reader in the middle of a scan still finds its files
 
@@ -312,7 +313,10 @@ class EmbeddingStore:
 
         def read(table: Any) -> pa.Table:
             query = table.search()
-            return (query.where(where) if where else query).select(list(columns)).to_arrow()
+            query = (query.where(where) if where else query).select(list(columns))
+            if {"vector", "patches"} & {*columns}:
+                return query.to_arrow()
+            return query.to_batches(batch_size=NARROW_ROWS).read_all()
 
         return self.read(read, where)
 

@@ -286,11 +286,10 @@ def indexed(index_of_5000, monkeypatch):
 
 def found_by(monkeypatch, store: EmbeddingStore, *arguments, **keywords) -> tuple[list[list[Hit]], bool]:
     """The answer, and whether the index gave it."""
-    asked = []
-    real = search_module._nearest
-    monkeypatch.setattr(search_module, "_nearest", lambda *a: asked.append(a[-1]) or real(*a))
-    answer = search(store, *arguments, **keywords)
-    return answer, asked[0] is not None
+    used = []
+    real = search_module._approximately
+    monkeypatch.setattr(search_module, "_approximately", lambda *a: used.append(a) or real(*a))
+    return search(store, *arguments, **keywords), bool(used)
 
 
 @pytest.mark.parametrize("where, keep", [(None, 1), ("width % 4 = 0", 4)])
@@ -315,12 +314,16 @@ def test_the_index_does_less_than_a_scan(indexed):
     assert "ANN" in plan
 
 
-def test_few_rows_behind_a_filter_and_exact_on_demand_are_scanned(indexed, monkeypatch):
+def test_few_rows_behind_a_filter_are_all_compared_and_exact_on_demand_is_a_scan(indexed, monkeypatch):
     store, vectors, queries = indexed
     few = np.arange(5000) < 90
-    hits, used = found_by(monkeypatch, store, queries[0], where="width <= 90")
-    assert not used
-    assert [hit.path for hit in hits] == [path for path, _ in by_hand(vectors, queries[0], 10, few)]
+    monkeypatch.setattr(search_module, "MOST_CANDIDATES", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(search_module, "_nearest", None)  # no scan
+        hits = search(store, queries[:2], where="width <= 90")
+    assert [[hit.path for hit in some] for some in hits] == [
+        [path for path, _ in by_hand(vectors, query, 10, few)] for query in queries[:2]
+    ]
     hits, used = found_by(monkeypatch, store, queries[1], exact=True)
     assert not used
     assert [hit.path for hit in hits] == [path for path, _ in by_hand(vectors, queries[1], 10)]
@@ -328,6 +331,7 @@ def test_few_rows_behind_a_filter_and_exact_on_demand_are_scanned(indexed, monke
 
 def test_behind_a_tight_filter_the_index_looks_into_all_cells_and_finds_what_a_scan_finds(indexed, monkeypatch):
     store, _, queries = indexed
+    monkeypatch.setattr(search_module, "TAKEN", 0)
     for query in queries[:5]:
         hits, used = found_by(monkeypatch, store, query, where="width <= 200")
         assert used
@@ -338,21 +342,55 @@ def test_candidates_are_filtered_and_where_too_few_pass_the_filter_comes_first(t
     vectors, queries = clustered(2000, 64)
     query = queries[0]
     vectors = vectors[np.argsort(-(vectors @ query))]  # image 0 is most like the query, image 1999 least
-    probes = []
+    calls = []
     real = search_module._nearest
-    monkeypatch.setattr(search_module, "_nearest", lambda *a: probes.append(a[-1]) or real(*a))
+    monkeypatch.setattr(search_module, "_nearest", lambda *a: calls.append(a) or real(*a))
     with filled(tmp_path / "s", vectors) as store:
         build_index(store)
-        for where, passes, filter_first in (
-            ("width % 2 = 0", lambda width: width % 2 == 0, [False]),
-            ("width > 1000", lambda width: width > 1000, [False, True]),  # none of the candidates passes
-            ("width > 1800", lambda width: width > 1800, [True]),  # a tight one
+        for where, passes, most, filter_first in (
+            ("width % 2 = 0", lambda width: width % 2 == 0, 20_000, False),
+            ("width > 1000", lambda width: width > 1000, 20_000, True),  # none of the candidates passes
+            ("width % 2 = 0", lambda width: width % 2 == 0, 10, True),  # more candidates than are worth it
+            ("width > 1800", lambda width: width > 1800, 20_000, False),  # few rows: all are compared
         ):
-            probes.clear()
+            calls.clear()
+            monkeypatch.setattr(search_module, "MOST_CANDIDATES", most)
             hits = search(store, query, where=where, exact=False)
-            assert [probe.filter_first for probe in probes] == filter_first
+            assert len(calls) == filter_first
             assert len(hits) == 10
             assert all(passes(hit.width) for hit in hits)
+
+
+@pytest.mark.parametrize("taken", [0, 300])
+def test_rows_of_another_version_than_the_filter_s_are_searched_again(indexed, monkeypatch, taken):
+    store, _, queries = indexed
+    monkeypatch.setattr(search_module, "TAKEN", taken)
+    expected = search(store, queries[:3], where="width <= 200")
+    stale = dataclasses.replace(flat.passing(store, "width <= 200"), version=-1)
+    monkeypatch.setattr(search_module, "passing", lambda store, where: stale)
+    calls = []
+    real = search_module._nearest
+    monkeypatch.setattr(search_module, "_nearest", lambda *a: calls.append(a) or real(*a))
+    assert search(store, queries[:3], where="width <= 200") == expected
+    assert len(calls) == 3
+
+
+def test_a_filter_is_read_once_for_each_version_and_the_last_few_are_kept(tmp_path, monkeypatch):
+    vectors, queries = clustered(600, D)
+    with filled(tmp_path / "s", vectors) as store:
+        build_index(store)
+        assert search(store, queries[0], where="height = 480", exact=False, top=600)
+        first = flat.passing(store, "height = 480")
+        assert flat.passing(store, "height = 480") is first
+        store.append([Row("new.jpg", "h", "1", 1, 480, queries[0])])
+        assert search(store, queries[0], where="height = 480", exact=False)[0].path == "new.jpg"
+        store.remove(["new.jpg"])
+        assert search(store, queries[0], where="height = 480", exact=False)[0].path != "new.jpg"
+        assert flat.passing(store, "height = 480") is not first
+        for width in range(flat.FILTERS_CACHED):
+            assert len(flat.passing(store, f"width > {width}").ids) == 600 - width
+        assert list(flat._PASSING[store]) == [f"width > {width}" for width in range(flat.FILTERS_CACHED)]
+        assert search(store, queries[0], where="width > 10000", exact=False) == []
 
 
 def test_a_tighter_filter_looks_into_more_cells():
