@@ -39,7 +39,7 @@ from dinov3.export.graph import ONNX, TARGETS, export
 from dinov3.hub.foreign import mend_torchvision
 from dinov3.inference import PROBE_GRID, distance, kernels
 from dinov3.inference.blocks import Blocks
-from dinov3.inference.fold import FoldedBlock, fold
+from dinov3.inference.fold import FoldedBlocks
 from dinov3.inference.forms import FastViT, Form
 from dinov3.inference.linear import arithmetic_of
 from dinov3.models.architectures import ViTConfig
@@ -66,11 +66,6 @@ def plain_model(name: str) -> Any:
     return dinov3.load() if name == SHIPPED else dinov3.load(name, "random")
 
 
-@lru_cache(maxsize=1)
-def folded_model(name: str) -> list[FoldedBlock]:
-    return fold(plain_model(name))
-
-
 def fast_forms(name: str) -> Iterator[str]:
     """The fast forms of a model on this machine: "precision, engine"."""
     for precision in ("fp32", "bf16", "int8"):
@@ -78,7 +73,7 @@ def fast_forms(name: str) -> Iterator[str]:
             continue
         if precision != "int8":
             yield f"{precision}, torch"
-        if precision in kernels.available() and not kernels.fits(folded_model(name)[0]):
+        if precision in kernels.available() and not kernels.fits(FoldedBlocks(plain_model(name))[0]):
             yield f"{precision}, kernels"
 
 
@@ -107,7 +102,7 @@ def runner(form: str, name: str, size: tuple[int, int], threads: int, folder: st
 
 def fast_model(form: str, name: str) -> FastViT:
     precision, engine = form.split(", ")
-    blocks: Any = {"torch": Blocks, "kernels": kernels.Blocks}[engine](folded_model(name), precision)
+    blocks: Any = {"torch": Blocks, "kernels": kernels.Blocks}[engine](FoldedBlocks(plain_model(name)), precision)
     return FastViT(plain_model(name), blocks, Form(precision, engine, ""))
 
 
@@ -214,8 +209,7 @@ def _growth(form: str, case: str, threads: int, folder: str) -> float | None:
         importlib.import_module(module)
     before = _peak()
     run = runner(form, name, (size, size), threads, folder)
-    plain_model.cache_clear()  # as `load(…, fast=…)` keeps neither
-    folded_model.cache_clear()
+    plain_model.cache_clear()  # as `load(…, fast=…)` keeps none
     with torch.inference_mode():
         for _ in range(2):
             run(x)

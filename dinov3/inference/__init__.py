@@ -11,7 +11,7 @@ import copy
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
@@ -24,7 +24,7 @@ from dinov3.errors import DinoError, one_of
 from dinov3.files import atomically
 from dinov3.inference import kernels
 from dinov3.inference.blocks import Blocks, Compiled
-from dinov3.inference.fold import FoldedBlock, fold
+from dinov3.inference.fold import FoldedBlock, FoldedBlocks
 from dinov3.inference.forms import Engine, FastConvNeXt, FastViT, Form
 from dinov3.inference.linear import DTYPES, arithmetic_of
 from dinov3.models.convnext import ConvNeXt
@@ -37,7 +37,7 @@ LARGEST_ERROR = 1e-5  # of a token in fp32, relative
 LOWEST_COSINE = {"bf16": 0.9999, "int8": 0.999, "fp8": 0.999}  # of a token
 PROBE_GRID = (5, 8)  # patches of the probe images
 Fast = FastViT | FastConvNeXt
-MakeEngine = Callable[[list[FoldedBlock]], Engine]
+MakeEngine = Callable[[Sequence[FoldedBlock]], Engine]
 
 
 def faster(model: nn.Module, precision: str = "fp32") -> nn.Module:
@@ -62,7 +62,7 @@ def faster(model: nn.Module, precision: str = "fp32") -> nn.Module:
         names, choose = ["torch"], lambda: "torch"
         build: Callable[[Form], Fast] = lambda form: FastConvNeXt(plain, form)  # noqa: E731
     else:
-        folded = fold(plain)
+        folded = FoldedBlocks(plain)
         engines = _engines(folded[0], products, plain.device)
         names, choose = list(engines), lambda: _fastest(engines, folded[:1])
         build = lambda form: FastViT(plain, engines[form.engine](folded), form)  # noqa: E731
@@ -119,7 +119,7 @@ def _engines(block: FoldedBlock, precision: str, device: torch.device) -> dict[s
 
 
 @torch.inference_mode()
-def _fastest(engines: dict[str, MakeEngine], folded: list[FoldedBlock]) -> str:
+def _fastest(engines: dict[str, MakeEngine], folded: Sequence[FoldedBlock]) -> str:
     """The engine that takes least CPU time for a block over two images of 14 × 14 patches, in the best of three turns."""
     if len(engines) == 1:
         return next(iter(engines))

@@ -11,8 +11,9 @@ factor commutes with it), the mask of the key bias in qkv's bias. Folded in floa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +44,23 @@ class FoldedBlock:
     fc2_bias: Tensor
 
 
-def fold(backbone: VisionTransformer) -> list[FoldedBlock]:
-    """The folded blocks of a backbone, first to last."""
-    return [_block(block) for block in backbone.blocks]  # type: ignore[arg-type]
+class FoldedBlocks(Sequence[FoldedBlock]):
+    """The folded blocks of a backbone, first to last. Each is folded whenever it is read, so that no second copy of all
+    weights is needed."""
+
+    def __init__(self, backbone: VisionTransformer) -> None:
+        self.blocks = backbone.blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @overload
+    def __getitem__(self, index: int) -> FoldedBlock: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[FoldedBlock]: ...
+    def __getitem__(self, index: int | slice) -> FoldedBlock | list[FoldedBlock]:
+        found: Any = self.blocks[index]
+        return [_block(block) for block in found] if isinstance(index, slice) else _block(found)
 
 
 @torch.no_grad()

@@ -1,13 +1,18 @@
-"""Folded blocks, computed as the docstring of `fold` writes them, give what the plain blocks give."""
+"""Folded blocks, computed as the docstring of `inference.fold` writes them, give what the plain blocks give."""
 
 from __future__ import annotations
+
+import gc
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov3.inference.fold import FoldedBlock, fold
+from dinov3.inference import kernels
+from dinov3.inference.blocks import Blocks
+from dinov3.inference.fold import FoldedBlock, FoldedBlocks
 from dinov3.models.architectures import ViTConfig
 from dinov3.models.vit import VisionTransformer, rotate, rotation
 
@@ -63,9 +68,33 @@ def test_folded_blocks_give_what_the_plain_ones_give(kind: str) -> None:
     sin, cos = model.rope_embed(*grid)
     tables = rotation(sin, cos, 1 + model.n_storage_tokens)
     y = x
-    for block in fold(model):
+    for block in FoldedBlocks(model):
         y = plain(block, y, *tables)
     ((expected,),) = model._run([x], [grid])
     assert (y - expected).norm() / expected.norm() < 1e-6
     for name, value in model.state_dict().items():  # nothing is folded in place
         assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("engine", ["torch", "kernels"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_one_block_at_a_time_is_folded_and_no_engine_keeps_it(engine: str, precision: str) -> None:
+    if precision not in (("fp32", "bf16") if engine == "torch" else kernels.available()):
+        pytest.skip(f"no {precision} by {engine} here")
+    watched: list[weakref.ref] = []
+    most = 0
+
+    class Watched(FoldedBlocks):
+        def __getitem__(self, index):
+            nonlocal most
+            block = super().__getitem__(index)
+            watched.append(weakref.ref(block))
+            most = max(most, sum(other() is not None for other in watched))
+            return block
+
+    make = Blocks if engine == "torch" else kernels.Blocks
+    engine_made = make(Watched(varied("plain", depth=5)), precision)
+    gc.collect()
+    assert engine_made is not None
+    assert all(block() is None for block in watched)
+    assert most <= 3  # the first one's shape, this one, and the one before it

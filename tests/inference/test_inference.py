@@ -22,7 +22,7 @@ from dinov3.errors import DinoError
 from dinov3.features import extract, extract_layers, outputs, pool, vectors_of
 from dinov3.inference import LOWEST_COSINE, distance, faster, kernels
 from dinov3.inference.blocks import Blocks, Compiled
-from dinov3.inference.fold import fold
+from dinov3.inference.fold import FoldedBlocks
 from dinov3.inference.forms import FastConvNeXt, FastViT, Form
 from dinov3.models.architectures import ConvNeXtConfig
 from dinov3.models.convnext import ConvNeXt
@@ -159,11 +159,11 @@ def test_blocks_for_a_gpu_give_the_same_on_a_cpu(monkeypatch: pytest.MonkeyPatch
     plain = varied("released")
     x, grid = plain.tokens(torch.randn(2, 3, 32, 32))
     rope = plain.rope_embed(*grid)
-    (expected,) = Blocks(fold(plain), "fp32")(x, rope, 5, [2])
-    (in_fp8,) = Blocks(fold(plain), "fp8")(x, rope, 5, [2])
+    (expected,) = Blocks(FoldedBlocks(plain), "fp32")(x, rope, 5, [2])
+    (in_fp8,) = Blocks(FoldedBlocks(plain), "fp8")(x, rope, 5, [2])
     assert F.cosine_similarity(in_fp8, expected, dim=-1).min() > 0.99
     monkeypatch.setattr(Compiled, "OPTIONS", {"backend": "eager"})
-    compiled = Compiled(fold(plain), "fp32", CPU)
+    compiled = Compiled(FoldedBlocks(plain), "fp32", CPU)
     with torch.no_grad():
         for _call in range(Compiled.AFTER + 1):
             torch.testing.assert_close(compiled(x, rope, 5, [2])[0], expected, rtol=1e-5, atol=1e-5)

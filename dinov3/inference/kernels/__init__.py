@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from dinov3.weights.download import root
 
 SOURCE = Path(__file__).with_name("blocks.cpp")
 PRECISIONS = ("fp32", "bf16", "int8")
+RETURNED_AFTER = 128 << 20  # bytes of folded weights; a tenth of a second for each return
 GROUP = {"fp32": 1, "bf16": 2, "int8": 4}  # elements in 4 bytes
 
 _V4 = "avx512f avx512bw avx512cd avx512dq avx512vl"
@@ -153,6 +155,12 @@ class _Job(ctypes.Structure):
     )
 
 
+def _return_freed_memory() -> None:
+    """To the system: glibc keeps what folding and packing freed, between the tiles that stay, in all as much as the model."""
+    with suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
     """int8 [out, in] in ±127 and the scale of each row [out] (1 for a row of zeros)."""
     scale = weight.abs().amax(1) / 127
@@ -191,7 +199,14 @@ class Blocks:
         self.width, self.heads, self.eps = first.proj_weight.shape[0], first.heads, first.eps
         self.swiglu, self.rms = first.ffn == "swiglu", first.norm == "rmsnorm"
         self.tensors: list[Tensor] = []  # what the pointers point to
-        self.blocks = (_Block * len(folded))(*(self._block(block) for block in folded))
+        self.blocks = (_Block * len(folded))()
+        freed = 0
+        for i, block in enumerate(folded):
+            self.blocks[i] = self._block(block)
+            freed += sum(t.nbytes for t in vars(block).values() if isinstance(t, Tensor))
+            if freed > RETURNED_AFTER:
+                _return_freed_memory()
+                freed = 0
 
     def _block(self, b: FoldedBlock) -> _Block:
         hidden = b.fc2_weight.shape[1]
