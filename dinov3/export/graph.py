@@ -437,10 +437,15 @@ def _write_onnx(
     import onnxruntime
 
     (source,) = facts["inputs"]
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # a line for each operator that it leaves as it is
-    made = torch.onnx.export(
-        program, (x,), dynamo=True, opset_version=OPSET, input_names=[source], output_names=names, verbose=False
-    )
+    logger = logging.getLogger("onnxscript")  # logs a line for each operator that it leaves as it is
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        made = torch.onnx.export(
+            program, (x,), dynamo=True, opset_version=OPSET, input_names=[source], output_names=names, verbose=False
+        )
+    finally:
+        logger.setLevel(level)
     assert made is not None
     graph = made.model.graph
     outputs = {id(value) for value in graph.outputs}

@@ -174,6 +174,11 @@ def test_a_detector_may_differ_as_much_as_it_does_under_rounding_and_no_more(tmp
     monkeypatch.setitem(graph.WRITERS, "onnx", written(lambda x: [y.flip(-1) for y in part.module(x)]))
     with pytest.raises(DinoError, match="differs from the model"):
         graph._write(part, tmp_path, "onnx", SIZE, "fp32")
+    # one that differs no more than the model itself does, but by too much for a detector
+    monkeypatch.setitem(graph.ROUNDING, "fp32", -2.0)
+    monkeypatch.setitem(graph.WRITERS, "onnx", written(lambda x: part.module(-x)))
+    with pytest.raises(DinoError, match=r"a cosine of 0\.9[0-8]\d+, below 0\.99;"):
+        graph._write(part, tmp_path, "onnx", SIZE, "fp32")
 
 
 def test_a_canopy_file_states_the_head_s_own_statistics():
