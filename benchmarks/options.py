@@ -1,12 +1,13 @@
 """Synthetic proofs of the newer options of training (docs/options.md), on a CPU: tiny networks, minutes.
 
-    python benchmarks/options.py --out OUT             # all runs, one after the other: 12 CPU minutes
+    python benchmarks/options.py --out OUT             # all runs, one after the other: 25 CPU minutes
     python benchmarks/options.py --out OUT sigreg      # one of them; `plain` comes first
+    python benchmarks/options.py --out OUT1 --seed 1 plain follow both     # with other images and batches
 
 Images are 48 px: small shapes of a random grey (the task) spread over a background of one of two opposite hues (the
-nuisance). Brightness says nothing of the hue. `plain` trains 300 steps from random weights; every other run goes on from it
-for 150 steps (`longer` and `forget`: 1,200), `control` without an option; those of `FROM_RANDOM` train 450 from random
-weights. Printed, on images that were not trained on: k-NN and linear probe of shape and hue, what SIGReg is about, and how
+nuisance). Brightness says nothing of the hue. `plain` trains 300 steps from random weights; every other run continues it
+for 150 steps (`longer`, `follow`, `forget`, `both`: 1,200), `control` without an option; those of `FROM_RANDOM` train 450
+from random weights. Printed, on images that were not trained on: k-NN and linear probe of shape and hue, what SIGReg is about, and how
 alike student and teacher are at visible patches.
 """
 
@@ -56,19 +57,21 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 
 
-FASTER = ["teacher.momentum_teacher=0.9", "teacher.final_momentum_teacher=0.9", "dino.koleo_loss_weight=0.1"]
+# a teacher that follows, and global crops as large as the images that are measured
+FASTER = [
+    "teacher.momentum_teacher=0.9", "teacher.final_momentum_teacher=0.9", "dino.koleo_loss_weight=0.1",
+    "optim.iterations=1200", "crops.global_crops_scale=[0.6,1]", "crops.global_crops_size=48", "crops.local_crops_size=24",
+]  # fmt: skip
 GUIDED = ["guide.enabled=true", "guide.metadata={out}/train.csv", "guide.lambda_schedule.warmup_iterations=30"]
+FOLLOWED, FORGOTTEN = "{{name: shape, loss_weight: 0.3}}", "{{name: hue, grl: true, method: ridge, loss_weight: 0.6}}"
 RUNS: dict[str, list[str]] = {
     "plain": [],
     "control": [],
-    "guide": [*GUIDED, "guide.guides=[{{name: shape, loss_weight: 0.3}}]"],
-    "longer": [*FASTER, "optim.iterations=1200"],  # what `forget` is compared with
-    "forget": [
-        *GUIDED,
-        *FASTER,
-        "optim.iterations=1200",
-        "guide.guides=[{{name: hue, grl: true, method: ridge, loss_weight: 0.6}}]",
-    ],
+    "guide": [*GUIDED, f"guide.guides=[{FOLLOWED}]"],
+    "longer": FASTER,  # what `forget` is compared with
+    "forget": [*GUIDED, *FASTER, f"guide.guides=[{FORGOTTEN}]"],
+    "follow": [*GUIDED, *FASTER, f"guide.guides=[{FOLLOWED}]"],  # what `both` is compared with
+    "both": [*GUIDED, *FASTER, f"guide.guides=[{FOLLOWED}, {FORGOTTEN}]"],
     "visible": ["ibot.visible_loss_weight=1"],
     "sigreg": ["dino.sigreg_loss_weight=1"],
     "heads": ["teacher.ema=heads"],
@@ -195,12 +198,12 @@ def measured(run: Path, config: TrainConfig, out: Path) -> dict[str, float]:
     }
 
 
-def run(name: str, out: Path) -> dict[str, float]:
+def run(name: str, out: Path, seed: int = 0) -> dict[str, float]:
     """Trains, or takes what was trained, and measures."""
     file = out / "config.yaml"
     file.write_text(json.dumps(CONFIG))  # JSON is YAML
     of_run = (RUNS | FROM_RANDOM)[name]
-    overrides = [f"train.dataset_path={out / 'train'}", *(o.format(out=out) for o in of_run)]
+    overrides = [f"train.dataset_path={out / 'train'}", f"train.seed={seed}", *(o.format(out=out) for o in of_run)]
     if name in FROM_RANDOM:
         overrides = ["optim.iterations=450", *overrides]
     elif name != "plain":
@@ -219,11 +222,12 @@ if __name__ == "__main__":
     p = argparse.ArgumentParser(description="Synthetic proofs of the newer options of training.")
     p.add_argument("runs", nargs="*", help=", ".join(RUNS | FROM_RANDOM))
     p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--seed", type=int, default=0, help="of images and batches")
     options = p.parse_args()
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
-    for part, each, seed in (("train", 100, 0), ("test", 150, 1)):
+    for part, each, seed in (("train", 100, 10 * options.seed), ("test", 150, 10 * options.seed + 1)):
         if not (options.out / part).is_dir():
             write_images(options.out / part, each, seed)
     for name in options.runs or RUNS | FROM_RANDOM:
-        run(one_of("the run", name, RUNS | FROM_RANDOM), options.out)
+        run(one_of("the run", name, RUNS | FROM_RANDOM), options.out, options.seed)
