@@ -7,8 +7,8 @@
 Images are 48 px: small shapes of a random grey (the task) spread over a background of one of two opposite hues (the
 nuisance). Brightness says nothing of the hue. `plain` trains 300 steps from random weights; every other run continues it
 for 150 steps (`longer`, `follow`, `forget`, `both`: 1,200), `control` without an option; those of `FROM_RANDOM` train 450
-from random weights. Printed, on images that were not trained on: k-NN and linear probe of shape and hue, what SIGReg is about, and how
-alike student and teacher are at visible patches.
+from random weights. Printed, on images that were not trained on: k-NN and linear probe of shape and hue, what SIGReg is
+about, and how alike student and teacher are at visible patches.
 """
 
 from __future__ import annotations
