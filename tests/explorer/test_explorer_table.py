@@ -15,9 +15,16 @@ import pytest
 from starlette.testclient import TestClient
 
 from dinov3.errors import DinoError
+from dinov3.explorer import table
 from dinov3.explorer.jobs import Jobs
 from dinov3.explorer.source import Source
 from dinov3.explorer.table import colours, principal, scaled
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request waits for its job's result, however busy the machine is."""
+    monkeypatch.setattr(table, "AT_ONCE", 60.0)
 
 
 def number_of(source: Source, name: str) -> int:
