@@ -48,6 +48,7 @@ REFINE = 5  # candidates re-ranked by full vectors, as a multiple of `top` and i
 SPARE = 1.2  # candidates before a filter, times as many as should leave enough
 FEWEST_REFINED = 2  # that have to be left, as a multiple again; or the filter comes first
 MOST_CANDIDATES = 20_000  # before a filter; a thousand take 0.5 to 0.8 ms
+LOOSE = 0.2  # share of rows that pass, from which on no more cells are read than without a filter
 TAKEN = 300  # rows that pass a filter: so few vectors are all read, in 10 ms
 SCORES_AT_ONCE = 1 << 27  # numbers: half a gigabyte
 SLACK = 10  # more candidates than requested: LanceDB's float32 distances may swap what float64 tells apart
@@ -239,7 +240,8 @@ def _approximately(
     if filtered is None:
         return _nearest(store, queries, limit, where, columns, _cells_to_look_into(index.indexed, 1.0))
     kept = len(filtered.ids) / (index.indexed + index.unindexed)
-    cells, count = _cells_to_look_into(index.indexed, kept), math.ceil(SPARE * REFINE * limit / kept)
+    cells = _cells_to_look_into(index.indexed, kept if kept < LOOSE else 1.0)
+    count = math.ceil(SPARE * REFINE * limit / kept)
 
     def taken(table: Any, candidates: list[np.ndarray]) -> list[Any]:
         tables = [table.take_row_ids(ids.tolist()).select(_names(columns)).to_arrow() for ids in candidates]
