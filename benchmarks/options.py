@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import sys
 import time
 from itertools import islice
 from pathlib import Path
@@ -211,7 +212,9 @@ def run(name: str, out: Path, seed: int = 0) -> dict[str, float]:
         overrides = [first, "optim.iterations=150", "optim.lr=1e-3", *overrides]
     config, _ = load_config(file, overrides)
     began = time.process_time()
-    train(config, out / name.replace(" ", "-"))
+    outcome = train(config, out / name.replace(" ", "-"))
+    if not outcome.finished:  # figures of half a run would look like those of a whole one
+        sys.exit(f"{name} was stopped ({outcome.reason}): nothing is measured. The same command goes on from there.")
     seconds = time.process_time() - began
     result = measured(out / name.replace(" ", "-"), config, out)
     print(f"{name:12}" + "".join(f"  {k} {v:.3f}" for k, v in result.items()) + f" ({seconds:.0f} CPU s)", flush=True)
