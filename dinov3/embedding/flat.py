@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from dinov3.embedding.place import place_of
+from dinov3.embedding.schema import as_matrix
 from dinov3.embedding.store import NARROW_ROWS, EmbeddingStore
 from dinov3.errors import StoreError
 from dinov3.files import atomically
@@ -29,7 +30,9 @@ CACHED_BYTES = 2 << 30  # of vectors that exact search reads into memory
 PAYS_AFTER = 4  # exact searches of an unchanged store: reading all vectors into memory costs as much as that many scans
 ROWS_READ = 2048  # at a time: more leave the second cache, and with fewer LanceDB's cost of a batch counts
 COPIED_AS = 32  # products: copying a vector from anywhere in the matrix takes as long (mapped 3 µs, in memory 0.5)
-FILTERS_CACHED = 4  # 9 bytes a row each at most
+FILTERS_CACHED = 4  # 9 bytes a row each at most, and their vectors:
+FILTER_BYTES = 16 << 20  # of the vectors that pass a filter: so many are read at its first search, in 30 ms
+FILTER_BYTES_AGAIN = 128 << 20  # and so many at its second, in 150 to 400 ms
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,15 @@ class Flat:
         return np.searchsorted(self.row_ids, np.intersect1d(found.ids, self.row_ids, assume_unique=True))  # a newer one
 
 
-@dataclass(frozen=True)
+@dataclass
 class Passing:
     """The rows of one version of a store that pass a filter: mask [N] in the order of the rows, and their ids, ascending."""
 
     version: int
     mask: np.ndarray
     ids: np.ndarray
+    searches: int = 0  # `passing_vectors` was asked for them
+    flat: Flat | None = None  # their vectors, once they were read
 
 
 def passing(store: EmbeddingStore, where: str) -> Passing:
@@ -85,6 +90,25 @@ def passing(store: EmbeddingStore, where: str) -> Passing:
     for oldest in list(cached)[:-FILTERS_CACHED]:
         cached.pop(oldest, None)
     return found
+
+
+def passing_vectors(store: EmbeddingStore, rows: Passing) -> Flat | None:
+    """The vectors of the rows that pass a filter, cached with it; None where they are too many, or the store has changed."""
+    rows.searches += 1
+    dim = store.facts.dim
+
+    def read(table: Any) -> Flat | None:
+        taken = table.take_row_ids(rows.ids.tolist()).select(["vector"]).with_row_id().to_arrow()
+        if int(table.version) != rows.version or len(taken) != len(rows.ids):
+            return None
+        flat = Flat(rows.version, taken["_rowid"].to_numpy().astype(np.int64), np.empty((len(taken), dim), np.float32))
+        _units(as_matrix(taken["vector"], dim), flat.vectors)
+        return flat
+
+    limit = FILTER_BYTES if rows.searches == 1 else FILTER_BYTES_AGAIN
+    if rows.flat is None and 4 * dim * len(rows.ids) <= limit:
+        rows.flat = store.read(read)
+    return rows.flat
 
 
 _PASSING: weakref.WeakKeyDictionary[EmbeddingStore, dict[str, Passing]] = weakref.WeakKeyDictionary()
@@ -184,10 +208,13 @@ def _fill(table: Any, flat: Flat) -> bool:
         here = slice(at, at := at + len(batch))
         if at > rows:
             return False
-        vectors = (
-            batch["vector"].flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(-1, dim)
-        )
-        lengths = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float32))
-        np.divide(vectors, lengths[:, None], out=flat.vectors[here])
+        _units(batch["vector"].flatten().to_numpy(zero_copy_only=False).reshape(-1, dim), flat.vectors[here])
         flat.row_ids[here] = batch["_rowid"].to_numpy()
     return at == rows and int(table.version) == flat.version and bool((np.diff(flat.row_ids) > 0).all())
+
+
+def _units(vectors: np.ndarray, out: np.ndarray) -> None:
+    """Rows of length 1 into `out`, float32."""
+    vectors = vectors.astype(np.float32, copy=False)
+    lengths = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float32))
+    np.divide(vectors, lengths[:, None], out=out)

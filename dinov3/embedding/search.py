@@ -5,10 +5,11 @@ their full vectors), if `build_index` was called. Without an index the result is
 index was built are scanned, so they are found; `index_status` counts them, and `EmbeddingStore.compact` takes them into the
 index.
 
-The index gives candidates, of which a filter leaves those that pass: there are more of them the fewer pass, and their vectors
-are read last. Where even so too few would pass, LanceDB finds the rows that pass first; a few hundred are all compared. IVF
-looks into the cells nearest to the query, and there a tight filter leaves little (keeping 1 % of 60,000 rows, 40 of 245 cells
-found 0.60 of the ten true neighbours), so the number of cells grows as the filter tightens, up to all.
+A filter that few rows pass has them all compared: their vectors are cached with it (`flat.passing_vectors`). Of others the
+index gives candidates, of which the filter leaves those that pass: there are more of them the fewer pass, and their vectors
+are read last. Where even so too few would pass, LanceDB finds the rows that pass first. IVF looks into the cells nearest to
+the query, and there a tight filter leaves little (keeping 1 % of 60,000 rows, 40 of 245 cells found 0.60 of the ten true
+neighbours), so the number of cells grows as the filter tightens, up to all.
 
 Exact search is one matrix product where the store has a flat index (`flat`): in memory after some searches of an open store,
 or in a file beside the table. Otherwise it scans the table. docs/embedding.md has the times.
@@ -33,7 +34,7 @@ from PIL.PngImagePlugin import PngInfo
 from dinov3.data.images import open_image
 from dinov3.data.sources import read_stored
 from dinov3.drawing import TILE, contact_sheet
-from dinov3.embedding.flat import Flat, Passing, flat_of, passing
+from dinov3.embedding.flat import Flat, Passing, flat_of, passing, passing_vectors
 from dinov3.embedding.schema import as_matrix
 from dinov3.embedding.store import EmbeddingStore
 from dinov3.errors import StoreError
@@ -48,8 +49,7 @@ REFINE = 5  # candidates re-ranked by full vectors, as a multiple of `top` and i
 SPARE = 1.2  # candidates before a filter, times as many as should leave enough
 FEWEST_REFINED = 2  # that have to be left, as a multiple again; or the filter comes first
 MOST_CANDIDATES = 20_000  # before a filter; a thousand take 0.5 to 0.8 ms
-LOOSE = 0.2  # share of rows that pass, from which on no more cells are read than without a filter
-TAKEN = 300  # rows that pass a filter: so few vectors are all read, in 10 ms
+LOOSE = 0.04  # share of rows that pass, from which on candidates come from no more cells than without a filter
 SCORES_AT_ONCE = 1 << 27  # numbers: half a gigabyte
 SLACK = 10  # more candidates than requested: LanceDB's float32 distances may swap what float64 tells apart
 SHEET = "dinov3 contact sheet"  # what a PNG of ours says of itself
@@ -108,13 +108,17 @@ def search(
     if exact is False and status is None:
         raise StoreError(f"the store at {store.uri} has no index; build it with build_index, or search exactly")
     total = 0 if status is None else status.indexed + status.unindexed
-    # of fewer rows than are re-ranked a scan finds all, and of a few hundred vectors are read without one
-    many = rows > REFINE * (top + SLACK) or (filtered is not None and rows <= TAKEN)
-    index = status if exact is False or (exact is None and total > EXACT_LIMIT and many) else None
+    few = rows <= REFINE * (top + SLACK) and filtered is None  # than are re-ranked: a scan finds all
+    index = status if exact is False or (exact is None and total > EXACT_LIMIT and not few) else None
+    among = passing_vectors(store, filtered) if index is not None and filtered is not None else None
     results: list[list[Hit]] = []
     for start in range(0, len(queries), QUERIES_AT_ONCE):
         some = queries[start : start + QUERIES_AT_ONCE]
-        results += _search_some(store, some, top, where, wanted, rows, index, filtered)
+        if among is not None:
+            found = _nearest_in(among, store, some, top, None, wanted)
+            results += [_ranked(store, query, rows_, top, wanted) for query, rows_ in zip(some, found)]
+        else:
+            results += _search_some(store, some, top, where, wanted, rows, index, filtered)
     return results[0] if np.ndim(vectors) == 1 else results
 
 
@@ -257,13 +261,11 @@ def _approximately(
         of = found["query_index"].to_numpy() if len(queries) > 1 else np.zeros(len(ids), np.int64)
         return taken(table, [ids[passes & (of == i)][: REFINE * limit] for i in range(len(queries))])
 
-    if len(filtered.ids) <= TAKEN:
-        tables = store.read(lambda table: taken(table, [filtered.ids] * len(queries)))
-    else:
-        tables = store.read(ask) if count <= MOST_CANDIDATES else [None] * len(queries)
+    tables = store.read(ask) if count <= MOST_CANDIDATES else [None] * len(queries)
     for i, found in enumerate(tables):
         if found is None or len(found) < min(FEWEST_REFINED * limit, len(filtered.ids)):
             # too many candidates would be needed, or the filter and the query have to do with each other
+            cells = _cells_to_look_into(index.indexed, kept)
             (tables[i],) = _nearest(store, queries[i : i + 1], limit, where, columns, cells)
     return tables
 

@@ -292,8 +292,15 @@ def found_by(monkeypatch, store: EmbeddingStore, *arguments, **keywords) -> tupl
     return search(store, *arguments, **keywords), bool(used)
 
 
+@pytest.fixture
+def by_codes(monkeypatch):
+    """Filtered searches go by the codes of the index, as where many rows pass."""
+    monkeypatch.setattr(flat, "FILTER_BYTES", 0)
+    monkeypatch.setattr(flat, "FILTER_BYTES_AGAIN", 0)
+
+
 @pytest.mark.parametrize("where, keep", [(None, 1), ("width % 4 = 0", 4)])
-def test_the_index_finds_nearly_all_true_neighbours(indexed, monkeypatch, where, keep):
+def test_the_index_finds_nearly_all_true_neighbours(indexed, monkeypatch, by_codes, where, keep):
     store, vectors, queries = indexed
     answers, used = found_by(monkeypatch, store, queries, where=where)
     assert used
@@ -314,31 +321,37 @@ def test_the_index_does_less_than_a_scan(indexed):
     assert "ANN" in plan
 
 
-def test_few_rows_behind_a_filter_are_all_compared_and_exact_on_demand_is_a_scan(indexed, monkeypatch):
+def test_rows_that_pass_a_filter_are_all_compared_at_once_or_again_and_exact_on_demand_is_a_scan(indexed, monkeypatch):
     store, vectors, queries = indexed
-    few = np.arange(5000) < 90
-    monkeypatch.setattr(search_module, "MOST_CANDIDATES", 0)
-    with monkeypatch.context() as patch:
-        patch.setattr(search_module, "_nearest", None)  # no scan
-        hits = search(store, queries[:2], where="width <= 90")
-    assert [[hit.path for hit in some] for some in hits] == [
-        [path for path, _ in by_hand(vectors, query, 10, few)] for query in queries[:2]
-    ]
+    expected = [[path for path, _ in by_hand(vectors, query, 10, np.arange(5000) < 900)] for query in queries[:2]]
+    row = 4 * vectors.shape[1]
+    monkeypatch.setattr(flat, "FILTER_BYTES_AGAIN", 900 * row)
+    for at_once, by_codes in ((900, [False, False]), (899, [True, False])):
+        monkeypatch.setattr(flat, "FILTER_BYTES", at_once * row)
+        flat._PASSING.pop(store, None)
+        for used_before in by_codes:
+            hits, used = found_by(monkeypatch, store, queries[:2], where="width <= 900")
+            assert used == used_before
+            assert [[hit.path for hit in some] for some in hits] == expected
+    monkeypatch.setattr(flat, "FILTER_BYTES_AGAIN", 899 * row)
+    flat._PASSING.pop(store, None)
+    assert [found_by(monkeypatch, store, queries[0], where="width <= 900")[1] for _ in range(3)] == [True] * 3
     hits, used = found_by(monkeypatch, store, queries[1], exact=True)
     assert not used
     assert [hit.path for hit in hits] == [path for path, _ in by_hand(vectors, queries[1], 10)]
 
 
-def test_behind_a_tight_filter_the_index_looks_into_all_cells_and_finds_what_a_scan_finds(indexed, monkeypatch):
+def test_behind_a_tight_filter_the_index_looks_into_all_cells_and_finds_what_a_scan_finds(
+    indexed, monkeypatch, by_codes
+):
     store, _, queries = indexed
-    monkeypatch.setattr(search_module, "TAKEN", 0)
     for query in queries[:5]:
         hits, used = found_by(monkeypatch, store, query, where="width <= 200")
         assert used
         assert hits == search(store, query, where="width <= 200", exact=True)
 
 
-def test_candidates_are_filtered_and_where_too_few_pass_the_filter_comes_first(tmp_path, monkeypatch):
+def test_candidates_are_filtered_and_where_too_few_pass_the_filter_comes_first(tmp_path, monkeypatch, by_codes):
     vectors, queries = clustered(2000, 64)
     query = queries[0]
     vectors = vectors[np.argsort(-(vectors @ query))]  # image 0 is most like the query, image 1999 least
@@ -351,7 +364,6 @@ def test_candidates_are_filtered_and_where_too_few_pass_the_filter_comes_first(t
             ("width % 2 = 0", lambda width: width % 2 == 0, 20_000, False),
             ("width > 1000", lambda width: width > 1000, 20_000, True),  # none of the candidates passes
             ("width % 2 = 0", lambda width: width % 2 == 0, 10, True),  # more candidates than are worth it
-            ("width > 1800", lambda width: width > 1800, 20_000, False),  # few rows: all are compared
         ):
             calls.clear()
             monkeypatch.setattr(search_module, "MOST_CANDIDATES", most)
@@ -361,12 +373,13 @@ def test_candidates_are_filtered_and_where_too_few_pass_the_filter_comes_first(t
             assert all(passes(hit.width) for hit in hits)
 
 
-@pytest.mark.parametrize("taken", [0, 300])
-def test_rows_of_another_version_than_the_filter_s_are_searched_again(indexed, monkeypatch, taken):
+@pytest.mark.parametrize("bytes_", [0, 1 << 20])
+def test_rows_of_another_version_than_the_filter_s_are_searched_again(indexed, monkeypatch, bytes_):
     store, _, queries = indexed
-    monkeypatch.setattr(search_module, "TAKEN", taken)
+    monkeypatch.setattr(flat, "FILTER_BYTES", bytes_)
+    monkeypatch.setattr(flat, "FILTER_BYTES_AGAIN", bytes_)
     expected = search(store, queries[:3], where="width <= 200")
-    stale = dataclasses.replace(flat.passing(store, "width <= 200"), version=-1)
+    stale = dataclasses.replace(flat.passing(store, "width <= 200"), version=-1, flat=None)
     monkeypatch.setattr(search_module, "passing", lambda store, where: stale)
     calls = []
     real = search_module._nearest
