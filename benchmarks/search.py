@@ -32,7 +32,7 @@ from dinov3.embedding.schema import StoreFacts, arrow_schema
 from dinov3.embedding.store import EmbeddingStore
 
 CHUNK = 50_000
-FILTERS = (None, "width < 500", "width < 190", "width < 50", "width < 10", "width < 1")  # of 1000 widths, all equally many
+FILTERS = (None, *(f"width < {n}" for n in (500, 190, 50, 10, 1)))  # of 1000 widths, all equally many
 FIRST = 7  # processes
 
 
