@@ -26,29 +26,22 @@ Left out: the contrastive loss (`dinov3.losses.image_text_loss`), tokenization (
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3.data.tokenizer import Tokenizer
-from dinov3.errors import DinoError, one_of, only_known
+from dinov3.errors import DinoError, one_of
 from dinov3.heads.encoder import adapted_size, resized
-from dinov3.models.architectures import ViTConfig
-from dinov3.models.vit import Attention, Block, LayerScale, VisionTransformer
+from dinov3.models.architectures import ViTConfig, checked
+from dinov3.models.vit import Attention, Block, LayerScale, VisionTransformer, init_layers
 
 LOGIT_SCALE = math.log(1 / 0.07)  # initial; used as its exponential
 LOGIT_SCALE_MOST = math.log(100.0)
-
-Config = TypeVar("Config")
-
-
-def _of(cls: type[Config], what: str, options: Mapping[str, Any]) -> Config:
-    only_known(f"{what} has no option", options, (f.name for f in fields(cls)))  # type: ignore[arg-type]
-    return cls(**options)
 
 
 @dataclass(frozen=True)
@@ -69,7 +62,7 @@ class TextConfig:
     def of(cls, **options: Any) -> TextConfig:
         """Like the constructor, but an unknown option is an error with suggestions."""
         options.pop("model_name", None)  # in the reference's files; nothing reads it
-        return _of(cls, "a text transformer", options)
+        return checked(cls, "a text transformer", options)
 
 
 @dataclass(frozen=True)
@@ -97,7 +90,7 @@ class DinoTxtConfig:
     @classmethod
     def of(cls, **options: Any) -> DinoTxtConfig:
         """Like the constructor, but an unknown option is an error with suggestions."""
-        return _of(cls, "dino.txt", options)
+        return checked(cls, "dino.txt", options)
 
 
 # ---- the vision tower ----------------------------------------------------------------------------------------------
@@ -148,15 +141,7 @@ class VisionHead(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.LayerNorm):
-                module.reset_parameters()
-            elif isinstance(module, LayerScale):
-                nn.init.constant_(module.gamma, module.init)
+        init_layers(self)
         if isinstance(self.linear_projection, nn.Linear):
             nn.init.normal_(self.linear_projection.weight, std=self.linear_projection.in_features**-0.5)
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3.errors import DinoError
+from dinov3.models.vit import init_layers
 
 
 class ProjectionHead(nn.Module):
@@ -39,11 +40,7 @@ class ProjectionHead(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        init_layers(self)
 
     def forward(self, x: Tensor, part: str = "all") -> Any:
         """`part` "all": [..., D] → [..., K]; "bottleneck": [..., D] → unit vectors [..., b]; "prototypes": those → [..., K].

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from dinov3.errors import DinoError, UnknownName, did_you_mean, only_known, require
 from dinov3.hub import Origin
-from dinov3.models.base import TokenModel, chosen_layers, named_features
+from dinov3.models.base import TokenModel, chosen_layers, layer_output, named_features
 from dinov3.weights.catalog import STATISTICS
 
 Triple = tuple[float, float, float]
@@ -122,15 +122,11 @@ class ForeignBackbone(TokenModel):
     ) -> tuple[Any, ...]:
         """As `VisionTransformer.get_intermediate_layers`."""
         layers = chosen_layers(n, self.n_blocks, "block")
-        first, results = 1 + self.n_storage_tokens, []
-        for y in self._tokens(x, layers, norm):
-            patches = y[:, first:]
-            if reshape:
-                grid = self.patch_grid(x.shape[-2], x.shape[-1])
-                patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
-            extras = [y[:, 0]] * return_class_token + [y[:, 1:first]] * return_extra_tokens
-            results.append((patches, *extras) if extras else patches)
-        return tuple(results)
+        grid = self.patch_grid(x.shape[-2], x.shape[-1]) if reshape else None
+        return tuple(
+            layer_output(y, 1 + self.n_storage_tokens, grid, return_class_token, return_extra_tokens)
+            for y in self._tokens(x, layers, norm)
+        )
 
 
 # ---- the spec -------------------------------------------------------------------------------------------------------

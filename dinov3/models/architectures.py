@@ -7,12 +7,13 @@ models were trained with. The catalogue of weights and the `student` section bot
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 from dinov3.errors import one_of, only_known
 
-C = TypeVar("C", "ViTConfig", "ConvNeXtConfig")
+C = TypeVar("C")
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class ViTConfig:
     @classmethod
     def of(cls, **options: Any) -> ViTConfig:
         """Like the constructor, but an unknown option is an error with suggestions instead of a TypeError."""
-        return _checked(cls, "a ViT", options)
+        return checked(cls, "a ViT", options)
 
     @property
     def head_dim(self) -> int:
@@ -79,7 +80,7 @@ class ConvNeXtConfig:
     @classmethod
     def of(cls, **options: Any) -> ConvNeXtConfig:
         """Like the constructor, but an unknown option is an error with suggestions instead of a TypeError."""
-        return _checked(cls, "a ConvNeXt", {k: tuple(v) if k in ("depths", "dims") else v for k, v in options.items()})
+        return checked(cls, "a ConvNeXt", {k: tuple(v) if k in ("depths", "dims") else v for k, v in options.items()})
 
     @property
     def embed_dim(self) -> int:
@@ -89,8 +90,9 @@ class ConvNeXtConfig:
 BackboneConfig = ViTConfig | ConvNeXtConfig
 
 
-def _checked(cls: type[C], what: str, options: dict[str, Any]) -> C:
-    only_known(f"{what} has no option", options, (f.name for f in fields(cls)))
+def checked(cls: type[C], what: str, options: Mapping[str, Any]) -> C:
+    """A dataclass made from options; an unknown one is an error with suggestions."""
+    only_known(f"{what} has no option", options, (f.name for f in fields(cls)))  # type: ignore[arg-type]
     return cls(**options)
 
 

@@ -72,6 +72,18 @@ def chosen_layers(n: int | Sequence[int], total: int, what: str) -> list[int]:
     return layers
 
 
+def layer_output(
+    tokens: Tensor, prefix: int, grid: tuple[int, int] | None, class_token: bool, extra_tokens: bool
+) -> Tensor | tuple[Tensor, ...]:
+    """Of tokens [B, prefix + P, D] the patches [B, P, D], or [B, D, h, w] on a `grid`; with the flags a tuple that also holds
+    the CLS token [B, D] and the registers [B, R, D]."""
+    patches = tokens[:, prefix:]
+    if grid is not None:
+        patches = patches.transpose(1, 2).reshape(len(patches), -1, *grid).contiguous()
+    extras = [tokens[:, 0]] * class_token + [tokens[:, 1:prefix]] * extra_tokens
+    return (patches, *extras) if extras else patches
+
+
 def named_features(normed: Tensor, raw: Tensor, mask: Tensor | None, storage: int = 0) -> dict[str, Any]:
     """What `forward_features` gives: of tokens [B, 1+R+P, D] after the norm the CLS, the R = `storage` registers and the
     patches; the tokens before it; the mask."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dinov3.errors import DinoError, one_of
 from dinov3.models.architectures import ViTConfig
-from dinov3.models.base import TokenModel, chosen_layers, named_features
+from dinov3.models.base import TokenModel, chosen_layers, layer_output, named_features
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Rows = list[list[Tensor]]  # of a block's two branches: for each crop group the indices [m] of the rows computed
@@ -333,6 +333,24 @@ class PatchEmbed(nn.Module):
         return self.proj(x)  # [B, D, H, W]
 
 
+@torch.no_grad()
+def init_layers(root: nn.Module) -> None:
+    """Fresh weights of all layers: linear ones truncated normal of std 0.02, biases 0, norms 1, layer scales their own."""
+    for module in root.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        if isinstance(module, MaskedKeyBiasLinear):
+            module.init_mask()
+        elif isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, LayerScale):
+            nn.init.constant_(module.gamma, module.init)
+
+
 class VisionTransformer(TokenModel):
     """A DINOv3 ViT backbone. `forward` gives the normalised CLS token [B, D]; `forward_features` gives everything."""
 
@@ -363,19 +381,7 @@ class VisionTransformer(TokenModel):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Fresh weights, as training begins with them (spec: Initialisation)."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            if isinstance(module, MaskedKeyBiasLinear):
-                module.init_mask()
-            elif isinstance(module, nn.LayerNorm):
-                module.reset_parameters()
-            elif isinstance(module, RMSNorm):
-                nn.init.ones_(module.weight)
-            elif isinstance(module, LayerScale):
-                nn.init.constant_(module.gamma, module.init)
+        init_layers(self)
         bound = (self.config.in_chans * self.patch_size**2) ** -0.5
         nn.init.uniform_(self.patch_embed.proj.weight, -bound, bound)
         assert self.patch_embed.proj.bias is not None
@@ -473,9 +479,7 @@ class VisionTransformer(TokenModel):
         for (y,) in self._run([tokens], [(H, W)], keep=layers):
             if norm:
                 y = self._final_norm(y)
-            patches = y[:, prefix:]
-            if reshape:
-                patches = patches.transpose(1, 2).reshape(x.shape[0], self.embed_dim, H, W).contiguous()
-            extras = [y[:, 0]] * return_class_token + [y[:, 1:prefix]] * return_extra_tokens
-            results.append((patches, *extras) if extras else patches)
+            results.append(
+                layer_output(y, prefix, (H, W) if reshape else None, return_class_token, return_extra_tokens)
+            )
         return tuple(results)
