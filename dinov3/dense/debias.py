@@ -106,9 +106,8 @@ def _strongest(rows: Tensor, count: int) -> Tensor:
 
 def cosines(grid_hw: tuple[int, int], order: int) -> Tensor:
     """The lowest cosines over a grid, orthonormal, without the constant one: [n, h·w] of order 1 … `order` in all."""
-    along = [
-        torch.cos(math.pi * torch.arange(order + 1)[:, None] * (torch.arange(n) + 0.5) / n) for n in grid_hw
-    ]  # [order + 1, n] each
+    # [order + 1, n] each
+    along = [torch.cos(math.pi * torch.arange(order + 1)[:, None] * (torch.arange(n) + 0.5) / n) for n in grid_hw]
     pairs = [(i, j) for i in range(order + 1) for j in range(order + 1) if 0 < i + j <= order]
     rows = torch.stack([(along[0][i][:, None] * along[1][j]).flatten() for i, j in pairs])
     return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)

@@ -24,10 +24,8 @@ from dinov3.errors import DinoError
 from dinov3.features import Features
 from dinov3.neighbours import k_means
 
-INSIDE, OUTSIDE = (
-    0.6,
-    0.1,
-)  # shares of a patch under the mask from which it counts as the thing, below which it does not
+# shares of a patch under the mask from which it counts as the thing, below which it does not
+INSIDE, OUTSIDE = 0.6, 0.1
 
 
 @dataclass(frozen=True)

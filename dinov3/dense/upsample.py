@@ -69,9 +69,8 @@ def edge_aware(
     guide = full if factor == 1 else _colours(original.resize((W, H), pil.Resampling.BILINEAR), device)
     coarse = bilinear(values, features, image, (H, W))
     target = (coarse[..., None] if coarse.ndim == 2 else coarse).permute(2, 0, 1)  # [C, H, W]
-    patch = (
-        geometry.input_hw[1] / features.grid_hw[1] / geometry.scale_x * W / geometry.width
-    )  # px of the reduced image
+    # px of the reduced image
+    patch = geometry.input_hw[1] / features.grid_hw[1] / geometry.scale_x * W / geometry.width
     r = max(1, round(radius * patch))
     slope, offset = _local_lines(guide, target, r, epsilon)
     size = (geometry.height, geometry.width)

@@ -378,10 +378,8 @@ class LinearEvaluation:
         """({column: fraction}, the winner's name, the heads) after training on these images."""
         t, session = self.config.train, self.session
         total = t.epochs * t.epoch_length
-        save_every, eval_every = (
-            t.save_checkpoint_iterations or t.epoch_length,
-            t.eval_period_iterations or t.epoch_length,
-        )
+        save_every = t.save_checkpoint_iterations or t.epoch_length
+        eval_every = t.eval_period_iterations or t.epoch_length
         kinds = grid(t, distributed.world())
         n_classes = class_count(self.labels)
         heads = Heads(kinds, self.model.embed_dim, n_classes).to(session.device)

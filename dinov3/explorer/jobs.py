@@ -51,9 +51,8 @@ class Jobs:
     """Results by (kind, arguments). A newer computation of the same kind stops an unfinished one."""
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(
-            2, "explorer"
-        )  # so that UMAP, which cannot be stopped, keeps nothing else waiting
+        # two, so that UMAP, which cannot be stopped, keeps nothing else waiting
+        self._thread = ThreadPoolExecutor(2, "explorer")
         self._jobs: OrderedDict[Hashable, Job] = OrderedDict()
         self._lock = threading.Lock()
 

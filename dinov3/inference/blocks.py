@@ -76,9 +76,8 @@ class Compiled(Blocks):
         if self._seen[case] <= self.AFTER:
             return super().__call__(x, rope, prefix, layers, cls_only)
         torch.compiler.cudagraph_mark_step_begin()
-        return [
-            y.clone() for y in self._compiled(x, rope, prefix, layers, cls_only)
-        ]  # the graph writes its memory again
+        # the graph writes its memory again
+        return [y.clone() for y in self._compiled(x, rope, prefix, layers, cls_only)]
 
 
 class _Block:

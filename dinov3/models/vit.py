@@ -48,11 +48,9 @@ class RopeEmbedding(nn.Module):
             raise DinoError(
                 f"normalize_coords is 'min', 'max' or 'separate', not {c.pos_embed_rope_normalize_coords!r}"
             )
-        self.base, self.min_period, self.max_period = (
-            c.pos_embed_rope_base,
-            c.pos_embed_rope_min_period,
-            c.pos_embed_rope_max_period,
-        )
+        self.base = c.pos_embed_rope_base
+        self.min_period = c.pos_embed_rope_min_period
+        self.max_period = c.pos_embed_rope_max_period
         self.head_dim = c.head_dim
         self.normalize_coords = c.pos_embed_rope_normalize_coords
         self.shift_coords = c.pos_embed_rope_shift_coords

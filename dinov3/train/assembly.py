@@ -291,9 +291,8 @@ class Trainer:
         missing = checkpoint.load(path, tensors, group=self.group)
         state = checkpoint.read_state(path, "iteration", "loader", "random")
         gram = [name for name in missing if name.startswith("model.gram_teacher.")]
-        others = [
-            name for name in missing if name not in {*gram, "guard.cosines"}
-        ]  # a guard that is new measures a start
+        # a guard that is new measures a start
+        others = [name for name in missing if name not in {*gram, "guard.cosines"}]
         if others:
             raise DinoError(
                 f"{path} has no {others[0]} (and {len(others) - 1} more): it was made by another configuration; "

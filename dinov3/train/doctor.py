@@ -594,10 +594,8 @@ def _collapsed(facts: Facts, logs: Records, measured: Records) -> str | None:
     first, now = (r.get("cls_cosine") for r in (measured[0], measured[-1])) if measured else (None, None)
     if now is not None and now > ALIKE and first is not None and first <= ALIKE:
         return f"the CLS tokens of different images have a mean cosine of {now:.3f}"
-    spread, even = (
-        measured[-1].get("dino_target_entropy") if len(measured) > 1 else None,
-        math.log(facts.prototypes["dino"]),
-    )
+    spread = measured[-1].get("dino_target_entropy") if len(measured) > 1 else None
+    even = math.log(facts.prototypes["dino"])
     if spread is not None and spread < ONE_TARGET * even:
         return f"the images' targets come together (entropy of the mean target {spread:.2f} of {even:.2f})"
     koleo = _latest(logs[-1:], "koleo_loss")

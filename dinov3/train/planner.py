@@ -186,9 +186,8 @@ def _step(config: TrainConfig, row: Resolution, world: int, card: bool) -> Need:
             **networks, dino=c.dino, ibot=c.ibot, gram=c.gram, teacher_scale=c.crops.teacher_to_student_resolution_scale
         )
         live.flops = 0.0
-        waiting = [
-            _batch(c, row, torch.uint8) for _ in range(1 + card)
-        ]  # the loader's: this one, on a GPU also the next
+        # the loader's: this one, on a GPU also the next
+        waiting = [_batch(c, row, torch.uint8) for _ in range(1 + card)]
         _gradients(method, c, row, dtype, values, min(n, 2))  # the third batch is like the second
         del waiting
     parts = live.parts()
@@ -580,10 +579,8 @@ def student_of(model: str, *, on_cpu: bool) -> list[str]:
 
 def crop_sizes(config: TrainConfig) -> list[tuple[str, list[str]]]:
     """Global crops of two thirds and three halves of the size, for one resolution."""
-    size, unit = (
-        config.crops.global_crops_size,
-        round(config.student.patch_size * config.crops.teacher_to_student_resolution_scale),
-    )
+    size = config.crops.global_crops_size
+    unit = round(config.student.patch_size * config.crops.teacher_to_student_resolution_scale)
     if not isinstance(size, int) or config.crops.gram_teacher_crops_size is not None:
         return []
     sizes = {max(round(size * share / unit), 1) * unit for share in (2 / 3, 3 / 2)} - {size}
