@@ -45,7 +45,7 @@ from dinov3.distributed import Group
 from dinov3.errors import DinoError, UnsafeFile, WeightsError
 from dinov3.optim import plain_name
 
-# from the thread that writes, where `quiet` does not reach
+# from the thread that writes, where `catch_warnings` does not reach
 warnings.filterwarnings("ignore", "torch.distributed is disabled", module=r"torch\.distributed\.checkpoint")
 
 STATE_FILE = "state.json"
@@ -172,7 +172,7 @@ class Checkpoints:
             "storage_writer": FileSystemWriter(partial, overwrite=True),
             "no_dist": not distributed.together(),
         }
-        with quiet():
+        with warnings.catch_warnings(action="ignore"):  # that one process is one process
             if wait:
                 with self._sentence(iteration):
                     dcp.save(tensors, process_group=self.group, **writing)
@@ -359,7 +359,7 @@ def load(path: Path, tensors: Tensors, *, group: Group = None, alone: bool = Fal
         )
     found = {n: t for n, t in tensors.items() if n in there}
     try:
-        with quiet():
+        with warnings.catch_warnings(action="ignore"):  # that one process is one process
             dcp.load(
                 found,
                 storage_reader=SafeReader(path),
@@ -474,12 +474,3 @@ def not_finite(tensors: Mapping[str, Tensor], group: Group = None) -> list[str]:
     sums = torch.stack([(x.detach() * 0).sum(dtype=torch.float32).to(local[-1].device) for x in local])
     bad = distributed.all_reduce((sums != 0).float(), "max", group)
     return [n for n, b in zip(names, bad.tolist()) if b]
-
-
-class quiet(warnings.catch_warnings):
-    """torch's checkpointing warns that one process is one process."""
-
-    def __enter__(self) -> Any:
-        entered = super().__enter__()
-        warnings.simplefilter("ignore")
-        return entered

@@ -31,6 +31,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from dinov3 import checkpoint, distributed
 from dinov3.checkpoint import Checkpoints
@@ -421,15 +422,7 @@ def shuffled(n: int, size: int, step: int, *, seed: int = 0, rank: int = 0, worl
 
 def moved(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on the device; dicts, lists and tuples are gone through, everything else is left."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {k: moved(v, device) for k, v in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(moved(v, device) for v in batch))
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(moved(v, device) for v in batch)
-    return batch
+    return tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
 
 
 # ---- several processes ----------------------------------------------------------------------------------------------
@@ -504,18 +497,18 @@ class FeatureCache:
     def __call__(self, key: str, compute: Callable[[], Any], device: torch.device) -> Any:
         self.requests += 1
         if key in self.cached:
-            return _each(self.cached[key], lambda t: t.to(device))
+            return moved(self.cached[key], device)
         file = self.folder / f"{key}.pt" if self.folder is not None else None
         if file is not None and file.is_file():
             return torch.load(file, map_location=device, weights_only=True)
         self.computed += 1
         output = compute()
-        size = sum(t.numel() * t.element_size() for t in _leaves(output))
+        size = sum(t.numel() * t.element_size() for t in tree_leaves(output))
         if self.bytes + size <= self.most_bytes:
-            self.cached[key] = _each(output, lambda t: t.to("cpu").clone())
+            self.cached[key] = tree_map(lambda t: t.to("cpu").clone(), output)
             self.bytes += size
         elif file is not None:
-            write_torch(_each(output, lambda t: t.to("cpu").clone()), file)
+            write_torch(tree_map(lambda t: t.to("cpu").clone(), output), file)
         return output
 
 
@@ -555,7 +548,8 @@ def _cached(method: Callable[..., Any], name: str, cache: FeatureCache) -> Calla
             patches = out["x_norm_patchtokens"].mean(1, keepdim=True)
             return {"x_norm_clstoken": out["x_norm_clstoken"], "x_norm_patchtokens": patches}
 
-        return _joined([cache(_key(call, one), partial(output, one), x.device) for one in x.split(1)])
+        outputs = [cache(_key(call, one), partial(output, one), x.device) for one in x.split(1)]
+        return tree_map(lambda *of_each: torch.cat(of_each), *outputs)
 
     return cached_call
 
@@ -564,28 +558,3 @@ def _key(call: str, one: Tensor) -> str:
     digest = hashlib.blake2b(call.encode(), digest_size=16)
     digest.update(one.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _each(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """The same nest of dicts, lists and tuples, every tensor through the function."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {k: _each(v, function) for k, v in value.items()}
-    return type(value)(_each(v, function) for v in value)
-
-
-def _leaves(value: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    _each(value, lambda t: found.append(t) or t)  # type: ignore[func-returns-value]
-    return found
-
-
-def _joined(outputs: list[Any]) -> Any:
-    """Outputs of one image each → the output of the batch."""
-    first = outputs[0]
-    if isinstance(first, Tensor):
-        return torch.cat(outputs)
-    if isinstance(first, dict):
-        return {k: _joined([a[k] for a in outputs]) for k in first}
-    return type(first)(_joined(list(parts)) for parts in zip(*outputs, strict=True))

@@ -217,8 +217,7 @@ def zero_shot(
     listed = list_images(images, out)
     sentences = ("{}",) if templates == "none" else known.read_names(templates, "templates") if templates else None
     model, tokenizer = text_model(config)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True, action="always") as caught:
         classes = words(model, tokenizer, names, sentences)
     for warning in caught:
         log(f"note: {warning.message}")

@@ -142,8 +142,7 @@ def _fit_sklearn(
     from sklearn.linear_model import LogisticRegression
 
     def one(y: np.ndarray) -> Any:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that max_iter was reached: usual at large C, and no error
+        with warnings.catch_warnings(action="ignore"):  # that max_iter was reached: usual at large C, and no error
             return LogisticRegression(C=strength, tol=tol, max_iter=max_iter).fit(x.numpy(), y)
 
     y = labels.numpy()

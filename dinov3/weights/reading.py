@@ -522,8 +522,7 @@ def _read_zip(path: Path, size: int) -> Any:
 
 def _read_pickle(path: Path, *, mmap: bool) -> Any:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols, with a request to report to torch
+        with warnings.catch_warnings(action="ignore"):  # about pickle protocols, with a request to report to torch
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         message = str(error)
