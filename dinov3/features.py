@@ -87,14 +87,12 @@ class Features:
                     raise IndexError(f"a mask of {B} images has {B} entries, not {list(chosen.shape)}")
                 chosen = chosen.nonzero()
             rows = [range(B)[int(i)] for i in chosen.flatten().tolist()]
-        return replace(
-            self,
-            cls=self.cls[rows],
-            registers=self.registers[rows],
-            patches=self.patches[rows],
-            geometry=tuple(self.geometry[i] for i in rows),
-            missing=missing,
-        )
+        return self._changed(lambda x: x[rows], geometry=tuple(self.geometry[i] for i in rows), missing=missing)
+
+    def _changed(self, change: Callable[[Tensor], Tensor], **others: Any) -> Features:
+        """The same with each of the three tensors through a function."""
+        tensors = {name: change(getattr(self, name)) for name in ("cls", "registers", "patches")}
+        return replace(self, **tensors, **others)
 
     def _missing_among(self, first: int, last: int) -> dict[int, ImageError]:
         """The images without a row that belong to rows first … last: those before each of them, after the very last row too.
@@ -128,12 +126,7 @@ class Features:
 
     def to(self, *args: Any, **kwargs: Any) -> Features:
         """As `Tensor.to`, for all three tensors."""
-        return replace(
-            self,
-            cls=self.cls.to(*args, **kwargs),
-            registers=self.registers.to(*args, **kwargs),
-            patches=self.patches.to(*args, **kwargs),
-        )
+        return self._changed(lambda x: x.to(*args, **kwargs))
 
     # ---- patches and pixels --------------------------------------------------------------------------------------
 

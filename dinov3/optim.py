@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -208,16 +208,8 @@ class Schedules:
     frozen: int = 0  # iterations, the first ones, in which the backbone is
 
     def at(self, step: int) -> StepValues:
-        return StepValues(
-            self.lr(step),
-            self.last_layer_lr(step),
-            self.weight_decay(step),
-            self.momentum(step),
-            self.teacher_temp(step),
-            self.local_loss_weight(step),
-            self.gram_loss_weight(step),
-            None if self.backbone_lr is None else self.backbone_lr(step),
-        )
+        schedules = {f.name: getattr(self, f.name) for f in fields(StepValues)}
+        return StepValues(**{name: s if s is None else s(step) for name, s in schedules.items()})
 
 
 def build_schedules(config: TrainConfig, world_size: int) -> Schedules:

@@ -22,6 +22,7 @@ crop-major: row c·B + b is crop c of image b.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -285,30 +286,11 @@ class SelfDistillation:
     def _add_gram(self, terms: LossTerms, student: Tensor, teacher: Tensor, masks: Tensor, weight: float) -> None:
         c = self.gram
         negatives = "zero" if c.remove_neg else "zero_teacher" if c.remove_only_teacher_neg else "keep"
-        terms.add(
-            "gram_loss",
-            weight,
-            losses.gram_loss(
-                student,
-                teacher,
-                normalized=c.normalized,
-                img_level=c.img_level,
-                negatives=negatives,
-                tokens_used=c.tokens_used,
-                masks=masks,
-            ),
-        )
+        loss = partial(losses.gram_loss, teacher=teacher, normalized=c.normalized, negatives=negatives, masks=masks)
+        terms.add("gram_loss", weight, loss(student, img_level=c.img_level, tokens_used=c.tokens_used))
         if c.compute_stats:
             for used in ("masked", "unmasked"):
-                watched = losses.gram_loss(
-                    student.detach(),
-                    teacher,
-                    normalized=c.normalized,
-                    img_level=False,
-                    negatives=negatives,
-                    tokens_used=used,
-                    masks=masks,
-                )
+                watched = loss(student.detach(), img_level=False, tokens_used=used)
                 terms.add(f"stats_only/{used}_gram_loss", 0.0, watched)
 
     # -- what moves without gradients
