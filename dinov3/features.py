@@ -91,7 +91,7 @@ class Features:
 
     def _changed(self, change: Callable[[Tensor], Tensor], **others: Any) -> Features:
         """The same with each of the three tensors through a function."""
-        tensors = {name: change(getattr(self, name)) for name in ("cls", "registers", "patches")}
+        tensors: dict[str, Any] = {name: change(getattr(self, name)) for name in ("cls", "registers", "patches")}
         return replace(self, **tensors, **others)
 
     def _missing_among(self, first: int, last: int) -> dict[int, ImageError]:

@@ -209,7 +209,8 @@ class Schedules:
 
     def at(self, step: int) -> StepValues:
         schedules = {f.name: getattr(self, f.name) for f in fields(StepValues)}
-        return StepValues(**{name: s if s is None else s(step) for name, s in schedules.items()})
+        values: dict[str, Any] = {name: None if s is None else s(step) for name, s in schedules.items()}
+        return StepValues(**values)
 
 
 def build_schedules(config: TrainConfig, world_size: int) -> Schedules:
