@@ -313,6 +313,8 @@ class CropsConfig:
     rgb_std: list[float] = setting([0.229, 0.224, 0.225], above=0)
     # the teacher sees its crops smaller by this factor
     teacher_to_student_resolution_scale: float = setting(1.0, above=0)
+    # ours; multiplies the ranges of brightness, contrast, saturation and hue (0.4, 0.4, 0.2, 0.1); 0: no jitter
+    color_jitter_strength: float = setting(1.0, at_least=0, at_most=2.5)
     # Ours. "paper": blur with probability 1, 0.1, 0.5 (global 1, global 2, local). "applied": 0, 0.9, 0.5, which is
     # what the published training code does by an inversion, and so what the published models were trained with.
     blur_probabilities: Literal["applied", "paper"] = "applied"

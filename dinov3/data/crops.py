@@ -210,6 +210,7 @@ if TYPE_CHECKING:
 
 ASPECT = (3 / 4, 4 / 3)
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.4, 0.4, 0.2, 0.1
+MOST_JITTER = 2.5  # brightness and contrast may reach 0
 JITTER_P, GREY_P, SOLARISE_P = 0.8, 0.2, 0.2
 BLUR_SIGMA = (0.1, 2.0)  # made for 224 px
 # of global crop 1, of global crop 2, of local crops
@@ -261,6 +262,7 @@ class CropConfig:
 
     gram_distorted: whether colour and blur reach the Gram teacher's crops too (`gram_teacher_no_distortions: false`).
     share_color_jitter: jitter and greyscale once for the whole image.
+    color_jitter_strength: the ranges of brightness, contrast, saturation and hue are multiplied by it (SimCLR's s; ours).
     local_from_global: local crops are windows of the global crops, at multiples of `window_step` pixels and with colours of
     their own (`localcrops_subset_of_globalcrops`): the first half from crop 1, the second from crop 2.
     """
@@ -273,6 +275,7 @@ class CropConfig:
     gram_size: int | None = None
     gram_distorted: bool = True
     share_color_jitter: bool = False
+    color_jitter_strength: float = 1.0
     local_from_global: bool = False
     window_step: int = 16
     horizontal_flips: bool = True
@@ -293,6 +296,8 @@ class CropConfig:
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
                 raise DinoError(f"{name} is a range of shares of the image's area, 0 < low ≤ high ≤ 1: not {low, high}")
+        if not 0 <= self.color_jitter_strength <= MOST_JITTER:
+            raise DinoError(f"color_jitter_strength is within 0 … {MOST_JITTER}, not {self.color_jitter_strength}")
         one_of("blur", self.blur, BLUR_P)
         low, high = self.blur_sigma
         if not 0 < low <= high:
@@ -326,7 +331,7 @@ class CropConfig:
     def plan(self, width: int, height: int, rng: Uniform) -> Plan:
         """Draws all crops of an image of width × height pixels."""
         first, second, local = BLUR_P[self.blur]
-        shared = _draw_colours(rng) if self.share_color_jitter else None
+        shared = self._draw_colours(rng) if self.share_color_jitter else None
         globals_ = (
             self._draw(width, height, self.global_scale, first, 0.0, rng),
             self._draw(width, height, self.global_scale, second, SOLARISE_P, rng),
@@ -349,9 +354,24 @@ class CropConfig:
             height=h,
             width=w,
             flip=self.horizontal_flips and rng.random() < 0.5,
-            colours=Colours() if self.share_color_jitter else _draw_colours(rng),
+            colours=Colours() if self.share_color_jitter else self._draw_colours(rng),
             sigma=_between(rng, *self.blur_sigma) if rng.random() < blur_p else None,
             solarise=rng.random() < solarise_p,
+        )
+
+    def _draw_colours(self, rng: Uniform) -> Colours:
+        if rng.random() >= JITTER_P:
+            return Colours(grey=rng.random() < GREY_P)
+        names = ["brightness", "contrast", "saturation", "hue"]
+        order = tuple(names.pop(_integer(rng, len(names))) for _ in range(4))
+        s = self.color_jitter_strength
+        return Colours(
+            order=order,
+            brightness=_between(rng, 1 - s * BRIGHTNESS, 1 + s * BRIGHTNESS),
+            contrast=_between(rng, 1 - s * CONTRAST, 1 + s * CONTRAST),
+            saturation=_between(rng, 1 - s * SATURATION, 1 + s * SATURATION),
+            hue=_between(rng, -s * HUE, s * HUE),
+            grey=rng.random() < GREY_P,
         )
 
 
@@ -375,20 +395,6 @@ def random_crop(image: Tensor, side: int, scale: tuple[float, float], rng: Unifo
     """uint8 [3, H, W] → [3, side, side]: the box of `draw_box`, mirrored with probability ½."""
     crop = cropped(image, draw_box(image.shape[2], image.shape[1], scale, rng), side)
     return (crop.flip(-1) if rng.random() < 0.5 else crop).contiguous()
-
-
-def _draw_colours(rng: Uniform) -> Colours:
-    if rng.random() >= JITTER_P:
-        return Colours(grey=rng.random() < GREY_P)
-    names = ["brightness", "contrast", "saturation", "hue"]
-    return Colours(
-        order=tuple(names.pop(_integer(rng, len(names))) for _ in range(4)),
-        brightness=_between(rng, 1 - BRIGHTNESS, 1 + BRIGHTNESS),
-        contrast=_between(rng, 1 - CONTRAST, 1 + CONTRAST),
-        saturation=_between(rng, 1 - SATURATION, 1 + SATURATION),
-        hue=_between(rng, -HUE, HUE),
-        grey=rng.random() < GREY_P,
-    )
 
 
 def _between(rng: Uniform, low: float, high: float) -> float:

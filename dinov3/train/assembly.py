@@ -392,6 +392,7 @@ def build_loader(
         "local_scale": tuple(c.local_crops_scale),
         "gram_distorted": not c.gram_teacher_no_distortions,
         "share_color_jitter": c.share_color_jitter,
+        "color_jitter_strength": c.color_jitter_strength,
         "local_from_global": c.localcrops_subset_of_globalcrops,
         "horizontal_flips": c.horizontal_flips,
         "blur": c.blur_probabilities,

@@ -7,8 +7,8 @@ a tenth (not that of `ridge`, which has nothing to learn). The head itself learn
     classification    a linear layer or an MLP; cross-entropy, or binary cross-entropy of several values at once
     regression        the same; squared error of the value, brought to a range
     prototypical      no parameters: cosine to each value's centroid, an average of the teacher's CLS tokens of all ranks
-    ridge             ours, no parameters: ridge regression of the value in closed form, from all crops (`Ridge`). It is at
-                      its optimum in every step, so no backbone is too fast for it: what `--forget` takes
+    ridge             ours, no parameters: ridge regression of the value in closed form (`Ridge`). It is at its optimum
+                      in every step, so no backbone is too fast for it: what `--forget` takes
 
 With `optim.grad_norm_normalization` each guide's gradient at the CLS tokens is brought to that norm, and is then multiplied
 by λ and the weight. (Mended: in the published form the weights cancel.) Images without a value do not count.
@@ -307,22 +307,20 @@ class Guides:
             centroids.update(teacher_cls, self._values(self.targets[int(i)], indices, teacher_cls.device), self.group)
 
     @staticmethod
-    def _values(target: Target, indices: Sequence[int], device: torch.device, crops: int = 2) -> Tensor:
-        return target.values[list(indices)].repeat((crops,) + (1,) * (target.values.ndim - 1)).to(device)  # crop-major
+    def _values(target: Target, indices: Sequence[int], device: torch.device) -> Tensor:
+        return target.values[list(indices)].repeat((2,) + (1,) * (target.values.ndim - 1)).to(device)  # crop-major
 
     def add(self, terms: LossTerms, cls: Tensor, heads: GuideHeads | None, indices: Sequence[int], step: int) -> None:
-        """A term for each guide, from the student's CLS tokens of all crops [(2 + n_l)·B, D], the global ones first; `step`:
-        the batch's number."""
+        """A term for each guide, from the student's CLS tokens of both global crops [2B, D]; `step`: the batch's number."""
         scale = lambda_at(self.schedule, step // self.accumulation)
         passages = [Passage(-scale if t.config.grl else scale, self.norm, self.group) for t in self.targets]
-        crops = [len(cls) // len(indices) if str(i) in self.ridges else 2 for i in range(len(self.targets))]
-        inputs = [_Gate.apply(cls[: n * len(indices)], p) for n, p in zip(crops, passages)]
+        inputs = [_Gate.apply(cls, p) for p in passages]
         outputs = iter(())
         if heads is not None:
             plain = (x for i, x in enumerate(inputs) if str(i) not in self.centroids and str(i) not in self.ridges)
             outputs = iter(heads(list(plain)))
         for i, (target, x, passage) in enumerate(zip(self.targets, inputs, passages)):
-            values = self._values(target, indices, cls.device, crops[i])
+            values = self._values(target, indices, cls.device)
             if str(i) in self.ridges:
                 loss = self.ridges[str(i)](x, values, self.group)
             else:

@@ -258,7 +258,7 @@ class SelfDistillation:
             terms.add("sigreg_loss", c.sigreg_loss_weight, losses.sigreg_loss(spread, directions, group=self.group))
         self._add_ibot(terms, self.student.ibot_head(compared), targets.ibot, batch)
         if self.guides is not None:
-            self.guides.add(terms, every_cls, getattr(self.student, "guides", None), batch.indices, batch.step)
+            self.guides.add(terms, cls, getattr(self.student, "guides", None), batch.indices, batch.step)
         if targets.gram is not None:
             self._add_gram(terms, patches, targets.gram, batch.masks, values.gram_loss_weight)
         return terms

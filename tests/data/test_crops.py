@@ -331,15 +331,13 @@ def test_blur_is_drawn_from_the_range_that_is_set() -> None:
     assert changed.crops.blur_sigma == (0.1, 0.7)
 
 
-def test_factors_are_uniform_in_their_ranges_and_orders_are_all_permutations() -> None:
-    colours = [p.globals_[0].colours for p in plans(CropConfig(local_count=0), 6000)]
+@pytest.mark.parametrize("strength", [1.0, 0.5, 2.5])
+def test_factors_are_uniform_in_their_ranges_and_orders_are_all_permutations(strength: float) -> None:
+    config = CropConfig(local_count=0, color_jitter_strength=strength)
+    colours = [p.globals_[0].colours for p in plans(config, 6000)]
     drawn = [c for c in colours if c.order]
-    for name, low, high in (
-        ("brightness", 0.6, 1.4),
-        ("contrast", 0.6, 1.4),
-        ("saturation", 0.8, 1.2),
-        ("hue", -0.1, 0.1),
-    ):
+    for name, middle, range_ in (("brightness", 1, 0.4), ("contrast", 1, 0.4), ("saturation", 1, 0.2), ("hue", 0, 0.1)):
+        low, high = middle - strength * range_, middle + strength * range_
         values = np.sort([getattr(c, name) for c in drawn])
         steps = np.abs((values - low) / (high - low) - np.linspace(0, 1, len(values))).max()  # Kolmogorov-Smirnov
         assert steps < 1.95 / len(values) ** 0.5, name
@@ -444,6 +442,7 @@ def test_windows_are_multiples_of_the_step_inside_the_global_crop() -> None:
         ({"blur": "aplied"}, "blur is one of applied, paper, not 'aplied'; did you mean 'applied'"),
         ({"global_scale": (0.0, 1.0)}, "global_scale is a range of shares"),
         ({"local_scale": (0.5, 0.1)}, "local_scale is a range of shares"),
+        ({"color_jitter_strength": 3.0}, "color_jitter_strength is within 0 … 2.5, not 3.0"),
         ({"blur_sigma": (0.7, 0.1)}, "blur_sigma is a range in pixels"),
         ({"gram_size": 2}, "gram_size must be a side in pixels"),
         ({"local_count": -1}, "local_count cannot be negative"),
