@@ -11,7 +11,7 @@ import json
 import socket
 import threading
 import webbrowser
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -90,11 +90,13 @@ def refuse_other_sites(app: FastAPI) -> None:
         return await go(request)
 
 
-def run(app: FastAPI, host: str, port: int, *, open_page: bool = False) -> None:
-    """Serves until SIGINT or SIGTERM; requests that are being worked on are finished, for at most half a minute."""
+def run(app: FastAPI, host: str, port: int, log: Callable[[str], None], *, open_page: bool = False) -> None:
+    """Logs the address and serves until SIGINT or SIGTERM; requests that are being worked on are finished, for at most half
+    a minute."""
     import uvicorn
 
     check_port(host, port)
+    log(f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port} (Ctrl-C ends it)")
     if open_page:
         threading.Timer(1.0, webbrowser.open, [f"http://{host}:{port}/"]).start()
     uvicorn.run(app, host=host, port=port, log_level="warning", limit_concurrency=256, timeout_graceful_shutdown=30)

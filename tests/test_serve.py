@@ -108,9 +108,10 @@ def test_images_that_arrive_while_the_model_works_are_its_next_batches_of_one_si
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not here")
 def test_the_commands_of_the_page_run_as_printed(tmp_path: Path, skimage_images: Path) -> None:
-    (tmp_path / "images").mkdir()
+    images = tmp_path / "demo-out" / "images"  # as `make demo` leaves them
+    images.mkdir(parents=True)
     for name in ("chelsea.png", "coffee.png"):
-        Image.open(skimage_images / name).save(tmp_path / "images" / f"{Path(name).stem}.jpg")
+        Image.open(skimage_images / name).save(images / f"{Path(name).stem}.jpg")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -134,6 +135,7 @@ def test_the_commands_of_the_page_run_as_printed(tmp_path: Path, skimage_images:
     finally:
         service.send_signal(signal.SIGTERM)
     assert service.wait(60) in (0, -signal.SIGTERM)
+    assert f"2 images of store: http://127.0.0.1:{port} (Ctrl-C ends it)" in service.communicate()[1]
     assert json.loads(shown[0])["rows"] == 2
     vectors = np.load(tmp_path / "vectors.npy")
     np.testing.assert_allclose(json.loads(shown[1])["vectors"], vectors[:1], atol=2e-4)

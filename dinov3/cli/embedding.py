@@ -306,20 +306,18 @@ def serve(
         preprocessing = default_preprocessing(net, size=c.size, shape=c.shape, fit=c.fit)
         pooling = c.pooling
     _log_model(net)
-    web.run(
-        service.application(
-            net,
-            preprocessing,
-            pooling=pooling,
-            store=opened,
-            vector_of=vector_of,
-            hosts=(*web.LOOPBACK, host, *c.allow_host),
-            limits=web.Limits(c.max_mb, c.max_megapixels, c.max_images),
-            batch_size=c.batch,
-        ),
-        host,
-        port,
+    app = service.application(
+        net,
+        preprocessing,
+        pooling=pooling,
+        store=opened,
+        vector_of=vector_of,
+        hosts=(*web.LOOPBACK, host, *c.allow_host),
+        limits=web.Limits(c.max_mb, c.max_megapixels, c.max_images),
+        batch_size=c.batch,
     )
+    rows = "" if opened is None else f"{len(opened)} images of {store}: "
+    web.run(app, host, port, lambda at: log(f"{rows}{at}"))
 
 
 @dataclass
@@ -375,7 +373,4 @@ def explore(
         hosts=(*web.LOOPBACK, host, *c.allow_host),
         limits=web.Limits(c.max_mb, c.max_megapixels),
     )
-    log(
-        f"{len(opened)} images of {source}: http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port} (Ctrl-C ends it)"
-    )
-    web.run(page, host, port, open_page=c.open_page)
+    web.run(page, host, port, lambda at: log(f"{len(opened)} images of {source}: {at}"), open_page=c.open_page)

@@ -437,15 +437,18 @@ def _write_onnx(
     import onnxruntime
 
     (source,) = facts["inputs"]
-    logger = logging.getLogger("onnxscript")  # logs a line for each operator that it leaves as it is
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    # a line for each operator that is left as it is, and for each of torchvision's, if that is not installed
+    loggers = [logging.getLogger(n) for n in ("onnxscript", "torch.onnx._internal.exporter._registration")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         made = torch.onnx.export(
             program, (x,), dynamo=True, opset_version=OPSET, input_names=[source], output_names=names, verbose=False
         )
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
     assert made is not None
     graph = made.model.graph
     outputs = {id(value) for value in graph.outputs}

@@ -298,9 +298,12 @@ def class_names(config: HeadConfig, data: Any) -> list[str]:
         if highest == 0 and not zero:
             raise DinoError(ONE_CLASS)
         if known is not None and highest >= known:
+            rest = (
+                "" if highest > known else f", or leave it out (--ignore {highest}; ignore={highest} in a dataset spec)"
+            )
             raise DinoError(
-                f"a mask holds class {highest}, but there are {known} classes (0 to {known - 1}): name all of "
-                f"them, or name what should not count (--ignore {highest}; ignore={highest} in a dataset spec)"
+                f"masks hold class numbers up to {highest}, but there are {known} classes (0 to {known - 1}): name all of "
+                f"them, in the order of their numbers (--classes){rest}"
             )
         known = known if known is not None else highest + 1
     return names or [f"class {i}" for i in range(known)]

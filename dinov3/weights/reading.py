@@ -340,6 +340,8 @@ def locate(
     known = aliases()
     if source.lower() in known:
         row = known[source.lower()][0]
+        if row.packaged_path is not None:
+            return row.packaged_path
         raise WeightsError(f"{source!r} names a model, not a file: pass a path, a URL, or {row.hf or row.file!r}")
     raise WeightsError(f"no URL, no Hugging Face id, and {nonexistent(source, known)}")
 

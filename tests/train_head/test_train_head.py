@@ -545,8 +545,10 @@ def test_images_without_masks_are_named_and_left_out(tmp_path: Path) -> None:
 
 def test_the_error_of_a_class_beyond_the_named_ones_suggests_ignore(tmp_path: Path) -> None:
     data = mask_folder(tmp_path / "data")
-    with pytest.raises(DinoError, match=r"a mask holds class 2, but there are 2 classes .*--ignore 2"):
+    with pytest.raises(DinoError, match=r"masks hold .* up to 2, but there are 2 classes .*--ignore 2"):
         train_head(config(data, classes=["red", "green"]), tmp_path / "run")
+    with pytest.raises(DinoError, match=r"masks hold .* up to 2, but there are 1 classes .* \(--classes\)$"):
+        train_head(config(data, classes=["red"]), tmp_path / "run")
     outcome = train_head(config(data, classes=["red", "green"], ignore=2, steps=3), tmp_path / "run")
     assert {"IoU/red", "IoU/green"} <= set(outcome.metrics)
 

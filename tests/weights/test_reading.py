@@ -294,6 +294,11 @@ def test_a_path_that_is_not_there_is_met_with_the_nearest_name(tmp_path):
         reading.open("dinov3_vits16")
 
 
+@pytest.mark.parametrize("name", ["dinov3_vitt16", "vitt16", "dinov3_vitt16.safetensors"])
+def test_the_name_of_the_model_that_ships_is_its_file(name):
+    assert reading.locate(name) == catalog.FILES / "dinov3_vitt16.safetensors"
+
+
 def test_the_hash_of_a_local_file_is_checked_when_asked(tmp_path):
     torch.save(filled(TINY["mlp"]).state_dict(), tmp_path / "w-01234567.pth")
     reading.open(tmp_path / "w-01234567.pth")
