@@ -144,6 +144,23 @@ def test_nan_and_infinity_stay_in_their_image(level, precision, bad) -> None:
 
 
 @pytest.mark.parametrize("level, precision", BEST)
+def test_a_batch_in_one_thread_is_its_images_one_by_one(level, precision) -> None:
+    torch.manual_seed(0)
+    made = kernels.Blocks([folded(64, 1, 128), folded(64, 1, 128)], precision, level)
+    x, rope = sample(64, 1, 5, 101, 5)  # two images at a time in int8, and one
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for cls_only in (False, True):
+            batch = made(x, rope, 5, [0, 1], cls_only)
+            single = [made(image[None], rope, 5, [0, 1], cls_only) for image in x]
+            for layer, output in enumerate(batch):
+                assert torch.equal(output, torch.cat([outputs[layer] for outputs in single]))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("level, precision", BEST)
 def test_without_positions_and_with_strides(level, precision) -> None:
     torch.manual_seed(0)
     block = folded(128, 2, 256)

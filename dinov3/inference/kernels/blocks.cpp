@@ -291,6 +291,11 @@ struct Job {
 // ---- the blocks -----------------------------------------------------------------------------------------------------
 
 constexpr int ROWS = 256;  // at most, of the residual stream, that go through all layers between two attentions together
+#ifdef __AMX_TILE__
+constexpr int ROWS_OF_INT8 = ROWS;  // products are fast: what they wait for is weights
+#else
+constexpr int ROWS_OF_INT8 = 32;  // products are slow: their hidden numbers in the cache are worth more than weights there
+#endif
 
 struct Buffer {
     std::unique_ptr<char, decltype(&std::free)> memory;
@@ -583,7 +588,7 @@ template <class P, class A> struct Run {
         };
         const size_t bytes = operand<P>(16, D + hidden) / 16 + (quantised ? hidden * 4 : 0);  // of a row between the layers
         const long cache = std::clamp(sysconf(_SC_LEVEL2_CACHE_SIZE), 1L << 20, quantised ? 1L << 20 : 2L << 20);
-        const int most = std::clamp((int)(cache / bytes), 64, ROWS);
+        const int most = std::min(std::clamp((int)(cache / bytes), 64, ROWS), quantised ? ROWS_OF_INT8 : ROWS);
         const auto rows_of = [&](int total) {  // that a task takes
             const int groups = ((total + most - 1) / most + threads - 1) / threads * threads;
             return ((total + groups - 1) / groups + 31) / 32 * 32;
@@ -633,7 +638,7 @@ struct Tiles {
     }
 };
 
-template <class P, class A> void execute(const Job &job) {
+template <class P, class A> void together(const Job &job) {
     Run<P, A> run(job);
     std::deque<typename Run<P, A>::Scratch> scratch;
     for (int i = 0; i < job.threads; i++) scratch.emplace_back(run);
@@ -655,6 +660,20 @@ template <class P, class A> void execute(const Job &job) {
     team.notify_all();
     work(0);
     for (auto &thread : threads) thread.join();
+}
+
+// int8 in one thread: a few images at a time through all blocks, so that what stands between two layers stays in the caches
+template <class P, class A> void execute(Job job) {
+    const int all = job.images, few = P::group < 4 || job.threads > 1 ? all : std::max(1, ROWS / job.tokens);
+    std::vector<float *> keep(job.keep, job.keep + job.n_blocks);
+    job.keep = keep.data();
+    for (int done = 0; done < all; done += few) {
+        job.images = std::min(few, all - done);
+        together<P, A>(job);
+        const size_t size = (size_t)job.images * job.tokens * job.width;
+        job.x += size;
+        for (float *&to : keep) to += to ? size : 0;
+    }
 }
 
 }  // namespace
