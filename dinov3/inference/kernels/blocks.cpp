@@ -291,11 +291,17 @@ struct Job {
 // ---- the blocks -----------------------------------------------------------------------------------------------------
 
 constexpr int ROWS = 256;  // at most, of the residual stream, that go through all layers between two attentions together
+constexpr int FEW_ROWS = 32;
+
+// int8 by vectors, where a layer's weights stay in a second cache of 1 MB (ViT-S): so should its hidden numbers, and FEW_ROWS go
+// through the layers together; with one thread, few images through all blocks. Larger models wait for weights instead
+template <class P> bool in_cache([[maybe_unused]] const Job &job) {
 #ifdef __AMX_TILE__
-constexpr int ROWS_OF_INT8 = ROWS;  // products are fast: what they wait for is weights
+    return false;  // 32 rows were not measured there
 #else
-constexpr int ROWS_OF_INT8 = 32;  // products are slow: their hidden numbers in the cache are worth more than weights there
+    return P::group == 4 && (int64_t)job.blocks->fc2.k * job.width <= 1 << 20;
 #endif
+}
 
 struct Buffer {
     std::unique_ptr<char, decltype(&std::free)> memory;
@@ -588,7 +594,7 @@ template <class P, class A> struct Run {
         };
         const size_t bytes = operand<P>(16, D + hidden) / 16 + (quantised ? hidden * 4 : 0);  // of a row between the layers
         const long cache = std::clamp(sysconf(_SC_LEVEL2_CACHE_SIZE), 1L << 20, quantised ? 1L << 20 : 2L << 20);
-        const int most = std::min(std::clamp((int)(cache / bytes), 64, ROWS), quantised ? ROWS_OF_INT8 : ROWS);
+        const int most = in_cache<P>(job) ? FEW_ROWS : std::clamp((int)(cache / bytes), 64, ROWS);
         const auto rows_of = [&](int total) {  // that a task takes
             const int groups = ((total + most - 1) / most + threads - 1) / threads * threads;
             return ((total + groups - 1) / groups + 31) / 32 * 32;
@@ -662,9 +668,8 @@ template <class P, class A> void together(const Job &job) {
     for (auto &thread : threads) thread.join();
 }
 
-// int8 in one thread: a few images at a time through all blocks, so that what stands between two layers stays in the caches
 template <class P, class A> void execute(Job job) {
-    const int all = job.images, few = P::group < 4 || job.threads > 1 ? all : std::max(1, ROWS / job.tokens);
+    const int all = job.images, few = in_cache<P>(job) && job.threads == 1 ? std::max(1, ROWS / job.tokens) : all;
     std::vector<float *> keep(job.keep, job.keep + job.n_blocks);
     job.keep = keep.data();
     for (int done = 0; done < all; done += few) {
