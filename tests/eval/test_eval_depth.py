@@ -26,7 +26,7 @@ from dinov3.data.transforms.dense import DepthTransform
 from dinov3.errors import DinoError
 from dinov3.eval import dense
 from dinov3.eval.depth import run as depth
-from dinov3.eval.depth.run import DepthConfig, Protocol, depth_map, evaluate_model
+from dinov3.eval.depth.run import DepthConfig, EvalSection, depth_map, evaluate_model
 from dinov3.heads.dpt import build_depther
 from dinov3.heads.objectives import DepthLoss
 from dinov3.hub import Origin, published_heads
@@ -131,7 +131,7 @@ def rooms(tmp_path):
 def test_scores_are_means_over_images_inside_of_the_region_and_range(rooms):
     data = make_dataset(f"DenseFolder:root={rooms / 'rooms'}")
     transform = DepthTransform(region="NYU_EIGEN", mean=(0.0,) * 3, std=(1.0,) * 3)
-    protocol = Protocol(max_depth=3.5, flip=False)
+    protocol = EvalSection(max_depth=3.5, use_tta=False)
     got, each = evaluate_model(Grey(), data, transform, protocol)
     slow = []
     for image, truth in data:
@@ -153,7 +153,7 @@ def test_alignment_forgives_scale_and_shift(rooms):
     transform = DepthTransform(mean=(0.0,) * 3, std=(1.0,) * 3)
 
     def scored(model: Grey, align: bool) -> float:
-        return evaluate_model(model, data, transform, Protocol(align=align, flip=False))[0]["rmse"]
+        return evaluate_model(model, data, transform, EvalSection(align_least_squares=align, use_tta=False))[0]["rmse"]
 
     assert scored(Grey(), True) == pytest.approx(scored(Grey(a=-7, b=100), True), rel=1e-4)
     assert scored(Grey(), True) < 0.15  # brightness is depth here, up to scale, shift and noise
@@ -162,7 +162,7 @@ def test_alignment_forgives_scale_and_shift(rooms):
 
 def _scored(root: str) -> tuple[float, int]:
     data = make_dataset(f"DenseFolder:root={root}")
-    scores, each = evaluate_model(Grey(), data, DepthTransform(), Protocol())
+    scores, each = evaluate_model(Grey(), data, DepthTransform(), EvalSection())
     return scores["rmse"], len(each)
 
 
@@ -345,7 +345,7 @@ def test_the_published_depther_is_scored_with_alignment_and_mirror_images(tmp_pa
     assert (asked["weights"], asked["backbone_weights"]) == ("H", "B")
     transform = DepthTransform(48, region="NYU_EIGEN", mean=(0.420, 0.411, 0.296), std=(0.213, 0.156, 0.143))
     data = make_dataset(f"DenseFolder:root={tmp_path / 'rooms'}")
-    direct, _ = evaluate_model(tiny_depther(max_depth=100.0), data, transform, Protocol(align=True, flip=True))
+    direct, _ = evaluate_model(tiny_depther(max_depth=100.0), data, transform, EvalSection(align_least_squares=True))
     assert results(tmp_path / "out")["DenseFolder_rmse"] == pytest.approx(direct["rmse"])
 
 

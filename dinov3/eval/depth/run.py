@@ -62,16 +62,6 @@ class Adaptation(enum.Enum):
 
 
 @dataclass
-class DepthOptimizer(dense.OptimizerSection):
-    lr: float = 1e-4
-
-
-@dataclass
-class DepthScheduler(dense.SchedulerSection):
-    total_iter: int = 38400
-
-
-@dataclass
 class DatasetsSection(dense.DatasetsSection):
     test: str = ""  # "": val
 
@@ -121,6 +111,8 @@ class TransformsSection:
 
 @dataclass
 class EvalSection:
+    """Which pixels count, and how predictions are made."""
+
     ignored_value: float = 0.0  # metres
     align_least_squares: bool = False
     min_depth: float = 0.001
@@ -142,8 +134,8 @@ class ResultSection:
 class DepthConfig(dense.DenseConfig):
     num_workers: int = 2
     seed: int = 321
-    scheduler: DepthScheduler = field(default_factory=DepthScheduler)
-    optimizer: DepthOptimizer = field(default_factory=DepthOptimizer)
+    scheduler: dense.SchedulerSection = field(default_factory=lambda: dense.SchedulerSection(total_iter=38400))
+    optimizer: dense.OptimizerSection = field(default_factory=lambda: dense.OptimizerSection(lr=1e-4))
     datasets: DatasetsSection = field(default_factory=DatasetsSection)
     decoder_head: DecoderSection = field(default_factory=DecoderSection)
     losses: dict[str, float] | None = setting(None, choices=DEPTH_LOSSES)  # and their weights; null: SIGLOSS alone
@@ -166,17 +158,6 @@ class DepthConfig(dense.DenseConfig):
 # ---- scoring -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Protocol:
-    """Which pixels count, and how predictions are made."""
-
-    min_depth: float = 0.001
-    max_depth: float = 10.0
-    ignored_value: float = 0.0
-    align: bool = False
-    flip: bool = True
-
-
 @torch.no_grad()
 def depth_map(model: Depther, x: Tensor, size_hw: tuple[int, int], *, flip: bool) -> Tensor:
     """Normalised image [3, h, w] → metres float32 [*size_hw]; with `flip` the mean with the mirror image's, turned back."""
@@ -191,7 +172,7 @@ def evaluate_model(
     model: Depther,
     dataset: DenseDataset,
     transform: DepthTransform,
-    protocol: Protocol,
+    protocol: EvalSection,
     *,
     device: torch.device | str = "cpu",
     shown: Callable[[int, Any, Tensor, Tensor], None] | None = None,
@@ -209,16 +190,13 @@ def evaluate_model(
             target = torch.from_numpy(truth)
         else:
             x, target = transform(image, truth)
-        prediction = depth_map(model, x.to(device), (target.shape[0], target.shape[1]), flip=protocol.flip).cpu()
+        prediction = depth_map(model, x.to(device), (target.shape[0], target.shape[1]), flip=protocol.use_tta).cpu()
         if dataset.kind == "height":
             rows.append(CanopySums.of(prediction, target))
         else:
-            counts = target != protocol.ignored_value
-            rows.append(
-                depth_scores(
-                    prediction, target, protocol.min_depth, protocol.max_depth, mask=counts, align=protocol.align
-                )
-            )
+            counts, p = target != protocol.ignored_value, protocol
+            of = partial(depth_scores, mask=counts, align=p.align_least_squares)
+            rows.append(of(prediction, target, p.min_depth, p.max_depth))
         if shown is not None:
             shown(index, image, prediction, target)
     every = distributed.gather_shares(rows)
@@ -237,22 +215,14 @@ def depth_loss(model: nn.Module, batch: dict[str, Any], loss: DepthLoss) -> Loss
     return loss(depth, batch["target"][:, None], step=batch["step"])
 
 
-def fitted(
-    config: DepthConfig,
-    session: common.Session,
-    model: Depther,
-    transforms: dict[str, DepthTransform],
-    protocol: Protocol,
-) -> None:
+def fitted(config: DepthConfig, session: common.Session, model: Depther, transforms: dict[str, DepthTransform]) -> None:
     """Fits the head of `model`, in place; the last head counts, as in the reference."""
     c, t = config, config.transforms.train
-    train, val = (
-        opened(c, line, f"datasets.{key}") for line, key in ((c.datasets.train, "train"), (c.datasets.val, "val"))
-    )
+    train, val = (opened(c, getattr(c.datasets, key), f"datasets.{key}") for key in ("train", "val"))
     session.log(f"datasets.train: {len(train)} images; datasets.val: {len(val)} images")
     weights = c.losses if c.losses is not None else {"SIGLOSS": 1.0}
     loss = DepthLoss(weights, min_depth=c.decoder_head.min_depth, max_depth=c.decoder_head.max_depth)
-    unmirrored = replace(protocol, flip=False)
+    unmirrored = replace(c.eval, use_tta=False)
 
     def validate(module: nn.Module) -> dict[str, float]:
         assert isinstance(module, Depther)
@@ -298,16 +268,7 @@ def opened(config: DepthConfig, line: str, key: str) -> DenseDataset:
 def head_options(config: DepthConfig) -> dict[str, Any]:
     """`build_depther`'s options but the type of the head."""
     d = config.decoder_head
-    names = (
-        "min_depth",
-        "max_depth",
-        "bins_strategy",
-        "norm_strategy",
-        "n_output_channels",
-        "use_batchnorm",
-        "use_cls_token",
-    )
-    options = {name: getattr(d, name) for name in (*names, "use_backbone_norm", "backbone_out_layers")}
+    options = {name: value for name, value in vars(d).items() if name not in ("type", "head_kwargs")}
     return options | {"adapt_to_patch_size": d.adapt_to_patch_size.value} | dict(d.head_kwargs)
 
 
@@ -340,18 +301,13 @@ def evaluate(config: DepthConfig, session: common.Session) -> dict[str, Any]:
         ),
         "eval": DepthTransform(e.img_size, e.fixed_crop, e.eval_mask, mean=mean, std=std),
     }  # fmt: skip
-    v = c.eval
-    protocol = Protocol(v.min_depth, v.max_depth, v.ignored_value, v.align_least_squares, v.use_tta)
     if c.load_from is None:
-        fitted(c, session, model, transforms, protocol)
-    shown = (
-        Images(c.result_config, session.output / "visualizations", v.max_depth)
-        if c.result_config.save_results
-        else None
-    )
+        fitted(c, session, model, transforms)
+    s = c.result_config
+    shown = Images(s, session.output / "visualizations", c.eval.max_depth) if s.save_results else None
     with dense.autocast(c.model_dtype, session.device):
         scores, rows = evaluate_model(
-            model, test, transforms["eval"], protocol, device=session.device, shown=shown, log=session.log
+            model, test, transforms["eval"], c.eval, device=session.device, shown=shown, log=session.log
         )
     name = line.split(":")[0]
     if session.run.writer:

@@ -251,17 +251,11 @@ def fitted(
         std=protocol.std,
     )  # fmt: skip
     best: list[dict[str, Any]] = []
+    options: Any = {"per_image": c.eval.compute_metric_per_image, "device": session.device}
 
     def validate(module: nn.Module) -> dict[str, float]:
         with dense.autocast(c.model_dtype, session.device):
-            scores = evaluate_model(
-                module,
-                val,
-                protocol,
-                reduce_zero=zero,
-                per_image=c.eval.compute_metric_per_image,
-                device=session.device,
-            )
+            scores = evaluate_model(module, val, protocol, reduce_zero=zero, **options)
         name = c.metric_to_save
         if not best or scores[name] > best[0][name] or best[0][name] != best[0][name]:
             best[:] = [scores]
@@ -285,6 +279,11 @@ def fitted(
     return scores
 
 
+def _linear_options(section: DecoderSection) -> dict[str, Any]:
+    names = ("backbone_out_layers", "dropout", "use_batchnorm", "use_backbone_norm")
+    return {name: getattr(section, name) for name in names}
+
+
 def _save_head(
     config: SegmentationConfig,
     session: common.Session,
@@ -298,19 +297,11 @@ def _save_head(
     from dinov3.hub.own_heads import save_head
 
     d = config.decoder_head
-    options: dict[str, Any] = {
-        "n_classes": d.num_classes,
-        "backbone_out_layers": d.backbone_out_layers,
-        "dropout": d.dropout,
-    }
-    options |= {"use_batchnorm": d.use_batchnorm, "use_backbone_norm": d.use_backbone_norm}
+    options = {"n_classes": d.num_classes} | _linear_options(d)
     names = data.class_names if data.class_names and len(data.class_names) == d.num_classes else None
     backbone = model.get_submodule("segmentation_model.0.feature_model")
-    transform = (
-        default_preprocessing(backbone, size=protocol.size, shape="short")
-        if protocol.size
-        else default_preprocessing(backbone)
-    )
+    shape: Any = {"size": protocol.size, "shape": "short"} if protocol.size else {}
+    transform = default_preprocessing(backbone, **shape)
     save_head(
         session.output / "head.safetensors", model, task="segmentation", head="linear", options=options, class_names=names,
         preprocessing=transform, metrics=percentages(scores), steps=config.scheduler.total_iter,
@@ -331,10 +322,7 @@ def opened(config: SegmentationConfig, session: common.Session) -> tuple[Any, st
                 f"load_from={config.load_from}: Meta's file of a Mask2Former head is loaded by "
                 f"load_from=dinov3_vit7b16_ms head_weights={config.load_from}"
             )
-        return build_linear_segmentor(
-            backbone, backbone_out_layers=d.backbone_out_layers, num_classes=d.num_classes, dropout=d.dropout,
-            use_batchnorm=d.use_batchnorm, use_backbone_norm=d.use_backbone_norm,
-        )  # fmt: skip
+        return build_linear_segmentor(backbone, num_classes=d.num_classes, **_linear_options(d))
 
     sizes = {"n_classes": d.num_classes, "hidden_dim": d.hidden_dim}
     model = dense.task_model("segment", config, session, build, "segmentation_model.1", **sizes)
