@@ -324,45 +324,33 @@ def _resumed(path: Path, every: Sequence[Candidate], total: int) -> int:
 
 
 def evaluate(config: VideoConfig, session: Session) -> Mapping[str, Any]:
-    train = Clips(config.train)
-    val = Clips(config.val, class_names=train.class_names)
-    model: Any = session.model(config.model)
-    side = config.patches * step_of(model)
-    area = (config.crop_area[0], config.crop_area[1])
-    reading: dict[str, Any] = {
-        "frames": config.frames,
-        "side": side,
-        "fps": config.fps,
-        "area": area,
-        "seed": config.seed,
-    }
+    c = config
+    train = Clips(c.train)
+    val = Clips(c.val, class_names=train.class_names)
+    model: Any = session.model(c.model)
+    side = c.patches * step_of(model)
+    area = (c.crop_area[0], c.crop_area[1])
+    reading: Any = {"frames": c.frames, "side": side, "fps": c.fps, "area": area, "seed": c.seed}
     reader, test = Reader(train, **reading), Reader(val, **reading)
-    rows, choosing = held_out_rows(len(train), config.held_out, config.seed)
-    frozen = _Frozen(model, config)
-    (width,) = widths_of(model, layer_numbers(model, [config.layer]))  # a ConvNeXt's earlier stages are narrower
-    every = candidates(
-        width,
-        len(train.class_names),
-        config.probe,
-        config.lrs,
-        config.weight_decays,
-        device=frozen.device,
-        seed=config.seed,
-    )
+    rows, choosing = held_out_rows(len(train), c.held_out, c.seed)
+    frozen = _Frozen(model, c)
+    (width,) = widths_of(model, layer_numbers(model, [c.layer]))  # a ConvNeXt's earlier stages are narrower
+    classes, device = len(train.class_names), frozen.device
+    every = candidates(width, classes, c.probe, c.lrs, c.weight_decays, device=device, seed=c.seed)
     count = sum(p.numel() for p in every[0].probe.parameters())
     session.log(f"{len(rows)} videos train {len(every)} probes of {count:,} parameters, {len(choosing)} choose")
-    fitted(frozen, every, reader, rows, config, session)
-    found, labels = scored(frozen, every, reader, choosing.tolist(), tta=False, workers=config.num_workers)
+    fitted(frozen, every, reader, rows, c, session)
+    found, labels = scored(frozen, every, reader, choosing.tolist(), tta=False, workers=c.num_workers)
     accuracies = [100 * accuracy(p, labels) for p in found]
     best = every[int(np.argmax(accuracies))]
     session.log(f"chosen: {best.name} ({max(accuracies):.1f} % of the held-out videos)")
     results: dict[str, Any] = {}
     for name, tta in (("top-1", False), ("top-1 TTA", True)):
-        if tta and not config.tta:
+        if tta and not c.tta:
             continue
-        (probability,), labels = scored(frozen, [best], test, range(len(val)), tta=tta, workers=config.num_workers)
+        (probability,), labels = scored(frozen, [best], test, range(len(val)), tta=tta, workers=c.num_workers)
         results[name] = 100 * accuracy(probability, labels)
-        if config.save_results:
+        if c.save_results:
             session.save_arrays("tta" if tta else "single", probability.cpu().numpy(), labels.cpu().numpy())
     return results | {"lr": best.lr, "weight_decay": best.weight_decay, "held-out top-1": max(accuracies)}
 

@@ -377,12 +377,12 @@ class DecoderLayer(nn.Module):
         return t + self.linear2(F.relu(self.linear1(self.norm3(t))))
 
 
-class BoxMLP(nn.Module):
-    """d → d → d → 4 deltas."""
+class ThreeLinear(nn.Module):
+    """d → d → d → out. In files: `layers`."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, out: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, 4)])
+        self.layers = nn.ModuleList([nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, out)])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers[2](F.relu(self.layers[1](F.relu(self.layers[0](x)))))
@@ -567,7 +567,7 @@ class Detector(nn.Module):
         c = self.config = config
         heads = c.decoder_layers + 1  # one per layer, and the proposals'
         class_embed = nn.ModuleList(nn.Linear(c.width, c.n_classes) for _ in range(heads))
-        bbox_embed = nn.ModuleList(BoxMLP(c.width) for _ in range(heads))
+        bbox_embed = nn.ModuleList(ThreeLinear(c.width, 4) for _ in range(heads))
         self.transformer = Transformer(c, class_embed, bbox_embed)
         self.class_embed, self.bbox_embed = class_embed, bbox_embed
         self.query_embed = nn.Embedding(c.n_queries + c.n_queries_one2many, c.width)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3.errors import DinoError
-from dinov3.heads.detr import sine
+from dinov3.heads.detr import ThreeLinear, sine
 from dinov3.heads.encoder import FrozenLayers, check_levels, dtype_of, resized, step_of
 from dinov3.models.base import Backbone
 
@@ -582,17 +582,6 @@ class FFNLayer(nn.Module):
         return self.norm(q + self.linear2(F.relu(self.linear1(q))))
 
 
-class MaskEmbedding(nn.Module):
-    """Three linear layers. In files: `layers`."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers[2](F.relu(self.layers[1](F.relu(self.layers[0](x)))))
-
-
 class MaskDecoder(nn.Module):
     """Mask features and three maps → Q masks with classes, after every layer. A query attends only where its mask of the
     layer before is: "masked attention"."""
@@ -610,7 +599,7 @@ class MaskDecoder(nn.Module):
         self.query_feat, self.query_embed = nn.Embedding(n_queries, width), nn.Embedding(n_queries, width)
         self.level_embed = nn.Embedding(3, width)
         self.class_embed = nn.Linear(width, n_classes + 1)
-        self.mask_embed = MaskEmbedding(width)
+        self.mask_embed = ThreeLinear(width, width)
 
     def forward(self, mask_features: Tensor, maps: Sequence[Tensor], *, every_layer: bool) -> list[dict[str, Tensor]]:
         """[{pred_logits [B, Q, K + 1], pred_masks [B, Q, H/4, W/4]}]: of the initial queries and of all layers, or of the

@@ -8,7 +8,7 @@ The reference's depth recipe averages over pixels of the whole batch at once, an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,14 +140,18 @@ def gradient_loss(prediction: Tensor, target: Tensor, valid: Tensor, *, logarith
         error = log_error(prediction, target, valid)
     else:
         error = torch.where(valid, prediction.float() - target.float(), 0.0)
+    return _edge_differences(error, valid, STRIDES, apart=2)
+
+
+def _edge_differences(error: Tensor, valid: Tensor, strides: Iterable[int], *, apart: int) -> Tensor:
     total = error.new_zeros(())
-    for stride in STRIDES:
+    for stride in strides:
         e, m = error[..., ::stride, ::stride], valid[..., ::stride, ::stride].float()
         n = m.sum()
         if float(n) == 0:
             continue
-        down = ((e[..., 2:, :] - e[..., :-2, :]).abs() * m[..., 2:, :] * m[..., :-2, :]).sum()
-        across = ((e[..., 2:] - e[..., :-2]).abs() * m[..., 2:] * m[..., :-2]).sum()
+        down = ((e[..., apart:, :] - e[..., :-apart, :]).abs() * m[..., apart:, :] * m[..., :-apart, :]).sum()
+        across = ((e[..., apart:] - e[..., :-apart]).abs() * m[..., apart:] * m[..., :-apart]).sum()
         total = total + (down + across) / n
     return total
 
@@ -196,16 +200,7 @@ def gradient_matching(prediction: Tensor, target: Tensor, valid: Tensor, *, scal
     """|∇(aligned prediction − aligned target)| between neighbours, on the map and on every 2nd, 4th, 8th pixel of it, over
     the valid pixels of that map, summed over maps: sharp edges (MiDaS)."""
     difference = aligned(prediction, valid) - aligned(target, valid)
-    total = difference.new_zeros(())
-    for k in range(scales):
-        e, m = difference[..., :: 2**k, :: 2**k], valid[..., :: 2**k, :: 2**k].float()
-        n = m.sum()
-        if float(n) == 0:
-            continue
-        down = ((e[..., 1:, :] - e[..., :-1, :]).abs() * m[..., 1:, :] * m[..., :-1, :]).sum()
-        across = ((e[..., 1:] - e[..., :-1]).abs() * m[..., 1:] * m[..., :-1]).sum()
-        total = total + (down + across) / n
-    return total
+    return _edge_differences(difference, valid, [2**k for k in range(scales)], apart=1)
 
 
 # ---- by name -------------------------------------------------------------------------------------------------------

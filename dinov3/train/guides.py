@@ -35,6 +35,7 @@ from dinov3.data.metadata import metadata_of
 from dinov3.distributed import Group
 from dinov3.errors import DinoError
 from dinov3.losses import LossTerms
+from dinov3.models.vit import init_layers
 
 REVERSED = 0.1  # times the weight of a guide that forgets and has to learn to predict
 SEVERAL = "|"  # between values of one cell, with use_bce
@@ -171,10 +172,7 @@ class GuideHeads(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        init_layers(self)
 
     def forward(self, cls: list[Tensor]) -> list[Tensor]:
         return [head(x) for head, x in zip(self.heads, cls, strict=True)]

@@ -88,6 +88,7 @@ class HeadConfig:
 
         r = {"clip": None} | RECIPES[self.task, self.head]
         steps = self.steps or int(r["steps"])
+        same = {name: getattr(self, name) for name in ("log_every", "precision", "workers", "seed")}
         return FitConfig(
             steps=steps,
             lr=self.lr or float(r["lr"]),
@@ -96,12 +97,9 @@ class HeadConfig:
             decay="matrices" if self.head in ("mask2former", "detr", "dpt") else "all",
             clip=r["clip"],
             batch=(self.batch or int(r["batch"])) * distributed.world(),
-            log_every=self.log_every,
             save_every=self.save_every or 0,
             evaluate_every=self.evaluate_every or max(1, steps // 5),
-            precision=self.precision,
-            workers=self.workers,
-            seed=self.seed,
+            **same,
         )
 
 

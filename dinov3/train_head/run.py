@@ -410,22 +410,9 @@ def frozen_features(config: HeadConfig, run: RunDir, task: tasks.Task, model: nn
 
 # What another value of would make another run of; steps, rates and intervals may be changed on the way.
 IDENTITY = (
-    "task",
-    "head",
-    "data",
-    "backbone",
-    "weights",
-    "options",
-    "classes",
-    "size",
-    "shape",
-    "augment",
-    "batch",
-    "seed",
-    "tune",
-    "tune_alpha",
-    "tune_linears",
-)
+    "task", "head", "data", "backbone", "weights", "options", "classes", "size", "shape", "augment", "batch", "seed",
+    "tune", "tune_alpha", "tune_linears",
+)  # fmt: skip
 
 
 def same_as_before(run: RunDir, config: HeadConfig, resume: bool) -> None:

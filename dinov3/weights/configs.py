@@ -187,6 +187,14 @@ def fitting_rows(config: BackboneConfig, form: Form) -> tuple[Row, ...]:
 # ---- as the libraries write it -------------------------------------------------------------------------------------
 
 _EPS = {"layernorm": 1e-6, "layernormbf16": 1e-5}
+_VIT_NAMES = {  # of transformers → ours: what a file states and its shapes do not
+    "image_size": "img_size",
+    "num_attention_heads": "num_heads",
+    "layerscale_value": "layerscale_init",
+    "drop_path_rate": "drop_path_rate",
+    "rope_theta": "pos_embed_rope_base",
+    **{f"pos_embed_{x}": f"pos_embed_rope_{x}_coords" for x in ("shift", "jitter", "rescale")},
+}
 
 
 def refusals(config: BackboneConfig, form: Form) -> list[str]:
@@ -237,11 +245,9 @@ def transformers_config(config: BackboneConfig) -> dict[str, Any]:
         "model_type": "dinov3_vit",
         "patch_size": c.patch_size,
         "num_channels": c.in_chans,
-        "image_size": c.img_size,
         "hidden_size": c.embed_dim,
         "intermediate_size": c.ffn_hidden,
         "num_hidden_layers": c.depth,
-        "num_attention_heads": c.num_heads,
         "num_register_tokens": c.n_storage_tokens,
         "hidden_act": "silu" if gated else "gelu",
         "use_gated_mlp": gated,
@@ -251,15 +257,9 @@ def transformers_config(config: BackboneConfig) -> dict[str, Any]:
         "proj_bias": c.proj_bias,
         "mlp_bias": c.ffn_bias,
         "layer_norm_eps": _EPS[c.norm_layer],
-        "layerscale_value": c.layerscale_init,
-        "drop_path_rate": c.drop_path_rate,
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
-        "rope_theta": c.pos_embed_rope_base,
-        "pos_embed_shift": c.pos_embed_rope_shift_coords,
-        "pos_embed_jitter": c.pos_embed_rope_jitter_coords,
-        "pos_embed_rescale": c.pos_embed_rope_rescale_coords,
-    }
+    } | {theirs: getattr(c, ours) for theirs, ours in _VIT_NAMES.items()}
 
 
 def timm_config(
@@ -352,16 +352,7 @@ def config_from_json(json: Mapping[str, Any]) -> dict[str, Any]:
     elif json.get("model_type") == "dinov3_vit":
         _expect(json, "hidden_act", ("silu",) if json.get("use_gated_mlp") else ("gelu",))
         _expect(json, "layer_norm_eps", tuple(_EPS.values()))
-        names = {
-            "image_size": "img_size",
-            "num_attention_heads": "num_heads",
-            "layerscale_value": "layerscale_init",
-            "drop_path_rate": "drop_path_rate",
-            "rope_theta": "pos_embed_rope_base",
-            "pos_embed_shift": "pos_embed_rope_shift_coords",
-            "pos_embed_jitter": "pos_embed_rope_jitter_coords",
-            "pos_embed_rescale": "pos_embed_rope_rescale_coords",
-        }
+        names = _VIT_NAMES
     else:  # timm: the name says the architecture, `model_args` what differs from it
         args = json.get("model_args") or {}
         names = {"num_heads": "num_heads", "rope_temperature": "pos_embed_rope_base"}
