@@ -1,4 +1,4 @@
-"""Runs in a process of their own that is killed at random moments and started again until it ends."""
+"""Runs that are stopped: fits of heads at a step, and processes killed at random moments until they end."""
 
 from __future__ import annotations
 
@@ -6,11 +6,32 @@ import multiprocessing
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import pytest
+
+from dinov3 import fit
 
 KILLS = 20
 LIMIT = 240.0  # seconds, all starts together
+
+
+@contextmanager
+def stopped_at(number: int) -> Iterator[None]:
+    """The fit of a head in this block is interrupted before its step of this number."""
+    step = fit._Fit.train_step
+
+    def dying(self: Any, loss: Any, batch: Any, at: int) -> Any:
+        if at == number:
+            raise KeyboardInterrupt
+        return step(self, loss, batch, at)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit._Fit, "train_step", dying)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def killed_until_done(work: Callable[..., Any], *arguments: Any, seconds: float, seed: int = 0) -> int:

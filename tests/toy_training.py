@@ -5,9 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.process
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
+
+if TYPE_CHECKING:
+    from dinov3.train.loop import Outcome
 
 PATTERNS = ("stripes across", "stripes down", "checks", "dots")
 
@@ -52,6 +56,14 @@ def write_images(folder: Path, each: int = 3, side: int = 48, seed: int = 0) -> 
             pixels = (light + np.where(value, contrast, -contrast)[..., None] + noise).repeat(3, -1)
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / pattern / f"{i}.png")
     return folder
+
+
+def run(toy: str, images: Path, out: Path, *overrides: str, **options: Any) -> Outcome:
+    from dinov3.config.train import load_config
+    from dinov3.train.train import train
+
+    config, notes = load_config(toy, [f"train.dataset_path={images}", *overrides])
+    return train(config, out, notes=notes, **options)
 
 
 def train_main(arguments: list[str]) -> None:

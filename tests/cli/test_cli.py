@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -57,18 +58,7 @@ def images(tmp_path_factory, skimage_images: Path) -> Path:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory, images: Path) -> Path:
     place = tmp_path_factory.mktemp("store") / "s"
-    options = [
-        "--weights",
-        "random",
-        "--model",
-        "dinov3_vits16",
-        "--size",
-        "32",
-        "--pooling",
-        "mean",
-        "--device",
-        "cpu",
-    ]
+    options = shlex.split("--weights random --model dinov3_vits16 --size 32 --pooling mean --device cpu")
     argv, sys.argv = sys.argv, ["dinov3", "embed", str(images), "--out", str(place), *options]
     try:
         with pytest.raises(SystemExit) as exit:

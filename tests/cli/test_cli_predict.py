@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -300,16 +301,7 @@ def test_a_store_filled_by_dino_txt_is_searched_with_a_text(
     run(
         "embed",
         folder,
-        "--out",
-        store,
-        "--model",
-        model,
-        "--weights",
-        dino_txt["head"],
-        "--size",
-        64,
-        "--device",
-        "cpu",
+        *shlex.split(f"--out {store} --model {model} --weights {dino_txt['head']} --size 64 --device cpu"),
     )
     result = run("search", store, "--text", "a cat", "--vocabulary", VOCABULARY, "--device", "cpu", "--json")
     hits = json.loads(result.stdout)
@@ -450,8 +442,8 @@ def test_verbs_that_share_a_folder_share_no_file(
         run(commands[i][0], photos[0], *commands[i][1:], "--out", tmp_path, "--device", "cpu")
         assert {name: (tmp_path / name).read_bytes() for name in written} == written
         written |= {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.suffix in (".png", ".json")}
-    pictures = {"chelsea_probabilities.png", "chelsea_classes.png", "chelsea_words_classes.png"}
-    assert pictures < written.keys()
+    images = {"chelsea_probabilities.png", "chelsea_classes.png", "chelsea_words_classes.png"}
+    assert images < written.keys()
     assert len(written) == 7
 
 

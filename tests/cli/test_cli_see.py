@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -62,23 +63,8 @@ def test_an_example_and_clicks_find_the_mirrored_cup(images: Path, tmp_path: Pat
 
     run("example", images, "--mask", tmp_path / "cup.png", "--out", out, *SMALL)
     assert iou() > 0.5
-    run(
-        "foreground",
-        images,
-        "--at",
-        "90,50",
-        "--at",
-        "60,90",
-        "--not",
-        "5,5",
-        "--not",
-        "185,120",
-        "--save",
-        classifier,
-        "--out",
-        out,
-        *SMALL,
-    )
+    clicks = shlex.split("--at 90,50 --at 60,90 --not 5,5 --not 185,120")
+    run("foreground", images, *clicks, "--save", classifier, "--out", out, *SMALL)
     by_clicks = (out / "b_mask.png").read_bytes()
     assert iou() > 0.4
     run("foreground", images, "--classifier", classifier, "--out", out, *SMALL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,15 +50,11 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_
 def test_the_forms_of_values_in_public_commands_are_understood():
     config, _ = load_config(
         None,
-        [
-            "train.dataset_path=ImageNet22k:root=/d:extra=/e",
-            "optim.lr=3e-4",
-            "crops.global_crops_size=[256,512]",
-            "crops.local_crops_size=[96,112]",
-            "crops.global_local_crop_pairs_ratios=[0.25,0.75]",
-            "gram.ckpt=null",
-            "train.compile=false",
-        ],
+        shlex.split(
+            "train.dataset_path=ImageNet22k:root=/d:extra=/e optim.lr=3e-4 "
+            "crops.global_crops_size=[256,512] crops.local_crops_size=[96,112] "
+            "crops.global_local_crop_pairs_ratios=[0.25,0.75] gram.ckpt=null train.compile=false"
+        ),
     )
     assert config.train.dataset_path == "ImageNet22k:root=/d:extra=/e"
     assert config.optim.lr == 3e-4
@@ -161,12 +158,9 @@ def test_fp8_names_the_width_that_does_not_fit_and_a_remedy():
         (["gram.tokens_used=masked", "gram.img_level=true"], "gram.img_level=false"),
         (["gram.use_loss=true", "gram.ema_teacher=true"], "gram.rep_update=false"),
         (
-            [
-                "gram.use_loss=true",
-                "gram.ema_teacher=true",
-                "gram.rep_update=false",
-                "crops.gram_teacher_crops_size=448",
-            ],
+            shlex.split(
+                "gram.use_loss=true gram.ema_teacher=true gram.rep_update=false crops.gram_teacher_crops_size=448"
+            ),
             "same crops",
         ),
     ],

@@ -7,13 +7,12 @@ import sys
 import pytest
 import torch
 from torch import Tensor
+from toy_models import tiny_vit
 
 from dinov3.dense import discovery
 from dinov3.dense.discovery import Cut, box_in_image, connected, cosines, cut, second_smallest, token_cut
 from dinov3.errors import DinoError
 from dinov3.features import embed
-from dinov3.models.architectures import ViTConfig
-from dinov3.models.vit import VisionTransformer
 
 
 def box_px(
@@ -111,8 +110,7 @@ def test_cosines_serve_every_threshold() -> None:
 
 
 def test_a_box_of_features_is_in_the_images_pixels() -> None:
-    torch.manual_seed(0)
-    model = VisionTransformer(ViTConfig(embed_dim=32, depth=2, num_heads=2))
+    model = tiny_vit()
     features = embed(model, torch.rand(3, 50, 90), shape="native", fit="pad")
     assert features.grid_hw == (4, 6)
     found = token_cut(features)

@@ -9,13 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from toy_models import tiny_vit
 
 import dinov3
 from dinov3.dense.matching import Matches, coverage, homography, match, nearest, pixels, project, sample, thin
 from dinov3.errors import DinoError, IncompatibleFeatures
 from dinov3.features import embed
-from dinov3.models.architectures import ViTConfig
-from dinov3.models.vit import VisionTransformer
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -73,8 +72,7 @@ def test_a_shift_by_whole_patches_is_found_exactly() -> None:
 
 
 def test_pixels_are_of_the_original_image() -> None:
-    torch.manual_seed(0)
-    model = VisionTransformer(ViTConfig(embed_dim=32, depth=2, num_heads=2))
+    model = tiny_vit()
     features = embed(model, torch.rand(3, 100, 200), size=64)
     found = match(features, features)
     points = pixels(features, found.left)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -147,17 +148,22 @@ def test_an_isometry_keeps_angles_and_finds_the_rotation() -> None:
         isometry(x[:4], x[:4])
 
 
-def test_an_isometric_projection_is_fitted_once_and_stays(tiny_student, tmp_path) -> None:
-    place = tmp_path / "many"
+def of_a_wider_teacher(folder: Path, n: int, **options: Any) -> Any:
+    place = folder / "many"
     place.mkdir()
-    for i in range(40):
+    for i in range(n):
         Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(place / f"{i}.png")
     torch.manual_seed(1)
     model = VisionTransformer(replace(TINY, embed_dim=64, layerscale_init=1.0))
     model.init_weights()
-    wide = save(model, tmp_path / "wide.safetensors")
-    config = config_for(place, wide)
+    wide = save(model, folder / "wide.safetensors")
+    config = config_for(place, wide, **options)
     config.teachers = [f"dinov3:{wide},patches=0"]
+    return config
+
+
+def test_an_isometric_projection_is_fitted_once_and_stays(tiny_student, tmp_path) -> None:
+    config = of_a_wider_teacher(tmp_path, 40)
     work = Distillation(config, RunDir(tmp_path / "run"), Start(isometric="dinov3"))
     before = work.projectors[0].cls.weight.clone()
     gram = before.T @ before
@@ -191,16 +197,7 @@ def test_the_last_block_points_where_the_teacher_points(tiny_student, folder, tm
 
 
 def test_the_last_block_can_be_initialised_in_a_run_of_no_steps(tiny_student, tmp_path) -> None:
-    place = tmp_path / "many"
-    place.mkdir()
-    for i in range(60):
-        Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(place / f"{i}.png")
-    torch.manual_seed(1)
-    model = VisionTransformer(replace(TINY, embed_dim=64, layerscale_init=1.0))
-    model.init_weights()
-    wide = save(model, tmp_path / "wide.safetensors")
-    config = config_for(place, wide, steps=0)
-    config.teachers = [f"dinov3:{wide},patches=0"]
+    config = of_a_wider_teacher(tmp_path, 60, steps=0)
     start = Start(isometric="dinov3", last_block_images=60)
     state = dinov3.load(weights=distill(config, tmp_path / "run", prepare=start)).state_dict()
     assert bool((state["blocks.1.ls2.gamma"] == 1).all())

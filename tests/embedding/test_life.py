@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 pytest.importorskip("lancedb")
 
+from toy_models import tiny_vit
 from typer.testing import CliRunner
 
 from dinov3 import cli, neighbours
@@ -27,7 +27,6 @@ from dinov3.embedding.pipeline import Report, embed_source, is_gone
 from dinov3.embedding.schema import Row, StoreFacts
 from dinov3.embedding.store import EmbeddingStore
 from dinov3.errors import DinoError, StoreError, UnknownName
-from dinov3.models.architectures import ViTConfig
 from dinov3.models.vit import VisionTransformer
 
 N = 12
@@ -35,14 +34,11 @@ N = 12
 
 @pytest.fixture(scope="module")
 def model() -> VisionTransformer:
-    torch.manual_seed(0)
-    net = VisionTransformer(ViTConfig(embed_dim=32, depth=1, num_heads=2, n_storage_tokens=4))
-    net.init_weights()
-    return net.eval()
+    return tiny_vit(depth=1, n_storage_tokens=4)
 
 
 def draw(path: Path, seed: int) -> None:
-    """A smooth picture with one bright rectangle, as JPEG."""
+    """A smooth image with one bright rectangle, as JPEG."""
     rng = np.random.default_rng(seed)
     image = Image.fromarray(rng.integers(0, 256, (3, 4, 3), dtype=np.uint8)).resize((96, 72), Image.Resampling.BICUBIC)
     x, y = rng.integers(0, 60, 2)

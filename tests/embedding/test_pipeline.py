@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from toy_models import tiny_vit
 
 from dinov3.data.sources import Item, open_source
 from dinov3.data.sources.items import Unreadable
@@ -36,7 +38,6 @@ from dinov3.embedding.store import EmbeddingStore
 from dinov3.errors import DinoError, StoreError
 from dinov3.features import embed
 from dinov3.inference import faster
-from dinov3.models.architectures import ViTConfig
 from dinov3.models.vit import VisionTransformer
 
 pytest.importorskip("lancedb")
@@ -45,10 +46,7 @@ RULE = Preprocessing(size=32)
 
 @pytest.fixture(scope="module")
 def model() -> VisionTransformer:
-    torch.manual_seed(0)
-    net = VisionTransformer(ViTConfig(embed_dim=32, depth=2, num_heads=2, n_storage_tokens=4))
-    net.init_weights()
-    return net.eval()
+    return tiny_vit(depth=2, n_storage_tokens=4)
 
 
 def image(seed: int, width: int = 50, height: int = 40) -> Image.Image:
@@ -348,19 +346,7 @@ N_IMAGES = 400
 
 
 def job(source: Path, store: Path) -> list[str]:
-    options = [
-        "--model",
-        "dinov3_vits16",
-        "--weights",
-        "random",
-        "--size",
-        "32",
-        "--batch",
-        "2",
-        "--device",
-        "cpu",
-        "--strict",
-    ]
+    options = shlex.split("--model dinov3_vits16 --weights random --size 32 --batch 2 --device cpu --strict")
     return [sys.executable, "-m", "dinov3", "embed", str(source), "--out", str(store), *options]
 
 

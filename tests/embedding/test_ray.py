@@ -8,16 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
+from toy_models import tiny_vit
 
 from dinov3.data.sources import open_source
 from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.embedding.pipeline import embed_source
 from dinov3.embedding.ray_engine import embed_with_ray, shard_of
 from dinov3.embedding.store import EmbeddingStore
-from dinov3.models.architectures import ViTConfig
-from dinov3.models.vit import VisionTransformer
 
 RULE = Preprocessing(size=32)
 
@@ -43,9 +41,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_two_workers_give_the_rows_of_one_process(cluster, folder, tmp_path) -> None:
-    torch.manual_seed(0)
-    model = VisionTransformer(ViTConfig(embed_dim=32, depth=2, num_heads=2, n_storage_tokens=4)).eval()
-    model.init_weights()
+    model = tiny_vit(depth=2, n_storage_tokens=4)
     options = {"preprocessing": RULE, "patches": "float16", "batch_size": 8}
     alone = embed_source(model, open_source(folder), tmp_path / "alone", **options)
     seen: list[int] = []

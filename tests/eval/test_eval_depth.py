@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kills import stopped_at
 from paths import ROOT
 from PIL import Image
 from ranks import run_ranks
 from torch import Tensor
 from toy_dense import write_depths, write_model
+from toy_models import tiny_vit
 
 from dinov3.config.loading import EVALUATIONS, load
 from dinov3.data.datasets import make_dataset
@@ -31,7 +34,6 @@ from dinov3.heads.dpt import build_depther
 from dinov3.heads.objectives import DepthLoss
 from dinov3.hub import Origin, published_heads
 from dinov3.metrics import depth_scores, mean_scores
-from dinov3.models import vit
 
 NYU, SYNTHMIX = "config-nyu.yaml", "config-nyu-synthmix-dpt-inference.yaml"
 
@@ -213,23 +215,9 @@ def test_the_script_fits_a_head_and_writes_the_documented_files(rooms, capsys):
         assert results(rooms / f"again-{name}") == pytest.approx(row)
 
 
-def test_a_run_that_was_cut_ends_with_the_same_head(rooms, monkeypatch):
+def test_a_run_that_was_cut_ends_with_the_same_head(rooms):
     assert depth.main(words_for(rooms, "whole")) == 0
-    real, calls = dense.batches, []
-
-    def broken(*args: Any, **kwargs: Any) -> Any:
-        made = real(*args, **kwargs)
-
-        def batch(step: int) -> Any:
-            if step == 8 and not calls:
-                calls.append(step)
-                raise KeyboardInterrupt
-            return made(step)
-
-        return batch
-
-    monkeypatch.setattr(dense, "batches", broken)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_at(8):
         depth.main(words_for(rooms, "cut"))
     assert depth.main(words_for(rooms, "cut")) == 0
     first, second = (
@@ -301,16 +289,7 @@ def test_the_launcher_and_the_script_itself_run_as_printed(rooms):
 def test_a_plain_folder_needs_no_configuration(rooms, monkeypatch, capsys):
     write_model(rooms)
     monkeypatch.chdir(rooms)
-    words = [
-        "rooms",
-        "--steps",
-        "20",
-        "--max-depth",
-        "6",
-        "model.config_file=toy.yaml",
-        "num_workers=0",
-        "optimizer.lr=0.03",
-    ]
+    words = shlex.split("rooms --steps 20 --max-depth 6 model.config_file=toy.yaml num_workers=0 optimizer.lr=0.03")
     assert depth.main(words) == 0, capsys.readouterr().err
     assert results(rooms / "depth-rooms")["DenseFolder_rmse"] < 1.5
 
@@ -319,11 +298,8 @@ def test_a_plain_folder_needs_no_configuration(rooms, monkeypatch, capsys):
 
 
 def tiny_depther(**options: Any) -> Any:
-    torch.manual_seed(0)
-    backbone = vit.VisionTransformer(vit.ViTConfig.of(embed_dim=32, depth=4, num_heads=1))
-    backbone.init_weights()
     head = {"head_type": "dpt", "channels": 16, "post_process_channels": (16,) * 4, "n_hidden_channels": 8}
-    model = build_depther(backbone, n_output_channels=16, **head, **options).eval()
+    model = build_depther(tiny_vit(num_heads=1), n_output_channels=16, **head, **options).eval()
     model.origin = Origin("toy", "random", "random", (0.420, 0.411, 0.296), (0.213, 0.156, 0.143))
     return model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -99,12 +100,8 @@ def test_raccoons_are_found_more_often_than_by_chance(development_data: Path, tm
     root = development_data / "raccoon"
     if not root.is_dir():
         pytest.skip(f"no {root}")
-    words = [
-        f"data=VocDetection:root={root}",
-        "limit=20",
-        "taus=[0.2,0.3,0.4]",
-        f"output_dir={tmp_path}",
-        "model.device=cpu",
-    ]
+    words = shlex.split(
+        f"data=VocDetection:root={root} limit=20 taus=[0.2,0.3,0.4] output_dir={tmp_path} model.device=cpu"
+    )
     assert main(words) == 0
     assert json.loads((tmp_path / "results-discovery.json").read_text())["results"]["CorLoc"] > 50

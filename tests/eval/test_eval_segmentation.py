@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shlex
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -16,11 +17,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from kills import stopped_at
 from paths import ROOT
 from PIL import Image
 from ranks import run_ranks
 from torch import Tensor, nn
 from toy_dense import write_model, write_scenes
+from toy_models import HEAD, tiny_vit
 
 from dinov3.config.loading import EVALUATIONS, find_file, load
 from dinov3.data.datasets import make_dataset
@@ -34,7 +37,6 @@ from dinov3.heads.objectives import cross_entropy_map, multilabel_dice
 from dinov3.hub import load as load_backbone
 from dinov3.hub import published_heads
 from dinov3.metrics import confusion_matrix, iou_scores, percentages
-from dinov3.models import vit
 
 TRAINING, INFERENCE = "config-ade20k-linear-training.yaml", "config-ade20k-m2f-inference.yaml"
 
@@ -326,27 +328,11 @@ def test_the_script_fits_a_head_and_writes_the_documented_files(scenes, capsys):
     assert (out / "metrics.jsonl").read_text() == before
 
 
-def test_a_run_that_was_cut_ends_with_the_same_head(scenes, monkeypatch):
+def test_a_run_that_was_cut_ends_with_the_same_head(scenes):
     assert segmentation.main(words_for(scenes, "whole")) == 0
-    words = words_for(scenes, "cut")
-    real, calls = dense.batches, []
-
-    def broken(*args: Any, **kwargs: Any) -> Any:
-        made = real(*args, **kwargs)
-
-        def batch(step: int) -> Any:
-            if step == 8 and not calls:
-                calls.append(step)
-                raise KeyboardInterrupt
-            return made(step)
-
-        return batch
-
-    monkeypatch.setattr(dense, "batches", broken)
-    with pytest.raises(KeyboardInterrupt):
-        segmentation.main(words)
-    assert segmentation.main(words) == 0
-    assert calls == [8]
+    with stopped_at(8):
+        segmentation.main(words_for(scenes, "cut"))
+    assert segmentation.main(words_for(scenes, "cut")) == 0
     first, second = (
         torch.load(scenes / run / "model_final.pth", weights_only=True)["model"] for run in ("whole", "cut")
     )
@@ -406,16 +392,7 @@ def test_the_papers_sweep_is_one_command(scenes, capsys):
 def test_a_plain_folder_needs_no_configuration(scenes, monkeypatch, capsys):
     write_model(scenes)
     monkeypatch.chdir(scenes)
-    words = [
-        "scenes",
-        "--size",
-        "32",
-        "--steps",
-        "20",
-        "model.config_file=toy.yaml",
-        "num_workers=0",
-        "optimizer.lr=0.03",
-    ]
+    words = shlex.split("scenes --size 32 --steps 20 model.config_file=toy.yaml num_workers=0 optimizer.lr=0.03")
     assert segmentation.main(words) == 0, capsys.readouterr().err
     row = results(scenes / "segmentation-scenes")
     assert row["mIoU"] > 50
@@ -436,24 +413,12 @@ def test_a_folder_without_splits_is_cut_in_the_order_of_names(tmp_path):
 
 # ---- Mask2Former ---------------------------------------------------------------------------------------------------
 
-HEAD: dict[str, Any] = {
-    "hidden_dim": 32,
-    "ffn": 48,
-    "n_heads": 4,
-    "n_queries": 6,
-    "pixel_layers": 2,
-    "decoder_layers": 4,
-}
-
 
 def tiny_segmentor(n_classes: int) -> Any:
     from dinov3.heads.mask2former import build_segmentor
     from dinov3.hub import Origin
 
-    torch.manual_seed(0)
-    backbone = vit.VisionTransformer(vit.ViTConfig.of(embed_dim=32, depth=4, num_heads=1))
-    backbone.init_weights()
-    model = build_segmentor(backbone, n_classes, **HEAD).eval()
+    model = build_segmentor(tiny_vit(num_heads=1), n_classes, **HEAD).eval()
     model.origin = Origin("toy", "random", "random", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     return model
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
+from toy_models import tiny_vit
 
 from dinov3.data.datasets.video import MaskedVideos
 from dinov3.errors import DinoError, UnknownName
@@ -26,8 +26,6 @@ from dinov3.eval.tracking import (
     sequence_scores,
     table,
 )
-from dinov3.models.architectures import ViTConfig
-from dinov3.models.vit import VisionTransformer
 
 
 def square(shift: int = 0, size: int = 40) -> np.ndarray:
@@ -217,9 +215,7 @@ def test_a_bright_square_is_followed_by_the_shipped_model(gliding_square: Path, 
 
 def test_frames_before_the_first_mask_are_empty(gliding_square: Path) -> None:
     (gliding_square / "Annotations" / "square" / "00000.png").unlink()
-    torch.manual_seed(0)
-    model = VisionTransformer(ViTConfig(embed_dim=32, depth=2, num_heads=2))
-    model.init_weights()
+    model = tiny_vit()
     (video,) = MaskedVideos(gliding_square)
     found = followed(model, video, TrackingConfig(short_side=64))
     assert len(found) == 8

@@ -12,6 +12,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from torch import Tensor, nn
+from toy_models import tiny_vit
 
 from dinov3 import distributed
 from dinov3 import fit as fitting
@@ -20,20 +21,16 @@ from dinov3.fit import FitConfig, fit, head_tensors, shuffled
 from dinov3.heads import objectives
 from dinov3.heads.linear import LinearSegmentor, build_linear_segmentor
 from dinov3.losses import LossTerms
-from dinov3.models.architectures import ViTConfig
 from dinov3.models.vit import VisionTransformer
 from dinov3.runlog import RunDir, read_metrics
 
 
-def tiny_vit(seed: int = 0) -> VisionTransformer:
-    torch.manual_seed(seed)
-    model = VisionTransformer(ViTConfig(embed_dim=32, depth=2, num_heads=2, n_storage_tokens=1, drop_path_rate=0.5))
-    model.init_weights()
-    return model
+def vit(seed: int = 0) -> VisionTransformer:
+    return tiny_vit(seed, depth=2, drop_path_rate=0.5).train()
 
 
 def segmentor(seed: int = 0, **options: Any) -> LinearSegmentor:
-    return build_linear_segmentor(tiny_vit(seed), backbone_out_layers="LAST", num_classes=3, **options)
+    return build_linear_segmentor(vit(seed), backbone_out_layers="LAST", num_classes=3, **options)
 
 
 def drawn(step: int, rank: int = 0) -> dict[str, Tensor]:
@@ -225,7 +222,7 @@ def test_a_best_number_that_no_evaluation_gives_is_an_error() -> None:
 
 def test_a_module_without_a_head_has_nothing_to_fit() -> None:
     with pytest.raises(DinoError, match="nothing to fit"):
-        fit(tiny_vit(), drawn, loss, FitConfig(steps=1))
+        fit(vit(), drawn, loss, FitConfig(steps=1))
 
 
 # ---- schedules ------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from golden_cases import Case
 from paths import KEYS
 from torch import Tensor
+from toy_models import tiny_vit
 
 from dinov3.errors import DinoError, UnknownName
 from dinov3.heads.detr import (
@@ -137,10 +138,7 @@ SMALL: dict[str, Any] = {
 
 
 def vit() -> VisionTransformer:
-    torch.manual_seed(0)
-    model = VisionTransformer(ViTConfig(embed_dim=32, depth=4, num_heads=2, n_storage_tokens=1))
-    model.init_weights()
-    return model
+    return tiny_vit().train()
 
 
 def small(n_classes: int = 3, **options: Any) -> DetectorWithProcessor:

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from toy_models import tiny_vit
 
 from dinov3.errors import DinoError, UnknownName
 from dinov3.heads.detr import build_detector, to_cxcywh
 from dinov3.heads.objectives import DetrCriterion, Weights, focal_loss, ia_bce_loss
-from dinov3.models.architectures import ViTConfig
-from dinov3.models.vit import VisionTransformer
 
 pytest.importorskip("scipy", reason="the matching needs scipy")
 
@@ -256,11 +255,8 @@ def painted(boxes: list[tuple[int, int, int, int]], colours: list[int], size: in
 
 
 def test_a_tiny_detector_learns_two_images() -> None:
-    torch.manual_seed(0)
-    vit = VisionTransformer(ViTConfig(embed_dim=32, depth=4, num_heads=2, n_storage_tokens=1))
-    vit.init_weights()
     model = build_detector(
-        vit, 2, width=64, n_heads=4, encoder_layers=1, decoder_layers=2, encoder_ffn=96, decoder_ffn=96, n_queries=16,
+        tiny_vit(), 2, width=64, n_heads=4, encoder_layers=1, decoder_layers=2, encoder_ffn=96, decoder_ffn=96, n_queries=16,
         n_queries_one2many=24, bias_hidden=32, proposal_min_size=16, encoder_dropout=0.0, class_names=["red", "blue"],
     ).train()  # fmt: skip
     boxes = [[(8, 10, 50, 40), (56, 48, 90, 92)], [(30, 20, 70, 80)]]

@@ -11,6 +11,7 @@ import torch
 from golden_cases import Case
 from paths import KEYS
 from torch import Tensor
+from toy_models import tiny_vit
 
 from dinov3.errors import DinoError, UnknownName
 from dinov3.heads.dpt import BINS, CHMV2, NORMS, SYNTHMIX, DPTHead, FeaturesToDepth, bin_centres, build_depther
@@ -23,22 +24,8 @@ from dinov3.models.vit import VisionTransformer
 SMALL: dict[str, Any] = {"channels": 8, "post_process_channels": (4, 6, 8, 10), "n_output_channels": 6}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def tiny() -> VisionTransformer:
-    model = VisionTransformer(ViTConfig(embed_dim=16, depth=4, num_heads=2, n_storage_tokens=1))
-    torch.manual_seed(0)
-    model.init_weights()
-    return model
-
-
-# ---- recorded numbers ----------------------------------------------------------------------------------------------
+    return tiny_vit(embed_dim=16).train()
 
 
 @pytest.mark.parametrize("name", ["depther_dpt", "depther_chmv2", "depther_linear"])

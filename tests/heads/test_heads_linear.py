@@ -11,41 +11,19 @@ import torch.nn.functional as F
 from golden_cases import Case
 from paths import KEYS
 from torch import Tensor, nn
+from toy_models import tiny_convnext, tiny_vit
 
 from dinov3.errors import DinoError, UnknownName
 from dinov3.eval.segmentation.inference import class_maps, make_inference, windows
 from dinov3.heads.encoder import FrozenLayers, adapted_size, center_pad, layers_of, step_of
 from dinov3.heads.linear import LinearClassifier, LinearSegmentationHead, LinearSegmentor, build_linear_segmentor
-from dinov3.models.architectures import ConvNeXtConfig, ViTConfig
+from dinov3.models.architectures import ViTConfig
 from dinov3.models.build import backbone
-from dinov3.models.convnext import ConvNeXt
 from dinov3.models.vit import VisionTransformer
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def tiny(**options: Any) -> VisionTransformer:
-    config = {"embed_dim": 16, "depth": 4, "num_heads": 2, "n_storage_tokens": 1, "drop_path_rate": 0.5}
-    model = VisionTransformer(ViTConfig.of(**config | options))
-    torch.manual_seed(0)
-    model.init_weights()
-    return model
-
-
-def tiny_convnext(**options: Any) -> ConvNeXt:
-    model = ConvNeXt(ConvNeXtConfig.of(depths=(1, 1, 1, 1), dims=(8, 12, 16, 20), **options))
-    torch.manual_seed(0)
-    model.init_weights()
-    return model
-
-
-# ---- recorded numbers ----------------------------------------------------------------------------------------------
+    return tiny_vit(**{"embed_dim": 16, "drop_path_rate": 0.5} | options).train()
 
 
 @torch.no_grad()
@@ -170,7 +148,7 @@ def test_the_backbone_stays_frozen_and_in_eval_mode_while_a_head_trains(make) ->
 
 
 def test_convnext_levels_have_the_widths_and_strides_of_its_stages() -> None:
-    levels = FrozenLayers(tiny_convnext())(torch.randn(1, 3, 33, 64))  # seen as 64×64
+    levels = FrozenLayers(tiny_convnext(dims=(8, 12, 16, 20)))(torch.randn(1, 3, 33, 64))  # seen as 64×64
     assert [tuple(m.shape[1:]) for m, _ in levels] == [(8, 16, 16), (12, 8, 8), (16, 4, 4), (20, 2, 2)]
     assert [c.shape[1] for _, c in levels] == [8, 12, 16, 20]
     assert step_of(tiny_convnext(patch_size=14)) == 224

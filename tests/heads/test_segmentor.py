@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from golden_cases import Case
 from paths import KEYS, ROOT
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from toy_models import HEAD, tiny_convnext, tiny_vit
 
 import hubconf
 from dinov3.errors import DinoError, UnknownName, WeightsMismatch
@@ -31,37 +31,16 @@ from dinov3.heads.mask2former import (
 )
 from dinov3.hub import HEADS, published_heads
 from dinov3.hub.published_heads import OPTIONS
-from dinov3.models.architectures import ConvNeXtConfig, ViTConfig
+from dinov3.models.architectures import ViTConfig
 from dinov3.models.build import backbone
-from dinov3.models.convnext import ConvNeXt
 from dinov3.models.vit import VisionTransformer
 from dinov3.weights import catalog
 
 BACKBONE = "segmentation_model.0.backbone."
-TINY: dict[str, Any] = {"embed_dim": 32, "depth": 4, "num_heads": 1, "n_storage_tokens": 1, "mask_k_bias": True}
-HEAD: dict[str, Any] = {
-    "hidden_dim": 32,
-    "ffn": 48,
-    "n_heads": 4,
-    "n_queries": 6,
-    "pixel_layers": 2,
-    "decoder_layers": 4,
-}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tiny(**changes: Any) -> VisionTransformer:
-    torch.manual_seed(0)
-    model = VisionTransformer(ViTConfig.of(**TINY | changes))
-    model.init_weights()
-    return model
+    return tiny_vit(**{"num_heads": 1, "mask_k_bias": True} | changes).train()
 
 
 def tiny_segmentor(n_classes: int = 5, **options: Any) -> Mask2FormerSegmentor:
@@ -255,13 +234,6 @@ def test_every_backbone_of_the_family_gets_a_segmentor(arch: str, width: int, la
     assert model.pyramid.layers == layers
     head = model.segmentation_model[1]
     assert default_width(model.pyramid.backbone) == width == head.predictor.level_embed.weight.shape[1]
-
-
-def tiny_convnext(**options: Any) -> ConvNeXt:
-    torch.manual_seed(0)
-    model = ConvNeXt(ConvNeXtConfig.of(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), **options))
-    model.init_weights()
-    return model
 
 
 def test_a_convnext_gives_its_own_stages() -> None:

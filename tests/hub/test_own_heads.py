@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from toy_models import tiny_vit
 
 from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.drawing import palette
@@ -15,9 +16,8 @@ from dinov3.errors import DinoError, WeightsError, WeightsMismatch
 from dinov3.fit import backbones_in, head_tensors
 from dinov3.hub import load, own_heads
 from dinov3.hub.own_heads import build_head, load_head, read_head_info, save_head
-from dinov3.models.architectures import ConvNeXtConfig, ViTConfig
+from dinov3.models.architectures import ConvNeXtConfig
 from dinov3.models.convnext import ConvNeXt
-from dinov3.models.vit import VisionTransformer
 
 TINY: dict[str, dict[str, Any]] = {
     "classification linear": {},
@@ -27,13 +27,6 @@ TINY: dict[str, dict[str, Any]] = {
     "depth dpt": {"channels": 8, "post_process_channels": (4, 6, 8, 10), "n_output_channels": 8},
     "detection detr": {"width": 32, "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn": 32, "n_queries": 5},
 }
-
-
-def tiny_vit(seed: int = 0, width: int = 32) -> VisionTransformer:
-    torch.manual_seed(seed)
-    model = VisionTransformer(ViTConfig(embed_dim=width, depth=4, num_heads=2, n_storage_tokens=1))
-    model.init_weights()
-    return model.eval()
 
 
 def answer(model: nn.Module) -> Any:

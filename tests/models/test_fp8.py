@@ -6,9 +6,9 @@ import pytest
 import torch
 from paths import GOLDEN_LOSSES
 from safetensors.torch import load_file
+from toy_models import tiny_vit
 
 from dinov3.errors import DinoError
-from dinov3.models.architectures import ViTConfig
 from dinov3.models.low_precision import REFERENCE, Fp8Linear, convert_to_fp8, fp8_linear, torchao_product
 from dinov3.models.vit import VisionTransformer
 
@@ -46,11 +46,8 @@ def test_rounding_to_eight_bits_is_what_happens_and_no_more() -> None:
 
 
 def vit(**options) -> VisionTransformer:
-    torch.manual_seed(0)
-    config = {"embed_dim": 64, "depth": 2, "num_heads": 2, "mask_k_bias": True, "layerscale_init": 1.0}
-    model = VisionTransformer(ViTConfig.of(**config | options))
-    model.init_weights()
-    return model
+    wide = {"embed_dim": 64, "depth": 2, "n_storage_tokens": 0, "mask_k_bias": True, "layerscale_init": 1.0}
+    return tiny_vit(**wide | options).train()
 
 
 def test_a_converted_model_keeps_its_keys_and_nearly_its_output_and_trains() -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from golden_cases import Case
 from paths import KEYS
 from PIL import Image
+from toy_models import tiny_vit
 
 from dinov3.errors import DinoError, UnknownName
 from dinov3.models.architectures import ConvNeXtConfig, ViTConfig
@@ -162,13 +163,7 @@ def test_rotation_is_the_plain_two_by_two_one() -> None:
 
 
 def tiny(**options) -> VisionTransformer:
-    config = ViTConfig.of(
-        **{"embed_dim": 32, "depth": 2, "num_heads": 2, "n_storage_tokens": 4, "mask_k_bias": True} | options
-    )
-    model = VisionTransformer(config)
-    torch.manual_seed(0)
-    model.init_weights()
-    return model
+    return tiny_vit(**{"depth": 2, "n_storage_tokens": 4, "mask_k_bias": True} | options).train()
 
 
 def test_key_bias_has_no_effect() -> None:

@@ -11,33 +11,23 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from toy_models import tiny_vit
 
 from dinov3.data import names as known_names
 from dinov3.errors import DinoError, ImageError
 from dinov3.heads.dpt import build_depther
 from dinov3.heads.encoder import class_maps
 from dinov3.heads.linear import LinearClassifier, build_linear_segmentor
-from dinov3.models.architectures import ViTConfig
-from dinov3.models.vit import VisionTransformer
 from dinov3.predict.classify import predict_classes
-from dinov3.predict.common import OutputNames, Seen, best_class, predicted_map, preprocessing_of, see, to_original
+from dinov3.predict.common import OutputNames, Prepared, best_class, predicted_map, preprocessing_of, see, to_original
 from dinov3.predict.dense import predict_canopy, predict_depth, predict_segments, shares_of, softmax
-
-
-def tiny(**options: Any) -> VisionTransformer:
-    model = VisionTransformer(
-        ViTConfig(**{"embed_dim": 32, "depth": 4, "num_heads": 2, "n_storage_tokens": 1} | options)
-    )
-    torch.manual_seed(0)
-    model.init_weights()
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
 def depther() -> nn.Module:
     torch.manual_seed(1)
     options: dict[str, Any] = {"channels": 8, "post_process_channels": (4, 6, 8, 10), "n_output_channels": 16}
-    model = build_depther(tiny(), head_type="dpt", max_depth=10.0, **options)
+    model = build_depther(tiny_vit(), head_type="dpt", max_depth=10.0, **options)
     for p in model.decoder.parameters():
         p.data.normal_(std=0.4)
     return model.eval()
@@ -45,7 +35,7 @@ def depther() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def segmentor() -> nn.Module:
-    model = build_linear_segmentor(tiny(), num_classes=5)
+    model = build_linear_segmentor(tiny_vit(), num_classes=5)
     model.segmentation_model[1].conv.weight.data.normal_(std=0.5)
     return model.eval()
 
@@ -91,7 +81,7 @@ def test_a_marked_corner_stays_where_it_is(cat: Image.Image) -> None:
     for changes in ({}, {"fit": "pad", "multiple": 16}, {"multiple": 16}):
         preprocessing = preprocessing_of(nn.Identity(), 60, **changes)
         x, geometry = preprocessing(array)
-        seen = Seen(Image.fromarray(array), x[None], geometry)
+        seen = Prepared(Image.fromarray(array), x[None], geometry)
         for window in (None, 32):
             maps = predicted_map(seen.x, lambda x, size_hw: x, 3, window)
             back = to_original(maps, seen)[0, 0].numpy() > 0
@@ -180,7 +170,7 @@ def test_a_wrong_head_gets_one_sentence(depther: nn.Module, segmentor: nn.Module
 def test_a_mask2former_head_names_every_pixel(cat: Image.Image) -> None:
     from dinov3.hub.own_heads import build_head
 
-    model: Any = build_head("segmentation", "mask2former", tiny(), n_classes=4, hidden_dim=64, ffn=64, n_queries=6)
+    model: Any = build_head("segmentation", "mask2former", tiny_vit(), n_classes=4, hidden_dim=64, ffn=64, n_queries=6)
     torch.manual_seed(0)
     for p in model.segmentation_model[1].parameters():
         if p.ndim > 1:
@@ -203,7 +193,7 @@ def test_boxes_are_in_the_images_pixels(cat: Image.Image) -> None:
     sizes = {"width": 64, "n_heads": 4, "encoder_ffn": 32, "decoder_ffn": 32, "encoder_layers": 1, "decoder_layers": 1}
     torch.manual_seed(0)
     model: Any = build_head(
-        "detection", "detr", tiny(), n_classes=91, n_queries=5, topk=5, bias_hidden=16, **sizes
+        "detection", "detr", tiny_vit(), n_classes=91, n_queries=5, topk=5, bias_hidden=16, **sizes
     ).eval()
     found = predict_objects(model, cat, size=64, threshold=0.0)
     assert len(found) == 5
@@ -234,7 +224,7 @@ def test_class_masks_are_indexed_pngs_that_any_reader_understands(
     assert list(facts["classes"].values()) == words
     assert sum(facts["shares"].values()) == pytest.approx(1)
     assert Image.open(seen).size[0] > 130  # the legend stands beside
-    many = build_linear_segmentor(tiny(), num_classes=300).eval()
+    many = build_linear_segmentor(tiny_vit(), num_classes=300).eval()
     many.segmentation_model[1].conv.weight.data.normal_()
     wide = predict_segments(many, cat, size=48)
     mask, *_ = wide.save(tmp_path, "many")
@@ -314,7 +304,7 @@ def test_canopy_of_a_large_image_comes_through_windows(depther: nn.Module, cat: 
 
 
 def test_classes_come_with_names_and_probabilities(cat: Image.Image, tmp_path: Path) -> None:
-    vit = tiny()
+    vit = tiny_vit()
     model = LinearClassifier(vit, nn.Linear(64, 1000)).eval()
     result = predict_classes(model, cat, size=32)
     assert result.probabilities.sum() == pytest.approx(1, abs=1e-5)
@@ -355,7 +345,7 @@ def test_lists_of_names_are_whole() -> None:
 
 
 def test_half_precision_is_asked_for_not_hidden(cat: Image.Image) -> None:
-    model = build_linear_segmentor(tiny(), num_classes=5).eval()
+    model = build_linear_segmentor(tiny_vit(), num_classes=5).eval()
     inside: list[torch.dtype] = []
     model.segmentation_model[1].register_forward_pre_hook(lambda m, a: None)
     model.segmentation_model[1].batchnorm_layer.register_forward_hook(lambda m, a, y: inside.append(y.dtype))

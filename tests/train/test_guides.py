@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -407,16 +408,7 @@ def test_the_command_forgets_a_column(data: tuple[str, Path, Path], tmp_path: Pa
     """In a fresh process, as it is typed."""
     toy, images, table = data
     command = [sys.executable, "-m", "dinov3", "train", str(images), "--out", str(tmp_path / "run"), "--recipe", toy]
-    options = [
-        "--forget",
-        "hue",
-        "--guide",
-        "shade=regression,loss_weight=0.5",
-        "--metadata",
-        str(table),
-        "--steps",
-        "2",
-    ]
+    options = shlex.split(f"--forget hue --guide shade=regression,loss_weight=0.5 --metadata {table} --steps 2")
     done = subprocess.run([*command, *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "guide 'hue': ridge of 3 values (b, g, r), forgotten" in done.stderr

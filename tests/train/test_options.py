@@ -5,36 +5,18 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from toy_training import write_config, write_images
+from toy_training import run
 
 from dinov3 import checkpoint, losses
 from dinov3.config.train import IbotConfig, OptimConfig, load_config
 from dinov3.errors import DinoError
 from dinov3.optim import apply_schedules, build_optimizer
-from dinov3.train.loop import Outcome
-from dinov3.train.train import train
 from tests.train.test_method import RECORDED, VARIANTS, Variant, recorded_batch, step_values
 
 VALUES = step_values(RECORDED["plain"][0])
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_config(tmp_path_factory.mktemp("config"))
-
-
-def run(toy: str, images: Path, out: Path, *overrides: str, **options: Any) -> Outcome:
-    config, notes = load_config(toy, [f"train.dataset_path={images}", *overrides])
-    return train(config, out, notes=notes, **options)
 
 
 # ---- iBOT at visible patches -----------------------------------------------------------------------------------------

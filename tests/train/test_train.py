@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from paths import ROOT
-from toy_training import TOY, start, write_config, write_images
+from toy_training import TOY, run, start, write_config, write_images
 
 from dinov3 import checkpoint, features
 from dinov3.config.train import GramConfig, load_config
@@ -30,27 +31,11 @@ from dinov3.runlog import Progress, read_metrics
 from dinov3.train import assembly, teacher_files
 from dinov3.train import loop as loop_module
 from dinov3.train import monitor as knn_module
-from dinov3.train.loop import Outcome
 from dinov3.train.monitor import StopRequest
-from dinov3.train.train import main, parser, train
+from dinov3.train.train import main, parser
 from dinov3.weights import filling, reading
 
 REPOSITORY = ROOT
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_config(tmp_path_factory.mktemp("config"))
-
-
-def run(toy: str, images: Path, out: Path, *overrides: str, **options: Any) -> Outcome:
-    config, notes = load_config(toy, [f"train.dataset_path={images}", *overrides])
-    return train(config, out, notes=notes, **options)
 
 
 def tensors(checkpoint_folder: Path | None) -> dict[str, torch.Tensor]:
@@ -780,25 +765,14 @@ def test_three_stages_learn_to_tell_patterns_apart(tmp_path: Path) -> None:
     """
     known, unseen = write_images(tmp_path / "known", 40), write_images(tmp_path / "unseen", 25, seed=1)
     config = write_config(tmp_path, LEARN)
-    shared = [
-        f"evaluation.knn_train_dataset={known}",
-        f"evaluation.knn_val_dataset={unseen}",
-        "evaluation.knn_k=10",
-        "evaluation.eval_period_iterations=50",
-        "checkpointing.period=50",
-        "train.batch_size_per_gpu=16",
-        "train.OFFICIAL_EPOCH_LENGTH=50",
-        "run.log_every=10",
-        "dino.head_n_prototypes=256",
-        "ibot.head_n_prototypes=256",
-        "teacher.momentum_teacher=0.96",
-        "crops.local_crops_number=4",
-        "student.drop_path_rate=0",
-        "optim.layerwise_decay=1",
-        "optim.patch_embed_lr_mult=1",
-        "optim.weight_decay_end=0.04",
-        "optim.lr=4e-3",
-    ]
+    shared = shlex.split(
+        f"evaluation.knn_train_dataset={known} evaluation.knn_val_dataset={unseen} evaluation.knn_k=10 "
+        "evaluation.eval_period_iterations=50 checkpointing.period=50 train.batch_size_per_gpu=16 "
+        "train.OFFICIAL_EPOCH_LENGTH=50 run.log_every=10 dino.head_n_prototypes=256 "
+        "ibot.head_n_prototypes=256 teacher.momentum_teacher=0.96 crops.local_crops_number=4 "
+        "student.drop_path_rate=0 optim.layerwise_decay=1 optim.patch_embed_lr_mult=1 "
+        "optim.weight_decay_end=0.04 optim.lr=4e-3"
+    )
     pre = run(config, known, tmp_path / "run", *shared, "optim.epochs=3")
     gram = run(
         config, known, tmp_path / "run", *shared, "optim.epochs=4", "gram.use_loss=true", "gram.img_level=true",

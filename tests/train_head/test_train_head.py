@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kills import killed_until_done
+from kills import killed_until_done, stopped_at
 from PIL import Image
 from torch import nn
+from toy_models import tiny_vit
 
 from dinov3 import fit as fitting
 from dinov3.drawing import palette
 from dinov3.errors import DinoError
 from dinov3.fit import cached_features
 from dinov3.hub.own_heads import build_head, load_head
-from dinov3.models.architectures import ViTConfig
 from dinov3.models.vit import VisionTransformer
 from dinov3.runlog import read_metrics
 from dinov3.train_head import run as head_module
@@ -40,11 +40,9 @@ def tiny_backbone(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReques
     def tiny(config: HeadConfig) -> nn.Module:
         from dinov3.hub import Origin
 
-        torch.manual_seed(0)
-        model = VisionTransformer(ViTConfig(embed_dim=32, depth=4, num_heads=2, n_storage_tokens=1))
-        model.init_weights()
+        model = tiny_vit()
         model.origin = Origin("custom", "tiny", "random", (0.5,) * 3, (0.25,) * 3)  # type: ignore[assignment]
-        return model.eval()
+        return model
 
     monkeypatch.setattr(head_module, "load_backbone", tiny)
     if "drawn" not in request.fixturenames:
@@ -419,20 +417,11 @@ def test_cached_features_are_those_of_the_backbone_and_are_computed_once(tmp_pat
 # ---- stopping and resuming ------------------------------------------------------------------------------------------
 
 
-def test_a_stopped_run_resumes_to_the_same_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_resumes_to_the_same_head(tmp_path: Path) -> None:
     wanted = config(mask_folder(tmp_path / "data"), save_every=4, evaluate_every=5, steps=16)
     whole = train_head(wanted, tmp_path / "whole")
-    step = fitting._Fit.train_step
-
-    def dying(self: Any, loss: Any, batch: Any, number: int) -> Any:
-        if number == 10:
-            raise KeyboardInterrupt
-        return step(self, loss, batch, number)
-
-    monkeypatch.setattr(fitting._Fit, "train_step", dying)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_at(10):
         train_head(wanted, tmp_path / "torn")
-    monkeypatch.setattr(fitting._Fit, "train_step", step)
     torn = train_head(wanted, tmp_path / "torn")
     assert torn.report.resumed_at == 8
     assert torn.metrics == whole.metrics

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kills import stopped_at
 from PIL import Image
 from torch import Tensor, nn
+from toy_models import tiny_convnext, tiny_vit
 
 import dinov3
 from dinov3 import fit as fitting
@@ -21,11 +23,8 @@ from dinov3.errors import DinoError, WeightsError, WeightsMismatch
 from dinov3.fit import FitConfig, fit
 from dinov3.hub import Origin
 from dinov3.hub.own_heads import METADATA, build_head, load_head
-from dinov3.models.architectures import ConvNeXtConfig, ViTConfig
-from dinov3.models.convnext import ConvNeXt
 from dinov3.models.lora import LoRA
 from dinov3.models.low_precision import quantise
-from dinov3.models.vit import VisionTransformer
 from dinov3.optim import multipliers
 from dinov3.train_head import run as head_module
 from dinov3.train_head.config import HeadConfig
@@ -38,15 +37,9 @@ COLOURS = np.array([(220, 40, 40), (40, 200, 60), (50, 60, 230)], np.uint8)
 
 
 def tiny(kind: str = "vit") -> Any:
-    torch.manual_seed(0)
-    model: Any
-    if kind == "vit":
-        model = VisionTransformer(ViTConfig(embed_dim=32, depth=4, num_heads=2, n_storage_tokens=1))
-    else:
-        model = ConvNeXt(ConvNeXtConfig(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)))
-    model.init_weights()
+    model: Any = tiny_vit() if kind == "vit" else tiny_convnext()
     model.origin = Origin("custom", "tiny", "random", (0.5,) * 3, (0.25,) * 3, licence="Apache-2.0")
-    return model.eval()
+    return model
 
 
 @pytest.fixture(autouse=True)
@@ -236,22 +229,13 @@ def test_a_head_refuses_the_backbone_that_it_was_not_trained_on(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("how", ["lora:2", pytest.param("all", marks=pytest.mark.slow)])
-def test_a_stopped_run_resumes_to_the_same_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+def test_a_stopped_run_resumes_to_the_same_pair(tmp_path: Path, how: str) -> None:
     # the best pair comes before the kill, so that it has to be found again
     wanted = config(folder(tmp_path / "data", "segmentation"), tune=how, tune_lr=1e-3, steps=6, save_every=2)
     wanted.evaluate_every = 3
     whole = train_head(wanted, tmp_path / "whole")
-    step = fitting._Fit.train_step
-
-    def dying(self: Any, loss: Any, batch: Any, number: int) -> Any:
-        if number == 5:
-            raise KeyboardInterrupt
-        return step(self, loss, batch, number)
-
-    monkeypatch.setattr(fitting._Fit, "train_step", dying)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_at(5):
         train_head(wanted, tmp_path / "torn")
-    monkeypatch.setattr(fitting._Fit, "train_step", step)
     torn = train_head(wanted, tmp_path / "torn")
     assert torn.report.resumed_at == 4
     assert torn.head.read_bytes() == whole.head.read_bytes()

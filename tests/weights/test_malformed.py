@@ -19,26 +19,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from toy_models import tiny_vit
 
 from dinov3 import hub
 from dinov3.distill.teachers import open_teacher
 from dinov3.errors import DinoError, WeightsError
 from dinov3.hub import own_heads, published_heads
 from dinov3.hub.own_heads import build_head, load_head, save_head
-from dinov3.models.architectures import ViTConfig
-from dinov3.models.vit import VisionTransformer
 from dinov3.train_head.config import HeadConfig
 from dinov3.train_head.run import load_backbone
 from dinov3.weights import reading, writing
 from tests.weights.test_formats import TINY, filled
 from tests.weights.test_reading import write_transformers
-
-
-def tiny_vit() -> VisionTransformer:
-    torch.manual_seed(0)
-    model = VisionTransformer(ViTConfig(embed_dim=32, depth=4, num_heads=2, n_storage_tokens=1))
-    model.init_weights()
-    return model.eval()
 
 
 def refused(match: str, path: Path) -> None:
