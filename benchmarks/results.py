@@ -234,13 +234,15 @@ def measure(row: Row, model: str, data: str, work: Path, *, again: bool) -> floa
 
 def exceptions(row: Row, values: dict[str, float | None]) -> list[str]:
     """Where the expected order random < shipped < teacher does not hold."""
-    told = []
+    sentences = []
     known = {name: v for name, v in values.items() if v is not None}
     present = [next((n, known[n]) for n in names if n in known) for names in ORDER if set(names) & set(known)]
     for (worse, a), (better, b) in pairwise(present):
         if not (b > a if row.higher_is_better else b < a):
-            told.append(f"{row.title}: {better} ({b:.{row.digits}f}) is not better than {worse} ({a:.{row.digits}f}).")
-    return told
+            sentences.append(
+                f"{row.title}: {better} ({b:.{row.digits}f}) is not better than {worse} ({a:.{row.digits}f})."
+            )
+    return sentences
 
 
 def table(rows: Sequence[Row], results: dict[str, dict[str, float | None]], models: Sequence[str]) -> str:
@@ -248,14 +250,14 @@ def table(rows: Sequence[Row], results: dict[str, dict[str, float | None]], mode
     for row in rows:
         cells = ["–" if (v := results[row.id].get(m)) is None else f"{v:.{row.digits}f}" for m in models]
         lines.append(f"| {row.title}{'' if row.higher_is_better else ' ↓'} | " + " | ".join(cells) + " |")
-    told = [sentence for row in rows for sentence in exceptions(row, results[row.id])]
+    sentences = [sentence for row in rows for sentence in exceptions(row, results[row.id])]
     lines += [
         "",
         "Expected in every row: random < shipped < teacher. "
-        + ("It holds wherever they were measured (– was not)." if not told else "Exceptions:"),
+        + ("It holds wherever they were measured (– was not)." if not sentences else "Exceptions:"),
         "",
     ]
-    lines += [f"- {sentence}" for sentence in told] + [""] * bool(told)
+    lines += [f"- {sentence}" for sentence in sentences] + [""] * bool(sentences)
     lines += [
         "Commands (`$DATA`: the folder of the data; `MODEL`: "
         + ", ".join(f"`{MODELS[m].replace('{data}', '$DATA')}`" for m in models)

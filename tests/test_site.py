@@ -12,7 +12,7 @@ import yaml
 from paths import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
-import pictures
+import page_images
 import site_pages as site
 
 CONFIG = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
@@ -35,7 +35,7 @@ def test_every_picture_is_drawn_by_a_script_and_shown_on_a_page() -> None:
     there = {path.name for path in (site.DOCS / "images").iterdir()}
     shown = {name for path in site.DOCS.rglob("*.md") for name in re.findall(r"images/([\w.-]+)\)", path.read_text())}
     assert {name for name in there if f'"{name}"' not in text} == set()
-    assert set(pictures.PICTURES) <= there
+    assert set(page_images.IMAGES) <= there
     assert there <= shown
 
 

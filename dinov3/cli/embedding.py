@@ -25,6 +25,7 @@ from dinov3.cli.shared import (
     log,
     log_away,
     log_failures,
+    log_model,
 )
 from dinov3.config.bounds import setting
 from dinov3.errors import DinoError, importing, printable, require
@@ -78,7 +79,7 @@ def embed(
 ) -> None:
     """Embed images into a store. Run it again to continue, or to add what is new."""
     c, batch_size = config, batch_of(config.batch)
-    require("pyarrow", "search", "an embedding store")  # missing, it is said before a model is loaded
+    require("pyarrow", "search", "an embedding store")  # missing, the error comes before a model is loaded
     with importing():
         from dinov3.data.sources import open_sources
         from dinov3.features import default_preprocessing
@@ -101,7 +102,7 @@ def embed(
         ray = c.engine == "ray"  # whose workers make the fast form themselves
         kind: dict[str, Any] = {"dtype": "float32"} if ray else {"fast": c.precision}
         net = load(model, c.weights, device=device_of(device), **kind)
-    _log_model(net)
+    log_model(net, RANDOM)
     preprocessing = default_preprocessing(net, size=c.size, shape=c.shape, fit=c.fit)
     options: dict[str, Any] = {
         "preprocessing": preprocessing,
@@ -129,16 +130,7 @@ def embed(
     _log_report(report, out, preprocessing, as_json, c.strict)
 
 
-def _log_model(net: Any) -> None:
-    origin = net.origin
-    parameter = next(net.parameters())
-    log(f"{origin}, {getattr(net, 'form', None) or str(parameter.dtype).removeprefix('torch.')} on {parameter.device}")
-    if origin.random:
-        log(
-            "The weights are RANDOM: neighbours will share colours and layout, not meaning. Give --weights for real features."
-        )
-    for note in origin.notes:
-        log(f"note: {note}")
+RANDOM = "neighbours will share colours and layout, not meaning. Give --weights for real features."
 
 
 def _log_report(report: Report, out: str, preprocessing: Preprocessing, as_json: bool, strict: bool) -> None:
@@ -248,11 +240,21 @@ class ServeOptions:
     allow_host: list[str] = setting([], help="A further name in the Host header; '*': any. Give it again for more.")
 
 
-def _sides_of(store: EmbeddingStore, c: ServeOptions | ExploreOptions, device: str) -> tuple[Any, Preprocessing, Any]:
-    """The model and preprocessing that filled a store, for many queries, and what makes a text a vector, or None."""
+def _sides_of(
+    store: EmbeddingStore | None, c: ServeOptions | ExploreOptions, model: str | None, device: str, *, fast: str, **shape: Any
+) -> tuple[Any, Preprocessing, Any]:  # fmt: skip
+    """(model, preprocessing, what makes a text a vector or None) for many queries: those that filled the store, or `model`
+    with the preprocessing that `shape` describes."""
     from dinov3.embedding.pipeline import both_sides, is_text_aligned, model_of
+    from dinov3.features import default_preprocessing
+    from dinov3.hub import load
 
     where: dict[str, Any] = {"device": device_of(device), "weights": c.weights}
+    if store is None:
+        if c.backbone_weights is not None or c.vocabulary is not None:
+            raise DinoError("--backbone-weights and --vocabulary belong to a store of dino.txt")
+        net = load(model, fast=fast, **where)
+        return net, default_preprocessing(net, **shape), None
     if is_text_aligned(store.facts):
         where["backbone_weights"] = c.backbone_weights
         try:
@@ -287,29 +289,19 @@ def serve(
         from dinov3 import serve as service
         from dinov3 import web
         from dinov3.embedding.store import EmbeddingStore
-        from dinov3.features import default_preprocessing
-        from dinov3.hub import load
 
-    opened = vector_of = None
-    if store is not None:
-        names = ("size", "shape", "fit", "pooling", "precision")
-        given = [name for name in names if getattr(c, name) != getattr(default, name)] + ["model"] * (model is not None)
-        if given:
-            raise DinoError(f"--{given[0]} is the store's own: leave it out, or serve without --store")
-        opened = EmbeddingStore.open(store)
-        net, preprocessing, vector_of = _sides_of(opened, c, device)
-        pooling = opened.facts.pooling
-    elif c.backbone_weights is not None or c.vocabulary is not None:
-        raise DinoError("--backbone-weights and --vocabulary belong to a --store of dino.txt")
-    else:
-        net = load(model, c.weights, device=device_of(device), fast=c.precision)
-        preprocessing = default_preprocessing(net, size=c.size, shape=c.shape, fit=c.fit)
-        pooling = c.pooling
-    _log_model(net)
+    names = ("size", "shape", "fit", "pooling", "precision")
+    given = [name for name in names if getattr(c, name) != getattr(default, name)] + ["model"] * (model is not None)
+    if store is not None and given:
+        raise DinoError(f"--{given[0]} is the store's own: leave it out, or serve without --store")
+    opened = None if store is None else EmbeddingStore.open(store)
+    shape = {name: getattr(c, name) for name in ("size", "shape", "fit")}
+    net, preprocessing, vector_of = _sides_of(opened, c, model, device, fast=c.precision, **shape)
+    log_model(net, RANDOM)
     app = service.application(
         net,
         preprocessing,
-        pooling=pooling,
+        pooling=c.pooling if opened is None else opened.facts.pooling,
         store=opened,
         vector_of=vector_of,
         hosts=(*web.LOOPBACK, host, *c.allow_host),
@@ -351,25 +343,16 @@ def explore(
         from dinov3 import web
         from dinov3.explorer.server import application
         from dinov3.explorer.source import FrozenModel, Source
-        from dinov3.features import default_preprocessing
-        from dinov3.hub import load
 
     web.check_port(host, port)
     opened = Source.open(source)
-    words = None
-    if opened.store is not None:
-        if model is not None:
-            raise DinoError("--model is the store's own: leave it out")
-        net, preprocessing, words = _sides_of(opened.store, c, device)
-    elif c.backbone_weights is not None or c.vocabulary is not None:
-        raise DinoError("--backbone-weights and --vocabulary belong to a store of dino.txt")
-    else:
-        net = load(model, c.weights, device=device_of(device), fast="fp32")
-        preprocessing = default_preprocessing(net, size=c.size)
-    _log_model(net)
+    if opened.store is not None and model is not None:
+        raise DinoError("--model is the store's own: leave it out")
+    sides = _sides_of(opened.store, c, model, device, fast="fp32", size=c.size)
+    log_model(sides[0], RANDOM)
     page = application(
         opened,
-        FrozenModel(net, preprocessing, words),
+        FrozenModel(*sides),
         hosts=(*web.LOOPBACK, host, *c.allow_host),
         limits=web.Limits(c.max_mb, c.max_megapixels),
     )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from dinov3.cli.predict import Images, Listed, Out, list_images, predict_each
-from dinov3.cli.shared import Progress, app, config_options, device_of, log
+from dinov3.cli.shared import Progress, app, config_options, device_of, log, log_model
 from dinov3.config.bounds import setting
 from dinov3.errors import DinoError, printable
 from dinov3.files import atomically
@@ -45,7 +45,7 @@ Mask = Annotated[
 
 @dataclass
 class SeeOptions:
-    """Which features a verb looks at."""
+    """Which features a verb draws."""
 
     weights: str | None = setting(
         None, help="Path, URL or Hugging Face id. Default: the small model that ships with the package."
@@ -73,11 +73,7 @@ class Eyes:
         layer_numbers(self.model, [config.layer])  # raises
         self.preprocessing = default_preprocessing(self.model, size=config.size, shape="short")
         self.biases: dict[tuple[int, int], PositionBias] = {}
-        origin: Any = self.model.origin
-        form = getattr(self.model, "form", None) or "float32"
-        log(f"{origin}, {form} on {next(self.model.parameters()).device}; {self.preprocessing}")
-        if origin.random:
-            log("The weights are RANDOM: what is drawn shows layout and colours, not meaning.")
+        log_model(self.model, "what is drawn shows layout and colours, not meaning.", self.preprocessing)
 
     def __call__(self, image: Image.Image) -> Features:
         from dinov3.features import embed

@@ -64,6 +64,17 @@ def log(text: str) -> None:
     print(printable(without_secrets(text), lines=True), file=sys.stderr, flush=True)
 
 
+def log_model(net: Any, random: str, *facts: Any) -> None:
+    """A model's origin, form, device and further facts; `random`: what random weights mean for the results."""
+    parameter = next(net.parameters())
+    form = getattr(net, "form", None) or str(parameter.dtype).removeprefix("torch.")
+    log("; ".join(map(str, (f"{net.origin}, {form} on {parameter.device}", *facts))))
+    if net.origin.random:
+        log(f"The weights are RANDOM: {random}")
+    for note in net.origin.notes:
+        log(f"note: {note}")
+
+
 def log_failures(failures: Sequence[tuple[str, str]], more: str = "") -> None:
     """The first twenty images that could not be read, with their reasons."""
     for path, reason in failures[:20]:

@@ -219,19 +219,19 @@ def encode_patches(row: Row, facts: StoreFacts) -> dict[str, Any]:
     scale = 1.0
     if facts.patches == "int8":
         scale = float(np.abs(values).max(initial=0.0)) / 127 or 1.0
-        kept = np.rint(values / scale).astype(np.int8)
+        stored = np.rint(values / scale).astype(np.int8)
     else:
         with np.errstate(over="ignore"):
-            kept = values.astype({"float16": "<f2", "float32": "<f4"}[facts.patches])
-        if not np.isfinite(kept).all():
+            stored = values.astype({"float16": "<f2", "float32": "<f4"}[facts.patches])
+        if not np.isfinite(stored).all():
             raise StoreError(f"the patches of {row.path!r} are too large for {facts.patches}")
-    return {"patches": kept.tobytes(), "grid_h": shape[0], "grid_w": shape[1], "patches_scale": scale}
+    return {"patches": stored.tobytes(), "grid_h": shape[0], "grid_w": shape[1], "patches_scale": scale}
 
 
 def decode_patches(row: Mapping[str, Any], facts: StoreFacts) -> np.ndarray:
     kind = {"float16": "<f2", "float32": "<f4", "int8": "i1"}[facts.patches]
-    kept = np.frombuffer(row["patches"], dtype=kind).astype(np.float32)
-    return kept.reshape(row["grid_h"], row["grid_w"], facts.patch_dim) * np.float32(row.get("patches_scale", 1.0))
+    stored = np.frombuffer(row["patches"], dtype=kind).astype(np.float32)
+    return stored.reshape(row["grid_h"], row["grid_w"], facts.patch_dim) * np.float32(row.get("patches_scale", 1.0))
 
 
 def as_matrix(column: Any, dim: int) -> np.ndarray:

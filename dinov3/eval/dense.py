@@ -38,7 +38,7 @@ from dinov3.runlog import RunDir
 from dinov3.weights.filling import fill
 from dinov3.weights.writing import write_torch
 
-Rule = Callable[..., tuple[Tensor, Tensor]]
+Transform = Callable[..., tuple[Tensor, Tensor]]
 
 # ---- configuration -------------------------------------------------------------------------------------------------
 
@@ -184,7 +184,7 @@ def open_dense(line: str, root: str | None, kinds: Sequence[str], key: str) -> D
 
 
 def batches(
-    dataset: DenseDataset, transform: Rule, size: int, seed: int, *, augment: bool
+    dataset: DenseDataset, transform: Transform, size: int, seed: int, *, augment: bool
 ) -> Callable[[int], dict[str, Any]]:
     """step → {"x" [B, 3, h, w], "target" [B, h', w'], "step"}: shuffled, and transformed by draws of (seed, epoch, index) if
     `augment`; else as for evaluation, so that the backbone runs once an image (`fit.cached_features`)."""
@@ -249,7 +249,7 @@ def folder_specs(folder: str | os.PathLike[str], kind: str, extra: str = "") -> 
 
 
 def fit_head(
-    config: Any, session: Any, model: nn.Module, train: DenseDataset, transform: Rule, loss: Loss, validate: Evaluate,
+    config: Any, session: Any, model: nn.Module, train: DenseDataset, transform: Transform, loss: Loss, validate: Evaluate,
     **options: Any,
 ) -> FitReport:  # fmt: skip
     """Fits the head of `model` on the training images; options: of `fit_config`."""

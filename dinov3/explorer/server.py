@@ -74,7 +74,7 @@ def application(
 
 
 def about(source: Source, model: FrozenModel) -> dict[str, Any]:
-    """What the page says of itself before anything is asked."""
+    """What the page shows before any request: model, images, what it can do."""
     net: Any = model.net
     store = source.store
     return {
@@ -132,7 +132,7 @@ def add_images(app: FastAPI, source: Source, limits: Limits) -> None:
 
 
 def add_page(app: FastAPI) -> None:
-    """The files of the page, by name from a list: no other file can be asked for."""
+    """The files of the page, by name from a list: no other file can be requested."""
     files = {path.name: path for path in PAGE.iterdir() if path.suffix in TYPES and path.is_file()}
 
     def sent(path: Path) -> Response:

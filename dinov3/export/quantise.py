@@ -22,6 +22,7 @@ from dinov3.export.convert import Report, empty_folder, write_licence
 from dinov3.features import evaluating
 from dinov3.files import atomically
 from dinov3.hub import assemble
+from dinov3.inference import all_tokens, probe_images
 from dinov3.models import low_precision
 from dinov3.weights import identity, reading, writing
 
@@ -68,10 +69,6 @@ def quantise(
 
 
 def _probe_tokens(model: Any) -> Tensor:
-    """All tokens [2·N, D] of two smooth images."""
-    coarse = torch.randn(2, model.config.in_chans, 6, 6, generator=torch.Generator().manual_seed(0))
-    images = F.interpolate(coarse, size=tuple(model.stride * n for n in PROBE_GRID), mode="bicubic")
+    images = probe_images(model, PROBE_GRID).to(next(model.parameters()).dtype)
     with evaluating(model):
-        found = model.forward_features(images.to(model.device, next(model.parameters()).dtype))
-    named = (found[name] for name in ("x_norm_clstoken", "x_storage_tokens", "x_norm_patchtokens"))
-    return torch.cat([tokens.reshape(-1, model.embed_dim) for tokens in named]).double()
+        return all_tokens(model.forward_features(images)).double()

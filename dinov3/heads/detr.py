@@ -522,7 +522,7 @@ class Transformer(nn.Module):
             if level == 0:
                 rows, columns = (~mask[:, :, 0]).sum(1), (~mask[:, 0, :]).sum(1)
                 extent = torch.stack([rows, columns], dim=-1)[:, None].float() * stride  # [B, 1, (VH, VW)]
-                nowhere = max(h, w) * stride
+                far = max(h, w) * stride
             cy = (torch.arange(h, device=y.device, dtype=torch.float32) + 0.5) * stride
             cx = (torch.arange(w, device=y.device, dtype=torch.float32) + 0.5) * stride
             side = torch.full((h, w), self.config.proposal_min_size * 2.0**level, device=y.device)
@@ -533,7 +533,7 @@ class Transformer(nn.Module):
         proposals, size = torch.cat(boxes, 1), extent.flip(-1).tile(2)  # [B, P, 4], [B, 1, (VW, VH, VW, VH)]
         inside = ((proposals > 0.01 * size) & (proposals < 0.99 * size)).all(-1)
         valid = inside & ~torch.cat(outside, 1)
-        proposals = proposals.masked_fill(~valid[..., None], nowhere)
+        proposals = proposals.masked_fill(~valid[..., None], far)
         return torch.cat(tokens, 1).masked_fill(~valid[..., None], 0.0), proposals, valid, extent
 
     def box_position(self, boxes: Tensor) -> Tensor:

@@ -115,8 +115,8 @@ class HeadBlock(Block):
         self.attn = PlainAttention(c)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        nowhere = (x.new_empty(0),) * 2  # the tables of a rotation that does not take place
-        return super().forward([x], [nowhere])[0]
+        empty = (x.new_empty(0),) * 2  # the tables of a rotation that does not take place
+        return super().forward([x], [empty])[0]
 
 
 class VisionHead(nn.Module):

@@ -47,7 +47,7 @@ class ProjectionHead(nn.Module):
 
         The parts exist so that ranks can send b numbers instead of K. They are one method because sharding gathers
         the weights when a module is called, and only then. "both": (logits [..., K], the bottleneck [..., b] before it
-        is divided by its length), which SIGReg looks at.
+        is divided by its length), which SIGReg takes.
         """
         if part not in ("all", "both", "bottleneck", "prototypes"):
             raise DinoError(f"a projection head runs 'all', 'both', 'bottleneck' or 'prototypes', not {part!r}")

@@ -38,7 +38,7 @@ Triple = tuple[float, float, float]
 
 
 class _Enough(Exception):
-    """Every block that was asked for has run."""
+    """Every requested block has run."""
 
 
 class ForeignBackbone(TokenModel):

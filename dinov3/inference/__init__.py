@@ -174,15 +174,20 @@ def check_distance(form: Form) -> None:
 @torch.inference_mode()
 def distance(fast: Any, plain: Any) -> tuple[float, float]:
     """(largest relative error, lowest cosine) of a token of the probe images, after the final norm."""
-    side = plain.stride
-    coarse = torch.randn(2, plain.config.in_chans, 6, 6, generator=torch.Generator().manual_seed(0))
-    images = F.interpolate(coarse, size=tuple(side * n for n in PROBE_GRID), mode="bicubic").to(plain.device)
+    images = probe_images(plain)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        given, expected = (_tokens(m.forward_features(images)) for m in (fast, plain.eval()))
+        given, expected = (all_tokens(m.forward_features(images)) for m in (fast, plain.eval()))
     error = (given - expected).norm(dim=-1) / expected.norm(dim=-1)
     return float(error.max()), float(F.cosine_similarity(given.double(), expected.double(), dim=-1).min())
 
 
-def _tokens(features: dict[str, Any]) -> Tensor:
+def probe_images(model: Any, grid: tuple[int, int] = PROBE_GRID) -> Tensor:
+    """Two smooth images of so many patches, on the model's device."""
+    coarse = torch.randn(2, model.config.in_chans, 6, 6, generator=torch.Generator().manual_seed(0))
+    return F.interpolate(coarse, size=tuple(model.stride * n for n in grid), mode="bicubic").to(model.device)
+
+
+def all_tokens(features: dict[str, Any]) -> Tensor:
+    """[B, 1 + R + N, D] of `forward_features`."""
     names = ("x_norm_clstoken", "x_storage_tokens", "x_norm_patchtokens")
     return torch.cat([features[n] if features[n].ndim == 3 else features[n][:, None] for n in names], dim=1)

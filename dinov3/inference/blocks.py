@@ -41,12 +41,12 @@ class Blocks:
         tables = None
         if rope is not None:
             tables = self._tables(*rope, prefix)
-        x, kept = x.clone(), []
+        x, outputs = x.clone(), []
         for i, block in enumerate(self.blocks[: layers[-1] + 1]):
             x = block(x, tables, x.shape[1] >= self.fused_from, cls_only and i == layers[-1])
             if i in layers:
-                kept.append(x if i == layers[-1] else x.clone())
-        return kept
+                outputs.append(x if i == layers[-1] else x.clone())
+        return outputs
 
     def _tables(self, sin: Tensor, cos: Tensor, prefix: int) -> Rope:
         """The first half of the tables with rows for CLS and registers, which are not turned, once for each head of q
@@ -82,7 +82,7 @@ class Compiled(Blocks):
 
 class _Block:
     def __init__(self, folded: FoldedBlock, precision: str, device: torch.device) -> None:
-        f = folded  # not kept: its float32 weights would stay in memory
+        f = folded  # not an attribute: its float32 weights would stay in memory
         self.heads, self.swiglu, self.eps = f.heads, f.ffn == "swiglu", f.eps
         self.norm: Any = F.rms_norm if f.norm == "rmsnorm" else F.layer_norm
         self.dtype = DTYPES[precision]

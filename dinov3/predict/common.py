@@ -28,7 +28,7 @@ from dinov3.weights import catalog
 
 
 @dataclass(frozen=True)
-class Seen:
+class Prepared:
     """One image on its way through a model."""
 
     image: Image.Image  # the original, upright RGB, H×W
@@ -55,11 +55,11 @@ def image_of(source: Any) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
-def see(model: nn.Module, source: Any, preprocessing: Preprocessing) -> Seen:
+def see(model: nn.Module, source: Any, preprocessing: Preprocessing) -> Prepared:
     """The image as `preprocessing` prepares it, on the model's device (the model casts it to its own dtype)."""
     image = image_of(source)
     x, geometry = preprocessing(image)
-    return Seen(image, x[None].to(next(model.parameters()).device), geometry)
+    return Prepared(image, x[None].to(next(model.parameters()).device), geometry)
 
 
 def own_preprocessing(model: Any) -> Preprocessing | None:
@@ -150,7 +150,7 @@ def predicted_map(
     )
 
 
-def to_original(maps: Tensor, seen: Seen) -> Tensor:
+def to_original(maps: Tensor, seen: Prepared) -> Tensor:
     """[1, C, h, w] over the input → [1, C, H, W] over the original image, padding cut off."""
     height, width = seen.geometry.valid_hw
     return resized(maps[..., :height, :width].float(), seen.size_hw)
@@ -159,7 +159,7 @@ def to_original(maps: Tensor, seen: Seen) -> Tensor:
 STRIP_VALUES = 1 << 26  # of a strip of resized class maps: 256 MiB of float32
 
 
-def best_class(maps: Tensor, seen: Seen, weights: Callable[[Tensor], Tensor]) -> tuple[np.ndarray, np.ndarray]:
+def best_class(maps: Tensor, seen: Prepared, weights: Callable[[Tensor], Tensor]) -> tuple[np.ndarray, np.ndarray]:
     """(class [H, W] uint8 or uint16, its weight [H, W] float32) of class maps [1, K, h, w].
 
     As `weights(to_original(maps)).max(1)`, in strips: 150 classes of a 12-megapixel image are 7 GB.

@@ -241,10 +241,10 @@ class Ridge(nn.Module):
         phases = torch.rand(count, generator=draw, device="cpu")
         device = torch.empty(0).device  # of the surrounding context
         # sums of many rows, whose means are subtracted: not for float32; Apple's GPUs have nothing else
-        kept = torch.float32 if device.type == "mps" else torch.float64
-        self.register_buffer("frequencies", (frequencies / math.sqrt(width)).to(device, kept))
-        self.register_buffer("phases", (2 * math.pi * phases).to(device, kept))
-        self.register_buffer("sums", torch.zeros(width + count + 1 + n, width + count + 1 + n, dtype=kept))
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.register_buffer("frequencies", (frequencies / math.sqrt(width)).to(device, dtype))
+        self.register_buffer("phases", (2 * math.pi * phases).to(device, dtype))
+        self.register_buffer("sums", torch.zeros(width + count + 1 + n, width + count + 1 + n, dtype=dtype))
 
     def forward(self, cls: Tensor, values: Tensor, group: Group = None) -> Tensor:
         """1 − R, a scalar, for cls [n, D] with values [n], −1 where there is none. Takes the rows into the averages first."""

@@ -379,7 +379,7 @@ LEVELS = ("none", "selective", "full")  # of activation checkpointing
 
 @dataclass(frozen=True)
 class Row:
-    """A way to train that was looked at."""
+    """A way to train that was considered."""
 
     what: str  # the model, or the size of global crops
     batch: int  # images of a process at a time
@@ -646,43 +646,29 @@ def lines(made: Plan) -> list[str]:
     shares = need.parts | ({"process": PROCESS_BYTES} if on.cpu else {})
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in shares.items() if size)
     copied = f"; {need.saved / 1e9:.2f} GB more of the machine's memory while a checkpoint is written"
+    row, high, low = made.row, crops.global_crops_size, crops.local_crops_size
+    scaled = f" (optim.lr {c.optim.lr:g}, scaled by {c.optim.scaling_rule})" if c.optim.lr != highest else ""
+    passes = f"{made.views / made.images:.1f} passes over {made.images:,} images"
+    effort = f"{row.flops / 1e9:.1f} GFLOP an image and step, {row.flops * made.views / 1e18:.3g} EFLOP in all"
     found = [
         ("Device", f"{device}; {on.usable / 1e9:.1f} of {on.bytes / 1e9:.1f} GB are counted on"),
-        ("Model", f"{made.row.what} ({c.student.arch})"),
-        (
-            "Crops",
-            f"2 × {crops.global_crops_size} px and {crops.local_crops_number} × {crops.local_crops_size} px an image",
-        ),
+        ("Model", f"{row.what} ({c.student.arch})"),
+        ("Crops", f"2 × {high} px and {crops.local_crops_number} × {low} px an image"),
         ("Batch", batch + (f" × {accumulated} accumulated" if accumulated > 1 else "")),
-        ("Recompute", f"activation checkpointing {made.row.checkpointing}; {c.compute_precision.param_dtype}"),
+        ("Recompute", f"activation checkpointing {row.checkpointing}; {c.compute_precision.param_dtype}"),
         ("Heads", f"{c.dino.head_n_prototypes} prototypes for DINO, {c.ibot.head_n_prototypes} for iBOT"),
-        (
-            "Rate",
-            f"learning rate {highest:.3g} at its peak"
-            + (f" (optim.lr {c.optim.lr:g}, scaled by {c.optim.scaling_rule})" if c.optim.lr != highest else ""),
-        ),
-        (
-            "Steps",
-            f"{c.iterations:,}: {made.views:,} views, {made.views / made.images:.1f} passes over {made.images:,} images",
-        ),
-        ("Memory", f"{made.row.bytes / 1e9:.2f} GB a device at the peak of a step{copied}"),
+        ("Rate", f"learning rate {highest:.3g} at its peak{scaled}"),
+        ("Steps", f"{c.iterations:,}: {made.views:,} views, {passes}"),
+        ("Memory", f"{row.bytes / 1e9:.2f} GB a device at the peak of a step{copied}"),
         ("", parts),
-        (
-            "Work",
-            f"{made.row.flops / 1e9:.1f} GFLOP an image and step, {made.row.flops * made.views / 1e18:.3g} EFLOP in all",
-        ),
+        ("Work", effort),
     ]
     for s in made.speeds:
         least = f" (at least {made.hours(s.best):.3g})" if s.best else ""
-        found.append(
-            ("Hours", f"{made.hours(s.flops):.3g} on {s.name}{least}: {s.flops / made.row.flops:.3g} images/s")
-        )
-    if made.speeds:
-        found.append(("Source", made.speeds[0].source))
-    if not made.speeds:
-        found.append(
-            ("Hours", "unknown: name a card (--gpus 4090), or give images/s of benchmarks/accept_gpu.py as --rate")
-        )
+        images = f"{s.flops / row.flops:.3g} images/s"
+        found.append(("Hours", f"{made.hours(s.flops):.3g} on {s.name}{least}: {images}"))
+    unknown = "unknown: name a card (--gpus 4090), or give images/s of benchmarks/accept_gpu.py as --rate"
+    found.append(("Source", made.speeds[0].source) if made.speeds else ("Hours", unknown))
     return [f"{name + ':' if name else '':11}{text}" for name, text in found]
 
 

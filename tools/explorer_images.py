@@ -1,4 +1,4 @@
-"""Screenshots of `dinov3 explore` and a short recording, by headless Chromium: what tools/pictures.py puts into docs/images.
+"""Screenshots of `dinov3 explore` and a short recording, by headless Chromium: what tools/page_images.py draws.
 
 The images are crops of the photographs that `examples/demo.py` takes from installed packages; the model is the one that
 ships. Needs Playwright and a Chromium (DINOV3_CHROMIUM, or on the path).
@@ -51,7 +51,7 @@ def images(folder: Path) -> None:
 
 @cache
 def drawn(work: Path) -> dict[str, Path]:
-    """Name → the picture's file."""
+    """Name → the image's file."""
     sys.path += [str(ROOT / "tests" / "explorer"), str(ROOT / "examples")]
     from browser import chromium, serving
 

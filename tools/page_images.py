@@ -1,8 +1,8 @@
-"""Draws the pictures of the documentation into docs/images.
+"""Draws the images of the documentation into docs/images.
 
-    python tools/pictures.py              all of them
-    python tools/pictures.py NAME…        some, by file name
-    python tools/pictures.py --out DIR    somewhere else
+    python tools/page_images.py              all of them
+    python tools/page_images.py NAME…        some, by file name
+    python tools/page_images.py --out DIR    somewhere else
 
 The photographs are those `examples/demo.py` takes from installed packages; the model is the one that ships. The two
 training curves are drawn from the tables in docs/training.md.
@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import explorer_pictures
+import explorer_images
 from PIL import Image, ImageDraw, ImageOps
 
 from dinov3 import drawing
@@ -242,10 +242,10 @@ def explorer_moving(work: Path) -> list[tuple[Image.Image, int]]:
 
 def store_view(name: str) -> Callable[[Path], Path]:
     """A screenshot or the recording of the explorer's store view: a file that is copied as it is."""
-    return lambda work: explorer_pictures.drawn(work)[name]
+    return lambda work: explorer_images.drawn(work)[name]
 
 
-PICTURES: dict[str, Callable[[Path], Any]] = {
+IMAGES: dict[str, Callable[[Path], Any]] = {
     "demo.jpg": demo,  # first: it leaves the photographs and the store
     "vitt16-pca.jpg": patches,
     "search.jpg": search,
@@ -256,21 +256,21 @@ PICTURES: dict[str, Callable[[Path], Any]] = {
     "gram-cpu.png": gram_cpu,
     "doctor-images.png": doctor_images,
     "explorer.webp": explorer_moving,  # with Playwright and Chromium
-    **{name: store_view(name) for name in explorer_pictures.NAMES},
+    **{name: store_view(name) for name in explorer_images.NAMES},
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="of " + " ".join(PICTURES))
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of " + " ".join(IMAGES))
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images")
     args = parser.parse_args()
-    if unknown := set(args.names) - set(PICTURES):
-        raise SystemExit(f"no picture {' '.join(sorted(unknown))}; there are {' '.join(PICTURES)}")
+    if unknown := set(args.names) - set(IMAGES):
+        raise SystemExit(f"no image {' '.join(sorted(unknown))}; there are {' '.join(IMAGES)}")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         first = demo(work)
-        for name, draw in PICTURES.items():
+        for name, draw in IMAGES.items():
             if name in args.names or not args.names:
                 image = first if draw is demo else draw(work)
                 if isinstance(image, Path):
