@@ -212,7 +212,8 @@ def export(
             raise typer.BadParameter(f"HEIGHT,WIDTH in pixels or dynamic, not {size!r}", param_hint="--size")
         sides = (int(parts[0]), int(parts[1]))
     opened = _model(model, weights, backbone_weights)
-    facts = run(opened, out, to, size=sides, output=output, precision=precision)
+    with Progress("writing and comparing"):
+        facts = run(opened, out, to, size=sides, output=output, precision=precision)
     if as_json:
         print(json.dumps(facts))
         return
