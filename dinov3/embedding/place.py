@@ -115,6 +115,7 @@ def check_filter(where: str, columns: Callable[[], Sequence[str]]) -> None:
 
     at = depth = 0
     known: list[str] | None = None
+    token = None
     while at < len(where):
         token = _TOKEN.match(where, at)
         if token is None:
@@ -135,6 +136,8 @@ def check_filter(where: str, columns: Callable[[], Sequence[str]]) -> None:
                 only_known(f"the filter {where[:200]!r} cannot be used: there is no column", [plain], known)
     if depth:
         raise refuse("its brackets do not match")
+    if token is not None and token["sign"]:
+        raise refuse(f"nothing follows its last {token['sign']!r}")
 
 
 def first_line(error: BaseException) -> str:

@@ -545,6 +545,7 @@ def test_a_sheet_replaces_a_sheet_but_no_photograph(tmp_path):
     "where, reason",
     [
         ("width > 3; DROP TABLE images", "'; DROP TABLE images' is no part"),
+        ("width >", "nothing follows its last '>'"),
         ("repeat('a', 1000000000) = 'a'", "repeat is a function"),
         ("label = repeat ('a', 9)", "repeat is a function"),
         ("width > 3 -- or not", "'-- or not' is no part"),
