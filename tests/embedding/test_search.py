@@ -297,6 +297,7 @@ def by_codes(monkeypatch):
     """Filtered searches go by the codes of the index, as where many rows pass."""
     monkeypatch.setattr(flat, "FILTER_BYTES", 0)
     monkeypatch.setattr(flat, "FILTER_BYTES_AGAIN", 0)
+    flat._PASSING.clear()
 
 
 @pytest.mark.parametrize("where, keep", [(None, 1), ("width % 4 = 0", 4)])
@@ -346,9 +347,9 @@ def test_behind_a_tight_filter_the_index_looks_into_all_cells_and_finds_what_a_s
 ):
     store, _, queries = indexed
     for query in queries[:5]:
-        hits, used = found_by(monkeypatch, store, query, where="width <= 200")
+        hits, used = found_by(monkeypatch, store, query, where="width <= 150")
         assert used
-        assert hits == search(store, query, where="width <= 200", exact=True)
+        assert hits == search(store, query, where="width <= 150", exact=True)
 
 
 def test_candidates_are_filtered_and_where_too_few_pass_the_filter_comes_first(tmp_path, monkeypatch, by_codes):
@@ -378,13 +379,14 @@ def test_rows_of_another_version_than_the_filter_s_are_searched_again(indexed, m
     store, _, queries = indexed
     monkeypatch.setattr(flat, "FILTER_BYTES", bytes_)
     monkeypatch.setattr(flat, "FILTER_BYTES_AGAIN", bytes_)
-    expected = search(store, queries[:3], where="width <= 200")
-    stale = dataclasses.replace(flat.passing(store, "width <= 200"), version=-1, flat=None)
+    flat._PASSING.clear()
+    expected = search(store, queries[:3], where="width <= 150")
+    stale = dataclasses.replace(flat.passing(store, "width <= 150"), version=-1, flat=None)
     monkeypatch.setattr(search_module, "passing", lambda store, where: stale)
     calls = []
     real = search_module._nearest
     monkeypatch.setattr(search_module, "_nearest", lambda *a: calls.append(a) or real(*a))
-    assert search(store, queries[:3], where="width <= 200") == expected
+    assert search(store, queries[:3], where="width <= 150") == expected
     assert len(calls) == 3
 
 
