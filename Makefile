@@ -36,6 +36,7 @@ $(BIN)/python:
 	$(INSTALL) pip
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV): some minutes, about 1.7 GB"
 	$(INSTALL) -e '.[demo]'
 	touch $@
 
