@@ -78,8 +78,8 @@ def layer_output(
     """Of tokens [B, prefix + P, D] the patches [B, P, D], or [B, D, h, w] on a `grid`; with the flags a tuple that also holds
     the CLS token [B, D] and the registers [B, R, D]."""
     patches = tokens[:, prefix:]
-    if grid is not None:
-        patches = patches.transpose(1, 2).reshape(len(patches), -1, *grid).contiguous()
+    if grid is not None:  # `len` would fix the batch in torch's exporter
+        patches = patches.transpose(1, 2).reshape(patches.shape[0], -1, *grid).contiguous()
     extras = [tokens[:, 0]] * class_token + [tokens[:, 1:prefix]] * extra_tokens
     return (patches, *extras) if extras else patches
 

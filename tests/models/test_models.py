@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from golden_cases import Case
 from paths import KEYS
 from PIL import Image
-from toy_models import tiny_vit
+from toy_models import tiny_convnext, tiny_vit
 
 from dinov3.errors import DinoError, UnknownName
 from dinov3.models.architectures import ConvNeXtConfig, ViTConfig
@@ -391,3 +392,22 @@ def test_attention_of_a_training_step_in_bfloat16_on_a_cpu_is_as_exact_as_the_fu
     with torch.no_grad():
         frozen = [x.detach() for x in low]
         assert torch.equal(attend(*frozen), F.scaled_dot_product_attention(*frozen))
+
+
+@pytest.mark.parametrize("model", [tiny_vit(), tiny_convnext(patch_size=16)], ids=["vit", "convnext"])
+def test_layers_as_maps_are_exported_with_a_free_batch(model: Any) -> None:
+    class Maps(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = model
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.backbone.get_intermediate_layers(x, n=2, reshape=True, return_class_token=True)
+
+    program = torch.export.export(
+        Maps(), (torch.zeros(3, 3, 32, 48),), dynamic_shapes=({0: torch.export.Dim("batch")},)
+    )
+    x = torch.rand(2, 3, 32, 48)
+    for (maps, cls), (maps_, cls_) in zip(program.module()(x), Maps()(x)):
+        torch.testing.assert_close(maps, maps_)
+        torch.testing.assert_close(cls, cls_)
