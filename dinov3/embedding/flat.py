@@ -66,7 +66,7 @@ class Passing:
     version: int
     mask: np.ndarray
     ids: np.ndarray
-    searches: int = 0  # `passing_vectors` was asked for them
+    searches: int = 0  # calls of `passing_vectors`
     flat: Flat | None = None  # their vectors, once they were read
 
 

@@ -110,15 +110,10 @@ def search(
     total = 0 if status is None else status.indexed + status.unindexed
     few = rows <= REFINE * (top + SLACK) and filtered is None  # than are re-ranked: a scan finds all
     index = status if exact is False or (exact is None and total > EXACT_LIMIT and not few) else None
-    among = passing_vectors(store, filtered) if index is not None and filtered is not None else None
     results: list[list[Hit]] = []
     for start in range(0, len(queries), QUERIES_AT_ONCE):
         some = queries[start : start + QUERIES_AT_ONCE]
-        if among is not None:
-            found = _nearest_in(among, store, some, top, None, wanted)
-            results += [_ranked(store, query, rows_, top, wanted) for query, rows_ in zip(some, found)]
-        else:
-            results += _search_some(store, some, top, where, wanted, rows, index, filtered)
+        results += _search_some(store, some, top, where, wanted, rows, index, filtered)
     return results[0] if np.ndim(vectors) == 1 else results
 
 
@@ -212,8 +207,13 @@ def _search_some(
     filtered: Passing | None,
 ) -> list[list[Hit]]:
     """`search` for a few queries; `rows` pass the filter. `index` None: exactly."""
-    if index is None and (flat := flat_of(store)) is not None:
-        found = _nearest_in(flat, store, queries, top, where, columns)
+    flat = None
+    if index is None:
+        flat = flat_of(store)
+    elif filtered is not None:
+        flat = passing_vectors(store, filtered)  # of the rows that pass alone
+    if flat is not None:
+        found = _nearest_in(flat, store, queries, top, where if index is None else None, columns)
         return [_ranked(store, query, rows_, top, columns) for query, rows_ in zip(queries, found)]
     limit = min(rows, top + SLACK)
     results = []

@@ -341,7 +341,7 @@ def locate(
     if source.lower() in known:
         row = known[source.lower()][0]
         if row.packaged_path is not None:
-            return row.packaged_path
+            return locate(row.packaged_path, check_hash=check_hash, sha256=sha256)
         raise WeightsError(f"{source!r} names a model, not a file: pass a path, a URL, or {row.hf or row.file!r}")
     raise WeightsError(f"no URL, no Hugging Face id, and {nonexistent(source, known)}")
 

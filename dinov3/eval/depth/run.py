@@ -194,9 +194,9 @@ def evaluate_model(
         if dataset.kind == "height":
             rows.append(CanopySums.of(prediction, target))
         else:
-            counts, p = target != protocol.ignored_value, protocol
-            of = partial(depth_scores, mask=counts, align=p.align_least_squares)
-            rows.append(of(prediction, target, p.min_depth, p.max_depth))
+            lowest, highest, align = protocol.min_depth, protocol.max_depth, protocol.align_least_squares
+            counts = target != protocol.ignored_value
+            rows.append(depth_scores(prediction, target, lowest, highest, mask=counts, align=align))
         if shown is not None:
             shown(index, image, prediction, target)
     every = distributed.gather_shares(rows)
