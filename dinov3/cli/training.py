@@ -156,16 +156,18 @@ def training_overrides(
     import os
 
     from dinov3.config.train import load_config
+    from dinov3.inference.linear import has_bf16
     from dinov3.weights.catalog import resolve
 
     overrides = [f"train.dataset_path={images}", f"run.device={device}"]
     if model is not None:
         overrides.append(f"student.arch={model if model.startswith(('vit_', 'convnext_')) else resolve(model)[0].arch}")
-    if device == "cpu" and load_config(recipe, overrides[:1])[0].run.device != "cpu":
-        # a recipe for GPUs: a CPU gets a small batch, exact numbers, and no minutes of compilation
+    for_gpus = device == "cpu" and load_config(recipe, overrides[:1])[0].run.device != "cpu"
+    if for_gpus:  # a CPU gets a small batch, exact numbers, and no minutes of compilation
         workers = max(1, (os.cpu_count() or 2) // 2)
-        overrides += ["compute_precision.param_dtype=fp32", "train.compile=false", "train.batch_size_per_gpu=16"]
-        overrides.append(f"train.num_workers={workers}")
+        overrides += ["train.compile=false", "train.batch_size_per_gpu=16", f"train.num_workers={workers}"]
+    if for_gpus or (device == "cpu" and not has_bf16()):  # a step takes nine times as long in emulated bfloat16
+        overrides.append("compute_precision.param_dtype=fp32")
     if steps is not None:
         overrides += [
             f"optim.iterations={steps}",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dinov3.errors import DinoError
 from dinov3.inference.blocks import Rope
 from dinov3.inference.fold import after_norm
-from dinov3.inference.linear import DTYPES, Linear
+from dinov3.inference.linear import DTYPES, Linear, arithmetic_of
 from dinov3.models.convnext import ConvNeXt
 from dinov3.models.vit import VisionTransformer
 
@@ -107,7 +107,9 @@ class FastViT(Frozen, VisionTransformer):
     def __init__(self, plain: VisionTransformer, engine: Engine, form: Form) -> None:
         nn.Module.__init__(self)
         self._take(plain, "blocks", "patch_embed")
-        self.patch_embed = FlatPatchEmbed(plain.patch_embed.proj, form.products)  # type: ignore[assignment]
+        # int8 is the kernels' affair, and the patches come before them
+        precision = arithmetic_of("bf16", plain.device) if form.products == "int8" else form.products
+        self.patch_embed = FlatPatchEmbed(plain.patch_embed.proj, precision)  # type: ignore[assignment]
         self.form, self._engine = form, engine
         self._tables: dict[tuple[int, int], Rope] = {}
 

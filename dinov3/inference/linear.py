@@ -13,8 +13,7 @@ from torch import Tensor
 
 from dinov3.models.low_precision import product, quantised, row_scales
 
-# of what goes through the layers; int8 is the kernels' affair, layers around them are bf16 then
-DTYPES = {"fp32": torch.float32} | dict.fromkeys(("bf16", "int8", "fp8"), torch.bfloat16)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # of what goes through the layers
 
 
 def has_bf16() -> bool:

@@ -356,8 +356,10 @@ def test_steps_are_the_steps_that_are_run(recipe: str, steps: int) -> None:
     assert max(range(steps), key=lambda it: schedules.lr(it)) == pytest.approx(warm * steps, abs=3)
 
 
-def test_only_a_recipe_for_gpus_is_made_smaller_on_a_cpu(tmp_path) -> None:
+@pytest.mark.parametrize("bf16", [True, False])
+def test_only_a_recipe_for_gpus_is_made_smaller_on_a_cpu(bf16: bool, tmp_path, monkeypatch) -> None:
     pytest.importorskip("omegaconf")
+    monkeypatch.setattr("dinov3.inference.linear.has_bf16", lambda: bf16)
     from dinov3.cli.training import training_overrides
 
     own = tmp_path / "own.yaml"
@@ -368,7 +370,7 @@ def test_only_a_recipe_for_gpus_is_made_smaller_on_a_cpu(tmp_path) -> None:
     for recipe in (str(own), "toy_cpu.yaml"):
         chosen = " ".join(training_overrides("p", None, recipe, 1, None, "cpu", []))
         assert "batch_size" not in chosen
-        assert "param_dtype" not in chosen
+        assert ("param_dtype=fp32" in chosen) is not bf16
 
 
 def test_train_runs_from_a_folder_to_a_loadable_model_and_goes_on_where_it_stopped(images, tmp_path, capsys) -> None:

@@ -30,6 +30,7 @@ from dinov3.weights.download import root
 from dinov3.weights.identity import fingerprint, name_of
 
 CPU, CACHE = torch.device("cpu"), str(root())
+HAS_INT8 = "int8" in kernels.available()
 
 
 @pytest.fixture(autouse=True)
@@ -274,8 +275,11 @@ def test_gradients_and_weights_of_the_plain_model_stay() -> None:
 # ---- in a fresh process ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "precision", ["bf16", pytest.param("int8", marks=pytest.mark.skipif(not HAS_INT8, reason="no kernels"))]
+)
 def test_embed_with_a_precision_fills_a_store_that_answers(
-    skimage_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    precision: str, skimage_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DINOV3_CACHE", CACHE)  # where compiled kernels are, if this machine has them
     store = tmp_path / "store"
@@ -285,16 +289,16 @@ def test_embed_with_a_precision_fills_a_store_that_answers(
         return subprocess.run(command, capture_output=True, text=True)
 
     images = [skimage_images / "coffee.png", skimage_images / "chelsea.png"]
-    done = run("embed", *images, "--out", store, "--precision", "bf16", "--size", 64)
+    done = run("embed", *images, "--out", store, "--precision", precision, "--size", 64)
     assert done.returncode == 0, done.stderr
-    assert "bf16 by" in done.stderr
+    assert f"{precision} by" in done.stderr
     assert "2 embedded" in done.stderr
     hits = json.loads(run("search", store, "--image", images[0], "--json").stdout)
     assert hits[0]["path"].endswith("coffee.png")
     assert hits[0]["score"] > 0.999
     again = run("embed", images[0], "--out", store, "--size", 64)
     assert again.returncode == 1
-    assert "-bf16" in again.stderr
+    assert f"-{precision}" in again.stderr
 
 
 def test_position_tables_of_a_training_run_are_exact_in_the_plain_model_only() -> None:

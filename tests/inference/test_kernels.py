@@ -226,7 +226,7 @@ def script(path: Path, text: str) -> str:
 @pytest.mark.skipif("avx2" not in {level for level, _ in CASES}, reason="needs AVX2 and a compiler")
 def test_the_library_is_built_once_and_works_in_a_forked_child(tmp_path: Path) -> None:
     compiler = script(tmp_path / "compiler", f'echo "$*" >> {tmp_path}/log\nexec g++ "$@"')
-    assert probe(tmp_path / "cache", compiler) == "['fp32']"
+    assert probe(tmp_path / "cache", compiler) == "['fp32', 'int8']"
     code = PROBE + (
         "from dinov3.inference.fold import FoldedBlock\n"
         "shapes = (192, 64), (192,), (64, 64), (64,), (64, 64), (64,), (64, 64), (64,)\n"
@@ -238,7 +238,7 @@ def test_the_library_is_built_once_and_works_in_a_forked_child(tmp_path: Path) -
         "if child == 0: os._exit(not torch.equal(run(x, None, 5, [0])[0], wanted))\n"
         "print(os.waitpid(child, 0)[1])\n"
     )
-    assert probe(tmp_path / "cache", compiler, code).split() == ["['fp32']", "0"]
+    assert probe(tmp_path / "cache", compiler, code).split() == ["['fp32',", "'int8']", "0"]
     assert (tmp_path / "log").read_text().count("-shared") == 1
     assert [p.suffix for p in (tmp_path / "cache" / "kernels").iterdir()] == [".so"]
 

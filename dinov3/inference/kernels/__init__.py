@@ -4,7 +4,8 @@
 (`weights.download`) under a name that holds the source, compiler and options. Never needed: without a compiler `available()`
 is empty, and `reason()` says why.
 
-A level is what a library is compiled for: `avx2` (fp32 only), `avx512` (with its bf16 and VNNI instructions) or `amx`.
+A level is what a library is compiled for: `avx2`, `avxvnni` (the same with VNNI), `avx512vnni`, `avx512` (with bf16 too) or
+`amx`. bf16 needs its instructions, so the last two.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ from dinov3.weights.download import root
 SOURCE = Path(__file__).with_name("blocks.cpp")
 PRECISIONS = ("fp32", "bf16", "int8")
 RETURNED_AFTER = 128 << 20  # bytes of folded weights; a tenth of a second for each return
-GROUP = {"fp32": 1, "bf16": 2, "int8": 4}  # elements in 4 bytes
 
 _V4 = "avx512f avx512bw avx512cd avx512dq avx512vl"
 _LEVELS = {  # best first: features of the CPU as Linux names them, options of the compiler
@@ -40,6 +40,8 @@ _LEVELS = {  # best first: features of the CPU as Linux names them, options of t
         "-march=x86-64-v4 -mavx512bf16 -mavx512vnni -mamx-tile -mamx-bf16 -mamx-int8",
     ),
     "avx512": (f"{_V4} avx512_bf16 avx512_vnni", "-march=x86-64-v4 -mavx512bf16 -mavx512vnni"),
+    "avx512vnni": (f"{_V4} avx512_vnni", "-march=x86-64-v4 -mavx512vnni"),
+    "avxvnni": ("avx2 fma bmi2 avx_vnni", "-march=x86-64-v3 -mavxvnni"),
     "avx2": ("avx2 fma bmi2", "-march=x86-64-v3"),
 }
 
@@ -59,7 +61,7 @@ def available(level: str | None = None) -> frozenset[str]:
     library, _ = _library(level)
     if library is None:
         return frozenset()
-    return frozenset(PRECISIONS if library.level != "avx2" else ("fp32",))
+    return frozenset(p for p in PRECISIONS if p != "bf16" or "bf16" in _LEVELS[library.level][0])
 
 
 def reason(level: str | None = None) -> str:
@@ -168,8 +170,9 @@ def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scale[:, None]).round().to(torch.int8), scale
 
 
-def packed(planes: Sequence[Tensor], group: int) -> Tensor:
-    """Weights [out, in] (one tensor, or three bf16 that add up) as tiles of 16 groups along `in` by 16 outputs."""
+def packed(planes: Sequence[Tensor]) -> Tensor:
+    """Weights [out, in] (one tensor, or three bf16 that add up) as tiles of 16 groups, 4 bytes along `in`, by 16 outputs."""
+    group = 4 // planes[0].element_size()
     tiles = [w.reshape(len(w) // 16, 16, -1, 16, group).permute(0, 2, 3, 1, 4) for w in planes]
     return torch.stack(tiles, dim=2).contiguous()  # [out / 16, tiles, planes, 16, 16, group]
 
@@ -222,17 +225,14 @@ class Blocks:
 
     def _linear(self, weight: Tensor, bias: Tensor) -> _Linear:
         scale = shift = torch.empty(0)
-        group = GROUP[self.precision]
         if self.precision == "int8":
-            planes, scale = quantised(weight)
-            shift = planes.float().sum(1) * scale
-            tiles = packed([planes], group)
+            integers, scale = quantised(weight)
+            shift = integers.float().sum(1) * scale
+            tiles = packed([integers.to(torch.int16) if self.library.level == "avx2" else integers])
         elif self.precision == "bf16":
-            tiles = packed([weight.bfloat16()], group)
-        elif self.library.level == "amx":
-            tiles = packed(split(weight), 2)
+            tiles = packed([weight.bfloat16()])
         else:
-            tiles = packed([weight], group)
+            tiles = packed(split(weight) if self.library.level == "amx" else [weight])
         tensors = [tiles, *(t.float().contiguous() for t in (bias, scale, shift))]
         self.tensors += tensors
         return _Linear(*(t.data_ptr() for t in tensors), *weight.shape)

@@ -1,6 +1,7 @@
 // The blocks of a frozen ViT on an x86 CPU: norm, qkv, RoPE, attention, projection, FFN, in float32, bfloat16 or int8.
 //
-// Built once for each level by `__init__.py`: compiled for AVX2 (float32 only), AVX-512 with bf16 and VNNI, or AMX.
+// Built once for each level by `__init__.py`: compiled for AVX2, AVX-512 or AMX, with the instructions for bf16 (else there is
+// no bfloat16) and int8 (VNNI; AVX2 can do without) that the level has.
 //
 // One layout serves all products C[rows, columns] = A · B. An operand is a row of tiles of 1 kB, 16 lines of 64 bytes; a
 // group is 4 bytes along k: 1 float, 2 bf16 or 4 int8. A tile of A: its lines are 16 rows, each with 16 groups. A tile of B:
@@ -123,12 +124,20 @@ struct Bf16 {
 struct Split : Bf16 {
     static constexpr int planes = 3;
 };
-struct I8 {  // u8 × s8
-    static constexpr int group = 4, planes = 1;
-    using acc = vi;
-    static acc dot(acc c, vf a, vf b) { return (vi)_mm512_dpbusd_epi32((__m512i)c, (__m512i)a, (__m512i)b); }
-};
 #endif
+struct I8 {  // u8 × s8; without VNNI in 16 bits, or a pair of products would saturate
+    using acc = vi;
+#if defined(__AVX512VNNI__)
+    static constexpr int group = 4, planes = 1;
+    static acc dot(acc c, vf a, vf b) { return (vi)_mm512_dpbusd_epi32((__m512i)c, (__m512i)a, (__m512i)b); }
+#elif defined(__AVXVNNI__)
+    static constexpr int group = 4, planes = 1;
+    static acc dot(acc c, vf a, vf b) { return (vi)_mm256_dpbusd_avx_epi32((__m256i)c, (__m256i)a, (__m256i)b); }
+#else
+    static constexpr int group = 2, planes = 1;
+    static acc dot(acc c, vf a, vf b) { return c + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+#endif
+};
 
 template <class P> constexpr int line = 16 * P::group;  // elements of a line along k
 template <class P> constexpr bool rough = P::group > 1 && P::planes == 1;  // 8 bits at most are kept of a number
@@ -157,6 +166,29 @@ template <class P> inline void put_two(char *a, int L, int row, int k, vf first,
     }
 #endif
     put<P>(a, L, row, k, first), put<P>(a, L, row, k + W, second);
+}
+
+// 4 W floats from 0 to 255 into row `row` of A at k, a multiple of them
+inline void put_bytes(char *a, int L, int row, int k, const vf *v) {
+    char *to = a + (size_t)(row / 16 * L + k / line<I8>) * TILE + row % 16 * 64 + k % line<I8> * (4 / I8::group);
+#ifdef __AVX512F__
+    const auto two = [v](int i) {
+        return _mm512_packus_epi32(_mm512_cvtps_epi32((__m512)v[i]), _mm512_cvtps_epi32((__m512)v[i + 1]));
+    };
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(two(0), two(2))));
+#else
+    const auto two = [v](int i) {
+        return _mm256_packus_epi32(_mm256_cvtps_epi32((__m256)v[i]), _mm256_cvtps_epi32((__m256)v[i + 1]));
+    };
+    __m256i numbers[2] = {two(0), two(2)};
+    if constexpr (I8::group == 4) {
+        const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        numbers[0] = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(numbers[0], numbers[1]), order);
+    } else
+        for (__m256i &half : numbers) half = _mm256_permute4x64_epi64(_mm256_min_epu16(half, _mm256_set1_epi16(255)), 0xd8);
+    std::memcpy(to, numbers, 32 * (4 / I8::group));
+#endif
 }
 
 // ---- products -------------------------------------------------------------------------------------------------------
@@ -207,7 +239,7 @@ template <class P, int R, int C> inline void by_tiles(const char *a, const char 
                 const char *tb = b + (size_t)(l * P::planes + j) * TILE;
                 _tile_loadd(6, tb, 64);
                 if (C > 1) _tile_loadd(7, tb + next, 64);
-                if constexpr (P::group == 4) {
+                if constexpr (std::is_same_v<P, I8>) {
                     _tile_dpbusd(0, 4, 6);
                     if (C > 1) _tile_dpbusd(1, 4, 7);
                     if (R > 1) _tile_dpbusd(2, 5, 6);
@@ -299,7 +331,7 @@ template <class P> bool in_cache([[maybe_unused]] const Job &job) {
 #ifdef __AMX_TILE__
     return false;  // 32 rows were not measured there
 #else
-    return P::group == 4 && (int64_t)job.blocks->fc2.k * job.width <= 1 << 20;
+    return std::is_same_v<P, I8> && (int64_t)job.blocks->fc2.k * job.width <= 1 << 20;
 #endif
 }
 
@@ -372,7 +404,7 @@ inline void transpose(char *tile) {
 
 // P: numbers of the linear layers; A: of attention
 template <class P, class A> struct Run {
-    static constexpr bool quantised = P::group == 4;
+    static constexpr bool quantised = std::is_same_v<P, I8>;
     using Stored = std::conditional_t<A::group == 2 && A::planes == 1, uint16_t, float>;
 
     const Job &job;
@@ -408,24 +440,15 @@ template <class P, class A> struct Run {
     // k values between low and high, value(c): W of them, as u8 with zero point: x ≈ scale · (u - zero). NaN and infinity
     // make the scale NaN, and so the whole row
     template <class F> static void quantise(float low, float high, int k, char *a, int row, Scratch &s, F value) {
-#ifdef __AVX512BF16__
         const float range = high - low, scale = range > 0 ? range / 255 : 1, zero = std::nearbyint(-low / scale);
         const vf inverse = all(1 / scale), shift = all(zero);
-        const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
         vf finite{};
-        for (int c = 0; c < k; c += 64) {
-            __m512i word[4];
-            for (int i = 0; i < 4; i++) {
-                const vf v = value(c + i * W) * inverse + shift;
-                finite += v;
-                word[i] = _mm512_cvtps_epi32((__m512)v);
-            }
-            const __m512i first = _mm512_packus_epi32(word[0], word[1]), second = _mm512_packus_epi32(word[2], word[3]);
-            const __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(first, second));
-            _mm512_storeu_si512(a + (size_t)(row / 16 * (k / 64) + c / 64) * TILE + row % 16 * 64, bytes);
+        for (int c = 0; c < k; c += 4 * W) {
+            vf v[4];
+            for (int i = 0; i < 4; i++) finite += v[i] = value(c + i * W) * inverse + shift;
+            put_bytes(a, k / line<P>, row, c, v);
         }
         s.scale[row] = scale + 0 * sum(finite), s.zero[row] = zero;
-#endif
     }
 
     void norm(const float *x, int row, Scratch &s) const {
@@ -698,6 +721,8 @@ extern "C" int dinov3_blocks(const Job *job, int precision) {
 #ifdef __AVX512BF16__
             case 1: execute<Bf16, Bf16>(*job); return 0;
             case 2: execute<I8, Bf16>(*job); return 0;
+#else
+            case 2: execute<I8, F32>(*job); return 0;
 #endif
         }
     } catch (const std::bad_alloc &) {
