@@ -17,19 +17,23 @@ from dinov3.errors import DinoError, ImageError
 av = pytest.importorskip("av")
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory) -> Path:
-    """Three seconds at 10 frames a second; the grey of a frame is 8 times its number."""
-    path = tmp_path_factory.mktemp("video") / "clip.avi"
+def write_greys(path: Path, codec: str, rate: int | Fraction, frames: int, *, first: int = 0) -> Path:
+    """A video of which the grey of a frame is 8 times its number; its clock begins `first` frames after zero."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mjpeg", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
-        for n in range(30):
+        stream = container.add_stream(codec, rate=rate)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        for n in range(frames):
             frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 8 * n, np.uint8), format="rgb24")
-            frame.pts, frame.time_base = n, Fraction(1, 10)
+            frame.pts, frame.time_base = first + n, 1 / Fraction(rate)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> Path:
+    """Three seconds at 10 frames a second."""
+    return write_greys(tmp_path_factory.mktemp("video") / "clip.avi", "mjpeg", 10, 30)
 
 
 def number(data: bytes) -> int:
@@ -43,6 +47,24 @@ def test_frames_are_taken_at_the_rate(clip, fps, frames) -> None:
     assert [item.path for item in source] == [f"clip.avi#{k / fps:.3f}s" for k in range(len(frames))]
     assert [number(item.read()) for item in source] == frames
     assert [number(item.read()) for item in reversed(list(source))] == frames[::-1]
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "mp4"])
+def test_seconds_count_from_the_first_frame_whatever_the_clock_of_the_file(tmp_path, suffix) -> None:
+    path = write_greys(tmp_path / f"late.{suffix}", "mpeg4", 25, 30, first=125)
+    items = list(open_source(path, fps=5))
+    assert [number(item.read()) for item in items] == [0, 5, 10, 15, 20, 25]
+    assert [number(read_stored(tmp_path / item.path)) for item in items] == [0, 5, 10, 15, 20, 25]
+
+
+def test_a_frame_that_is_shown_for_two_seconds_serves_all_their_instants(tmp_path) -> None:
+    path = write_greys(tmp_path / "slow.mp4", "mpeg4", Fraction(1, 2), 3)
+    assert [number(item.read()) for item in open_source(path, fps=2)] == [0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2]
+
+
+def test_a_folder_of_videos_names_the_way_to_take_them(clip) -> None:
+    with pytest.raises(DinoError, match=r"videos are taken where they are named: .*/\*\.avi"):
+        open_source(clip.parent)
 
 
 def test_threads_get_the_frames_of_one_reader(clip) -> None:

@@ -604,13 +604,13 @@ class _Reader:
         container = require("av", "video", "reading video files").open(self.path)
         stream = container.streams.video[0]
         self.frames = container.decode(stream)
-        self.rate = float(stream.average_rate or 25)
+        self.rate, self.start = float(stream.average_rate or 25), _start(stream)
         self.next = self.number = self.size = 0
         self.waiting: OrderedDict[int, bytes] = OrderedDict()
         self.last: Any = None
 
     def frame(self, k: int) -> bytes:
-        """The first frame at or after k / fps seconds as a PPM; the last one where the video ends within a second."""
+        """The first frame at or after k / fps seconds as a PPM; the last one while it is shown, and a second longer."""
         with self.lock:
             if k < self.next and k not in self.waiting:
                 self._restart()
@@ -618,16 +618,16 @@ class _Reader:
                 frame = next(self.frames, None)
                 if frame is None:
                     break
-                time = self.number / self.rate if frame.time is None else frame.time
+                time = self.number / self.rate if frame.time is None else frame.time - self.start
                 self.number += 1
-                self.last = (frame, time)
+                self.last = (frame, time + max(1 / self.rate, float((frame.duration or 0) * (frame.time_base or 0))))
                 if time < self.next / self.fps - 1e-6:
                     continue
                 ppm = _ppm(frame)
                 while time >= self.next / self.fps - 1e-6:  # one frame may serve several instants
                     self._keep(ppm)
             if k >= self.next:
-                if self.last is None or self.last[1] < k / self.fps - 1:
+                if self.last is None or self.last[1] + 1 < k / self.fps:
                     raise ImageError(f"truncated video: it ends before {k / self.fps:.3f} s")
                 return _ppm(self.last[0])
             return self.waiting[k]
@@ -638,6 +638,11 @@ class _Reader:
         self.size += len(ppm)
         while self.size > KEPT and len(self.waiting) > 1:
             self.size -= len(self.waiting.popitem(last=False)[1])
+
+
+def _start(stream: Any) -> float:
+    """Seconds on the file's clock at which a video begins: zero in most, any number in recordings and cut pieces."""
+    return float((stream.start_time or 0) * stream.time_base)
 
 
 def _ppm(frame: Any) -> bytes:
@@ -677,11 +682,12 @@ def frame_at(path: str, seconds: float) -> bytes:
     try:
         with require("av", "video", "reading video files").open(path) as container:
             stream = container.streams.video[0]
-            container.seek(int(after / stream.time_base), stream=stream)  # the key frame before
+            start = _start(stream)
+            container.seek(int((start + after) / stream.time_base), stream=stream)  # the key frame before
             for number, frame in enumerate(container.decode(stream)):
-                if frame.time is None or (number == 0 and frame.time > seconds + 0.0005):
+                if frame.time is None or (number == 0 and frame.time - start > seconds + 0.0005):
                     break  # no times, or not before: from the beginning
-                if frame.time >= after - 1e-6:
+                if frame.time - start >= after - 1e-6:
                     return _ppm(frame)
         return _Reader(path, 1 / after if after else 1.0).frame(int(after > 0))
     except DinoError:
@@ -712,8 +718,12 @@ class Video(Part):
         try:
             with av.open(str(path)) as container:
                 stream = container.streams.video[0]
-                seconds = float(stream.duration * stream.time_base) if stream.duration else 0.0
-                seconds = seconds or (container.duration or 0) / 1e6 or stream.frames / float(stream.average_rate or 25)
+                if stream.duration:
+                    seconds = float(stream.duration * stream.time_base)
+                elif container.duration:  # Matroska's is the time of the end
+                    seconds = container.duration / 1e6 - _start(stream) * ("matroska" in container.format.name)
+                else:
+                    seconds = stream.frames / float(stream.average_rate or 25)
         except Exception as error:
             raise _broken(error) from None
         return cls(str(path), name, stamp, fps, max(1, math.ceil(seconds * fps - 1e-6)))

@@ -380,6 +380,8 @@ class _Listing:
                 self.skipped += 1
                 if lower.endswith(LIST_SUFFIXES) and len(self.hints) < 3:
                     self.hints.append(f"if {path} is a list of images, name that file")
+                elif lower.endswith(VIDEOS) and not any("video" in hint for hint in self.hints):
+                    self.hints.insert(0, f"videos are taken where they are named: {os.path.dirname(path)}/*{suffix}")
         if arrow := [str(path) for _, path in containers if path.suffix.lower() == ".arrow"]:
             self.damage |= arrow_damage(arrow)
         for relative, container in sorted(containers, key=lambda c: _dataset_order(*c)):
