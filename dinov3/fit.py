@@ -40,7 +40,7 @@ from dinov3.errors import DinoError, did_you_mean, one_of
 from dinov3.losses import LossTerms
 from dinov3.models.base import TokenModel
 from dinov3.optim import multipliers, polynomial, warmup_cosine_v2, warmup_one_cycle, warmup_one_cycle_momentum
-from dinov3.runlog import Progress, RunDir, plot
+from dinov3.runlog import Progress, RunDir, StopRequest, plot
 from dinov3.threads import prefetched
 from dinov3.weights.reading import read
 from dinov3.weights.writing import write_safetensors, write_torch
@@ -236,19 +236,24 @@ def fit(
         )  # fmt: skip
     training_mode(module)
     fetched = prefetched(batches, range(first, config.steps), config.workers)
-    for step, batch in enumerate(fetched, first):
-        if progress is not None:
-            progress.fetched()
-        terms = work.train_step(loss, moved(batch, work.device), step)
-        done = step + 1
-        record = progress.stepped(step, {"lr": config.lr_at(step)}, terms) if progress is not None else {}
-        if record or done == config.steps:
-            last = {name: record.get(name, float(value)) for name, value in terms.items()}
-        at_end = done == config.steps
-        if evaluate is not None and (at_end or (config.evaluate_every and done % config.evaluate_every == 0)):
-            work.evaluated(done, evaluate)
-        if run is not None and (at_end or done % save_every == 0):
-            work.save(step)
+    stop = StopRequest()
+    with stop if run is not None else nullcontext():
+        for step, batch in enumerate(fetched, first):
+            if progress is not None:
+                progress.fetched()
+            terms = work.train_step(loss, moved(batch, work.device), step)
+            done = step + 1
+            record = progress.stepped(step, {"lr": config.lr_at(step)}, terms) if progress is not None else {}
+            if record or done == config.steps:
+                last = {name: record.get(name, float(value)) for name, value in terms.items()}
+            at_end = done == config.steps
+            if evaluate is not None and (at_end or (config.evaluate_every and done % config.evaluate_every == 0)):
+                work.evaluated(done, evaluate)
+            stopping = run is not None and stop.agreed(work.device) and not at_end
+            if run is not None and (stopping or at_end or done % save_every == 0):
+                work.save(step)
+            if stopping:
+                raise KeyboardInterrupt(f"{done} of {config.steps} steps are done and saved")
     if config.finish_with == "best" and work.best_tensors is not None:
         load_head_tensors(module, work.best_tensors, work.tuned)
     module.eval()

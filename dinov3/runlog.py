@@ -1,4 +1,4 @@
-"""The folder of a run, its metrics file, its log and its progress line.
+"""The folder of a run, its metrics file, its log and its progress line; requests to stop it.
 
     <output>/resolved.yaml     the configuration with every value      resolved.1.yaml …: earlier ones, if it changed
              metrics.jsonl     one JSON object per record, `iteration` first
@@ -18,10 +18,13 @@ import contextlib
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any, Protocol, TextIO, TypeVar
 
@@ -30,12 +33,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dinov3 import distributed
 from dinov3.config.loading import dump, to_dict
 from dinov3.config.train import SINKS
 from dinov3.errors import DinoError, one_of, printable, require, without_secrets
 from dinov3.files import Lock, atomically
 
 Number = float | int | Tensor
+SILENCE = 20.0  # s
 T = TypeVar("T")
 
 
@@ -232,6 +237,61 @@ def cut_metrics(file: str | os.PathLike[str], iteration: int) -> int:
     return len(records) - len(remaining)
 
 
+# ---- graceful shutdown -----------------------------------------------------------------------------------------------
+
+
+class StopRequest:
+    """Holds a signal, or that the time is up, until the iteration is over. A second Ctrl-C does not wait."""
+
+    SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+
+    def __init__(self, limit_minutes: float | None = None) -> None:
+        self.until = None if limit_minutes is None else time.monotonic() + 60 * limit_minutes
+        self.reason: str | None = None
+        self.signal: int | None = None
+        self.before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python does not allow it
+            for name in self.SIGNALS:
+                if hasattr(signal, name):
+                    number = getattr(signal, name)
+                    self.before[number] = signal.signal(number, self._signalled)
+        return self
+
+    def _signalled(self, number: int, _frame: Any) -> None:
+        if self.signal == number == signal.SIGINT:
+            raise KeyboardInterrupt("steps since the newest checkpoint are lost")
+        self.signal, self.reason = number, signal.Signals(number).name
+        if distributed.is_main() and parent_process() is None:  # no print: it may come in the middle of another
+            os.write(2, f"{self.reason}: saving after this step; Ctrl-C again ends at once, without\n".encode())
+        # a signal to the whole process group ends the data workers too; their death must not tear the step apart
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+    def requested(self) -> bool:
+        """Whether to stop, as this process knows it; others may not know yet."""
+        if self.reason is None and self.until is not None and time.monotonic() > self.until:
+            self.reason = "the time limit (run.time_limit_minutes)"
+        return self.reason is not None
+
+    def agreed(self, device: torch.device) -> bool:
+        """Whether any process was asked to stop. Collective."""
+        asked = self.requested()
+        return (
+            asked
+            if distributed.world() == 1
+            else bool(distributed.all_reduce(torch.tensor(asked * 1.0, device=device), "max"))
+        )
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        # handlers installed before ours run now that all is saved: SLURM's launcher queues the job again
+        if self.signal not in (None, signal.SIGINT) and callable(self.before.get(signal.Signals(self.signal))):
+            signal.raise_signal(self.signal)
+
+
 # ---- progress -------------------------------------------------------------------------------------------------------
 
 
@@ -260,7 +320,7 @@ class Progress:
     ) -> None:
         self.run, self.total, self.first, self.every = run, total, first, every
         self.images, self.device = images_per_step, torch.device(device)
-        self.began = self.last = time.perf_counter()
+        self.began = self.last = self.logged = time.perf_counter()
         self.timed_from, self.timed_steps = self.began, 0  # for the ETA: without the first step, which compiles
         self.waits: list[float] = []
         self.steps: list[float] = []
@@ -271,8 +331,9 @@ class Progress:
         self.waits.append(time.perf_counter() - self.last if waited is None else waited)
 
     def due(self, iteration: int) -> bool:
-        """Whether a line is logged after this iteration."""
-        return iteration % self.every == 0 or iteration + 1 >= self.total
+        """Whether a line is logged after this iteration. A process alone does not stay silent for more than `SILENCE`."""
+        silent = distributed.world() == 1 and time.perf_counter() - self.logged > SILENCE
+        return silent or iteration % self.every == 0 or iteration + 1 >= self.total
 
     def means(self) -> dict[str, float]:
         """The terms since the last line, each averaged over its finite values."""
@@ -312,7 +373,7 @@ class Progress:
             "data_share": wait / max(step, 1e-9),
             "memory_gb": peak_memory_gb(self.device),
         }
-        self.waits, self.steps, self.terms = [], [], {}
+        self.waits, self.steps, self.terms, self.logged = [], [], {}, now
         self.run.record(iteration, record)
         self.run.log(self.line(iteration, record, means))
         return record

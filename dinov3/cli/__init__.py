@@ -20,14 +20,14 @@ except ModuleNotFoundError:  # the core that loads models does without
 
 # importing a file registers its verbs, in the order in which --help lists them
 from dinov3.cli import embedding, models, plan, predict, see, store, training  # noqa: F401
-from dinov3.cli.shared import INTERRUPTED, app, is_first, log
+from dinov3.cli.shared import app, is_first, log
 from dinov3.cli.training import training_overrides
 
 __all__ = ["app", "main", "training_overrides"]
 
 
 def main() -> None:
-    """Entry point: a `DinoError` is a sentence on stderr and exit code 1, Ctrl-C is 130."""
+    """Entry point: a `DinoError` is a sentence on stderr and exit code 1."""
     # before torch and numpy are imported: threads that spin for their neighbours take the time of whoever would do the
     # work. OpenBLAS, of numpy and scipy, knows no other way of waiting
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -42,9 +42,6 @@ def main() -> None:
 
             report(error)  # where it is this process's own
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        log("interrupted")
-        raise SystemExit(INTERRUPTED) from None
     except BrokenPipeError:  # `dinov3 models | head`
         sys.stderr.close()
         raise SystemExit(0) from None

@@ -14,10 +14,25 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
+from typer.core import TyperGroup
 
 from dinov3.errors import DinoError, printable, without_secrets
 
+UNREADABLE, INTERRUPTED = 3, 130
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        """A command. Ctrl-C is one sentence; Typer is silent."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            log(f"interrupted{f': {error}' if str(error) else ''}; the same command starts again or continues")
+            raise typer.Exit(INTERRUPTED) from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -25,7 +40,6 @@ app = typer.Typer(
     epilog="Environment: DINOV3_MAX_IMAGE_MB, the largest image file that is read (512); DINOV3_CACHE, folder of downloads.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-UNREADABLE, INTERRUPTED = 3, 130
 FILE = re.compile(r".+\.(csv|tsv|txt|json|yaml|png|jpe?g|tiff?|npy|npz|pth?|safetensors)", re.IGNORECASE)
 
 Shape = Literal["square", "short", "long", "native"]
@@ -200,10 +214,11 @@ class Progress:
         return self
 
     def _silent_steps(self) -> None:
-        while not self.ended.wait(self.wait + 0.5):  # later than a line that is due
+        wait = self.wait
+        while not self.ended.wait(wait + 0.5):  # later than a line that is due
             now = time.monotonic()
-            if now - self.last > self.wait:
-                self.last, self.wait = now, 30.0
+            if now - self.last > wait:
+                wait = 30.0
                 log(f"{self.label} · {now - self.start:.0f} s")
 
     def __exit__(self, *error: object) -> None:
@@ -218,5 +233,6 @@ class Progress:
         self.bar.update(self.task, completed=done, rate=f"{rate:.1f} images/s")
         if self.total is not None and not self.console.is_terminal and now - self.last > self.wait:
             self.last, self.wait = now, 30.0
-            ahead = f" · {rate:.1f} images/s · {(self.total - done) / rate / 60:.0f} min left" if rate > 0 else ""
-            log(f"{done} of {self.total}{ahead}")
+            left = (self.total - done) / max(rate, 1e-9)
+            ahead = f" · {rate:.1f} images/s · {f'{left:.0f} s' if left < 90 else f'{left / 60:.0f} min'} left"
+            log(f"{done} of {self.total}{ahead if rate > 0 else ''}")

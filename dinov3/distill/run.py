@@ -32,7 +32,7 @@ from dinov3.features import decoding_threads
 from dinov3.files import atomically
 from dinov3.losses import LossTerm, LossTerms
 from dinov3.optim import ema_update, multipliers
-from dinov3.runlog import RunDir, rate_text
+from dinov3.runlog import RunDir, StopRequest, rate_text
 from dinov3.threads import prefetched
 from dinov3.weights import catalog, writing
 from dinov3.weights.writing import save_torch
@@ -489,12 +489,13 @@ def _distill(config: DistillConfig, run: RunDir, prepare: Prepare | None) -> Pat
     )
     # measured: torch's fused attention is the slower one in backward passes on CPUs, by a quarter at 69 tokens
     kernel: Any = sdpa_kernel(SDPBackend.MATH) if work.device.type == "cpu" else nullcontext()
-    since, began = work.step, time.perf_counter()
-    with kernel:
+    first = since = work.step
+    began = time.perf_counter()
+    with kernel, StopRequest() as stop:
         for batch in work.batches.between(work.step, total):
             lr = c.lr_at(work.step)
             terms = work.train_step(batch)
-            if work.step % c.log_every == 0 or work.step == total:
+            if work.step % c.log_every == 0 or work.step in (first + 1, total):
                 rate = (work.step - since) * work.batches.size / (time.perf_counter() - began)
                 since, began = work.step, time.perf_counter()
                 numbers = distributed.average(terms.log())
@@ -502,8 +503,11 @@ def _distill(config: DistillConfig, run: RunDir, prepare: Prepare | None) -> Pat
                 run.record(work.step - 1, facts | numbers)
                 shown = ", ".join(f"{k} {v:.3f}" for k, v in numbers.items())
                 run.log(f"step {work.step}/{total}, {rate_text(rate)} images/s, {shown}")
-            if work.step % c.save_every == 0 or work.step == total:
+            stopping = stop.agreed(work.device) and work.step < total
+            if stopping or work.step % c.save_every == 0 or work.step == total:
                 work.save()
+            if stopping:
+                raise KeyboardInterrupt(f"{work.step} of {total} steps are done and saved")
             if c.knn and run.writer and (work.step % c.knn_every == 0 or work.step == total):
                 accuracy = knn(work.average, c.knn, size=c.knn_size, bf16=c.bf16)
                 run.record(work.step - 1, {"knn_top1": accuracy})

@@ -27,13 +27,13 @@ from dinov3.errors import DinoError
 from dinov3.models.low_precision import convert_to_fp8
 from dinov3.optim import AdamW, StepValues, build_optimizer, build_schedules
 from dinov3.parallel import parallelize, reshard
-from dinov3.runlog import RunDir
+from dinov3.runlog import RunDir, StopRequest
 from dinov3.train import teacher_files
 from dinov3.train.doctor import Doctor
 from dinov3.train.guard import START, Guard
 from dinov3.train.guides import build_guides
 from dinov3.train.method import Network, SelfDistillation, build_network, copy_weights
-from dinov3.train.monitor import StopRequest, knn, labelled_images
+from dinov3.train.monitor import knn, labelled_images
 
 
 class Verdict:

@@ -22,10 +22,9 @@ from dinov3.distributed import Group
 from dinov3.errors import DinoError
 from dinov3.optim import StepValues, apply_schedules, clip_per_module
 from dinov3.parallel import DTYPES, precision, reduce_gradients, reshard
-from dinov3.runlog import Progress, RunDir, plot
+from dinov3.runlog import Progress, RunDir, StopRequest, plot
 from dinov3.train.assembly import Trainer, Verdict, due
 from dinov3.train.method import gram_active
-from dinov3.train.monitor import StopRequest
 
 MAX_BAD_STEPS = 3  # in a row
 
@@ -132,7 +131,7 @@ def is_over(t: Trainer, outcome: Outcome) -> bool:
     """Whether an earlier start has ended this run; the log says so."""
     first, total = outcome.iterations, outcome.total
     if first >= total:
-        t.run.log(f"nothing to do: {first} of {total} iterations are done (optim.epochs sets the total)")
+        t.run.log(f"nothing to do: {first} of {total} iterations are done (optim.iterations, --steps, sets the total)")
     elif t.guard is not None and t.guard.ended:
         outcome.reason = "the guard"
         t.run.log(f"nothing to do: {t.guard.last_word(first - 1)}")
@@ -257,10 +256,12 @@ def conclude(outcome: Outcome, t: Trainer, first: int, stop: StopRequest) -> Non
     if t.guard is not None and t.guard.ended:
         t.run.log(t.guard.last_word(outcome.iterations - 1))
     else:
-        t.run.log(
-            f"stopped by {outcome.reason} after iteration {outcome.iterations - 1}; everything is in "
-            f"{outcome.checkpoint or 'no checkpoint yet'}, and the same command resumes from there"
+        where = (
+            f"after iteration {outcome.iterations - 1}; everything is in {outcome.checkpoint}, the same command resumes"
         )
+        if outcome.iterations == 0:
+            where = "before the first step; nothing is lost, and the same command starts again"
+        t.run.log(f"stopped by {outcome.reason} {where}")
     outcome.error = next(filter(None, distributed.gather_objects(outcome.error)), None)
 
 

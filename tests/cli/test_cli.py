@@ -265,6 +265,16 @@ def test_an_error_of_ours_never_shows_a_traceback(monkeypatch, capsys) -> None:
     assert (result.code, result.err.strip()) == (1, "error: this and that")
 
 
+def test_ctrl_c_is_a_sentence(monkeypatch, capsys) -> None:
+    def pressed(_name: str) -> None:
+        raise KeyboardInterrupt("5 of 12 steps are done and saved")
+
+    monkeypatch.setattr("dinov3.weights.catalog.resolve", pressed)
+    result = dinov3("plan", "--data", "5000", "--gpus", "1x24GB", "--model", "vits16", capsys=capsys)
+    assert result.code == 130
+    assert result.err == "interrupted: 5 of 12 steps are done and saved; the same command starts again or continues\n"
+
+
 # what a command that loads a backbone has no use for; each would cost a tenth of a second or more
 LIBRARIES = "scipy sklearn matplotlib transformers timm torchvision onnx huggingface_hub torch._dynamo torch._inductor"
 ROOMS = (

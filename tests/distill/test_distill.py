@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -203,6 +204,27 @@ def test_a_run_that_was_killed_gives_the_same_student(tiny_student, folder: Path
     assert all(torch.equal(a[k], b[k]) for k in a)
     lines = [json.loads(line) for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
     assert [r["iteration"] for r in lines] == list(range(6))
+
+
+def test_ctrl_c_saves_the_step_that_was_under_way(tiny_student, folder: Path, teacher_file: Path, tmp_path) -> None:
+    config, original = config_for(folder, teacher_file, save_every=6, log_every=50), Distillation.train_step
+    whole = distill(config, tmp_path / "whole")
+
+    def pressed(self, batch):
+        if self.step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return original(self, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Distillation, "train_step", pressed)
+        with pytest.raises(KeyboardInterrupt, match="3 of 6 steps are done and saved"):
+            distill(config, tmp_path / "torn")
+    resumed = distill(config, tmp_path / "torn")
+    a, b = (dinov3.load(weights=path).state_dict() for path in (whole, resumed))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    log = (tmp_path / "torn" / "log.txt").read_text()
+    assert "step 1/6, " in log  # the first one shows how fast it is
+    assert "resumed at step 3" in log
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,23 @@ def test_a_killed_fit_that_is_started_again_ends_as_one_that_was_not(
         return [(r["iteration"], r.get("ce_loss"), r.get("score")) for r in records]
 
     assert numbers("torn") == numbers("whole")
+
+
+def test_ctrl_c_saves_the_step_that_was_under_way(tmp_path: Path) -> None:
+    config = FitConfig(steps=12, lr=1e-2, save_every=12, batch=2)
+
+    def pressed(step: int) -> Any:
+        if step == 4:
+            signal.raise_signal(signal.SIGINT)
+        return drawn(step)
+
+    whole, torn = segmentor(), segmentor()
+    fit(whole, drawn, loss, config, quiet(tmp_path / "whole"))
+    with pytest.raises(KeyboardInterrupt, match="5 of 12 steps are done and saved"):
+        fit(torn, pressed, loss, config, quiet(tmp_path / "torn"))
+    again = segmentor()
+    assert fit(again, drawn, loss, config, quiet(tmp_path / "torn")).resumed_at == 5
+    assert all(torch.equal(value, head_tensors(again)[name]) for name, value in head_tensors(whole).items())
 
 
 def test_the_best_head_is_kept_and_is_what_the_module_has_in_the_end(tmp_path: Path) -> None:

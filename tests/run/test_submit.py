@@ -18,7 +18,7 @@ from toy_training import write_config, write_images
 from dinov3.checkpoint import Checkpoints
 from dinov3.errors import install
 from dinov3.run import submit
-from dinov3.train.monitor import StopRequest
+from dinov3.runlog import StopRequest
 
 SCRIPT = """
 import json, os, sys

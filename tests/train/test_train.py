@@ -27,11 +27,10 @@ from dinov3.eval.arguments import ModelSection
 from dinov3.eval.session import open_model
 from dinov3.export.convert import convert
 from dinov3.neighbours import knn_accuracy
-from dinov3.runlog import Progress, read_metrics
+from dinov3.runlog import Progress, StopRequest, read_metrics
 from dinov3.train import assembly, teacher_files
 from dinov3.train import loop as loop_module
 from dinov3.train import monitor as knn_module
-from dinov3.train.monitor import StopRequest
 from dinov3.train.train import main, parser
 from dinov3.weights import filling, reading
 
@@ -185,11 +184,26 @@ def test_the_time_limit_ends_the_run_like_a_signal(toy: str, images: Path, tmp_p
     assert outcome.checkpoint == tmp_path / "ckpt" / "0"
 
 
-def test_a_second_interrupt_does_not_wait() -> None:
+def test_a_stop_before_the_first_step_is_one_sentence(
+    toy: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pressed(_self: Any, _batches: Any, stop: StopRequest) -> None:
+        stop.reason = "SIGINT"
+
+    monkeypatch.setattr(assembly.Trainer, "fetch", pressed)
+    assert run(toy, images, tmp_path).iterations == 0
+    assert (
+        "stopped by SIGINT before the first step; nothing is lost, and the same command starts again"
+        in (tmp_path / "log.txt").read_text()
+    )
+
+
+def test_a_second_interrupt_does_not_wait(capfd: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(signal.SIGINT)
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.requested()
+        assert capfd.readouterr().err == "SIGINT: saving after this step; Ctrl-C again ends at once, without\n"
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
