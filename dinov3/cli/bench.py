@@ -69,9 +69,7 @@ def plain_model(name: str) -> Any:
 def fast_forms(name: str) -> Iterator[str]:
     """The fast forms of a model on this machine: "precision, engine"."""
     for precision in ("fp32", "bf16", "int8"):
-        if arithmetic_of(precision, torch.device("cpu")) != precision:
-            continue
-        if precision != "int8":
+        if precision != "int8" and arithmetic_of(precision, torch.device("cpu")) == precision:
             yield f"{precision}, torch"
         if precision in kernels.available() and not kernels.fits(FoldedBlocks(plain_model(name))[0]):
             yield f"{precision}, kernels"

@@ -34,11 +34,7 @@ class Form:
     fingerprint: str  # of the plain model's weights
     error: float = 0.0  # the largest ‖fast - plain‖ / ‖plain‖ of a token
     cosine: float = 1.0  # the lowest of a token
-    arithmetic: str = ""  # of the products, where it is not the precision: see `linear.arithmetic_of`
-
-    @property
-    def products(self) -> str:
-        return self.arithmetic or self.precision
+    arithmetic: str = ""  # of the products, where this CPU is better at another than the precision's
 
     def __str__(self) -> str:
         measured = f"relative error {self.error:.1g}" if self.precision == "fp32" else f"cosine {self.cosine:.6f}"
@@ -107,8 +103,7 @@ class FastViT(Frozen, VisionTransformer):
     def __init__(self, plain: VisionTransformer, engine: Engine, form: Form) -> None:
         nn.Module.__init__(self)
         self._take(plain, "blocks", "patch_embed")
-        # int8 is the kernels' affair, and the patches come before them
-        precision = arithmetic_of("bf16", plain.device) if form.products == "int8" else form.products
+        precision = arithmetic_of("bf16" if form.precision == "int8" else form.precision, plain.device)
         self.patch_embed = FlatPatchEmbed(plain.patch_embed.proj, precision)  # type: ignore[assignment]
         self.form, self._engine = form, engine
         self._tables: dict[tuple[int, int], Rope] = {}
@@ -179,7 +174,7 @@ class FastConvNeXt(Frozen, ConvNeXt):
     def __init__(self, plain: ConvNeXt, form: Form) -> None:
         nn.Module.__init__(self)
         self._take(plain, "downsample_layers", "stages")
-        self.form, precision = form, form.products
+        self.form, precision = form, arithmetic_of(form.precision, plain.device)
         self._dtype = DTYPES[precision]
         stem: Any = plain.downsample_layers[0]
         self._stem = (FlatPatchEmbed(stem[0], precision), copy.deepcopy(stem[1]).float().requires_grad_(False))

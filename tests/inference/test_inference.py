@@ -217,6 +217,26 @@ def test_the_faster_engine_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert faster(plain).form.engine == "torch"
 
 
+def test_an_engine_that_is_not_exact_enough_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Off(Blocks):
+        def __init__(self, folded, precision) -> None:
+            super().__init__(folded, "fp32")
+
+        def __call__(self, *args):
+            return [y + torch.randn_like(y) for y in super().__call__(*args)]
+
+    monkeypatch.setattr(kernels, "available", lambda level=None: frozenset({"fp32", "bf16", "int8"}))
+    monkeypatch.setattr(kernels, "fits", lambda block: "")
+    monkeypatch.setattr(kernels, "Blocks", Off)
+    monkeypatch.setattr(inference, "_by_speed", lambda engines, folded: ["kernels", "torch"])
+    for precision in ("fp32", "bf16"):
+        for _from_the_record in (False, True):
+            assert faster(varied("plain"), precision).form.engine == "torch"
+    monkeypatch.setattr(inference, "_by_speed", lambda engines, folded: ["kernels"])
+    with pytest.raises(DinoError, match="int8 is not exact enough"):
+        faster(varied("plain"), "int8")
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 

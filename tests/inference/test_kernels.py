@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -67,13 +68,15 @@ def twin(
     return outputs
 
 
-def integer_layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Unsigned 8-bit activations with a scale and a zero point of each token, signed weights with a scale of each row."""
+def integer_layer(x: Tensor, weight: Tensor, bias: Tensor, inputs: int = 255, most: int = 127) -> Tensor:
+    """Activations from 0 to `inputs`, a scale and zero point for each token; weights in ±`most`, a scale for each row."""
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
-    scale = torch.where(high > low, (high - low) / 255, 1.0)
+    scale = torch.where(high > low, (high - low) / inputs, 1.0)
     zero = (-low * (1 / scale)).round()
-    u = ((x * (1 / scale)).round() + zero).clamp(0, 255)
-    w_scale = weight.abs().amax(1) / 127
+    u = ((x * (1 / scale)).round() + zero).clamp(0, inputs)
+    w_scale = torch.maximum(
+        weight.abs().amax(1) / most, weight.abs().sum(1) / ((2**31 - 1) / inputs - weight.shape[1] / 2)
+    )
     w_scale = torch.where(w_scale > 0, w_scale, 1.0)
     w = (weight / w_scale[:, None]).round()
     return ((u - zero).double() @ w.double().T).float() * scale * w_scale + bias
@@ -120,14 +123,25 @@ def test_outputs_are_those_of_plain_torch(level, precision, width, heads, hidden
 @pytest.mark.parametrize("level, precision", CASES)
 def test_integer_products_are_exact(level, precision) -> None:
     """Without attention's rounding (proj is zero) only a value on the edge between two integers may differ."""
-    if precision != "int8":
-        pytest.skip("about int8")
+    if precision != "int8" and not kernels.arithmetic(precision, level):
+        pytest.skip("about integers")
+    layer = partial(integer_layer, inputs=2047, most=1023) if precision == "bf16" else integer_layer
     block = folded(128, 2, 320)
     block = replace(block, proj_weight=torch.zeros(128, 128))
     x, rope = sample(128, 2, 2, 19, 5)
     x[0, 3] = 0  # a token of zeros
     (output,) = kernels.Blocks([block], precision, level)(x, rope, 5, [0])
-    assert distance(output, twin([block], x, rope, 5, integer_layer)[0]) < 2e-4
+    assert distance(output, twin([block], x, rope, 5, layer)[0]) < 2e-4
+
+
+def test_sums_of_integers_stay_within_32_bits() -> None:
+    weight = torch.randn(8, 4096).sign() * torch.tensor([0.0, 1e-3, 1.0, 1.0, 30.0, 1.0, 1.0, 1.0])[:, None]
+    weight[3:5] *= torch.rand(4096)
+    for inputs, most in (255, 127), (2047, 1023):
+        integers, scale = kernels.quantised(weight, inputs, most)
+        assert integers.abs().max() <= most
+        assert integers.abs().long().sum(1).max() * inputs < 2**31
+        assert distance(integers * scale[:, None], weight) < 0.5 / (most if inputs == 255 else 200)
 
 
 @pytest.mark.parametrize("level, precision", CASES)
@@ -226,7 +240,7 @@ def script(path: Path, text: str) -> str:
 @pytest.mark.skipif("avx2" not in {level for level, _ in CASES}, reason="needs AVX2 and a compiler")
 def test_the_library_is_built_once_and_works_in_a_forked_child(tmp_path: Path) -> None:
     compiler = script(tmp_path / "compiler", f'echo "$*" >> {tmp_path}/log\nexec g++ "$@"')
-    assert probe(tmp_path / "cache", compiler) == "['fp32', 'int8']"
+    assert probe(tmp_path / "cache", compiler) == "['bf16', 'fp32', 'int8']"
     code = PROBE + (
         "from dinov3.inference.fold import FoldedBlock\n"
         "shapes = (192, 64), (192,), (64, 64), (64,), (64, 64), (64,), (64, 64), (64,)\n"
@@ -238,7 +252,7 @@ def test_the_library_is_built_once_and_works_in_a_forked_child(tmp_path: Path) -
         "if child == 0: os._exit(not torch.equal(run(x, None, 5, [0])[0], wanted))\n"
         "print(os.waitpid(child, 0)[1])\n"
     )
-    assert probe(tmp_path / "cache", compiler, code).split() == ["['fp32',", "'int8']", "0"]
+    assert probe(tmp_path / "cache", compiler, code).split() == ["['bf16',", "'fp32',", "'int8']", "0"]
     assert (tmp_path / "log").read_text().count("-shared") == 1
     assert [p.suffix for p in (tmp_path / "cache" / "kernels").iterdir()] == [".so"]
 

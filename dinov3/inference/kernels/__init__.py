@@ -5,7 +5,7 @@
 is empty, and `reason()` says why.
 
 A level is what a library is compiled for: `avx2`, `avxvnni` (the same with VNNI), `avx512vnni`, `avx512` (with bf16 too) or
-`amx`. bf16 needs its instructions, so the last two.
+`amx`. Without instructions for bf16 integers of 11 bits take its place, which are as exact (`arithmetic`).
 """
 
 from __future__ import annotations
@@ -58,10 +58,14 @@ def supported() -> list[str]:
 
 def available(level: str | None = None) -> frozenset[str]:
     """Precisions that `Blocks` offers on this machine, at the best level or the given one. Compiles on first use."""
+    return frozenset(PRECISIONS if _library(level)[0] else ())
+
+
+def arithmetic(precision: str, level: str | None = None) -> str:
+    """What takes a precision's place in the products, at the best level or the given one; empty where nothing does."""
     library, _ = _library(level)
-    if library is None:
-        return frozenset()
-    return frozenset(p for p in PRECISIONS if p != "bf16" or "bf16" in _LEVELS[library.level][0])
+    without = library is not None and "bf16" not in _LEVELS[library.level][0]
+    return "11-bit integers" if precision == "bf16" and without else ""
 
 
 def reason(level: str | None = None) -> str:
@@ -163,11 +167,15 @@ def _return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 [out, in] in ±127 and the scale of each row [out] (1 for a row of zeros)."""
-    scale = weight.abs().amax(1) / 127
+def quantised(weight: Tensor, inputs: int, most: int) -> tuple[Tensor, Tensor]:
+    """Integers [out, in] in ±`most` and the scale of each row [out] (1 for a row of zeros).
+
+    Smaller where a sum of products with integers up to `inputs` would leave 32 bits.
+    """
+    scale = weight.abs().amax(1) / most
+    scale = torch.maximum(scale, weight.abs().sum(1) / ((2**31 - 1) / inputs - weight.shape[1] / 2))
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return (weight / scale[:, None]).round().to(torch.int8), scale
+    return (weight / scale[:, None]).round().to(torch.int16), scale
 
 
 def packed(planes: Sequence[Tensor]) -> Tensor:
@@ -198,6 +206,7 @@ class Blocks:
         if unfit := fits(folded[0]):
             raise DinoError(f"no kernels for {unfit}")
         self.library, self.precision = library, precision
+        self.integers = precision == "int8" or bool(arithmetic(precision, level))
         first = folded[0]
         self.width, self.heads, self.eps = first.proj_weight.shape[0], first.heads, first.eps
         self.swiglu, self.rms = first.ffn == "swiglu", first.norm == "rmsnorm"
@@ -225,10 +234,12 @@ class Blocks:
 
     def _linear(self, weight: Tensor, bias: Tensor) -> _Linear:
         scale = shift = torch.empty(0)
-        if self.precision == "int8":
-            integers, scale = quantised(weight)
+        if self.integers:
+            inputs, most = (255, 127) if self.precision == "int8" else (2047, 1023)
+            integers, scale = quantised(weight, inputs, most)
             shift = integers.float().sum(1) * scale
-            tiles = packed([integers.to(torch.int16) if self.library.level == "avx2" else integers])
+            in_bytes = most == 127 and self.library.level != "avx2"
+            tiles = packed([integers.to(torch.int8) if in_bytes else integers])
         elif self.precision == "bf16":
             tiles = packed([weight.bfloat16()])
         else:

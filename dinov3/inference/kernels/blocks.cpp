@@ -1,10 +1,10 @@
 // The blocks of a frozen ViT on an x86 CPU: norm, qkv, RoPE, attention, projection, FFN, in float32, bfloat16 or int8.
 //
-// Built once for each level by `__init__.py`: compiled for AVX2, AVX-512 or AMX, with the instructions for bf16 (else there is
-// no bfloat16) and int8 (VNNI; AVX2 can do without) that the level has.
+// Built once for each level by `__init__.py`: compiled for AVX2, AVX-512 or AMX, with its instructions for bf16 (else integers
+// of 11 bits stand for them) and VNNI (else int8 is computed in 16 bits).
 //
 // One layout serves all products C[rows, columns] = A · B. An operand is a row of tiles of 1 kB, 16 lines of 64 bytes; a
-// group is 4 bytes along k: 1 float, 2 bf16 or 4 int8. A tile of A: its lines are 16 rows, each with 16 groups. A tile of B:
+// group is 4 bytes along k: 1 float, 2 bf16 or int16, 4 int8. A tile of A: its lines are 16 rows, each with 16 groups. A tile of B:
 // its lines are 16 groups, each of 16 columns. AMX multiplies such tiles; vectors take a group of A, broadcast, times a
 // line of B. Tile (i, l) of a matrix with L tiles along k stands at i·L + l, with its planes side by side (see Split).
 
@@ -125,20 +125,38 @@ struct Split : Bf16 {
     static constexpr int planes = 3;
 };
 #endif
-struct I8 {  // u8 × s8; without VNNI in 16 bits, or a pair of products would saturate
+struct I16 {  // 0 to 2047 × s16, for bf16 where the CPU has no products of it; `__init__.py` keeps the sums below 2^31
+    static constexpr int group = 2, planes = 1, most = 2047;
     using acc = vi;
+    static acc dot(acc c, vf a, vf b) {
 #if defined(__AVX512VNNI__)
-    static constexpr int group = 4, planes = 1;
-    static acc dot(acc c, vf a, vf b) { return (vi)_mm512_dpbusd_epi32((__m512i)c, (__m512i)a, (__m512i)b); }
+        return (vi)_mm512_dpwssd_epi32((__m512i)c, (__m512i)a, (__m512i)b);
 #elif defined(__AVXVNNI__)
-    static constexpr int group = 4, planes = 1;
-    static acc dot(acc c, vf a, vf b) { return (vi)_mm256_dpbusd_avx_epi32((__m256i)c, (__m256i)a, (__m256i)b); }
+        return (vi)_mm256_dpwssd_avx_epi32((__m256i)c, (__m256i)a, (__m256i)b);
 #else
-    static constexpr int group = 2, planes = 1;
-    static acc dot(acc c, vf a, vf b) { return c + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+        return c + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #endif
+    }
 };
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+struct I8 {  // u8 × s8
+    static constexpr int group = 4, planes = 1, most = 255;
+    using acc = vi;
+    static acc dot(acc c, vf a, vf b) {
+#ifdef __AVX512VNNI__
+        return (vi)_mm512_dpbusd_epi32((__m512i)c, (__m512i)a, (__m512i)b);
+#else
+        return (vi)_mm256_dpbusd_avx_epi32((__m256i)c, (__m256i)a, (__m256i)b);
+#endif
+    }
+};
+#else
+struct I8 : I16 {  // AVX2's products of bytes saturate
+    static constexpr int most = 255;
+};
+#endif
 
+template <class P> constexpr bool quantised = std::is_same_v<typename P::acc, vi>;
 template <class P> constexpr int line = 16 * P::group;  // elements of a line along k
 template <class P> constexpr bool rough = P::group > 1 && P::planes == 1;  // 8 bits at most are kept of a number
 
@@ -168,27 +186,37 @@ template <class P> inline void put_two(char *a, int L, int row, int k, vf first,
     put<P>(a, L, row, k, first), put<P>(a, L, row, k + W, second);
 }
 
-// 4 W floats from 0 to 255 into row `row` of A at k, a multiple of them
-inline void put_bytes(char *a, int L, int row, int k, const vf *v) {
-    char *to = a + (size_t)(row / 16 * L + k / line<I8>) * TILE + row % 16 * 64 + k % line<I8> * (4 / I8::group);
+// 4 W floats from 0 to P::most into row `row` of A at k, a multiple of them
+template <class P> inline void put_integers(char *a, int L, int row, int k, const vf *v) {
+    char *to = a + (size_t)(row / 16 * L + k / line<P>) * TILE + row % 16 * 64 + k % line<P> * (4 / P::group);
 #ifdef __AVX512F__
     const auto two = [v](int i) {
         return _mm512_packus_epi32(_mm512_cvtps_epi32((__m512)v[i]), _mm512_cvtps_epi32((__m512)v[i + 1]));
     };
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(two(0), two(2))));
+    __m512i numbers[2] = {two(0), two(2)};
+    if constexpr (P::group == 4) {
+        const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        numbers[0] = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(numbers[0], numbers[1]));
+    } else
+        for (int i = 0; i < 2; i++) {
+            const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+            numbers[i] = _mm512_permutexvar_epi64(order, _mm512_min_epu16(numbers[i], _mm512_set1_epi16(P::most)));
+        }
 #else
     const auto two = [v](int i) {
         return _mm256_packus_epi32(_mm256_cvtps_epi32((__m256)v[i]), _mm256_cvtps_epi32((__m256)v[i + 1]));
     };
     __m256i numbers[2] = {two(0), two(2)};
-    if constexpr (I8::group == 4) {
+    if constexpr (P::group == 4) {
         const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
         numbers[0] = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(numbers[0], numbers[1]), order);
     } else
-        for (__m256i &half : numbers) half = _mm256_permute4x64_epi64(_mm256_min_epu16(half, _mm256_set1_epi16(255)), 0xd8);
-    std::memcpy(to, numbers, 32 * (4 / I8::group));
+        for (__m256i &half : numbers)
+            half = _mm256_permute4x64_epi64(_mm256_min_epu16(half, _mm256_set1_epi16(P::most)), 0xd8);
 #endif
+    if constexpr (P::group == 4) std::memcpy(to, numbers, 4 * W);
+    else
+        for (int i = 0; i < 2; i++) std::memcpy(to + i * 4 * W, numbers + i, 4 * W);
 }
 
 // ---- products -------------------------------------------------------------------------------------------------------
@@ -259,7 +287,7 @@ template <class P, int R, int C> inline void by_tiles(const char *a, const char 
 }
 #endif
 
-// out [rows, 16·columns] = A · B over L tiles along k. int32 bits for I8. Rows of `out` up to the next 16 may be overwritten.
+// out [rows, 16·columns] = A · B over L tiles along k. int32 bits for integers. Rows of `out` up to the next 16 may be overwritten.
 // Memory from `ahead` to `end` is wanted next.
 template <class P>
 void product(const char *a, const char *b, int L, int rows, int columns, float *out, int ldo,
@@ -302,7 +330,7 @@ void product(const char *a, const char *b, int L, int rows, int columns, float *
 struct Linear {         // of a layer with `outputs` columns and k inputs
     const char *weight;  // B
     const float *bias;
-    const float *scale, *shift;  // int8 only: scale of each column; sum of its integers times that
+    const float *scale, *shift;  // of integers: scale of each column; their sum times that
     int32_t outputs, k;
 };
 
@@ -325,13 +353,13 @@ struct Job {
 constexpr int ROWS = 256;  // at most, of the residual stream, that go through all layers between two attentions together
 constexpr int FEW_ROWS = 32;
 
-// int8 by vectors, where a layer's weights stay in a second cache of 1 MB (ViT-S): so should its hidden numbers, and FEW_ROWS go
+// integers by vectors, where a layer's weights stay in a second cache of 1 MB (ViT-S): so should its hidden numbers, and FEW_ROWS go
 // through the layers together; with one thread, few images through all blocks. Larger models wait for weights instead
 template <class P> bool in_cache([[maybe_unused]] const Job &job) {
 #ifdef __AMX_TILE__
     return false;  // 32 rows were not measured there
 #else
-    return std::is_same_v<P, I8> && (int64_t)job.blocks->fc2.k * job.width <= 1 << 20;
+    return quantised<P> && (int64_t)job.blocks->fc2.k * job.width <= 1 << 20;
 #endif
 }
 
@@ -404,7 +432,6 @@ inline void transpose(char *tile) {
 
 // P: numbers of the linear layers; A: of attention
 template <class P, class A> struct Run {
-    static constexpr bool quantised = std::is_same_v<P, I8>;
     using Stored = std::conditional_t<A::group == 2 && A::planes == 1, uint16_t, float>;
 
     const Job &job;
@@ -414,7 +441,7 @@ template <class P, class A> struct Run {
 
     explicit Run(const Job &j)
         : job(j), D(j.width), N(j.tokens), d(D / j.heads), M(j.images * N), N32((N + 31) / 32 * 32), hidden(j.blocks->fc2.k),
-          qkv((size_t)M * 3 * D * sizeof(Stored)), attended(quantised ? (size_t)M * D * 4 : operand<A>(M + 31, D)),
+          qkv((size_t)M * 3 * D * sizeof(Stored)), attended(quantised<P> ? (size_t)M * D * 4 : operand<A>(M + 31, D)),
           next(2 * j.n_blocks + 1) {}
 
     struct Range {
@@ -428,25 +455,25 @@ template <class P, class A> struct Run {
         std::vector<Range> ranges;  // of the rows of `wide`
         int packed = -1;  // the image and head whose k and v are packed
         explicit Scratch(const Run &r)
-            : a(operand<P>(ROWS, r.D)), h(operand<P>(ROWS, r.hidden)), wide(quantised ? (size_t)ROWS * r.hidden * 4 : 0),
+            : a(operand<P>(ROWS, r.D)), h(operand<P>(ROWS, r.hidden)), wide(quantised<P> ? (size_t)ROWS * r.hidden * 4 : 0),
               out(32 * std::max(64, r.d) * 4), scores((size_t)32 * r.N32 * 4), q(operand<A>(32, r.d)),
-              k(operand<A>(r.N32, r.d)), v(operand<A>(r.d, r.N32)), p(operand<A>(32, r.N32)), ranges(quantised ? ROWS : 0) {}
+              k(operand<A>(r.N32, r.d)), v(operand<A>(r.d, r.N32)), p(operand<A>(32, r.N32)), ranges(quantised<P> ? ROWS : 0) {}
     };
 
     Stored *head(int image, int head, int third) const {
         return (Stored *)(char *)qkv + (((size_t)image * job.heads + head) * 3 + third) * N * d;
     }
 
-    // k values between low and high, value(c): W of them, as u8 with zero point: x ≈ scale · (u - zero). NaN and infinity
+    // k values between low and high, value(c): W of them, as integers with a zero point: x ≈ scale · (u - zero). NaN and infinity
     // make the scale NaN, and so the whole row
     template <class F> static void quantise(float low, float high, int k, char *a, int row, Scratch &s, F value) {
-        const float range = high - low, scale = range > 0 ? range / 255 : 1, zero = std::nearbyint(-low / scale);
+        const float range = high - low, scale = range > 0 ? range / P::most : 1, zero = std::nearbyint(-low / scale);
         const vf inverse = all(1 / scale), shift = all(zero);
         vf finite{};
         for (int c = 0; c < k; c += 4 * W) {
             vf v[4];
             for (int i = 0; i < 4; i++) finite += v[i] = value(c + i * W) * inverse + shift;
-            put_bytes(a, k / line<P>, row, c, v);
+            put_integers<P>(a, k / line<P>, row, c, v);
         }
         s.scale[row] = scale + 0 * sum(finite), s.zero[row] = zero;
     }
@@ -460,11 +487,11 @@ template <class P, class A> struct Run {
         for (int c = 0; c < D; c += W) {
             const vf v = load(x + c) - mean;
             squares += v * v;
-            if constexpr (quantised) range.take(v);
+            if constexpr (quantised<P>) range.take(v);
         }
         const float factor = 1 / std::sqrt(sum(squares) / D + job.eps);
         const auto value = [&](int c) { return (load(x + c) - mean) * factor; };
-        if constexpr (quantised) quantise(-largest(-range.low) * factor, largest(range.high) * factor, D, s.a, row, s, value);
+        if constexpr (quantised<P>) quantise(-largest(-range.low) * factor, largest(range.high) * factor, D, s.a, row, s, value);
         else
             for (int c = 0; c < D; c += 2 * W) put_two<P>(s.a, D / line<P>, row, c, value(c), value(c + W));
     }
@@ -484,7 +511,7 @@ template <class P, class A> struct Run {
                 for (int r = row; r < std::min(rows, row + 32); r++)
                     use(r, column, [&, from = out + (r - row) * width](int i) {
                         const vf bias = load(layer.bias + column + i);
-                        if constexpr (!quantised) return load(from + i) + bias;
+                        if constexpr (!quantised<P>) return load(from + i) + bias;
                         vi sums;
                         std::memcpy(&sums, from + i, sizeof sums);
                         const vf scale = s.scale[r] * load(layer.scale + column + i);
@@ -507,7 +534,7 @@ template <class P, class A> struct Run {
             for (int i = 0; i < 64; i += W) store(to + i, load(to + i) + value(i));
         };
         const char *a = (char *)attended + operand<A>(row0, D);
-        if constexpr (quantised) {
+        if constexpr (quantised<P>) {
             for (int r = 0; r < rows; r++) {
                 const float *from = (float *)attended + (size_t)(row0 + r) * D;
                 Range range;
@@ -518,9 +545,9 @@ template <class P, class A> struct Run {
         }
         linear(a, block.proj, rows, 64, s, add);
         for (int r = 0; r < rows; r++) norm(x + r * step, r, s);
-        if constexpr (quantised) std::fill(s.ranges.begin(), s.ranges.begin() + rows, Range());
+        if constexpr (quantised<P>) std::fill(s.ranges.begin(), s.ranges.begin() + rows, Range());
         const auto hide = [&](int row, int column, vf first, vf second) {
-            if constexpr (quantised) {
+            if constexpr (quantised<P>) {
                 float *to = (float *)s.wide + (size_t)row * hidden + column;
                 store(to, first), store(to + W, second);
                 s.ranges[row].take(first), s.ranges[row].take(second);
@@ -537,7 +564,7 @@ template <class P, class A> struct Run {
                 for (int i = 0; i < 64; i += 2 * W)
                     hide(row, column + i, gelu<rough<P>>(value(i)), gelu<rough<P>>(value(i + W)));
             });
-        if constexpr (quantised)
+        if constexpr (quantised<P>)
             for (int r = 0; r < rows; r++)
                 quantise(-largest(-s.ranges[r].low), largest(s.ranges[r].high), hidden, s.h, r, s,
                          [&, from = (float *)s.wide + (size_t)r * hidden](int c) { return load(from + c); });
@@ -603,7 +630,7 @@ template <class P, class A> struct Run {
             for (int r = 0; r < rows; r++)
                 for (int c = 0, row = row0 + q0 + r; c < d; c += W) {
                     const vf v = load(out + r * d + c) * weight[r];
-                    if constexpr (quantised) store((float *)attended + (size_t)row * D + h * d + c, v);
+                    if constexpr (quantised<P>) store((float *)attended + (size_t)row * D + h * d + c, v);
                     else put<A>(attended, D / line<A>, row, h * d + c, v);
                 }
         }
@@ -615,8 +642,8 @@ template <class P, class A> struct Run {
             for (int task; (task = next[stage].fetch_add(1)) < tasks;) run(task);
             if (threads > 1) all_done.arrive_and_wait();
         };
-        const size_t bytes = operand<P>(16, D + hidden) / 16 + (quantised ? hidden * 4 : 0);  // of a row between the layers
-        const long cache = std::clamp(sysconf(_SC_LEVEL2_CACHE_SIZE), 1L << 20, quantised ? 1L << 20 : 2L << 20);
+        const size_t bytes = operand<P>(16, D + hidden) / 16 + (quantised<P> ? hidden * 4 : 0);  // of a row between the layers
+        const long cache = std::clamp(sysconf(_SC_LEVEL2_CACHE_SIZE), 1L << 20, quantised<P> ? 1L << 20 : 2L << 20);
         const int most = in_cache<P>(job) ? FEW_ROWS : std::clamp((int)(cache / bytes), 64, ROWS);
         const auto rows_of = [&](int total) {  // that a task takes
             const int groups = ((total + most - 1) / most + threads - 1) / threads * threads;
@@ -722,6 +749,7 @@ extern "C" int dinov3_blocks(const Job *job, int precision) {
             case 1: execute<Bf16, Bf16>(*job); return 0;
             case 2: execute<I8, Bf16>(*job); return 0;
 #else
+            case 1: execute<I16, F32>(*job); return 0;
             case 2: execute<I8, F32>(*job); return 0;
 #endif
         }
