@@ -179,6 +179,9 @@ def checked_sizes(data: Any, log: Any, most: int = 20_000) -> set[tuple[int, int
         alone = without_target(data)
         if alone:
             log(f"{listed(alone, 'images')} without a target of the same name, left out: {_names(alone)}")
+    for names, what in (("without_area", "boxes without area"), ("unannotated", "images without a file of boxes")):
+        if found := getattr(data, names, None):
+            log(f"{listed(found, what)}, left out: {_names(found)}")
     return sizes
 
 
@@ -288,6 +291,8 @@ def class_names(config: HeadConfig, data: Any) -> list[str]:
             raise DinoError(
                 f"{len(config.classes)} class names were given, the data have {len(own)}: {', '.join(own[:8])}"
             )
+        if config.task == "classification" and len(names) == 1:
+            raise DinoError(f"all images are of one class, {names[0]}: give a folder of images for each of two or more")
         return names
     zero = 1 if getattr(data, "zero_is_other", False) else 0
     known = len(names) or data.n_classes
@@ -338,9 +343,18 @@ def train_head(config: HeadConfig, out: str | os.PathLike[str], *, resume: bool 
         same_as_before(run, config, resume)
         for note in notes:
             run.log(note)
+        if isinstance(task, tasks.Depth):
+            what = f"depths to {task.range[1]:g} m"
+        else:
+            what = f"{task.n_classes} class{'es' * (task.n_classes != 1)} ({_names(task.class_names)})"
+        numbers = vars(data).get("class_numbers", ())  # known where the masks were read for them
+        if numbers and data.n_classes is None and 2 * len(numbers) <= max(numbers):
+            run.log(
+                f"the masks hold {len(numbers)} of the numbers 0 to {max(numbers)}: are these classes, and not greys?"
+            )
         run.log(
             f"{len(data)} images, {f'{len(val)} to validate' if val is not None else 'none to validate'}, "
-            f"{f'{task.n_classes} classes, ' if task.n_classes else ''}{backbone.origin}, input {task.preprocessing.id}"
+            f"{what}, {backbone.origin}, input {task.preprocessing.id}"
         )
         return _fitted(config, run, task, backbone, device, resume)
 
@@ -425,7 +439,8 @@ def same_as_before(run: RunDir, config: HeadConfig, resume: bool) -> None:
     for name in IDENTITY:
         if getattr(before, name) != getattr(config, name):
             raise DinoError(
-                f"the run in {run.path} was started with {name}={getattr(before, name)!r}, not {getattr(config, name)!r}: "
+                f"the run in {run.path} was started with {name}={getattr(before, name)!r}, not "
+                f"{'the default' if getattr(config, name) is None else repr(getattr(config, name))}: "
                 "take another --out, or --no-resume to start from scratch"
             )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from dinov3.hub.own_heads import build_head, load_head
 from dinov3.models.vit import VisionTransformer
 from dinov3.runlog import read_metrics
 from dinov3.train_head import run as head_module
-from dinov3.train_head.run import HeadConfig, open_data, preprocessing_for, train_head
+from dinov3.train_head.run import HeadConfig, checked_sizes, open_data, preprocessing_for, train_head
 from dinov3.train_head.tasks import Segmentation, cropped
 
 COLOURS = np.array([(220, 40, 40), (40, 200, 60), (50, 60, 230)], np.uint8)
@@ -426,8 +427,10 @@ def test_a_stopped_run_resumes_to_the_same_head(tmp_path: Path) -> None:
     assert torn.report.resumed_at == 8
     assert torn.metrics == whole.metrics
     assert torn.head.read_bytes() == whole.head.read_bytes()
-    with pytest.raises(DinoError, match="was started with size=64, not 32"):
-        train_head(config(tmp_path / "data", size=32), tmp_path / "torn")
+    for size, shown in ((32, "32"), (None, "the default")):
+        with pytest.raises(DinoError, match=f"was started with size=64, not {shown}"):
+            train_head(config(tmp_path / "data", size=size), tmp_path / "torn")
+    assert "3 classes (red, green, blue)" in (tmp_path / "torn" / "log.txt").read_text()
 
 
 @pytest.mark.slow
@@ -530,6 +533,45 @@ def test_images_without_masks_are_named_and_left_out(tmp_path: Path) -> None:
         in (tmp_path / "run" / "log.txt").read_text()
     )
     assert outcome.head.is_file()
+
+
+def test_masks_of_few_scattered_numbers_are_doubted(tmp_path: Path) -> None:
+    data = mask_folder(tmp_path / "data")
+    (data / "classes.txt").unlink()
+    for file in data.glob("*annot/*.png"):
+        write(file, 40 * np.asarray(Image.open(file)))
+    train_head(config(data, steps=1), tmp_path / "run")
+    assert "the masks hold 3 of the numbers 0 to 80: are these" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_a_mask_that_is_no_image_is_named_without_the_decoder_s_words(tmp_path: Path) -> None:
+    data = mask_folder(tmp_path / "data")
+    (data / "trainannot" / "0.png").write_text("junk")
+    with pytest.raises(DinoError, match=r"0.png cannot be read as a map of numbers: it is no image file$"):
+        train_head(config(data), tmp_path / "run")
+
+
+def test_one_class_is_nothing_to_classify(tmp_path: Path) -> None:
+    data = class_folder(tmp_path / "data")
+    shutil.rmtree(data / "green")
+    with pytest.raises(DinoError, match="all images are of one class, red: give a folder"):
+        train_head(config(data, task="classification"), tmp_path / "run")
+
+
+def test_what_is_left_out_of_boxes_is_named_and_so_are_the_classes(tmp_path: Path) -> None:
+    for i in range(3):
+        write(tmp_path / "data" / "images" / f"{i}.png", np.full((48, 64, 3), 99, np.uint8))
+    (tmp_path / "data" / "annotations").mkdir()
+    for i, xmax in enumerate((30, 4)):  # the second box ends before it begins
+        box = f"<bndbox><xmin>9</xmin><ymin>2</ymin><xmax>{xmax}</xmax><ymax>20</ymax></bndbox>"
+        text = f"<annotation><filename>{i}.png</filename><object><name>cat</name>{box}</object></annotation>"
+        (tmp_path / "data" / "annotations" / f"{i}.xml").write_text(text)
+    data, notes = open_data("detection", str(tmp_path / "data")), []
+    checked_sizes(data, notes.append)
+    assert notes == [
+        "1 of the boxes without area, left out: 1.png",
+        "1 of the images without a file of boxes, left out: 2.png",
+    ]
 
 
 def test_the_error_of_a_class_beyond_the_named_ones_suggests_ignore(tmp_path: Path) -> None:

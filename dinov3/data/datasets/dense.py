@@ -19,12 +19,12 @@ import json
 import os
 import re
 from collections.abc import Container, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from dinov3.data.datasets.base import FileDataset
 from dinov3.data.images import IMAGE_SUFFIXES, read_file
@@ -71,14 +71,17 @@ class DenseDataset(FileDataset):
         """None where no file lists the classes; `highest_class` reads the masks."""
         return None if self.class_names is None else len(self.class_names)
 
-    def highest_class(self) -> int:
-        """The largest class number in any mask that is not ignored. Reads all masks."""
-        highest = -1
+    @cached_property
+    def class_numbers(self) -> set[int]:
+        """The numbers in any mask that are not ignored. Reads all masks."""
+        found: set[int] = set()
         for index in range(len(self)):
-            values = np.unique(self.target(index))
-            values = values[values != self.ignore_index]
-            highest = max([highest, *values.tolist()])
-        return highest
+            found.update(np.unique(self.target(index)).tolist())
+        return found - {self.ignore_index}
+
+    def highest_class(self) -> int:
+        """The largest of `class_numbers`; -1 where there is none."""
+        return max(self.class_numbers, default=-1)
 
     def target(self, index: int) -> np.ndarray:
         """The map [h, w] of image `index`: class numbers, or metres."""
@@ -124,7 +127,8 @@ def read_map(path: str | os.PathLike[str]) -> np.ndarray:
                 else:
                     raise ImageError(f"{path} is an image of colours ({image.mode}), not of numbers")
     except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{path} cannot be read as a map of numbers: {error}") from None
+        reason = "it is no image file" if isinstance(error, UnidentifiedImageError) else error
+        raise ImageError(f"{path} cannot be read as a map of numbers: {reason}") from None
     values = values.squeeze() if values.ndim == 3 else values
     if values.ndim != 2:
         raise ImageError(f"{path} holds an array {list(values.shape)}; a map is [height, width]")

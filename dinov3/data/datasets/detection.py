@@ -32,6 +32,7 @@ from torch import Tensor
 
 from dinov3.data import names as known_names
 from dinov3.data.datasets.base import FileDataset
+from dinov3.data.datasets.dense import files_of
 from dinov3.data.images import IMAGE_SUFFIXES, read_file
 from dinov3.errors import DinoError, ImageError, UnknownName, did_you_mean
 
@@ -66,7 +67,9 @@ class BoxDataset(FileDataset):
         self.paths = [row.path for row in self.rows]
         self.class_names = list(class_names)
         self.category_ids = list(category_ids) if category_ids is not None else list(range(1, len(class_names) + 1))
-        self.left_out = sum(not _has_area(box) for row in self.rows for box in row.boxes)
+        self.without_area = [row.path.name for row in self.rows for box in row.boxes if not _has_area(box)]
+        self.left_out = len(self.without_area)
+        self.unannotated: list[str] = []  # images beside those that have a file of boxes
 
     def image_id(self, index: int) -> int:
         """The number by which results name the image."""
@@ -244,6 +247,10 @@ class VocDetection(BoxDataset):
             boxes = tuple(Box(xyxy, number[name], difficult) for name, xyxy, difficult in objects)
             rows.append(Row(path, i + 1, boxes, size_hw))
         super().__init__(rows, class_names)
+        if split is None:
+            self.unannotated = sorted(
+                {p.name for p in files_of(self.images, IMAGE_SUFFIXES)} - {p.name for p in self.paths}
+            )
 
     def _list(self, split: str) -> list[str]:
         file = self.root / "ImageSets" / "Main" / f"{split}.txt"
