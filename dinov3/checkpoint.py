@@ -207,8 +207,8 @@ class Checkpoints:
         except CheckpointException as error:  # the same one on all ranks
             rank, (cause, _) = next(iter(error.failures.items()))
             raise DinoError(
-                f"the checkpoint of iteration {iteration} could not be written (rank {rank}: {cause!r}); "
-                f"older ones in {self.folder} are as they were"
+                f"the checkpoint of iteration {iteration} could not be written to {self.folder}, perhaps because the disk is "
+                f"full (rank {rank}: {cause!r}); older ones are as they were, and the same command resumes from them"
             ) from error
 
     def _complete(self, target: Path, partial: Path, _: object = None) -> None:

@@ -32,7 +32,7 @@ def atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside `path`. The file or folder that the block writes there takes the place of `path` at the end.
 
     It is flushed to the disk before it is renamed, so that a crash leaves the old content or the new; on an exception it
-    is removed. A folder only replaces an empty folder. Makes the parent folder.
+    is removed, and an `OSError` names `path`. A folder only replaces an empty folder. Makes the parent folder.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,10 +45,14 @@ def atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
         if temporary.is_dir() and path.is_dir():
             path.rmdir()  # a rename does not replace folders everywhere
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         if temporary.is_dir():
             shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
+        if (
+            isinstance(error, OSError) and error.errno and error.filename in (None, str(temporary))
+        ):  # a library's names no file
+            error.filename = str(path)
         raise
 
 

@@ -367,7 +367,9 @@ def test_a_failure_in_the_background_is_raised_at_the_next_save(
     kept.save(1, some(1.0), {})
     monkeypatch.setattr(checkpoint.FileSystemWriter, "write_data", full)
     kept.save(2, some(2.0), {}, wait=False)
-    with pytest.raises(DinoError, match=r"checkpoint of iteration 2 could not be written.*No space left"):
+    with pytest.raises(
+        DinoError, match=r"checkpoint of iteration 2 could not be written to .* disk is full .*No space left"
+    ):
         kept.save(3, some(3.0), {}, wait=False)
     assert kept.latest() == tmp_path / "1"
 

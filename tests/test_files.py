@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 
@@ -39,11 +40,12 @@ def test_after_an_error_the_old_file_is_untouched(tmp_path, monkeypatch):
         file.write(b"not text")
 
     def full(_):
-        raise OSError("no space left")
+        raise OSError(errno.ENOSPC, "no space left")
 
     monkeypatch.setattr(files, "sync", full)
-    with pytest.raises(OSError, match="no space"), atomically(path) as new:
+    with pytest.raises(OSError, match="no space") as raised, atomically(path) as new:
         new.write_text("half")
+    assert raised.value.filename == str(path)
     assert path.read_text() == "old"
     assert names(tmp_path) == ["a.txt"]
 

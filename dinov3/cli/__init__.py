@@ -6,6 +6,7 @@ listed; with `embed` only new ones count, unless --strict) · 130 interrupted, r
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import sys
@@ -46,7 +47,8 @@ def main() -> None:
         sys.stderr.close()
         raise SystemExit(0) from None
     except OSError as error:  # no space, no permission, a file where a folder should be
-        log(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        room = "; make room and run the same command again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        log(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}{room}")
         raise SystemExit(1) from None
     finally:
         gc.freeze()  # nothing is looked for among a million objects while the process ends: 0.3 s

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dinov3.cli.shared import app, log
+from dinov3.cli.shared import Progress, app, log
 from dinov3.errors import DinoError
 
 
@@ -37,10 +37,11 @@ def plan(
         recipe = f"{recipe}.yaml"
     on = planner.devices(gpus)
     images = count_of(data)
-    made = planner.plan(
-        images, on, model=model, recipe=recipe, overrides=overrides or [], batch=batch, steps=steps, rate=rate,
-        on_progress=log,
-    )  # fmt: skip
+    with Progress("planning"):
+        made = planner.plan(
+            images, on, model=model, recipe=recipe, overrides=overrides or [], batch=batch, steps=steps, rate=rate,
+            on_progress=log,
+        )  # fmt: skip
     print("\n".join([*planner.lines(made), "", *planner.table(made)]))
     if out is not None:
         folder = data if not NUMBER.fullmatch(data) else "IMAGES"

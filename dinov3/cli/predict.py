@@ -313,7 +313,8 @@ def predict_each(
                 except ImageError as error:
                     failures.append((path, str(error)))
                 except (ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, ValueError) as error:
-                    if getattr(error, "errno", None) in DISK_ERRORS:
+                    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+                        error.filename = error.filename or (out and str(out))
                         raise
                     failures.append((path, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"))
                 else:

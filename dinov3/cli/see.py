@@ -16,7 +16,7 @@ import typer
 from dinov3.cli.predict import Images, Listed, Out, list_images, predict_each
 from dinov3.cli.shared import Progress, app, config_options, device_of, log, log_model
 from dinov3.config.bounds import setting
-from dinov3.errors import DinoError, printable
+from dinov3.errors import DinoError, ImageError, printable
 from dinov3.files import atomically
 
 if TYPE_CHECKING:
@@ -285,7 +285,13 @@ def match(
     from dinov3.dense import matching, pca
     from dinov3.predict.common import make_folder
 
-    a, b = (open_image(path).image for path in (left, right))
+    opened = []
+    for path in (left, right):
+        try:
+            opened.append(open_image(path).image)
+        except ImageError as error:
+            raise DinoError(f"{path}: {error}") from None
+    a, b = opened
     eyes = Eyes(config)
     fa, fb = eyes(a), eyes(b)
     found = matching.match(fa, fb, mutual=True, ratio=ratio if ratio < 1 else None)
@@ -359,6 +365,11 @@ def track(
 
     def features() -> Any:
         for image in itertools.chain([start], stream):
+            if image.size != start.size:
+                raise DinoError(
+                    f"{video} is no video: frame {done} has {image.width}×{image.height} pixels, the first one "
+                    f"{start.width}×{start.height}"
+                )
             waiting.append(image)
             yield eyes(image)
 

@@ -155,13 +155,14 @@ def training_overrides(
     """Configuration overrides for the command's options; `given` come last and win."""
     import os
 
-    from dinov3.config.train import load_config
+    from dinov3.config.train import SIZES_OF_THE_NAME, load_config
     from dinov3.inference.linear import has_bf16
     from dinov3.weights.catalog import resolve
 
     overrides = [f"train.dataset_path={images}", f"run.device={device}"]
     if model is not None:
         overrides.append(f"student.arch={model if model.startswith(('vit_', 'convnext_')) else resolve(model)[0].arch}")
+        overrides += SIZES_OF_THE_NAME
     for_gpus = device == "cpu" and load_config(recipe, overrides[:1])[0].run.device != "cpu"
     if for_gpus:  # a CPU gets a small batch, exact numbers, and no minutes of compilation
         workers = max(1, (os.cpu_count() or 2) // 2)

@@ -902,6 +902,10 @@ def check_scale(config: TrainConfig, world_size: int) -> None:
 # ---- loading: defaults ← files ← command line -----------------------------------------------------------------------
 
 
+# overrides beside `student.arch`: the model of that name, whatever sizes a recipe sets
+SIZES_OF_THE_NAME = ["student.depth=null", "student.embed_dim=null", "student.num_heads=null"]
+
+
 def load_config(
     file: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None, overrides: Sequence[str] = ()
 ) -> tuple[TrainConfig, list[str]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -58,7 +59,7 @@ class Example:
 
 def learn(
     images: Features | Sequence[Features],
-    masks: Tensor | Sequence[Tensor],
+    masks: Tensor | np.ndarray | Sequence[Tensor | np.ndarray],
     *,
     prototypes: int = 8,
     temperature: float = 0.07,
@@ -71,7 +72,7 @@ def learn(
     where the thing is elsewhere in the other images.
     """
     every = [images] if isinstance(images, Features) else list(images)
-    given = [masks] if isinstance(masks, Tensor) else list(masks)
+    given = [masks] if isinstance(masks, (Tensor, np.ndarray)) else list(masks)
     if len(every) != len(given) or not every:
         raise DinoError(f"as many masks as images are needed, at least one; got {len(given)} and {len(every)}")
     for other in every[1:]:
@@ -80,7 +81,7 @@ def learn(
     for features, mask in zip(every, given):
         if len(features) != 1:
             raise DinoError(f"an example is the features of one image, got {len(features)}: pass features[i]")
-        shares.append(mask_on_grid(features, mask).flatten())
+        shares.append(mask_on_grid(features, torch.as_tensor(mask)).flatten())
         patches.append(unit_maps(features if bias is None else bias.remove(features)).flatten(0, 2).cpu())
     x, share = torch.cat(patches), torch.cat(shares)
     inside = share > INSIDE

@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 from dinov3 import losses
 from dinov3.config.loading import to_dict
-from dinov3.config.train import Resolution, TrainConfig, check_scale, load_config, resolutions
+from dinov3.config.train import SIZES_OF_THE_NAME, Resolution, TrainConfig, check_scale, load_config, resolutions
 from dinov3.data.crops import CropBatch, MaskConfig, mask_grid, masked_counts
 from dinov3.errors import DinoError, did_you_mean, require
 from dinov3.files import atomically
@@ -533,7 +533,7 @@ def plan(
     names = [model] if model or recipe or on.cpu else list(reversed(MODELS[: MODELS.index(default_model(images)) + 1]))
     for name in names:
         chosen = recipe or recipe_of(None if on.cpu else name)
-        given = student_of(name, on_cpu=on.cpu and not recipe) if name else []
+        given = student_of(name) if name else []
         p = Planner(chosen, [*given, *overrides], on, images, batch=batch, steps=steps)
         what = name or p.config(p.batches()[-1], "none").student.arch
         on_progress(f"counting a step of {what}")
@@ -544,9 +544,7 @@ def plan(
         raise DinoError(too_large(p, what))
     if name and not on.cpu and not recipe and name in MODELS:
         at = MODELS.index(name)
-        others = [
-            (other, student_of(other, on_cpu=False)) for other in MODELS[max(at - 1, 0) : at + 2] if other != name
-        ]
+        others = [(other, student_of(other)) for other in MODELS[max(at - 1, 0) : at + 2] if other != name]
     else:
         others = crop_sizes(p.config(row.batch, row.checkpointing))
     on_progress("counting " + ", ".join(other for other, _ in others))
@@ -561,20 +559,20 @@ def plan(
         on_progress("measuring this machine")
         measured = images_per_second(config) * row.flops
         speeds = [
-            Speed("this machine", measured, None, f"measured for a few seconds, {torch.get_num_threads()} threads")
+            Speed("this machine", measured, None, f"measured for a few seconds, threads: {torch.get_num_threads()}")
         ]
     return Plan(config, on, need, row, rows, images, speeds)
 
 
-def student_of(model: str, *, on_cpu: bool) -> list[str]:
-    """Overrides of a shipped recipe for another model."""
+def student_of(model: str) -> list[str]:
+    """Overrides of a recipe for another model, whatever sizes the recipe sets itself (small_cpu: a depth)."""
     arch = model if model.startswith(("vit_", "convnext_")) else resolve(model)[0].arch
     size = PUBLISHED[arch][0] if arch in PUBLISHED else arch
     chosen = [f"student.arch={size}", f"student.drop_path_rate={DROP_PATH.get(size, 0.3)}"]
     chosen += [f"student.{key}={value}" for key, value in PUBLISHED[arch][1].items()] if arch in PUBLISHED else []
     if size.startswith("convnext"):
         chosen.append("student.patch_size=32")
-    return chosen + (["student.depth=null"] if on_cpu else [])  # which small_cpu sets
+    return chosen + SIZES_OF_THE_NAME
 
 
 def crop_sizes(config: TrainConfig) -> list[tuple[str, list[str]]]:
@@ -665,8 +663,9 @@ def lines(made: Plan) -> list[str]:
     ]
     for s in made.speeds:
         least = f" (at least {made.hours(s.best):.3g})" if s.best else ""
+        short = f" ({60 * made.hours(s.flops):.0f} min)" if 1 / 60 < made.hours(s.flops) < 1 else ""
         images = f"{s.flops / row.flops:.3g} images/s"
-        found.append(("Hours", f"{made.hours(s.flops):.3g} on {s.name}{least}: {images}"))
+        found.append(("Hours", f"{made.hours(s.flops):.3g}{short} on {s.name}{least}: {images}"))
     unknown = "unknown: name a card (--gpus 4090), or give images/s of benchmarks/accept_gpu.py as --rate"
     found.append(("Source", made.speeds[0].source) if made.speeds else ("Hours", unknown))
     return [f"{name + ':' if name else '':11}{text}" for name, text in found]

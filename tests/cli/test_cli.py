@@ -269,7 +269,7 @@ def test_ctrl_c_is_a_sentence(monkeypatch, capsys) -> None:
     def pressed(_name: str) -> None:
         raise KeyboardInterrupt("5 of 12 steps are done and saved")
 
-    monkeypatch.setattr("dinov3.weights.catalog.resolve", pressed)
+    monkeypatch.setattr("dinov3.cli.plan.count_of", pressed)
     result = dinov3("plan", "--data", "5000", "--gpus", "1x24GB", "--model", "vits16", capsys=capsys)
     assert result.code == 130
     assert result.err == "interrupted: 5 of 12 steps are done and saved; the same command starts again or continues\n"
@@ -364,6 +364,31 @@ def test_steps_are_the_steps_that_are_run(recipe: str, steps: int) -> None:
     usual = build_schedules(load_config(f"{recipe}.yaml", ["train.dataset_path=photos"])[0], 1)
     warm = max(range(usual.total), key=lambda it: usual.lr(it)) / usual.total
     assert max(range(steps), key=lambda it: schedules.lr(it)) == pytest.approx(warm * steps, abs=3)
+
+
+def test_a_named_model_has_its_own_sizes_whatever_the_recipe_sets() -> None:
+    pytest.importorskip("omegaconf")
+    from dinov3.cli.training import training_overrides
+    from dinov3.config.train import load_config
+    from dinov3.train.planner import student_of
+
+    assert load_config("small_cpu.yaml", ["train.dataset_path=p"])[0].student.depth == 6
+    for chosen in (
+        training_overrides("p", "vits16", "small_cpu.yaml", 1, None, "cpu", []),
+        ["train.dataset_path=p", *student_of("vits16")],
+    ):
+        assert load_config("small_cpu.yaml", chosen)[0].student.depth is None
+
+
+def test_a_plan_shows_the_seconds_that_pass(monkeypatch, capsys) -> None:
+    def slow(*_given: object, **_options: object) -> None:
+        time.sleep(0.8)
+        raise DinoError("enough")
+
+    monkeypatch.setattr(Progress, "wait", 0.1)
+    monkeypatch.setattr("dinov3.train.planner.plan", slow)
+    result = dinov3("plan", "--data", "5000", "--gpus", "cpu", capsys=capsys)
+    assert result.err == "planning · 1 s\nerror: enough\n"
 
 
 @pytest.mark.parametrize("bf16", [True, False])

@@ -401,7 +401,7 @@ def test_one_bad_image_stops_no_verb(photos: list[Path], tmp_path: Path, monkeyp
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(DepthMap, "save", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"No space left on device: '.*'"):
         run("depth", folder, "--weights", "random", "--out", out, "--size", 32)
 
 

@@ -118,6 +118,9 @@ def test_a_moving_square_is_followed_in_a_video(tmp_path: Path) -> None:
 
 def test_mistakes_are_sentences(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
+    (tmp_path / "mixed").mkdir()
+    for name, size in (("a", (48, 64)), ("b", (64, 48))):
+        Image.new("RGB", size).save(tmp_path / "mixed" / f"{name}.png")
     for arguments, sentence in (
         (["similarity", images], "one of --at X,Y, --box X0,Y0,X1,Y1, --mask FILE"),
         (["similarity", images, "--at", "5"], "is not 2 numbers in pixels"),
@@ -127,6 +130,8 @@ def test_mistakes_are_sentences(images: Path, tmp_path: Path) -> None:
         (["foreground", images], "say what the object is"),
         (["attention", images, "--precision", "bf16"], "leave --precision out"),
         (["pca", images, "--layer", "12"], "0 to 11"),
+        (["match", images / "a.png", images], rf"{images}: a folder, not an image"),
+        (["track", tmp_path / "mixed", "--box", "1,1,30,30"], "frame 1 has 64×48 pixels, the first one 48×64"),
     ):
         with pytest.raises(DinoError, match=sentence):
             run(*arguments, "--out", out, *SMALL)

@@ -67,7 +67,9 @@ def test_a_thing_thinner_than_a_patch_is_an_example() -> None:
     seen, _ = scene((2, 3, 6, 8), 0)
     mask = torch.zeros(128, 192)
     mask[40:44, 56:120] = 1  # a quarter of the patches in row 2
-    assert float(example.learn(seen, mask)(seen, smooth=False)[0, 2, 4]) > 0.5
+    found = example.learn(seen, mask)(seen, smooth=False)
+    assert float(found[0, 2, 4]) > 0.5
+    assert torch.equal(example.learn(seen, mask.numpy())(seen, smooth=False), found)
 
 
 def test_the_best_threshold() -> None:

@@ -249,7 +249,7 @@ class VocDetection(BoxDataset):
         super().__init__(rows, class_names)
         if split is None:
             self.unannotated = sorted(
-                {p.name for p in files_of(self.images, IMAGE_SUFFIXES)} - {p.name for p in self.paths}
+                {p.name for p in files_of(self.images, IMAGE_SUFFIXES)} - {Path(p).name for p in self.paths}
             )
 
     def _list(self, split: str) -> list[str]:
