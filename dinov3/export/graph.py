@@ -43,6 +43,7 @@ from dinov3.heads.dinotxt import DinoTxt, TextTower, TextTransformer, VisionHead
 from dinov3.heads.dpt import Depther
 from dinov3.heads.mask2former import Mask2FormerSegmentor
 from dinov3.hub import HEADS
+from dinov3.hub.own_heads import without_folder
 from dinov3.inference.fold import before_scale
 from dinov3.models import convnext, low_precision, vit
 from dinov3.weights import identity
@@ -251,15 +252,21 @@ def export(
 
 
 def _preprocessing(model: Any, backbone: Any, task: str, size: tuple[int, int] | None) -> Preprocessing:
-    """How images become inputs of a backbone or a published head."""
-    origin = getattr(model, "origin", None)
+    """How images become inputs of that size: as the head itself states it, or as is usual for the task. A centre crop stays
+    the same share of the image where the size is a square, else the image is resized."""
+    origin, info = getattr(model, "origin", None), getattr(model, "head_info", None)
     changes: dict[str, Any] = {} if origin is None else {"mean": origin.mean, "std": origin.std}
-    square = 224 if size is None else size[0]
-    if (task == "classify" or isinstance(model, DinoTxt)) and size in (None, (square, square)):
-        changes |= {"size": round(square * 256 / 224), "center_crop": square, "multiple": backbone.stride}
-        return Preprocessing.named("classification", **changes)
-    chosen = default_preprocessing(backbone, **changes)
-    return chosen.with_(size=size) if size else chosen
+    if info is not None:
+        own = info.preprocessing
+    elif task == "classify" or isinstance(model, DinoTxt):
+        own = Preprocessing.named("classification", **changes, multiple=backbone.stride)
+    else:
+        own = default_preprocessing(backbone, **changes)
+    if size is None:
+        return own
+    if own.center_crop and size[0] == size[1]:
+        return own.with_(size=round(own.size * size[0] / own.center_crop), center_crop=size[0])
+    return own.with_(size=size, center_crop=None)
 
 
 def _parts(model: Any, size: tuple[int, int] | None, output: str) -> dict[str, Part]:
@@ -272,13 +279,15 @@ def _parts(model: Any, size: tuple[int, int] | None, output: str) -> dict[str, P
             raise DinoError(f"the size {h},{w} is no multiple of the patch: height and width in steps of {stride} px")
     origin, info = getattr(model, "origin", None), getattr(model, "head_info", None)
     task = HEADS[origin.name].task if origin is not None and origin.name in HEADS else ""
-    preprocessing = info.preprocessing if info is not None else _preprocessing(model, backbone, task, size)
+    origins = [o for o in (origin, getattr(backbone, "origin", None)) if o is not None]
+    named = re.split("( from | over )", str(origins[0] if origins else type(backbone).__name__))
     facts: dict[str, Any] = {
-        "model": str(origin or getattr(backbone, "origin", type(backbone).__name__)),
+        "model": "".join(map(without_folder, named)),
+        "licence": next((o.licence for o in origins if o.licence), ""),  # "" where nothing states it
         "fingerprint": identity.fingerprint(backbone.state_dict()),
         "patch": stride,
         "registers": backbone.n_storage_tokens,
-        "preprocessing": asdict(preprocessing.with_(size=size) if size and info is not None else preprocessing),
+        "preprocessing": asdict(_preprocessing(model, backbone, task, size)),
     }
     if info is not None:
         facts |= {"task": info.task, "classes": list(info.class_names)}

@@ -247,7 +247,7 @@ def save_head(
     names = tuple(class_names) if class_names is not None else tuple(f"class {i}" for i in range(n_classes or 0))
     if task != "depth" and len(names) != n_classes:
         raise DinoError(f"the head has {n_classes} classes and was given {len(names)} names")
-    source = _without_folder(str(origin.source)) if origin is not None else "unknown"
+    source = without_folder(str(origin.source)) if origin is not None else "unknown"
     info = HeadInfo(
         task=task,
         head=head,
@@ -278,7 +278,7 @@ def _resizes(backbone: Any) -> bool:
     return isinstance(backbone, ConvNeXt) and backbone.patch_size is not None
 
 
-def _without_folder(source: str) -> str:
+def without_folder(source: str) -> str:
     """A source as others may read it: a file's name without where it lies here, other sources as they are."""
     if foreign.is_spec(source):  # KIND:WHAT,options
         kind, _, rest = source.partition(":")
