@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from dinov3.cli.shared import Device, Dtype, Progress, app, device_of, log, result_folder
-from dinov3.errors import DinoError, importing
+from dinov3.errors import DinoError, WeightsError, importing
 
 
 @app.command()
 def info(
-    what: Annotated[str, typer.Argument(help="A weights file or folder, or a store.")],
+    what: Annotated[str, typer.Argument(help="A weights file or folder, a head file, an exported folder, or a store.")],
     failed: Annotated[bool, typer.Option("--failed", help="List a store's unreadable images.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
 ) -> None:
-    """Describe a weights file or a store."""
+    """Describe weights, a head, an exported model, or a store."""
     path = Path(what)
     is_store = ("://" in what and not what.startswith(("http", "file:"))) or any(path.glob("*.lance"))
     if is_store:
@@ -27,8 +29,10 @@ def info(
         from dinov3.embedding.store import EmbeddingStore
 
         facts = describe(EmbeddingStore.open(what), failed)
+    elif (path / "dinov3.json").is_file():
+        facts = _exported_facts(path)
     else:
-        facts = _weights_facts(what)
+        facts = _weights_or_head_facts(what, whole=as_json)
     print_facts(facts, as_json)
 
 
@@ -41,18 +45,78 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> None:
         if name == "preprocessing_json":  # the line "input" says the same
             continue
         if isinstance(value, list):
-            print(f"{name}:" + "".join(f"\n  {v}" for v in value))
+            print(f"{name}:" + ("".join(f"\n  {v}" for v in value) or " none"))
         else:
             print(f"{name}: {value}")
 
 
-def _weights_facts(source: str) -> dict[str, Any]:
+def _weights_or_head_facts(source: str, *, whole: bool) -> dict[str, Any]:
     with importing():
-        from dinov3.models import low_precision
-        from dinov3.weights import identity, reading
+        from dinov3.weights import reading
 
-    opened = reading.open(source)
+    try:
+        opened = reading.open(source)
+    except WeightsError:
+        from dinov3.hub.own_heads import is_head_file, read_head_info
+
+        if not is_head_file(source):
+            raise
+        head = read_head_info(source)
+        return {
+            "kind": f"{head.head} head for {head.task}",
+            "source": source,
+            "backbone": head.backbone_label,
+            "layers": str(head.layers),
+            "input": str(head.preprocessing),
+            "classes": _names(head.class_names),
+            "options": head.options,
+            "metrics": {name: round(value, 4) for name, value in head.metrics.items()},
+            "steps": head.steps,
+            "data": head.data,
+        }
+    return _weights_facts(opened, whole=whole)
+
+
+def _exported_facts(folder: Path) -> dict[str, Any]:
+    """What the `dinov3.json` of an exported folder says, in short."""
+    from dinov3.data.transforms.inputs import Preprocessing
+
+    try:
+        facts: dict[str, Any] = json.loads((folder / "dinov3.json").read_text())
+        least = min(row["cosine"] for place in facts.pop("parity") for row in place["outputs"].values())
+        if "preprocessing" in facts:
+            facts["input"] = str(Preprocessing.from_json(json.dumps(facts.pop("preprocessing"))))
+        facts |= {name: ", ".join(facts[name]) for name in ("outputs", "operators") if name in facts}
+        facts |= {"classes": _names(facts["classes"])} if "classes" in facts else {}
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise DinoError(f"{folder / 'dinov3.json'} is not what `dinov3 export` writes ({error!r})") from None
+    return {"kind": "exported model", "source": str(folder), **facts, "least cosine to the model": f"{least:.7f}"}
+
+
+def _names(names: Sequence[str]) -> str:
+    """How many there are, and the first of them."""
+    return f"{len(names)}" + (f" ({', '.join(names[:10])}{', …' * (len(names) > 10)})" if names else "")
+
+
+def _config_in_short(config: Any) -> str:
+    """The sizes, and what differs from the defaults."""
+    sizes = ("patch_size", "embed_dim", "depth", "num_heads", "n_storage_tokens", "depths", "dims")
+    values = {f.name: getattr(config, f.name) for f in fields(config) if f.name in sizes} | {
+        f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default
+    }
+    return f"{type(config).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
+
+
+def _weights_facts(opened: Any, *, whole: bool) -> dict[str, Any]:
+    import torch
+
+    from dinov3.models import low_precision
+    from dinov3.weights import identity
+
     state = {k: v for k, v in opened.state_dict.items() if not k.endswith(("bias_mask", "rope_embed.periods"))}
+    loaded = opened.state_dict
+    if any(t.dtype == torch.float16 for t in loaded.values()):  # `dinov3.load` computes in float32 then
+        loaded = {name: t.float() if t.is_floating_point() else t for name, t in loaded.items()}
     values = {id(t): t.numel() for t in low_precision.shapes(state).values()}  # two names of one tensor count once
     return {
         "kind": "weights",
@@ -63,10 +127,10 @@ def _weights_facts(source: str) -> dict[str, Any]:
         "tensors": len(opened.state_dict),
         "values": sum(values.values()),
         "dtype": ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in state.values()})),
-        "fingerprint": identity.fingerprint(opened.state_dict),
+        "fingerprint": identity.fingerprint(loaded),  # as stores and heads name it
         "mean": opened.mean or (opened.rows[0].mean if opened.rows else None),
         "std": opened.std or (opened.rows[0].std if opened.rows else None),
-        "config": str(opened.config),
+        "config": str(opened.config) if whole else _config_in_short(opened.config),
         "notes": [*opened.notes, *_same_shapes(opened)],
     }
 

@@ -52,7 +52,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "depth": ("linear", "dpt"),
     "detection": ("detr",),
 }
-METADATA = "dinov3_head"
+METADATA = reading.OWN_HEAD
 HEAD, TUNED = "head.safetensors", "backbone.safetensors"  # in the folder of a run; the second where it was tuned
 FORMAT = 1
 MOST_CLASSES = 1_000_000

@@ -39,6 +39,7 @@ from dinov3.weights.identity import main_hash
 RESIDUE_FILE = "dinov3_residue.safetensors"
 MAIN_HASH = "dinov3_main"  # metadata key of a residue: what it belongs to
 OURS = "dinov3"  # metadata key of our own checkpoints: JSON
+OWN_HEAD = "dinov3_head"  # the same of a head that `dinov3 train-head` wrote
 
 Triple = tuple[float, float, float]
 
@@ -102,6 +103,10 @@ def open(
     source = os.fspath(source)
     path, files, raw, metadata = read_all(source, check_hash=check_hash, sha256=sha256, progress=progress)
     try:
+        if OWN_HEAD in metadata:
+            raise WeightsError(
+                "the file holds only a head of your own, no backbone: name it with --head, or hub.own_heads.load_head"
+            )
         shaped = low_precision.shapes(raw)
         detected = formats.detect(shaped)
         opened = _understand(shaped, detected, metadata, source, path, files, periods)
@@ -448,6 +453,8 @@ def _files_of(folder: Path) -> list[Path]:
     if others:
         shown = ", ".join(p.name for p in others[:4]) + (", …" if len(others) > 4 else "")
         raise WeightsError(f"{folder} holds {len(others)} files of weights ({shown}); pass the one you mean")
+    if (folder / "dinov3.json").is_file():
+        raise WeightsError(f"{folder} is an exported model for another runtime: name the weights that it was made of")
     raise WeightsError(f"{folder} holds no weights (no model.safetensors, pytorch_model.bin or .pth)")
 
 

@@ -201,6 +201,47 @@ def test_info_describes_a_file_and_convert_rewrites_it(tmp_path, capsys) -> None
     assert again["fingerprint"] == facts["fingerprint"]
 
 
+def test_info_names_weights_as_stores_do_and_keeps_its_lines_short(capsys) -> None:
+    import dinov3 as package
+    from dinov3.weights import identity
+
+    lines = dinov3("info", "vitt16", capsys=capsys).out.splitlines()
+    fingerprint = identity.name_of(package.load()).split("@")[1]  # of the float16 file, as it is loaded
+    assert f"fingerprint: {fingerprint}" in lines
+    assert max(map(len, lines)) < 240
+    assert lines[-1] == "notes: none"
+    whole = json.loads(dinov3("info", "vitt16", "--json", capsys=capsys).out)
+    assert "qkv_bias=True" in whole["config"]
+
+
+def test_info_describes_a_head_and_weights_refuse_it_by_what_it_is(tmp_path, images, capsys) -> None:
+    from dinov3.hub.own_heads import shipped_head
+
+    file = shipped_head("segment")
+    lines = dinov3("info", file, capsys=capsys).out.splitlines()
+    assert lines[0] == "kind: linear head for segmentation"
+    assert "classes: 2 (background, foreground)" in lines
+    refused = dinov3("embed", images, "--out", tmp_path / "s", "--weights", file, capsys=capsys)
+    assert refused.code == 1
+    assert "holds only a head of your own, no backbone" in refused.err
+
+
+def test_info_describes_an_exported_model_and_weights_refuse_it(tmp_path, images, capsys) -> None:
+    import dinov3 as package
+    from dinov3.export.graph import export
+
+    export(package.load(), tmp_path / "out", "torch-export", size=(32, 32), output="cls")
+    lines = dinov3("info", tmp_path / "out", capsys=capsys).out.splitlines()
+    assert lines[0] == "kind: exported model"
+    assert {"target: torch-export", "outputs: cls", "least cosine to the model: 1.0000000"} <= set(lines)
+    assert any(line.startswith("input: 32 × 32 px (height × width), bilinear") for line in lines)
+    refused = dinov3("embed", images, "--out", tmp_path / "s", "--weights", tmp_path / "out", capsys=capsys)
+    assert "is an exported model for another runtime: name the weights that it was made of" in refused.err
+    (tmp_path / "out" / "dinov3.json").write_text("[]")
+    wrong = dinov3("info", tmp_path / "out", capsys=capsys)
+    assert "is not what `dinov3 export` writes" in wrong.err
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
