@@ -5,7 +5,7 @@
 is empty, and `reason()` says why.
 
 A level is what a library is compiled for: `avx2`, `avxvnni` (the same with VNNI), `avx512vnni`, `avx512` (with bf16 too) or
-`amx`. Without instructions for bf16 integers of 11 bits take its place, which are as exact (`arithmetic`).
+`amx`. Without instructions for bf16 integers of 16 bits take its place, which are more exact (`arithmetic`).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def arithmetic(precision: str, level: str | None = None) -> str:
     """What takes a precision's place in the products, at the best level or the given one; empty where nothing does."""
     library, _ = _library(level)
     without = library is not None and "bf16" not in _LEVELS[library.level][0]
-    return "11-bit integers" if precision == "bf16" and without else ""
+    return "16-bit integers" if precision == "bf16" and without else ""
 
 
 def reason(level: str | None = None) -> str:
@@ -170,10 +170,11 @@ def _return_freed_memory() -> None:
 def quantised(weight: Tensor, inputs: int, most: int) -> tuple[Tensor, Tensor]:
     """Integers [out, in] in ±`most` and the scale of each row [out] (1 for a row of zeros).
 
-    Smaller where a sum of products with integers up to `inputs` would leave 32 bits.
+    Smaller where a sum of products with integers from 0 to `inputs` could leave 32 bits.
     """
     scale = weight.abs().amax(1) / most
-    scale = torch.maximum(scale, weight.abs().sum(1) / ((2**31 - 1) / inputs - weight.shape[1] / 2))
+    largest = torch.maximum(weight.clamp(min=0).sum(1), -weight.clamp(max=0).sum(1))  # sums, by the inputs' choice
+    scale = torch.maximum(scale, largest / ((2**31 - 1) / inputs - weight.shape[1] / 2))
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return (weight / scale[:, None]).round().to(torch.int16), scale
 
@@ -235,7 +236,7 @@ class Blocks:
     def _linear(self, weight: Tensor, bias: Tensor) -> _Linear:
         scale = shift = torch.empty(0)
         if self.integers:
-            inputs, most = (255, 127) if self.precision == "int8" else (2047, 1023)
+            inputs, most = (255, 127) if self.precision == "int8" else (4095, 2**15 - 1)
             integers, scale = quantised(weight, inputs, most)
             shift = integers.float().sum(1) * scale
             in_bytes = most == 127 and self.library.level != "avx2"

@@ -1,7 +1,7 @@
 // The blocks of a frozen ViT on an x86 CPU: norm, qkv, RoPE, attention, projection, FFN, in float32, bfloat16 or int8.
 //
 // Built once for each level by `__init__.py`: compiled for AVX2, AVX-512 or AMX, with its instructions for bf16 (else integers
-// of 11 bits stand for them) and VNNI (else int8 is computed in 16 bits).
+// of 16 bits stand for them) and VNNI (else int8 is computed in 16 bits).
 //
 // One layout serves all products C[rows, columns] = A · B. An operand is a row of tiles of 1 kB, 16 lines of 64 bytes; a
 // group is 4 bytes along k: 1 float, 2 bf16 or int16, 4 int8. A tile of A: its lines are 16 rows, each with 16 groups. A tile of B:
@@ -125,8 +125,8 @@ struct Split : Bf16 {
     static constexpr int planes = 3;
 };
 #endif
-struct I16 {  // 0 to 2047 × s16, for bf16 where the CPU has no products of it; `__init__.py` keeps the sums below 2^31
-    static constexpr int group = 2, planes = 1, most = 2047;
+struct I16 {  // 0 to 4095 × s16, for bf16 where the CPU has no products of it; `__init__.py` keeps the sums below 2^31
+    static constexpr int group = 2, planes = 1, most = 4095;
     using acc = vi;
     static acc dot(acc c, vf a, vf b) {
 #if defined(__AVX512VNNI__)
