@@ -31,12 +31,13 @@ from dinov3.data.images import open_image
 from dinov3.data.transforms.inputs import Geometry, Preprocessing
 from dinov3.embedding.search import search
 from dinov3.embedding.store import EmbeddingStore
-from dinov3.errors import DinoError, ImageError, one_of
+from dinov3.errors import DinoError, ImageError, one_of, only_known
 from dinov3.features import auto_workers, prepare, vectors_of
 from dinov3.web import LIMITS, LOOPBACK, Limits, content_type, guard, json_object, read_body, read_images
 from dinov3.weights.identity import name_of
 
 NPY = ("application/x-npy", "application/octet-stream")
+OPTIONS = ("top", "where", "exact")  # of a search
 Input = tuple[Tensor, Geometry]  # [3, h, w], normalised
 
 
@@ -165,6 +166,7 @@ def application(
 
     @app.post("/embed")
     async def embed(request: Request) -> Response:
+        only_known("/embed has no option", request.query_params, ["format"])
         form = _form(request)
         vectors = await embedded(await read_images(request, limits))
         if form == "npy":
@@ -176,8 +178,10 @@ def application(
         if store is None:
             raise HTTPException(404, "this service has no store: start it with --store STORE")
         given: dict[str, Any] = dict(request.query_params)
+        only_known("the address of a search has no option", given, OPTIONS)
         if content_type(request) == "application/json":
             given |= json_object(await read_body(request, limits), '{"vector": [0.1, …], "top": 10}')
+            only_known("a search has no option", given, ["vector", "text", *OPTIONS])
             if ("text" in given) == ("vector" in given):
                 raise HTTPException(400, 'a search takes an image, or JSON with either "vector" or "text"')
             vector = await batches.alone(_text_query(vector_of), given["text"]) if "text" in given else _vector(given)

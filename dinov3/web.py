@@ -1,7 +1,8 @@
 """What the HTTP services share: names that a request may call them by, limits of bodies, refusals in one sentence.
 
 Every refusal is {"error": one sentence} with a status: 400 a wrong request, 403 a request of another site's page, 404
-nothing of that name, 408 a body that does not arrive, 413 too large, 421 a foreign Host header, 422 no readable image.
+nothing of that name, 405 not by this method, 408 a body that does not arrive, 413 too large, 421 a foreign Host header, 422
+no readable image.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from urllib.parse import urlsplit
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from starlette.datastructures import Headers, UploadFile
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -74,6 +76,11 @@ def guard(app: FastAPI, hosts: tuple[str, ...]) -> None:
 
     @app.exception_handler(AnyHTTPException)
     async def refused(request: Request, error: AnyHTTPException) -> Response:
+        if error.detail in ("Not Found", "Method Not Allowed"):  # the router's own
+            ways = ", ".join(
+                f"{' '.join(route.methods)} {route.path}" for route in app.routes if isinstance(route, APIRoute)
+            )
+            error.detail = f"there is no {request.method} {request.url.path!r:.100}: there are {ways}"
         return JSONResponse({"error": error.detail}, error.status_code)
 
 

@@ -21,6 +21,8 @@ from paths import ROOT
 from PIL import Image
 
 import dinov3
+from dinov3.data.sources import open_source
+from dinov3.embedding.pipeline import embed_source
 from dinov3.embedding.store import EmbeddingStore
 from dinov3.features import default_preprocessing
 
@@ -71,6 +73,7 @@ def test_vectors_are_those_of_encode_in_json_and_npy(client: TestClient) -> None
         ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, "boundary"),
         ({"content": b"x", "headers": {"host": "evil.example:8000"}}, 421, "'evil.example'"),
         ({"content": png(), "params": {"format": "csv"}}, 400, "json, npy"),
+        ({"content": png(), "params": {"fromat": "npy"}}, 400, "no option 'fromat'; did you mean 'format'?"),
     ],
 )
 def test_what_is_wrong_is_one_sentence_with_a_status(client: TestClient, request_, status, sentence) -> None:
@@ -83,6 +86,28 @@ def test_what_is_wrong_is_one_sentence_with_a_status(client: TestClient, request
 def test_a_search_without_a_store_says_how_to_give_one(client: TestClient) -> None:
     refused = client.post("/search", content=png())
     assert (refused.status_code, "--store" in refused.json()["error"]) == (404, True)
+
+
+@pytest.mark.parametrize("method, path, status", [("GET", "/embed", 405), ("GET", "/", 404), ("POST", "/serach", 404)])
+def test_a_path_or_method_that_is_not_there_names_those_that_are(client: TestClient, method, path, status) -> None:
+    refused = client.request(method, path)
+    assert refused.status_code == status
+    assert refused.json()["error"] == (
+        f"there is no {method} {path!r}: there are GET /health, POST /embed, POST /search"
+    )
+
+
+def test_an_unknown_option_of_a_search_is_refused(tmp_path: Path) -> None:
+    model = dinov3.load()
+    preprocessing = default_preprocessing(model, size=32)
+    (tmp_path / "a.png").write_bytes(png())
+    embed_source(model, open_source(tmp_path / "a.png"), tmp_path / "store", preprocessing=preprocessing)
+    app = serve.application(model, preprocessing, store=EmbeddingStore.open(tmp_path / "store"))
+    with TestClient(app, base_url="http://localhost") as client:
+        for request in ({"params": {"tpo": 3}, "content": png()}, {"json": {"vector": [1.0] * 192, "tpo": 3}}):
+            refused = client.post("/search", **request)
+            assert refused.status_code == 400
+            assert "no option 'tpo'; did you mean 'top'?" in refused.json()["error"]
 
 
 def test_images_that_arrive_while_the_model_works_are_its_next_batches_of_one_size(client: TestClient) -> None:

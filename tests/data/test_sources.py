@@ -263,6 +263,15 @@ def test_a_column_without_a_table_is_an_error(tmp_path: Path) -> None:
 # ---- lists ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_text_that_is_no_list_of_images_is_one_sentence(tmp_path):
+    text = put(tmp_path / "notes.txt", b"dear diary\n" + b"x" * 5000)
+    with pytest.raises(DinoError, match=r"notes.txt is read as a list, .* none of its lines is one \('dear diary'\)"):
+        open_source(text)
+    put(tmp_path / "dear diary", b"a file without a suffix")
+    assert len(open_source(text)) == 2
+    assert len(open_source(put(tmp_path / "moved.txt", b"gone/a.jpg\n"))) == 1  # reported image by image
+
+
 def test_a_list_file_keeps_its_order_and_its_missing_files(tmp_path: Path) -> None:
     put(tmp_path / "in" / "ä b.png", image(1))
     elsewhere = put(tmp_path / "else.png", image(2))

@@ -570,6 +570,13 @@ def _read_list(path: Path, column: str | None) -> Part:
     names = dict.fromkeys(
         PurePosixPath(e.strip()).as_posix() if "://" not in e else e.strip() for e in entries if e.strip()
     )
+    if names and not any(
+        image_suffix(n) or "://" in n or os.path.exists(path.parent / n) for n in itertools.islice(names, 1000)
+    ):
+        raise DinoError(
+            f"{path} is read as a list, an image's path a line, and none of its lines is one ({next(iter(names))!r:.60}): "
+            "name images, a folder or such a list"
+        )
     return _Files(str(path.parent), Names(names), "list")
 
 
