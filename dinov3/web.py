@@ -78,7 +78,9 @@ def guard(app: FastAPI, hosts: tuple[str, ...]) -> None:
     async def refused(request: Request, error: AnyHTTPException) -> Response:
         if error.detail in ("Not Found", "Method Not Allowed"):  # the router's own
             ways = ", ".join(
-                f"{' '.join(route.methods)} {route.path}" for route in app.routes if isinstance(route, APIRoute)
+                f"{' '.join(sorted(route.methods or ()))} {route.path}"
+                for route in app.routes
+                if isinstance(route, APIRoute)
             )
             error.detail = f"there is no {request.method} {request.url.path!r:.100}: there are {ways}"
         return JSONResponse({"error": error.detail}, error.status_code)
