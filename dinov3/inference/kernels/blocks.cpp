@@ -188,7 +188,9 @@ template <class P> inline void put_two(char *a, int L, int row, int k, vf first,
 
 // 4 W floats from 0 to P::most into row `row` of A at k, a multiple of them
 template <class P> inline void put_integers(char *a, int L, int row, int k, const vf *v) {
-    char *to = a + (size_t)(row / 16 * L + k / line<P>) * TILE + row % 16 * 64 + k % line<P> * (4 / P::group);
+    const auto at = [=](int k) {
+        return a + (size_t)(row / 16 * L + k / line<P>) * TILE + row % 16 * 64 + k % line<P> * (4 / P::group);
+    };
 #ifdef __AVX512F__
     const auto two = [v](int i) {
         return _mm512_packus_epi32(_mm512_cvtps_epi32((__m512)v[i]), _mm512_cvtps_epi32((__m512)v[i + 1]));
@@ -198,9 +200,9 @@ template <class P> inline void put_integers(char *a, int L, int row, int k, cons
         const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
         numbers[0] = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(numbers[0], numbers[1]));
     } else
-        for (int i = 0; i < 2; i++) {
+        for (__m512i &half : numbers) {
             const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
-            numbers[i] = _mm512_permutexvar_epi64(order, _mm512_min_epu16(numbers[i], _mm512_set1_epi16(P::most)));
+            half = _mm512_permutexvar_epi64(order, _mm512_min_epu16(half, _mm512_set1_epi16(P::most)));
         }
 #else
     const auto two = [v](int i) {
@@ -214,9 +216,8 @@ template <class P> inline void put_integers(char *a, int L, int row, int k, cons
         for (__m256i &half : numbers)
             half = _mm256_permute4x64_epi64(_mm256_min_epu16(half, _mm256_set1_epi16(P::most)), 0xd8);
 #endif
-    if constexpr (P::group == 4) std::memcpy(to, numbers, 4 * W);
-    else
-        for (int i = 0; i < 2; i++) std::memcpy(to + i * 4 * W, numbers + i, 4 * W);
+    std::memcpy(at(k), numbers, 4 * W);
+    if (P::group == 2) std::memcpy(at(k + 2 * W), numbers + 1, 4 * W);
 }
 
 // ---- products -------------------------------------------------------------------------------------------------------
