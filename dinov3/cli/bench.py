@@ -243,18 +243,24 @@ def bench(
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for case, (name, size, batch) in zip(cases, parsed):
-            on_progress(case)
+            on_progress(f"{case}: making its forms")
             forms = ["eager", *fast_forms(name), *peer_forms(name, skip)]
             runs = {form: runner(form, name, (size, size), threads, folder) for form in forms}
+            on_progress(f"{case}: {rounds} rounds of {', '.join(forms)}")
             times = turns(runs, torch.randn(batch, 3, size, size), rounds)
             del runs
             for form, taken in times.items():
                 ratios = [a / b for a, b in zip(times["eager"], taken)]
                 row = {"case": case, "form": form, "cpu_ms": 1e3 * statistics.median(taken)}
                 row |= {"ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
-                rows.append(row | {"peak_mib": memory_of(form, case, threads, folder) if memory else None})
-        on_progress(f"accuracy, {DEFAULT_MODEL}")
-        measured = {form: accuracy(form, threads, folder) for form in dict.fromkeys(row["form"] for row in rows)}
+                rows.append(row | {"peak_mib": None})
+                if memory:
+                    on_progress(f"{case}: peak memory of {form}")
+                    rows[-1]["peak_mib"] = memory_of(form, case, threads, folder)
+        measured = {}
+        for form in dict.fromkeys(row["form"] for row in rows):
+            on_progress(f"accuracy of {form}, {DEFAULT_MODEL}")
+            measured[form] = accuracy(form, threads, folder)
     return [row | measured[row["form"]] for row in rows]
 
 

@@ -14,7 +14,8 @@ PEERS = ("transformers", "timm", "onnxruntime", "openvino")
 
 
 def test_every_form_has_a_row_beside_eager() -> None:
-    rows = bench(["dinov3_vitt16:32:2"], rounds=2, skip=PEERS, memory=False)
+    steps: list[str] = []
+    rows = bench(["dinov3_vitt16:32:2"], rounds=2, skip=PEERS, memory=False, on_progress=steps.append)
     assert {"eager", "fp32, torch", *["bf16, torch"] * has_bf16()} <= {row["form"] for row in rows}
     assert all(row["cpu_ms"] >= 0 and row["least"] <= row["ratio"] <= row["most"] for row in rows)
     (exact,) = [row for row in rows if row["form"] == "fp32, torch"]
@@ -22,6 +23,8 @@ def test_every_form_has_a_row_beside_eager() -> None:
     assert 0 < exact["error"] < 1e-5
     assert {row["peak_mib"] for row in rows} == {None}
     assert table(rows).count("\n| ") == len(rows) + 1
+    assert len(steps) == 2 + len(rows)  # no long step without a line
+    assert steps[-1].startswith(f"accuracy of {rows[-1]['form']}")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is counted on Linux")
