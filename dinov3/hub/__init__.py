@@ -7,13 +7,14 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from dinov3.errors import DinoError, WeightsError, one_of, require, without_secrets
+from dinov3.errors import DinoError, WeightsError, one_of, only_known, require, without_secrets
+from dinov3.models.architectures import ConvNeXtConfig, ViTConfig
 from dinov3.weights import catalog
 
 if TYPE_CHECKING:
@@ -58,6 +59,12 @@ HEADS: dict[str, Head] = {row.name: Head(**vars(row)) for row in catalog.HEADS}
 def head(name: str) -> Head:
     """The published head of a hub function's name."""
     return HEADS[one_of("the published head", name, HEADS)]
+
+
+# of `load`: its own arguments, for suggestions, and those of a backbone's constructor
+LOAD_OPTIONS = ("weights", "device", "dtype", "pretrained", "check_hash", "seed", "fast") + tuple(
+    field.name for config in (ViTConfig, ConvNeXtConfig) for field in fields(config)
+)
 
 
 def load(
@@ -117,6 +124,7 @@ def load(
                 f"{name.split(':')[0]}:… names its weights itself; options stand in the line: {name},layer=9"
             )
         return foreign.load(name, device=device, dtype=kind)
+    only_known("load has no option", options, LOAD_OPTIONS)  # before anything is fetched
     rows = catalog.resolve(name) if name is not None else ()
     if weights == "random":
         if not rows:

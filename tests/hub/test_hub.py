@@ -237,3 +237,9 @@ def test_a_type_may_be_named() -> None:
     assert next(dinov3.load(dtype="bfloat16").parameters()).dtype == torch.bfloat16
     with pytest.raises(UnknownName, match="dtype is one of float32, bfloat16, float16, not 'half'"):
         dinov3.load(dtype="half")
+
+
+@pytest.mark.parametrize("fast", [None, "fp32"])
+def test_a_misspelt_argument_is_named_before_weights_are_looked_for(fast):
+    with pytest.raises(UnknownName, match="load has no option 'weight'; did you mean 'weights'"):
+        dinov3.load("dinov3_vits16", weight="vits16.pth", fast=fast)
