@@ -1,11 +1,15 @@
-"""The compiled blocks against the equations in plain torch, at every level that this CPU has."""
+"""The compiled blocks against the equations in plain torch, at every level of this CPU.
+
+Levels that it lacks, but for AMX, run with their instructions emulated (`emulated.h`).
+"""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -21,10 +25,38 @@ from dinov3.inference import kernels
 from dinov3.inference.fold import FoldedBlock
 from dinov3.models.vit import rotate, rotation
 
-CASES = [(level, p) for level in kernels.supported() for p in sorted(kernels.available(level))]
-BEST = [(level, p) for level, p in CASES if level == kernels.supported()[0]]
+HEADER = Path(__file__).with_name("emulated.h")
+EMULATED = {  # options of the compiler, for levels that this CPU lacks
+    level: f"-march=x86-64-v3 -O1 -Wno-psabi {defined} -DHEADER={zlib.crc32(HEADER.read_bytes())} -include {HEADER}"
+    for level, defined in (
+        ("avx512", "-DEMULATE_AVX512 -DEMULATE_BF16"),
+        ("avx512vnni", "-DEMULATE_AVX512"),
+        ("avxvnni", "-DEMULATE_AVXVNNI"),
+    )
+    if level not in kernels.supported() and kernels.available("avx2")
+}
+
+
+def cases(levels: Iterable[str]) -> list:
+    def marks(level: str):  # real ones run it often enough
+        return [pytest.mark.slow] if level == "avx512" and level in EMULATED else []
+
+    offered = {level: kernels.PRECISIONS if level in EMULATED else sorted(kernels.available(level)) for level in levels}
+    return [pytest.param(level, p, marks=marks(level)) for level in offered for p in offered[level]]
+
+
+CASES = cases([*kernels.supported(), *EMULATED])
+BEST = cases([*kernels.supported()[:1], *EMULATED])
 CLOSE = {"fp32": 3e-6, "bf16": 8e-3, "int8": 1.5e-2}  # relative error over all numbers
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    level = request.node.callspec.params.get("level") if hasattr(request.node, "callspec") else None
+    if level in EMULATED:
+        monkeypatch.setitem(kernels._LEVELS, level, (kernels._LEVELS[level][0], EMULATED[level]))
+        monkeypatch.setattr(kernels, "supported", lambda: [level])
 
 
 def folded(width: int, heads: int, hidden: int, ffn: str = "mlp", norm: str = "layernorm") -> FoldedBlock:
@@ -239,7 +271,7 @@ def script(path: Path, text: str) -> str:
     return str(path)
 
 
-@pytest.mark.skipif("avx2" not in {level for level, _ in CASES}, reason="needs AVX2 and a compiler")
+@pytest.mark.skipif(not kernels.available("avx2"), reason="needs AVX2 and a compiler")
 def test_the_library_is_built_once_and_works_in_a_forked_child(tmp_path: Path) -> None:
     compiler = script(tmp_path / "compiler", f'echo "$*" >> {tmp_path}/log\nexec g++ "$@"')
     assert probe(tmp_path / "cache", compiler) == "['bf16', 'fp32', 'int8']"
