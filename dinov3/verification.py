@@ -71,8 +71,9 @@ RESIZES: tuple[Choice, ...] = (
     {"resize": "antialiased", "interpolation": "bilinear", "order": "float"},
     {"resize": "antialiased", "interpolation": "bicubic", "order": "uint8"},
     {"resize": "antialiased", "interpolation": "bicubic", "order": "float"},
-    {"resize": "bilinear without antialias"},
-    {"resize": "nearest without antialias"},
+    # interpolation and order have no effect in these: fixed, so that each is one setting
+    {"resize": "bilinear without antialias", "interpolation": "bilinear", "order": "float"},
+    {"resize": "nearest without antialias", "interpolation": "bilinear", "order": "float"},
 )
 
 

@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 
 import dinov3
 from dinov3.cli import app
+from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.errors import DinoError, ImageError
 from dinov3.export.convert import convert
-from dinov3.verification import read_tensor, verify
+from dinov3.verification import RESIZES, Inputs, read_tensor, verify
 from dinov3.weights import writing
 from tests.weights.test_formats import TINY, filled
 
@@ -147,6 +148,14 @@ def test_channels_in_the_wrong_order_and_a_resize_without_antialias_are_named(mo
     ]
     verdict = verify(model, dinov3.embed(model, torch.cat(small), size=224).cls, photos)
     assert (verdict.matches[0].inputs.resize, verdict.fits) == ("bilinear without antialias", True)
+
+
+@pytest.mark.parametrize("resize", RESIZES, ids=str)
+def test_no_setting_is_compared_twice_from_another_start(resize):
+    starts = [
+        Inputs(Preprocessing(interpolation=i, order=o)) for i in ("bilinear", "bicubic") for o in ("uint8", "float")
+    ]
+    assert len({start.with_(resize) for start in starts}) == 1
 
 
 def test_exif_orientation_that_was_ignored_is_named(model, photos, tmp_path):
