@@ -7,6 +7,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
+TICK ?= 20
 # Only Python and its pip are assumed: a venv without pip of its own also works where ensurepip is packaged apart.
 INSTALL = $(PYTHON) -m pip --python $(BIN)/python install -q --disable-pip-version-check -c constraints.txt
 
@@ -37,7 +38,8 @@ $(BIN)/python:
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing into $(VENV): some minutes, about 1.7 GB"
-	$(INSTALL) -e '.[demo]'
+	@while sleep $(TICK) >/dev/null 2>&1; do echo "still installing, $$(du -sm $(VENV) | cut -f1) MB in $(VENV)"; done & lines=$$!; \
+	$(INSTALL) -e '.[demo]'; status=$$?; kill $$lines; exit $$status
 	touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python

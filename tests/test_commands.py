@@ -110,6 +110,20 @@ def test_the_make_targets_printed_first_exist() -> None:
         assert dry.returncode == 0, dry.stderr
 
 
+@pytest.mark.parametrize("status", [0, 1])
+def test_make_demo_says_now_and_then_that_it_installs(status: int, tmp_path: Path) -> None:
+    pip, inside = tmp_path / "pip", tmp_path / "venv" / "bin" / "python"
+    pip.write_text(f"#!/bin/sh\nsleep 2.5\nexit {status}\n")
+    pip.chmod(0o755)
+    inside.parent.mkdir(parents=True)
+    inside.touch()
+    made = [f"VENV={tmp_path / 'venv'}", f"PYTHON={pip}", "TICK=1", f"{tmp_path / 'venv'}/.demo"]
+    done = subprocess.run(["make", *made], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode == 0) == (status == 0)
+    assert 1 <= len(re.findall(r"still installing, \d+ MB", done.stdout)) <= 2
+    assert (tmp_path / "venv" / ".demo").exists() == (status == 0)
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "page",
