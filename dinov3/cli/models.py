@@ -145,7 +145,8 @@ def _same_shapes(opened: Any) -> list[str]:
     same = [r.id for r in catalog.ROWS if r.known_by_name and any(r.config == row.config for row in opened.rows)]
     if certain or not same:
         return []
-    return [f"{' and '.join(same)} have the same shapes and other licences; a name would tell, this one does not"]
+    have = "have" if len(same) > 1 else "has"
+    return [f"{' and '.join(same)} {have} the same shapes and other licences; a name would tell, this one does not"]
 
 
 @app.command()

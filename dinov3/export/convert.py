@@ -162,7 +162,10 @@ def _write(
         if to == "meta":
             _write_meta(work, tensors, row.id if row else _label(opened))
         elif to == "transformers":
-            _write_json(work / "config.json", configs.transformers_config(config) | {"dtype": _dtype_name(tensors)})
+            about = {"_name_or_path": row.id} if row else {}  # files of the same shapes are told apart by names
+            _write_json(
+                work / "config.json", configs.transformers_config(config) | {"dtype": _dtype_name(tensors)} | about
+            )
             _write_json(work / "preprocessor_config.json", preprocessor_config(mean, std))
             _write_shards(work, tensors, most_bytes)
         else:

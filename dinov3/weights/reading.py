@@ -215,7 +215,7 @@ def _understand(
     )
     if len(rows) > 1:
         close = "/".join(Path(source).parts[-2:])  # folders further up may be called after anything
-        names = [close, path.name, str(config_json.get("_name_or_path", "")), json.dumps(config_json)]
+        names = [close, *(file.name for file in (path, *files)), json.dumps(config_json)]  # with its "_name_or_path"
         rows = _which(
             rows,
             state,

@@ -129,6 +129,8 @@ def test_a_licence_goes_wherever_the_weights_go(small, tmp_path):
     for form in formats.FORMS:
         convert(source, tmp_path / form, form)
         assert FAIR in (tmp_path / form / "NOTICE").read_text()
+        opened = reading.open(tmp_path / form)
+        assert (opened.rows[0].id, opened.licence.split(",")[0]) == ("dinov3_vits16_eupe", FAIR)
     about = json.loads((tmp_path / "timm" / "config.json").read_text())
     assert about["pretrained_cfg"]["license"] == "fair-noncommercial-research-license"
     assert f"{about['architecture']}.{about['pretrained_cfg']['tag']}" == "vit_small_patch16_dinov3_qkvb.eupe_lvd1689m"
