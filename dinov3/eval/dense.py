@@ -359,7 +359,8 @@ SHORT = arguments.SHORT | {"steps": "scheduler.total_iter"}
 class FolderForm:
     """How an evaluation reads `FOLDER --model NAME --size 448 key=value …`.
 
-    overrides: (train spec, validation spec, options) → what the task adds; its keyword arguments are whole numbers.
+    overrides: (train spec, validation spec, overrides of the arguments, options) → what the task adds; its keyword
+    arguments are whole numbers.
     """
 
     name: str  # results go to NAME-FOLDER
@@ -389,7 +390,7 @@ class FolderForm:
             "scheduler.total_iter=500", "scheduler.type=cosine", "bs=4", "decoder_head.type=linear",
             "transforms.train.augment=false",
             *(f"{SHORT[option]}={value}" for option, value in given.items() if option in SHORT),
-            *self.overrides(train, val, **{option: int(given[option]) for option in own if option in given}),
+            *self.overrides(train, val, last, **{option: int(given[option]) for option in own if option in given}),
             *last,
         ]  # fmt: skip
 

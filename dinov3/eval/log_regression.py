@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -36,6 +36,7 @@ from dinov3.eval.session import Session
 from dinov3.metrics import Link, Metric, Numbers
 from dinov3.metrics import evaluate as measure
 from dinov3.optim import logistic_regression
+from dinov3.runlog import ticked
 
 STRENGTHS: tuple[float, ...] = tuple(10 ** (e / 4) for e in range(-24, 21))  # 1e-6, 1.7783e-6, …, 1e5
 
@@ -190,12 +191,19 @@ def measured(metric: Metric, logits: np.ndarray, targets: Targets, train_labels:
 
 
 def select(
-    x: Tensor, labels: Tensor, val: np.ndarray, val_targets: Targets, metric: Metric, n_classes: int, **options: Any
+    x: Tensor,
+    labels: Tensor,
+    val: np.ndarray,
+    val_targets: Targets,
+    metric: Metric,
+    n_classes: int,
+    log: Callable[[str], None],
+    **options: Any,
 ) -> list[tuple[float, float]]:
     """(C, validation top-1) for all 45 strengths, each process taking its share of them."""
     pairs: list[tuple[float, float]] = []
     fitted: Fitted | None = None
-    for strength in distributed.share(STRENGTHS):
+    for strength in ticked(distributed.share(STRENGTHS), log, "strengths"):
         fitted = fit(x, labels, strength, n_classes, start=fitted, **options)
         numbers = measured(metric, val_targets.chosen(fitted.scores(val)), val_targets, labels)
         pairs.append((strength, numbers["top-1"]))
@@ -228,7 +236,7 @@ def evaluate(config: LogRegressionConfig, session: Session) -> Numbers:
     shots = c.few_shot
     for number, rows in enumerate(training_rows(shots, labels[pool])):
         x, y = on_device(pool[rows])
-        pairs = select(x, y, val, val_targets, c.train.val_metric_type, n_classes, **options)
+        pairs = select(x, y, val, val_targets, c.train.val_metric_type, n_classes, session.log, **options)
         strength = best_strength(pairs)
         session.log(f"C = {strength:.4g}: validation top-1 {100 * dict(pairs)[strength]:.2f}")
         if not shots.enable and (len(val_targets.labels) and c.train.val_dataset is None):

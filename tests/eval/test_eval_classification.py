@@ -84,7 +84,7 @@ def strengths_of_rank() -> list[tuple[float, float]]:
     x, labels = blobs(2, 40)
     targets = Targets(labels.numpy())
     return log_regression.select(
-        x, labels, x.numpy(), targets, Metric.MEAN_ACCURACY, 2, tol=1e-6, max_iter=5, solver="torch"
+        x, labels, x.numpy(), targets, Metric.MEAN_ACCURACY, 2, str, tol=1e-6, max_iter=5, solver="torch"
     )
 
 

@@ -294,6 +294,13 @@ def test_a_plain_folder_needs_no_configuration(rooms, monkeypatch, capsys):
     assert results(rooms / "depth-rooms")["DenseFolder_rmse"] < 1.5
 
 
+def test_a_plain_folder_fits_a_dpt_on_four_layers(rooms, monkeypatch, capsys):
+    write_model(rooms)
+    monkeypatch.chdir(rooms)
+    words = "rooms --steps 1 --size 32 model.config_file=toy.yaml num_workers=0 bs=1 eval.use_tta=false"
+    assert depth.main([*shlex.split(words), "decoder_head.type=dpt"]) == 0, capsys.readouterr().err
+
+
 # ---- published heads -----------------------------------------------------------------------------------------------
 
 

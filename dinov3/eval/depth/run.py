@@ -369,11 +369,17 @@ class Images:
 # ---- entry points --------------------------------------------------------------------------------------------------
 
 
-def folder_overrides(train: str, val: str, *, size: int | None = None, max_depth: int = 10) -> list[str]:
-    """What `dinov3 eval depth FOLDER` sets. size: short side (default: the images' own); max_depth: metres."""
+def folder_overrides(
+    train: str, val: str, given: Sequence[str], *, size: int | None = None, max_depth: int = 10
+) -> list[str]:
+    """What `dinov3 eval depth FOLDER` sets. size: short side (default: the images' own); max_depth: metres.
+
+    A DPT among the `given` overrides keeps the configuration's four layers and learning rate.
+    """
+    linear = ["decoder_head.use_batchnorm=true", "decoder_head.backbone_out_layers=LAST", "optimizer.lr=1e-2"]
     make_dataset(val)
     return [
-        "decoder_head.use_batchnorm=true", "decoder_head.backbone_out_layers=LAST", "optimizer.lr=1e-2",
+        *([] if "decoder_head.type=dpt" in given else linear),
         f"decoder_head.max_depth={max_depth}", f"eval.max_depth={max_depth}",
         *([f"transforms.eval.img_size={size}"] if size else []),
     ]  # fmt: skip

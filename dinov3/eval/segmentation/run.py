@@ -383,7 +383,9 @@ def _writer(folder: Path) -> Callable[[int, Tensor], None]:
 # ---- entry points --------------------------------------------------------------------------------------------------
 
 
-def folder_overrides(train: str, val: str, *, size: int = 512, classes: int | None = None) -> list[str]:
+def folder_overrides(
+    train: str, val: str, given: Sequence[str], *, size: int = 512, classes: int | None = None
+) -> list[str]:
     """What `dinov3 eval segmentation FOLDER` sets. classes: None takes the highest number in the masks."""
     from dinov3.data.datasets import make_dataset
 
