@@ -206,6 +206,8 @@ class Checkpoints:
             yield
         except CheckpointException as error:  # the same one on all ranks
             rank, (cause, _) = next(iter(error.failures.items()))
+            if isinstance(cause, KeyboardInterrupt):
+                raise cause from None
             raise DinoError(
                 f"the checkpoint of iteration {iteration} could not be written to {self.folder}, perhaps because the disk is "
                 f"full (rank {rank}: {cause!r}); older ones are as they were, and the same command resumes from them"

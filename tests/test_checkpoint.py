@@ -374,6 +374,15 @@ def test_a_failure_in_the_background_is_raised_at_the_next_save(
     assert kept.latest() == tmp_path / "1"
 
 
+def test_ctrl_c_in_a_save_is_no_failure_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pressed(*_: Any) -> Any:
+        raise KeyboardInterrupt("steps are lost")
+
+    monkeypatch.setattr(checkpoint.FileSystemWriter, "write_data", pressed)
+    with pytest.raises(KeyboardInterrupt, match="steps are lost"):
+        Checkpoints(tmp_path).save(1, some(1.0), {})
+
+
 def _save_sharded(folder: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor

@@ -217,7 +217,7 @@ class Progress:
         wait = self.wait
         while not self.ended.wait(wait + 0.5):  # later than a line that is due
             now = time.monotonic()
-            if now - self.last > wait:
+            if now - self.last > max(wait, self.wait):  # which a line of counts makes longer
                 wait = 30.0
                 log(f"{self.label} · {now - self.start:.0f} s")
 

@@ -557,6 +557,16 @@ def test_a_step_that_reports_nothing_shows_its_seconds(monkeypatch, capsys) -> N
     assert lines == ["compacting · 1 s"]  # and the next one after half a minute
 
 
+def test_counts_are_not_followed_by_seconds(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(Progress, "wait", 0.1)
+    with Progress("segmenting", 9) as bar:
+        time.sleep(0.2)
+        bar(3)
+        time.sleep(1.0)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" · ")[0] for line in lines] == ["3 of 9"]
+
+
 def test_of_several_processes_the_first_speaks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
