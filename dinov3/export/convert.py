@@ -162,7 +162,7 @@ def _write(
         if to == "meta":
             _write_meta(work, tensors, row.id if row else _label(opened))
         elif to == "transformers":
-            about = {"_name_or_path": row.id} if row else {}  # files of the same shapes are told apart by names
+            about = {"_name_or_path": row.id} if row else {}  # files of the same shapes differ in their names
             _write_json(
                 work / "config.json", configs.transformers_config(config) | {"dtype": _dtype_name(tensors)} | about
             )
