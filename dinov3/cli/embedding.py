@@ -81,13 +81,15 @@ def embed(
     c, batch_size = config, batch_of(config.batch)
     require("pyarrow", "search", "an embedding store")  # missing, the error comes before a model is loaded
     with importing():
-        from dinov3.data.sources import open_sources
+        from dinov3.data.sources import open_sources, videos_left_out
         from dinov3.features import default_preprocessing
         from dinov3.hub import HEADS, load
         from dinov3.inference import cast_of
 
     with Progress("listing images"):
         images = open_sources(sources, column=c.column, recursive=c.recursive, fps=c.fps)
+    if images.videos:
+        log(f"note: {videos_left_out(images.videos)}")
     is_text = model in HEADS and HEADS[model].task == "text"
     if is_text:
         from dinov3.hub.published_heads import ImageSide, open_towers

@@ -242,12 +242,14 @@ Listed = list[tuple[str, "Item"]]  # absolute paths, and where their bytes are
 def list_images(images: list[str], out: Path | None) -> Listed:
     """Every image once, however often it was named; results of earlier runs in `out` are left out. Raises before a model is
     opened where a file is missing."""
-    from dinov3.data.sources import open_source
+    from dinov3.data.sources import open_source, videos_left_out
 
     sources = [open_source(p) for p in images]
     folders = [os.path.abspath(p) for p in images if os.path.isdir(p)]
     if out is not None and os.path.abspath(out) in folders:
         raise DinoError(f"--out {out} is the images' own folder: results would be taken for images; name another")
+    if videos := [pattern for source in sources for pattern in source.videos]:
+        log(f"note: {videos_left_out(videos)}")
     return list(_each(sources, out if folders else None))
 
 

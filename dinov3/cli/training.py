@@ -76,7 +76,7 @@ def train(
     outcome = run(settings, out, resume=resume, seed=seed, notes=notes)
     log(f"{outcome.reason}: {outcome.iterations} of {outcome.total} steps; {out}")
     for iteration, accuracy in outcome.knn.items() if is_first() else ():
-        print(f"{iteration}\t{accuracy:.4f}")
+        print(f"iteration {iteration}\tk-NN {accuracy:.2%}")
     distributed.shutdown()
     if outcome.signal is not None and not outcome.finished:
         raise typer.Exit(INTERRUPTED)

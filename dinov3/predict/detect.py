@@ -47,7 +47,7 @@ class Objects:
 
     def summary(self) -> str:
         best = ", ".join(f"{name} {score:.2f}" for name, score in zip(self.names[:5], self.scores))
-        return f"{len(self)}\t{best}"
+        return f"{len(self)}\t{best or 'nothing above the threshold'}"
 
     def drawing(self) -> Image.Image:
         assert self.image is not None

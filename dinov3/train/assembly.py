@@ -213,7 +213,8 @@ class Trainer:
                 checkpoints, number = Checkpoints(self.run.checkpoints / "start", group=self.group), 0
         path = checkpoints.save(number, self.tensors(), state, wait=wait)
         what = "saved" if wait else "saving"  # in the background
-        self.run.log(f"iteration {iteration}: {what} {path} ({time.perf_counter() - began:.1f} s)")
+        when = "before the first iteration" if iteration == START else f"iteration {iteration}"
+        self.run.log(f"{when}: {what} {path} ({time.perf_counter() - began:.1f} s)")
         return path
 
     def begin_guard(self, first: int) -> None:

@@ -31,6 +31,7 @@ from dinov3 import distributed, drawing, hub
 from dinov3.config.bounds import check
 from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.dense import ONE_CLASS, files_of
+from dinov3.data.datasets.detection import BoxDataset
 from dinov3.data.images import IMAGE_SUFFIXES, open_image
 from dinov3.data.sources import files_below
 from dinov3.data.transforms.inputs import Preprocessing
@@ -159,7 +160,8 @@ def checked_sizes(data: Any, log: Any, most: int = 20_000) -> set[tuple[int, int
     sizes: set[tuple[int, int]] = set()
     unreadable: list[str] = []
     wrong: list[str] = []
-    pairs = getattr(data, "pairs", None)
+    beyond: list[str] = []
+    pairs, rows = getattr(data, "pairs", None), data.rows if isinstance(data, BoxDataset) else None
     for index in range(0, len(data), 1 + len(data) // most):
         try:
             size = header_size(data.read(index))
@@ -167,6 +169,8 @@ def checked_sizes(data: Any, log: Any, most: int = 20_000) -> set[tuple[int, int
             unreadable.append(f"{Path(data.name(index)).name} ({error})")
             continue
         sizes.add(size)
+        if rows and any(_beyond(box.xyxy_px, size) for box in rows[index].boxes):
+            beyond.append(Path(data.name(index)).name)
         if pairs is not None:
             target = target_size(pairs[index][1])
             if target is not None and target not in (size, size[::-1]):
@@ -182,7 +186,15 @@ def checked_sizes(data: Any, log: Any, most: int = 20_000) -> set[tuple[int, int
     for names, what in (("without_area", "boxes without area"), ("unannotated", "images without a file of boxes")):
         if found := getattr(data, names, None):
             log(f"{listed(found, what)}, left out: {_names(found)}")
+    if beyond:
+        log(f"{listed(beyond, 'images')} with boxes that reach beyond them, which are cut: {_names(beyond)}")
     return sizes
+
+
+def _beyond(xyxy_px: tuple[float, float, float, float], size_wh: tuple[int, int]) -> bool:
+    """By more than a pixel, which is how formats count."""
+    x0, y0, x1, y1 = xyxy_px
+    return min(x0, y0) < -1 or x1 > size_wh[0] + 1 or y1 > size_wh[1] + 1
 
 
 def listed(names: Sequence[str], what: str) -> str:
@@ -345,6 +357,10 @@ def train_head(config: HeadConfig, out: str | os.PathLike[str], *, resume: bool 
             run.log(note)
         if isinstance(task, tasks.Depth):
             what = f"depths to {task.range[1]:g} m"
+            if task.range[1] <= 1 and config.max_depth is None:
+                run.log(
+                    "no depth is beyond 1 m: are the numbers in another unit? unit=1000, the default, means millimetres"
+                )
         else:
             what = f"{task.n_classes} class{'es' * (task.n_classes != 1)} ({_names(task.class_names)})"
         numbers = vars(data).get("class_numbers", ())  # known where the masks were read for them

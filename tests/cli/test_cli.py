@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -139,6 +140,16 @@ def test_embedding_again_adds_nothing_and_reports_as_json(store, images, capsys)
     result = dinov3("embed", images, "--out", store, *options, "--json", capsys=capsys)
     report = json.loads(result.out)
     assert (report["embedded"], report["skipped"], report["failed"]) == (0, 4, [])
+
+
+def test_videos_of_a_folder_are_not_left_out_without_a_word(images, tmp_path, capsys) -> None:
+    shutil.copytree(images, tmp_path / "both")
+    (tmp_path / "both" / "clip.mp4").write_bytes(b"a film")
+    result = dinov3(
+        "embed", tmp_path / "both", "--out", tmp_path / "store", "--size", 32, "--device", "cpu", capsys=capsys
+    )
+    assert result.code == 0
+    assert f"note: videos are taken where they are named: '{tmp_path}/both/*.mp4'" in result.err
 
 
 def test_another_size_into_the_same_store_is_one_sentence(store, images, capsys) -> None:

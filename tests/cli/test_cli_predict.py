@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,11 @@ def test_boxes_are_in_cocos_form(photos: list[Path], tmp_path: Path) -> None:
         assert a["area"] == pytest.approx(width * height, abs=0.01)
     assert result.stdout.splitlines()[0].split("\t")[1] == "7"
     assert Image.open(tmp_path / "rocket_boxes.png").size == (640, 427)
+    (tmp_path / "clip.avi").write_bytes(b"RIFF")
+    shutil.copy(photos[0], tmp_path)
+    none = run("detect", tmp_path, *more[:2], "--out", tmp_path / "none", *more[4:6], "--threshold", 1)
+    assert none.stdout.endswith("\t0\tnothing above the threshold\n")
+    assert f"note: videos are taken where they are named: '{tmp_path}/*.avi'" in none.stderr
 
 
 def test_a_cat_is_classified_and_found_by_the_heads_that_ship(photos: list[Path], tmp_path: Path) -> None:

@@ -544,6 +544,20 @@ def test_masks_of_few_scattered_numbers_are_doubted(tmp_path: Path) -> None:
     assert "the masks hold 3 of the numbers 0 to 80: are these" in (tmp_path / "run" / "log.txt").read_text()
 
 
+def test_depths_below_a_metre_are_doubted(tmp_path: Path) -> None:
+    data = depth_folder(tmp_path / "data")
+    wanted = config(data, task="depth", steps=1)
+    wanted.options["n_output_channels"] = 4
+    train_head(wanted, tmp_path / "far")
+    for file in data.glob("*.depth.png"):
+        write(file, (np.asarray(Image.open(file)) // 16).astype(np.uint8))
+    train_head(wanted, tmp_path / "near")
+    assert ["another unit? unit=1000" in (tmp_path / run / "log.txt").read_text() for run in ("far", "near")] == [
+        False,
+        True,
+    ]
+
+
 def test_a_mask_that_is_no_image_is_named_without_the_decoder_s_words(tmp_path: Path) -> None:
     data = mask_folder(tmp_path / "data")
     (data / "trainannot" / "0.png").write_text("junk")
@@ -562,7 +576,7 @@ def test_what_is_left_out_of_boxes_is_named_and_so_are_the_classes(tmp_path: Pat
     for i in range(3):
         write(tmp_path / "data" / "images" / f"{i}.png", np.full((48, 64, 3), 99, np.uint8))
     (tmp_path / "data" / "annotations").mkdir()
-    for i, xmax in enumerate((30, 4)):  # the second box ends before it begins
+    for i, xmax in enumerate((90, 4)):  # the first box ends beyond the image, the second before it begins
         box = f"<bndbox><xmin>9</xmin><ymin>2</ymin><xmax>{xmax}</xmax><ymax>20</ymax></bndbox>"
         text = f"<annotation><filename>{i}.png</filename><object><name>cat</name>{box}</object></annotation>"
         (tmp_path / "data" / "annotations" / f"{i}.xml").write_text(text)
@@ -571,6 +585,7 @@ def test_what_is_left_out_of_boxes_is_named_and_so_are_the_classes(tmp_path: Pat
     assert notes == [
         "1 of the boxes without area, left out: 1.png",
         "1 of the images without a file of boxes, left out: 2.png",
+        "1 of the images with boxes that reach beyond them, which are cut: 0.png",
     ]
 
 

@@ -20,6 +20,6 @@ Left out: remote addresses (mount or copy first), zip and other archives, and wh
 """
 
 from dinov3.data.sources.items import Item, Place
-from dinov3.data.sources.listing import Source, files_below, open_source, open_sources, read_stored
+from dinov3.data.sources.listing import Source, files_below, open_source, open_sources, read_stored, videos_left_out
 
-__all__ = ["Item", "Place", "Source", "files_below", "open_source", "open_sources", "read_stored"]
+__all__ = ["Item", "Place", "Source", "files_below", "open_source", "open_sources", "read_stored", "videos_left_out"]

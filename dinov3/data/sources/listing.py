@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from shlex import quote
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -66,6 +67,7 @@ class Source(Protocol):
     name: str
     kind: str
     skipped: int  # files and members that are no images
+    videos: list[str]  # patterns of the videos in folders, which are among them
     root: str  # absolute folder that items' paths are relative to, `storable` as they are
 
     @property
@@ -137,7 +139,13 @@ def open_sources(specs: Sequence[str | os.PathLike[str]], **options: Any) -> Sou
         root = os.path.commonpath([source.root for source in sources])
     except ValueError:  # none at all, or two drives
         raise DinoError("give at least one source, and all of them on one drive") from None
-    return _Several(f"{len(sources)} sources", "mixed", sum(source.skipped for source in sources), root, sources)
+    skipped, videos = sum(source.skipped for source in sources), [v for source in sources for v in source.videos]
+    return _Several(f"{len(sources)} sources", "mixed", skipped, videos, root, sources)
+
+
+def videos_left_out(patterns: Sequence[str]) -> str:
+    """What to say of a source's `videos`."""
+    return f"videos are taken where they are named: {' '.join(map(quote, patterns[:3]))}"
 
 
 def _open_remote(text: str, column: str | None) -> Indexed:
@@ -237,6 +245,7 @@ class _Several:
     name: str
     kind: str
     skipped: int
+    videos: list[str]
     root: str
     sources: Sequence[Source]
 
@@ -260,6 +269,7 @@ class _Listed:
     name: str
     kind: str
     skipped: int
+    videos: list[str]
     root: str
     parts: list[Part]
     folders: list[str]
@@ -318,6 +328,7 @@ class _Listing:
     skipped: int = 0
     files: Names = field(default_factory=Names)  # relative to the root
     in_order: bool = True
+    videos: list[str] = field(default_factory=list)
     containers: list[Part] = field(default_factory=list)
     used_column: bool = False
     hints: list[str] = field(default_factory=list)
@@ -336,7 +347,7 @@ class _Listing:
         kinds += dict.fromkeys(p.kind for p in self.containers)
         whole = [k for k in kinds if k != "broken"] or kinds
         kind, root = whole[0] if len(whole) == 1 else "mixed", storable(self.root)
-        source = _Listed(name, kind, self.skipped, root, parts, self.folders)
+        source = _Listed(name, kind, self.skipped, self.videos, root, parts, self.folders)
         if len(source) == 0:
             raise DinoError(self._emptiness(name))
         if self.column is not None and not self.used_column:
@@ -355,7 +366,7 @@ class _Listing:
             f"no images in {name}: looked {where} for image files ({known}, or by their first bytes), tar shards, "
             f"Parquet and Arrow tables; {self.skipped} other files were skipped"
         )
-        return "; ".join([sentence, *self.hints[:3]])
+        return "; ".join([sentence, *([videos_left_out(self.videos)] if self.videos else []), *self.hints[:3]])
 
     def folder(self, prefix: str = "") -> None:
         """The folder `prefix` ("" or ending in a slash) of the root."""
@@ -380,8 +391,8 @@ class _Listing:
                 self.skipped += 1
                 if lower.endswith(LIST_SUFFIXES) and len(self.hints) < 3:
                     self.hints.append(f"if {path} is a list of images, name that file")
-                elif lower.endswith(VIDEOS) and not any("video" in hint for hint in self.hints):
-                    self.hints.insert(0, f"videos are taken where they are named: {os.path.dirname(path)}/*{suffix}")
+                elif lower.endswith(VIDEOS) and (pattern := f"{os.path.dirname(path)}/*{suffix}") not in self.videos:
+                    self.videos.append(pattern)
         if arrow := [str(path) for _, path in containers if path.suffix.lower() == ".arrow"]:
             self.damage |= arrow_damage(arrow)
         for relative, container in sorted(containers, key=lambda c: _dataset_order(*c)):
