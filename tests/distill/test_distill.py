@@ -319,6 +319,32 @@ def test_two_processes_learn_what_one_learns_of_the_whole_batch(
             torch.testing.assert_close(their_state[name].float(), value.float(), rtol=2e-2, atol=2e-3, msg=name)
 
 
+def stopped_after_two_steps(config: DistillConfig, out: str) -> dict[str, torch.Tensor]:
+    """The student of a run whose second process alone is stopped in the second step, after the run resumed."""
+    catalog.ROWS = rows_with_a_tiny_one()
+    catalog.aliases.cache_clear()
+    original = Distillation.train_step
+
+    def pressed(self: Distillation, batch: Any) -> Any:
+        if self.step == 1 and run.distributed.rank() == 1:
+            signal.raise_signal(signal.SIGINT)
+        return original(self, batch)
+
+    Distillation.train_step = pressed  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt, match="2 of 3 steps are done and saved"):
+        distill(config, out)
+    Distillation.train_step = original  # type: ignore[method-assign]
+    return three_steps(config, out)[0]
+
+
+def test_a_stop_of_one_process_stops_both_after_the_same_step(folder: Path, teacher_file: Path, tmp_path: Path) -> None:
+    config = config_for(folder, teacher_file, batch=4, steps=3, save_every=3)
+    whole = run_ranks(three_steps, 2, config, str(tmp_path / "whole"))[0][0]
+    for torn in run_ranks(stopped_after_two_steps, 2, config, str(tmp_path / "torn")):
+        assert all(torch.equal(torn[name], value) for name, value in whole.items())
+    assert "resumed at step 2" in (tmp_path / "torn" / "log.txt").read_text()
+
+
 def test_a_batch_must_go_round(tiny_student, folder: Path, teacher_file: Path, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(run.distributed, "world", lambda group=None: 2)
     with pytest.raises(DinoError, match="3 images a batch do not go round 2 processes"):

@@ -324,6 +324,33 @@ def test_two_processes_fit_the_head_of_their_joined_batch() -> None:
         torch.testing.assert_close(both[0][name], value, atol=2e-6, rtol=1e-5, msg=name)
 
 
+def stopped_on_a_rank(folder: str | None) -> tuple[dict[str, Tensor], int]:
+    """(the head after 12 steps, the step that it resumed at). With a folder the second process alone is stopped in step 4."""
+    torch.set_num_threads(1)
+    config, asked = FitConfig(steps=12, lr=1e-2, save_every=12), distributed.rank() == 1
+
+    def pressed(step: int) -> dict[str, Tensor]:
+        if step == 4 and asked and folder is not None:
+            signal.raise_signal(signal.SIGINT)
+        return drawn(step, distributed.rank())
+
+    run = None if folder is None else RunDir(folder, writer=distributed.is_main(), console=io.StringIO())
+    if folder is not None:
+        with pytest.raises(KeyboardInterrupt, match="5 of 12 steps are done and saved"):
+            fit(segmentor(), pressed, loss, config, run)
+        asked = False
+    model = segmentor()
+    return head_tensors(model), fit(model, pressed, loss, config, run).resumed_at
+
+
+def test_a_stop_of_one_process_stops_both_after_the_same_step(tmp_path: Path) -> None:
+    whole, torn = run_ranks(stopped_on_a_rank, 2, None), run_ranks(stopped_on_a_rank, 2, str(tmp_path))
+    assert [resumed for _, resumed in torn] == [5, 5]
+    for name, value in whole[0][0].items():
+        assert torch.equal(torn[0][0][name], value), name
+        assert torch.equal(torn[1][0][name], value), name
+
+
 # ---- losses of segmentation -----------------------------------------------------------------------------------------
 
 
