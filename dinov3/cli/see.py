@@ -16,7 +16,7 @@ import typer
 from dinov3.cli.predict import Images, Listed, Out, list_images, predict_each
 from dinov3.cli.shared import Progress, app, config_options, device_of, log, log_model
 from dinov3.config.bounds import setting
-from dinov3.errors import DinoError, ImageError, printable
+from dinov3.errors import DinoError, printable
 from dinov3.files import atomically
 
 if TYPE_CHECKING:
@@ -281,17 +281,11 @@ def match(
     import torch
 
     from dinov3 import drawing
-    from dinov3.data.images import open_image
+    from dinov3.data.images import open_file
     from dinov3.dense import matching, pca
     from dinov3.predict.common import make_folder
 
-    opened = []
-    for path in (left, right):
-        try:
-            opened.append(open_image(path).image)
-        except ImageError as error:
-            raise DinoError(f"{path}: {error}") from None
-    a, b = opened
+    a, b = map(open_file, (left, right))
     eyes = Eyes(config)
     fa, fb = eyes(a), eyes(b)
     found = matching.match(fa, fb, mutual=True, ratio=ratio if ratio < 1 else None)

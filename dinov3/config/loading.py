@@ -71,12 +71,21 @@ class _Loader:
         self.omega = require("omegaconf", "train", "reading configurations").OmegaConf
         self.cls = cls
         self.values = self.omega.structured(cls)
+        self.thaw()
         self.keys = list(keys_of(cls))
         self.retired: Mapping[str, tuple[Any, str]] = getattr(cls, "RETIRED", {})
         self.origin: dict[str, str] = {}
         self.wrong: dict[str, str] = {}  # key → the message
         self.typed: dict[str, str] = {}  # key → the value's text on the command line
         self.notes: list[str] = []
+
+    def thaw(self) -> None:
+        """OmegaConf makes the section of a frozen dataclass read-only."""
+        sections = [self.values]
+        for section in sections:
+            self.omega.set_readonly(section, None)
+            known = [section[k] for k in section if not self.omega.is_missing(section, k)]
+            sections += filter(self.omega.is_dict, known)
 
     def reject(self, key: str, source: str, sentence: str) -> None:
         self.wrong.setdefault(key, f"{key} ({source}): {sentence}")
@@ -155,7 +164,7 @@ class _Loader:
             section = _section(hints[parts[i - 1]])
             here = ".".join(parts[:i])
             if self.omega.select(self.values, here) is None:
-                self.omega.update(self.values, here, self.omega.structured(section))
+                self.omega.update(self.values, here, self.omega.structured(section), merge=False)
             hints = typing.get_type_hints(section)
         self.omega.update(self.values, key, value, merge=True)
 
@@ -170,7 +179,14 @@ class _Loader:
         last = key.rsplit(".", 1)[-1]
         elsewhere = [k for k in self.keys if k.rsplit(".", 1)[-1] == last]
         hint = "; did you mean " + " or ".join(repr(k) for k in elsewhere[:3]) + "?" if elsewhere else ""
-        self.reject(key, source, f"unknown key{hint or did_you_mean(key, self.keys)}")
+        self.reject(key, source, f"unknown key{hint or did_you_mean(key, self.keys) or self.beside(key)}")
+
+    def beside(self, key: str) -> str:
+        """The keys of the section that `key` is in, or of the top where there is no such section."""
+        section = key.rpartition(".")[0] + "."
+        inside = [k.removeprefix(section) for k in self.keys if k.startswith(section)]
+        names = dict.fromkeys(k.split(".")[0] for k in inside or self.keys)
+        return f" (there are {', '.join(names)})" if 0 < len(names) <= 30 else ""
 
     # -- the end
 

@@ -144,6 +144,14 @@ def open_image(
     return _decode(stream, target_short_side, max_pixels)
 
 
+def open_file(path: str | os.PathLike[str]) -> Image.Image:
+    """The upright RGB image of a file. Raises `ImageError`, which names the file."""
+    try:
+        return open_image(path).image
+    except ImageError as error:
+        raise ImageError(f"{os.fspath(path)}: {error}") from None
+
+
 def upright_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow image to upright RGB in the same way as `open_image`. Raises `ImageError`."""
     try:

@@ -25,7 +25,7 @@ from dinov3 import distributed
 from dinov3.config.bounds import Problem, setting
 from dinov3.data.datasets import retrieval
 from dinov3.data.datasets.retrieval import NAVI_SHORT_SIDE, KeypointPair, View
-from dinov3.data.images import open_image
+from dinov3.data.images import open_file
 from dinov3.dense.matching import nearest, sample
 from dinov3.errors import DinoError
 from dinov3.eval import session as common
@@ -274,7 +274,7 @@ def spair_input(path: Any, points_xy: np.ndarray, side: int) -> tuple[Image.Imag
     White to the right and below makes it square; points are cut to whole pixels of the resized image, as in the
     benchmark's code.
     """
-    image = open_image(path).image
+    image = open_file(path)
     longest = max(image.size)
     square = Image.new("RGB", (longest, longest), (255, 255, 255))
     square.paste(image, (0, 0))

@@ -89,6 +89,27 @@ def test_text_that_looks_like_yaml_stays_text_and_a_loose_reference_is_a_mistake
     assert "expected a number or null, not '{1'" in line
 
 
+@dataclass(frozen=True)
+class Inner:
+    a: int = 1
+
+
+@dataclass(frozen=True)
+class Middle:
+    inner: Inner = field(default_factory=Inner)
+
+
+@dataclass
+class Outer:
+    middle: Middle = field(default_factory=Middle)
+    absent: Inner | None = None
+
+
+def test_keys_of_a_frozen_section_are_set():
+    outer, _ = load(Outer, None, ["middle.inner.a=2", "absent.a=3"])
+    assert (outer.middle.inner.a, outer.absent.a) == (2, 3)
+
+
 def test_a_key_in_the_wrong_section_is_found_where_it_belongs():
     (line,) = mistakes("train.layerwise_decay=0.9")
     assert "did you mean 'optim.layerwise_decay'" in line

@@ -208,6 +208,10 @@ def test_a_bright_square_is_followed_by_the_shipped_model(gliding_square: Path, 
     assert results["J"] > 75
     assert results["objects"] == 1
     assert results["J&F square"] == pytest.approx(results["J&F"])
+    assert main([*words[:-2], "model.device=cpu", "propagation.radius=0", "propagation.k=1"]) == 0  # nothing moves
+    held = json.loads((out / "results-tracking.json").read_text())
+    assert held["config"]["propagation"]["radius"] == 0
+    assert held["results"]["J"] < 60
     saved = np.array(Image.open(out / "masks" / "square" / "00007.png"))
     assert set(np.unique(saved)) == {0, 1}
     assert (saved[16:40, 64:88] == 1).mean() > 0.8
@@ -228,6 +232,15 @@ def test_missing_keys_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert "root=FOLDER" in capsys.readouterr().err
     assert main([f"output_dir={tmp_path}", f"root={tmp_path}", "propagation.shape=round"]) == 1
     assert "circle" in capsys.readouterr().err
+    assert main([f"root={tmp_path}", "size=480"]) == 1
+    assert "size (command line): unknown key (there are model, " in capsys.readouterr().err
+
+
+def test_a_frame_that_cannot_be_read_is_named(gliding_square: Path, tmp_path: Path, capsys) -> None:
+    frame = gliding_square / "JPEGImages" / "square" / "00003.png"
+    frame.write_text("junk")
+    assert main([f"root={gliding_square}", "patches=4", f"output_dir={tmp_path}", "model.device=cpu"]) == 1
+    assert f"error: {frame}: not an image (begins with 'junk')" in capsys.readouterr().err
 
 
 @pytest.mark.data

@@ -17,7 +17,7 @@ from PIL import Image
 
 from dinov3.data.datasets.base import DataUnpickler, FileDataset
 from dinov3.data.datasets.dense import metres, read_map
-from dinov3.data.images import image_suffix, open_image
+from dinov3.data.images import image_suffix, open_file, open_image
 from dinov3.errors import DinoError, one_of
 
 # ---- retrieval -------------------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ class View:
     inverse: bool = False  # depth is stored as 655350 / mm
 
     def image(self) -> Image.Image:
-        return open_image(self.path).image
+        return open_file(self.path)
 
     def depth_m(self) -> np.ndarray:
         """[H, W] float32, 0 where there is none."""

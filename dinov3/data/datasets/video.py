@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from dinov3.data.datasets.dense import read_map
-from dinov3.data.images import image_suffix, open_image
+from dinov3.data.images import image_suffix, open_file
 from dinov3.data.sources.containers import VIDEOS
 from dinov3.errors import DinoError, UnknownName, only_known, require
 
@@ -46,7 +46,7 @@ class MaskedVideo:
         return len(self.frames)
 
     def frame(self, index: int) -> Image.Image:
-        return open_image(self.frames[index]).image
+        return open_file(self.frames[index])
 
     @cached_property
     def binary(self) -> bool:
@@ -134,7 +134,7 @@ def read_frames(path: str | os.PathLike[str], indices: Sequence[int], *, fps: fl
     source = Path(path)
     if source.is_dir():
         images = _images_of(source)
-        frames = [open_image(images[i]).image for i in indices]
+        frames = [open_file(images[i]) for i in indices]
         seconds = np.array([i / fps for i in indices])
     else:
         frames, seconds = _decode(source, indices)
@@ -146,17 +146,14 @@ def stream_frames(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     source = Path(path)
     if source.is_dir():
         for image in _images_of(source):
-            yield open_image(image).image
+            yield open_file(image)
         return
     av = require("av", "video", "reading video files")
     with _opened(av, source) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
-        try:
-            for frame in container.decode(stream):
-                yield frame.to_image()
-        except av.error.FFmpegError as error:
-            raise DinoError(f"{source} is broken: a frame cannot be decoded ({error})") from None
+        for frame in _frames(av, container, stream, source):
+            yield frame.to_image()
 
 
 def frame_rate(path: str | os.PathLike[str], default: float = 25.0) -> float:
@@ -191,11 +188,18 @@ def _opened(av: Any, path: Path) -> Any:
     try:
         container = av.open(str(path))
     except (OSError, ValueError) as error:  # av's errors are both
-        raise DinoError(f"{path} cannot be read as a video ({error})") from None
+        raise DinoError(f"{path} cannot be read as a video ({getattr(error, 'strerror', None) or error})") from None
     if not container.streams.video:
         container.close()
         raise DinoError(f"{path} holds no video")
     return container
+
+
+def _frames(av: Any, container: Any, stream: Any, path: Path) -> Iterator[Any]:
+    try:
+        yield from container.decode(stream)
+    except av.error.FFmpegError as error:
+        raise DinoError(f"{path} is broken: a frame cannot be decoded ({error.strerror or error})") from None
 
 
 def _decode(path: Path, indices: Sequence[int]) -> tuple[list[Image.Image], np.ndarray]:
@@ -209,7 +213,7 @@ def _decode(path: Path, indices: Sequence[int]) -> tuple[list[Image.Image], np.n
         rate = float(stream.average_rate or 25)
         last: tuple[Image.Image, float] | None = None
         number = -1
-        for number, frame in enumerate(container.decode(stream)):
+        for number, frame in enumerate(_frames(av, container, stream, path)):
             if number in wanted:
                 last = found[number] = (frame.to_image(), number / rate if frame.time is None else frame.time)
             if number >= max(wanted):

@@ -36,7 +36,6 @@ from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.base import ImageDataset
 from dinov3.data.datasets.captions import Captioned
 from dinov3.data.datasets.dense import DenseDataset
-from dinov3.data.images import open_image
 from dinov3.data.transforms.inputs import Preprocessing
 from dinov3.dense.matching import nearest
 from dinov3.errors import DinoError
@@ -256,7 +255,7 @@ def _segmentation(
     tokens = ("backbone", "head") if both else ("head",)
     total = torch.zeros(len(tokens), len(names), len(names), dtype=torch.float64)
     for row in session.shared(rows, "images"):
-        image = open_image(dataset.read(row)).image
+        image = decoded(dataset, row).image
         x, _ = preprocessing(image)
         maps = place_maps(model, vectors, x[None].to(weight.device), c, tokens)
         target = torch.from_numpy(dataset.target(row).astype("int64"))
