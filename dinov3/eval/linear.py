@@ -17,6 +17,7 @@ ViT-L trained on ImageNet-1k by the README's recipe 83.5. Legend: B images, N pa
 from __future__ import annotations
 
 import itertools
+import math
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,10 +55,11 @@ from dinov3.eval.session import Session
 from dinov3.features import outputs
 from dinov3.metrics import Link, Metric, Numbers
 from dinov3.metrics import evaluate as measure
-from dinov3.runlog import Ticker
+from dinov3.runlog import StopRequest, Ticker
 from dinov3.threads import prefetched
 from dinov3.weights.writing import write_torch
 
+MANY_VIEWS = 1000  # of an image; the published probe of ImageNet sees each some ten times
 RATES = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1]
 
 
@@ -399,31 +401,40 @@ class LinearEvaluation:
             each = f"{t.batch_size} images on each of {distributed.world()} processes"
             session.log(f"{len(kinds)} heads, iterations {first} to {total}, {each}")
         images = t.batch_size * distributed.world()
+        if (views := total * images / len(rows)) > MANY_VIEWS:
+            once = math.ceil(len(rows) / images)
+            session.log(f"note: each image is seen {views:,.0f} times; train.epoch_length={once} is a pass over them")
         ticker = Ticker(session.log, "iteration", total, first=first, each=images)
-        for step, (numbers, crops) in enumerate(data.batches(t.batch_size, first, total, t.num_workers), start=first):
-            cls, mean = self.tokens(crops)
-            target = labels[numbers].to(session.device)
-            # clones: tensors of inference mode take no part in a backward pass
-            logits = heads([x.clone() for x in cls], mean.clone())
-            loss = torch.stack([loss_of(t.loss_type, one, target) for one in logits.values()]).sum()
-            optimiser.zero_grad()
-            loss.backward()
-            distributed.average_gradients(list(heads.parameters()))
-            optimiser.step()
-            schedule.step()
-            done = step + 1
-            if ticker.due(done):  # reading a loss waits for the device
-                ticker(done, f"  mean loss of the heads {float(loss.detach()) / len(kinds):.4g}")
-            if done % eval_every == 0 and done < total:  # the last one follows anyway
-                _, accuracy = self.validate(heads, done)
-                if accuracy > best:
-                    best = accuracy
-                    saved.save("best", state(done))
-            if done % save_every == 0:
-                older = saved.numbered()
-                saved.save(str(done), state(done))
-                if t.checkpoint_retention_policy != "all":
-                    saved.keep_only({str(done), "best", "final"} - {str(n) for n in older if n != done})
+        with StopRequest() as stop:
+            for step, (numbers, crops) in enumerate(
+                data.batches(t.batch_size, first, total, t.num_workers), start=first
+            ):
+                cls, mean = self.tokens(crops)
+                target = labels[numbers].to(session.device)
+                # clones: tensors of inference mode take no part in a backward pass
+                logits = heads([x.clone() for x in cls], mean.clone())
+                loss = torch.stack([loss_of(t.loss_type, one, target) for one in logits.values()]).sum()
+                optimiser.zero_grad()
+                loss.backward()
+                distributed.average_gradients(list(heads.parameters()))
+                optimiser.step()
+                schedule.step()
+                done = step + 1
+                if ticker.due(done):  # reading a loss waits for the device
+                    ticker(done, f"  mean loss of the heads {float(loss.detach()) / len(kinds):.4g}")
+                if done % eval_every == 0 and done < total:  # the last one follows anyway
+                    _, accuracy = self.validate(heads, done)
+                    if accuracy > best:
+                        best = accuracy
+                        saved.save("best", state(done))
+                stopping = stop.agreed(session.device) and done < total
+                if stopping or done % save_every == 0:
+                    older = saved.numbered()
+                    saved.save(str(done), state(done))
+                    if t.checkpoint_retention_policy != "all":
+                        saved.keep_only({str(done), "best", "final"} - {str(n) for n in older if n != done})
+                if stopping:
+                    raise KeyboardInterrupt(f"{done} of {total} iterations are done and saved")
         winner, accuracy = self.validate(heads, total)
         if accuracy >= best:
             best = accuracy

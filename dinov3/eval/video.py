@@ -44,6 +44,7 @@ from dinov3.heads.encoder import step_of, widths_of
 from dinov3.heads.linear import AttentiveProbe, clip_coordinates
 from dinov3.metrics import accuracy
 from dinov3.optim import warmup_cosine_v2
+from dinov3.runlog import StopRequest, Ticker
 from dinov3.threads import prefetched
 from dinov3.weights.writing import write_torch
 
@@ -289,13 +290,21 @@ def fitted(
 
     workers = config.num_workers
     batches = prefetched(batch, range(first, total), workers, 2 * workers)
-    for step, (frames, seconds, labels) in enumerate(batches, first):
-        tokens, coordinates = (t.clone() for t in frozen(frames, seconds))
-        losses = train_step(every, (tokens, coordinates, labels.to(tokens.device)), step, total, config.precision)
-        if (step + 1) % per_epoch == 0:
-            best = min(losses) if all(map(math.isfinite, losses)) else float(np.nanmin(losses))
-            session.log(f"epoch {(step + 1) // per_epoch} of {config.epochs}: lowest loss {best:.3f}")
-            _save(checkpoint, every, step + 1, total)
+    ticker = Ticker(session.log, "step", total, first=first, unit="clips", each=each * world)
+    with StopRequest() as stop:
+        for step, (frames, seconds, labels) in enumerate(batches, first):
+            tokens, coordinates = (t.clone() for t in frozen(frames, seconds))
+            losses = train_step(every, (tokens, coordinates, labels.to(tokens.device)), step, total, config.precision)
+            done = step + 1
+            ticker(done)
+            stopping = stop.agreed(tokens.device) and done < total
+            if done % per_epoch == 0:
+                best = min(losses) if all(map(math.isfinite, losses)) else float(np.nanmin(losses))
+                session.log(f"epoch {done // per_epoch} of {config.epochs}: lowest loss {best:.3f}")
+            if stopping or done % per_epoch == 0:
+                _save(checkpoint, every, done, total)
+            if stopping:
+                raise KeyboardInterrupt(f"{done} of {total} steps are done and saved")
 
 
 def _save(path: Path, every: Sequence[Candidate], step: int, total: int) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -580,6 +582,33 @@ def test_a_stopped_linear_run_resumes_exactly(toy: Path, tmp_path: Path) -> None
     assert "resuming from iteration 5" in (tmp_path / "half" / "log.txt").read_text()
     for key, value in whole.load("final")["linear_classifiers"].items():
         torch.testing.assert_close(half.load("final")["linear_classifiers"][key], value, atol=0, rtol=0)
+
+    loss, calls = linear.loss_of, itertools.count()
+
+    def pressed(*given: Any) -> torch.Tensor:
+        if next(calls) == 3 * 4:  # of four heads: in the fourth iteration
+            signal.raise_signal(signal.SIGINT)
+        return loss(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "loss_of", pressed)
+        with pytest.raises(KeyboardInterrupt, match="4 of 12 iterations are done and saved"):
+            linear.main(words(toy, tmp_path / "torn", *base))
+    assert linear.main(words(toy, tmp_path / "torn", *base)) == 0
+    log = (tmp_path / "torn" / "log.txt").read_text()
+    assert "resuming from iteration 4" in log
+    assert "is seen" not in log
+    torn = linear.SavedHeads(tmp_path / "torn" / "checkpoints")
+    for key, value in whole.load("final")["linear_classifiers"].items():
+        torch.testing.assert_close(torn.load("final")["linear_classifiers"][key], value, atol=0, rtol=0)
+
+
+def test_many_passes_over_few_images_are_noted(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "MANY_VIEWS", 2)
+    assert linear.main(words(toy, tmp_path, f"train.val_dataset={toy / 'val'}", *LINEAR)) == 0
+    images = sum(1 for _ in (toy / "train").rglob("*.*"))
+    note = f"note: each image is seen {12 * 8 / images:,.0f} times; train.epoch_length={-(-images // 8)} is a pass over them"
+    assert note in (tmp_path / "log.txt").read_text()
 
 
 def test_two_processes_train_the_same_heads_as_one(toy: Path, two: list[Together], tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dinov3.data.datasets.video import Clips, n_frames, read_frames
+from dinov3.data.datasets.video import Clips, n_frames, read_frames, stream_frames
 from dinov3.errors import DinoError, MissingExtra, UnknownName
+from dinov3.eval import video
 from dinov3.eval.video import (
     ProbeSection,
     Reader,
@@ -263,6 +267,37 @@ def test_clips_of_files_end_to_end_and_a_run_resumes(tmp_path: Path, capsys: pyt
     assert again.out == once
     assert main([*words, "epochs=3"]) == 1
     assert "another length" in capsys.readouterr().err
+
+    step, calls = video.train_step, itertools.count()
+
+    def pressed(*given: Any) -> Any:
+        if next(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return step(*given)
+
+    words[2] = f"output_dir={tmp_path / 'torn'}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(video, "train_step", pressed)
+        with pytest.raises(KeyboardInterrupt, match="3 of 4 steps are done and saved"):
+            main([*words, "epochs=2"])
+    assert main([*words, "epochs=2"]) == 0
+    torn = capsys.readouterr()
+    assert "resuming at step 3 of 4" in torn.err
+    assert torn.out == once
+
+
+def test_a_broken_clip_is_named_without_the_decoder_s_number(tmp_path: Path) -> None:
+    clip = tmp_path / "clip.mp4"
+    write_video(clip)
+    whole = clip.read_bytes()
+    first, end = whole.index(b"mdat") + 4, whole.index(b"moov") - 4
+    clip.write_bytes(whole[:first] + b"\xff" * (end - first) + whole[end:])
+    for read in (lambda: read_frames(clip, [0]), lambda: list(stream_frames(clip))):
+        with pytest.raises(DinoError, match=r"clip.mp4 is broken: a frame cannot be decoded \(Invalid data found"):
+            read()
+    clip.write_bytes(b"junk")
+    with pytest.raises(DinoError, match=r"clip.mp4 cannot be read as a video \(Invalid data found"):
+        read_frames(clip, [0])
 
 
 def test_missing_keys_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
