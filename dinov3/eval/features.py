@@ -90,14 +90,19 @@ def test_targets(dataset: ImageDataset, what: str) -> Targets:
     return Targets(labels_of(dataset, what), None if groups is None else np.asarray(groups), columns)
 
 
-def check_classes(train: ImageDataset, test: ImageDataset) -> None:
-    """Raises where both data sets name their classes and number them differently: sub-folders are counted in order."""
+def check_classes(train: ImageDataset, test: ImageDataset, what: str) -> None:
+    """Raises where both data sets name their classes and number them differently: sub-folders are counted in order.
+
+    what: the spec of the test images."""
     names = getattr(train, "class_names", None), getattr(test, "class_names", None)
     if names[0] and names[1] and list(names[0])[: len(names[1])] != list(names[1]):
-        odd = sorted(set(names[1]) ^ set(names[0]))
-        hint = f"only one of them has {', '.join(odd[:3])}" if odd else "their order differs"
+        here, there = (sorted(set(a) - set(b)) for a, b in (names[::-1], names))
+        hints = [
+            f"only {who} {', '.join(odd[:3])}" for who, odd in (("these have", here), ("training has", there)) if odd
+        ]
         raise DinoError(
-            f"training and test images have different classes, so their numbers mean different things: {hint}"
+            f"{what}: these images have other classes than those of training, so their numbers mean different things: "
+            + (" and ".join(hints) or "their order differs")
         )
 
 

@@ -329,7 +329,9 @@ class LinearEvaluation:
         self.config, self.session = config, session
         self.train_set = make_dataset(t.dataset)
         self.labels = labels_of(self.train_set, t.dataset)
-        val, *tests = [self.opened(line) for line in (t.val_dataset, *c.eval.test_datasets)]
+        lines = t.val_dataset, *c.eval.test_datasets
+        sets = [self.opened(line) for line in lines]
+        targets = list(map(test_targets, sets, lines))
         self.model: Any = session.model(c.model)  # after the data: mistakes in them are found first
         self.preprocessing = session.preprocessing(self.model, c.transform)
         self.blocks: int = max(t.n_last_blocks_list)
@@ -338,17 +340,16 @@ class LinearEvaluation:
             raise DinoError(f"train.n_last_blocks_list holds {self.blocks} blocks; this model has {n_blocks}")
         if len(set(getattr(self.model, "embed_dims", [self.model.embed_dim])[-self.blocks :])) > 1:
             raise DinoError("the last stages of a ConvNeXt differ in width; take train.n_last_blocks_list=[1]")
-        self.val = self.test_set(t.val_dataset, val, t.val_metric_type)
-        metrics: list[Any] = c.eval.test_metric_types or [None] * len(tests)
-        self.tests = [self.test_set(*given) for given in zip(c.eval.test_datasets, tests, metrics)]
+        metrics: list[Any] = [t.val_metric_type, *(c.eval.test_metric_types or [None] * len(c.eval.test_datasets))]
+        self.val, *self.tests = map(self.test_set, lines, sets, targets, metrics)
 
     def opened(self, line: str) -> ImageDataset:
         dataset = make_dataset(line)
         if not hasattr(dataset, "get_imagenet_class_mapping"):
-            check_classes(self.train_set, dataset)
+            check_classes(self.train_set, dataset, line)
         return dataset
 
-    def test_set(self, line: str, dataset: ImageDataset, metric: Metric | None) -> TestSet:
+    def test_set(self, line: str, dataset: ImageDataset, targets: Targets, metric: Metric | None) -> TestSet:
         c, n = self.config, self.model.n_blocks
         batch = {"batch_size": c.eval.batch_size, "workers": c.eval.num_workers}
         columns: list[Tensor] = []
@@ -359,7 +360,7 @@ class LinearEvaluation:
             x = self.session.features(self.model, dataset, self.preprocessing, section, **batch)
             columns.append(torch.from_numpy(np.array(x)))
         self.session.same_pass = ([], [])
-        targets, metric = test_targets(dataset, line), metric or self.metric_of(dataset)
+        metric = metric or self.metric_of(dataset)
         link: Link = "softmax" if c.train.loss_type == "cross_entropy" else "sigmoid"
         return TestSet(line, columns[:-1], columns[-1], targets, metric, link)
 

@@ -238,11 +238,18 @@ def evaluate(config: LogRegressionConfig, session: Session) -> Numbers:
         x, y = on_device(pool[rows])
         pairs = select(x, y, val, val_targets, c.train.val_metric_type, n_classes, session.log, **options)
         strength = best_strength(pairs)
-        session.log(f"C = {strength:.4g}: validation top-1 {100 * dict(pairs)[strength]:.2f}")
+        best = dict(pairs)[strength]
+        session.log(f"C = {strength:.4g}: validation top-1 {100 * best:.2f}")
+        if strength in (min(STRENGTHS), max(STRENGTHS)):
+            equal = sum(accuracy == best for _, accuracy in pairs)
+            session.log(
+                f"note: this is the end of the {len(pairs)} values of C; {equal} of them are as good on the {len(val)} "
+                "validation images, which may be too few to choose by: name more with train.val_dataset"
+            )
         if not shots.enable and (len(val_targets.labels) and c.train.val_dataset is None):
             x, y = on_device(np.arange(len(labels)))  # training and validation images together
         elif not shots.enable:
-            x = torch.cat([x, torch.from_numpy(np.asarray(val, np.float32)).to(x)])
+            x = torch.cat([x, torch.from_numpy(np.array(val, np.float32)).to(x)])
             y = torch.cat([y, torch.from_numpy(val_targets.labels).to(y.device)])
         scores = fit(x, y, strength, n_classes, **options).scores(test)
         chosen = targets.chosen(scores)

@@ -163,6 +163,7 @@ class Session:
     def at(self, output_dir: str | os.PathLike[str]) -> Session:
         """The same session, writing elsewhere."""
         other = copy(self)
+        other.began = time.perf_counter()
         other._open(output_dir)
         return other
 
@@ -244,18 +245,16 @@ class Session:
         train_set, t, e = make_dataset(train), config.train, config.eval
         labels = labels_of(train_set, train)
         sets = [make_dataset(spec) for spec in tests]
-        for dataset in sets:
-            check_classes(train_set, dataset)
+        for spec, dataset in zip(tests, sets):
+            check_classes(train_set, dataset, spec)
+        targets = list(map(test_targets, sets, tests))
         model = self.model(config.model)  # after the data: mistakes in them are found first
         preprocessing = self.preprocessing(model, config.transform)
         options: dict[str, Any] = {"batch_size": t.batch_size, "workers": t.num_workers}
         features = self.features(model, train_set, preprocessing, config.features, **options)
         options = {"batch_size": e.batch_size or t.batch_size, "workers": e.num_workers}
-        found = []
-        for spec, dataset in zip(tests, sets):
-            x = self.features(model, dataset, preprocessing, config.features, **options)
-            found.append((x, test_targets(dataset, spec)))
-        return features, labels, found
+        found = [self.features(model, dataset, preprocessing, config.features, **options) for dataset in sets]
+        return features, labels, list(zip(found, targets))
 
     # -- results
 

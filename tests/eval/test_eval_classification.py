@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -519,6 +520,31 @@ def test_knn_with_few_shots(toy: Path, tmp_path: Path) -> None:
     assert knn.main(words(toy, tmp_path, f"eval.test_dataset={toy / 'val'}", "train.ks=[1]", *shots)) == 0
     (row,) = read_table(tmp_path / "results-knn.csv")
     assert list(row) == ["1 Top 1", "1 Top 1_std"]
+
+
+@pytest.mark.parametrize("evaluation", [knn, log_regression, linear])
+def test_test_images_without_a_class_are_refused_before_the_model_is_opened(
+    evaluation: Any, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "loose").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "loose" / "a.png")
+    key = "train.val_dataset" if evaluation is linear else "eval.test_dataset"
+    assert evaluation.main(words(toy, tmp_path / "out", f"{key}={tmp_path / 'loose'}")) == 1
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'loose'}: 1 of 1 images have no class" in error
+    assert "tiny.safetensors" not in error
+
+
+def test_a_strength_at_the_end_of_its_values_is_noted(toy: Path, tmp_path: Path) -> None:
+    few = make_folder(tmp_path / "few", each=2)
+    given = words(
+        toy, tmp_path / "out", f"train.dataset={few}", f"eval.test_dataset={toy / 'val'}", f"train.val_dataset={few}"
+    )
+    assert log_regression.main(given) == 0
+    log = (tmp_path / "out" / "log.txt").read_text()
+    equal = re.search(r"the end of the 45 values of C; (\d+) of them are as good on the 4 validation images", log)
+    assert equal is not None
+    assert int(equal[1]) > 1
 
 
 def test_logistic_regression_from_images_to_files(toy: Path, tmp_path: Path) -> None:

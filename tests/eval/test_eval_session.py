@@ -268,8 +268,10 @@ def test_classes_that_are_numbered_differently_are_refused(tmp_path: Path) -> No
     make_folder(tmp_path / "a", classes=2, each=1)
     make_folder(tmp_path / "b", classes=2, each=1)
     (tmp_path / "b" / "class0").rename(tmp_path / "b" / "another")
-    with pytest.raises(DinoError, match=r"different classes.*another"):
-        check_classes(make_dataset(str(tmp_path / "a")), make_dataset(str(tmp_path / "b")))
+    with pytest.raises(
+        DinoError, match=r"these: .*other classes.*: only these have another and only training has class0$"
+    ):
+        check_classes(make_dataset(str(tmp_path / "a")), make_dataset(str(tmp_path / "b")), "these")
 
 
 def test_a_size_that_is_no_multiple_of_the_patch_is_refused_with_one_that_is(tmp_path: Path) -> None:
