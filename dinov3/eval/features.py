@@ -94,7 +94,7 @@ def check_classes(train: ImageDataset, test: ImageDataset, what: str) -> None:
     """Raises where both data sets name their classes and number them differently: sub-folders are counted in order.
 
     what: the spec of the test images."""
-    names = getattr(train, "class_names", None), getattr(test, "class_names", None)
+    names: list[Any] = [getattr(dataset, "class_names", None) for dataset in (train, test)]
     if names[0] and names[1] and list(names[0])[: len(names[1])] != list(names[1]):
         here, there = (sorted(set(a) - set(b)) for a, b in (names[::-1], names))
         hints = [

@@ -340,8 +340,8 @@ class LinearEvaluation:
             raise DinoError(f"train.n_last_blocks_list holds {self.blocks} blocks; this model has {n_blocks}")
         if len(set(getattr(self.model, "embed_dims", [self.model.embed_dim])[-self.blocks :])) > 1:
             raise DinoError("the last stages of a ConvNeXt differ in width; take train.n_last_blocks_list=[1]")
-        metrics: list[Any] = [t.val_metric_type, *(c.eval.test_metric_types or [None] * len(c.eval.test_datasets))]
-        self.val, *self.tests = map(self.test_set, lines, sets, targets, metrics)
+        metrics: list[Any] = list(c.eval.test_metric_types) or [None] * len(c.eval.test_datasets)
+        self.val, *self.tests = map(self.test_set, lines, sets, targets, [t.val_metric_type, *metrics])
 
     def opened(self, line: str) -> ImageDataset:
         dataset = make_dataset(line)
