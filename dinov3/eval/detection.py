@@ -26,8 +26,7 @@ from torch import Tensor
 
 from dinov3 import distributed
 from dinov3.config.bounds import Problem, setting
-from dinov3.data.datasets import make_dataset
-from dinov3.data.datasets.detection import BoxDataset
+from dinov3.data.datasets.detection import BoxDataset, make_box_dataset
 from dinov3.data.transforms.dense import DetectionTransform, flipped
 from dinov3.errors import DinoError
 from dinov3.eval import dense
@@ -153,9 +152,7 @@ def open_detector(config: DetectionConfig, session: Session) -> tuple[Any, int]:
 
 def evaluate(config: DetectionConfig, session: Session) -> Mapping[str, float | None]:
     """COCO's numbers in percent; each process takes its share of the images."""
-    data = make_dataset(config.dataset)
-    if not isinstance(data, BoxDataset):
-        raise DinoError(f"{config.dataset} has no boxes; use CocoDetection:root=… or VocDetection:root=…")
+    data = make_box_dataset(config.dataset)
     model, short = open_detector(config, session)
     mapped = label_map(model.class_names, data)
     missing = [name for i, name in enumerate(data.class_names) if i not in mapped.tolist()]

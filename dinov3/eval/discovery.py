@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from dinov3 import distributed
 from dinov3.config.bounds import setting
-from dinov3.data.datasets import make_dataset
-from dinov3.data.datasets.detection import BoxDataset, CocoDetection
+from dinov3.data.datasets.detection import BoxDataset, CocoDetection, make_box_dataset
 from dinov3.dense.discovery import box_in_image, cosines, cut
 from dinov3.errors import DinoError
 from dinov3.eval import session as common
@@ -96,9 +95,7 @@ def annotated(data: BoxDataset, index: int, size_hw: tuple[int, int]) -> Tensor:
 
 
 def evaluate(config: DiscoveryConfig, session: Session) -> dict[str, float]:
-    data = make_dataset(config.data)
-    if not isinstance(data, BoxDataset):
-        raise DinoError(f"data={config.data} has no boxes; VocDetection and CocoDetection do")
+    data = make_box_dataset(config.data)
     rows = chosen(data, config)
     model = session.model(config.model)
     hits: list[list[bool]] = []

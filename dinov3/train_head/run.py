@@ -31,7 +31,7 @@ from dinov3 import distributed, drawing, hub
 from dinov3.config.bounds import check
 from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.dense import ONE_CLASS, files_of
-from dinov3.data.datasets.detection import BoxDataset
+from dinov3.data.datasets.detection import BoxDataset, boxes_at
 from dinov3.data.images import IMAGE_SUFFIXES, open_image
 from dinov3.data.sources import files_below
 from dinov3.data.transforms.inputs import Preprocessing
@@ -95,14 +95,7 @@ def _of_folder(task: str, root: Path, split: str | None, ignore: int | None) -> 
                 raise
             raise DinoError(f"{error} (it holds {_names(names)})") from None
     if task == "detection":
-        from dinov3.data.datasets.detection import CocoDetection, VocDetection
-
-        if root.is_file():
-            return CocoDetection(root.parent, annotations=root.name)
-        folders = [root / name for name in ("Annotations", "annotations") if (root / name).is_dir()]
-        if any(next(folder.glob("*.xml"), None) for folder in folders):
-            return VocDetection(root, split=split)
-        return CocoDetection(root, split=split)
+        return boxes_at(root, split)
     from dinov3.data.datasets.base import Folder
 
     return labelled(Folder(root / split if split else root))

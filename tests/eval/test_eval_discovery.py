@@ -79,7 +79,7 @@ def test_a_list_names_the_images(tmp_path: Path, capsys: pytest.CaptureFixture[s
     root, out = folder(tmp_path / "data"), tmp_path / "out"
     names = tmp_path / "names.txt"
     names.write_text("train/p-0.png\n\np-2.png\n")
-    words = [f"data=VocDetection:root={root}", f"output_dir={out}", "model.device=cpu", "taus=[0.2]", f"names={names}"]
+    words = [str(root), f"output_dir={out}", "model.device=cpu", "taus=[0.2]", f"names={names}"]  # its form is found
     assert main(words) == 0
     assert json.loads((out / "results-discovery.json").read_text())["results"]["images"] == 2
     names.write_text("other.png\n")
@@ -90,6 +90,9 @@ def test_a_list_names_the_images(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_data_without_boxes_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([f"data=Folder:root={folder(tmp_path / 'd')}", f"output_dir={tmp_path}", "model.device=cpu"]) == 1
     assert "has no boxes" in capsys.readouterr().err
+    (tmp_path / "bare").mkdir()
+    assert main([str(tmp_path / "bare"), f"output_dir={tmp_path}", "model.device=cpu"]) == 1
+    assert "bare has no boxes: neither annotations/*.xml" in capsys.readouterr().err
     assert main([f"output_dir={tmp_path}"]) == 1
     assert "VocDetection" in capsys.readouterr().err
 

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from dinov3.data import names as known_names
+from dinov3.data.datasets import make_dataset
 from dinov3.data.datasets.base import FileDataset
 from dinov3.data.datasets.dense import files_of
 from dinov3.data.images import IMAGE_SUFFIXES, read_file
@@ -295,3 +296,27 @@ def _first_folder(root: Path, *names: str) -> Path:
 def _natural(path: Path) -> list[Any]:
     """raccoon-2 before raccoon-10."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.stem)]
+
+
+# ---- of either form --------------------------------------------------------------------------------------------------
+
+
+def boxes_at(root: Path, split: str | None = None) -> BoxDataset:
+    """A folder with boxes in VOC's or COCO's form, or a file of COCO's in the folder of its images."""
+    if root.is_file():
+        return CocoDetection(root.parent, annotations=root.name)
+    folders = [root / name for name in ("Annotations", "annotations") if (root / name).is_dir()]
+    if any(next(folder.glob("*.xml"), None) for folder in folders):
+        return VocDetection(root, split=split)
+    if not any(next(root.glob(name), None) for name in ("*.json", "*/*.json")):
+        raise DinoError(f"{root} has no boxes: neither annotations/*.xml (VOC's form) nor annotations/*.json (COCO's)")
+    return CocoDetection(root, split=split)
+
+
+def make_box_dataset(text: str) -> BoxDataset:
+    """The data set of a spec, a folder or a file of COCO's."""
+    path = Path(text).expanduser()
+    data: Any = boxes_at(path) if path.exists() else make_dataset(text)
+    if not isinstance(data, BoxDataset):
+        raise DinoError(f"{text} has no boxes; use CocoDetection:root=… or VocDetection:root=…")
+    return data
