@@ -120,6 +120,21 @@ def _length(path: Path) -> int:
     return n_frames(path)
 
 
+def check_opens(paths: Sequence[Path], workers: int) -> None:
+    """Raises, before anything is computed, for videos that cannot be opened."""
+
+    def wrong(i: int) -> str:
+        try:
+            return "" if _length(paths[i]) else f"{paths[i]} holds no frame"
+        except DinoError as error:
+            return str(error)
+
+    mine = list(prefetched(wrong, distributed.share(range(len(paths))), workers, 2 * workers))
+    found = [text for texts in distributed.gather_objects(mine) for text in texts if text]
+    if found:
+        raise DinoError(f"{len(found)} of {len(paths)} videos: {'; '.join(found[:3])}{'; …' * (len(found) > 3)}")
+
+
 @dataclass(frozen=True)
 class Reader:
     """Clips of a list of videos, as functions of their index."""
@@ -336,6 +351,7 @@ def evaluate(config: VideoConfig, session: Session) -> Mapping[str, Any]:
     c = config
     train = Clips(c.train)
     val = Clips(c.val, class_names=train.class_names)
+    check_opens([*train.paths, *val.paths], c.num_workers)
     model: Any = session.model(c.model)
     side = c.patches * step_of(model)
     area = (c.crop_area[0], c.crop_area[1])

@@ -275,6 +275,14 @@ def test_clips_of_files_end_to_end_and_a_run_resumes(tmp_path: Path, capsys: pyt
             signal.raise_signal(signal.SIGINT)
         return step(*given)
 
+    (val / "right" / "broken.mp4").write_bytes(b"junk")
+    assert main([*words, "epochs=2"]) == 1
+    error = capsys.readouterr().err
+    assert f"1 of 15 videos: {val / 'right' / 'broken.mp4'} cannot be read as a video" in error
+    assert " on cpu" in again.err  # the line of the opened model
+    assert " on cpu" not in error
+    (val / "right" / "broken.mp4").unlink()
+
     words[2] = f"output_dir={tmp_path / 'torn'}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(video, "train_step", pressed)
