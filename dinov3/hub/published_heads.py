@@ -521,10 +521,15 @@ def open_towers(
     source = _absolute(os.fspath(weights)) if weights is not None else head(NAME).url
     own = _sizes_of(source, sizes)
     chosen: Any = own.backbone_weights if backbone_weights is None else backbone_weights
-    if isinstance(chosen, Weights):
-        backbone: Any = dinov3_vitl16(weights=chosen, dtype=dtype)
-    else:
-        backbone = load(own.backbone, chosen, seed=0, dtype=dtype)
+    try:
+        if isinstance(chosen, Weights):
+            backbone: Any = dinov3_vitl16(weights=chosen, dtype=dtype)
+        else:
+            backbone = load(own.backbone, chosen, seed=0, dtype=dtype)
+    except DinoError as error:
+        if backbone_weights is not None:
+            raise
+        raise type(error)(f"the backbone under dino.txt (backbone_weights): {error}") from None
     if not isinstance(backbone, VisionTransformer):
         raise DinoError(f"dino.txt reads the tokens of a ViT, and {_origin(backbone)} is none")
     if weights == "random":
@@ -645,7 +650,7 @@ def vocabulary(path_or_url: str | os.PathLike[str] | None, size: int) -> Tokeniz
     except DinoError as error:
         if path_or_url is not None:
             raise
-        raise type(error)(f"{error}; or pass CLIP's {os.path.basename(source)} as bpe_path_or_url=PATH") from None
+        raise type(error)(f"{error}; or pass CLIP's {os.path.basename(source)} as bpe_path_or_url=PATH (in evaluations model.bpe)") from None
     if tokenizer.vocab_size != size:
         raise DinoError(
             f"{without_secrets(source)} gives {tokenizer.vocab_size} ids, the text tower knows {size}: "
