@@ -650,7 +650,8 @@ def vocabulary(path_or_url: str | os.PathLike[str] | None, size: int) -> Tokeniz
     except DinoError as error:
         if path_or_url is not None:
             raise
-        raise type(error)(f"{error}; or pass CLIP's {os.path.basename(source)} as bpe_path_or_url=PATH (in evaluations model.bpe)") from None
+        how = f"pass CLIP's {os.path.basename(source)} as bpe_path_or_url=PATH (in evaluations model.bpe)"
+        raise type(error)(f"{error}; or {how}") from None
     if tokenizer.vocab_size != size:
         raise DinoError(
             f"{without_secrets(source)} gives {tokenizer.vocab_size} ids, the text tower knows {size}: "
