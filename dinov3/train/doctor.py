@@ -462,6 +462,8 @@ def facts_of(config: TrainConfig, folder: str = "RUN") -> Facts:
     uniform = {"dino_global_crops_loss": math.log(K["dino"])}
     if not config.distillation.enabled:  # only so many of the crops are masked
         uniform["ibot_loss"] = math.log(K["ibot"]) * config.ibot.mask_sample_probability
+    weights = {"dino_global_crops_loss": config.dino.loss_weight, "ibot_loss": config.ibot.loss_weight}
+    uniform = {name: value for name, value in uniform.items() if value > 0 and weights[name] > 0}  # what is learned
     keys = {"lr": "optim.lr", "momentum": "teacher.momentum_teacher"}
     if config.schedules is not None:
         keys = {"lr": "schedules.lr.peak", "momentum": "schedules.momentum.peak"}

@@ -198,6 +198,12 @@ def test_young_networks_are_not_accused(tmp_path, now: dict) -> None:
     )
 
 
+@pytest.mark.parametrize("off", ["ibot.loss_weight=0", "ibot.mask_sample_probability=0"])
+def test_a_loss_that_is_not_trained_is_no_plateau(tmp_path, off: str) -> None:
+    for value in (0.0, math.log(32) / 2):
+        assert d.verdicts(facts(tmp_path, off), records({}, {**LOSSES, "ibot_loss": value}))[-1].name == "healthy"
+
+
 def test_a_run_without_measurements_is_judged_by_its_losses(tmp_path) -> None:
     logs = [r for r in records({}, {**LOSSES, "dino_global_crops_loss": 3.4649}) if "total_loss" in r]
     (found,) = d.verdicts(facts(tmp_path), logs)
