@@ -411,7 +411,7 @@ def module_tensors(module: nn.Module, prefix: str) -> Tensors:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module, prefix: str = "optimizer.state.") -> Tensors:
-    """AdamW's step and moments under their parameters' names. Rates are a function of the iteration: not saved.
+    """The optimiser's step and moments under their parameters' names. Rates are a function of the iteration: not saved.
 
     A parameter that was never stepped gets a state of zeros, which is what its first step would begin with.
     """
@@ -425,7 +425,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module, prefi
             state["step"] = torch.zeros((), device=parameter.device if fused else "cpu")
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        for key in ("step", "exp_avg", "exp_avg_sq"):
+        for key in state:
             tensors[f"{prefix}{plain_name(name)}.{key}"] = state[key].detach()
     return tensors
 

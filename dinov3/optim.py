@@ -7,7 +7,7 @@ the peak, so the peak appears twice, and its cosine never arrives; v2's warm-up 
 arrives. Heads on frozen backbones have a third, `warmup_one_cycle`, and `polynomial`.
 
 Everything works on plain tensors and on DTensors. Nothing here waits for the device: norms are returned as tensors.
-Left out: any optimiser but AdamW, and loss scaling.
+Left out: loss scaling.
 """
 
 from __future__ import annotations
@@ -370,20 +370,29 @@ def param_groups(modules: Mapping[str, nn.Module], optim: OptimConfig) -> list[d
         for row, parameter in zip(rows, module.parameters(), strict=True):
             if not parameter.requires_grad:
                 continue
-            key = (row.lr_multiplier, row.wd_multiplier, row.is_last_layer) if optim.multi_tensor_optim else row.name
+            matrices = matrices_of(part, row.name, parameter) if optim.optimizer == "muon" else 0
+            alike: Any = (row.lr_multiplier, row.wd_multiplier, row.is_last_layer, matrices)
             group = fused.setdefault(
-                key,
+                alike if optim.multi_tensor_optim else row.name,
                 {
                     "params": [],
                     "lr_multiplier": row.lr_multiplier,
                     "wd_multiplier": row.wd_multiplier,
                     "is_last_layer": row.is_last_layer,
                     "is_backbone": part == "backbone",
+                    **({"matrices": matrices} if matrices else {}),
                 },
             )
             group["params"].append(parameter)
         groups += fused.values()
     return groups
+
+
+def matrices_of(part: str, name: str, parameter: Tensor) -> int:
+    """How many matrices a parameter is to Muon: three of q, k, v; one of other weights in the backbone's blocks; else 0."""
+    if part != "backbone" or parameter.ndim != 2 or not re.match(r"(blocks|stages)\.", name):
+        return 0
+    return 3 if name.endswith("qkv.weight") else 1
 
 
 def local(x: Tensor) -> Tensor:
@@ -414,14 +423,97 @@ class AdamW(torch.optim.AdamW):
         return has_complex
 
 
+class Muon(AdamW):
+    """Groups with `matrices` move along their orthogonalised momentum, the others as AdamW's.
+
+    Muon (Jordan et al. 2024) with Nesterov momentum 0.95 and updates as large as AdamW's, 0.2·√(longer side) (arXiv
+    2502.16982), so that learning rates and decays stay what they are. A sharded matrix is gathered for its update.
+    """
+
+    MOMENTUM = 0.95
+
+    def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
+        super().__init__(groups, **options)
+        for group in self.param_groups:
+            for p in group["params"] if group.get("matrices") else ():
+                self.state[p]["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        bad = self.found_inf
+        if bad is not None and not self.param_groups[0]["fused"] and bool(bad):
+            return None
+        result = super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"] if group.get("matrices") else ():
+                if p.grad is not None:
+                    self._move(p, group, bad)
+        return result
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        return False if group.get("matrices") else super()._init_group(group, *lists)
+
+    def _move(self, p: Tensor, group: dict[str, Any], bad: Tensor | None) -> None:
+        gradient, momentum, n = local(p.grad), local(self.state[p]["exp_avg"]), group["matrices"]  # type: ignore[arg-type]
+        keep = torch.ones((), device=gradient.device) if bad is None else 1 - bad
+        gradient = torch.where(keep > 0, gradient, 0)
+        momentum.lerp_(gradient, (1 - self.MOMENTUM) * keep)
+        towards = gathered(gradient.lerp(momentum, self.MOMENTUM), p)
+        parts = [orthogonal(part) * (0.2 * max(part.shape) ** 0.5) for part in towards.chunk(n)]
+        own = shard(torch.cat(parts).to(towards.dtype), p)
+        local(p).mul_(1 - group["lr"] * group["weight_decay"] * keep).add_(own * keep, alpha=-group["lr"])
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """A matrix [m, n] with its singular values brought near 1 (0.7 to 1.2) by five Newton-Schulz steps; bfloat16 on CUDA."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = x.bfloat16() if x.is_cuda else x.float()
+    tall = x.shape[0] > x.shape[1]
+    x = x.mT if tall else x
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        s = x @ x.mT
+        x = a * x + (b * s + c * s @ s) @ x
+    return x.mT if tall else x
+
+
+def gathered(own: Tensor, like: Tensor) -> Tensor:
+    """The whole of a tensor of which this rank has `own`, sharded as `like` is."""
+    if own.shape == like.shape and not hasattr(like, "to_local"):
+        return own
+    from torch.distributed.tensor import DTensor
+
+    place: Any = like
+    return DTensor.from_local(
+        own, place.device_mesh, place.placements, run_check=False, shape=like.shape, stride=like.stride()
+    ).full_tensor()
+
+
+def shard(whole: Tensor, like: Tensor) -> Tensor:
+    """This rank's shard of a tensor that all ranks have, as `like` is sharded."""
+    if not hasattr(like, "to_local"):
+        return whole
+    from torch.distributed.tensor import DTensor, Replicate
+
+    place: Any = like
+    everywhere = [Replicate()] * place.device_mesh.ndim
+    return (
+        DTensor.from_local(whole, place.device_mesh, everywhere, run_check=False)
+        .redistribute(placements=place.placements)
+        .to_local()
+    )
+
+
 def build_optimizer(modules: Mapping[str, nn.Module], optim: OptimConfig) -> AdamW:
-    """AdamW, eps 1e-8, with the fused kernel on CUDA and CPU; rates and decays are 0 until `apply_schedules` writes them."""
+    """AdamW or Muon, eps 1e-8, with AdamW's fused kernel on CUDA and CPU; rates and decays are 0 until `apply_schedules`
+    writes them."""
     groups = param_groups(modules, optim)
     if not groups:
         raise DinoError("no parameter needs a gradient: there is nothing to train")
     fused = {p.device.type for group in groups for p in group["params"]} <= {"cuda", "cpu"}
     betas = (optim.adamw_beta1, optim.adamw_beta2)
-    return AdamW(groups, lr=0.0, betas=betas, eps=1e-8, weight_decay=0.0, fused=fused or None)
+    kind = Muon if optim.optimizer == "muon" else AdamW
+    return kind(groups, lr=0.0, betas=betas, eps=1e-8, weight_decay=0.0, fused=fused or None)
 
 
 def apply_schedules(optimizer: torch.optim.Optimizer, values: StepValues) -> None:

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -237,6 +238,79 @@ def test_the_optimiser_takes_the_textbook_step():
     torch.testing.assert_close(layer.weight.detach(), start * (1 - 0.1 * 0.5) - 0.1, rtol=1e-6, atol=1e-6)
 
 
+class OneMatrix(nn.Module):
+    def __init__(self, rows: int, columns: int, name: str = "fc1") -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.ModuleDict({name: nn.Linear(columns, rows)})])
+
+
+def stepped(module: nn.Module, gradients: list[torch.Tensor], **options: Any) -> Any:
+    """The optimiser after a step with each gradient of the matrix, rate 0.1 and decay 0.5."""
+    optimizer = O.build_optimizer({"backbone": module}, OptimConfig(layerwise_decay=1, **options))
+    O.apply_schedules(optimizer, O.StepValues(0.1, 0.1, 0.5, 1, 1, 1, 1))
+    weight, bias = module.parameters()
+    for gradient in gradients:
+        weight.grad, bias.grad = gradient.clone(), torch.ones_like(bias)
+        optimizer.step()
+    return optimizer
+
+
+def gradients_of(rows: int, columns: int, n: int = 3) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(rows, columns, generator=generator) for _ in range(n)]
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(64, 24), (24, 64)])
+def test_muon_takes_the_steps_of_torchs(rows: int, columns: int, monkeypatch: pytest.MonkeyPatch):
+    """Which orthogonalises in bfloat16, and here in float32. AdamW moves the bias."""
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch.optim.Muon came with torch 2.9")
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+    torch.manual_seed(0)
+    module = OneMatrix(rows, columns)
+    theirs = nn.Parameter(next(module.parameters()).detach().clone())
+    other = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.5, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    adamw = copy.deepcopy(module)
+    gradients = gradients_of(rows, columns)
+    stepped(module, gradients, optimizer="muon")
+    stepped(adamw, gradients)
+    for gradient in gradients:
+        theirs.grad = gradient.clone()
+        other.step()
+    weight, bias = module.parameters()
+    torch.testing.assert_close(weight, theirs, rtol=0, atol=1e-5)
+    assert torch.equal(bias, list(adamw.parameters())[1])
+    assert (weight - next(adamw.parameters())).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("shape", [(40, 100), (100, 40), (48, 48)])
+def test_orthogonal_matrices_keep_their_directions_and_lose_their_lengths(shape: tuple[int, int]):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(O.orthogonal(x))
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    along = torch.einsum("ik,ij,kj->k", u, O.orthogonal(x), v)  # on its own singular vectors
+    torch.testing.assert_close(along.sort()[0], values.sort()[0], rtol=1e-3, atol=1e-3)
+    assert O.orthogonal(torch.zeros(shape)).abs().max() == 0
+
+
+def test_q_k_and_v_are_three_matrices_to_muon_and_only_matrices_of_blocks_are_its():
+    gradients = gradients_of(72, 24, 1)
+    module = OneMatrix(72, 24, "qkv")
+    before = next(module.parameters()).detach().clone()
+    stepped(module, gradients, optimizer="muon")
+    moved = (before * (1 - 0.1 * 0.5) - next(module.parameters())).detach() / 0.1
+    for part, gradient in zip(moved.chunk(3), gradients[0].chunk(3)):
+        torch.testing.assert_close(part, O.orthogonal(gradient) * 0.2 * 24**0.5, rtol=1e-4, atol=1e-4)
+    optim = OptimConfig(optimizer="muon")
+    modules = {"backbone": tiny_vit(), "dino_head": Head()}
+    ours = {id(p) for group in O.param_groups(modules, optim) if group.get("matrices") for p in group["params"]}
+    names = {n for n, p in modules["backbone"].named_parameters() if id(p) in ours}
+    assert names == {f"blocks.{i}.{n}.weight" for i in (0, 1) for n in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+    assert len(ours) == 8
+
+
 # ---- clipping and averaging -----------------------------------------------------------------------------------------
 
 
@@ -341,11 +415,10 @@ def test_sharded_tensors_give_the_same_as_plain_ones_without_dispatch(one_proces
     assert not [t for _, t in types if issubclass(t, DTensor)]
 
 
-def test_a_step_found_infinite_changes_nothing():
-    head = with_gradients(0, 1.0)
-    optimizer = O.build_optimizer({"dino_head": head}, OptimConfig())
-    O.apply_schedules(optimizer, O.StepValues(0.1, 0.1, 0.04, 1, 1, 1, 1))
-    optimizer.step()
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_step_found_infinite_changes_nothing(kind):
+    head = OneMatrix(8, 8)
+    optimizer = stepped(head, gradients_of(8, 8, 1), optimizer=kind)
     before = copy.deepcopy(head.state_dict()), copy.deepcopy(optimizer.state_dict()["state"])
     next(head.parameters()).grad.fill_(math.nan)
     optimizer.found_inf = torch.tensor(1.0)

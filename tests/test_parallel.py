@@ -65,7 +65,7 @@ def share(batch: CropBatch, rank: int, world: int) -> CropBatch:
     )
 
 
-def two_steps(setting: Variant = SETTING, **options: Any) -> dict[str, Any]:
+def two_steps(setting: Variant = SETTING, optimizer_name: str = "adamw", **options: Any) -> dict[str, Any]:
     """Losses, first gradients, norms and final weights of two steps on this process's share of the recorded batch."""
     method = setting.build()
     for network, trained in ((method.student, True), (method.ema, False), (method.gram_teacher, False)):
@@ -73,7 +73,7 @@ def two_steps(setting: Variant = SETTING, **options: Any) -> dict[str, Any]:
         own = {n: p for n, p in network.parts().items() if trained or p is not method.student.backbone}
         parallelize(own, device=CPU, trained=trained, **options)
     parts = method.student.parts()
-    optimizer = build_optimizer(parts, OptimConfig())
+    optimizer = build_optimizer(parts, OptimConfig(optimizer=optimizer_name))  # type: ignore[arg-type]
     rank, world = distributed.rank(), distributed.world()
     values = step_values(ROW)
     result: dict[str, Any] = {"losses": []}
@@ -124,6 +124,14 @@ NEWER = replace(
 def test_two_ranks_compute_what_one_computes_on_the_whole_batch(setting: Variant) -> None:
     alone = two_steps(setting)
     for rank in run_ranks(two_steps, 2, setting):
+        assert_equal_runs(alone, rank, 2e-4)
+
+
+def test_muon_on_two_ranks_moves_as_on_one() -> None:
+    alone, adamw = two_steps(optimizer_name="muon"), two_steps()
+    name = "backbone.blocks.0.attn.qkv.weight"
+    assert (alone["student"][name] - adamw["student"][name]).abs().max() > 5e-4
+    for rank in run_ranks(two_steps, 2, SETTING, "muon"):
         assert_equal_runs(alone, rank, 2e-4)
 
 

@@ -288,6 +288,8 @@ class OptimConfig:
     layerwise_decay: float = setting(0.9, above=0)
     dino_head_wd_multiplier: float = 1.0
     multi_tensor_optim: bool = True
+    # ours: "muon" moves the matrices of the backbone's blocks by Muon, all else by AdamW
+    optimizer: Literal["adamw", "muon"] = "adamw"
     adamw_beta1: float = setting(0.9, at_least=0, below=1)
     adamw_beta2: float = setting(0.999, at_least=0, below=1)
     # every guide's gradient at the CLS tokens is brought to this norm before its weight multiplies; null: it stays as it is
@@ -481,7 +483,6 @@ class TrainConfig:
         "teacher.in_chans": (3, f"{_NEVER}; see student.in_chans"),
         "hrft.enabled": (False, f"{_NEVER}; several resolutions are lists in crops"),
         "hrft.*": (ANY, _NEVER),
-        "optim.optimizer": ("adamw", "AdamW is the only optimiser"),
         "optim.dump_fsdp_weights_path": ("", _NEVER),
         "evaluation.low_freq_every": (5, _NEVER),
         "evaluation.config_files.*": (ANY, "no evaluation job is started by training"),

@@ -38,7 +38,7 @@ from dinov3.files import atomically
 from dinov3.inference.linear import arithmetic_of
 from dinov3.models import vit
 from dinov3.models.architectures import PUBLISHED
-from dinov3.optim import StepValues, build_schedules
+from dinov3.optim import StepValues, build_schedules, matrices_of
 from dinov3.parallel import DTYPES, KEPT_BYTES, checkpoint_activations, units
 from dinov3.train.method import Network, SelfDistillation, build_network, copy_weights
 from dinov3.weights.catalog import resolve
@@ -176,7 +176,7 @@ def _step(config: TrainConfig, row: Resolution, world: int, card: bool) -> Need:
         if c.teacher.ema == "heads":
             networks["ema"] = build_network(c, backbone=networks["student"].backbone)
         count = {key: _place(live, networks[key], part, world) for part, key in names.items()}
-        _moments(live, networks["student"], world, accumulated=n > 1)
+        _moments(live, networks["student"], world, muon=c.optim.optimizer == "muon", accumulated=n > 1)
         if c.train.checkpointing or c.train.checkpointing_full:
             checkpoint_activations(networks["student"].backbone, selective=not c.train.checkpointing_full)
         if world > 1 or dtype != torch.float32:
@@ -225,16 +225,16 @@ def _place(live: Live, network: Network, part: str, world: int) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
-def _moments(live: Live, student: Network, world: int, *, accumulated: bool) -> None:
-    """AdamW's two moments, of the second step on; gradients are put down as such when they arrive."""
+def _moments(live: Live, student: Network, world: int, *, muon: bool, accumulated: bool) -> None:
+    """AdamW's two moments, or Muon's one of a matrix, of the second step on; gradients are put down when they arrive."""
     share = 1 if accumulated else world  # those of several batches are added up whole
 
     def arrived(p: Tensor) -> None:
         assert p.grad is not None
         live.name(p.grad, "gradients", share)
 
-    for p in student.parameters():
-        for _ in range(2):
+    for name, p in student.named_parameters():
+        for _ in range(1 if muon and matrices_of(*name.split(".", 1), p) else 2):
             moment = torch.empty_like(p)
             live.name(moment, "AdamW", world)
             live.moments.append(moment)

@@ -246,9 +246,16 @@ def test_the_default_data_set_without_a_root_is_an_error():
 
 
 def test_a_retired_key_is_a_note_at_its_neutral_value_and_refused_at_any_other(tmp_path):
-    file = yaml(tmp_path, "train: {centering: sinkhorn_knopp}\nstudent: {block_chunks: 4}\noptim: {optimizer: adamw}\n")
+    file = yaml(
+        tmp_path,
+        "train: {centering: sinkhorn_knopp}\nstudent: {block_chunks: 4}\noptim: {dump_fsdp_weights_path: ''}\n",
+    )
     _, notes = load_config(file, [IMAGES])
-    assert [n.split(" ")[0] for n in notes] == ["train.centering", "student.block_chunks", "optim.optimizer"]
+    assert [n.split(" ")[0] for n in notes] == [
+        "train.centering",
+        "student.block_chunks",
+        "optim.dump_fsdp_weights_path",
+    ]
     (line,) = mistakes("train.centering=softmax")
     assert "only 'sinkhorn_knopp' is accepted" in line
 

@@ -189,6 +189,24 @@ def test_a_run_with_head_only_ema_dumps_the_students_backbone_and_resumes_bit_id
         assert torch.equal(value, a[f"model.student.{name}"]) == name.startswith("backbone."), name
 
 
+def test_a_run_with_muon_resumes_bit_identical_and_keeps_one_moment_of_a_matrix(
+    toy: str, images: Path, tmp_path: Path
+) -> None:
+    muon = "optim.optimizer=muon"
+    run(toy, images, tmp_path / "whole", muon)
+    assert run(toy, images, tmp_path / "parts", muon, "run.time_limit_minutes=1e-6").iterations == 1
+    with pytest.raises(DinoError, match=r"no optimizer.state.*qkv.weight.step .*made by another configuration"):
+        run(toy, images, tmp_path / "parts")
+    assert run(toy, images, tmp_path / "parts", muon).finished
+    a, b = (checkpoint.read_tensors(tmp_path / name / "ckpt" / "11") for name in ("whole", "parts"))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    state = "optimizer.state.backbone.blocks.0.mlp.fc1"
+    assert {name.removeprefix(state) for name in a if name.startswith(state)} == {
+        ".weight.exp_avg", ".bias.step", ".bias.exp_avg", ".bias.exp_avg_sq",
+    }  # fmt: skip
+
+
 def test_a_run_that_averaged_everything_resumes_with_the_students_backbone(
     toy: str, images: Path, tmp_path: Path
 ) -> None:
