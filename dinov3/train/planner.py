@@ -234,7 +234,8 @@ def _moments(live: Live, student: Network, world: int, *, muon: bool, accumulate
         live.name(p.grad, "gradients", share)
 
     for name, p in student.named_parameters():
-        for _ in range(1 if muon and matrices_of(*name.split(".", 1), p) else 2):
+        part, _, rest = name.partition(".")
+        for _ in range(1 if muon and matrices_of(part, rest, p) else 2):
             moment = torch.empty_like(p)
             live.name(moment, "AdamW", world)
             live.moments.append(moment)
