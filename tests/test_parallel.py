@@ -144,7 +144,7 @@ def on_machines_of(ranks: int, over: str) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("over", ["machine", "none"])
+@pytest.mark.parametrize("over", ["machine", pytest.param("none", marks=pytest.mark.slow)])
 def test_copies_on_several_machines_compute_what_one_process_computes(over: str) -> None:
     """Four ranks, two a machine: weights sharded over a machine, or not at all; gradients reduced over all."""
     alone = two_steps()

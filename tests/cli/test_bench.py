@@ -27,6 +27,7 @@ def test_every_form_has_a_row_beside_eager() -> None:
     assert steps[-1].startswith(f"accuracy of {rows[-1]['form']}")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is counted on Linux")
 def test_memory_is_at_least_that_of_weights_images_and_tokens() -> None:
     weights, images, tokens = 22e6, 4 * 16 * 3 * 224**2, 4 * 16 * 201 * 192  # bytes; ViT-T, a batch of 16 at 224 px

@@ -337,6 +337,7 @@ def stopped_after_two_steps(config: DistillConfig, out: str) -> dict[str, torch.
     return three_steps(config, out)[0]
 
 
+@pytest.mark.slow
 def test_a_stop_of_one_process_stops_both_after_the_same_step(folder: Path, teacher_file: Path, tmp_path: Path) -> None:
     config = config_for(folder, teacher_file, batch=4, steps=3, save_every=3)
     whole = run_ranks(three_steps, 2, config, str(tmp_path / "whole"))[0][0]

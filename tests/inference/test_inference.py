@@ -296,7 +296,8 @@ def test_gradients_and_weights_of_the_plain_model_stay() -> None:
 
 
 @pytest.mark.parametrize(
-    "precision", ["bf16", pytest.param("int8", marks=pytest.mark.skipif(not HAS_INT8, reason="no kernels"))]
+    "precision",
+    ["bf16", pytest.param("int8", marks=[pytest.mark.slow, pytest.mark.skipif(not HAS_INT8, reason="no kernels")])],
 )
 def test_embed_with_a_precision_fills_a_store_that_answers(
     precision: str, skimage_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

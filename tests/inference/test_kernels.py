@@ -39,7 +39,7 @@ EMULATED = {  # options of the compiler, for levels that this CPU lacks
 
 def cases(levels: Iterable[str]) -> list:
     def marks(level: str):  # real ones run it often enough
-        return [pytest.mark.slow] if level == "avx512" and level in EMULATED else []
+        return [pytest.mark.slow] if level in ("avx512", "avx512vnni") and level in EMULATED else []
 
     offered = {level: kernels.PRECISIONS if level in EMULATED else sorted(kernels.available(level)) for level in levels}
     return [pytest.param(level, p, marks=marks(level)) for level in offered for p in offered[level]]
