@@ -479,7 +479,7 @@ def orthogonal(x: Tensor) -> Tensor:
 
 def gathered(own: Tensor, like: Tensor) -> Tensor:
     """The whole of a tensor of which this rank has `own`, sharded as `like` is."""
-    if own.shape == like.shape and not hasattr(like, "to_local"):
+    if not hasattr(like, "to_local"):
         return own
     from torch.distributed.tensor import DTensor
 
